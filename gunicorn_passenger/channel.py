@@ -1,0 +1,231 @@
+"""The channel between the master and a worker: named messages, one list, with a version.
+
+Runs in: the master (its end of each channel) and a worker (the other end).
+Must never: decide anything; it packs, unpacks and carries.
+
+Facts and rules:
+
+- A channel is an ``AF_UNIX`` ``SOCK_SEQPACKET`` socketpair made before the fork: one message is
+  one packet, an end that closes is an end-of-file for the other (unix(7)).
+- A packet is a JSON object ``{"v": 1, "type": "Open", ...}``, at most ``MAX_MESSAGE`` bytes, and
+  at most one file descriptor rides on it (``SCM_RIGHTS``).
+- Neither side trusts the other's packets: whatever is not a known message raises
+  :class:`Malformed`, and every descriptor that came with it is closed.
+"""
+
+from __future__ import annotations
+
+import _socket
+import array
+import dataclasses
+import json
+import os
+import socket
+import types
+from dataclasses import dataclass
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
+
+VERSION = 1
+MAX_MESSAGE = 16384
+MAX_TEXT = 4096
+_MAX_FDS = 4
+
+
+class Malformed(Exception):
+    """A packet that is no message of this version; ``id`` is its number, where it had one."""
+
+    def __init__(self, text: str, number: int = 0) -> None:
+        super().__init__(text)
+        self.id = number
+
+
+class Closed(Exception):
+    """The other end is gone."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """Base of all messages. ``id`` pairs a question with its answer; 0 for what needs none."""
+
+    id: int
+
+    types: ClassVar[dict[str, type[Message]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        Message.types[cls.__name__] = cls
+
+
+# --- from a worker to the master --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Open(Message):
+    """The worker wants to accept on an address. Answered by Opened or Refused.
+
+    ``kind`` is ``"tcp"`` (numeric ``host``, ``port``), ``"auto"`` (numeric ``host``; ``name`` tells
+    the workers' equal servers from others) or ``"unix"`` (absolute ``path``).
+    """
+
+    kind: str
+    host: str = ""
+    port: int = 0
+    path: str = ""
+    name: str = ""
+    backlog: int = 0
+    v6only: bool = False
+    #: with "auto": the ports that the program allows itself; empty for all that are allotted
+    within: str = ""
+
+
+@dataclass(frozen=True)
+class Close(Message):
+    """The worker no longer accepts on ``key``. Not answered."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class Ready(Message):
+    """The worker has loaded the program and serves. Not answered."""
+
+
+@dataclass(frozen=True)
+class Fault(Message):
+    """The worker could not start, or lost a server; the master logs it once. Not answered."""
+
+    text: str
+
+
+# --- from the master to a worker --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Opened(Message):
+    """The listening socket, as the packet's descriptor. ``key`` names it in Close."""
+
+    key: str
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class Refused(Message):
+    """The address is not to be had; ``kind`` is a key of ``errors.REFUSALS``."""
+
+    kind: str
+    errno: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Rejected(Message):
+    """The packet with that ``id`` was no message that the receiver knows."""
+
+    text: str
+
+
+# --- packing ----------------------------------------------------------------------------------
+
+
+def pack(message: Message) -> bytes:
+    """The packet of a message; texts are cut to ``MAX_TEXT`` characters."""
+    fields: dict[str, Any] = {"v": VERSION, "type": type(message).__name__}
+    for name, value in dataclasses.asdict(message).items():
+        fields[name] = value[:MAX_TEXT] if isinstance(value, str) else value
+    data = json.dumps(fields, separators=(",", ":")).encode()
+    if len(data) > MAX_MESSAGE:
+        raise ValueError(f"a {type(message).__name__} message of {len(data)} bytes is too long")
+    return data
+
+
+def unpack(data: bytes) -> Message:
+    """The message of a packet.
+
+    :raises Malformed: when it is none: no JSON object, another version, an unknown type, a field
+        that is missing, unknown, of the wrong type or too long.
+    """
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError):
+        raise Malformed("not a JSON packet") from None
+    if not isinstance(fields, dict):
+        raise Malformed("not a JSON object")
+    number = fields.get("id")
+    number = number if isinstance(number, int) and not isinstance(number, bool) else 0
+    if fields.pop("v", None) != VERSION:
+        raise Malformed(f"not of version {VERSION}", number)
+    name = fields.pop("type", None)
+    kind = Message.types.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise Malformed(f"unknown type {str(name)[:40]!r}", number)
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if field.name in fields:
+            _check(fields[field.name], hints[field.name], f"{name}.{field.name}", number)
+        elif field.default is dataclasses.MISSING:
+            raise Malformed(f"{name} without {field.name}", number)
+    if unknown := fields.keys() - {f.name for f in dataclasses.fields(kind)}:
+        raise Malformed(f"{name} with unknown field {str(min(unknown))[:40]!r}", number)
+    return kind(**fields)
+
+
+def _check(value: object, hint: Any, where: str, number: int) -> None:
+    allowed = get_args(hint) if get_origin(hint) is types.UnionType else (hint,)
+    if type(value) not in allowed:
+        raise Malformed(f"{where} is no {hint}", number)
+    if isinstance(value, str) and len(value) > MAX_TEXT:
+        raise Malformed(f"{where} is too long", number)
+    if isinstance(value, int) and not -(1 << 62) < value < (1 << 62):
+        raise Malformed(f"{where} is out of range", number)
+
+
+# --- carrying ---------------------------------------------------------------------------------
+
+
+def pair() -> tuple[_socket.socket, _socket.socket]:
+    """A channel: the master's end and the worker's end, neither inheritable by other programs."""
+    return _socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def send(sock: Any, message: Message, fd: int | None = None) -> None:
+    """Send one message, with a descriptor if given.
+
+    :raises BlockingIOError: the socket does not block and the other end does not read.
+    :raises Closed: the other end is gone.
+    """
+    ancillary = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+    try:
+        sock.sendmsg([pack(message)], ancillary, socket.MSG_NOSIGNAL)
+    except (BrokenPipeError, ConnectionResetError):
+        raise Closed from None
+
+
+def receive(sock: Any) -> tuple[Message, int | None]:
+    """Receive one message and the descriptor that came with it, which the caller owns.
+
+    :raises Closed: the other end is gone.
+    :raises Malformed: the packet was no message; its descriptors are closed.
+    """
+    room = socket.CMSG_SPACE(_MAX_FDS * array.array("i").itemsize)
+    try:
+        data, ancillary, flags, _ = sock.recvmsg(MAX_MESSAGE, room, socket.MSG_CMSG_CLOEXEC)
+    except ConnectionResetError:
+        raise Closed from None
+    fds = array.array("i")
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    try:
+        if not data:
+            raise Closed
+        if flags & socket.MSG_TRUNC:
+            raise Malformed(f"longer than {MAX_MESSAGE} bytes")
+        message = unpack(data)
+        if flags & socket.MSG_CTRUNC or len(fds) > 1:
+            raise Malformed("more than one descriptor", message.id)
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return message, fds[0] if fds else None

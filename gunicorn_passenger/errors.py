@@ -1,0 +1,257 @@
+"""Every error of the package, with its text in one place.
+
+Runs in: every process. Must never: import anything else of the package.
+
+Texts are one line each and say what happened, why, and what to do.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+
+class PassengerError(Exception):
+    """Base class of every error that gunicorn-passenger raises on purpose."""
+
+
+class SettingError(PassengerError, ValueError):
+    """A setting has a value that cannot be used."""
+
+
+class UnknownSetting(PassengerError, TypeError):
+    """``configure()`` was given a name that is no setting."""
+
+
+class AlreadyInstalled(PassengerError):
+    """The primary socket has its server already."""
+
+
+class ScriptError(PassengerError):
+    """A script run by ``gunicorn-passenger start`` cannot be served."""
+
+
+class ListenError(PassengerError, OSError):
+    """A server cannot listen where it was asked to.
+
+    Also an ``OSError``: ``errno`` is what the kernel's own ``bind`` or ``listen`` would have
+    set, so that programs which catch ``OSError`` behave; ``strerror`` is the text.
+    """
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(code, text)
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+    def __reduce__(self) -> tuple[type, tuple[int | None, str]]:
+        return type(self), (self.errno, self.strerror or "")
+
+
+class PortNotAllotted(ListenError):
+    """The port is not among those allotted to the account (``EACCES``)."""
+
+    def __init__(self, code: int = errno.EACCES, text: str = "") -> None:
+        super().__init__(code, text)
+
+
+class PortInUse(ListenError):
+    """Another socket holds the address (``EADDRINUSE``)."""
+
+    def __init__(self, code: int = errno.EADDRINUSE, text: str = "") -> None:
+        super().__init__(code, text)
+
+
+class BrokerLost(ListenError):
+    """The master's port broker cannot be reached, so no port can be had from it."""
+
+    def __init__(self, code: int = errno.EPIPE, text: str = "") -> None:
+        super().__init__(code, text)
+
+
+#: How a refusal travels from the master to a worker and becomes the same class there.
+REFUSALS: dict[str, type[ListenError]] = {
+    "not_allotted": PortNotAllotted,
+    "in_use": PortInUse,
+    "listen": ListenError,
+}
+
+
+def refusal_kind(error: ListenError) -> str:
+    """The name under which ``error`` travels in a ``Refused`` message."""
+    if isinstance(error, PortNotAllotted):
+        return "not_allotted"
+    if isinstance(error, PortInUse):
+        return "in_use"
+    return "listen"
+
+
+# --- texts -----------------------------------------------------------------------------------
+
+
+def bad_address(address: object, why: str) -> ListenError:
+    return ListenError(
+        errno.EINVAL,
+        f"cannot listen on {address!r}: {why}; an address is 'passenger', a port number, 'host:port', "
+        "'[::1]:port', 'unix:/path' or 'auto'",
+    )
+
+
+def bad_port(port: object, where: str = "") -> ListenError:
+    inside = f" in {where!r}" if where else ""
+    return ListenError(errno.EINVAL, f"port {port!r}{inside} is not a number from 1 to 65535")
+
+
+def unresolved(host: str, why: object) -> ListenError:
+    return ListenError(
+        errno.EADDRNOTAVAIL,
+        f"host {host!r} does not resolve ({why}); give an address of this machine, such as 127.0.0.1 or ::1",
+    )
+
+
+def bad_placement(placement: object, known: bool) -> SettingError:
+    if known:
+        return SettingError(
+            f"placement {placement!r} is not available in this version; use placement='shared' "
+            "(all workers accept from the one socket)"
+        )
+    return SettingError(f"placement {placement!r} is unknown; use placement='shared'")
+
+
+def no_port_free(allotment: str, where_set: str) -> PortInUse:
+    return PortInUse(
+        errno.EADDRINUSE,
+        f"listen('auto') found no free port in the allotment {allotment} (set by {where_set}); "
+        "close a server or allot more ports",
+    )
+
+
+def not_allotted(port: int, account: str, allotment: str, where_set: str, remedy: str) -> PortNotAllotted:
+    return PortNotAllotted(
+        errno.EACCES,
+        f"port {port} is not allotted to account {account}: the allotment is {allotment} "
+        f"(set by {where_set}); listen on one of those ports, or {remedy}",
+    )
+
+
+def privileged(port: int, first_free: int, account: str) -> PortNotAllotted:
+    return PortNotAllotted(
+        errno.EACCES,
+        f"port {port} is privileged (below {first_free}) and no allotment gives it to account {account}; "
+        f"listen on {first_free} or above, or allot it with PASSENGER_PORTS={port} or "
+        f"configure(ports='{port}') in gunicorn.conf.py",
+    )
+
+
+def in_use(address: str, holder: str) -> PortInUse:
+    return PortInUse(
+        errno.EADDRINUSE,
+        f"{address} is in use by {holder}; stop that program or listen on another port",
+    )
+
+
+def twice_in_process(address: str) -> PortInUse:
+    return PortInUse(
+        errno.EADDRINUSE,
+        f"{address} already has a server in this program; close that one first or listen on another port",
+    )
+
+
+def cannot_open(address: str, error: OSError) -> ListenError:
+    return ListenError(
+        error.errno or errno.EIO,
+        f"cannot listen on {address}: {error.strerror or error}" + _advice(error, address),
+    )
+
+
+def _advice(error: OSError, address: str) -> str:
+    if error.errno == errno.EACCES and not address.startswith("unix:"):
+        return "; the master may not bind it: use a port above 1023 or start gunicorn with the right to bind it"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return "; it is no address of this machine"
+    if error.errno == errno.ENOENT:
+        return "; create the directory first"
+    if error.errno == errno.EMFILE:
+        return "; the master has no file descriptor left, raise its limit (ulimit -n)"
+    return ""
+
+
+def unix_path_too_long(path: str, limit: int) -> ListenError:
+    return ListenError(
+        errno.ENAMETOOLONG,
+        f"UNIX socket path {path!r} has {len(os.fsencode(path))} bytes, the system takes at most {limit}; "
+        "use a shorter path",
+    )
+
+
+def unix_not_a_socket(path: str) -> ListenError:
+    return ListenError(
+        errno.EEXIST, f"{path!r} exists and is not a socket; remove it or listen on another path"
+    )
+
+
+def unix_other_user(path: str, account: str) -> ListenError:
+    return ListenError(
+        errno.EACCES,
+        f"UNIX socket {path!r} cannot be opened for workers that run as {account} by a master that runs as "
+        "another user (it would be created with the master's rights); start gunicorn as that user, or name "
+        "the socket in gunicorn's bind setting",
+    )
+
+
+def closed_server(name: str) -> ListenError:
+    return ListenError(
+        errno.EBADF, f"server {name!r} is closed and cannot listen again; make a new one with create_server()"
+    )
+
+
+def already_listening(name: str, address: str) -> ListenError:
+    return ListenError(
+        errno.EINVAL,
+        f"server {name!r} already listens on {address}; call close() and make a new server to move it",
+    )
+
+
+def name_taken(name: str, address: str) -> ListenError:
+    return ListenError(
+        errno.EINVAL, f"a server named {name!r} already listens on {address}; give each server its own name"
+    )
+
+
+def not_callable(app: object) -> TypeError:
+    return TypeError(
+        f"create_server() takes a WSGI application, which is callable; {app!r} is not: "
+        "pass a function app(environ, start_response) or a framework's application object"
+    )
+
+
+def too_many_ports(limit: int) -> ListenError:
+    return ListenError(
+        errno.ENOBUFS, f"this application already holds {limit} ports, which is the limit; close some servers"
+    )
+
+
+def broker_lost(address: str, why: str) -> BrokerLost:
+    return BrokerLost(
+        errno.EPIPE,
+        f"{address} is not served by this worker: the master's port broker {why}; "
+        "the primary is still served, restart gunicorn to get the port back",
+    )
+
+
+def auto_installed_twice(first: str, second: str) -> AlreadyInstalled:
+    return AlreadyInstalled(
+        f"listen() was called a second time (on {second}), which auto-install mode does not allow: the first "
+        f"server for which listen was called (on {first}) was installed on the primary socket, which the web "
+        "server reaches, and was given no port. To run several servers, call "
+        "passenger.configure(auto_install=False) first, then listen('passenger') on the server that the web "
+        "server is to reach; every other listen() then gets its port from the gunicorn master"
+    )
+
+
+def passenger_twice(first: str) -> AlreadyInstalled:
+    return AlreadyInstalled(
+        f"listen('passenger') was called a second time: server {first!r} already has the primary socket, and "
+        "there is one. Let this server listen on a port (listen(9000)) and reach it through "
+        "http_proxy.create_server(9000, 'localhost').listen('passenger'), or close() the first one"
+    )

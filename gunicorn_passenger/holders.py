@@ -1,0 +1,100 @@
+"""Who holds a port, where the system tells.
+
+Runs in: the master (for an error's text) and the command line. Must never: be needed for a
+decision; another user's processes may hide their descriptors.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+_LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp (proc(5))
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that has a port open, or just its user where the process is hidden."""
+
+    pid: int | None
+    name: str
+    user: str
+
+    def __str__(self) -> str:
+        who = f"{self.name} (pid {self.pid}, user {self.user})" if self.pid else f"a program of user {self.user}"
+        return who
+
+
+def listening() -> dict[int, list[tuple[int, int]]]:
+    """Port -> (inode, uid) of every TCP socket that listens on this machine."""
+    table: dict[int, list[tuple[int, int]]] = {}
+    for path in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            with open(path, encoding="ascii") as file:
+                lines = file.read().splitlines()[1:]
+        except OSError:
+            continue
+        for line in lines:
+            fields = line.split()
+            if len(fields) > 9 and fields[3] == _LISTEN:
+                port = int(fields[1].rsplit(":", 1)[1], 16)
+                table.setdefault(port, []).append((int(fields[9]), int(fields[7])))
+    return table
+
+
+def _sockets(pid: str) -> Iterator[int]:
+    directory = f"/proc/{pid}/fd"
+    try:
+        numbers = os.listdir(directory)
+    except OSError:
+        return
+    for number in numbers:
+        with suppress(OSError, ValueError):
+            target = os.readlink(f"{directory}/{number}")
+            if target.startswith("socket:["):
+                yield int(target[8:-1])
+
+
+def _name(pid: str) -> str:
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return "a program"
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def find(ports: set[int]) -> dict[int, Holder]:
+    """The holder of each of ``ports`` that is taken; the lowest pid where several share it."""
+    taken = {port: entries for port, entries in listening().items() if port in ports}
+    wanted = {inode: port for port, entries in taken.items() for inode, _ in entries}
+    found: dict[int, Holder] = {}
+    if wanted:
+        for pid in sorted((p for p in os.listdir("/proc") if p.isdigit()), key=int):
+            for inode in _sockets(pid):
+                port = wanted.get(inode)
+                if port is not None and port not in found:
+                    found[port] = Holder(int(pid), _name(pid), _user(taken[port][0][1]))
+            if len(found) == len(taken):
+                break
+    for port, entries in taken.items():
+        found.setdefault(port, Holder(None, "", _user(entries[0][1])))
+    return found
+
+
+def describe(port: int) -> str:
+    """One phrase for an error: ``nginx (pid 17, user www-data)`` or ``another program``."""
+    try:
+        holder = find({port}).get(port)
+    except OSError:
+        holder = None
+    return str(holder) if holder else "another program"

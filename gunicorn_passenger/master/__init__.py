@@ -1,0 +1,1 @@
+"""What the gunicorn master holds: the ports, the allotment, who has what."""

@@ -1,0 +1,481 @@
+"""The port broker: answers workers that want to listen, in a thread of the master.
+
+Runs in: the master. Must never: block (workers wait for it, and a fork waits for it), trust a
+worker, or raise into the arbiter.
+
+How it lives beside the arbiter:
+
+- The arbiter's main thread makes each worker's channel before the fork (:meth:`Broker.prepare`,
+  from ``Worker.__init__``) and tells the broker of a worker's end (``child_exit``). All else is
+  done by the broker's own thread.
+- The thread holds :attr:`Broker._gate` whenever it does anything but wait in ``poll``. A fork takes
+  the gate first (``os.register_at_fork``), so a child never inherits a lock that the thread held,
+  nor a half-changed table. The wait for the gate is bounded: a broker that hangs costs the fork
+  some seconds, not its life.
+- In the child, everything of the master is closed; a worker keeps its own end of its own channel.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from gunicorn_passenger import channel, errors, native
+from gunicorn_passenger.address import format_sockname
+from gunicorn_passenger.allotment import Allotment
+from gunicorn_passenger.channel import Close, Fault, Open, Opened, Ready, Refused, Rejected
+from gunicorn_passenger.master.listeners import Held, Listeners, Port
+
+#: How long a fork waits for the broker to finish what it does, in seconds.
+_FORK_WAIT = 5.0
+#: How often an undecided close of a listener is looked at again (see Broker._settle), in seconds.
+_SETTLE = 0.05
+#: How many malformed packets of one worker are answered before its channel is closed.
+_MAX_MALFORMED = 100
+#: How many different faults are remembered so that each is logged once.
+_MAX_FAULTS = 64
+
+#: Names the listeners that were opened at run time, for the next master (USR2).
+HANDOVER = "PASSENGER_HANDOVER"
+
+
+@dataclass
+class Link:
+    """The master's end of one worker's channel."""
+
+    age: int
+    sock: Any
+    ready: bool = False
+    malformed: int = 0
+
+
+@dataclass
+class Embryo:
+    """A worker between ``Worker.__init__`` and the fork."""
+
+    age: int
+    ours: Any
+    theirs: Any
+    #: the next fork is the worker's own
+    armed: bool = False
+
+
+class Broker:
+    """All that the master knows of ports and of the workers that want them."""
+
+    def __init__(self, log: Any, listening: list[Any], cfg: Any) -> None:
+        self.log = log
+        self.cfg = cfg
+        self.arbiter: Any = None
+        self.listeners = Listeners(cfg, log)
+        self.listeners.surrendered = self._wake
+        self.allotment = Allotment("")
+        self.grace = 10.0
+        self._listening = listening
+        self._links: dict[int, Link] = {}  # by descriptor
+        self._embryo: Embryo | None = None
+        self._gate = native.lock()
+        self._gate_taken = False
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
+        self._running = False
+        self._faults: set[str] = set()
+        self._gone: list[int] = []  # ages of workers that the arbiter has reaped
+        handed = set(filter(None, os.environ.pop(HANDOVER, "").split("\n")))
+        cfg.env_orig.pop(HANDOVER, None)
+        self._adopt(listening, handed)
+
+    # --- called by the arbiter's main thread ----------------------------------------------------
+
+    def _adopt(self, listening: list[Any], handed: set[str]) -> None:
+        """Make the table and the arbiter's list agree.
+
+        Sockets in the list that are no primary come from ``bind``, from systemd, or (``handed``)
+        from the master before, whose programs had opened them; ports that a program opened and
+        that a reload has left out of the list return to it.
+        """
+        now = time.monotonic()
+        table = self.listeners.ports
+        for key in [k for k, p in table.items() if p.bound and p.listener not in listening]:
+            del table[key]  # the reload has taken it out of ``bind``
+        ours = [port.listener for port in table.values()]
+        for listener in listening:
+            if listener not in ours and format_sockname(listener.getsockname()) in handed:
+                self.listeners.adopt(listener, False, now)
+        listening[:] = [li for li in listening if li.sock.fileno() >= 0]  # adopting has replaced some
+        listening.extend(p.listener for p in table.values() if p.listener not in listening)
+        primary = self.primary_of(listening)
+        for listener in listening:
+            if listener not in primary and not isinstance(listener, Held) and listener not in ours:
+                self.listeners.adopt(listener, True, now)
+        self._listening = listening
+
+    @staticmethod
+    def primary_of(listening: list[Any]) -> list[Any]:
+        """The listeners of the primary: the UNIX ones, or else the first; none that a program opened."""
+        binds = [li for li in listening if not isinstance(li, Held)]
+        return [li for li in binds if isinstance(li.getsockname(), str)] or binds[:1]
+
+    @contextmanager
+    def _hold(self) -> Iterator[None]:
+        """The gate, for the main thread, which must not wait for ever.
+
+        :raises TimeoutError: the broker's thread hangs.
+        """
+        if not self._gate.acquire(True, _FORK_WAIT):
+            raise TimeoutError("the port broker hangs")
+        try:
+            yield
+        finally:
+            self._gate.release()
+
+    def configure(self, cfg: Any, allotment: Allotment, grace: float) -> None:
+        """Take the settings of the start, or of a reload."""
+        with self._hold():
+            self.cfg = self.listeners.cfg = cfg
+            self.allotment = allotment
+            self.grace = grace
+
+    def prepare(self, age: int, listening: list[Any]) -> Any:
+        """Make the channel of a worker that is about to be forked; returns the worker's end.
+
+        :raises OSError: when the system gives no socketpair, or the broker's thread hangs.
+        """
+        with self._hold():
+            self._drop_embryo()
+            if listening is not self._listening:
+                # a reload has changed ``bind``: gunicorn made a new list, without our ports
+                self._adopt(listening, set())
+            ours, theirs = channel.pair()
+            ours.setblocking(False)
+            self._embryo = Embryo(age, ours, theirs)
+        self._start()
+        return theirs
+
+    def arm(self) -> None:
+        """The very next fork is that of the worker last prepared (gunicorn's ``pre_fork``)."""
+        if self._embryo is not None:
+            self._embryo.armed = True
+
+    def reaped(self, age: int) -> None:
+        """The arbiter has reaped a worker; its channel may live on in the worker's own children."""
+        self._gone.append(age)
+        self._wake()
+
+    def handover(self) -> None:
+        """In the child that is about to become the next master: say which listeners are of run time.
+
+        With systemd's protocol the descriptors must also be numbered from 3 on (sd_listen_fds(3)).
+        """
+        arbiter = self.arbiter
+        arbiter.cfg.env_orig[HANDOVER] = "\n".join(
+            format_sockname(p.listener.getsockname()) for p in self.listeners.ports.values() if not p.bound
+        )
+        if arbiter.systemd:
+            first, count = 3, len(arbiter.LISTENERS)
+            spare = [fcntl.fcntl(li.fileno(), fcntl.F_DUPFD, first + count) for li in arbiter.LISTENERS]
+            for number, fd in enumerate(spare, first):
+                os.dup2(fd, number, inheritable=True)
+                os.close(fd)
+
+    def _drop_embryo(self) -> None:
+        if self._embryo is not None:
+            self._embryo.ours.close()
+            self._embryo.theirs.close()
+            self._embryo = None
+
+    def _start(self) -> None:
+        if self._running:
+            self._wake()
+            return
+        self._running = True
+        try:
+            native.start_thread(self._run)
+        except RuntimeError as error:
+            self._running = False
+            self.log.error(
+                "gunicorn-passenger: the port broker cannot start (%s): the primary is served, "
+                "ports asked for with listen() are not",
+                error,
+            )
+
+    # --- around a fork ---------------------------------------------------------------------------
+
+    def before_fork(self) -> None:
+        self._gate_taken = self._gate.acquire(True, _FORK_WAIT)
+        if not self._gate_taken:
+            self.log.error("gunicorn-passenger: the port broker hangs; forking without waiting for it")
+
+    def after_fork_in_parent(self) -> None:
+        embryo = self._embryo
+        if embryo is not None and embryo.armed:
+            embryo.theirs.close()
+            self._links[embryo.ours.fileno()] = Link(embryo.age, embryo.ours)
+            self._embryo = None
+        if self._gate_taken:
+            self._gate.release()
+        self._wake()
+
+    def after_fork_in_child(self) -> None:
+        """Close what is the master's. The ports themselves are closed by the worker (it may be an exec)."""
+        embryo, self._embryo = self._embryo, None
+        if embryo is not None:
+            embryo.ours.close()
+            if not embryo.armed:
+                embryo.theirs.close()
+        for link in self._links.values():
+            link.sock.close()
+        self._links.clear()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+        self._wake_read = self._wake_write = -1
+        self._running = False
+        if self._gate_taken:
+            self._gate.release()
+
+    # --- the broker's thread ---------------------------------------------------------------------
+
+    def _wake(self) -> None:
+        with suppress(OSError):
+            os.write(self._wake_write, b".")
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self._round()
+            except BaseException:
+                # the table is changed in single steps, so that the next round finds it whole
+                self.log.exception("gunicorn-passenger: the port broker failed and goes on")
+                time.sleep(0.1)
+
+    def _round(self) -> None:
+        poll = native.poll()
+        with self._gate:
+            poll.register(self._wake_read, select.POLLIN)
+            for fd in self._links:
+                poll.register(fd, select.POLLIN)
+            wait = self._next_deadline()
+        events = poll.poll(None if wait is None else max(0.0, wait) * 1000 + 1)
+        with self._gate:
+            for fd, _ in events:
+                if fd == self._wake_read:
+                    with suppress(BlockingIOError):
+                        while len(os.read(fd, 4096)) == 4096:
+                            pass
+                elif fd in self._links:
+                    self._serve(self._links[fd])
+            while self._gone:
+                age = self._gone.pop()
+                for link in [li for li in self._links.values() if li.age == age]:
+                    self._leave(link)
+            self._settle()
+            self._close_idle()
+
+    def _serve(self, link: Link) -> None:
+        """Answer one packet of a worker."""
+        fd = None
+        try:
+            message, fd = channel.receive(link.sock)
+        except BlockingIOError:
+            return
+        except channel.Malformed as error:
+            self._malformed(link, error)
+            return
+        except (channel.Closed, OSError):
+            self._leave(link)
+            return
+        if fd is not None:  # no message of a worker brings one
+            os.close(fd)
+        if isinstance(message, Open):
+            self._open(link, message)
+        elif isinstance(message, Close):
+            self._release(link.age, message.key)
+        elif isinstance(message, Ready):
+            link.ready = True
+            self._faults.clear()
+        elif isinstance(message, Fault):
+            self._fault(message.text)
+        else:
+            self._malformed(link, channel.Malformed(f"{type(message).__name__} is the master's", message.id))
+
+    def _malformed(self, link: Link, error: channel.Malformed) -> None:
+        link.malformed += 1
+        self.log.warning(
+            "gunicorn-passenger: worker %s sent a message that is none: %s", self._pid(link.age), error
+        )
+        if link.malformed >= _MAX_MALFORMED:
+            self.log.error(
+                "gunicorn-passenger: closing the channel of worker %s after %d such messages",
+                self._pid(link.age),
+                link.malformed,
+            )
+            self._leave(link)
+            return
+        self._answer(link, Rejected(error.id, str(error)))
+
+    def _open(self, link: Link, ask: Open) -> None:
+        same_user = self.cfg.uid == os.geteuid()
+        known = set(self.listeners.ports)
+        try:
+            port = self.listeners.open(ask, self.allotment, same_user)
+        except errors.ListenError as error:
+            answer = Refused(ask.id, errors.refusal_kind(error), error.errno or 0, str(error))
+            self._answer(link, answer)
+            return
+        if port.key not in known:
+            self._listening.append(port.listener)
+            self.log.info("Opened %s for the workers", port.key)
+        port.wanted_by.add(link.age)
+        port.idle_since = None
+        port.claimed = True
+        opened = Opened(ask.id, port.key, port.host, port.port, port.path)
+        if not self._answer(link, opened, port.listener.fileno()):
+            self._release(link.age, port.key)
+
+    def _answer(self, link: Link, message: channel.Message, fd: int | None = None) -> bool:
+        try:
+            channel.send(link.sock, message, fd)
+        except (BlockingIOError, channel.Closed, OSError) as error:
+            if isinstance(error, BlockingIOError):
+                self.log.error(
+                    "gunicorn-passenger: worker %s does not read its channel; closing it", self._pid(link.age)
+                )
+            self._leave(link)
+            return False
+        return True
+
+    def _fault(self, text: str) -> None:
+        """Log what several workers report alike, once."""
+        if text in self._faults:
+            return
+        if len(self._faults) < _MAX_FAULTS:
+            self._faults.add(text)
+        self.log.error("%s", "".join(c if c.isprintable() else " " for c in text))
+
+    def _release(self, age: int, key: str) -> None:
+        port = self.listeners.ports.get(key)
+        if port is not None:
+            port.wanted_by.discard(age)
+
+    def _leave(self, link: Link) -> None:
+        """A worker is gone: close its channel and forget its wishes."""
+        self._links.pop(link.sock.fileno(), None)
+        link.sock.close()
+        for port in self.listeners.ports.values():
+            port.wanted_by.discard(link.age)
+
+    def _pid(self, age: int) -> object:
+        workers = dict(self.arbiter.WORKERS) if self.arbiter is not None else {}
+        return next((pid for pid, worker in workers.items() if worker.age == age), f"number {age}")
+
+    # --- closing ---------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Decide on listeners that the arbiter has closed: a stop closes them, a reload does not.
+
+        ``Arbiter.stop`` replaces its list by an empty one right after closing; ``Arbiter.reload``
+        replaces it by the new binds. Until it has done either, nothing is decided.
+        """
+        if self.arbiter is None or self._listening is self.arbiter.LISTENERS:
+            return
+        if not self.arbiter.LISTENERS:
+            for port in self.listeners.ports.values():
+                if isinstance(port.listener, Held):
+                    port.listener.really_close()
+            self.listeners.ports.clear()
+
+    def _undecided(self) -> bool:
+        return self.arbiter is not None and self._listening is not self.arbiter.LISTENERS and bool(
+            self.listeners.ports
+        )
+
+    def _close_idle(self) -> None:
+        """Close ports that nobody has wanted for the grace period.
+
+        The clock stands still while a worker boots, however long its imports take: it may be
+        about to ask for the port, and a reload must never close one.
+        """
+        now = time.monotonic()
+        settled = bool(self._links) and all(link.ready for link in self._links.values())
+        for port in list(self.listeners.ports.values()):
+            if port.bound:
+                continue
+            if port.wanted_by or not settled:
+                port.idle_since = None
+            elif port.idle_since is None:
+                port.idle_since = now
+            elif now - port.idle_since >= self.grace:
+                self._close_port(port)
+
+    def _close_port(self, port: Port) -> None:
+        with suppress(ValueError):
+            self._listening.remove(port.listener)
+        arbiter = self.arbiter
+        handed_on = arbiter is not None and (arbiter.reexec_pid or arbiter.master_pid)
+        self.listeners.drop(port.key, unlink=not handed_on)
+        self.log.info("Closed %s: no worker has wanted it for %g s", port.key, self.grace)
+
+    def _next_deadline(self) -> float | None:
+        if self._undecided():
+            return _SETTLE
+        now = time.monotonic()
+        waits = [
+            port.idle_since + self.grace - now
+            for port in self.listeners.ports.values()
+            if port.idle_since is not None
+        ]
+        return min(waits, default=None)
+
+
+_brokers: list[Broker] = []
+
+
+def current() -> Broker | None:
+    """The broker of this process, if it is a master that has one."""
+    return _brokers[0] if _brokers else None
+
+
+def install(broker: Broker) -> None:
+    """Make ``broker`` the one of this process, and guard its forks from now on."""
+    if not _hooked:
+        _hooked.append(True)
+        os.register_at_fork(
+            before=_before_fork, after_in_parent=_after_in_parent, after_in_child=_after_in_child
+        )
+    _brokers[:] = [broker]
+
+
+_hooked: list[bool] = []
+
+
+def _before_fork() -> None:
+    for broker in _brokers:
+        broker.before_fork()
+
+
+def _after_in_parent() -> None:
+    for broker in _brokers:
+        broker.after_fork_in_parent()
+
+
+def _after_in_child() -> None:
+    for broker in _brokers:
+        broker.after_fork_in_child()
+    # the arbiter's reexec child still asks its broker what to hand over
+    _retired[:] = _brokers
+    _brokers.clear()
+
+
+_retired: list[Broker] = []
+
+
+def retired() -> Broker | None:
+    """The broker of the master that this process was forked from."""
+    return _retired[0] if _retired else None

@@ -1,0 +1,134 @@
+"""Where the arbiter meets the broker.
+
+Runs in: the master, called from the worker class (which gunicorn instantiates before each fork)
+and from gunicorn's hooks. Must never: let a failure of the broker stop gunicorn.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from gunicorn.errors import HaltServer
+
+from gunicorn_passenger import hooks
+from gunicorn_passenger.errors import SettingError
+from gunicorn_passenger.master import broker as brokers
+from gunicorn_passenger.master.broker import Broker
+from gunicorn_passenger.settings import settings
+
+#: gunicorn's exit status for a configuration that cannot be used.
+_CONFIG_ERROR = 1
+
+
+def attach(cfg: Any) -> None:
+    """Take the places in gunicorn's hooks that the broker needs; the user's own hooks stay."""
+    hooks.before(cfg, "when_ready", _know_arbiter)
+    hooks.after(cfg, "pre_fork", _arm)
+    hooks.before(cfg, "child_exit", _reaped)
+    hooks.after(cfg, "pre_exec", _handover)
+
+
+def prepare_worker(age: int, listening: list[Any], cfg: Any, log: Any) -> tuple[Any, list[Any]]:
+    """Before the fork of a worker: its channel, and the listeners of the primary.
+
+    :returns: the worker's end of its channel, or ``None`` where the broker has failed; and the
+        gunicorn listeners that the primary is served on.
+    :raises HaltServer: at the start, when a setting cannot be used.
+    """
+    attach(cfg)
+    settings.program_paused()
+    first = brokers.current() is None
+    try:
+        broker = brokers.current() or _start(listening, cfg, log)
+        _configure(broker, cfg, log, first)
+        channel = broker.prepare(age, listening)
+    except (OSError, RuntimeError) as error:
+        log.error(
+            "gunicorn-passenger: the port broker failed (%s): the primary is served, ports asked for "
+            "with listen() are not",
+            error,
+        )
+        return None, Broker.primary_of(listening)
+    return channel, broker.primary_of(listening)
+
+
+def _start(listening: list[Any], cfg: Any, log: Any) -> Broker:
+    broker = Broker(log, listening, cfg)
+    broker.arbiter = _known[0] if _known else None
+    brokers.install(broker)
+    _explain(listening, broker, log, cfg)
+    return broker
+
+
+def _configure(broker: Broker, cfg: Any, log: Any, first: bool) -> None:
+    """Give the broker the settings of the start, or of a reload."""
+    if broker.cfg is cfg and not first:
+        return
+    try:
+        settings.check_environment()
+        allotment = settings.operator_allotment(cfg.uid)
+        grace = settings.grace_period()
+    except SettingError as error:
+        if first:
+            raise HaltServer(str(error), _CONFIG_ERROR) from None
+        log.error("gunicorn-passenger: %s; the settings of before stay in force", error)
+        allotment, grace = broker.allotment, broker.grace
+    for sentence in allotment.widening():
+        log.warning("gunicorn-passenger: %s", sentence)
+    broker.configure(cfg, allotment, grace)
+
+
+def _explain(listening: list[Any], broker: Broker, log: Any, cfg: Any) -> None:
+    """Say at the start what a reader of the log may not expect."""
+    primary = broker.primary_of(listening)
+    for listener in primary:
+        name = listener.getsockname()
+        if not isinstance(name, str):
+            log.info("The primary is served on %s, the first bind: bind names no UNIX socket", listener)
+        elif name and not name.startswith("\0"):
+            _warn_if_open_to_all(name, log, cfg)
+
+
+def _warn_if_open_to_all(path: str, log: Any, cfg: Any) -> None:
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return
+    if mode & 0o002:
+        log.warning(
+            "Everybody on this machine may connect to unix:%s (its mode is %04o): set gunicorn's umask "
+            "(--umask 007, now %03o) so that only the web server's group may",
+            path,
+            mode & 0o7777,
+            cfg.umask,
+        )
+
+
+_known: list[Any] = []
+
+
+def _know_arbiter(arbiter: Any) -> None:
+    _known[:] = [arbiter]
+    broker = brokers.current()
+    if broker is not None:
+        broker.arbiter = arbiter
+
+
+def _arm(arbiter: Any, _worker: Any) -> None:
+    broker = brokers.current()
+    if broker is not None:
+        broker.arbiter = arbiter
+        broker.arm()
+
+
+def _reaped(_arbiter: Any, worker: Any) -> None:
+    broker = brokers.current()
+    if broker is not None:
+        broker.reaped(worker.age)
+
+
+def _handover(_arbiter: Any) -> None:
+    broker = brokers.retired()
+    if broker is not None:
+        broker.handover()

@@ -1,0 +1,253 @@
+"""The ports that the master holds: opening, adopting, handing over, closing.
+
+Runs in: the master, in the broker's thread (or before it starts). Must never: resolve a name,
+wait for anything, or open what the allotment does not name.
+
+A port lives in the arbiter's own ``LISTENERS``, so that ``USR2`` hands it to the next master and a
+shutdown closes it. gunicorn also closes every listener there when a reload changes ``bind``; a
+:class:`Held` listener survives that (see :meth:`Held.close`).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from gunicorn.sock import TCP6Socket, TCPSocket, UnixSocket
+
+from gunicorn_passenger import errors, sockets
+from gunicorn_passenger.address import format_tcp
+from gunicorn_passenger.allotment import Allotment, format_ports, parse_ports
+from gunicorn_passenger.channel import Open
+
+#: How many ports one application may hold: a runaway program must not use up the master.
+MAX_PORTS = 1024
+
+
+class Held:
+    """Mixin for gunicorn's socket classes: a listener that the broker opened.
+
+    gunicorn calls ``close()`` in two places: when it stops, and when a reload changes ``bind``. The
+    broker must tell them apart, since a port outlives a reload; so ``close()`` only reports, and the
+    broker closes by :meth:`really_close`.
+    """
+
+    surrendered: Callable[[], None] | None = None
+    sock: Any
+
+    def close(self) -> None:
+        if self.surrendered is not None and self.sock is not None:
+            self.surrendered()
+        else:
+            self.really_close()
+
+    def really_close(self) -> None:
+        sock, self.sock = self.sock, None
+        if sock is not None:
+            with suppress(OSError):
+                sock.close()
+
+
+class HeldTCP(Held, TCPSocket):  # type: ignore[misc]
+    """A run-time port on IPv4."""
+
+
+class HeldTCP6(Held, TCP6Socket):  # type: ignore[misc]
+    """A run-time port on IPv6."""
+
+
+class HeldUnix(Held, UnixSocket):  # type: ignore[misc]
+    """A run-time UNIX socket."""
+
+
+@dataclass
+class Port:
+    """One open address and the workers that want it."""
+
+    key: str
+    listener: Any
+    host: str = ""
+    port: int = 0
+    path: str = ""
+    family: int = socket.AF_INET
+    #: opened by the operator (gunicorn's bind, systemd): stays open whether wanted or not
+    bound: bool = False
+    #: device and inode of a UNIX socket's file, so that only our own file is removed
+    file: tuple[int, int] | None = None
+    backlog: int = 0
+    #: workers that want it, by age
+    wanted_by: set[int] = field(default_factory=set)
+    #: when it was last wanted (monotonic seconds); None while it is
+    idle_since: float | None = None
+    claimed: bool = False
+
+
+def tcp_key(host: str, port: int) -> str:
+    return format_tcp(host, port)
+
+
+class Listeners:
+    """All ports of this application, by key. Changed by the broker alone."""
+
+    def __init__(self, cfg: Any, log: Any) -> None:
+        self.cfg = cfg
+        self.log = log
+        self.ports: dict[str, Port] = {}
+        #: servers that asked for "auto", by name and host -> key
+        self._autos: dict[str, str] = {}
+        self.surrendered: Callable[[], None] = lambda: None
+
+    # --- adopting -----------------------------------------------------------------------------
+
+    def adopt(self, listener: Any, bound: bool, now: float) -> None:
+        """Take over a socket that is open already: from ``bind``, systemd, or the master before."""
+        name = listener.getsockname()
+        if isinstance(name, str):
+            port = Port(f"unix:{name}", listener, path=name, family=socket.AF_UNIX, bound=bound)
+            port.file = sockets.file_id(name)
+        else:
+            family = socket.AF_INET6 if len(name) == 4 else socket.AF_INET
+            port = Port(
+                tcp_key(name[0], name[1]), listener, host=name[0], port=name[1], family=family, bound=bound
+            )
+        if not bound:
+            port.listener = self._held(listener)
+            port.idle_since = now
+        self.ports[port.key] = port
+
+    def _held(self, listener: Any) -> Any:
+        """The same socket as a listener of our own class, so that a reload does not close it."""
+        if isinstance(listener, Held):
+            return listener
+        sock = listener.sock
+        classes = {socket.AF_INET: HeldTCP, socket.AF_INET6: HeldTCP6, socket.AF_UNIX: HeldUnix}
+        return self._wrap(classes[listener.FAMILY], listener.getsockname(), sock.detach())
+
+    def _wrap(self, cls: Any, name: Any, fd: int) -> Any:
+        listener = cls(name, self.cfg, self.log, fd=fd)
+        listener.surrendered = self.surrendered
+        return listener
+
+    # --- opening ------------------------------------------------------------------------------
+
+    def open(self, ask: Open, allotment: Allotment, same_user: bool) -> Port:
+        """The port that a worker asked for, opened now if it is not open yet.
+
+        :raises errors.ListenError: when it may not have it or it cannot be opened.
+        """
+        if ask.kind == "unix":
+            return self._open_unix(ask, allotment, same_user)
+        if ask.kind == "auto":
+            return self._open_auto(ask, allotment)
+        if ask.kind == "tcp":
+            return self._open_tcp(ask, allotment)
+        raise errors.bad_address(ask.kind[:40], "the worker asked for an unknown kind of address")
+
+    def _open_tcp(self, ask: Open, allotment: Allotment) -> Port:
+        family = _family(ask.host)
+        if not 1 <= ask.port <= 65535:
+            raise errors.bad_port(ask.port)
+        port = self.ports.get(tcp_key(ask.host, ask.port)) or self._bound_elsewhere(ask.port)
+        if port is None or not port.bound:
+            allotment.check(ask.port)
+        if port is None:
+            port = self._create_tcp(family, ask.host, ask.port, ask)
+        self._raise_backlog(port, ask.backlog)
+        return port
+
+    def _bound_elsewhere(self, number: int) -> Port | None:
+        """The operator's word on the host wins: a port that ``bind`` opened serves any listen on it."""
+        return next((p for p in self.ports.values() if p.bound and p.port == number), None)
+
+    def _create_tcp(self, family: int, host: str, number: int, ask: Open) -> Port:
+        if len(self.ports) >= MAX_PORTS:
+            raise errors.too_many_ports(MAX_PORTS)
+        own = next((p for p in self.ports.values() if number and p.port == number), None)
+        backlog = max(self.cfg.backlog, ask.backlog)
+        try:
+            sock = sockets.open_tcp(family, host, number, backlog, ask.v6only)
+        except errors.PortInUse:
+            if own is None:
+                raise
+            holder = f"this application itself, which holds it as {own.key}"
+            raise errors.in_use(format_tcp(host, number), holder) from None
+        name = sock.getsockname()
+        listener = self._wrap(HeldTCP6 if family == socket.AF_INET6 else HeldTCP, name, sock.detach())
+        port = Port(
+            tcp_key(name[0], name[1]), listener, host=name[0], port=name[1], family=family, backlog=backlog
+        )
+        self.ports[port.key] = port
+        return port
+
+    def _open_auto(self, ask: Open, allotment: Allotment) -> Port:
+        family = _family(ask.host)
+        label = f"{ask.host}/{ask.name}"
+        port = self.ports.get(self._autos.get(label, ""))
+        if port is None:
+            port = self._create_auto(family, ask, allotment)
+            self._autos[label] = port.key
+        return port
+
+    def _create_auto(self, family: int, ask: Open, allotment: Allotment) -> Port:
+        within = parse_ports(ask.within, "the worker") if ask.within else None
+        if not allotment.limited and within is None:
+            return self._create_tcp(family, ask.host, 0, ask)
+        ports = allotment.ports if allotment.limited else within or frozenset()
+        if within is not None:
+            ports &= within
+        taken = {p.port for p in self.ports.values()}
+        for number in sorted(ports - taken):
+            allotment.check(number)
+            try:
+                return self._create_tcp(family, ask.host, number, ask)
+            except errors.PortInUse:
+                continue
+        raise errors.no_port_free(format_ports(ports), allotment.sources)
+
+    def _open_unix(self, ask: Open, allotment: Allotment, same_user: bool) -> Port:
+        port = self.ports.get(f"unix:{ask.path}")
+        if port is not None:
+            return port
+        if not same_user:
+            raise errors.unix_other_user(ask.path, allotment.account)
+        if not os.path.isabs(ask.path) or "\0" in ask.path:
+            raise errors.bad_address(ask.path[:100], "the path of the UNIX socket is not absolute")
+        if len(self.ports) >= MAX_PORTS:
+            raise errors.too_many_ports(MAX_PORTS)
+        mode = 0o666 & ~self.cfg.umask if self.cfg.umask else 0o600
+        sock = sockets.open_unix(ask.path, mode, max(self.cfg.backlog, ask.backlog))
+        listener = self._wrap(HeldUnix, ask.path, sock.detach())
+        port = Port(f"unix:{ask.path}", listener, path=ask.path, family=socket.AF_UNIX)
+        port.file = sockets.file_id(ask.path)
+        self.ports[port.key] = port
+        return port
+
+    def _raise_backlog(self, port: Port, backlog: int) -> None:
+        """A program that asks for a longer queue gets it; a shorter one would rob its siblings."""
+        if port.backlog and backlog > port.backlog:
+            with suppress(OSError):
+                port.listener.sock.listen(backlog)
+                port.backlog = backlog
+
+    # --- closing ------------------------------------------------------------------------------
+
+    def drop(self, key: str, unlink: bool) -> None:
+        """Close a port that nobody wants any more."""
+        port = self.ports.pop(key)
+        self._autos = {label: k for label, k in self._autos.items() if k != key}
+        port.listener.really_close()
+        if unlink and port.file is not None and sockets.file_id(port.path) == port.file:
+            with suppress(OSError):
+                os.unlink(port.path)
+
+
+def _family(host: str) -> int:
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with suppress(OSError, ValueError):
+            socket.inet_pton(family, host)
+            return family
+    raise errors.bad_address(host[:100], "the worker asked for a host that is no numeric address")

@@ -1,0 +1,36 @@
+"""The system's own threads, locks and poll, whether gevent has patched them or not.
+
+Runs in: the master. Must never: touch a gevent hub.
+
+A ``gunicorn.conf.py`` that starts with ``monkey.patch_all()`` patches the master too. There the
+broker's thread must be a thread of the system all the same: the arbiter's loop does not turn a hub.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gevent import monkey
+
+
+def original(module: str, name: str) -> Any:
+    """``module.name`` as it was before gevent patched it."""
+    return monkey.get_original(module, name)
+
+
+def start_thread(function: Any) -> None:
+    """Run ``function()`` in a thread of the system.
+
+    :raises RuntimeError: when the system gives no thread.
+    """
+    original("_thread", "start_new_thread")(function, ())
+
+
+def lock() -> Any:
+    """A lock between threads of the system."""
+    return original("_thread", "allocate_lock")()
+
+
+def poll() -> Any:
+    """A ``select.poll`` object; it holds no descriptor of its own."""
+    return original("select", "poll")()

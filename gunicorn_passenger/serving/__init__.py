@@ -1,0 +1,1 @@
+"""What a worker (or plain Python) runs: servers, connections, the replaced ``bind`` and ``listen``."""

@@ -1,0 +1,416 @@
+"""The servers of this process: which one is the primary, where each gets its socket, when it accepts.
+
+Runs in: a worker, plain Python, and the master with ``--preload``, where servers wait for the fork.
+Must never: leave a server half registered; a ``listen()`` that fails leaves no trace.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, NamedTuple
+
+from gevent import socket as gsocket
+
+from gunicorn_passenger import errors, hooks, sockets
+from gunicorn_passenger.address import Auto, Primary, SockAddr, Tcp, Unix, format_sockname, resolve
+from gunicorn_passenger.allotment import Allotment, account_name, format_ports
+from gunicorn_passenger.serving.http import Acceptor, Handler, Lifecycle, second_server_config
+from gunicorn_passenger.serving.link import Link
+from gunicorn_passenger.serving.server import CLOSED, LISTENING, LOST, WAITING, Server
+from gunicorn_passenger.settings import settings
+
+#: Where ``"passenger"`` is served by plain Python, unless PORT says otherwise.
+DEVELOPMENT_PORT = 8000
+
+_BACKLOG = 2048
+
+
+class ServerInfo(NamedTuple):
+    """One server of the application, as :func:`gunicorn_passenger.servers` lists it."""
+
+    name: str
+    address: tuple[str, int] | str | None
+    placement: str
+    state: str
+
+
+class Socket:
+    """A listening socket of this process, and the key under which the master knows it."""
+
+    def __init__(self, sock: Any, sockname: SockAddr | str, key: str = "") -> None:
+        self.sock = sock
+        self.sockname = sockname
+        self.key = key
+
+    @property
+    def address(self) -> tuple[str, int] | str:
+        """``(host, port)``, or ``"unix:/path"``."""
+        if isinstance(self.sockname, str):
+            return f"unix:{self.sockname}"
+        return self.sockname[0], self.sockname[1]
+
+
+class Foreign:
+    """A server that is not ours: all that is known of it is its socket."""
+
+    placement = "shared"
+
+    def __init__(self, name: str, address: tuple[str, int] | str, key: str, state: str = LISTENING) -> None:
+        self.name = name
+        self.address = address
+        self.key = key
+        self.state = state
+
+    @property
+    def listening(self) -> bool:
+        return self.state == LISTENING
+
+    def __repr__(self) -> str:
+        return f"<Foreign server {self.name!r} {self.state}>"
+
+
+class Application:
+    """All servers of the program in this process."""
+
+    def __init__(self) -> None:
+        self.servers: list[Server | Foreign] = []
+        self.primary: Server | Foreign | None = None
+        #: a script run by ``gunicorn-passenger start``: its first listen becomes the primary
+        self.script = False
+        self.worker: Any = None
+        self.link: Link | None = None
+        self.log: Any = None
+        #: the last refusal, which a program may have turned into its own ``sys.exit()``
+        self.refusal: errors.PassengerError | None = None
+        self._in_master = False
+        self._accepting = False
+        self._acceptors: dict[int, Acceptor] = {}
+        self._lifecycle: Any = Lifecycle()
+        self._cfg: Any = None
+
+    # --- where it runs ---------------------------------------------------------------------------
+
+    @property
+    def active(self) -> bool:
+        """Whether the program runs under the worker class (or its master)."""
+        return self._in_master or self.worker is not None
+
+    def enter_master(self) -> None:
+        """This process is a gunicorn master; servers made now start in the workers."""
+        self._in_master = True
+
+    def enter_worker(self, worker: Any, link: Link) -> None:
+        """This process is a worker, just forked."""
+        self._in_master = False
+        self.worker = worker
+        self.link = link
+        self.log = worker.log
+        self._lifecycle = worker
+        self._cfg = second_server_config(worker.cfg)
+
+    def start(self) -> None:
+        """The program is loaded: open what waited for the fork, and accept on everything."""
+        for server in list(self.servers):
+            if isinstance(server, Server) and server.state == WAITING:
+                self._open(server)
+        self._accepting = True
+        for server in list(self.servers):
+            if server.state == LISTENING:
+                self._begin(server)
+
+    # --- servers come and go ---------------------------------------------------------------------
+
+    def add(self, server: Server) -> None:
+        """A server of ours wants to listen.
+
+        :raises errors.PassengerError: when it may not.
+        """
+        try:
+            self._claim_name(server)
+            if server.is_primary or settings.auto_install(self.script):
+                self._install(server)
+            self.servers.append(server)
+            try:
+                if self._in_master:
+                    server.attach(None, WAITING)
+                else:
+                    self._open(server)
+            except BaseException:
+                self._forget(server)
+                raise
+        except errors.PassengerError as error:
+            self.refusal = error
+            raise
+        if self._accepting and server.state == LISTENING:
+            self._begin(server)
+
+    def remove(self, server: Server) -> None:
+        """A server of ours closes: it accepts no more and its port is given back."""
+        acceptor = self._acceptors.get(id(server))
+        if acceptor is not None:
+            acceptor.stop_accepting()
+        sock = server._socket
+        if sock is not None:
+            if acceptor is None and sock.sock is not None:
+                sock.sock.close()
+            self._give_back(sock.key)
+        self._forget(server)
+
+    def foreign_listens(self, server: Foreign) -> None:
+        """An unmodified server has its socket."""
+        if self._accepting:
+            hooks.emit("listening", server, self.log)
+
+    def foreign_closed(self, server: Foreign) -> None:
+        """An unmodified server has closed its socket."""
+        self._give_back(server.key)
+        self._forget(server)
+
+    def _forget(self, server: Server | Foreign) -> None:
+        if server in self.servers:
+            self.servers.remove(server)
+        if self.primary is server:
+            self.primary = None
+            if self.worker is not None:
+                self.worker.serve_primary(None)
+
+    def _give_back(self, key: str) -> None:
+        if self.link is not None and key:
+            self.link.close(key)
+
+    def _claim_name(self, server: Server) -> None:
+        for other in self.servers:
+            if server._name is not None and other is not server and other.name == server._name:
+                raise errors.name_taken(server.name, _where(other))
+
+    def _install(self, server: Server | Foreign) -> None:
+        """Make a server the primary, which there is one of."""
+        if self.primary is not None:
+            self.primary_taken(str(server.want) if isinstance(server, Server) else _where(server))
+        self.primary = server
+
+    def primary_taken(self, second: str) -> None:
+        """:raises errors.AlreadyInstalled: with the text that fits the mode."""
+        assert self.primary is not None
+        if settings.auto_install(self.script):
+            raise errors.auto_installed_twice(_where(self.primary), second)
+        raise errors.passenger_twice(self.primary.name)
+
+    # --- sockets ---------------------------------------------------------------------------------
+
+    def _open(self, server: Server) -> None:
+        if self.worker is None:
+            server.attach(self._open_here(server), LISTENING)
+        elif server is self.primary:
+            server.attach(Socket(None, self.worker.primary_name()), LISTENING)
+            if self._accepting:
+                self.worker.serve_primary(server.app)
+        else:
+            try:
+                server.attach(self._open_by_master(server), LISTENING)
+            except errors.BrokerLost as error:
+                self.log.error("%s", error)
+                server.attach(None, LOST)
+
+    def _open_by_master(self, server: Server) -> Socket:
+        assert self.link is not None
+        want = server.want
+        assert want is not None and not isinstance(want, Primary)
+        within = self.check_program_allotment(want.port if isinstance(want, Tcp) else None)
+        name = self._auto_name(server) if isinstance(want, Auto) else server.name
+        v6only = False
+        fd, key, sockname = self.link.open(want, name, v6only=v6only, within=within)
+        if self.holds(key):
+            os.close(fd)
+            raise errors.twice_in_process(key)
+        sock = gsocket.socket(
+            gsocket.AF_UNIX if isinstance(sockname, str) else _family(sockname), gsocket.SOCK_STREAM, fileno=fd
+        )
+        return Socket(sock, sockname, key)
+
+    def check_program_allotment(self, port: int | None) -> str:
+        """What the program itself narrowed the allotment to.
+
+        :returns: the ports as text, empty where the program set none.
+        :raises errors.PortNotAllotted: when ``port`` is not among them.
+        """
+        layer = settings.program_layer()
+        if layer is None:
+            return ""
+        if port is not None:
+            Allotment(account_name(os.geteuid()), (layer,)).check(port)
+        return format_ports(layer.ports)
+
+    def holds(self, key: str) -> bool:
+        """Whether a server of this process already has the port."""
+        for server in self.servers:
+            if isinstance(server, Foreign) and server.key == key:
+                return True
+            if isinstance(server, Server) and server._socket is not None and server._socket.key == key:
+                return True
+        return False
+
+    def _auto_name(self, server: Server) -> str:
+        """Tells equal servers of one program apart: the n-th of a name, counted alike in each worker."""
+        same = [
+            other
+            for other in self.servers
+            if isinstance(other, Server) and isinstance(other.want, Auto) and other.name == server.name
+        ]
+        position = same.index(server)
+        return server.name if position == 0 else f"{server.name}#{position + 1}"
+
+    def _open_here(self, server: Server) -> Socket:
+        """Plain Python: there is no master, the process opens the port itself."""
+        want = server.want
+        if isinstance(want, Unix):
+            sock = sockets.open_unix(want.path, 0o600, _BACKLOG)
+            family = gsocket.AF_UNIX
+        else:
+            family, sock = self._open_tcp_here(want)
+        name = sockets.sockname(sock)
+        result = Socket(
+            gsocket.socket(family, gsocket.SOCK_STREAM, fileno=sock.detach()), name, format_sockname(name)
+        )
+        if server.is_primary or server is self.primary:
+            print(f"Serving on http://{format_sockname(name)}/ (plain Python, for development)", file=sys.stderr)
+        return result
+
+    def _open_tcp_here(self, want: object) -> tuple[int, Any]:
+        if isinstance(want, Tcp):
+            self._allotment_here().check(want.port)
+            family, host = resolve(want.host, want.port)
+            return family, sockets.open_tcp(family, host, want.port, _BACKLOG)
+        if isinstance(want, Auto):
+            allotment = self._allotment_here()
+            family, host = resolve(want.host, 0)
+            for port in sorted(allotment.ports) if allotment.limited else [0]:
+                try:
+                    return family, sockets.open_tcp(family, host, port, _BACKLOG)
+                except errors.PortInUse:
+                    continue
+            raise errors.no_port_free(format_ports(allotment.ports), allotment.sources)
+        return gsocket.AF_INET, sockets.open_tcp(gsocket.AF_INET, "127.0.0.1", _development_port(), _BACKLOG)
+
+    @staticmethod
+    def _allotment_here() -> Allotment:
+        return settings.operator_allotment(os.geteuid()).narrowed(settings.program_layer())
+
+    # --- accepting -------------------------------------------------------------------------------
+
+    def _begin(self, server: Server | Foreign) -> None:
+        """Let a server accept, and tell the program."""
+        if isinstance(server, Server) and id(server) not in self._acceptors:
+            sock = server._socket
+            if sock is not None and sock.sock is not None:
+                self._accept(server, sock)
+        elif isinstance(server, Server):
+            return
+        hooks.emit("listening", server, self.log)
+
+    def _accept(self, server: Server, sock: Socket) -> None:
+        cfg, log = self._configuration()
+        handler = Handler(server, cfg, log, self._lifecycle)
+        acceptor = Acceptor(sock.sock, handler, cfg.worker_connections, share=cfg.workers > 1)
+        self._acceptors[id(server)] = acceptor
+        acceptor.start()
+
+    def _configuration(self) -> tuple[Any, Any]:
+        if self._cfg is None:  # plain Python: gunicorn's defaults
+            from gunicorn.config import Config
+
+            self._cfg = Config()
+            self.log = self._cfg.logger_class(self._cfg)
+        return self._cfg, self.log
+
+    def run_here(self) -> None:
+        """Plain Python: accept until interrupted (Ctrl-C or SIGTERM), then finish what is in hand."""
+        import signal
+
+        import gevent
+        from gevent.event import Event
+
+        end = Event()
+        watchers = [gevent.signal_handler(number, end.set) for number in (signal.SIGINT, signal.SIGTERM)]
+        self.start()
+        hooks.emit("ready", None, self.log)
+        try:
+            end.wait()
+        finally:
+            for watcher in watchers:
+                watcher.cancel()
+            self.stop_accepting()
+            self.wait_idle(self._configuration()[0].graceful_timeout)
+            hooks.emit("exit", None, self.log)
+            for server in list(self.servers):
+                if isinstance(server, Server):
+                    _unlink(server)
+
+    # --- leaving ---------------------------------------------------------------------------------
+
+    def stop_accepting(self) -> None:
+        """Close the listening sockets of our own servers; their connections go on."""
+        for acceptor in self._acceptors.values():
+            acceptor.stop_accepting()
+
+    def idle(self) -> bool:
+        """Whether no server of ours has a connection."""
+        return all(acceptor.idle() for acceptor in self._acceptors.values())
+
+    def kill(self, timeout: float) -> None:
+        for acceptor in self._acceptors.values():
+            acceptor.kill(timeout)
+
+    def wait_idle(self, seconds: float) -> None:
+        import time
+
+        import gevent
+
+        deadline = time.monotonic() + seconds
+        while not self.idle() and time.monotonic() < deadline:
+            gevent.sleep(0.05)
+        self.kill(1)
+
+    # --- what others see -------------------------------------------------------------------------
+
+    def list(self) -> list[ServerInfo]:
+        return [ServerInfo(s.name, s.address, s.placement, s.state) for s in self.servers]
+
+    def serves_in_plain_python(self) -> bool:
+        return any(isinstance(server, Server) and server.state == LISTENING for server in self.servers)
+
+
+def _where(server: Server | Foreign) -> str:
+    address = server.address
+    if isinstance(server, Server):
+        return str(server.want)
+    if isinstance(address, tuple):
+        return format_sockname(address)
+    return str(server.name)
+
+
+def _family(sockname: SockAddr) -> int:
+    return gsocket.AF_INET6 if len(sockname) == 4 else gsocket.AF_INET
+
+
+def _development_port() -> int:
+    text = os.environ.get("PORT", "").strip()
+    if not text:
+        return DEVELOPMENT_PORT
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 65535:
+        raise errors.SettingError(f"PORT={text!r} is not a number from 1 to 65535")
+    return int(text)
+
+
+def _unlink(server: Server) -> None:
+    address = server.address
+    if isinstance(address, str) and address.startswith("unix:"):
+        path = address[len("unix:") :]
+        if os.path.exists(path):
+            os.unlink(path)
+
+
+application = Application()
+
+__all__ = ["CLOSED", "Application", "Foreign", "ServerInfo", "Socket", "application"]

@@ -1,0 +1,491 @@
+"""``bind`` and ``listen`` replaced, so that unmodified servers get the master's sockets.
+
+Runs in: a worker, from just after the fork. Must never: touch a socket that does not bind a TCP
+port to listen: one that connects, UDP, port 0, UNIX sockets.
+
+Facts and rules:
+
+- ``bind`` cannot know whether ``listen`` or ``connect`` follows. So a bind to a TCP port is noted
+  and not done; ``listen`` then takes the master's socket, ``connect`` first does the real bind.
+  In between ``getsockname`` answers what was asked for, as it would for a bound socket.
+- ``listen`` puts the master's socket under the program's own descriptor (``dup2``), so the program
+  keeps its socket object. Options that the program had set are set on the master's socket.
+- The replacement is made on the two classes that all Python sockets derive their system calls from:
+  the standard library's ``socket.socket`` and gevent's inner socket. Names imported before are
+  reached too.
+- The open file description is shared with the siblings, so its ``O_NONBLOCK`` is too. The master
+  sets it; a standard library socket that is set to block keeps it, and waits with a timeout that
+  never ends, which Python does by polling.
+- A captured primary is an AF_UNIX socket under an object that says AF_INET. Whatever object says one
+  and is the other gets a TCP face: peer ('127.0.0.1', 0), and TCP options without effect.
+"""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import os
+import select
+import socket
+import struct
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from gevent import _socket3, monkey
+
+from gunicorn_passenger import errors, holders
+from gunicorn_passenger.address import SockAddr, Tcp, format_tcp, resolve
+from gunicorn_passenger.serving.application import Application, Foreign, Socket
+from gunicorn_passenger.serving.server import CLOSED, LISTENING, LOST
+from gunicorn_passenger.settings import settings
+
+_INET = (socket.AF_INET, socket.AF_INET6)
+
+#: Options that a program sets on a listening socket for the connections accepted from it.
+_OPTIONS = [
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 4),
+    (socket.SOL_SOCKET, socket.SO_LINGER, 8),
+    (socket.SOL_SOCKET, socket.SO_RCVBUF, 4),
+    (socket.SOL_SOCKET, socket.SO_SNDBUF, 4),
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 4),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 4),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 4),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 4),
+    (socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 4),
+]
+
+_TCP_LEVELS = (socket.IPPROTO_TCP, socket.IPPROTO_IP, socket.IPPROTO_IPV6)
+
+#: What a captured server's client looks like, as to Passenger's Node programs.
+_PEER = {socket.AF_INET: ("127.0.0.1", 0), socket.AF_INET6: ("::1", 0, 0, 0)}
+
+#: Seconds; poll(2) takes its timeout in milliseconds as an int.
+_FOR_EVER = 2_000_000.0
+
+
+@dataclass
+class Bound:
+    """A bind that is noted: not done until it is known what for."""
+
+    inode: int
+    host: str
+    port: int
+    name: SockAddr
+    address: Any
+
+
+@dataclass
+class Leased:
+    """A descriptor of this process under which the master's socket lies."""
+
+    inode: int
+    server: Foreign
+    name: SockAddr
+
+
+class Interposition:
+    """The state behind the replaced calls, by descriptor.
+
+    A descriptor may be closed behind our back (``os.close``) and its number reused, so each entry
+    carries the inode of its socket and counts only while that is still the same.
+    """
+
+    def __init__(self, application: Application) -> None:
+        self.application = application
+        self._pid = os.getpid()
+        self._bound: dict[int, Bound] = {}
+        self._leased: dict[int, Leased] = {}
+        #: connections accepted from leased descriptors: descriptor -> inode
+        self._accepted: dict[int, int] = {}
+        #: what a captured primary was asked to be bound to
+        self._primary_name: SockAddr | None = None
+
+    # --- the calls -------------------------------------------------------------------------------
+
+    def bind(self, sock: Any, address: Any) -> bool:
+        """Note a bind; False when it is not ours and must be done."""
+        if os.getpid() != self._pid or not _is_tcp(sock) or not _is_port(address):
+            return False
+        fd = _socket.socket.fileno(sock)
+        if fd < 0 or self.bound(fd) is not None or self.leased(fd) is not None:
+            return False
+        if _socket.socket.getsockname(sock)[1] != 0:
+            return False  # the kernel has bound it already; let it say so
+        host, port = address[0], address[1]
+        if isinstance(host, bytes | bytearray):
+            host = bytes(host).decode("idna")
+        if host in ("", "<broadcast>"):
+            host = {"": ("0.0.0.0", "::")[sock.family == socket.AF_INET6]}.get(host, host)
+        _, numeric = resolve(host, port, sock.family)
+        name: SockAddr = (numeric, port)
+        if sock.family == socket.AF_INET6:
+            name = (numeric, port, *(tuple(address[2:4]) + (0, 0))[:2])  # type: ignore[assignment]
+        for other in list(self._leased):
+            entry = self.leased(other)
+            if entry is not None and entry.name[:2] == name[:2]:
+                raise errors.twice_in_process(format_tcp(numeric, port))
+        self._bound[fd] = Bound(_inode(fd), numeric, port, name, address)
+        return True
+
+    def bound(self, fd: int) -> Bound | None:
+        entry = self._bound.get(fd)
+        if entry is not None and entry.inode != _inode(fd):
+            del self._bound[fd]
+            return None
+        return entry
+
+    def leased(self, fd: int) -> Leased | None:
+        entry = self._leased.get(fd)
+        if entry is not None and entry.inode != _inode(fd):
+            self._end_lease(fd)
+            return None
+        return entry
+
+    def bind_really(self, sock: Any) -> None:
+        """The socket connects after all: do the bind that was noted."""
+        entry = self.bound(_socket.socket.fileno(sock))
+        if entry is not None:
+            del self._bound[_socket.socket.fileno(sock)]
+            _socket.socket.bind(sock, entry.address)
+
+    def listen(self, sock: Any, backlog: int) -> bool:
+        """Put the master's socket under a descriptor that was bound; False when it is none of ours."""
+        fd = _socket.socket.fileno(sock)
+        if self.leased(fd) is not None:
+            return True  # a second listen() would only change the queue that the siblings share
+        entry = self.bound(fd)
+        if entry is None:
+            return False
+        try:
+            server, source, name = self._take(sock, entry, backlog)
+        except errors.PassengerError as error:
+            self.application.refusal = error
+            raise
+        options = _changed_options(sock)
+        try:
+            inheritable = os.get_inheritable(fd)
+            os.dup2(source.fileno(), fd, inheritable=inheritable)
+        finally:
+            source.close()
+        del self._bound[fd]
+        self._leased[fd] = Leased(_inode(fd), server, name)
+        self.application.servers.append(server)
+        _set_options(sock, options)
+        _keep_nonblocking(sock)
+        self.application.foreign_listens(server)
+        return True
+
+    def _take(self, sock: Any, entry: Bound, backlog: int) -> tuple[Foreign, Any, SockAddr]:
+        """The socket for an unmodified server: the primary's, or one of the master's."""
+        application = self.application
+        label = format_tcp(entry.host, entry.port)
+        if settings.auto_install(application.script):
+            if application.primary is not None:
+                application.primary_taken(label)
+            name, source = application.worker.give_primary()
+            server = Foreign(label, f"unix:{name}" if isinstance(name, str) else name[:2], "")
+            application.primary = server
+            self._primary_name = entry.name
+            install_face()
+            return server, source, entry.name
+        application.check_program_allotment(entry.port)
+        settings.placement(entry.port, "shared")
+        assert application.link is not None
+        want = Tcp(entry.host, entry.port)
+        v6only = sock.family == socket.AF_INET6 and bool(
+            sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+        )
+        try:
+            fd, key, sockname = application.link.open(want, label, max(0, backlog), v6only)
+        except errors.BrokerLost as error:
+            application.log.error("%s", error)
+            install_face()
+            return Foreign(label, (entry.host, entry.port), "", LOST), _nowhere(), entry.name
+        source = _socket.socket(fileno=fd)
+        if application.holds(key):
+            source.close()
+            raise errors.twice_in_process(key)
+        opened = Socket(None, sockname, key)
+        return Foreign(label, opened.address, key), source, entry.name
+
+    def closing(self, fd: int) -> None:
+        """A socket object is about to close its descriptor."""
+        self._bound.pop(fd, None)
+        if fd in self._leased:
+            self._end_lease(fd)
+
+    def _end_lease(self, fd: int) -> None:
+        """Give the port back, unless another descriptor of this process still has the socket (dup)."""
+        entry = self._leased.pop(fd)
+        for other in _descriptors_of(entry.inode):
+            if other != fd:
+                self._leased[other] = entry
+                return
+        entry.server.state = CLOSED
+        self.application.foreign_closed(entry.server)
+
+    def sockname(self, sock: Any, real: Any) -> Any:
+        """What ``getsockname()`` answers."""
+        entry = self.bound(_socket.socket.fileno(sock)) if self._bound else None
+        if entry is not None:
+            return entry.name
+        if not isinstance(real, tuple) and sock.family in _INET:
+            return self._primary_name or _PEER[sock.family]
+        return real
+
+    def accepted(self, listener: int, fd: int) -> None:
+        """A connection was accepted; remembered when it came from a leased descriptor."""
+        if listener in self._leased:
+            self._accepted[fd] = _inode(fd)
+
+    def idle(self) -> bool:
+        """Whether no connection is open that an unmodified server has accepted."""
+        self._accepted = {fd: inode for fd, inode in self._accepted.items() if _inode(fd) == inode}
+        return not self._accepted
+
+    def stop_accepting(self) -> None:
+        """A leaving worker: no unmodified server of it accepts any more; what it accepted goes on.
+
+        Its listening descriptors get a socket that nobody can reach, since closing them would pull
+        them from under servers that poll them.
+        """
+        for fd in list(self._leased):
+            if self.leased(fd) is not None:
+                _forget_in_epoll(fd)
+                inert = _nowhere()
+                try:
+                    os.dup2(inert.fileno(), fd, inheritable=False)
+                finally:
+                    inert.close()
+                self._leased.pop(fd, None)
+
+
+def _forget_in_epoll(fd: int) -> None:
+    """Take a descriptor out of every epoll set of this process.
+
+    The kernel drops a registration when the *description* is closed (epoll(7)), and the master keeps
+    it open: the set would go on reporting the old socket under the number of the new one.
+    """
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{name}") == "anon_inode:[eventpoll]":
+                copy = os.dup(int(name))
+                with select.epoll.fromfd(copy) as epoll:
+                    epoll.unregister(fd)
+
+
+def _is_tcp(sock: Any) -> bool:
+    return (
+        sock.family in _INET
+        and (sock.type & 0xF) == socket.SOCK_STREAM
+        and sock.proto in (0, socket.IPPROTO_TCP)
+    )
+
+
+def _is_port(address: Any) -> bool:
+    return (
+        isinstance(address, tuple)
+        and len(address) >= 2
+        and isinstance(address[0], str | bytes | bytearray)
+        and isinstance(address[1], int)
+        and 1 <= address[1] <= 65535
+    )
+
+
+def _inode(fd: int) -> int:
+    try:
+        return os.fstat(fd).st_ino
+    except OSError:
+        return -1
+
+
+def _descriptors_of(inode: int) -> list[int]:
+    found = []
+    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []:
+        if _inode(int(name)) == inode:
+            found.append(int(name))
+    return found
+
+
+def _changed_options(sock: Any) -> list[tuple[int, int, bytes]]:
+    """The options of a socket that differ from those of a new one."""
+    fresh = _socket.socket(sock.family, socket.SOCK_STREAM)
+    changed = []
+    try:
+        for level, option, size in _OPTIONS:
+            with suppress(OSError):
+                value = _socket.socket.getsockopt(sock, level, option, size)
+                if value != fresh.getsockopt(level, option, size):
+                    changed.append((level, option, value))
+    finally:
+        fresh.close()
+    return changed
+
+
+def _set_options(sock: Any, options: list[tuple[int, int, bytes]]) -> None:
+    for level, option, value in options:
+        if option in (socket.SO_RCVBUF, socket.SO_SNDBUF) and level == socket.SOL_SOCKET:
+            # the kernel doubles what is set (socket(7)), so half of what was read is what was set
+            value = struct.pack("i", struct.unpack("i", value)[0] // 2)
+        with suppress(OSError):
+            _socket.socket.setsockopt(sock, level, option, value)
+
+
+def _nowhere() -> Any:
+    """A listening socket that nobody can find: an abstract UNIX socket with a name of the kernel's."""
+    sock = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.bind("")
+    sock.listen(1)
+    sock.setblocking(False)
+    return sock
+
+
+def _keep_nonblocking(sock: Any) -> None:
+    """A socket of the standard library that blocks: wait by polling, the description is shared."""
+    os.set_blocking(_socket.socket.fileno(sock), False)
+    if isinstance(sock, _native_class) and _socket.socket.gettimeout(sock) is None:
+        _socket.socket.settimeout(sock, _FOR_EVER)
+
+
+# --- the replaced methods -------------------------------------------------------------------------
+
+_state: list[Interposition] = []
+_native_class: type = monkey.get_original("socket", "socket")
+
+
+def install(application: Application) -> Interposition:
+    """Replace the calls in this process."""
+    interposition = Interposition(application)
+    if not _state:
+        _state.append(interposition)
+        for cls in (_native_class, _socket3._wrefsocket):
+            _replace(cls)
+    _state[:] = [interposition]
+    return interposition
+
+
+def _replace(cls: Any) -> None:
+    def bind(self: Any, address: Any) -> None:
+        if not _state[0].bind(self, address):
+            _socket.socket.bind(self, address)
+
+    def listen(self: Any, *args: int) -> None:
+        if not _state[0].listen(self, args[0] if args else 128):
+            _socket.socket.listen(self, *args)
+
+    def connect(self: Any, address: Any) -> None:
+        _state[0].bind_really(self)
+        _socket.socket.connect(self, address)
+
+    def connect_ex(self: Any, address: Any) -> int:
+        try:
+            _state[0].bind_really(self)
+        except OSError as error:
+            return error.errno or errno.EADDRINUSE
+        return _socket.socket.connect_ex(self, address)
+
+    def _accept(self: Any) -> tuple[int, Any]:
+        fd, peer = _socket.socket._accept(self)  # type: ignore[attr-defined]
+        _state[0].accepted(_socket.socket.fileno(self), fd)
+        if not isinstance(peer, tuple) and self.family in _INET:
+            peer = _PEER[self.family]
+        return fd, peer
+
+    def getsockname(self: Any) -> Any:
+        return _state[0].sockname(self, _socket.socket.getsockname(self))
+
+    def settimeout(self: Any, value: Any) -> None:
+        _socket.socket.settimeout(self, value)
+        if _state[0].leased(_socket.socket.fileno(self)) is not None:
+            _keep_nonblocking(self)
+
+    def setblocking(self: Any, flag: bool) -> None:
+        settimeout(self, None if flag else 0.0)
+
+    # gevent's inner socket is closed by close(), the standard library's by _real_close()
+    if cls is _native_class:
+        real_close = cls._real_close
+
+        def _real_close(self: Any, *args: Any, **kwargs: Any) -> None:
+            _state[0].closing(_socket.socket.fileno(self))
+            real_close(self, *args, **kwargs)
+
+        cls._real_close = _real_close
+        cls.settimeout = settimeout
+        cls.setblocking = setblocking
+    else:
+
+        def close(self: Any) -> None:
+            _state[0].closing(_socket.socket.fileno(self))
+            _socket.socket.close(self)
+
+        cls.close = close
+    for function in (bind, listen, connect, connect_ex, getsockname, _accept):
+        function.__qualname__ = f"{cls.__qualname__}.{function.__name__}"
+        setattr(cls, function.__name__, function)
+
+
+_faced: list[bool] = []
+
+
+def install_face() -> None:
+    """Give AF_UNIX sockets under AF_INET objects a TCP face; from the first captured server on."""
+    if _faced:
+        return
+    _faced.append(True)
+    for cls in (_native_class, _socket3._wrefsocket):
+        _put_face_on(cls)
+
+
+def _put_face_on(cls: Any) -> None:
+    def getpeername(self: Any) -> Any:
+        peer = _socket.socket.getpeername(self)
+        if not isinstance(peer, tuple) and self.family in _INET:
+            return _PEER[self.family]
+        return peer
+
+    def setsockopt(self: Any, *args: Any) -> None:
+        try:
+            _socket.socket.setsockopt(self, *args)
+        except OSError:
+            if not _is_disguised(self, args[0]):
+                raise
+
+    def getsockopt(self: Any, *args: Any) -> Any:
+        try:
+            return _socket.socket.getsockopt(self, *args)
+        except OSError:
+            if not _is_disguised(self, args[0]):
+                raise
+            return b"\0" * args[2] if len(args) > 2 else 0
+
+    for function in (getpeername, setsockopt, getsockopt):
+        function.__qualname__ = f"{cls.__qualname__}.{function.__name__}"
+        setattr(cls, function.__name__, function)
+
+
+def _is_disguised(sock: Any, level: int) -> bool:
+    return (
+        level in _TCP_LEVELS
+        and sock.family in _INET
+        and _socket.socket.getsockopt(sock, socket.SOL_SOCKET, socket.SO_DOMAIN) == socket.AF_UNIX
+    )
+
+
+def strays() -> list[str]:
+    """Ports that this process listens on without having asked: opened by code outside Python's socket."""
+    mine = set()
+    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []:
+        mine.add(_inode(int(name)))
+    known = {entry.inode for interposition in _state for entry in interposition._leased.values()}
+    return [
+        str(port)
+        for port, entries in holders.listening().items()
+        for inode, _ in entries
+        if inode in mine and inode not in known
+    ]
+
+
+__all__ = ["LISTENING", "Interposition", "install", "install_face", "strays"]

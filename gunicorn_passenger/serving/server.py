@@ -1,0 +1,154 @@
+"""A server of the program: what ``create_server()`` returns.
+
+Runs in: a worker, plain Python, or the master with ``--preload`` (where it only notes what it is
+to do). Must never: bind a port itself; :mod:`.application` knows where sockets come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from gunicorn_passenger import errors
+from gunicorn_passenger.address import Address, Primary, Tcp, format_sockname, parse
+from gunicorn_passenger.settings import check_placement, settings
+
+if TYPE_CHECKING:
+    from gunicorn_passenger.serving.application import Socket
+
+WSGIApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+
+S = TypeVar("S", bound="Server")
+
+#: the states of a server, as ``servers()`` shows them
+NEW, WAITING, LISTENING, CLOSED, LOST = "new", "waiting", "listening", "closed", "lost"
+
+
+class Server:
+    """Serves one WSGI application on one address, in every worker.
+
+    A ``Server`` is itself a WSGI callable, so that ``application = create_server(app).listen("passenger")``
+    is a module that gunicorn can load.
+    """
+
+    def __init__(self, app: WSGIApp) -> None:
+        if not callable(app):
+            raise errors.not_callable(app)
+        self.app = app
+        self.placement = "shared"
+        self.state = NEW
+        self._name: str | None = None
+        self._want: Address | None = None
+        self._socket: Socket | None = None
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        return self.app(environ, start_response)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r} {self.state} {self._label()}>"
+
+    @property
+    def name(self) -> str:
+        """The name given to ``listen()``, or one made from the application's own."""
+        return self._name or default_name(self.app)
+
+    @property
+    def address(self) -> tuple[str, int] | str | None:
+        """What is really bound: ``(host, port)`` or ``"unix:/path"``; ``None`` before and after."""
+        return self._socket.address if self._socket is not None else None
+
+    @property
+    def listening(self) -> bool:
+        """Whether clients can connect and are, or will be once the worker is ready, accepted."""
+        return self.state == LISTENING
+
+    @property
+    def want(self) -> Address | None:
+        """Where ``listen()`` was asked to be."""
+        return self._want
+
+    def listen(
+        self: S,
+        address: object,
+        *,
+        host: str = "127.0.0.1",
+        name: str | None = None,
+        placement: str = "shared",
+    ) -> S:
+        """Accept connections on an address; the listening socket comes from the gunicorn master.
+
+        :param address: ``"passenger"`` (the primary socket, which the web server reaches), a port
+            number, ``"host:port"``, ``"[::1]:port"``, ``"unix:/path"``, or ``"auto"`` (any free port
+            of the allotment, one for all workers).
+        :param host: the host for a bare port and for ``"auto"``.
+        :param name: names the server in :func:`gunicorn_passenger.servers` and in the log.
+        :param placement: ``"shared"``: all workers accept from the one socket.
+        :returns: the server itself.
+        :raises errors.ListenError: (an ``OSError``) when it cannot listen there; ``PortNotAllotted``
+            and ``PortInUse`` are kinds of it.
+        :raises errors.AlreadyInstalled: when the primary socket has its server.
+        """
+        from gunicorn_passenger.serving.application import application
+
+        if self.state == CLOSED:
+            raise errors.closed_server(self.name)
+        if self.state != NEW:
+            raise errors.already_listening(self.name, self._label())
+        want = parse(address, host)
+        if name is not None and (not isinstance(name, str) or not name.strip() or len(name) > 200):
+            raise errors.SettingError(f"name={name!r}: a server's name is a string of 1 to 200 characters")
+        if isinstance(want, Tcp):
+            placement = settings.placement(want.port, placement)
+        self.placement = check_placement(placement)
+        self._name = name
+        self._want = want
+        try:
+            application.add(self)
+        except BaseException:
+            self._want, self._name = None, None
+            raise
+        return self
+
+    def close(self) -> None:
+        """Stop accepting, in this worker; what was accepted is finished. Harmless when repeated.
+
+        The master closes the port when no worker has wanted it for the grace period.
+        """
+        from gunicorn_passenger.serving.application import application
+
+        if self.state != CLOSED:
+            application.remove(self)
+            self.state = CLOSED
+            self._socket = None
+
+    def attach(self, sock: Socket | None, state: str) -> None:
+        """Called by the application when the server's socket is there, or lost."""
+        self._socket = sock
+        self.state = state
+
+    def _label(self) -> str:
+        if self._socket is not None:
+            return format_sockname(self._socket.sockname)
+        return "nowhere" if self._want is None else str(self._want)
+
+    @property
+    def is_primary(self) -> bool:
+        return isinstance(self._want, Primary)
+
+
+def default_name(app: object) -> str:
+    """A name for an application: the same in every worker, so that equal servers find each other."""
+    owner = app if hasattr(app, "__qualname__") else type(app)
+    module = getattr(owner, "__module__", None) or ""
+    own = str(getattr(app, "import_name", "") or getattr(app, "name", "") or "")
+    text = f"{module}.{getattr(owner, '__qualname__', 'app')}"
+    return f"{text}({own})" if own and own.isprintable() else text
+
+
+def create_server(app: WSGIApp) -> Server:
+    """Make a server for a WSGI application; ``.listen(address)`` starts it.
+
+    :param app: a WSGI callable.
+    :raises TypeError: when it is not callable.
+    """
+    return Server(app)

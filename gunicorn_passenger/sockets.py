@@ -1,0 +1,105 @@
+"""Opening listening sockets, for whoever holds them.
+
+Runs in: the master, and plain Python. Must never: run in a worker, which gets its sockets from
+the master; block, or decide whether a port is allowed.
+"""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import os
+import socket
+import stat
+
+from gunicorn_passenger import errors, holders
+from gunicorn_passenger.address import SockAddr, format_tcp
+
+
+def open_tcp(family: int, host: str, port: int, backlog: int, v6only: bool = False) -> _socket.socket:
+    """A TCP socket that listens on a numeric host; port 0 lets the kernel choose.
+
+    :raises errors.PortInUse: names the holder, where the system tells.
+    :raises errors.ListenError: for whatever else the kernel refuses.
+    """
+    sock = None
+    label = format_tcp(host, port)
+    try:
+        sock = _socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(v6only))
+        sock.bind((host, port))
+        sock.listen(backlog)
+    except OSError as error:
+        if sock is not None:
+            sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise errors.in_use(label, holders.describe(port)) from None
+        raise errors.cannot_open(label, error) from None
+    return sock
+
+
+def open_unix(path: str, mode: int, backlog: int) -> _socket.socket:
+    """A UNIX socket that listens at an absolute path; a dead server's file there is replaced.
+
+    :param mode: of the socket's file; who may write it may connect (unix(7)).
+    :raises errors.PortInUse: when somebody listens there.
+    :raises errors.ListenError: when something else stands there, or the kernel refuses.
+    """
+    sock = None
+    try:
+        _clear_stale(path)
+        sock = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        # The file gets the mode of the socket's own inode, so that nobody can connect before a
+        # chmod, and the process's umask, which other threads use, stays as it is.
+        os.fchmod(sock.fileno(), mode)
+        sock.bind(path)
+        sock.listen(backlog)
+    except OSError as error:
+        if sock is not None:
+            sock.close()
+        if isinstance(error, errors.ListenError):
+            raise
+        raise errors.cannot_open(f"unix:{path}", error) from None
+    return sock
+
+
+def file_id(path: str) -> tuple[int, int] | None:
+    """Device and inode of a file, so that only our own is removed later."""
+    try:
+        info = os.lstat(path)
+    except (OSError, ValueError):
+        return None
+    return info.st_dev, info.st_ino
+
+
+def _clear_stale(path: str) -> None:
+    try:
+        info = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(info.st_mode):
+        raise errors.unix_not_a_socket(path)
+    if answers(path):
+        raise errors.in_use(f"unix:{path}", "another program")
+    os.unlink(path)
+
+
+def answers(path: str) -> bool:
+    """Whether anybody listens on a UNIX socket; asked without waiting.
+
+    A full queue (EAGAIN) is somebody's too; ECONNREFUSED means that nobody is there (connect(2)).
+    """
+    probe = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        probe.setblocking(False)
+        return probe.connect_ex(path) not in (errno.ECONNREFUSED, errno.ENOENT)
+    finally:
+        probe.close()
+
+
+def sockname(sock: _socket.socket) -> SockAddr | str:
+    """What a socket is bound to: a tuple, or the path of a UNIX socket."""
+    name: SockAddr | str = sock.getsockname()
+    return name

@@ -1,0 +1,239 @@
+"""The gunicorn worker class: joins the master's broker and the program's servers.
+
+Runs in: the master (``setup``, ``check_config``, ``__init__``) and a worker (all else).
+Must never: open a port.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import time
+from typing import Any
+
+import gevent
+from gevent import hub, monkey
+from gevent import socket as gsocket
+from gevent.event import Event
+from gunicorn.arbiter import Arbiter
+from gunicorn.sock import ssl_context
+from gunicorn.workers.ggevent import GeventWorker
+
+from gunicorn_passenger import hooks
+from gunicorn_passenger.address import format_sockname
+from gunicorn_passenger.errors import PassengerError
+from gunicorn_passenger.master import entry
+from gunicorn_passenger.serving import interpose
+from gunicorn_passenger.serving.application import Foreign, application
+from gunicorn_passenger.serving.http import Acceptor
+from gunicorn_passenger.serving.link import Link
+from gunicorn_passenger.settings import settings
+
+
+class Worker(GeventWorker):  # type: ignore[misc]
+    """``gunicorn -k gunicorn_passenger.Worker``: a gevent worker with second servers."""
+
+    # --- in the master ---------------------------------------------------------------------------
+
+    @classmethod
+    def setup(cls) -> None:
+        """gunicorn has read its configuration; with --preload it loads the program next."""
+        settings.operator_done()
+        application.enter_master()
+
+    @classmethod
+    def check_config(cls, cfg: Any, _log: Any) -> None:
+        """Called before gunicorn's ``when_ready``."""
+        entry.attach(cfg)
+
+    def __init__(
+        self, age: int, ppid: int, sockets: list[Any], app: Any, timeout: float, cfg: Any, log: Any
+    ) -> None:
+        """Called in the master, just before the fork."""
+        self.channel, primary = entry.prepare_worker(age, sockets, cfg, log)
+        self.inherited = sockets
+        super().__init__(age, ppid, list(primary), app, timeout, cfg, log)
+        self._acceptors: list[Acceptor] = []
+        self._given: list[Any] = []
+        self._leaving: Any = None
+        self._interposition: Any = None
+
+    # --- in the worker ---------------------------------------------------------------------------
+
+    def init_process(self) -> None:
+        """Called after the fork: from here to the end the process is the worker."""
+        try:
+            self._take_sockets()
+            monkey.patch_all()
+            hub.reinit()
+            self.sockets = [
+                gsocket.socket(s.FAMILY, gsocket.SOCK_STREAM, fileno=s.sock.detach()) for s in self.sockets
+            ]
+            self._leaving = Event()
+            settings.program_runs()
+            application.enter_worker(self, Link(self.channel, self.log))
+            self._interposition = interpose.install(application)
+            # gunicorn's own GeventWorker.init_process patches and wraps again; the rest is its parent's
+            super(GeventWorker, self).init_process()
+        except PassengerError as error:
+            self._give_up(error)
+        except OSError as error:
+            self._hint_at_strays(error)
+            raise
+
+    def _take_sockets(self) -> None:
+        """Keep the primary's listeners; close the ports, which are asked for, not inherited."""
+        if self.cfg.reuse_port:
+            # gunicorn has just made this worker its own sockets, for every bind
+            unix = [s for s in self.sockets if s.FAMILY == gsocket.AF_UNIX]
+            self.sockets, spare = unix or self.sockets[:1], (self.sockets[1:] if not unix else [])
+        else:
+            spare = [s for s in self.inherited if s not in self.sockets]
+        for listener in spare:
+            if listener.sock is not None:
+                listener.sock.close()
+                listener.sock = None
+        self.inherited = []
+
+    def load_wsgi(self) -> None:
+        """Load the program; what it cannot have stops the start with one line."""
+        try:
+            super().load_wsgi()
+        except SystemExit:
+            # a server that turns a refused listen into sys.exit() would be started again for ever
+            if application.refusal is None:
+                raise
+            raise application.refusal from None
+        self._loaded = self.wsgi
+
+    def _give_up(self, error: PassengerError) -> None:
+        if self.booted:
+            self.log.error("%s", error)
+            sys.exit(-1)
+        link = application.link
+        if link is None or not link.fault(str(error)):
+            self.log.error("%s", error)
+        # the master halts with this status instead of starting the next worker
+        sys.exit(Arbiter.APP_LOAD_ERROR)
+
+    def _hint_at_strays(self, error: OSError) -> None:
+        if error.errno == errno.EADDRINUSE and not self.booted:
+            self.log.error(
+                "A server that the program opens does not go through Python's socket module, so the master "
+                "cannot share its port among the workers (%s): run it with one worker, or pass it a "
+                "listening socket made by Python",
+                error,
+            )
+
+    def run(self) -> None:
+        """Serve until told to leave, then finish what was let in."""
+        application.start()
+        self._serve_primaries()
+        self._warn_of_strays()
+        assert application.link is not None
+        application.link.ready()
+        hooks.emit("ready", self, self.log)
+        while self.alive:
+            self.notify()
+            self._leaving.wait(timeout=1.0)
+        self._leave()
+        hooks.emit("exit", self, self.log)
+
+    # --- the primary -----------------------------------------------------------------------------
+
+    def _serve_primaries(self) -> None:
+        primary = application.primary
+        if isinstance(primary, Foreign):
+            if len(self.sockets) > 1:
+                self.log.warning(
+                    "%s was captured as the primary and can accept from one socket only: %s is not served",
+                    primary.name,
+                    ", ".join(format_sockname(s.getsockname()) for s in self.sockets[1:]),
+                )
+            return
+        if primary is not None:
+            self.wsgi = primary.app
+        tls = {"ssl_context": ssl_context(self.cfg)} if self.cfg.is_ssl else {}
+        for sock in self.sockets:
+            sock.setblocking(1)
+            acceptor = Acceptor(sock, self, self.worker_connections, share=self.cfg.workers > 1, **tls)
+            acceptor.start()
+            self._acceptors.append(acceptor)
+
+    def serve_primary(self, app: Any) -> None:
+        """From now on the primary is ``app``; without one, what gunicorn loaded."""
+        if self.booted:
+            self.wsgi = app or self._loaded
+
+    def primary_name(self) -> Any:
+        """What the primary socket is bound to."""
+        return self.sockets[0].getsockname() if self.sockets else self._given[0]
+
+    def give_primary(self) -> tuple[Any, Any]:
+        """The primary socket for an unmodified server, which accepts from it itself.
+
+        :returns: what it is bound to, and a socket whose descriptor the caller may copy.
+        """
+        for acceptor in self._acceptors[:1]:
+            acceptor.stop_accepting()
+        first = self.sockets[0]
+        name = first.getsockname()
+        self._given = [name]
+        return name, first.dup()
+
+    # --- leaving ---------------------------------------------------------------------------------
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        super().handle_exit(sig, frame)
+        if self._leaving is not None:
+            gevent.spawn(self._leaving.set)
+
+    def _leave(self) -> None:
+        """Stop accepting everywhere, finish what is in hand within the graceful timeout."""
+        for acceptor in self._acceptors:
+            acceptor.stop_accepting()
+        application.stop_accepting()
+        self._interposition.stop_accepting()
+        deadline = time.monotonic() + self.cfg.graceful_timeout
+        while not self._idle():
+            if time.monotonic() >= deadline:
+                self.log.warning("Worker graceful timeout (pid:%s)", self.pid)
+                for acceptor in self._acceptors:
+                    acceptor.kill(1)
+                application.kill(1)
+                return
+            self.notify()
+            gevent.sleep(0.1)
+
+    def _idle(self) -> bool:
+        return (
+            all(acceptor.idle() for acceptor in self._acceptors)
+            and application.idle()
+            and bool(self._interposition.idle())
+        )
+
+    # --- what cannot be reached ------------------------------------------------------------------
+
+    def _warn_of_strays(self) -> None:
+        if self.cfg.workers < 2:
+            return
+        try:
+            ports = interpose.strays()
+        except OSError:
+            return
+        ports = [p for p in ports if p not in self._own_ports()]
+        if ports and os.path.isdir("/proc/self"):
+            self.log.warning(
+                "Port %s was opened by code that does not go through Python's socket module: the master "
+                "cannot share it, so this worker alone has it (pid:%s)",
+                ", ".join(sorted(ports)),
+                self.pid,
+            )
+
+    def _own_ports(self) -> set[str]:
+        ports = {str(s.getsockname()[1]) for s in self.sockets if s.family != gsocket.AF_UNIX}
+        for server in application.servers:
+            if isinstance(server.address, tuple):
+                ports.add(str(server.address[1]))
+        return ports
