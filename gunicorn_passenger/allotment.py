@@ -211,7 +211,7 @@ def _read_trusted(path: str) -> str | None:
             raise SettingError(f"{path}: is not a regular file")
         if info.st_uid != 0:
             raise SettingError(
-                f"{path}: is owned by {account_name(info.st_uid)}, it must be owned by root (chown root {path})"
+                f"{path}: is owned by {account_name(info.st_uid)}, it must be root's (chown root {path})"
             )
         if info.st_mode & 0o022:
             raise SettingError(

@@ -91,7 +91,7 @@ class Ready(Message):
 
 @dataclass(frozen=True)
 class Fault(Message):
-    """The worker could not start, or lost a server; the master logs it once. Not answered."""
+    """The worker cannot start; the master logs the text once. Answered by Noted."""
 
     text: str
 
@@ -116,6 +116,16 @@ class Refused(Message):
     kind: str
     errno: int
     text: str
+
+
+@dataclass(frozen=True)
+class Noted(Message):
+    """A fault was logged. ``halt`` tells the one worker that is to exit with gunicorn's status for it.
+
+    gunicorn halts on the first such status; a second one while it halts would break the halt off.
+    """
+
+    halt: bool
 
 
 @dataclass(frozen=True)

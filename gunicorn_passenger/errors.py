@@ -166,7 +166,9 @@ def cannot_open(address: str, error: OSError) -> ListenError:
 
 def _advice(error: OSError, address: str) -> str:
     if error.errno == errno.EACCES and not address.startswith("unix:"):
-        return "; the master may not bind it: use a port above 1023 or start gunicorn with the right to bind it"
+        return (
+            "; the master may not bind it: use a port above 1023 or start gunicorn with the right to bind it"
+        )
     if error.errno == errno.EADDRNOTAVAIL:
         return "; it is no address of this machine"
     if error.errno == errno.ENOENT:

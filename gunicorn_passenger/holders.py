@@ -24,8 +24,9 @@ class Holder:
     user: str
 
     def __str__(self) -> str:
-        who = f"{self.name} (pid {self.pid}, user {self.user})" if self.pid else f"a program of user {self.user}"
-        return who
+        if self.pid is None:
+            return f"a program of user {self.user}"
+        return f"{self.name} (pid {self.pid}, user {self.user})"
 
 
 def listening() -> dict[int, list[tuple[int, int]]]:

@@ -67,7 +67,9 @@ def _placement(value: object, where: str) -> dict[int, str]:
     elif isinstance(value, Mapping):
         pairs = [(str(port), name) for port, name in value.items()]
     else:
-        raise SettingError(f"{where}: {value!r} is no mapping of ports to placements, such as {{9000: 'shared'}}")
+        raise SettingError(
+            f"{where}: {value!r} is no mapping of ports to placements, such as {{9000: 'shared'}}"
+        )
     table: dict[int, str] = {}
     for port, name in pairs:
         for number in parse_ports(port, where):
@@ -182,7 +184,9 @@ class Settings:
         ports = {**self._reading, **self.program}.get("ports")
         if ports is None:
             return None
-        return Layer(ports, "configure() in the application", "add it to configure(ports=...) in the application")
+        return Layer(
+            ports, "configure() in the application", "add it to configure(ports=...) in the application"
+        )
 
     def check_environment(self) -> None:
         """:raises SettingError: for a ``PASSENGER_*`` variable whose value cannot be used."""

@@ -6,6 +6,7 @@ Must never: open a port.
 
 from __future__ import annotations
 
+import _socket
 import errno
 import os
 import sys
@@ -20,7 +21,7 @@ from gunicorn.arbiter import Arbiter
 from gunicorn.sock import ssl_context
 from gunicorn.workers.ggevent import GeventWorker
 
-from gunicorn_passenger import hooks
+from gunicorn_passenger import errors, hooks
 from gunicorn_passenger.address import format_sockname
 from gunicorn_passenger.errors import PassengerError
 from gunicorn_passenger.master import entry
@@ -30,9 +31,17 @@ from gunicorn_passenger.serving.http import Acceptor
 from gunicorn_passenger.serving.link import Link
 from gunicorn_passenger.settings import settings
 
+#: Seconds that a worker which cannot start waits for gunicorn's halt, when a sibling has caused it.
+_HALT_WAIT = 10.0
 
-class Worker(GeventWorker):  # type: ignore[misc]
+
+class Worker(GeventWorker):
     """``gunicorn -k gunicorn_passenger.Worker``: a gevent worker with second servers."""
+
+    # gunicorn's own attributes, which it does not annotate
+    alive: bool
+    sockets: list[Any]
+    wsgi: Any
 
     # --- in the master ---------------------------------------------------------------------------
 
@@ -55,7 +64,9 @@ class Worker(GeventWorker):  # type: ignore[misc]
         self.inherited = sockets
         super().__init__(age, ppid, list(primary), app, timeout, cfg, log)
         self._acceptors: list[Acceptor] = []
-        self._given: list[Any] = []
+        self._primary_name: Any = None
+        #: why the program cannot go on although it had started
+        self.failure: PassengerError | None = None
         self._leaving: Any = None
         self._interposition: Any = None
 
@@ -70,6 +81,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
             self.sockets = [
                 gsocket.socket(s.FAMILY, gsocket.SOCK_STREAM, fileno=s.sock.detach()) for s in self.sockets
             ]
+            self._primary_name = self.sockets[0].getsockname()
             self._leaving = Event()
             settings.program_runs()
             application.enter_worker(self, Link(self.channel, self.log))
@@ -108,12 +120,20 @@ class Worker(GeventWorker):  # type: ignore[misc]
         self._loaded = self.wsgi
 
     def _give_up(self, error: PassengerError) -> None:
-        if self.booted:
+        try:
+            assert application.link is not None
+            halt = application.link.fault(str(error))
+        except errors.BrokerLost:
             self.log.error("%s", error)
-            sys.exit(-1)
-        link = application.link
-        if link is None or not link.fault(str(error)):
-            self.log.error("%s", error)
+            halt = True
+        if not halt:
+            # a sibling's exit halts gunicorn, which then tells this worker to go
+            deadline = time.monotonic() + _HALT_WAIT
+            while self.alive and time.monotonic() < deadline:
+                self.notify()
+                self._leaving.wait(timeout=1.0)
+            if not self.alive:
+                sys.exit(0)
         # the master halts with this status instead of starting the next worker
         sys.exit(Arbiter.APP_LOAD_ERROR)
 
@@ -139,6 +159,10 @@ class Worker(GeventWorker):  # type: ignore[misc]
             self._leaving.wait(timeout=1.0)
         self._leave()
         hooks.emit("exit", self, self.log)
+        if self.failure is not None:
+            self.alive = True  # it waits for gunicorn's halt
+            self._leaving.clear()
+            raise self.failure
 
     # --- the primary -----------------------------------------------------------------------------
 
@@ -151,6 +175,8 @@ class Worker(GeventWorker):  # type: ignore[misc]
                     primary.name,
                     ", ".join(format_sockname(s.getsockname()) for s in self.sockets[1:]),
                 )
+            for sock in self.sockets:
+                sock.close()
             return
         if primary is not None:
             self.wsgi = primary.app
@@ -168,19 +194,15 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
     def primary_name(self) -> Any:
         """What the primary socket is bound to."""
-        return self.sockets[0].getsockname() if self.sockets else self._given[0]
+        return self._primary_name
 
-    def give_primary(self) -> tuple[Any, Any]:
-        """The primary socket for an unmodified server, which accepts from it itself.
-
-        :returns: what it is bound to, and a socket whose descriptor the caller may copy.
-        """
-        for acceptor in self._acceptors[:1]:
+    def give_primary(self) -> Any:
+        """A copy of the primary socket for an unmodified server, which accepts from it itself."""
+        listener = self._acceptors[0].listener if self._acceptors else self.sockets[0]
+        copy = _socket.socket(fileno=os.dup(listener.fileno()))
+        for acceptor in self._acceptors:
             acceptor.stop_accepting()
-        first = self.sockets[0]
-        name = first.getsockname()
-        self._given = [name]
-        return name, first.dup()
+        return copy
 
     # --- leaving ---------------------------------------------------------------------------------
 
@@ -232,7 +254,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
             )
 
     def _own_ports(self) -> set[str]:
-        ports = {str(s.getsockname()[1]) for s in self.sockets if s.family != gsocket.AF_UNIX}
+        ports = {str(self._primary_name[1])} if isinstance(self._primary_name, tuple) else set()
         for server in application.servers:
             if isinstance(server.address, tuple):
                 ports.add(str(server.address[1]))

@@ -20,6 +20,7 @@ from __future__ import annotations
 import fcntl
 import os
 import select
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,7 +30,7 @@ from typing import Any
 from gunicorn_passenger import channel, errors, native
 from gunicorn_passenger.address import format_sockname
 from gunicorn_passenger.allotment import Allotment
-from gunicorn_passenger.channel import Close, Fault, Open, Opened, Ready, Refused, Rejected
+from gunicorn_passenger.channel import Close, Fault, Noted, Open, Opened, Ready, Refused, Rejected
 from gunicorn_passenger.master.listeners import Held, Listeners, Port
 
 #: How long a fork waits for the broker to finish what it does, in seconds.
@@ -87,6 +88,7 @@ class Broker:
         os.set_blocking(self._wake_write, False)
         self._running = False
         self._faults: set[str] = set()
+        self._halting = 0  # age of the worker whose exit makes gunicorn halt
         self._gone: list[int] = []  # ages of workers that the arbiter has reaped
         handed = set(filter(None, os.environ.pop(HANDOVER, "").split("\n")))
         cfg.env_orig.pop(HANDOVER, None)
@@ -142,6 +144,7 @@ class Broker:
             self.cfg = self.listeners.cfg = cfg
             self.allotment = allotment
             self.grace = grace
+            self._faults.clear()
 
     def prepare(self, age: int, listening: list[Any]) -> Any:
         """Make the channel of a worker that is about to be forked; returns the worker's end.
@@ -228,7 +231,9 @@ class Broker:
         embryo, self._embryo = self._embryo, None
         if embryo is not None:
             embryo.ours.close()
-            if not embryo.armed:
+            if embryo.armed:
+                _leave_when_told()
+            else:
                 embryo.theirs.close()
         for link in self._links.values():
             link.sock.close()
@@ -299,11 +304,24 @@ class Broker:
             self._release(link.age, message.key)
         elif isinstance(message, Ready):
             link.ready = True
-            self._faults.clear()
+            self._warn_unclaimed()
         elif isinstance(message, Fault):
             self._fault(message.text)
+            self._halting = self._halting or link.age
+            self._answer(link, Noted(message.id, self._halting == link.age))
         else:
             self._malformed(link, channel.Malformed(f"{type(message).__name__} is the master's", message.id))
+
+    def _warn_unclaimed(self) -> None:
+        """Once a program is ready: name the binds that it has left waiting."""
+        for port in self.listeners.ports.values():
+            if port.bound and not port.claimed:
+                port.claimed = True
+                self.log.warning(
+                    "%s is in gunicorn's bind, but no server of the program listens on it: "
+                    "call listen() on it or take it out of bind",
+                    port.key,
+                )
 
     def _malformed(self, link: Link, error: channel.Malformed) -> None:
         link.malformed += 1
@@ -392,8 +410,10 @@ class Broker:
             self.listeners.ports.clear()
 
     def _undecided(self) -> bool:
-        return self.arbiter is not None and self._listening is not self.arbiter.LISTENERS and bool(
-            self.listeners.ports
+        return (
+            self.arbiter is not None
+            and self._listening is not self.arbiter.LISTENERS
+            and bool(self.listeners.ports)
         )
 
     def _close_idle(self) -> None:
@@ -432,6 +452,20 @@ class Broker:
             if port.idle_since is not None
         ]
         return min(waits, default=None)
+
+
+def _leave_when_told() -> None:
+    """A worker that is told to stop while it boots goes at once.
+
+    Until it has set its own handlers it has the arbiter's, which only put the signal into a queue
+    that nobody reads in a child: the stop would be lost, and gunicorn wait for its timeout.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, _exit)
+
+
+def _exit(_number: int, _frame: Any) -> None:
+    raise SystemExit(0)
 
 
 _brokers: list[Broker] = []

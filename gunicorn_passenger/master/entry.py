@@ -95,7 +95,7 @@ def _warn_if_open_to_all(path: str, log: Any, cfg: Any) -> None:
         mode = os.stat(path).st_mode
     except OSError:
         return
-    if mode & 0o002:
+    if mode & 0o002 and _reachable_by_all(path):
         log.warning(
             "Everybody on this machine may connect to unix:%s (its mode is %04o): set gunicorn's umask "
             "(--umask 007, now %03o) so that only the web server's group may",
@@ -103,6 +103,17 @@ def _warn_if_open_to_all(path: str, log: Any, cfg: Any) -> None:
             mode & 0o7777,
             cfg.umask,
         )
+
+
+def _reachable_by_all(path: str) -> bool:
+    """Whether every directory above the socket lets everybody through."""
+    directory = os.path.dirname(os.path.abspath(path))
+    while True:
+        if not os.stat(directory).st_mode & 0o001:
+            return False
+        if directory == os.path.dirname(directory):
+            return True
+        directory = os.path.dirname(directory)
 
 
 _known: list[Any] = []

@@ -52,15 +52,15 @@ class Held:
                 sock.close()
 
 
-class HeldTCP(Held, TCPSocket):  # type: ignore[misc]
+class HeldTCP(Held, TCPSocket):
     """A run-time port on IPv4."""
 
 
-class HeldTCP6(Held, TCP6Socket):  # type: ignore[misc]
+class HeldTCP6(Held, TCP6Socket):
     """A run-time port on IPv6."""
 
 
-class HeldUnix(Held, UnixSocket):  # type: ignore[misc]
+class HeldUnix(Held, UnixSocket):
     """A run-time UNIX socket."""
 
 

@@ -153,7 +153,7 @@ def request_target(environ: dict[str, Any], base: str = "") -> str:
         raw = quote(path.encode("latin-1"), safe="/%:@!$&'()*+,;=~-._")
         if environ.get("QUERY_STRING"):
             raw += "?" + environ["QUERY_STRING"]
-    return base + raw.partition("#")[0]
+    return base + str(raw).partition("#")[0]
 
 
 class Exchange:

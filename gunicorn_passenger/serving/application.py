@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from gevent import socket as gsocket
 
 from gunicorn_passenger import errors, hooks, sockets
-from gunicorn_passenger.address import Auto, Primary, SockAddr, Tcp, Unix, format_sockname, resolve
+from gunicorn_passenger.address import Auto, SockAddr, Tcp, Unix, format_sockname, resolve
 from gunicorn_passenger.allotment import Allotment, account_name, format_ports
 from gunicorn_passenger.serving.http import Acceptor, Handler, Lifecycle, second_server_config
 from gunicorn_passenger.serving.link import Link
@@ -81,6 +82,8 @@ class Application:
         self.worker: Any = None
         self.link: Link | None = None
         self.log: Any = None
+        #: called when a server becomes the primary
+        self.on_primary: Callable[[], object] = lambda: None
         #: the last refusal, which a program may have turned into its own ``sys.exit()``
         self.refusal: errors.PassengerError | None = None
         self._in_master = False
@@ -129,7 +132,7 @@ class Application:
         try:
             self._claim_name(server)
             if server.is_primary or settings.auto_install(self.script):
-                self._install(server)
+                self.install(server, str(server.want))
             self.servers.append(server)
             try:
                 if self._in_master:
@@ -139,6 +142,8 @@ class Application:
             except BaseException:
                 self._forget(server)
                 raise
+            if server is self.primary:
+                self.on_primary()
         except errors.PassengerError as error:
             self.refusal = error
             raise
@@ -159,6 +164,9 @@ class Application:
 
     def foreign_listens(self, server: Foreign) -> None:
         """An unmodified server has its socket."""
+        self.servers.append(server)
+        if server is self.primary:
+            self.on_primary()
         if self._accepting:
             hooks.emit("listening", server, self.log)
 
@@ -184,18 +192,17 @@ class Application:
             if server._name is not None and other is not server and other.name == server._name:
                 raise errors.name_taken(server.name, _where(other))
 
-    def _install(self, server: Server | Foreign) -> None:
-        """Make a server the primary, which there is one of."""
-        if self.primary is not None:
-            self.primary_taken(str(server.want) if isinstance(server, Server) else _where(server))
-        self.primary = server
+    def install(self, server: Server | Foreign, label: str) -> None:
+        """Make a server the primary, which there is one of.
 
-    def primary_taken(self, second: str) -> None:
-        """:raises errors.AlreadyInstalled: with the text that fits the mode."""
-        assert self.primary is not None
-        if settings.auto_install(self.script):
-            raise errors.auto_installed_twice(_where(self.primary), second)
-        raise errors.passenger_twice(self.primary.name)
+        :param label: where it was asked to listen.
+        :raises errors.AlreadyInstalled: with the text that fits the mode.
+        """
+        if self.primary is not None:
+            if settings.auto_install(self.script):
+                raise errors.auto_installed_twice(_where(self.primary), label)
+            raise errors.passenger_twice(self.primary.name)
+        self.primary = server
 
     # --- sockets ---------------------------------------------------------------------------------
 
@@ -216,7 +223,7 @@ class Application:
     def _open_by_master(self, server: Server) -> Socket:
         assert self.link is not None
         want = server.want
-        assert want is not None and not isinstance(want, Primary)
+        assert isinstance(want, Tcp | Auto | Unix)
         within = self.check_program_allotment(want.port if isinstance(want, Tcp) else None)
         name = self._auto_name(server) if isinstance(want, Auto) else server.name
         v6only = False
@@ -225,7 +232,9 @@ class Application:
             os.close(fd)
             raise errors.twice_in_process(key)
         sock = gsocket.socket(
-            gsocket.AF_UNIX if isinstance(sockname, str) else _family(sockname), gsocket.SOCK_STREAM, fileno=fd
+            gsocket.AF_UNIX if isinstance(sockname, str) else _family(sockname),
+            gsocket.SOCK_STREAM,
+            fileno=fd,
         )
         return Socket(sock, sockname, key)
 
@@ -274,7 +283,9 @@ class Application:
             gsocket.socket(family, gsocket.SOCK_STREAM, fileno=sock.detach()), name, format_sockname(name)
         )
         if server.is_primary or server is self.primary:
-            print(f"Serving on http://{format_sockname(name)}/ (plain Python, for development)", file=sys.stderr)
+            print(
+                f"Serving on http://{format_sockname(name)}/ (plain Python, for development)", file=sys.stderr
+            )
         return result
 
     def _open_tcp_here(self, want: object) -> tuple[int, Any]:
@@ -391,7 +402,7 @@ def _where(server: Server | Foreign) -> str:
 
 
 def _family(sockname: SockAddr) -> int:
-    return gsocket.AF_INET6 if len(sockname) == 4 else gsocket.AF_INET
+    return int(gsocket.AF_INET6 if len(sockname) == 4 else gsocket.AF_INET)
 
 
 def _development_port() -> int:

@@ -36,7 +36,7 @@ class Lifecycle:
     max_requests = sys.maxsize
 
 
-class Handler(GeventWorker):  # type: ignore[misc]
+class Handler(GeventWorker):
     """gunicorn's connection handler for one WSGI app."""
 
     def __init__(self, app: Any, cfg: Any, log: Any, worker: Any) -> None:
@@ -79,6 +79,20 @@ def second_server_config(cfg: Any) -> Any:
     return second
 
 
+class ListenerName:
+    """The listener as gunicorn's handler sees it, which asks it for its name at each connection.
+
+    A connection may be accepted just before the listener is closed and handled just after; asking
+    the closed socket would fail, and the client would be reset.
+    """
+
+    def __init__(self, name: Any) -> None:
+        self._name = name
+
+    def getsockname(self) -> Any:
+        return self._name
+
+
 class Acceptor:
     """Accepts on one listening socket and runs a handler on each connection."""
 
@@ -90,10 +104,13 @@ class Acceptor:
             accepted at a time and they get theirs.
         """
         self.pool = Pool(connections)
-        # gevent unwraps the socket that it is given; gunicorn's handler asks the listener for its name
-        named = gsocket.socket(sock.family, sock.type, sock.proto, fileno=sock.detach())
+        name = ListenerName(sock.getsockname())
+        self.listener = gsocket.socket(sock.family, sock.type, sock.proto, fileno=sock.detach())
         self.server = StreamServer(
-            named, handle=lambda client, addr: handler.handle(named, client, addr), spawn=self.pool, **tls
+            self.listener,
+            handle=lambda client, addr: handler.handle(name, client, addr),
+            spawn=self.pool,
+            **tls,
         )
         if share:
             self.server.max_accept = 1
@@ -106,7 +123,7 @@ class Acceptor:
         self.server.close()
 
     def idle(self) -> bool:
-        return self.pool.free_count() == self.pool.size
+        return bool(self.pool.free_count() == self.pool.size)
 
     def kill(self, timeout: float) -> None:
         """End what still runs."""

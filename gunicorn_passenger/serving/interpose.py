@@ -25,7 +25,6 @@ from __future__ import annotations
 import _socket
 import errno
 import os
-import select
 import socket
 import struct
 from contextlib import suppress
@@ -34,7 +33,7 @@ from typing import Any
 
 from gevent import _socket3, monkey
 
-from gunicorn_passenger import errors, holders
+from gunicorn_passenger import errors, holders, native
 from gunicorn_passenger.address import SockAddr, Tcp, format_tcp, resolve
 from gunicorn_passenger.serving.application import Application, Foreign, Socket
 from gunicorn_passenger.serving.server import CLOSED, LISTENING, LOST
@@ -121,7 +120,8 @@ class Interposition:
         _, numeric = resolve(host, port, sock.family)
         name: SockAddr = (numeric, port)
         if sock.family == socket.AF_INET6:
-            name = (numeric, port, *(tuple(address[2:4]) + (0, 0))[:2])  # type: ignore[assignment]
+            flow, scope = (*address[2:4], 0, 0)[:2]
+            name = (numeric, port, flow, scope)
         for other in list(self._leased):
             entry = self.leased(other)
             if entry is not None and entry.name[:2] == name[:2]:
@@ -171,7 +171,6 @@ class Interposition:
             source.close()
         del self._bound[fd]
         self._leased[fd] = Leased(_inode(fd), server, name)
-        self.application.servers.append(server)
         _set_options(sock, options)
         _keep_nonblocking(sock)
         self.application.foreign_listens(server)
@@ -182,11 +181,10 @@ class Interposition:
         application = self.application
         label = format_tcp(entry.host, entry.port)
         if settings.auto_install(application.script):
-            if application.primary is not None:
-                application.primary_taken(label)
-            name, source = application.worker.give_primary()
+            name = application.worker.primary_name()
             server = Foreign(label, f"unix:{name}" if isinstance(name, str) else name[:2], "")
-            application.primary = server
+            application.install(server, label)
+            source = application.worker.give_primary()
             self._primary_name = entry.name
             install_face()
             return server, source, entry.name
@@ -272,7 +270,8 @@ def _forget_in_epoll(fd: int) -> None:
         with suppress(OSError):
             if os.readlink(f"/proc/self/fd/{name}") == "anon_inode:[eventpoll]":
                 copy = os.dup(int(name))
-                with select.epoll.fromfd(copy) as epoll:
+                # gevent takes select.epoll away when it patches
+                with native.original("select", "epoll").fromfd(copy) as epoll:
                     epoll.unregister(fd)
 
 
@@ -326,11 +325,11 @@ def _changed_options(sock: Any) -> list[tuple[int, int, bytes]]:
 
 def _set_options(sock: Any, options: list[tuple[int, int, bytes]]) -> None:
     for level, option, value in options:
-        if option in (socket.SO_RCVBUF, socket.SO_SNDBUF) and level == socket.SOL_SOCKET:
-            # the kernel doubles what is set (socket(7)), so half of what was read is what was set
-            value = struct.pack("i", struct.unpack("i", value)[0] // 2)
+        buffer = level == socket.SOL_SOCKET and option in (socket.SO_RCVBUF, socket.SO_SNDBUF)
         with suppress(OSError):
-            _socket.socket.setsockopt(sock, level, option, value)
+            # the kernel doubles a buffer's size when it is set (socket(7)): half of what was read was set
+            wanted = struct.pack("i", struct.unpack("i", value)[0] // 2) if buffer else value
+            _socket.socket.setsockopt(sock, level, option, wanted)
 
 
 def _nowhere() -> Any:
@@ -352,7 +351,7 @@ def _keep_nonblocking(sock: Any) -> None:
 # --- the replaced methods -------------------------------------------------------------------------
 
 _state: list[Interposition] = []
-_native_class: type = monkey.get_original("socket", "socket")
+_native_class: Any = monkey.get_original("socket", "socket")
 
 
 def install(application: Application) -> Interposition:

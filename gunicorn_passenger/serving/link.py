@@ -15,7 +15,7 @@ from gevent.event import AsyncResult
 
 from gunicorn_passenger import channel, errors, native
 from gunicorn_passenger.address import Address, Auto, SockAddr, Tcp, Unix, format_tcp, resolve
-from gunicorn_passenger.channel import Close, Fault, Message, Open, Opened, Ready, Refused, Rejected
+from gunicorn_passenger.channel import Close, Fault, Message, Noted, Open, Opened, Ready, Refused, Rejected
 
 #: Seconds that a worker waits for the broker; it answers within milliseconds or it hangs.
 ANSWER_TIMEOUT = 10.0
@@ -87,8 +87,13 @@ class Link:
         self._tell(Ready(0))
 
     def fault(self, text: str) -> bool:
-        """Have the master log ``text`` once for all workers; False when it cannot be reached."""
-        return self._tell(Fault(0, text))
+        """Have the master log, once for all workers, why this one cannot start.
+
+        :returns: whether this worker's exit is to halt gunicorn.
+        :raises errors.BrokerLost: when the master cannot be reached.
+        """
+        answer, _ = self._ask(Fault(next(self._numbers), text), "the worker")
+        return not isinstance(answer, Noted) or answer.halt
 
     # --- the wire ---------------------------------------------------------------------------------
 
@@ -112,7 +117,7 @@ class Link:
         """Whether the caller runs in a thread of the system other than the worker's."""
         return bool(native.original("_thread", "get_ident")() != self._thread)
 
-    def _ask(self, ask: Open, label: str) -> tuple[Message, int | None]:
+    def _ask(self, ask: Message, label: str) -> tuple[Message, int | None]:
         if self._lost:
             raise errors.broker_lost(label, self._lost)
         if not self._elsewhere():
@@ -138,7 +143,7 @@ class Link:
         answer: tuple[Message, int | None] = outcome[0]
         return answer
 
-    def _exchange(self, ask: Open, label: str) -> tuple[Message, int | None]:
+    def _exchange(self, ask: Message, label: str) -> tuple[Message, int | None]:
         result = self._waiting[ask.id] = AsyncResult()
         try:
             self._send(ask)

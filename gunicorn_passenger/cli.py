@@ -1,0 +1,129 @@
+"""The command line: ``gunicorn-passenger start`` and ``gunicorn-passenger ports``.
+
+Runs in: a process of its own; ``start`` becomes the gunicorn master. Must never: show a traceback for
+what the user can mend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from typing import Any
+
+from gunicorn_passenger import holders
+from gunicorn_passenger.allotment import format_ports
+from gunicorn_passenger.errors import PassengerError
+from gunicorn_passenger.settings import settings
+
+_USAGE = """usage: gunicorn-passenger start SCRIPT [gunicorn's options]
+       gunicorn-passenger ports [--json]
+
+start   run an unmodified script (its last line is serve_forever(), app.run() ...) under gunicorn:
+        its first listen becomes the server that the web server reaches, on a UNIX socket
+        (-b; by default one in the runtime directory)
+ports   list the ports allotted to this account: which are free, which are taken and by whom
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = sys.argv[1:] if argv is None else argv
+    command = arguments[0] if arguments else ""
+    try:
+        if command == "start":
+            return _start(arguments[1:])
+        if command == "ports":
+            return _ports(arguments[1:])
+    except PassengerError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    if command in ("-h", "--help", "help"):
+        print(_USAGE, end="")
+        return 0
+    if command in ("-V", "--version"):
+        from gunicorn_passenger import __version__
+
+        print(f"gunicorn-passenger {__version__}")
+        return 0
+    problem = f"there is no command {command!r}\n" if command else ""
+    print(problem + _USAGE, end="", file=sys.stderr)
+    return 2
+
+
+def _start(arguments: list[str]) -> int:
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(_USAGE, end="")
+        return 0
+    if not arguments or arguments[0].startswith("-"):
+        print(
+            "Error: start takes the script first: gunicorn-passenger start server.py [gunicorn's options]",
+            file=sys.stderr,
+        )
+        return 2
+    from gunicorn_passenger.script import ScriptApplication
+
+    # gunicorn reads sys.argv, also when it starts itself again on USR2
+    ScriptApplication("gunicorn-passenger start SCRIPT [OPTIONS]", prog="gunicorn-passenger").run()
+    return 0
+
+
+def _ports(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="gunicorn-passenger ports", description="List the ports allotted to this account."
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    report = port_report()
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print("\n".join(_port_lines(report)))
+    return 0
+
+
+def port_report() -> dict[str, Any]:
+    """What ``ports`` prints: the account, its allotment, and the ports of it that are taken.
+
+    Without an allotment, ``taken`` lists the ports that this account's own programs hold.
+
+    :raises PassengerError: when the system's file or the environment cannot be used.
+    """
+    allotment = settings.operator_allotment(os.geteuid())
+    taken = set(holders.listening())
+    mine = {
+        port for port, entries in holders.listening().items() if any(u == os.geteuid() for _, u in entries)
+    }
+    shown = taken & allotment.ports if allotment.limited else mine
+    found = holders.find(shown)
+    return {
+        "account": allotment.account,
+        "limited": allotment.limited,
+        "allotted": format_ports(allotment.ports) if allotment.limited else None,
+        "set_by": [layer.source for layer in allotment.layers],
+        "free": format_ports(allotment.ports - taken) if allotment.limited else None,
+        "taken": [
+            {"port": port, "by": holder.name or None, "pid": holder.pid, "user": holder.user}
+            for port, holder in sorted(found.items())
+        ],
+    }
+
+
+def _port_lines(report: dict[str, Any]) -> list[str]:
+    lines = [f"account   {report['account']}"]
+    if report["limited"]:
+        lines.append(f"allotted  {report['allotted']}  (set by {' and '.join(report['set_by'])})")
+        lines.append(f"free      {report['free']}")
+    else:
+        lines.append("allotted  no allotment is set: any port that needs no privilege")
+    if not report["taken"]:
+        lines.append("taken     none")
+    for index, entry in enumerate(report["taken"]):
+        who = f"{entry['by']} (pid {entry['pid']}, user {entry['user']})" if entry["pid"] else entry["user"]
+        lines.append(f"{'taken' if index == 0 else '':8}  {entry['port']}  by {who}")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

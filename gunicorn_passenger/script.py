@@ -1,0 +1,178 @@
+"""Running an unmodified script: ``gunicorn-passenger start server.py``.
+
+Runs in: the master (the gunicorn application object) and a worker (the script).
+Must never: run the script in the master.
+
+The script's last line usually blocks (``serve_forever()``, ``app.run()``), so it runs in a greenlet of
+its own. The worker goes on once a server of the script is installed on the primary socket.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import time
+from typing import Any
+
+import gevent
+from gevent.event import Event
+from gunicorn.app.wsgiapp import WSGIApplication
+from gunicorn.errors import ConfigError
+
+from gunicorn_passenger import runtime, sockets
+from gunicorn_passenger.errors import PassengerError, ScriptError
+from gunicorn_passenger.serving.application import application
+from gunicorn_passenger.serving.server import Server
+
+#: Seconds after which a script that runs without a primary is named in the log.
+_PATIENCE = 10.0
+#: Seconds within which a script that ends counts as one that cannot start.
+_YOUNG = 5.0
+
+
+class ScriptApplication(WSGIApplication):
+    """gunicorn's application object for a script; gunicorn's options keep their meaning."""
+
+    def init(self, parser: Any, opts: Any, args: list[str]) -> dict[str, Any]:
+        # args are what gunicorn's parser left over: "start", "server.py"
+        if len(args) != 2:
+            raise ConfigError(
+                "one script is expected: gunicorn-passenger start server.py [gunicorn's options]"
+            )
+        self.script = os.path.abspath(args[1])
+        self.app_uri = args[1]
+        if not os.path.isfile(self.script):
+            raise ConfigError(f"there is no script {args[1]!r}")
+        application.script = True
+        name = os.path.splitext(os.path.basename(self.script))[0]
+        path = os.path.join(runtime.ensure(), f"{name}.sock")
+        # defaults: gunicorn's own sources of settings override them
+        return {
+            "default_proc_name": args[1],
+            "worker_class": "gunicorn_passenger.Worker",
+            "bind": [f"unix:{path}"],
+        }
+
+    def load_config(self) -> None:
+        super().load_config()
+        if self.cfg.preload_app:
+            raise ConfigError(
+                "--preload cannot go with gunicorn-passenger start: the script would run in the master; "
+                "leave it out, or give gunicorn a module with an application"
+            )
+        worker = self.cfg.worker_class_str
+        if "passenger" not in worker:
+            raise ConfigError(
+                f"gunicorn-passenger start needs its own worker class, not {worker!r}: leave -k out"
+            )
+        self._refuse_to_steal()
+
+    def _refuse_to_steal(self) -> None:
+        """gunicorn takes over a socket path that another application serves; say so instead."""
+        if hasattr(self, "_checked") or "GUNICORN_PID" in os.environ:
+            return
+        self._checked = True
+        for address in self.cfg.address:
+            if isinstance(address, str) and os.path.exists(address) and sockets.answers(address):
+                raise ConfigError(
+                    f"unix:{address} is in use by a running application; stop it or choose another with -b"
+                )
+
+    def load(self) -> Any:
+        return run(self.script)
+
+
+def run(path: str) -> Any:
+    """Run a script until it has a primary server; it goes on beside the worker.
+
+    :returns: a WSGI callable for gunicorn: the primary, where it is one of ours.
+    :raises ScriptError: when it ends, or the worker is told to leave, before it has one.
+    """
+    installed = Event()
+    application.on_primary = installed.set
+    name = os.path.basename(path)
+    sys.argv = [path]
+    sys.path.insert(0, os.path.dirname(path))
+    _tame_werkzeug()
+    started = time.monotonic()
+    script = gevent.spawn(_run, path)
+    script.link(lambda _: installed.set())
+    waited = 0.0
+    while application.worker.alive and not installed.wait(timeout=1.0):
+        application.worker.notify()
+        waited += 1.0
+        if waited == _PATIENCE:
+            application.log.warning(
+                "%s runs but no server of it has become the primary: the web server is not answered", name
+            )
+    if application.primary is None or (script.ready() and script.value is not None):
+        raise _why_not(name, script)
+    script.link(lambda ended: _ended(name, started, ended))
+    return application.primary if isinstance(application.primary, Server) else _nobody
+
+
+def _run(path: str) -> BaseException | None:
+    """The script's greenlet; what ended it, if it did not end by itself."""
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except gevent.GreenletExit:
+        raise
+    except BaseException as error:
+        return error
+    return None
+
+
+def _why_not(name: str, script: Any) -> BaseException:
+    if not script.ready():
+        return SystemExit(0)  # the worker is told to leave
+    error = script.value
+    if error is None:
+        return ScriptError(
+            f"{name} ended without listening: gunicorn-passenger start runs a script that starts a server, "
+            "such as one whose last line is serve_forever() or app.run()"
+        )
+    if isinstance(error, SystemExit):
+        if application.refusal is not None:
+            return application.refusal
+        return ScriptError(f"{name} exited (status {error.code!r}) before it served")
+    return error  # type: ignore[no-any-return]
+
+
+def _ended(name: str, started: float, script: Any) -> None:
+    """The script is over although its server ran: as under plain Python, the process is over with it.
+
+    One that fails as soon as it has started would do so for ever: that stops the start.
+    """
+    error = script.value
+    worker = application.worker
+    if error is None or not worker.alive:
+        return  # its server lives on in greenlets of its own
+    if isinstance(error, PassengerError):
+        worker.failure = error
+    else:
+        text = f"exited (status {error.code!r})" if isinstance(error, SystemExit) else f"failed: {error!r}"
+        if not isinstance(error, SystemExit):
+            application.log.error("%s failed", name, exc_info=error)
+        if time.monotonic() - started < _YOUNG:
+            worker.failure = application.refusal or ScriptError(f"{name} {text} as soon as it had started")
+        else:
+            application.log.error("%s %s; the worker is replaced", name, text)
+    worker.handle_exit(0, None)
+
+
+def _nobody(_environ: Any, start_response: Any) -> list[bytes]:  # pragma: no cover
+    """Stands where gunicorn wants a callable; an unmodified primary accepts by itself."""
+    start_response("503 Service Unavailable", [("Content-Length", "0")])
+    return []
+
+
+def _tame_werkzeug() -> None:
+    """``app.run(debug=True)`` starts the script a second time, outside gunicorn; keep it inside."""
+    from werkzeug import _reloader
+
+    def run_with_reloader(main: Any, *_args: Any, **_options: Any) -> None:
+        application.log.warning("Werkzeug's reloader is left out under gunicorn; use gunicorn's own --reload")
+        main()
+
+    _reloader.run_with_reloader = run_with_reloader  # type: ignore[assignment]

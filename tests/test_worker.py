@@ -1,0 +1,107 @@
+"""The worker: which listener serves the primary, what is said at the start, how it ends."""
+
+import os
+import signal
+
+import pytest
+from conftest import answers, fetch, free_port, pids_answering, refused, wait_for
+
+
+@pytest.mark.parametrize("worker", ["gunicorn_passenger.Worker", "egg:gunicorn_passenger#passenger"])
+def test_primary_and_second_server_under_four_workers(start, port, worker):
+    process = start.gunicorn("two_servers", "-k", worker, workers=4, env={"P1": port}).wait_ready()
+    primary = pids_answering(process.socket, 4)
+    assert pids_answering(port, 4) == primary == {str(pid) for pid in process.workers()}
+    assert "in use" not in process.log()
+    assert process.stop() == 0
+    assert refused(port)
+    assert not os.path.exists(process.socket)
+
+
+def test_module_and_callable_name(start):
+    assert start.gunicorn("two_servers:whoami").wait_ready().stop() == 0
+
+
+def test_without_unix_bind_the_first_bind_is_the_primary(start):
+    first, second = free_port(), free_port()
+    process = start.gunicorn(
+        "two_servers", "-b", f"127.0.0.1:{second}", bind=f"127.0.0.1:{first}", env={"P1": second}
+    ).wait_ready(first)
+    process.wait_log(rf"The primary is served on http://127.0.0.1:{first}, the first bind")
+    assert pids_answering(second, 2) == pids_answering(first, 2)
+    assert "no server of the program listens" not in process.log()
+
+
+def test_unix_and_tcp_binds(start):
+    claimed, unclaimed = free_port(), free_port()
+    process = start.gunicorn(
+        "two_servers", "-b", f"0.0.0.0:{claimed}", "-b", f"127.0.0.1:{unclaimed}", env={"P1": claimed}
+    ).wait_ready()
+    # the operator's word on the host wins: the program asked for 127.0.0.1
+    assert pids_answering(claimed, 2) == pids_answering(process.socket, 2)
+    process.wait_log(rf"127.0.0.1:{unclaimed} is in gunicorn's bind, but no server")
+    assert f":{claimed} is in gunicorn's bind" not in process.log()
+    assert "The primary is served on" not in process.log()
+    assert process.log().count("no server of the program listens") == 1
+
+
+def test_socket_open_to_everybody_is_warned_of(start):
+    process = start.gunicorn("two_servers", "--umask", "0").wait_ready()
+    process.wait_log(r"WARNING.*Everybody on this machine may connect to unix:.*--umask 007")
+
+
+def test_socket_for_the_group_is_not_warned_of(start):
+    process = start.gunicorn("two_servers").wait_ready()
+    assert "Everybody" not in process.log()
+
+
+def test_two_unix_binds_both_serve_the_primary(start, home):
+    other = f"{home}/other.sock"
+    process = start.gunicorn("two_servers", "-b", f"unix:{other}").wait_ready()
+    assert pids_answering(other, 2) == pids_answering(process.socket, 2)
+
+
+def test_gunicorns_hooks_are_called(start, home):
+    names = ["on_starting", "when_ready", "on_reload", "on_exit"]
+    two = ["pre_fork", "post_fork", "child_exit", "worker_exit"]
+    lines = [f"def {name}(server): print('hook {name}', flush=True)" for name in names]
+    lines += [f"def {name}(server, worker): print('hook {name}', flush=True)" for name in two]
+    lines += ["def post_worker_init(worker): print('hook post_worker_init', flush=True)"]
+    conf = start.write("gunicorn.conf.py", "\n".join(lines))
+    process = start.gunicorn("two_servers", "-c", conf).wait_ready()
+    process.hup(2)
+    assert process.stop() == 0
+    for name in [*names, *two, "post_worker_init"]:
+        assert f"hook {name}\n" in process.log(), name
+
+
+def test_ttin_and_ttou(start, port):
+    process = start.gunicorn("two_servers", env={"P1": port}).wait_ready()
+    process.signal(signal.SIGTTIN)
+    wait_for(lambda: len(process.workers()) == 3, "a third worker")
+    pids_answering(port, 3)
+    process.signal(signal.SIGTTOU)
+    wait_for(lambda: len(process.workers()) == 2, "the third worker to leave")
+    assert answers(port)
+
+
+def test_second_server_is_not_the_primarys_wire(start, port, home):
+    """The PROXY protocol is the primary's; a second server speaks plain HTTP."""
+    start.gunicorn("two_servers", "--proxy-protocol", "--proxy-allow-from", "*", env={"P1": port}).wait_ready(
+        port
+    )
+    assert fetch(port)[0] == 200
+
+
+def test_max_requests_counts_and_replaces(start, port):
+    process = start.gunicorn("two_servers", "--max-requests", "5", workers=1, env={"P1": port}).wait_ready()
+    assert len(pids_answering(port, 3)) == 3
+
+
+def test_a_killed_worker_is_replaced_and_the_port_stays(start, port):
+    process = start.gunicorn("two_servers", workers=1, env={"P1": port}).wait_ready()
+    (before,) = process.workers()
+    os.kill(before, signal.SIGKILL)
+    assert not refused(port)  # held by the master, whether a worker lives or not
+    wait_for(lambda: process.workers() and before not in process.workers(), "a new worker")
+    assert fetch(port)[1] != str(before)
