@@ -23,6 +23,10 @@ import pytest
 PROGRAMS = Path(__file__).parent / "programs"
 ROOT = Path(__file__).parent.parent
 
+#: The console scripts beside the Python that runs the tests (USR2 starts argv[0] again, so no ``-m``).
+GUNICORN = Path(sys.executable).parent / "gunicorn"
+COMMAND = Path(sys.executable).parent / "gunicorn-passenger"
+
 #: Seconds that any condition may take to come true on a loaded machine.
 PATIENCE = 60.0
 
@@ -302,14 +306,14 @@ class Starter:
         """Start gunicorn with our worker on a UNIX socket (or ``bind``)."""
         default = ["-b", bind or f"unix:{self.home}/app.sock"]
         return self.python(
-            "-m", "gunicorn", "-k", "gunicorn_passenger.Worker", "-w", workers,
+            GUNICORN, "-k", "gunicorn_passenger.Worker", "-w", workers,
             "--umask", "007", *default, *arguments, app, **options,
         )  # fmt: skip
 
     def start_script(self, script: object, *arguments: object, **options: Any) -> Process:
         """``gunicorn-passenger start`` on the home's UNIX socket."""
         return self.python(
-            "-m", "gunicorn_passenger.cli", "start", script, "-b", f"unix:{self.home}/app.sock",
+            COMMAND, "start", script, "-b", f"unix:{self.home}/app.sock",
             "--umask", "007", *arguments, **options,
         )  # fmt: skip
 
