@@ -28,7 +28,7 @@ class ProxyServer(Server):
         return self._name or f"proxy to {self.proxy.target}"
 
     def web(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        """Carry one request for an app that routes by itself: ``return proxy.web(environ, start_response)``."""
+        """Carry one request: ``return proxy.web(environ, start_response)`` in an app that routes by itself."""
         return self.proxy.web(environ, start_response)
 
 

@@ -1,7 +1,7 @@
-"""Opening listening sockets, for whoever holds them.
+"""Opening listening sockets, for whoever holds them, and listing those of this process.
 
-Runs in: the master, and plain Python. Must never: run in a worker, which gets its sockets from
-the master; block, or decide whether a port is allowed.
+Runs in: the master, and plain Python; a worker gets its sockets from the master and only lists.
+Must never: block, or decide whether a port is allowed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import errno
 import os
 import socket
 import stat
+from contextlib import closing
 
 from gunicorn_passenger import errors, holders
 from gunicorn_passenger.address import SockAddr, format_tcp
@@ -51,10 +52,12 @@ def open_unix(path: str, mode: int, backlog: int) -> _socket.socket:
     try:
         _clear_stale(path)
         sock = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        # The file gets the mode of the socket's own inode, so that nobody can connect before a
-        # chmod, and the process's umask, which other threads use, stays as it is.
+        # The file gets the mode of the socket's own inode, less the process's umask, which other
+        # threads use: so it is never too open, and what the umask took away is given afterwards.
         os.fchmod(sock.fileno(), mode)
         sock.bind(path)
+        if stat.S_IMODE(os.lstat(path).st_mode) != mode:
+            os.chmod(path, mode)
         sock.listen(backlog)
     except OSError as error:
         if sock is not None:
@@ -97,6 +100,24 @@ def answers(path: str) -> bool:
         return probe.connect_ex(path) not in (errno.ECONNREFUSED, errno.ENOENT)
     finally:
         probe.close()
+
+
+def listening_here() -> dict[int, SockAddr]:
+    """The TCP sockets of this process that listen: inode -> what it is bound to."""
+    found: dict[int, SockAddr] = {}
+    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []:
+        try:
+            info = os.fstat(int(name))
+            if not stat.S_ISSOCK(info.st_mode):
+                continue
+            sock = _socket.socket(fileno=os.dup(int(name)))
+        except OSError:
+            continue
+        with closing(sock):
+            tcp = sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM
+            if tcp and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                found[info.st_ino] = sock.getsockname()
+    return found
 
 
 def sockname(sock: _socket.socket) -> SockAddr | str:

@@ -21,7 +21,7 @@ from gunicorn.arbiter import Arbiter
 from gunicorn.sock import ssl_context
 from gunicorn.workers.ggevent import GeventWorker
 
-from gunicorn_passenger import errors, hooks
+from gunicorn_passenger import errors, hooks, sockets
 from gunicorn_passenger.address import format_sockname
 from gunicorn_passenger.errors import PassengerError
 from gunicorn_passenger.master import entry
@@ -96,6 +96,7 @@ class Worker(GeventWorker):
 
     def _take_sockets(self) -> None:
         """Keep the primary's listeners; close the ports, which are asked for, not inherited."""
+        self._inherited = set(sockets.listening_here())
         if self.cfg.reuse_port:
             # gunicorn has just made this worker its own sockets, for every bind
             unix = [s for s in self.sockets if s.FAMILY == gsocket.AF_UNIX]
@@ -240,22 +241,14 @@ class Worker(GeventWorker):
     def _warn_of_strays(self) -> None:
         if self.cfg.workers < 2:
             return
-        try:
-            ports = interpose.strays()
-        except OSError:
-            return
-        ports = [p for p in ports if p not in self._own_ports()]
-        if ports and os.path.isdir("/proc/self"):
-            self.log.warning(
-                "Port %s was opened by code that does not go through Python's socket module: the master "
-                "cannot share it, so this worker alone has it (pid:%s)",
-                ", ".join(sorted(ports)),
-                self.pid,
-            )
-
-    def _own_ports(self) -> set[str]:
-        ports = {str(self._primary_name[1])} if isinstance(self._primary_name, tuple) else set()
+        own = {format_sockname(self._primary_name)}
         for server in application.servers:
             if isinstance(server.address, tuple):
-                ports.add(str(server.address[1]))
-        return ports
+                own.add(format_sockname(server.address))
+        if strays := sorted(set(interpose.strays(self._inherited)) - own):
+            self.log.warning(
+                "%s was opened by code that does not go through Python's socket module: the master "
+                "cannot share it, so this worker alone has it (pid:%s)",
+                ", ".join(strays),
+                self.pid,
+            )

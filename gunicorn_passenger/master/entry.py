@@ -11,7 +11,8 @@ from typing import Any
 
 from gunicorn.errors import HaltServer
 
-from gunicorn_passenger import hooks
+from gunicorn_passenger import hooks, sockets
+from gunicorn_passenger.address import format_sockname
 from gunicorn_passenger.errors import SettingError
 from gunicorn_passenger.master import broker as brokers
 from gunicorn_passenger.master.broker import Broker
@@ -82,6 +83,14 @@ def _configure(broker: Broker, cfg: Any, log: Any, first: bool) -> None:
 def _explain(listening: list[Any], broker: Broker, log: Any, cfg: Any) -> None:
     """Say at the start what a reader of the log may not expect."""
     primary = broker.primary_of(listening)
+    ours = {sockets.sockname(listener.sock) for listener in listening if listener.sock is not None}
+    for address in sorted(format_sockname(n) for n in sockets.listening_here().values() if n not in ours):
+        log.warning(
+            "%s was opened in the master, by a server that the program starts while it is preloaded: its "
+            "threads stay in the master, and workers serve it only as far as it is gevent's. Open it in "
+            "post_worker_init or with passenger.create_server(), or leave --preload out",
+            address,
+        )
     for listener in primary:
         name = listener.getsockname()
         if not isinstance(name, str):

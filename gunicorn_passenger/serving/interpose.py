@@ -33,8 +33,8 @@ from typing import Any
 
 from gevent import _socket3, monkey
 
-from gunicorn_passenger import errors, holders, native
-from gunicorn_passenger.address import SockAddr, Tcp, format_tcp, resolve
+from gunicorn_passenger import errors, native, sockets
+from gunicorn_passenger.address import SockAddr, Tcp, format_sockname, format_tcp, resolve
 from gunicorn_passenger.serving.application import Application, Foreign, Socket
 from gunicorn_passenger.serving.server import CLOSED, LISTENING, LOST
 from gunicorn_passenger.settings import settings
@@ -473,17 +473,16 @@ def _is_disguised(sock: Any, level: int) -> bool:
     )
 
 
-def strays() -> list[str]:
-    """Ports that this process listens on without having asked: opened by code outside Python's socket."""
-    mine = set()
-    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []:
-        mine.add(_inode(int(name)))
+def strays(inherited: set[int]) -> list[str]:
+    """Addresses that this process listens on without having asked: opened by code outside Python's socket.
+
+    :param inherited: inodes of sockets that the master had open at the fork.
+    """
     known = {entry.inode for interposition in _state for entry in interposition._leased.values()}
     return [
-        str(port)
-        for port, entries in holders.listening().items()
-        for inode, _ in entries
-        if inode in mine and inode not in known
+        format_sockname(name)
+        for inode, name in sockets.listening_here().items()
+        if inode not in known | inherited
     ]
 
 
