@@ -23,6 +23,10 @@ class UnknownSetting(PassengerError, TypeError):
     """``configure()`` was given a name that is no setting."""
 
 
+class NotCallable(PassengerError, TypeError):
+    """``create_server()`` was given something that is no WSGI application."""
+
+
 class AlreadyInstalled(PassengerError):
     """The primary socket has its server already."""
 
@@ -220,8 +224,8 @@ def name_taken(name: str, address: str) -> ListenError:
     )
 
 
-def not_callable(app: object) -> TypeError:
-    return TypeError(
+def not_callable(app: object) -> NotCallable:
+    return NotCallable(
         f"create_server() takes a WSGI application, which is callable; {app!r} is not: "
         "pass a function app(environ, start_response) or a framework's application object"
     )

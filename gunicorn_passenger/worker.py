@@ -35,6 +35,17 @@ from gunicorn_passenger.settings import settings
 _HALT_WAIT = 10.0
 
 
+_excepthooks: list[Any] = []
+
+
+def _one_line(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+    """In the master, for a program that is preloaded: what it cannot have ends the start with one line."""
+    if isinstance(error, PassengerError):
+        print(f"Error: {error}", file=sys.stderr)
+    else:
+        _excepthooks[0](kind, error, traceback)
+
+
 class Worker(GeventWorker):
     """``gunicorn -k gunicorn_passenger.Worker``: a gevent worker with second servers."""
 
@@ -50,6 +61,9 @@ class Worker(GeventWorker):
         """gunicorn has read its configuration; with --preload it loads the program next."""
         settings.operator_done()
         application.enter_master()
+        if sys.excepthook is not _one_line:
+            _excepthooks.append(sys.excepthook)
+            sys.excepthook = _one_line
 
     @classmethod
     def check_config(cls, cfg: Any, _log: Any) -> None:
