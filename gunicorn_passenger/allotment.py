@@ -205,10 +205,11 @@ def _read_trusted(path: str) -> str | None:
         return None
     except OSError as error:
         raise SettingError(f"{path}: cannot be read: {error.strerror}") from None
-    with os.fdopen(fd, "rb") as file:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            raise SettingError(f"{path}: is not a regular file")
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode):
+        os.close(fd)
+        raise SettingError(f"{path}: is not a regular file")
+    with open(fd, "rb") as file:
         if info.st_uid != 0:
             raise SettingError(
                 f"{path}: is owned by {account_name(info.st_uid)}, it must be root's (chown root {path})"
