@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gunicorn.config import KNOWN_SETTINGS
+
+KNOWN_NAMES = {setting.name for setting in KNOWN_SETTINGS}
 
 PROGRAMS = Path(__file__).parent / "programs"
 ROOT = Path(__file__).parent.parent
@@ -26,6 +29,9 @@ ROOT = Path(__file__).parent.parent
 #: The console scripts beside the Python that runs the tests (USR2 starts argv[0] again, so no ``-m``).
 GUNICORN = Path(sys.executable).parent / "gunicorn"
 COMMAND = Path(sys.executable).parent / "gunicorn-passenger"
+
+#: gunicorn's control socket (a thread and descriptors of its own in the master), for tests that count.
+NO_CONTROL = ["--no-control-socket"] if "control_socket_disable" in KNOWN_NAMES else []
 
 #: Seconds that any condition may take to come true on a loaded machine.
 PATIENCE = 60.0

@@ -4,7 +4,7 @@ import os
 import signal
 
 import pytest
-from conftest import answers, descriptors, fetch, pids_answering, refused, wait_for
+from conftest import NO_CONTROL, answers, descriptors, fetch, pids_answering, refused, wait_for
 
 #: In a worker: its end of the channel.
 LINK = "__import__('gunicorn_passenger.serving.application').serving.application.application.link"
@@ -82,7 +82,9 @@ while True:
     assert len(pids_answering(port, 2)) == 2
 
 
-def test_a_worker_that_dies_in_mid_message_is_forgotten(process, port):
+def test_a_worker_that_dies_in_mid_message_is_forgotten(start, port):
+    start.write("program.py", f"server = passenger.create_server(whoami).listen({port})")
+    process = start.gunicorn("anything", *NO_CONTROL, workers=1).wait_ready()
     (worker,) = process.workers()
     before = len(descriptors(process.pid))
     run(process, raw(b'{"v":1,"type":"Open"'))

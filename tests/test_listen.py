@@ -6,7 +6,7 @@ import stat
 import time
 
 import pytest
-from conftest import answers, fetch, free_port, free_range, pids_answering, refused, wait_for
+from conftest import NO_CONTROL, answers, fetch, free_port, free_range, pids_answering, refused, wait_for
 
 
 def ask(process, code):
@@ -242,7 +242,8 @@ def test_a_closed_server_stops_and_its_port_can_be_had_again(start, port):
 
 
 def test_many_listens_and_closes_leak_nothing(start, port):
-    process = program(start, "", workers=1)
+    start.write("program.py", "")
+    process = start.gunicorn("anything", *NO_CONTROL, workers=1).wait_ready()
     (worker,) = process.workers()
     ask(process, f"[passenger.create_server(whoami).listen({port}).close() for _ in range(5)]")
     before = [len(os.listdir(f"/proc/{pid}/fd")) for pid in (process.pid, worker)]
