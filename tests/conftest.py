@@ -49,40 +49,39 @@ def wait_for(condition: Callable[[], Any], what: object = "the condition", timeo
         time.sleep(0.02)
 
 
-_ports_given: set[int] = set()
+#: Abstract UNIX sockets that reserve the ports this test process was given: other test processes of the
+#: machine see them, and they are gone with the process.
+_reserved: dict[int, socket.socket] = {}
+
+
+def _reserve(port: int) -> bool:
+    """Take a port for this test process, if nobody holds it on any address."""
+    if port in _reserved:
+        return False
+    token = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        token.bind(f"\0gunicorn-passenger-test-port-{port}")
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("::", port))
+    except OSError:
+        token.close()
+        return False
+    _reserved[port] = token
+    return True
 
 
 def free_port() -> int:
-    """A TCP port that nobody holds on any address, below the range that the kernel gives to clients."""
-    first = 10240
-    while True:
-        port = first + int.from_bytes(os.urandom(2), "big") % 20000
-        if port in _ports_given:
-            continue
-        try:
-            with socket.socket(socket.AF_INET6) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(("::", port))
-        except OSError:
-            continue
-        _ports_given.add(port)
-        return port
+    """A TCP port that nobody holds, below the range that the kernel gives to clients."""
+    return free_range(1)
 
 
 def free_range(count: int) -> int:
-    """The first of ``count`` free ports in a row."""
+    """The first of ``count`` such ports in a row."""
     while True:
-        first = free_port()
-        rest = range(first + 1, first + count)
-        with contextlib.ExitStack() as stack:
-            try:
-                for port in rest:
-                    probe = stack.enter_context(socket.socket(socket.AF_INET6))
-                    probe.bind(("::", port))
-            except OSError:
-                continue
-        _ports_given.update(rest)
-        return first
+        first = 10240 + int.from_bytes(os.urandom(2), "big") % 20000
+        if all(_reserve(port) for port in range(first, first + count)):
+            return first
 
 
 class Client(http.client.HTTPConnection):

@@ -1,0 +1,53 @@
+# `make run` and `make test` need Python 3.10 or newer and make, nothing else.
+# PYTHON chooses another Python; GUNICORN another gunicorn (GUNICORN===23.0.0).
+
+PYTHON ?= python3
+VENV ?= .venv
+GUNICORN ?= >=23
+TESTS ?= tests
+BIN = $(VENV)/bin
+SOCKET ?= $(abspath $(VENV))/seed.sock
+
+.PHONY: run test lint types bench clean
+
+# Made anew when what is to be installed changes.
+$(VENV)/installed: setup.cfg pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Error: Python 3.10 or newer is needed; say which with make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.' 'gunicorn$(GUNICORN)'
+	@touch $@
+
+$(VENV)/tested: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' 'gunicorn$(GUNICORN)'
+	@touch $@
+
+$(VENV)/linted: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[lint]' 'gunicorn$(GUNICORN)'
+	@touch $@
+
+# The seed's example under four workers; Ctrl-C stops it.
+run: $(VENV)/installed
+	@echo
+	@echo "The primary (a proxy, on the UNIX socket that a web server would reach):"
+	@echo "    curl --unix-socket $(SOCKET) http://localhost/hello"
+	@echo "The second server, on its own port:"
+	@echo "    curl http://127.0.0.1:9000/hello"
+	@echo "Ctrl-C stops both."
+	@echo
+	@cd examples/seed && exec $(abspath $(BIN))/gunicorn -k gunicorn_passenger.Worker -w 4 --umask 007 -b unix:$(SOCKET) app
+
+test: $(VENV)/tested
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: $(VENV)/linted
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/linted
+	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	$(BIN)/python bench/listen.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
