@@ -4,7 +4,7 @@ import os
 import signal
 
 import pytest
-from conftest import answers, fetch, free_port, pids_answering, refused, wait_for
+from conftest import PROGRAMS, Client, answers, fetch, free_port, pids_answering, refused, wait_for
 
 
 @pytest.mark.parametrize("worker", ["gunicorn_passenger.Worker", "egg:gunicorn_passenger#passenger"])
@@ -94,7 +94,7 @@ def test_second_server_is_not_the_primarys_wire(start, port, home):
 
 
 def test_max_requests_counts_and_replaces(start, port):
-    process = start.gunicorn("two_servers", "--max-requests", "5", workers=1, env={"P1": port}).wait_ready()
+    start.gunicorn("two_servers", "--max-requests", "5", workers=1, env={"P1": port}).wait_ready()
     assert len(pids_answering(port, 3)) == 3
 
 
@@ -105,3 +105,81 @@ def test_a_killed_worker_is_replaced_and_the_port_stays(start, port):
     assert not refused(port)  # held by the master, whether a worker lives or not
     wait_for(lambda: process.workers() and before not in process.workers(), "a new worker")
     assert fetch(port)[1] != str(before)
+
+
+def test_tls_is_the_primarys(start, port, home):
+    import ssl
+    import subprocess
+
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2",
+         "-keyout", home / "key.pem", "-out", home / "cert.pem"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    process = start.gunicorn(
+        "two_servers", "--certfile", "cert.pem", "--keyfile", "key.pem", env={"P1": port}
+    ).wait_ready(port)
+    context = ssl.create_default_context(cafile=home / "cert.pem")
+    client = Client(process.socket)
+    client.connect()
+    client.sock = context.wrap_socket(client.sock, server_hostname="localhost")
+    client.request("GET", "/")
+    assert int(client.getresponse().read()) in process.workers()
+    client.close()
+
+
+def test_reuse_port_keeps_its_meaning(start):
+    first, second = free_port(), free_port()
+    process = start.gunicorn(
+        "two_servers", "--reuse-port", bind=f"127.0.0.1:{first}", env={"P1": second}
+    ).wait_ready(first)
+    assert len(pids_answering(second, 2)) == 2
+    process.hup(2)
+    assert len(pids_answering(second, 2)) == 2
+    assert process.stop() == 0
+    assert refused(second)
+
+
+def test_proxy_protocol_on_the_primary(start):
+    process = start.gunicorn("two_servers", "--proxy-protocol", "--proxy-allow-from", "*")
+    wait_for(lambda: os.path.exists(process.socket), "the socket")
+    client = Client(process.socket)
+    client.connect()
+    client.sock.sendall(b"PROXY TCP4 192.0.2.1 192.0.2.2 1000 80\r\n")
+    client.request("GET", "/")
+    assert client.getresponse().status == 200
+    client.close()
+
+
+def test_daemon(start, port, home):
+    process = start.gunicorn("two_servers", "--daemon", "--pid", f"{home}/pid", env={"P1": port})
+    assert process.wait_end() == 0
+    wait_for(lambda: answers(port), "the daemon to serve")
+    master = int((home / "pid").read_text())
+    try:
+        assert len(pids_answering(port, 2)) == 2
+    finally:
+        os.kill(master, signal.SIGTERM)
+    wait_for(lambda: not os.path.exists(f"/proc/{master}"), "the daemon to end")
+    assert refused(port)
+
+
+def test_access_log_and_keepalive_hold_on_a_second_server(start, port):
+    process = start.gunicorn("two_servers", "--access-logfile", "-", workers=1, env={"P1": port})
+    process.wait_ready(port)
+    client = Client(port)
+    for _ in range(2):
+        client.request("GET", "/kept-alive")
+        client.getresponse().read()
+    client.close()
+    process.wait_log(r'"GET /kept-alive HTTP/1.1" 200', count=2)
+
+
+def test_a_reload_on_a_changed_file(start, port, home):
+    start.write(
+        "changing.py", (PROGRAMS / "two_servers.py").read_text().replace("str(os.getpid())", "'first'")
+    )
+    process = start.gunicorn("changing", "--reload", workers=1, env={"P1": port}).wait_ready()
+    assert fetch(port)[1] == "first"
+    start.write("changing.py", (home / "changing.py").read_text().replace("'first'", "'second'"))
+    wait_for(lambda: answers(port) and fetch(port)[1] == "second", lambda: process.log())

@@ -39,7 +39,7 @@ _FORK_WAIT = 5.0
 _SETTLE = 0.05
 #: How many malformed packets of one worker are answered before its channel is closed.
 _MAX_MALFORMED = 100
-#: How many different faults are remembered so that each is logged once.
+#: How many different faults are logged, each once; more come from a worker that makes them up.
 _MAX_FAULTS = 64
 
 #: Names the listeners that were opened at run time, for the next master (USR2).
@@ -371,10 +371,9 @@ class Broker:
 
     def _fault(self, text: str) -> None:
         """Log what several workers report alike, once."""
-        if text in self._faults:
+        if text in self._faults or len(self._faults) >= _MAX_FAULTS:
             return
-        if len(self._faults) < _MAX_FAULTS:
-            self._faults.add(text)
+        self._faults.add(text)
         self.log.error("%s", "".join(c if c.isprintable() else " " for c in text))
 
     def _release(self, age: int, key: str) -> None:

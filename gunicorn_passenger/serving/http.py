@@ -69,8 +69,9 @@ class Handler(GeventWorker):
 
 def second_server_config(cfg: Any) -> Any:
     """gunicorn's configuration as it applies to a server that no ``bind`` names."""
-    second = copy.copy(cfg)
-    second.settings = dict(cfg.settings)
+    # not copy.copy(): an older Config looks its own attributes up in itself and never ends
+    second = object.__new__(type(cfg))
+    second.__dict__.update(cfg.__dict__, settings=dict(cfg.settings))
     for name, value in _PRIMARY_ONLY.items():
         if name in second.settings:
             setting = copy.copy(second.settings[name])
