@@ -17,8 +17,8 @@ from gunicorn_passenger.errors import (
     UnknownSetting,
 )
 from gunicorn_passenger.hooks import on
-from gunicorn_passenger.serving.application import ServerInfo, application
-from gunicorn_passenger.serving.server import Server, WSGIApp, create_server
+from gunicorn_passenger.serving.application import ServerInfo, application, create_server
+from gunicorn_passenger.serving.server import Server, WSGIApp
 from gunicorn_passenger.settings import configure
 
 if TYPE_CHECKING:

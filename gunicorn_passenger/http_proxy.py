@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from gunicorn_passenger.proxy.core import Proxy
+from gunicorn_passenger.serving.application import application
 from gunicorn_passenger.serving.server import Server
 
 __all__ = ["ProxyServer", "create_server"]
@@ -20,7 +21,7 @@ class ProxyServer(Server):
     """A :class:`~gunicorn_passenger.Server` whose application is the proxy."""
 
     def __init__(self, proxy: Proxy) -> None:
-        super().__init__(proxy)
+        super().__init__(proxy, application)
         self.proxy = proxy
 
     @property
@@ -28,7 +29,7 @@ class ProxyServer(Server):
         return self._name or f"proxy to {self.proxy.target}"
 
     def web(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        """Carry one request: ``return proxy.web(environ, start_response)`` in an app that routes by itself."""
+        """Carry one request: ``return proxy.web(environ, start_response)``, for an app that routes itself."""
         return self.proxy.web(environ, start_response)
 
 

@@ -325,7 +325,7 @@ def test_plain_python(start, home):
 def test_plain_python_default_port(start):
     start.write(
         "show.py",
-        "from gunicorn_passenger.serving import application as a\nprint(a._development_port())",
+        "from gunicorn_passenger.serving import plain\nprint(plain.development_port())",
     )
     process = start.python("show.py")
     process.wait_end()

@@ -9,7 +9,7 @@ How it lives beside the arbiter:
   from ``Worker.__init__``) and tells the broker of a worker's end (``child_exit``). All else is
   done by the broker's own thread.
 - The thread holds :attr:`Broker._gate` whenever it does anything but wait in ``poll``. A fork takes
-  the gate first (``os.register_at_fork``), so a child never inherits a lock that the thread held,
+  the gate first (:mod:`.forks`), so a child never inherits a lock that the thread held,
   nor a half-changed table. The wait for the gate is bounded: a broker that hangs costs the fork
   some seconds, not its life.
 - In the child, everything of the master is closed; a worker keeps its own end of its own channel.
@@ -20,7 +20,6 @@ from __future__ import annotations
 import fcntl
 import os
 import select
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -226,14 +225,15 @@ class Broker:
             self._gate.release()
         self._wake()
 
-    def after_fork_in_child(self) -> None:
-        """Close what is the master's. The ports themselves are closed by the worker (it may be an exec)."""
+    def after_fork_in_child(self) -> bool:
+        """Close what is the master's. The ports themselves are closed by the worker (it may be an exec).
+
+        :returns: whether the child is a worker.
+        """
         embryo, self._embryo = self._embryo, None
         if embryo is not None:
             embryo.ours.close()
-            if embryo.armed:
-                _leave_when_told()
-            else:
+            if not embryo.armed:
                 embryo.theirs.close()
         for link in self._links.values():
             link.sock.close()
@@ -244,6 +244,7 @@ class Broker:
         self._running = False
         if self._gate_taken:
             self._gate.release()
+        return embryo is not None and embryo.armed
 
     # --- the broker's thread ---------------------------------------------------------------------
 
@@ -451,64 +452,3 @@ class Broker:
             if port.idle_since is not None
         ]
         return min(waits, default=None)
-
-
-def _leave_when_told() -> None:
-    """A worker that is told to stop while it boots goes at once.
-
-    Until it has set its own handlers it has the arbiter's, which only put the signal into a queue
-    that nobody reads in a child: the stop would be lost, and gunicorn wait for its timeout.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
-        signal.signal(number, _exit)
-
-
-def _exit(_number: int, _frame: Any) -> None:
-    raise SystemExit(0)
-
-
-_brokers: list[Broker] = []
-
-
-def current() -> Broker | None:
-    """The broker of this process, if it is a master that has one."""
-    return _brokers[0] if _brokers else None
-
-
-def install(broker: Broker) -> None:
-    """Make ``broker`` the one of this process, and guard its forks from now on."""
-    if not _hooked:
-        _hooked.append(True)
-        os.register_at_fork(
-            before=_before_fork, after_in_parent=_after_in_parent, after_in_child=_after_in_child
-        )
-    _brokers[:] = [broker]
-
-
-_hooked: list[bool] = []
-
-
-def _before_fork() -> None:
-    for broker in _brokers:
-        broker.before_fork()
-
-
-def _after_in_parent() -> None:
-    for broker in _brokers:
-        broker.after_fork_in_parent()
-
-
-def _after_in_child() -> None:
-    for broker in _brokers:
-        broker.after_fork_in_child()
-    # the arbiter's reexec child still asks its broker what to hand over
-    _retired[:] = _brokers
-    _brokers.clear()
-
-
-_retired: list[Broker] = []
-
-
-def retired() -> Broker | None:
-    """The broker of the master that this process was forked from."""
-    return _retired[0] if _retired else None

@@ -14,7 +14,7 @@ from gunicorn.errors import HaltServer
 from gunicorn_passenger import hooks, sockets
 from gunicorn_passenger.address import format_sockname
 from gunicorn_passenger.errors import SettingError
-from gunicorn_passenger.master import broker as brokers
+from gunicorn_passenger.master import forks
 from gunicorn_passenger.master.broker import Broker
 from gunicorn_passenger.settings import settings
 
@@ -39,9 +39,9 @@ def prepare_worker(age: int, listening: list[Any], cfg: Any, log: Any) -> tuple[
     """
     attach(cfg)
     settings.program_paused()
-    first = brokers.current() is None
+    first = forks.current() is None
     try:
-        broker = brokers.current() or _start(listening, cfg, log)
+        broker = forks.current() or _start(listening, cfg, log)
         _configure(broker, cfg, log, first)
         channel = broker.prepare(age, listening)
     except (OSError, RuntimeError) as error:
@@ -57,7 +57,7 @@ def prepare_worker(age: int, listening: list[Any], cfg: Any, log: Any) -> tuple[
 def _start(listening: list[Any], cfg: Any, log: Any) -> Broker:
     broker = Broker(log, listening, cfg)
     broker.arbiter = _known[0] if _known else None
-    brokers.install(broker)
+    forks.install(broker)
     _explain(listening, broker, log, cfg)
     return broker
 
@@ -130,25 +130,25 @@ _known: list[Any] = []
 
 def _know_arbiter(arbiter: Any) -> None:
     _known[:] = [arbiter]
-    broker = brokers.current()
+    broker = forks.current()
     if broker is not None:
         broker.arbiter = arbiter
 
 
 def _arm(arbiter: Any, _worker: Any) -> None:
-    broker = brokers.current()
+    broker = forks.current()
     if broker is not None:
         broker.arbiter = arbiter
         broker.arm()
 
 
 def _reaped(_arbiter: Any, worker: Any) -> None:
-    broker = brokers.current()
+    broker = forks.current()
     if broker is not None:
         broker.reaped(worker.age)
 
 
 def _handover(_arbiter: Any) -> None:
-    broker = brokers.retired()
+    broker = forks.retired()
     if broker is not None:
         broker.handover()

@@ -7,24 +7,19 @@ Must never: leave a server half registered; a ``listen()`` that fails leaves no 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from gevent import socket as gsocket
 
-from gunicorn_passenger import errors, hooks, sockets
-from gunicorn_passenger.address import Auto, SockAddr, Tcp, Unix, format_sockname, resolve
+from gunicorn_passenger import errors, hooks
+from gunicorn_passenger.address import Auto, SockAddr, Tcp, Unix, format_sockname
 from gunicorn_passenger.allotment import Allotment, account_name, format_ports
+from gunicorn_passenger.serving import plain
 from gunicorn_passenger.serving.http import Acceptor, Handler, Lifecycle, second_server_config
 from gunicorn_passenger.serving.link import Link
-from gunicorn_passenger.serving.server import CLOSED, LISTENING, LOST, WAITING, Server
+from gunicorn_passenger.serving.server import LISTENING, LOST, WAITING, Server, Socket, WSGIApp
 from gunicorn_passenger.settings import settings
-
-#: Where ``"passenger"`` is served by plain Python, unless PORT says otherwise.
-DEVELOPMENT_PORT = 8000
-
-_BACKLOG = 2048
 
 
 class ServerInfo(NamedTuple):
@@ -34,22 +29,6 @@ class ServerInfo(NamedTuple):
     address: tuple[str, int] | str | None
     placement: str
     state: str
-
-
-class Socket:
-    """A listening socket of this process, and the key under which the master knows it."""
-
-    def __init__(self, sock: Any, sockname: SockAddr | str, key: str = "") -> None:
-        self.sock = sock
-        self.sockname = sockname
-        self.key = key
-
-    @property
-    def address(self) -> tuple[str, int] | str:
-        """``(host, port)``, or ``"unix:/path"``."""
-        if isinstance(self.sockname, str):
-            return f"unix:{self.sockname}"
-        return self.sockname[0], self.sockname[1]
 
 
 class Foreign:
@@ -208,7 +187,7 @@ class Application:
 
     def _open(self, server: Server) -> None:
         if self.worker is None:
-            server.attach(self._open_here(server), LISTENING)
+            server.attach(plain.open_socket(server.want, server is self.primary), LISTENING)
         elif server is self.primary:
             server.attach(Socket(None, self.worker.primary_name()), LISTENING)
             if self._accepting:
@@ -270,44 +249,6 @@ class Application:
         position = same.index(server)
         return server.name if position == 0 else f"{server.name}#{position + 1}"
 
-    def _open_here(self, server: Server) -> Socket:
-        """Plain Python: there is no master, the process opens the port itself."""
-        want = server.want
-        if isinstance(want, Unix):
-            sock = sockets.open_unix(want.path, 0o600, _BACKLOG)
-            family = gsocket.AF_UNIX
-        else:
-            family, sock = self._open_tcp_here(want)
-        name = sockets.sockname(sock)
-        result = Socket(
-            gsocket.socket(family, gsocket.SOCK_STREAM, fileno=sock.detach()), name, format_sockname(name)
-        )
-        if server.is_primary or server is self.primary:
-            print(
-                f"Serving on http://{format_sockname(name)}/ (plain Python, for development)", file=sys.stderr
-            )
-        return result
-
-    def _open_tcp_here(self, want: object) -> tuple[int, Any]:
-        if isinstance(want, Tcp):
-            self._allotment_here().check(want.port)
-            family, host = resolve(want.host, want.port)
-            return family, sockets.open_tcp(family, host, want.port, _BACKLOG)
-        if isinstance(want, Auto):
-            allotment = self._allotment_here()
-            family, host = resolve(want.host, 0)
-            for port in sorted(allotment.ports) if allotment.limited else [0]:
-                try:
-                    return family, sockets.open_tcp(family, host, port, _BACKLOG)
-                except errors.PortInUse:
-                    continue
-            raise errors.no_port_free(format_ports(allotment.ports), allotment.sources)
-        return gsocket.AF_INET, sockets.open_tcp(gsocket.AF_INET, "127.0.0.1", _development_port(), _BACKLOG)
-
-    @staticmethod
-    def _allotment_here() -> Allotment:
-        return settings.operator_allotment(os.geteuid()).narrowed(settings.program_layer())
-
     # --- accepting -------------------------------------------------------------------------------
 
     def _begin(self, server: Server | Foreign) -> None:
@@ -356,7 +297,7 @@ class Application:
             hooks.emit("exit", None, self.log)
             for server in list(self.servers):
                 if isinstance(server, Server):
-                    _unlink(server)
+                    plain.unlink(server.address)
 
     # --- leaving ---------------------------------------------------------------------------------
 
@@ -405,23 +346,13 @@ def _family(sockname: SockAddr) -> int:
     return int(gsocket.AF_INET6 if len(sockname) == 4 else gsocket.AF_INET)
 
 
-def _development_port() -> int:
-    text = os.environ.get("PORT", "").strip()
-    if not text:
-        return DEVELOPMENT_PORT
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 65535:
-        raise errors.SettingError(f"PORT={text!r} is not a number from 1 to 65535")
-    return int(text)
-
-
-def _unlink(server: Server) -> None:
-    address = server.address
-    if isinstance(address, str) and address.startswith("unix:"):
-        path = address[len("unix:") :]
-        if os.path.exists(path):
-            os.unlink(path)
-
-
 application = Application()
 
-__all__ = ["CLOSED", "Application", "Foreign", "ServerInfo", "Socket", "application"]
+
+def create_server(app: WSGIApp) -> Server:
+    """Make a server for a WSGI application; ``.listen(address)`` starts it.
+
+    :param app: a WSGI callable.
+    :raises TypeError: when it is not callable.
+    """
+    return Server(app, application)

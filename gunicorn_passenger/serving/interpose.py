@@ -16,8 +16,7 @@ Facts and rules:
 - The open file description is shared with the siblings, so its ``O_NONBLOCK`` is too. The master
   sets it; a standard library socket that is set to block keeps it, and waits with a timeout that
   never ends, which Python does by polling.
-- A captured primary is an AF_UNIX socket under an object that says AF_INET. Whatever object says one
-  and is the other gets a TCP face: peer ('127.0.0.1', 0), and TCP options without effect.
+- A captured primary is an AF_UNIX socket under an object that says AF_INET; see :mod:`.face`.
 """
 
 from __future__ import annotations
@@ -31,15 +30,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from gevent import _socket3, monkey
-
 from gunicorn_passenger import errors, native, sockets
 from gunicorn_passenger.address import SockAddr, Tcp, format_sockname, format_tcp, resolve
-from gunicorn_passenger.serving.application import Application, Foreign, Socket
-from gunicorn_passenger.serving.server import CLOSED, LISTENING, LOST
+from gunicorn_passenger.serving import face
+from gunicorn_passenger.serving.application import Application, Foreign
+from gunicorn_passenger.serving.server import CLOSED, LOST, Socket
 from gunicorn_passenger.settings import settings
-
-_INET = (socket.AF_INET, socket.AF_INET6)
 
 #: Options that a program sets on a listening socket for the connections accepted from it.
 _OPTIONS = [
@@ -54,11 +50,6 @@ _OPTIONS = [
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 4),
     (socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 4),
 ]
-
-_TCP_LEVELS = (socket.IPPROTO_TCP, socket.IPPROTO_IP, socket.IPPROTO_IPV6)
-
-#: What a captured server's client looks like, as to Passenger's Node programs.
-_PEER = {socket.AF_INET: ("127.0.0.1", 0), socket.AF_INET6: ("::1", 0, 0, 0)}
 
 #: Seconds; poll(2) takes its timeout in milliseconds as an int.
 _FOR_EVER = 2_000_000.0
@@ -186,7 +177,7 @@ class Interposition:
             application.install(server, label)
             source = application.worker.give_primary()
             self._primary_name = entry.name
-            install_face()
+            face.install()
             return server, source, entry.name
         application.check_program_allotment(entry.port)
         settings.placement(entry.port, "shared")
@@ -199,7 +190,7 @@ class Interposition:
             fd, key, sockname = application.link.open(want, label, max(0, backlog), v6only)
         except errors.BrokerLost as error:
             application.log.error("%s", error)
-            install_face()
+            face.install()
             return Foreign(label, (entry.host, entry.port), "", LOST), _nowhere(), entry.name
         source = _socket.socket(fileno=fd)
         if application.holds(key):
@@ -229,8 +220,8 @@ class Interposition:
         entry = self.bound(_socket.socket.fileno(sock)) if self._bound else None
         if entry is not None:
             return entry.name
-        if not isinstance(real, tuple) and sock.family in _INET:
-            return self._primary_name or _PEER[sock.family]
+        if not isinstance(real, tuple) and sock.family in face.INET:
+            return self._primary_name or face.PEER[sock.family]
         return real
 
     def accepted(self, listener: int, fd: int) -> None:
@@ -277,7 +268,7 @@ def _forget_in_epoll(fd: int) -> None:
 
 def _is_tcp(sock: Any) -> bool:
     return (
-        sock.family in _INET
+        sock.family in face.INET
         and (sock.type & 0xF) == socket.SOCK_STREAM
         and sock.proto in (0, socket.IPPROTO_TCP)
     )
@@ -344,14 +335,13 @@ def _nowhere() -> Any:
 def _keep_nonblocking(sock: Any) -> None:
     """A socket of the standard library that blocks: wait by polling, the description is shared."""
     os.set_blocking(_socket.socket.fileno(sock), False)
-    if isinstance(sock, _native_class) and _socket.socket.gettimeout(sock) is None:
+    if isinstance(sock, face.NATIVE) and _socket.socket.gettimeout(sock) is None:
         _socket.socket.settimeout(sock, _FOR_EVER)
 
 
 # --- the replaced methods -------------------------------------------------------------------------
 
 _state: list[Interposition] = []
-_native_class: Any = monkey.get_original("socket", "socket")
 
 
 def install(application: Application) -> Interposition:
@@ -359,7 +349,7 @@ def install(application: Application) -> Interposition:
     interposition = Interposition(application)
     if not _state:
         _state.append(interposition)
-        for cls in (_native_class, _socket3._wrefsocket):
+        for cls in face.CLASSES:
             _replace(cls)
     _state[:] = [interposition]
     return interposition
@@ -388,8 +378,8 @@ def _replace(cls: Any) -> None:
     def _accept(self: Any) -> tuple[int, Any]:
         fd, peer = _socket.socket._accept(self)  # type: ignore[attr-defined]
         _state[0].accepted(_socket.socket.fileno(self), fd)
-        if not isinstance(peer, tuple) and self.family in _INET:
-            peer = _PEER[self.family]
+        if not isinstance(peer, tuple) and self.family in face.INET:
+            peer = face.PEER[self.family]
         return fd, peer
 
     def getsockname(self: Any) -> Any:
@@ -404,7 +394,7 @@ def _replace(cls: Any) -> None:
         settimeout(self, None if flag else 0.0)
 
     # gevent's inner socket is closed by close(), the standard library's by _real_close()
-    if cls is _native_class:
+    if cls is face.NATIVE:
         real_close = cls._real_close
 
         def _real_close(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -426,53 +416,6 @@ def _replace(cls: Any) -> None:
         setattr(cls, function.__name__, function)
 
 
-_faced: list[bool] = []
-
-
-def install_face() -> None:
-    """Give AF_UNIX sockets under AF_INET objects a TCP face; from the first captured server on."""
-    if _faced:
-        return
-    _faced.append(True)
-    for cls in (_native_class, _socket3._wrefsocket):
-        _put_face_on(cls)
-
-
-def _put_face_on(cls: Any) -> None:
-    def getpeername(self: Any) -> Any:
-        peer = _socket.socket.getpeername(self)
-        if not isinstance(peer, tuple) and self.family in _INET:
-            return _PEER[self.family]
-        return peer
-
-    def setsockopt(self: Any, *args: Any) -> None:
-        try:
-            _socket.socket.setsockopt(self, *args)
-        except OSError:
-            if not _is_disguised(self, args[0]):
-                raise
-
-    def getsockopt(self: Any, *args: Any) -> Any:
-        try:
-            return _socket.socket.getsockopt(self, *args)
-        except OSError:
-            if not _is_disguised(self, args[0]):
-                raise
-            return b"\0" * args[2] if len(args) > 2 else 0
-
-    for function in (getpeername, setsockopt, getsockopt):
-        function.__qualname__ = f"{cls.__qualname__}.{function.__name__}"
-        setattr(cls, function.__name__, function)
-
-
-def _is_disguised(sock: Any, level: int) -> bool:
-    return (
-        level in _TCP_LEVELS
-        and sock.family in _INET
-        and _socket.socket.getsockopt(sock, socket.SOL_SOCKET, socket.SO_DOMAIN) == socket.AF_UNIX
-    )
-
-
 def strays(inherited: set[int]) -> list[str]:
     """Addresses that this process listens on without having asked: opened by code outside Python's socket.
 
@@ -486,4 +429,4 @@ def strays(inherited: set[int]) -> list[str]:
     ]
 
 
-__all__ = ["LISTENING", "Interposition", "install", "install_face", "strays"]
+__all__ = ["Interposition", "install", "strays"]

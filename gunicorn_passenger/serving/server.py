@@ -7,14 +7,11 @@ to do). Must never: bind a port itself; :mod:`.application` knows where sockets 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from gunicorn_passenger import errors
-from gunicorn_passenger.address import Address, Primary, Tcp, format_sockname, parse
+from gunicorn_passenger.address import Address, Primary, SockAddr, Tcp, format_sockname, parse
 from gunicorn_passenger.settings import check_placement, settings
-
-if TYPE_CHECKING:
-    from gunicorn_passenger.serving.application import Socket
 
 WSGIApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
@@ -24,6 +21,29 @@ S = TypeVar("S", bound="Server")
 NEW, WAITING, LISTENING, CLOSED, LOST = "new", "waiting", "listening", "closed", "lost"
 
 
+class Socket:
+    """A listening socket of this process, and the key under which the master knows it."""
+
+    def __init__(self, sock: Any, sockname: SockAddr | str, key: str = "") -> None:
+        self.sock = sock
+        self.sockname = sockname
+        self.key = key
+
+    @property
+    def address(self) -> tuple[str, int] | str:
+        """``(host, port)``, or ``"unix:/path"``."""
+        if isinstance(self.sockname, str):
+            return f"unix:{self.sockname}"
+        return self.sockname[0], self.sockname[1]
+
+
+class Home(Protocol):
+    """Where a server belongs: the application of this process."""
+
+    def add(self, server: Server) -> None: ...
+    def remove(self, server: Server) -> None: ...
+
+
 class Server:
     """Serves one WSGI application on one address, in every worker.
 
@@ -31,10 +51,11 @@ class Server:
     is a module that gunicorn can load.
     """
 
-    def __init__(self, app: WSGIApp) -> None:
+    def __init__(self, app: WSGIApp, home: Home) -> None:
         if not callable(app):
             raise errors.not_callable(app)
         self.app = app
+        self._home = home
         self.placement = "shared"
         self.state = NEW
         self._name: str | None = None
@@ -88,8 +109,6 @@ class Server:
             and ``PortInUse`` are kinds of it.
         :raises errors.AlreadyInstalled: when the primary socket has its server.
         """
-        from gunicorn_passenger.serving.application import application
-
         if self.state == CLOSED:
             raise errors.closed_server(self.name)
         if self.state != NEW:
@@ -103,7 +122,7 @@ class Server:
         self._name = name
         self._want = want
         try:
-            application.add(self)
+            self._home.add(self)
         except BaseException:
             self._want, self._name = None, None
             raise
@@ -114,10 +133,8 @@ class Server:
 
         The master closes the port when no worker has wanted it for the grace period.
         """
-        from gunicorn_passenger.serving.application import application
-
         if self.state != CLOSED:
-            application.remove(self)
+            self._home.remove(self)
             self.state = CLOSED
             self._socket = None
 
@@ -143,12 +160,3 @@ def default_name(app: object) -> str:
     own = str(getattr(app, "import_name", "") or getattr(app, "name", "") or "")
     text = f"{module}.{getattr(owner, '__qualname__', 'app')}"
     return f"{text}({own})" if own and own.isprintable() else text
-
-
-def create_server(app: WSGIApp) -> Server:
-    """Make a server for a WSGI application; ``.listen(address)`` starts it.
-
-    :param app: a WSGI callable.
-    :raises TypeError: when it is not callable.
-    """
-    return Server(app)

@@ -1,0 +1,70 @@
+"""The broker of this process, and what happens to it around a fork.
+
+Runs in: the master, in the thread that forks, and for a moment in each child of it.
+Must never: keep a fork waiting without a bound, or leave anything of the master's open in a child.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+from gunicorn_passenger.master.broker import Broker
+
+_brokers: list[Broker] = []
+_retired: list[Broker] = []
+_hooked: list[bool] = []
+
+
+def current() -> Broker | None:
+    """The broker of this process, if it is a master that has one."""
+    return _brokers[0] if _brokers else None
+
+
+def retired() -> Broker | None:
+    """The broker of the master that this process was forked from."""
+    return _retired[0] if _retired else None
+
+
+def install(broker: Broker) -> None:
+    """Make ``broker`` the one of this process, and guard its forks from now on."""
+    if not _hooked:
+        _hooked.append(True)
+        os.register_at_fork(
+            before=_before_fork, after_in_parent=_after_in_parent, after_in_child=_after_in_child
+        )
+    _brokers[:] = [broker]
+
+
+def _before_fork() -> None:
+    for broker in _brokers:
+        broker.before_fork()
+
+
+def _after_in_parent() -> None:
+    for broker in _brokers:
+        broker.after_fork_in_parent()
+
+
+def _after_in_child() -> None:
+    for broker in _brokers:
+        if broker.after_fork_in_child():
+            _leave_when_told()
+    # the arbiter's reexec child still asks its broker what to hand over
+    _retired[:] = _brokers
+    _brokers.clear()
+
+
+def _leave_when_told() -> None:
+    """A worker that is told to stop while it boots goes at once.
+
+    Until it has set its own handlers it has the arbiter's, which only put the signal into a queue
+    that nobody reads in a child: the stop would be lost, and gunicorn wait for its timeout.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, _exit)
+
+
+def _exit(_number: int, _frame: Any) -> None:
+    raise SystemExit(0)
