@@ -10,6 +10,7 @@ import _socket
 import errno
 import os
 import sys
+import threading
 import time
 from typing import Any
 
@@ -82,6 +83,7 @@ class Worker(GeventWorker):
         #: why the program cannot go on although it had started
         self.failure: PassengerError | None = None
         self._leaving: Any = None
+        self._quitting = False
         self._interposition: Any = None
 
     # --- in the worker ---------------------------------------------------------------------------
@@ -172,8 +174,12 @@ class Worker(GeventWorker):
         while self.alive:
             self.notify()
             self._leaving.wait(timeout=1.0)
-        self._leave()
+        if not self._quitting:
+            self._leave()
         hooks.emit("exit", self, self.log)
+        # What was let in is served. A server in a thread of its own that is no daemon would keep the
+        # interpreter waiting at its end, until the master kills the worker.
+        threading._shutdown = lambda: None  # type: ignore[attr-defined]
         if self.failure is not None:
             self.alive = True  # it waits for gunicorn's halt
             self._leaving.clear()
@@ -225,6 +231,21 @@ class Worker(GeventWorker):
         super().handle_exit(sig, frame)
         if self._leaving is not None:
             gevent.spawn(self._leaving.set)
+
+    def handle_quit(self, sig: int, frame: Any) -> None:
+        """Leave at once. A Ctrl-C comes twice: from the terminal, and from the master."""
+        if self._quitting:
+            return
+        self._quitting = True
+        if self.booted and self._leaving is not None:
+            gevent.spawn(self._quit)
+        else:
+            super().handle_quit(sig, frame)
+
+    def _quit(self) -> None:
+        self.alive = False
+        self.cfg.worker_int(self)
+        self._leaving.set()
 
     def _leave(self) -> None:
         """Stop accepting everywhere, finish what is in hand within the graceful timeout."""

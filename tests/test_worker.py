@@ -183,3 +183,44 @@ def test_a_reload_on_a_changed_file(start, port, home):
     assert fetch(port)[1] == "first"
     start.write("changing.py", (home / "changing.py").read_text().replace("'first'", "'second'"))
     wait_for(lambda: answers(port) and fetch(port)[1] == "second", lambda: process.log())
+
+
+def test_ctrl_c_ends_without_noise(start, port):
+    """The terminal sends SIGINT to the master and its workers alike."""
+    process = start.gunicorn("two_servers", workers=4, env={"P1": port}).wait_ready()
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait_end() == 0
+    wait_for(lambda: not process.session(), "no process to be left")
+    assert "Traceback" not in process.log()
+    assert "SystemExit" not in process.log()
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_in_a_thread_that_is_no_daemon_does_not_keep_the_worker(start, port, how):
+    start.write(
+        "threaded.py",
+        f"""
+        import os, threading
+        from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+        class Answer(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(str(os.getpid()).encode())
+
+        server = ThreadingHTTPServer(("127.0.0.1", {port}), Answer)
+        threading.Thread(target=server.serve_forever).start()
+
+        def application(environ, start_response):
+            start_response("200 OK", [])
+            return [str(os.getpid()).encode()]
+        """,
+    )
+    process = start.gunicorn("threaded", "--graceful-timeout", "600", "--timeout", "600").wait_ready()
+    old = pids_answering(port, 2)
+    process.hup(2)
+    assert not pids_answering(port, 2) & old
+    process.signal(how)
+    assert process.wait_end() == 0
+    assert "Traceback" not in process.log()
