@@ -74,7 +74,7 @@ class Broker:
         self.cfg = cfg
         self.arbiter: Any = None
         self.listeners = Listeners(cfg, log)
-        self.listeners.surrendered = self._wake
+        self.listeners.surrendered = self._surrender
         self.allotment = Allotment("")
         self.grace = 10.0
         self._listening = listening
@@ -88,6 +88,7 @@ class Broker:
         self._running = False
         self._faults: set[str] = set()
         self._halting = 0  # age of the worker whose exit makes gunicorn halt
+        self._undecided = False  # a listener of ours was closed, and it is not known yet why
         self._gone: list[int] = []  # ages of workers that the arbiter has reaped
         handed = set(filter(None, os.environ.pop(HANDOVER, "").split("\n")))
         cfg.env_orig.pop(HANDOVER, None)
@@ -395,26 +396,26 @@ class Broker:
 
     # --- closing ---------------------------------------------------------------------------------
 
-    def _settle(self) -> None:
-        """Decide on listeners that the arbiter has closed: a stop closes them, a reload does not.
+    def _surrender(self) -> None:
+        """The arbiter closes a listener of ours: to stop, or since a reload changes ``bind``."""
+        self._undecided = True
+        self._wake()
 
-        ``Arbiter.stop`` replaces its list by an empty one right after closing; ``Arbiter.reload``
-        replaces it by the new binds. Until it has done either, nothing is decided.
+    def _settle(self) -> None:
+        """Find out which of the two it was.
+
+        ``Arbiter.stop`` replaces its list by an empty one right after closing: then the ports are
+        closed. ``Arbiter.reload`` replaces it by the new binds: then they stay, and join that list
+        with the next worker (:meth:`prepare`). Until it has done either, nothing is decided.
         """
-        if self.arbiter is None or self._listening is self.arbiter.LISTENERS:
+        if not self._undecided or self.arbiter is None or self._listening is self.arbiter.LISTENERS:
             return
+        self._undecided = False
         if not self.arbiter.LISTENERS:
             for port in self.listeners.ports.values():
                 if isinstance(port.listener, Held):
                     port.listener.really_close()
             self.listeners.ports.clear()
-
-    def _undecided(self) -> bool:
-        return (
-            self.arbiter is not None
-            and self._listening is not self.arbiter.LISTENERS
-            and bool(self.listeners.ports)
-        )
 
     def _close_idle(self) -> None:
         """Close ports that nobody has wanted for the grace period.
@@ -443,7 +444,7 @@ class Broker:
         self.log.info("Closed %s: no worker has wanted it for %g s", port.key, self.grace)
 
     def _next_deadline(self) -> float | None:
-        if self._undecided():
+        if self._undecided:
             return _SETTLE
         now = time.monotonic()
         waits = [
