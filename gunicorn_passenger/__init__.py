@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from gunicorn_passenger import errors
 from gunicorn_passenger.errors import (
     AlreadyInstalled,
     ListenError,
@@ -45,6 +46,8 @@ __all__ = [
     "serve_forever",
     "servers",
 ]
+
+errors.show_in_one_line()
 
 
 def listen(address: object, app: WSGIApp, **options: Any) -> Server:

@@ -65,8 +65,15 @@ def format_tcp(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def format_sockname(name: SockAddr | str) -> str:
-    """The printed form of what a listening socket is bound to."""
+def is_unix(name: object) -> bool:
+    """Whether ``getsockname()`` returned a UNIX socket's name: a path, or bytes in the abstract namespace."""
+    return isinstance(name, str | bytes)
+
+
+def format_sockname(name: SockAddr | str | bytes) -> str:
+    """The printed form of what a listening socket is bound to; abstract names begin with ``@`` (unix(7))."""
+    if isinstance(name, bytes):
+        return "unix:" + name.decode("utf-8", "backslashreplace").replace("\0", "@")
     return f"unix:{name}" if isinstance(name, str) else format_tcp(name[0], name[1])
 
 
@@ -97,7 +104,7 @@ def parse(address: object, host: str = "127.0.0.1") -> Address:
 
 
 def _parse_tcp(text: str, address: object, host: str) -> Tcp:
-    if text.lstrip("+-").isdigit():
+    if text.lstrip("+-").isdigit() or not text.strip("0123456789"):
         return Tcp(_host(host), _port(text))
     if text.startswith("["):
         inner, bracket, rest = text[1:].partition("]")
@@ -120,11 +127,18 @@ def _host(host: object) -> str:
         host = host[1:-1]
     if not host or "\0" in host or any(c.isspace() for c in host):
         raise errors.bad_address(host, "the host is empty or has white space in it")
+    try:
+        long = len(host) > 253 or any(len(label) > 63 for label in host.split("."))
+        host.encode("ascii" if host.isascii() else "idna")
+    except UnicodeError as error:
+        raise errors.unresolved(host, error) from None
+    if long:
+        raise errors.unresolved(host[:80], "a label has over 63 characters, or the name over 253")
     return host
 
 
 def _port(port: object, where: str = "") -> int:
-    if isinstance(port, str) and port.isascii() and port.isdigit():
+    if isinstance(port, str) and port.isascii() and port.isdigit() and len(port) <= 5:
         port = int(port)
     if isinstance(port, bool) or not isinstance(port, int) or not 1 <= port <= 65535:
         raise errors.bad_port(port, where)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
+from typing import Any
 
 
 class PassengerError(Exception):
@@ -73,6 +75,26 @@ class BrokerLost(ListenError):
         super().__init__(code, text)
 
 
+_python_hooks: list[Any] = []
+
+
+def show_in_one_line() -> None:
+    """Have Python end a program that dies of a :class:`PassengerError` with its text, not a traceback.
+
+    For the master with ``--preload`` and for plain Python; every other exception is shown as before.
+    """
+    if not _python_hooks:
+        _python_hooks.append(sys.excepthook)
+        sys.excepthook = _one_line
+
+
+def _one_line(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+    if isinstance(error, PassengerError):
+        print(f"Error: {error}", file=sys.stderr)
+    else:
+        _python_hooks[0](kind, error, traceback)
+
+
 #: How a refusal travels from the master to a worker and becomes the same class there.
 REFUSALS: dict[str, type[ListenError]] = {
     "not_allotted": PortNotAllotted,
@@ -102,6 +124,8 @@ def bad_address(address: object, why: str) -> ListenError:
 
 
 def bad_port(port: object, where: str = "") -> ListenError:
+    port = port[:20] if isinstance(port, str) else port
+    where = where[:80]
     inside = f" in {where!r}" if where else ""
     return ListenError(errno.EINVAL, f"port {port!r}{inside} is not a number from 1 to 65535")
 

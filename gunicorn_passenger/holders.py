@@ -6,8 +6,10 @@ decision; another user's processes may hide their descriptors.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import pwd
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,8 +31,11 @@ class Holder:
         return f"{self.name} (pid {self.pid}, user {self.user})"
 
 
-def listening() -> dict[int, list[tuple[int, int]]]:
-    """Port -> (inode, uid) of every TCP socket that listens on this machine."""
+def listening(host: str = "") -> dict[int, list[tuple[int, int]]]:
+    """Port -> (inode, uid) of every TCP socket that listens on this machine.
+
+    :param host: only those that a bind to this numeric host would meet.
+    """
     table: dict[int, list[tuple[int, int]]] = {}
     for path in ("/proc/net/tcp", "/proc/net/tcp6"):
         try:
@@ -41,9 +46,26 @@ def listening() -> dict[int, list[tuple[int, int]]]:
         for line in lines:
             fields = line.split()
             if len(fields) > 9 and fields[3] == _LISTEN:
-                port = int(fields[1].rsplit(":", 1)[1], 16)
+                local, _, number = fields[1].rpartition(":")
+                if host and not _meet(host, _host(local)):
+                    continue
+                port = int(number, 16)
                 table.setdefault(port, []).append((int(fields[9]), int(fields[7])))
     return table
+
+
+def _host(text: str) -> str:
+    """The address of /proc/net/tcp: words of 32 bits in the machine's order, in hexadecimal."""
+    words = [int(text[i : i + 8], 16).to_bytes(4, sys.byteorder) for i in range(0, len(text), 8)]
+    return str(ipaddress.ip_address(b"".join(words)))
+
+
+def _meet(one: str, other: str) -> bool:
+    """Whether two binds to the same port collide: the same host, or one that stands for all (tcp(7))."""
+    a, b = ipaddress.ip_address(one), ipaddress.ip_address(other)
+    if a.version == b.version:
+        return a == b or a.is_unspecified or b.is_unspecified
+    return (a if a.version == 6 else b).is_unspecified  # "::" takes IPv4 as well
 
 
 def _sockets(pid: str) -> Iterator[int]:
@@ -74,9 +96,9 @@ def _user(uid: int) -> str:
         return str(uid)
 
 
-def find(ports: set[int]) -> dict[int, Holder]:
+def find(ports: set[int], host: str = "") -> dict[int, Holder]:
     """The holder of each of ``ports`` that is taken; the lowest pid where several share it."""
-    taken = {port: entries for port, entries in listening().items() if port in ports}
+    taken = {port: entries for port, entries in listening(host).items() if port in ports}
     wanted = {inode: port for port, entries in taken.items() for inode, _ in entries}
     found: dict[int, Holder] = {}
     if wanted:
@@ -92,10 +114,10 @@ def find(ports: set[int]) -> dict[int, Holder]:
     return found
 
 
-def describe(port: int) -> str:
+def describe(port: int, host: str = "") -> str:
     """One phrase for an error: ``nginx (pid 17, user www-data)`` or ``another program``."""
     try:
-        holder = find({port}).get(port)
-    except OSError:
+        holder = find({port}, host).get(port)
+    except (OSError, ValueError):
         holder = None
     return str(holder) if holder else "another program"

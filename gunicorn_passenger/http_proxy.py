@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from gunicorn_passenger.errors import SettingError, UnknownSetting
 from gunicorn_passenger.proxy.core import Proxy
 from gunicorn_passenger.serving.application import application
 from gunicorn_passenger.serving.server import Server
@@ -47,5 +48,8 @@ def create_server(target: object, host: str | None = None, **options: Any) -> Pr
     for name in options:
         if name not in _OPTIONS:
             known = ", ".join(_OPTIONS)
-            raise TypeError(f"http_proxy.create_server() has no option {name!r}; there are: {known}")
-    return ProxyServer(Proxy(target, host, **options))
+            raise UnknownSetting(f"http_proxy.create_server() has no option {name!r}; there are: {known}")
+    try:
+        return ProxyServer(Proxy(target, host, **options))
+    except ValueError as error:
+        raise SettingError(f"http_proxy.create_server(): {error}") from None

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import os
 import runpy
+import signal
 import sys
+import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import gevent
@@ -20,7 +23,7 @@ from gevent.event import Event
 from gunicorn.app.wsgiapp import WSGIApplication
 from gunicorn.errors import ConfigError
 
-from gunicorn_passenger import runtime, sockets
+from gunicorn_passenger import hooks, runtime, sockets
 from gunicorn_passenger.errors import PassengerError, ScriptError
 from gunicorn_passenger.serving.application import application
 from gunicorn_passenger.serving.server import Server
@@ -40,7 +43,8 @@ class ScriptApplication(WSGIApplication):
             raise ConfigError(
                 "one script is expected: gunicorn-passenger start server.py [gunicorn's options]"
             )
-        self.script = os.path.abspath(args[1])
+        # once: a reload comes with --chdir done
+        self.script = getattr(self, "script", os.path.abspath(args[1]))
         self.app_uri = args[1]
         if not os.path.isfile(self.script):
             raise ConfigError(f"there is no script {args[1]!r}")
@@ -80,6 +84,11 @@ class ScriptApplication(WSGIApplication):
                 )
 
     def load(self) -> Any:
+        if application.worker is None:
+            # --check-config: the script is not the master's to run
+            with open(self.script, "rb") as file:
+                compile(file.read(), self.script, "exec")
+            return _nobody
         return run(self.script)
 
 
@@ -95,12 +104,16 @@ def run(path: str) -> Any:
     sys.argv = [path]
     sys.path.insert(0, os.path.dirname(path))
     _tame_werkzeug()
+    _keep_signals()
     started = time.monotonic()
+    before = set(threading.enumerate())
     script = gevent.spawn(_run, path)
-    script.link(lambda _: installed.set())
+    script.link(lambda _: None if _threads_beside(before) and script.value is None else installed.set())
     waited = 0.0
     while application.worker.alive and not installed.wait(timeout=1.0):
         application.worker.notify()
+        if script.ready() and not _threads_beside(before):
+            break
         waited += 1.0
         if waited == _PATIENCE:
             application.log.warning(
@@ -114,6 +127,8 @@ def run(path: str) -> Any:
 
 def _run(path: str) -> BaseException | None:
     """The script's greenlet; what ended it, if it did not end by itself."""
+    # it stands for the main thread: threads that it starts are no daemons unless it says so
+    threading.current_thread()._daemonic = False  # type: ignore[attr-defined]
     try:
         runpy.run_path(path, run_name="__main__")
     except gevent.GreenletExit:
@@ -121,6 +136,12 @@ def _run(path: str) -> BaseException | None:
     except BaseException as error:
         return error
     return None
+
+
+def _threads_beside(before: set[threading.Thread]) -> bool:
+    """Whether the script has threads that plain Python would wait for at its end."""
+    threads = set(threading.enumerate()) - before
+    return any(not (thread.daemon or isinstance(thread, threading._DummyThread)) for thread in threads)
 
 
 def _why_not(name: str, script: Any) -> BaseException:
@@ -165,6 +186,32 @@ def _nobody(_environ: Any, start_response: Any) -> list[bytes]:  # pragma: no co
     """Stands where gunicorn wants a callable; an unmodified primary accepts by itself."""
     start_response("503 Service Unavailable", [("Content-Length", "0")])
     return []
+
+
+def _keep_signals() -> None:
+    """gunicorn's signals stay gunicorn's: the script's handler of one runs when the worker has drained.
+
+    A handler such as ``lambda *_: server.shutdown()`` would otherwise end what gunicorn has begun.
+    """
+    gunicorns = set(application.worker.SIGNALS)
+    wanted: dict[int, Any] = {}
+    really = signal.signal
+
+    def note(number: int, handler: Any) -> Any:
+        if number not in gunicorns:
+            return really(number, handler)
+        before = wanted.get(number, signal.SIG_DFL)
+        wanted[number] = handler
+        return before
+
+    def told(_worker: Any) -> None:
+        handler = wanted.get(signal.SIGTERM)
+        if callable(handler):
+            with suppress(SystemExit, KeyboardInterrupt):
+                handler(signal.SIGTERM, None)
+
+    signal.signal = note  # type: ignore[assignment]
+    hooks.on("exit", told)
 
 
 def _tame_werkzeug() -> None:

@@ -36,7 +36,7 @@ def open_tcp(family: int, host: str, port: int, backlog: int, v6only: bool = Fal
         if sock is not None:
             sock.close()
         if error.errno == errno.EADDRINUSE:
-            raise errors.in_use(label, holders.describe(port)) from None
+            raise errors.in_use(label, holders.describe(port, host)) from None
         raise errors.cannot_open(label, error) from None
     return sock
 

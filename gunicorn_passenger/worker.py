@@ -36,17 +36,6 @@ from gunicorn_passenger.settings import settings
 _HALT_WAIT = 10.0
 
 
-_excepthooks: list[Any] = []
-
-
-def _one_line(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-    """In the master, for a program that is preloaded: what it cannot have ends the start with one line."""
-    if isinstance(error, PassengerError):
-        print(f"Error: {error}", file=sys.stderr)
-    else:
-        _excepthooks[0](kind, error, traceback)
-
-
 class Worker(GeventWorker):
     """``gunicorn -k gunicorn_passenger.Worker``: a gevent worker with second servers."""
 
@@ -62,9 +51,6 @@ class Worker(GeventWorker):
         """gunicorn has read its configuration; with --preload it loads the program next."""
         settings.operator_done()
         application.enter_master()
-        if sys.excepthook is not _one_line:
-            _excepthooks.append(sys.excepthook)
-            sys.excepthook = _one_line
 
     @classmethod
     def check_config(cls, cfg: Any, _log: Any) -> None:
@@ -80,6 +66,8 @@ class Worker(GeventWorker):
         super().__init__(age, ppid, list(primary), app, timeout, cfg, log)
         self._acceptors: list[Acceptor] = []
         self._primary_name: Any = None
+        #: for an unmodified server that becomes the primary, now or later, once or again
+        self._primary_copy: Any = None
         #: why the program cannot go on although it had started
         self.failure: PassengerError | None = None
         self._leaving: Any = None
@@ -98,6 +86,7 @@ class Worker(GeventWorker):
                 gsocket.socket(s.FAMILY, gsocket.SOCK_STREAM, fileno=s.sock.detach()) for s in self.sockets
             ]
             self._primary_name = self.sockets[0].getsockname()
+            self._primary_copy = _socket.socket(fileno=os.dup(self.sockets[0].fileno()))
             self._leaving = Event()
             settings.program_runs()
             application.enter_worker(self, Link(self.channel, self.log))
@@ -168,11 +157,16 @@ class Worker(GeventWorker):
         application.start()
         self._serve_primaries()
         self._warn_of_strays()
+        os.register_at_fork(after_in_child=self._forked)
         assert application.link is not None
         application.link.ready()
         hooks.emit("ready", self, self.log)
         while self.alive:
+            if os.getpid() != self.pid:
+                # a child that the program has forked: the worker's loop is not its business
+                Event().wait()
             self.notify()
+            self._interposition.sweep()
             self._leaving.wait(timeout=1.0)
         if not self._quitting:
             self._leave()
@@ -184,6 +178,12 @@ class Worker(GeventWorker):
             self.alive = True  # it waits for gunicorn's halt
             self._leaving.clear()
             raise self.failure
+
+    def _forked(self) -> None:
+        """In a child that the program has forked (multiprocessing, ForkingMixIn): accept nothing."""
+        for acceptor in self._acceptors:
+            acceptor.server.stop_accepting()
+        application.pause()
 
     # --- the primary -----------------------------------------------------------------------------
 
@@ -219,11 +219,9 @@ class Worker(GeventWorker):
 
     def give_primary(self) -> Any:
         """A copy of the primary socket for an unmodified server, which accepts from it itself."""
-        listener = self._acceptors[0].listener if self._acceptors else self.sockets[0]
-        copy = _socket.socket(fileno=os.dup(listener.fileno()))
         for acceptor in self._acceptors:
             acceptor.stop_accepting()
-        return copy
+        return _socket.socket(fileno=os.dup(self._primary_copy.fileno()))
 
     # --- leaving ---------------------------------------------------------------------------------
 
@@ -249,6 +247,7 @@ class Worker(GeventWorker):
 
     def _leave(self) -> None:
         """Stop accepting everywhere, finish what is in hand within the graceful timeout."""
+        self._primary_copy.close()
         for acceptor in self._acceptors:
             acceptor.stop_accepting()
         application.stop_accepting()

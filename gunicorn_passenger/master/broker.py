@@ -26,8 +26,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from gunicorn_passenger import channel, errors, native
-from gunicorn_passenger.address import format_sockname
+from gunicorn_passenger import channel, errors, native, sockets
+from gunicorn_passenger.address import format_sockname, is_unix
 from gunicorn_passenger.allotment import Allotment
 from gunicorn_passenger.channel import Close, Fault, Noted, Open, Opened, Ready, Refused, Rejected
 from gunicorn_passenger.master.listeners import Held, Listeners, Port
@@ -88,15 +88,18 @@ class Broker:
         self._running = False
         self._faults: set[str] = set()
         self._halting = 0  # age of the worker whose exit makes gunicorn halt
+        self._bind: list[str] | None = None  # gunicorn's setting, while a reload goes without a part of it
         self._undecided = False  # a listener of ours was closed, and it is not known yet why
         self._gone: list[int] = []  # ages of workers that the arbiter has reaped
-        handed = set(filter(None, os.environ.pop(HANDOVER, "").split("\n")))
+        # one line each: the key, and after a tab what an "auto" server asked for it as
+        lines = [line.partition("\t") for line in os.environ.pop(HANDOVER, "").splitlines()]
+        handed = {key: auto for key, _, auto in lines}
         cfg.env_orig.pop(HANDOVER, None)
         self._adopt(listening, handed)
 
     # --- called by the arbiter's main thread ----------------------------------------------------
 
-    def _adopt(self, listening: list[Any], handed: set[str]) -> None:
+    def _adopt(self, listening: list[Any], handed: dict[str, str]) -> None:
         """Make the table and the arbiter's list agree.
 
         Sockets in the list that are no primary come from ``bind``, from systemd, or (``handed``)
@@ -109,21 +112,22 @@ class Broker:
             del table[key]  # the reload has taken it out of ``bind``
         ours = [port.listener for port in table.values()]
         for listener in listening:
-            if listener not in ours and format_sockname(listener.getsockname()) in handed:
-                self.listeners.adopt(listener, False, now)
+            key = format_sockname(sockets.sockname(listener.sock))
+            if listener not in ours and key in handed:
+                self.listeners.adopt(listener, False, now, handed[key])
         listening[:] = [li for li in listening if li.sock.fileno() >= 0]  # adopting has replaced some
         listening.extend(p.listener for p in table.values() if p.listener not in listening)
         primary = self.primary_of(listening)
         for listener in listening:
             if listener not in primary and not isinstance(listener, Held) and listener not in ours:
                 self.listeners.adopt(listener, True, now)
-        self._listening = listening
+        self._listening = self.listeners.binds = listening
 
     @staticmethod
     def primary_of(listening: list[Any]) -> list[Any]:
         """The listeners of the primary: the UNIX ones, or else the first; none that a program opened."""
         binds = [li for li in listening if not isinstance(li, Held)]
-        return [li for li in binds if isinstance(li.getsockname(), str)] or binds[:1]
+        return [li for li in binds if is_unix(li.getsockname())] or binds[:1]
 
     @contextmanager
     def _hold(self) -> Iterator[None]:
@@ -155,7 +159,8 @@ class Broker:
             self._drop_embryo()
             if listening is not self._listening:
                 # a reload has changed ``bind``: gunicorn made a new list, without our ports
-                self._adopt(listening, set())
+                self._adopt(listening, {})
+                self._restore_bind()
             ours, theirs = channel.pair()
             ours.setblocking(False)
             self._embryo = Embryo(age, ours, theirs)
@@ -178,9 +183,7 @@ class Broker:
         With systemd's protocol the descriptors must also be numbered from 3 on (sd_listen_fds(3)).
         """
         arbiter = self.arbiter
-        arbiter.cfg.env_orig[HANDOVER] = "\n".join(
-            format_sockname(p.listener.getsockname()) for p in self.listeners.ports.values() if not p.bound
-        )
+        arbiter.cfg.env_orig[HANDOVER] = self.listeners.described()
         if arbiter.systemd:
             first, count = 3, len(arbiter.LISTENERS)
             spare = [fcntl.fcntl(li.fileno(), fcntl.F_DUPFD, first + count) for li in arbiter.LISTENERS]
@@ -346,8 +349,14 @@ class Broker:
         try:
             port = self.listeners.open(ask, self.allotment, same_user)
         except errors.ListenError as error:
-            answer = Refused(ask.id, errors.refusal_kind(error), error.errno or 0, str(error))
+            answer = Refused(ask.id, errors.refusal_kind(error), error.errno or 0, str(error)[:1000])
             self._answer(link, answer)
+            return
+        except Exception as error:
+            # whatever a worker asks for, it is answered
+            text = f"the master cannot open what was asked for: {error}"
+            self.log.error("gunicorn-passenger: worker %s: %s", self._pid(link.age), text)
+            self._answer(link, Refused(ask.id, "listen", getattr(error, "errno", None) or 0, text[:1000]))
             return
         if port.key not in known:
             self._listening.append(port.listener)
@@ -398,8 +407,32 @@ class Broker:
 
     def _surrender(self) -> None:
         """The arbiter closes a listener of ours: to stop, or since a reload changes ``bind``."""
+        arbiter = self.arbiter
+        if not self._undecided and arbiter is not None and arbiter.cfg is not self.cfg:
+            self._spare_bind(arbiter.cfg)
         self._undecided = True
         self._wake()
+
+    def _spare_bind(self, cfg: Any) -> None:
+        """A reload may name a port in ``bind`` that a program has open: gunicorn need not open it again.
+
+        It could not, since the workers of before still hold it. So it is taken out of ``bind`` until
+        gunicorn has opened the rest.
+        """
+        named = [format_sockname(a) if isinstance(a, tuple | str) else "" for a in cfg.address]
+        binds = cfg.settings["bind"].get()
+        kept = [bind for bind, key in zip(binds, named, strict=True) if key not in self.listeners.ports]
+        if kept and kept != binds:
+            self._bind = binds
+            cfg.set("bind", kept)
+            for key in named:
+                if key in self.listeners.ports:
+                    self.listeners.ports[key].claimed = True
+
+    def _restore_bind(self) -> None:
+        if self._bind is not None and self.arbiter is not None:
+            self.arbiter.cfg.set("bind", self._bind)
+            self._bind = None
 
     def _settle(self) -> None:
         """Find out which of the two it was.
@@ -412,10 +445,19 @@ class Broker:
             return
         self._undecided = False
         if not self.arbiter.LISTENERS:
-            for port in self.listeners.ports.values():
-                if isinstance(port.listener, Held):
-                    port.listener.really_close()
-            self.listeners.ports.clear()
+            self._close_all()
+
+    def _close_all(self) -> None:
+        arbiter = self.arbiter
+        ours = not (arbiter.reexec_pid or arbiter.master_pid or arbiter.systemd)
+        for key, port in list(self.listeners.ports.items()):
+            if isinstance(port.listener, Held):
+                self.listeners.drop(key, unlink=ours)
+
+    def finish(self) -> None:
+        """gunicorn exits: whatever the thread has not closed yet."""
+        with suppress(TimeoutError), self._hold():
+            self._close_all()
 
     def _close_idle(self) -> None:
         """Close ports that nobody has wanted for the grace period.

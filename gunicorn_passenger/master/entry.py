@@ -12,7 +12,7 @@ from typing import Any
 from gunicorn.errors import HaltServer
 
 from gunicorn_passenger import hooks, sockets
-from gunicorn_passenger.address import format_sockname
+from gunicorn_passenger.address import format_sockname, is_unix
 from gunicorn_passenger.errors import SettingError
 from gunicorn_passenger.master import forks
 from gunicorn_passenger.master.broker import Broker
@@ -28,6 +28,7 @@ def attach(cfg: Any) -> None:
     hooks.after(cfg, "pre_fork", _arm)
     hooks.before(cfg, "child_exit", _reaped)
     hooks.after(cfg, "pre_exec", _handover)
+    hooks.before(cfg, "on_exit", _finish)
 
 
 def prepare_worker(age: int, listening: list[Any], cfg: Any, log: Any) -> tuple[Any, list[Any]]:
@@ -93,9 +94,9 @@ def _explain(listening: list[Any], broker: Broker, log: Any, cfg: Any) -> None:
         )
     for listener in primary:
         name = listener.getsockname()
-        if not isinstance(name, str):
+        if not is_unix(name):
             log.info("The primary is served on %s, the first bind: bind names no UNIX socket", listener)
-        elif name and not name.startswith("\0"):
+        elif isinstance(name, str) and name and not name.startswith("\0"):
             _warn_if_open_to_all(name, log, cfg)
 
 
@@ -146,6 +147,12 @@ def _reaped(_arbiter: Any, worker: Any) -> None:
     broker = forks.current()
     if broker is not None:
         broker.reaped(worker.age)
+
+
+def _finish(_arbiter: Any) -> None:
+    broker = forks.current()
+    if broker is not None:
+        broker.finish()
 
 
 def _handover(_arbiter: Any) -> None:

@@ -11,6 +11,7 @@ shutdown closes it. gunicorn also closes every listener there when a reload chan
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,7 +21,7 @@ from typing import Any
 from gunicorn.sock import TCP6Socket, TCPSocket, UnixSocket
 
 from gunicorn_passenger import errors, sockets
-from gunicorn_passenger.address import format_tcp
+from gunicorn_passenger.address import format_sockname, format_tcp
 from gunicorn_passenger.allotment import Allotment, format_ports, parse_ports
 from gunicorn_passenger.channel import Open
 
@@ -63,6 +64,10 @@ class HeldTCP6(Held, TCP6Socket):
 class HeldUnix(Held, UnixSocket):
     """A run-time UNIX socket."""
 
+    def getsockname(self) -> tuple[str, str]:
+        """No path: gunicorn would remove whatever stands there when it stops. The broker does it."""
+        return "unix", self.cfg_addr
+
 
 @dataclass
 class Port:
@@ -97,18 +102,23 @@ class Listeners:
         self.cfg = cfg
         self.log = log
         self.ports: dict[str, Port] = {}
+        #: the arbiter's list, which also has the primary's own listeners
+        self.binds: list[Any] = []
         #: servers that asked for "auto", by name and host -> key
         self._autos: dict[str, str] = {}
         self.surrendered: Callable[[], None] = lambda: None
 
     # --- adopting -----------------------------------------------------------------------------
 
-    def adopt(self, listener: Any, bound: bool, now: float) -> None:
-        """Take over a socket that is open already: from ``bind``, systemd, or the master before."""
-        name = listener.getsockname()
-        if isinstance(name, str):
-            port = Port(f"unix:{name}", listener, path=name, family=socket.AF_UNIX, bound=bound)
-            port.file = sockets.file_id(name)
+    def adopt(self, listener: Any, bound: bool, now: float, auto: str = "") -> None:
+        """Take over a socket that is open already: from ``bind``, systemd, or the master before.
+
+        :param auto: what an ``"auto"`` server of the master before asked for it as.
+        """
+        name = sockets.sockname(listener.sock)
+        if not isinstance(name, tuple):
+            port = Port(format_sockname(name), listener, path=str(name), family=socket.AF_UNIX, bound=bound)
+            port.file = sockets.file_id(str(name))
         else:
             family = socket.AF_INET6 if len(name) == 4 else socket.AF_INET
             port = Port(
@@ -118,6 +128,13 @@ class Listeners:
             port.listener = self._held(listener)
             port.idle_since = now
         self.ports[port.key] = port
+        if auto:
+            self._autos[auto] = port.key
+
+    def described(self) -> str:
+        """The run-time ports for the next master: a line each, as :meth:`adopt` needs them."""
+        autos = {key: auto for auto, key in self._autos.items()}
+        return "\n".join(f"{p.key}\t{autos.get(p.key, '')}" for p in self.ports.values() if not p.bound)
 
     def _held(self, listener: Any) -> Any:
         """The same socket as a listener of our own class, so that a reload does not close it."""
@@ -125,7 +142,8 @@ class Listeners:
             return listener
         sock = listener.sock
         classes = {socket.AF_INET: HeldTCP, socket.AF_INET6: HeldTCP6, socket.AF_UNIX: HeldUnix}
-        return self._wrap(classes[listener.FAMILY], listener.getsockname(), sock.detach())
+        name = sockets.sockname(sock)
+        return self._wrap(classes[listener.FAMILY], name, sock.detach())
 
     def _wrap(self, cls: Any, name: Any, fd: int) -> Any:
         listener = cls(name, self.cfg, self.log, fd=fd)
@@ -156,7 +174,7 @@ class Listeners:
             allotment.check(ask.port)
         if port is None:
             port = self._create_tcp(family, ask.host, ask.port, ask)
-        self._raise_backlog(port, ask.backlog)
+        self._raise_backlog(port, _backlog(ask))
         return port
 
     def _bound_elsewhere(self, number: int) -> Port | None:
@@ -164,16 +182,19 @@ class Listeners:
         return next((p for p in self.ports.values() if p.bound and p.port == number), None)
 
     def _create_tcp(self, family: int, host: str, number: int, ask: Open) -> Port:
-        if len(self.ports) >= MAX_PORTS:
-            raise errors.too_many_ports(MAX_PORTS)
+        self._check_room()
         own = next((p for p in self.ports.values() if number and p.port == number), None)
-        backlog = max(self.cfg.backlog, ask.backlog)
+        backlog = max(self.cfg.backlog, _backlog(ask))
         try:
             sock = sockets.open_tcp(family, host, number, backlog, ask.v6only)
         except errors.PortInUse:
-            if own is None:
+            holder = "this application itself, "
+            if own is not None:
+                holder += f"which holds it as {own.key}"
+            elif number in self._primary_ports():
+                holder += "whose primary it is (gunicorn's bind)"
+            else:
                 raise
-            holder = f"this application itself, which holds it as {own.key}"
             raise errors.in_use(format_tcp(host, number), holder) from None
         name = sock.getsockname()
         listener = self._wrap(HeldTCP6 if family == socket.AF_INET6 else HeldTCP, name, sock.detach())
@@ -182,6 +203,16 @@ class Listeners:
         )
         self.ports[port.key] = port
         return port
+
+    def _primary_ports(self) -> set[int]:
+        names = [li.getsockname() for li in self.binds if li.sock is not None and not isinstance(li, Held)]
+        return {name[1] for name in names if isinstance(name, tuple)}
+
+    def _check_room(self) -> None:
+        """A master without a descriptor left could not even start workers."""
+        limit = min(MAX_PORTS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        if len(self.ports) >= limit:
+            raise errors.too_many_ports(limit)
 
     def _open_auto(self, ask: Open, allotment: Allotment) -> Port:
         family = _family(ask.host)
@@ -216,10 +247,9 @@ class Listeners:
             raise errors.unix_other_user(ask.path, allotment.account)
         if not os.path.isabs(ask.path) or "\0" in ask.path:
             raise errors.bad_address(ask.path[:100], "the path of the UNIX socket is not absolute")
-        if len(self.ports) >= MAX_PORTS:
-            raise errors.too_many_ports(MAX_PORTS)
+        self._check_room()
         mode = 0o666 & ~self.cfg.umask if self.cfg.umask else 0o600
-        sock = sockets.open_unix(ask.path, mode, max(self.cfg.backlog, ask.backlog))
+        sock = sockets.open_unix(ask.path, mode, max(self.cfg.backlog, _backlog(ask)))
         listener = self._wrap(HeldUnix, ask.path, sock.detach())
         port = Port(f"unix:{ask.path}", listener, path=ask.path, family=socket.AF_UNIX)
         port.file = sockets.file_id(ask.path)
@@ -243,6 +273,10 @@ class Listeners:
         if unlink and port.file is not None and sockets.file_id(port.path) == port.file:
             with suppress(OSError):
                 os.unlink(port.path)
+
+
+def _backlog(ask: Open) -> int:
+    return min(max(ask.backlog, 0), 65535)
 
 
 def _family(host: str) -> int:

@@ -11,6 +11,10 @@ from typing import Any
 PIECE = 65536
 
 
+class BrokenOff(Exception):
+    """The client has gone before the end of its request."""
+
+
 def pieces(stream: Any, length: int | None) -> Iterator[bytes]:
     """The body of a WSGI request, in pieces as they come in.
 
@@ -29,6 +33,8 @@ def pieces(stream: Any, length: int | None) -> Iterator[bytes]:
         left = length
         while left is None or left > 0:
             data = stream.read(PIECE if left is None else min(PIECE, left))
+            if not data and left is not None:
+                raise BrokenOff(f"{left} bytes of the request body are missing")
             if not data:
                 return
             if left is not None:
@@ -48,7 +54,7 @@ def _measured(reader: Any) -> Iterator[bytes]:
     while reader.length > 0:
         data = reader.unreader.read()
         if not data:
-            return
+            raise BrokenOff(f"{reader.length} bytes of the request body are missing")
         if len(data) > reader.length:
             reader.unreader.unread(data[reader.length :])
             data = data[: reader.length]

@@ -11,6 +11,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -19,13 +20,24 @@ import gevent
 from gevent import socket as gsocket
 from werkzeug.exceptions import BadGateway, GatewayTimeout, HTTPException, NotImplemented
 
-from gunicorn_passenger.proxy.body import PIECE, pieces
-from gunicorn_passenger.proxy.headers import Fields, end_to_end, forwarded_fields, request_fields
+from gunicorn_passenger.proxy.body import PIECE, BrokenOff, pieces
+from gunicorn_passenger.proxy.headers import (
+    BadResponse,
+    Fields,
+    forwarded_fields,
+    request_fields,
+    response_fields,
+)
 
 log = logging.getLogger("gunicorn.error")
 
 #: Statuses whose answers have no body (RFC 9110 section 6.4.1).
 _BODILESS = (204, 304)
+
+#: How much of a request body is read after the target has stopped listening to it, in bytes.
+_DISCARD = 1 << 20
+#: How long an answered client may take to send the rest of its body, in seconds.
+_LINGER = 2.0
 
 
 @dataclass(frozen=True)
@@ -99,13 +111,20 @@ class Proxy:
     def web(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Carry one request to the target and its answer back."""
         started = time.monotonic()
-        if environ.get("HTTP_UPGRADE"):
+        if environ.get("HTTP_UPGRADE", "").lower() == "websocket":
             return _answer(NotImplemented("This proxy does not carry upgrades."), environ, start_response)
+        if environ.get("HTTP_TRANSFER_ENCODING", "chunked").strip().lower() != "chunked":
+            return _answer(NotImplemented("The only transfer coding is chunked."), environ, start_response)
+        exchange = None
         try:
             exchange = Exchange(self.target, self._timeout)
             response = exchange.send(environ, self._fields(environ))
-        except (OSError, http.client.HTTPException) as error:
-            late = isinstance(error, TimeoutError)
+            fields = response_fields(response.getheaders())
+            if response.msg.defects:
+                raise BadResponse("malformed header lines")
+        except (OSError, http.client.HTTPException, BadResponse, BrokenOff, ValueError) as error:
+            if exchange is not None:
+                exchange.close()
             log.error(
                 "proxy: %s for %s %s failed after %.3f s: %s",
                 self.target,
@@ -114,9 +133,10 @@ class Proxy:
                 time.monotonic() - started,
                 error or type(error).__name__,
             )
+            late = isinstance(error, TimeoutError)
             return _answer(GatewayTimeout() if late else BadGateway(), environ, start_response)
-        start_response(f"{response.status} {response.reason}", end_to_end(response.getheaders()))
-        return exchange.stream()
+        start_response(f"{response.status} {response.reason or 'Unknown'}", fields)
+        return Answer(exchange)
 
     def _fields(self, environ: dict[str, Any]) -> Fields:
         fields = request_fields(environ)
@@ -172,56 +192,85 @@ class Exchange:
         else:
             sock = gsocket.create_connection((target.host, target.port), timeout)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sock = sock
         self._connection = http.client.HTTPConnection(target.host, target.port or 80)
         self._connection.sock = sock
+        self._client: Any = None
         self._sender: Any = None
+        #: the client's body was read to its end (or there is none)
+        self._body_read = True
         self._response: http.client.HTTPResponse
         self._broken: BaseException | None = None
 
     def send(self, environ: dict[str, Any], fields: Fields) -> http.client.HTTPResponse:
-        """Send the request; its body goes on being sent while the answer is read."""
+        """Send the request; its body goes on being sent while the answer is read.
+
+        :raises BadResponse: for an answer that nobody asked for.
+        """
         try:
-            connection = self._connection
-            connection.putrequest(
-                environ["REQUEST_METHOD"],
-                request_target(environ, self._target.base),
-                skip_host=True,
-                skip_accept_encoding=True,
-            )
-            for name, value in fields:
-                connection.putheader(name, value.encode("latin-1"))
-            connection.putheader("Connection", "close")
-            length = environ.get("CONTENT_LENGTH")
-            chunked = environ.get("HTTP_TRANSFER_ENCODING", "").lower() == "chunked"
-            if chunked:
-                connection.putheader("Transfer-Encoding", "chunked")
-            elif length:
-                connection.putheader("Content-Length", length)
-            connection.endheaders()
-            if chunked or (length and int(length)):
-                body = pieces(environ["wsgi.input"], None if chunked else int(length or 0))
-                self._sender = gevent.spawn(self._send_body, body, chunked, gevent.getcurrent())
-            self._response = connection.getresponse()
-        except BaseException:
-            self.close()
+            self._send_request(environ, fields)
+            self._response = self._connection.getresponse()
+            while 100 <= self._response.status < 200:
+                self._next_response()
+        except (OSError, http.client.HTTPException, ValueError):
             if self._broken is not None:
                 raise self._broken from None
             raise
         return self._response
 
-    def _send_body(self, body: Iterator[bytes], chunked: bool, _reader: Any) -> None:
-        sock = self._connection.sock
+    def _send_request(self, environ: dict[str, Any], fields: Fields) -> None:
+        connection = self._connection
+        connection.putrequest(
+            environ["REQUEST_METHOD"],
+            request_target(environ, self._target.base),
+            skip_host=True,
+            skip_accept_encoding=True,
+        )
+        for name, value in fields:
+            connection.putheader(name, value.encode("latin-1"))
+        connection.putheader("Connection", "close")
+        length = environ.get("CONTENT_LENGTH")
+        chunked = bool(environ.get("HTTP_TRANSFER_ENCODING"))
+        if chunked:
+            connection.putheader("Transfer-Encoding", "chunked")
+        elif length:
+            connection.putheader("Content-Length", length)
+        connection.endheaders()
+        if chunked or (length and int(length)):
+            self._client = environ.get("gunicorn.socket")
+            self._body_read = False
+            body = pieces(environ["wsgi.input"], None if chunked else int(length or 0))
+            self._sender = gevent.spawn(self._send_body, body, chunked)
+
+    def _next_response(self) -> None:
+        """Read on after an interim answer (RFC 9110 section 15.2)."""
+        response = self._response
+        if response.status == http.client.SWITCHING_PROTOCOLS:
+            raise BadResponse("101 Switching Protocols, which nobody asked for")
+        response.headers = response.msg = None  # type: ignore[assignment]
+        response.begin()
+
+    def _send_body(self, body: Iterator[bytes], chunked: bool) -> None:
+        discarded = 0
         try:
             for piece in body:
-                sock.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+                try:
+                    self._sock.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+                except OSError:
+                    # The target has answered without reading all, and its answer decides. The client may
+                    # still be sending: what is left is read, within a bound, so that it can read the answer.
+                    discarded += len(piece)
+                    if discarded > _DISCARD:
+                        return
+            self._body_read = True
             if chunked:
-                sock.sendall(b"0\r\n\r\n")
-        except OSError:
-            return  # the target has answered without reading all; its answer decides
+                with suppress(OSError):
+                    self._sock.sendall(b"0\r\n\r\n")
         except Exception as error:
             # the client's body is broken: the target must not take what it got for the whole
-            self._broken = error
-            sock.shutdown(socket.SHUT_RDWR)
+            self._broken = error if isinstance(error, BrokenOff) else BrokenOff(f"the request body: {error}")
+            with suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
 
     def stream(self) -> Iterator[bytes]:
         """The body of the answer, as it arrives.
@@ -229,16 +278,34 @@ class Exchange:
         :raises http.client.IncompleteRead: when the target ends it early; the client then sees a
             truncated message, never a clean end.
         """
-        try:
-            response = self._response
-            while data := response.read1(PIECE):
-                yield data
-            if response.length and response.status not in _BODILESS and response._method != "HEAD":  # type: ignore[attr-defined]
-                raise http.client.IncompleteRead(b"", response.length)
-        finally:
-            self.close()
+        response = self._response
+        while data := response.read1(PIECE):
+            yield data
+        if response.length and response.status not in _BODILESS and response._method != "HEAD":  # type: ignore[attr-defined]
+            raise http.client.IncompleteRead(b"", response.length)
 
     def close(self) -> None:
+        """End the exchange; a client whose body was not read to its end cannot use its connection again."""
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
         if self._sender is not None:
-            self._sender.kill(block=False)
+            self._sender.join(timeout=_LINGER)
+            self._sender.kill(block=True)
+            if not self._body_read and self._client is not None:
+                with suppress(OSError):
+                    self._client.shutdown(socket.SHUT_RDWR)
         self._connection.close()
+        self._sock.close()
+
+
+class Answer:
+    """The body of an answer as WSGI wants it: closing it ends the exchange."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._exchange.stream()
+
+    def close(self) -> None:
+        self._exchange.close()

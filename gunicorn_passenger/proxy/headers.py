@@ -5,6 +5,7 @@ Runs in: wherever the proxy is mounted. Must never: let a field of one connectio
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -36,7 +37,42 @@ def end_to_end(fields: Iterable[tuple[str, str]]) -> Fields:
         if name.lower() == "connection"
         for token in value.split(",")
     }
-    return [(name, value) for name, value in fields if name.lower() not in HOP_BY_HOP | named]
+    gone = HOP_BY_HOP | (named - {"host"})  # nobody may take the host away (RFC 9112 section 3.2)
+    return [(name, value) for name, value in fields if name.lower() not in gone]
+
+
+class BadResponse(Exception):
+    """An answer of the target that a proxy must not hand on."""
+
+
+_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+_FOLD = re.compile(r"[ \t]*\r?\n[ \t]+")
+
+
+def response_fields(fields: Iterable[tuple[str, str]]) -> Fields:
+    """The header fields of an answer, checked, with one framing or none.
+
+    Folded lines are unfolded (RFC 9112 section 5.2). An answer that two readers could cut in two ways
+    is refused: both Transfer-Encoding and Content-Length, lengths that differ or are no number, codings
+    other than chunked (RFC 9112 section 6.3).
+
+    :raises BadResponse: says why.
+    """
+    checked = [(name, _FOLD.sub(" ", value).strip(" \t")) for name, value in fields]
+    for name, value in checked:
+        if not _TOKEN.fullmatch(name) or not _VALUE.fullmatch(value):
+            raise BadResponse(f"a malformed header field {name[:40]!r}")
+    codings = [value.lower() for name, value in checked if name.lower() == "transfer-encoding"]
+    lengths = {value for name, value in checked if name.lower() == "content-length"}
+    if codings and codings != ["chunked"]:
+        raise BadResponse(f"transfer coding {', '.join(codings)[:40]!r}")
+    if codings and lengths:
+        raise BadResponse("both Transfer-Encoding and Content-Length")
+    if len(lengths) > 1 or not all(v.isascii() and v.isdigit() and len(v) < 20 for v in lengths):
+        raise BadResponse(f"Content-Length {', '.join(sorted(lengths))[:40]!r}")
+    result = [(name, value) for name, value in end_to_end(checked) if name.lower() != "content-length"]
+    return result + [("Content-Length", length) for length in lengths]
 
 
 def request_fields(environ: Mapping[str, Any]) -> Fields:

@@ -67,7 +67,9 @@ class Application:
         self.refusal: errors.PassengerError | None = None
         self._in_master = False
         self._accepting = False
-        self._acceptors: dict[int, Acceptor] = {}
+        self._acceptors: dict[Server, Acceptor] = {}
+        #: acceptors of closed servers whose connections go on
+        self._draining: list[Acceptor] = []
         self._lifecycle: Any = Lifecycle()
         self._cfg: Any = None
 
@@ -104,10 +106,16 @@ class Application:
     # --- servers come and go ---------------------------------------------------------------------
 
     def add(self, server: Server) -> None:
-        """A server of ours wants to listen.
+        """A server of ours wants to listen. Any thread may ask; its sockets belong to the worker's.
 
         :raises errors.PassengerError: when it may not.
         """
+        if self.link is not None:
+            self.link.call(lambda: self._add(server))
+        else:
+            self._add(server)
+
+    def _add(self, server: Server) -> None:
         try:
             self._claim_name(server)
             if server.is_primary or settings.auto_install(self.script):
@@ -131,9 +139,16 @@ class Application:
 
     def remove(self, server: Server) -> None:
         """A server of ours closes: it accepts no more and its port is given back."""
-        acceptor = self._acceptors.get(id(server))
+        if self.link is not None:
+            self.link.call(lambda: self._remove(server))
+        else:
+            self._remove(server)
+
+    def _remove(self, server: Server) -> None:
+        acceptor = self._acceptors.pop(server, None)
         if acceptor is not None:
             acceptor.stop_accepting()
+            self._draining = [a for a in (*self._draining, acceptor) if not a.idle()]
         sock = server._socket
         if sock is not None:
             if acceptor is None and sock.sock is not None:
@@ -143,6 +158,8 @@ class Application:
 
     def foreign_listens(self, server: Foreign) -> None:
         """An unmodified server has its socket."""
+        if server in self.servers:
+            return  # one server on two sockets, such as asyncio's on both families
         self.servers.append(server)
         if server is self.primary:
             self.on_primary()
@@ -151,8 +168,9 @@ class Application:
 
     def foreign_closed(self, server: Foreign) -> None:
         """An unmodified server has closed its socket."""
-        self._give_back(server.key)
         self._forget(server)
+        if not self.holds(server.key):
+            self._give_back(server.key)
 
     def _forget(self, server: Server | Foreign) -> None:
         if server in self.servers:
@@ -253,7 +271,7 @@ class Application:
 
     def _begin(self, server: Server | Foreign) -> None:
         """Let a server accept, and tell the program."""
-        if isinstance(server, Server) and id(server) not in self._acceptors:
+        if isinstance(server, Server) and server not in self._acceptors:
             sock = server._socket
             if sock is not None and sock.sock is not None:
                 self._accept(server, sock)
@@ -265,7 +283,7 @@ class Application:
         cfg, log = self._configuration()
         handler = Handler(server, cfg, log, self._lifecycle)
         acceptor = Acceptor(sock.sock, handler, cfg.worker_connections, share=cfg.workers > 1)
-        self._acceptors[id(server)] = acceptor
+        self._acceptors[server] = acceptor
         acceptor.start()
 
     def _configuration(self) -> tuple[Any, Any]:
@@ -306,12 +324,17 @@ class Application:
         for acceptor in self._acceptors.values():
             acceptor.stop_accepting()
 
+    def pause(self) -> None:
+        """In a child that the program has forked from the worker: leave the connections to the worker."""
+        for acceptor in self._acceptors.values():
+            acceptor.server.stop_accepting()
+
     def idle(self) -> bool:
         """Whether no server of ours has a connection."""
-        return all(acceptor.idle() for acceptor in self._acceptors.values())
+        return all(acceptor.idle() for acceptor in (*self._acceptors.values(), *self._draining))
 
     def kill(self, timeout: float) -> None:
-        for acceptor in self._acceptors.values():
+        for acceptor in (*self._acceptors.values(), *self._draining):
             acceptor.kill(timeout)
 
     def wait_idle(self, seconds: float) -> None:
@@ -349,10 +372,14 @@ def _family(sockname: SockAddr) -> int:
 application = Application()
 
 
-def create_server(app: WSGIApp) -> Server:
+def create_server(app: WSGIApp, **options: object) -> Server:
     """Make a server for a WSGI application; ``.listen(address)`` starts it.
 
     :param app: a WSGI callable.
-    :raises TypeError: when it is not callable.
+    :raises TypeError: when it is not callable, or for an option: this version has none.
     """
+    for name in options:
+        raise errors.UnknownSetting(
+            f"create_server() has no option {name!r}; what it takes is the application"
+        )
     return Server(app, application)

@@ -106,9 +106,9 @@ class Acceptor:
         """
         self.pool = Pool(connections)
         name = ListenerName(sock.getsockname())
-        self.listener = gsocket.socket(sock.family, sock.type, sock.proto, fileno=sock.detach())
+        listener = gsocket.socket(sock.family, sock.type, sock.proto, fileno=sock.detach())
         self.server = StreamServer(
-            self.listener,
+            listener,
             handle=lambda client, addr: handler.handle(name, client, addr),
             spawn=self.pool,
             **tls,

@@ -49,6 +49,8 @@ _OPTIONS = [
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 4),
     (socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 4),
+    (socket.IPPROTO_IP, socket.IP_TOS, 4),
+    (socket.IPPROTO_IPV6, socket.IPV6_TCLASS, 4),
 ]
 
 #: Seconds; poll(2) takes its timeout in milliseconds as an int.
@@ -59,7 +61,6 @@ _FOR_EVER = 2_000_000.0
 class Bound:
     """A bind that is noted: not done until it is known what for."""
 
-    inode: int
     host: str
     port: int
     name: SockAddr
@@ -78,14 +79,14 @@ class Leased:
 class Interposition:
     """The state behind the replaced calls, by descriptor.
 
-    A descriptor may be closed behind our back (``os.close``) and its number reused, so each entry
+    A descriptor may be closed behind our back (``os.close``) and its number reused, so a leased one
     carries the inode of its socket and counts only while that is still the same.
     """
 
     def __init__(self, application: Application) -> None:
         self.application = application
         self._pid = os.getpid()
-        self._bound: dict[int, Bound] = {}
+        self._bound: dict[int, Bound] = {}  # by inode: a copy (dup) of the socket is bound too
         self._leased: dict[int, Leased] = {}
         #: connections accepted from leased descriptors: descriptor -> inode
         self._accepted: dict[int, int] = {}
@@ -115,17 +116,14 @@ class Interposition:
             name = (numeric, port, flow, scope)
         for other in list(self._leased):
             entry = self.leased(other)
-            if entry is not None and entry.name[:2] == name[:2]:
+            if entry is not None and entry.name[:2] == name[:2] and not _shares_port(sock):
                 raise errors.twice_in_process(format_tcp(numeric, port))
-        self._bound[fd] = Bound(_inode(fd), numeric, port, name, address)
+        self._bound[_inode(fd)] = Bound(numeric, port, name, address)
         return True
 
     def bound(self, fd: int) -> Bound | None:
-        entry = self._bound.get(fd)
-        if entry is not None and entry.inode != _inode(fd):
-            del self._bound[fd]
-            return None
-        return entry
+        """The bind that was noted for a descriptor's socket."""
+        return self._bound.get(_inode(fd)) if self._bound else None
 
     def leased(self, fd: int) -> Leased | None:
         entry = self._leased.get(fd)
@@ -136,9 +134,10 @@ class Interposition:
 
     def bind_really(self, sock: Any) -> None:
         """The socket connects after all: do the bind that was noted."""
-        entry = self.bound(_socket.socket.fileno(sock))
-        if entry is not None:
-            del self._bound[_socket.socket.fileno(sock)]
+        if self._bound:
+            entry = self._bound.pop(_inode(_socket.socket.fileno(sock)), None)
+            if entry is None:
+                return
             _socket.socket.bind(sock, entry.address)
 
     def listen(self, sock: Any, backlog: int) -> bool:
@@ -155,12 +154,13 @@ class Interposition:
             self.application.refusal = error
             raise
         options = _changed_options(sock)
+        bound = _inode(fd)
         try:
-            inheritable = os.get_inheritable(fd)
-            os.dup2(source.fileno(), fd, inheritable=inheritable)
+            for copy in _descriptors_of(bound):  # dup() had made them one socket, and they stay one
+                os.dup2(source.fileno(), copy, inheritable=os.get_inheritable(copy))
         finally:
             source.close()
-        del self._bound[fd]
+        del self._bound[bound]
         self._leased[fd] = Leased(_inode(fd), server, name)
         _set_options(sock, options)
         _keep_nonblocking(sock)
@@ -172,6 +172,11 @@ class Interposition:
         application = self.application
         label = format_tcp(entry.host, entry.port)
         if settings.auto_install(application.script):
+            known = self._primary_name
+            first = application.primary
+            if isinstance(first, Foreign) and known and known[1] == entry.port and known[0] != entry.host:
+                # one server that listens on both families, as asyncio does without a host
+                return first, application.worker.give_primary(), entry.name
             name = application.worker.primary_name()
             server = Foreign(label, f"unix:{name}" if isinstance(name, str) else name[:2], "")
             application.install(server, label)
@@ -187,13 +192,13 @@ class Interposition:
             sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
         )
         try:
-            fd, key, sockname = application.link.open(want, label, max(0, backlog), v6only)
+            fd, key, sockname = application.link.open(want, label, min(max(0, backlog), 65535), v6only)
         except errors.BrokerLost as error:
             application.log.error("%s", error)
             face.install()
             return Foreign(label, (entry.host, entry.port), "", LOST), _nowhere(), entry.name
         source = _socket.socket(fileno=fd)
-        if application.holds(key):
+        if application.holds(key) and not _shares_port(sock):
             source.close()
             raise errors.twice_in_process(key)
         opened = Socket(None, sockname, key)
@@ -201,7 +206,8 @@ class Interposition:
 
     def closing(self, fd: int) -> None:
         """A socket object is about to close its descriptor."""
-        self._bound.pop(fd, None)
+        if self._bound and (inode := _inode(fd)) in self._bound and _descriptors_of(inode) == [fd]:
+            del self._bound[inode]
         if fd in self._leased:
             self._end_lease(fd)
 
@@ -224,9 +230,26 @@ class Interposition:
             return self._primary_name or face.PEER[sock.family]
         return real
 
+    def is_leased(self, fd: int) -> bool:
+        """Whether a descriptor is the master's socket: the one that was put there, or a copy of it."""
+        if not self._leased:
+            return False
+        if fd in self._leased:
+            return True
+        inode = _inode(fd)
+        return any(entry.inode == inode for entry in self._leased.values())
+
+    def sweep(self) -> None:
+        """Notice descriptors that were closed behind our back; called once a second."""
+        for fd in list(self._leased):
+            self.leased(fd)
+        for inode in list(self._bound):
+            if not _descriptors_of(inode):
+                del self._bound[inode]
+
     def accepted(self, listener: int, fd: int) -> None:
-        """A connection was accepted; remembered when it came from a leased descriptor."""
-        if listener in self._leased:
+        """A connection was accepted; remembered when it came from one of the master's sockets."""
+        if self.is_leased(listener):
             self._accepted[fd] = _inode(fd)
 
     def idle(self) -> bool:
@@ -240,15 +263,16 @@ class Interposition:
         Its listening descriptors get a socket that nobody can reach, since closing them would pull
         them from under servers that poll them.
         """
-        for fd in list(self._leased):
-            if self.leased(fd) is not None:
-                _forget_in_epoll(fd)
-                inert = _nowhere()
-                try:
-                    os.dup2(inert.fileno(), fd, inheritable=False)
-                finally:
-                    inert.close()
-                self._leased.pop(fd, None)
+        self.sweep()
+        inodes = {entry.inode for entry in self._leased.values()}
+        self._leased.clear()
+        for fd in [fd for inode in inodes for fd in _descriptors_of(inode)]:
+            _forget_in_epoll(fd)
+            inert = _nowhere()
+            try:
+                os.dup2(inert.fileno(), fd, inheritable=False)
+            finally:
+                inert.close()
 
 
 def _forget_in_epoll(fd: int) -> None:
@@ -272,6 +296,11 @@ def _is_tcp(sock: Any) -> bool:
         and (sock.type & 0xF) == socket.SOCK_STREAM
         and sock.proto in (0, socket.IPPROTO_TCP)
     )
+
+
+def _shares_port(sock: Any) -> bool:
+    """Whether the program has said that several of its sockets are to have the port (``SO_REUSEPORT``)."""
+    return bool(_socket.socket.getsockopt(sock, socket.SOL_SOCKET, socket.SO_REUSEPORT))
 
 
 def _is_port(address: Any) -> bool:
@@ -376,7 +405,15 @@ def _replace(cls: Any) -> None:
         return _socket.socket.connect_ex(self, address)
 
     def _accept(self: Any) -> tuple[int, Any]:
-        fd, peer = _socket.socket._accept(self)  # type: ignore[attr-defined]
+        while True:
+            try:
+                fd, peer = _socket.socket._accept(self)  # type: ignore[attr-defined]
+                break
+            except BlockingIOError:
+                # a copy that blocks, made after listen(): it did not know that it has to poll
+                if _socket.socket.gettimeout(self) is not None or not _state[0].is_leased(self.fileno()):
+                    raise
+                _keep_nonblocking(self)
         _state[0].accepted(_socket.socket.fileno(self), fd)
         if not isinstance(peer, tuple) and self.family in face.INET:
             peer = face.PEER[self.family]
@@ -386,9 +423,9 @@ def _replace(cls: Any) -> None:
         return _state[0].sockname(self, _socket.socket.getsockname(self))
 
     def settimeout(self: Any, value: Any) -> None:
+        if value is None and _state[0].is_leased(_socket.socket.fileno(self)):
+            value = _FOR_EVER  # the siblings must never see it block
         _socket.socket.settimeout(self, value)
-        if _state[0].leased(_socket.socket.fileno(self)) is not None:
-            _keep_nonblocking(self)
 
     def setblocking(self: Any, flag: bool) -> None:
         settimeout(self, None if flag else 0.0)

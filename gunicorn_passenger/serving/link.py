@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import gevent
 from gevent import socket as gsocket
@@ -19,6 +20,8 @@ from gunicorn_passenger.channel import Close, Fault, Message, Noted, Open, Opene
 
 #: Seconds that a worker waits for the broker; it answers within milliseconds or it hangs.
 ANSWER_TIMEOUT = 10.0
+
+T = TypeVar("T")
 
 
 class Link:
@@ -97,14 +100,35 @@ class Link:
 
     # --- the wire ---------------------------------------------------------------------------------
 
+    def call(self, function: Callable[[], T]) -> T:
+        """Run a function in the worker's own thread, whichever thread asks; its result."""
+        if native.original("_thread", "get_ident")() == self._thread:
+            return function()
+        # The hub belongs to the worker's thread: let it work, and wait here without a hub.
+        done = native.lock()
+        done.acquire()
+        outcome: list[Any] = []
+
+        def run() -> None:
+            try:
+                outcome.extend((function(), None))
+            except BaseException as error:
+                outcome.extend((None, error))
+            finally:
+                done.release()
+
+        self._hub.loop.run_callback_threadsafe(gevent.spawn, run)
+        done.acquire()
+        result, error = outcome
+        if error is not None:
+            raise error
+        return result  # type: ignore[no-any-return]
+
     def _tell(self, message: Message) -> bool:
         if self._lost:
             return False
         try:
-            if self._elsewhere():
-                self._hub.loop.run_callback_threadsafe(gevent.spawn, self._send, message)
-            else:
-                self._send(message)
+            self.call(lambda: self._send(message))
         except (channel.Closed, OSError):
             return False
         return True
@@ -113,35 +137,10 @@ class Link:
         # a packet goes whole or not at all, so greenlets need no lock
         channel.send(self._sock, message)
 
-    def _elsewhere(self) -> bool:
-        """Whether the caller runs in a thread of the system other than the worker's."""
-        return bool(native.original("_thread", "get_ident")() != self._thread)
-
     def _ask(self, ask: Message, label: str) -> tuple[Message, int | None]:
         if self._lost:
             raise errors.broker_lost(label, self._lost)
-        if not self._elsewhere():
-            return self._exchange(ask, label)
-        # The hub belongs to another thread: let it ask, and wait here without a hub.
-        done = native.lock()
-        done.acquire()
-        outcome: list[Any] = []
-
-        def exchange() -> None:
-            try:
-                outcome.append(self._exchange(ask, label))
-            except BaseException as error:
-                outcome.append(error)
-            finally:
-                done.release()
-
-        self._hub.loop.run_callback_threadsafe(gevent.spawn, exchange)
-        if not done.acquire(True, ANSWER_TIMEOUT + 1):
-            raise errors.broker_lost(label, f"did not answer within {ANSWER_TIMEOUT:g} s")
-        if isinstance(outcome[0], BaseException):
-            raise outcome[0]
-        answer: tuple[Message, int | None] = outcome[0]
-        return answer
+        return self.call(lambda: self._exchange(ask, label))
 
     def _exchange(self, ask: Message, label: str) -> tuple[Message, int | None]:
         result = self._waiting[ask.id] = AsyncResult()

@@ -32,9 +32,9 @@ class Socket:
     @property
     def address(self) -> tuple[str, int] | str:
         """``(host, port)``, or ``"unix:/path"``."""
-        if isinstance(self.sockname, str):
-            return f"unix:{self.sockname}"
-        return self.sockname[0], self.sockname[1]
+        if isinstance(self.sockname, tuple):
+            return self.sockname[0], self.sockname[1]
+        return format_sockname(self.sockname)
 
 
 class Home(Protocol):
