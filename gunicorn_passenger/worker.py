@@ -217,6 +217,10 @@ class Worker(GeventWorker):
         """What the primary socket is bound to."""
         return self._primary_name
 
+    def primary_descriptors(self) -> set[int]:
+        """The worker's own copies of the primary's listeners."""
+        return {sock.fileno() for sock in (*self.sockets, self._primary_copy)}
+
     def give_primary(self) -> Any:
         """A copy of the primary socket for an unmodified server, which accepts from it itself."""
         for acceptor in self._acceptors:

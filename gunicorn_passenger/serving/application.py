@@ -166,6 +166,10 @@ class Application:
         if self._accepting:
             hooks.emit("listening", server, self.log)
 
+    def foreign_closing(self, server: Foreign) -> None:
+        """An unmodified server is closing its socket: another may take its place."""
+        self._forget(server)
+
     def foreign_closed(self, server: Foreign) -> None:
         """An unmodified server has closed its socket."""
         self._forget(server)

@@ -30,6 +30,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from gevent import _socket3
+
 from gunicorn_passenger import errors, native, sockets
 from gunicorn_passenger.address import SockAddr, Tcp, format_sockname, format_tcp, resolve
 from gunicorn_passenger.serving import face
@@ -116,7 +118,9 @@ class Interposition:
             name = (numeric, port, flow, scope)
         for other in list(self._leased):
             entry = self.leased(other)
-            if entry is not None and entry.name[:2] == name[:2] and not _shares_port(sock):
+            if entry is None or entry.server.state == CLOSED or _shares_port(sock):
+                continue
+            if entry.name[:2] == name[:2]:
                 raise errors.twice_in_process(format_tcp(numeric, port))
         self._bound[_inode(fd)] = Bound(numeric, port, name, address)
         return True
@@ -211,13 +215,24 @@ class Interposition:
         if fd in self._leased:
             self._end_lease(fd)
 
+    def closing_soon(self, fd: int) -> None:
+        """For the program the socket is closed now; the port is given back when it really is."""
+        entry = self._leased.get(fd)
+        if entry is not None and not self._copies(fd, entry.inode):
+            entry.server.state = CLOSED
+            self.application.foreign_closing(entry.server)
+
+    def _copies(self, fd: int, inode: int) -> list[int]:
+        """Other descriptors of the program's that have the same socket (dup)."""
+        workers = self.application.worker.primary_descriptors()
+        return [other for other in _descriptors_of(inode) if other != fd and other not in workers]
+
     def _end_lease(self, fd: int) -> None:
         """Give the port back, unless another descriptor of this process still has the socket (dup)."""
         entry = self._leased.pop(fd)
-        for other in _descriptors_of(entry.inode):
-            if other != fd:
-                self._leased[other] = entry
-                return
+        for other in self._copies(fd, entry.inode):
+            self._leased[other] = entry
+            return
         entry.server.state = CLOSED
         self.application.foreign_closed(entry.server)
 
@@ -380,8 +395,21 @@ def install(application: Application) -> Interposition:
         _state.append(interposition)
         for cls in face.CLASSES:
             _replace(cls)
+        _notice_deferred_closes()
     _state[:] = [interposition]
     return interposition
+
+
+def _notice_deferred_closes() -> None:
+    """gevent may close the descriptor only when its loop turns; for the program the socket is closed now."""
+    close_later = _socket3.socket._drop_events_and_close
+
+    def _drop_events_and_close(self: Any, closefd: bool = True, *args: Any) -> None:
+        if closefd:
+            _state[0].closing_soon(_socket.socket.fileno(self._sock))
+        close_later(self, closefd, *args)
+
+    _socket3.socket._drop_events_and_close = _drop_events_and_close
 
 
 def _replace(cls: Any) -> None:
