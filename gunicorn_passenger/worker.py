@@ -25,7 +25,7 @@ from gunicorn.workers.ggevent import GeventWorker
 from gunicorn_passenger import errors, hooks, sockets
 from gunicorn_passenger.address import format_sockname
 from gunicorn_passenger.errors import PassengerError
-from gunicorn_passenger.master import entry
+from gunicorn_passenger.master import entry, forks
 from gunicorn_passenger.serving import interpose
 from gunicorn_passenger.serving.application import Foreign, application
 from gunicorn_passenger.serving.http import Acceptor
@@ -113,6 +113,11 @@ class Worker(GeventWorker):
                 listener.sock.close()
                 listener.sock = None
         self.inherited = []
+
+    def init_signals(self) -> None:
+        super().init_signals()
+        if forks.told_to_leave():
+            sys.exit(0)
 
     def load_wsgi(self) -> None:
         """Load the program; what it cannot have stops the start with one line."""

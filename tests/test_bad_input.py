@@ -53,6 +53,11 @@ def fails(process, pattern, lines=1):
         ("passenger.create_server(whoami).listen(80)", "port 80 is privileged .* account root; .*PASSENGER_PORTS=80"),
         ("s = passenger.create_server(whoami)\ns.close()\ns.listen(9000)", "is closed and cannot listen again"),
         ("s = passenger.create_server(whoami).listen('auto')\ns.listen(9000)", "already listens on 127.0.0.1"),
+        ("passenger.listen('9' * 5000, whoami)", "port '99999999999999999999' .*is not a number from 1 to 65535"),
+        (f"passenger.listen('{'a' * 64}.x:9000', whoami)", "a label has over 63 characters"),
+        ("from gunicorn_passenger import http_proxy\nhttp_proxy.create_server('ftp://x')", "target='ftp://x' is neither a"),
+        ("from gunicorn_passenger import http_proxy\nhttp_proxy.create_server(9000, zz=1)", "has no option 'zz'"),
+        ("passenger.create_server(whoami, zz=1)", "create_server.. has no option 'zz'"),
         ("passenger.configure(ports='9000-')", r"configure\(ports=...\): cannot read '9000-' \(item 1 of '9000-'\)"),
         ("passenger.configure(ports='1,70000')", r"'70000' \(item 2 of '1,70000'\) is outside 1-65535"),
         ("passenger.configure(ports='20-10')", "'20-10' .*runs backwards"),
@@ -268,3 +273,11 @@ def test_plain_python_bad_port_variable(start):
     process = start.python("app.py", env={"PORT": "none"})
     process.wait_end()
     assert process.log() == "PORT='none' is not a number from 1 to 65535\n"
+
+
+def test_plain_python_shows_one_line_too(start):
+    start.write("app.py", "import gunicorn_passenger as p\np.listen('nonsense', lambda e, s: [])\n")
+    process = start.python("app.py")
+    assert process.wait_end() == 1
+    assert process.log().startswith("Error: cannot listen on 'nonsense': it has no port")
+    assert process.log().count("\n") == 1

@@ -264,3 +264,66 @@ def test_idle_costs_nothing(start, port):
     before, begun = switches(), time.monotonic()
     wait_for(lambda: time.monotonic() - begun > 3, "three seconds")
     assert (switches() - before) / (time.monotonic() - begun) < 20
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        '"kind":"auto","host":"127.0.0.1","within":"zzz"',
+        '"kind":"unix","path":"/tmp/\\ud800.sock"',
+        '"kind":"tcp","host":"nowhere","port":9000',
+        '"kind":"dance"',
+    ],
+)
+def test_whatever_is_asked_for_is_answered(process, port, field):
+    import json
+
+    ask = '{"v":1,"type":"Open","id":77,' + field + "}"
+    assert json.loads(ask)
+    code = f"""
+import gevent
+from gevent.event import AsyncResult
+link = {LINK}
+link._waiting[77] = AsyncResult()
+link._sock._sock.send({ask.encode()!r})
+answer = type(link._waiting[77].get(timeout=30)[0]).__name__
+"""
+    assert fetch(process.socket, "/eval", "POST", code) == (200, "")
+    assert run(process, "answer") == "'Refused'"
+    assert "Traceback" not in process.log()
+
+
+def test_an_absurd_backlog_is_bounded(start, port):
+    start.write(
+        "program.py", f"import socket\ns = socket.socket()\ns.bind(('127.0.0.1', {port}))\ns.listen(2**31)"
+    )
+    start.gunicorn("anything").wait_ready()
+    assert not refused(port)
+
+
+def test_ports_leave_the_master_room_for_workers(start):
+    start.write("program.py", "")
+    process = start.run(
+        "sh", "-c", 'ulimit -n 200; exec "$@"', "sh", *gunicorn_command(start), env={}
+    ).wait_ready()  # fmt: skip
+    code = """
+said = ""
+try:
+    for _ in range(300): passenger.listen("auto", whoami).close
+except OSError as error:
+    said = str(error)
+"""
+    assert fetch(process.socket, "/eval", "POST", code)[0] == 200
+    assert "already holds 100 ports, which is the limit" in run(process, "said")
+    (worker,) = process.workers()
+    os.kill(worker, signal.SIGKILL)
+    wait_for(lambda: answers(process.socket), "the next worker")
+
+
+def gunicorn_command(start):
+    import sys
+
+    from conftest import GUNICORN
+
+    return [sys.executable, GUNICORN, "-k", "gunicorn_passenger.Worker", "--umask", "007", "-b",
+            f"unix:{start.home}/app.sock", "anything"]  # fmt: skip

@@ -351,3 +351,67 @@ def test_a_preloaded_unmodified_server_is_explained(start, port):
     process = start.gunicorn("anything", "--preload").wait_ready()
     process.wait_log(rf"WARNING.*127.0.0.1:{port} was opened in the master.*--preload")
     assert "does not go through" not in process.log()
+
+
+def test_a_server_opened_after_another_was_closed_accepts(start, port):
+    process = program(start, f"server = passenger.create_server(whoami).listen({port})", workers=1)
+    for _ in range(3):
+        code = f"server.close()\nserver = None\nserver = passenger.create_server(whoami).listen({port})"
+        assert fetch(process.socket, "/eval", "POST", code)[0] == 200
+        assert answers(port)
+
+
+def test_children_of_a_worker_leave_its_connections_alone(start, port):
+    """socketserver's ForkingMixIn: the child answers its one client, and nobody else's."""
+    process = program(
+        start,
+        f"""
+        import threading
+        from http.server import BaseHTTPRequestHandler, HTTPServer
+        from socketserver import ForkingMixIn
+        import time
+
+        class Forking(ForkingMixIn, HTTPServer):
+            pass
+
+        class Answer(BaseHTTPRequestHandler):
+            def do_GET(self):
+                if self.path == "/slow":
+                    time.sleep(2.5)  # longer than a turn of the worker's loop
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(str(os.getpid()).encode())
+
+        threading.Thread(target=Forking(("127.0.0.1", {port}), Answer).serve_forever, daemon=True).start()
+        """,
+        workers=1,
+    )
+    import threading
+
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(fetch(port, "/slow"))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    (worker,) = process.workers()
+    while any(thread.is_alive() for thread in threads):
+        assert fetch(process.socket) == (200, str(worker))
+    assert [status for status, _ in found] == [200, 200, 200]
+    assert str(worker) not in {pid for _, pid in found}
+    assert "Parent changed" not in process.log()
+
+
+def test_a_copy_of_a_bound_socket_listens_as_the_original_would(start, port):
+    process = program(
+        start,
+        f"""
+        import socket, threading
+        s = socket.socket()
+        s.bind(("127.0.0.1", {port}))
+        copy = s.dup()
+        copy.listen()
+        name = copy.getsockname()
+        """,
+    )
+    assert ask(process, "name") == ("127.0.0.1", port)
+    assert not refused(port)
+    process.wait_log(f"Opened 127.0.0.1:{port}")

@@ -7,7 +7,7 @@ import socket
 import threading
 
 import pytest
-from conftest import GUNICORN, answers, descriptors, fetch, pids_answering, refused, wait_for
+from conftest import GUNICORN, answers, descriptors, fetch, free_port, pids_answering, refused, wait_for
 
 
 class Knocking:
@@ -336,3 +336,61 @@ def test_systemd_hands_ports_over(start, port, home):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
         wait_for(lambda: not process.session(), "everything to end")
+
+
+def test_a_reload_may_name_an_open_port_in_bind(start, port, home):
+    """The workers of before hold it, so gunicorn could not open it again."""
+    conf = start.write("gunicorn.conf.py", f"bind = ['unix:{home}/app.sock']\n")
+    process = start.python(
+        GUNICORN, "-k", "gunicorn_passenger.Worker", "-w", 2, "-c", conf, "two_servers", env={"P1": port}
+    ).wait_ready()  # fmt: skip
+    pids_answering(port, 2)
+    with Knocking(port) as knocking:
+        start.write("gunicorn.conf.py", f"bind = ['unix:{home}/app.sock', '127.0.0.1:{port}']\n")
+        for _ in range(2):
+            process.hup(2)
+            assert pids_answering(port, 2) == pids_answering(process.socket, 2)
+    assert knocking.refused == 0
+    assert "in use" not in process.log().lower()
+    assert process.stop() == 0
+    assert refused(port)
+
+
+def test_auto_keeps_its_port_through_usr2(start):
+    port = free_port()
+    start.write("program.py", "server = passenger.create_server(whoami).listen('auto')")
+    process = start.gunicorn("anything", workers=1, env={"PASSENGER_PORTS": port}).wait_ready()
+    assert answers(port)
+    process.signal(signal.SIGUSR2)
+    successor = int(process.wait_log(r"\[(\d+)\] \[INFO\] Starting gunicorn", count=2).group(1))
+    process.wait_log("Booting worker", count=2)
+    assert len(pids_answering(port, 2)) == 2
+    process.signal(signal.SIGTERM)
+    process.wait_end()
+    assert answers(port)
+    os.kill(successor, signal.SIGTERM)
+    wait_for(lambda: not process.session(), "everything to end")
+
+
+def test_a_removed_socket_file_does_not_spoil_the_stop(start, home):
+    start.write("program.py", f"passenger.listen('unix:{home}/second.sock', whoami)")
+    process = start.gunicorn("anything").wait_ready()
+    os.unlink(f"{home}/second.sock")
+    assert process.stop() == 0
+    assert "Traceback" not in process.log()
+
+
+def test_abstract_unix_socket(start, home):
+    name = f"\0gunicorn-passenger-{home.name}"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(name)
+        listener.listen()
+        process = start.gunicorn(
+            "two_servers", bind=f"fd://{listener.fileno()}", pass_fds=(listener.fileno(),)
+        ).wait_ready(name)
+        assert len(pids_answering(name, 2)) == 2
+        assert "Traceback" not in process.log()
+        # gunicorn itself does not stop cleanly here: it would remove a file that there is none of
+        process.signal(signal.SIGTERM)
+        process.wait_end()
+        wait_for(lambda: not process.session(), "the workers to leave")

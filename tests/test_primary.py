@@ -308,3 +308,93 @@ def test_the_seeds_program_with_plain_python(start, port):
         assert fetch(where)[1].startswith("request successfully proxied!\n{")
     process.signal(signal.SIGINT)
     assert process.wait_end() == 0
+
+
+def test_a_scripts_own_sigterm_handler_does_not_break_the_stop(start, home):
+    script = start.write(
+        "server.py",
+        """
+        import os, signal, threading, time
+        from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+        class Answer(BaseHTTPRequestHandler):
+            def do_GET(self):
+                if self.path == "/slow":
+                    open("begun", "w").close()
+                    while not os.path.exists("go"):
+                        time.sleep(0.02)
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(b"done")
+
+        server = ThreadingHTTPServer(("127.0.0.1", 5000), Answer)
+
+        def stop(*_):
+            open("stopped", "w").close()
+            threading.Thread(target=server.shutdown).start()
+
+        signal.signal(signal.SIGTERM, stop)
+        server.serve_forever()
+        """,
+    )
+    import threading
+
+    process = start.start_script(script).wait_ready()
+    found = []
+    asking = threading.Thread(target=lambda: found.append(fetch(process.socket, "/slow")))
+    asking.start()
+    wait_for((home / "begun").exists, "the request")
+    process.signal(signal.SIGTERM)
+    wait_for(lambda: refused(process.socket), "the socket to be gone")
+    (home / "go").touch()
+    asking.join()
+    assert found == [(200, "done")]
+    assert process.wait_end() == 0
+    assert (home / "stopped").exists()
+    assert "Traceback" not in process.log()
+
+
+def test_start_with_chdir_survives_a_reload(start, home):
+    from conftest import COMMAND
+
+    (home / "elsewhere").mkdir()
+    start.write("server.py", SCRIPT)
+    process = start.python(
+        COMMAND, "start", "server.py", "--chdir", "elsewhere", "-b", f"unix:{home}/app.sock"
+    ).wait_ready()
+    process.hup(1)
+    assert answers(process.socket)
+
+
+def test_start_checks_a_configuration_without_running_the_script(start):
+    from conftest import COMMAND
+
+    start.write("server.py", "    print('it ran')\n" + SCRIPT)
+    process = start.python(COMMAND, "start", "server.py", "--check-config")
+    assert process.wait_end() == 0
+    assert "it ran" not in process.log()
+
+
+def test_one_server_on_both_families_is_one_server(start):
+    """asyncio without a host listens on IPv4 and IPv6."""
+    script = start.write(
+        "server.py",
+        """
+        import asyncio, os
+
+        async def answer(reader, writer):
+            while (await reader.readline()).strip():
+                pass
+            writer.write(b"HTTP/1.1 200 OK\\r\\nConnection: close\\r\\nContent-Length: 2\\r\\n\\r\\nok")
+            await writer.drain()
+            writer.close()
+
+        async def main():
+            async with await asyncio.start_server(answer, None, 5000) as server:
+                await server.serve_forever()
+
+        asyncio.run(main())
+        """,
+    )
+    process = start.start_script(script).wait_ready()
+    assert fetch(process.socket) == (200, "ok")

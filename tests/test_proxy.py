@@ -350,3 +350,98 @@ def test_forwarded_fields_are_appended():
 )
 def test_request_targets(environ, base, target):
     assert request_target(environ, base) == target
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        (b"Content-Length: 3\r\nTransfer-Encoding: chunked", "both Transfer-Encoding and Content-Length"),
+        (b"Content-Length: 3\r\nContent-Length: 5", "Content-Length '3, 5'"),
+        (b"Content-Length: -5", "Content-Length '-5'"),
+        (b"Content-Length: +5", "Content-Length"),
+        (b"Content-Length: abc", "Content-Length 'abc'"),
+        (b"Transfer-Encoding: gzip, chunked", "transfer coding"),
+        (b"X-Thing: a\0b", "malformed header"),
+        (b"X Thing: a", "malformed header"),
+    ],
+)
+def test_an_answer_that_could_be_cut_in_two_ways_is_502(proxied, port, head, said):
+    process = wait_listening(proxied())
+    with Upstream(port) as upstream:
+        answer = b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
+        thread = threading.Thread(target=lambda: upstream.accept().sock.sendall(answer))
+        thread.start()
+        assert fetch(process.socket)[0] == 502
+        thread.join()
+    process.wait_log(f"proxy: .* failed after .*{said}")
+    assert "Traceback" not in process.log()
+
+
+@pytest.mark.parametrize("interim", [b"103 Early Hints", b"102 Processing", b"100 Continue"])
+def test_an_interim_answer_is_not_the_answer(proxied, port, interim):
+    process = wait_listening(proxied())
+    with Upstream(port) as upstream:
+        answer = (
+            b"HTTP/1.1 " + interim + b"\r\nLink: x\r\n\r\n"
+            b"HTTP/1.1 200 OK\r\nX-Folded: a\r\n  b\r\nContent-Length: 4\r\n\r\nreal"
+        )
+        thread = threading.Thread(target=lambda: upstream.accept().sock.sendall(answer))
+        thread.start()
+        assert fetch(process.socket) == (200, "real")
+        thread.join()
+
+
+def test_a_switch_that_nobody_asked_for_is_502(proxied, port):
+    process = wait_listening(proxied())
+    with Upstream(port) as upstream:
+        answer = b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\n\r\n"
+        thread = threading.Thread(target=lambda: upstream.accept().sock.sendall(answer))
+        thread.start()
+        assert fetch(process.socket)[0] == 502
+        thread.join()
+
+
+def test_a_client_that_goes_in_mid_body_ends_the_exchange(proxied, port):
+    process = wait_listening(proxied())
+    with Upstream(port) as upstream:
+        client = connect(process.socket)
+        client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n0123456789")
+        upstream.accept().read_until(b"0123456789")
+        client.close()
+        assert upstream.sock.recv(100) == b""
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_a_target_that_answers_early_leaves_the_clients_connection_in_order(proxied, port, framing):
+    """A 413 on an upload: the client gets it, and what it sends on is no request."""
+    process = wait_listening(proxied())
+    with Upstream(port) as upstream, contextlib.closing(connect(process.socket)) as client:
+        if framing == "length":
+            client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n01234")
+        else:
+            client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n01234\r\n")
+        upstream.accept().read_until(b"01234" if framing == "length" else b"01234\r\n")
+        upstream.sock.sendall(b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\n\r\nbig")
+        upstream.sock.close()
+        data = b""
+        while not data.endswith(b"big"):
+            piece = client.recv(4096)
+            assert piece
+            data += piece
+        with contextlib.suppress(OSError):
+            client.sendall(b"56789" if framing == "length" else b"5\r\n56789\r\n0\r\n\r\n")
+            client.sendall(b"GET /second HTTP/1.1\r\nHost: x\r\n\r\n")
+            with contextlib.suppress(socket.timeout):
+                upstream.listener.settimeout(5)
+                head = upstream.accept().read_until(b"\r\n\r\n")
+                assert head.startswith(b"GET /second ")
+    assert "Traceback" not in process.log()
+    assert "ConcurrentObjectUse" not in process.log()
+
+
+def test_a_coding_that_is_not_understood_is_501(proxied):
+    process = wait_listening(proxied())
+    status, _ = fetch(
+        process.socket, "/", "POST", "5\r\nhello\r\n0\r\n\r\n", Transfer_Encoding="gzip, chunked"
+    )
+    assert status == 501

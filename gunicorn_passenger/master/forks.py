@@ -15,6 +15,7 @@ from gunicorn_passenger.master.broker import Broker
 _brokers: list[Broker] = []
 _retired: list[Broker] = []
 _hooked: list[bool] = []
+_told: list[bool] = []
 
 
 def current() -> Broker | None:
@@ -67,4 +68,10 @@ def _leave_when_told() -> None:
 
 
 def _exit(_number: int, _frame: Any) -> None:
+    _told.append(True)
     raise SystemExit(0)
+
+
+def told_to_leave() -> bool:
+    """Whether this worker was told to stop while it booted; an import may have swallowed the exit."""
+    return bool(_told)
