@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 GUNICORN ?= >=23
 TESTS ?= tests
+# The tests mostly wait for processes that they start, so more run at a time than there are processors.
+JOBS ?= 4
 BIN = $(VENV)/bin
 SOCKET ?= $(abspath $(VENV))/seed.sock
 
@@ -37,7 +39,7 @@ run: $(VENV)/installed
 	@cd examples/seed && exec $(abspath $(BIN))/gunicorn -k gunicorn_passenger.Worker -w 4 --umask 007 -b unix:$(SOCKET) app
 
 test: $(VENV)/tested
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n $(JOBS) $(TESTS)
 
 lint: $(VENV)/linted
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 
-import gunicorn_passenger as passenger  # noqa: F401 - for the evaluated code
+import gunicorn_passenger as passenger
 
 space = {"passenger": passenger, "os": os}
 
@@ -26,9 +26,9 @@ def application(environ, start_response):
     code = environ["wsgi.input"].read().decode()
     try:
         try:
-            text = repr(eval(code, space))  # noqa: S307 - a test's own words
+            text = repr(eval(code, space))
         except SyntaxError:
-            exec(code, space)  # noqa: S102
+            exec(code, space)
             text = ""
         start_response("200 OK", [])
     except BaseException:
@@ -40,4 +40,4 @@ def application(environ, start_response):
 if os.path.exists("program.py"):
     sys.path.insert(0, os.getcwd())
     with open("program.py") as file:
-        exec(compile(file.read(), "program.py", "exec"), space)  # noqa: S102
+        exec(compile(file.read(), "program.py", "exec"), space)

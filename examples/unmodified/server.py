@@ -1,0 +1,16 @@
+"""An ordinary Flask script, written for `python server.py`. Nothing in it knows of gunicorn."""
+
+import os
+
+from flask import Flask
+
+app = Flask(__name__)
+
+
+@app.get("/")
+def hello():
+    return f"Hello from process {os.getpid()}\n"
+
+
+if __name__ == "__main__":
+    app.run(port=5000)
