@@ -84,6 +84,15 @@ def free_range(count: int) -> int:
             return first
 
 
+def require(program: str) -> str:
+    """The path of a further program that a test needs; without it the test says so, and in CI it fails."""
+    path = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    if path is None:
+        assert "CI" not in os.environ, f"{program} is missing"
+        pytest.skip(f"{program} is not installed")
+    return path
+
+
 class Client(http.client.HTTPConnection):
     """One HTTP connection to a port, ``(host, port)``, or the path of a UNIX socket."""
 

@@ -7,7 +7,17 @@ import socket
 import sys
 
 import pytest
-from conftest import COMMAND, GUNICORN, answers, fetch, free_port, free_range, pids_answering, refused
+from conftest import (
+    COMMAND,
+    GUNICORN,
+    answers,
+    fetch,
+    free_port,
+    free_range,
+    pids_answering,
+    refused,
+    require,
+)
 
 from gunicorn_passenger.allotment import Allotment, Layer, format_ports, parse_ports, system_layer
 from gunicorn_passenger.errors import PortNotAllotted, SettingError
@@ -294,7 +304,7 @@ def test_root_master_without_an_allotment_gives_no_privileged_port(start, home):
 @needs_root
 def test_a_master_without_the_right_to_bind_low_says_so(start, home):
     process = start.run(
-        "setpriv", "--bounding-set=-net_bind_service", sys.executable, GUNICORN, "-k", "gunicorn_passenger.Worker",
+        require("setpriv"), "--bounding-set=-net_bind_service", sys.executable, GUNICORN, "-k", "gunicorn_passenger.Worker",
         "--umask", "007", "-b", f"unix:{home}/app.sock", "anything", env={"PASSENGER_PORTS": "81"},
     ).wait_ready()  # fmt: skip
     status, text = fetch(process.socket, "/eval", "POST", "passenger.listen(81, whoami)")
@@ -321,7 +331,7 @@ def test_system_file_bounds_all_others(start, home):
     made = not os.path.exists("/etc/gunicorn-passenger")
     try:
         process = start.run(
-            "unshare", "-m", "sh", private, sys.executable, GUNICORN, "-k", "gunicorn_passenger.Worker",
+            require("unshare"), "-m", "sh", private, sys.executable, GUNICORN, "-k", "gunicorn_passenger.Worker",
             "-w", 1, "--umask", "007", "-b", f"unix:{home}/app.sock", "anything",
             env={"PASSENGER_PORTS": f"{first + 1}-{first + 2}"},
         ).wait_ready()  # fmt: skip
@@ -333,7 +343,9 @@ def test_system_file_bounds_all_others(start, home):
             rf"PASSENGER_PORTS names ports {first + 2}, which /etc/gunicorn-passenger/ports.toml does"
         )
 
-        listed = start.run("unshare", "-m", "sh", private, sys.executable, COMMAND, "ports", "--json")
+        listed = start.run(
+            require("unshare"), "-m", "sh", private, sys.executable, COMMAND, "ports", "--json"
+        )
         assert listed.wait_end() == 0
         report = json.loads(listed.log())
         assert report["account"] == "root"
@@ -342,7 +354,7 @@ def test_system_file_bounds_all_others(start, home):
 
         (home / "etc/ports.toml").chmod(0o666)
         broken = start.run(
-            "unshare", "-m", "sh", private, sys.executable, GUNICORN, "-k", "gunicorn_passenger.Worker",
+            require("unshare"), "-m", "sh", private, sys.executable, GUNICORN, "-k", "gunicorn_passenger.Worker",
             "-b", f"unix:{home}/broken.sock", "anything",
         )  # fmt: skip
         assert broken.wait_end() == 1

@@ -1,20 +1,16 @@
 """A real nginx in front of the UNIX socket, through reloads under load."""
 
 import os
-import shutil
 import threading
 
 import pytest
-from conftest import fetch, free_port, refused, wait_for
+from conftest import fetch, free_port, refused, require, wait_for
 
 
 @pytest.fixture
 def nginx(start, home):
     """nginx with the README's configuration for the socket of this test's home."""
-    program = shutil.which("nginx") or "/usr/sbin/nginx"
-    if not os.path.exists(program):
-        assert "CI" not in os.environ, "nginx is missing"
-        pytest.skip("nginx is not installed (apt-get install nginx-light)")
+    program = require("nginx")
     port = free_port()
     conf = start.write(
         "nginx.conf",

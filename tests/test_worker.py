@@ -4,7 +4,7 @@ import os
 import signal
 
 import pytest
-from conftest import PROGRAMS, Client, answers, fetch, free_port, pids_answering, refused, wait_for
+from conftest import PROGRAMS, Client, answers, fetch, free_port, pids_answering, refused, require, wait_for
 
 
 @pytest.mark.parametrize("worker", ["gunicorn_passenger.Worker", "egg:gunicorn_passenger#passenger"])
@@ -112,7 +112,7 @@ def test_tls_is_the_primarys(start, port, home):
     import subprocess
 
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2",
+        [require("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2",
          "-keyout", home / "key.pem", "-out", home / "cert.pem"],
         check=True, capture_output=True,
     )  # fmt: skip

@@ -17,6 +17,8 @@ _retired: list[Broker] = []
 _hooked: list[bool] = []
 _told: list[bool] = []
 
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+
 
 def current() -> Broker | None:
     """The broker of this process, if it is a master that has one."""
@@ -63,12 +65,14 @@ def _leave_when_told() -> None:
     Until it has set its own handlers it has the arbiter's, which only put the signal into a queue
     that nobody reads in a child: the stop would be lost, and gunicorn wait for its timeout.
     """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+    for number in _STOPS:
         signal.signal(number, _exit)
 
 
 def _exit(_number: int, _frame: Any) -> None:
     _told.append(True)
+    for number in _STOPS:  # a Ctrl-C comes twice: from the terminal, and from the master
+        signal.signal(number, signal.SIG_IGN)
     raise SystemExit(0)
 
 
