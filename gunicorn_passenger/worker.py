@@ -115,9 +115,9 @@ class Worker(GeventWorker):
         self.inherited = []
 
     def init_signals(self) -> None:
-        super().init_signals()
         if forks.told_to_leave():
             sys.exit(0)
+        super().init_signals()
 
     def load_wsgi(self) -> None:
         """Load the program; what it cannot have stops the start with one line."""

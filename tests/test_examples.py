@@ -169,9 +169,9 @@ def test_seed(start, port, ending):
         assert process.stop() == 0, process.log()
     assert refused(port)
     assert not os.path.exists(process.socket)
-    # on Ctrl-C gunicorn may warn of a worker that was faster to leave than its own signal
-    unwanted = "ERROR|Traceback" if ending == "Ctrl-C" else "WARNING|ERROR|Traceback"
-    assert not re.search(unwanted, process.log()), process.log()
+    # on Ctrl-C gunicorn may complain of a worker that was faster to leave than its own signal
+    log = re.sub(r".* was sent SIGQUIT!", "", process.log()) if ending == "Ctrl-C" else process.log()
+    assert not re.search("WARNING|ERROR|Traceback", log), log
 
 
 def test_seed_survives_its_workers(start, port):
@@ -201,7 +201,7 @@ def test_seed_with_plain_python(start, port):
     assert process.wait_end() == 0, process.log()
     assert refused(first)
     assert refused(port)
-    assert "Traceback" not in process.log()
+    assert "Traceback" not in process.log(), process.log()
 
 
 # --- prometheus ------------------------------------------------------------------------------
@@ -329,4 +329,4 @@ def test_hooks_port_outside_the_allotment(start):
     (line,) = [line for line in process.log().splitlines() if "is not allotted" in line]
     assert shown in line
     assert allotment in line
-    assert "Traceback" not in process.log()
+    assert "Traceback" not in process.log(), process.log()
