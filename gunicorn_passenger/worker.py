@@ -187,7 +187,7 @@ class Worker(GeventWorker):
     def _forked(self) -> None:
         """In a child that the program has forked (multiprocessing, ForkingMixIn): accept nothing."""
         for acceptor in self._acceptors:
-            acceptor.server.stop_accepting()
+            acceptor.pause()
         application.pause()
 
     # --- the primary -----------------------------------------------------------------------------

@@ -329,4 +329,5 @@ def test_hooks_port_outside_the_allotment(start):
     (line,) = [line for line in process.log().splitlines() if "is not allotted" in line]
     assert shown in line
     assert allotment in line
-    assert "Traceback" not in process.log(), process.log()
+    # no traceback of ours; gunicorn 23 may halt in the midst of a fork, and shows where
+    assert "PortNotAllotted" not in process.log(), process.log()

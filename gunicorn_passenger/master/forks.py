@@ -72,8 +72,14 @@ def _leave_when_told() -> None:
 def _exit(_number: int, _frame: Any) -> None:
     _told.append(True)
     for number in _STOPS:  # a Ctrl-C comes twice: from the terminal, and from the master
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(
+            number, _heard
+        )  # not SIG_IGN, which Python complains of when the second is there already
     raise SystemExit(0)
+
+
+def _heard(_number: int, _frame: Any) -> None:
+    """The worker is leaving already."""
 
 
 def told_to_leave() -> bool:

@@ -331,7 +331,7 @@ class Application:
     def pause(self) -> None:
         """In a child that the program has forked from the worker: leave the connections to the worker."""
         for acceptor in self._acceptors.values():
-            acceptor.server.stop_accepting()
+            acceptor.pause()
 
     def idle(self) -> bool:
         """Whether no server of ours has a connection."""

@@ -123,6 +123,11 @@ class Acceptor:
         """Close the listening socket; connections go on."""
         self.server.close()
 
+    def pause(self) -> None:
+        """Accept nothing more, and leave the listening socket open: it is another process's too."""
+        self.server._stop_event.set()
+        self.server.stop_accepting()
+
     def idle(self) -> bool:
         return bool(self.pool.free_count() == self.pool.size)
 
