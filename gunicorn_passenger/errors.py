@@ -54,8 +54,8 @@ class ListenError(PassengerError, OSError):
         return type(self), (self.errno, self.strerror or "")
 
 
-class PortNotAllotted(ListenError):
-    """The port is not among those allotted to the account (``EACCES``)."""
+class PortNotAllotted(ListenError, PermissionError):
+    """The port is not among those allotted to the account (``EACCES``, so a ``PermissionError``)."""
 
     def __init__(self, code: int = errno.EACCES, text: str = "") -> None:
         super().__init__(code, text)

@@ -524,6 +524,44 @@ def test_closing_gives_the_port_back(start, obedient, server):
     assert not re.search("Traceback|ERROR", process.log()), process.log()
 
 
+def test_a_connection_that_a_sibling_takes_first(obedient, port):
+    """socketserver accepts when its selector says so; then that connection may be gone. It must not wait."""
+    _, late, sibling = obedient()
+    for worker in late, sibling:
+        worker.do(f"""
+            from http.server import HTTPServer
+            from answering import Handler
+            import gevent
+
+            class Server(HTTPServer):
+                lost = False
+
+                def get_request(self):
+                    if self.late:
+                        gevent.sleep(0.1)
+                    self.lost = True
+                    request = super().get_request()
+                    self.lost = False
+                    return request
+
+            server = Server(("127.0.0.1", {port}), Handler)
+            server.late = {worker is late}
+            serving = threading.Thread(target=server.serve_forever, daemon=True)
+            serving.start()
+            """)
+
+    def lose():
+        assert fetch(port)[0] == 200
+        return late.do("result = server.lost")
+
+    wait_for(lose, "the late one to find nothing")
+    assert late.do("""
+        threading.Thread(target=server.shutdown, daemon=True).start()
+        serving.join(5)
+        result = not serving.is_alive()
+        """)
+
+
 @pytest.mark.parametrize("kind", ["patched", "unpatched"])
 @pytest.mark.parametrize(
     "closing",

@@ -25,6 +25,7 @@ import _socket
 import errno
 import os
 import socket
+import socketserver
 import struct
 from contextlib import suppress
 from dataclasses import dataclass
@@ -102,8 +103,10 @@ class Interposition:
         if os.getpid() != self._pid or not _is_tcp(sock) or not _is_port(address):
             return False
         fd = _socket.socket.fileno(sock)
-        if fd < 0 or self.bound(fd) is not None or self.leased(fd) is not None:
+        if fd < 0 or self.leased(fd) is not None:
             return False
+        if self.bound(fd) is not None:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))  # as the kernel says of a second bind
         if _socket.socket.getsockname(sock)[1] != 0:
             return False  # the kernel has bound it already; let it say so
         host, port = address[0], address[1]
@@ -396,6 +399,7 @@ def install(application: Application) -> Interposition:
         for cls in face.CLASSES:
             _replace(cls)
         _notice_deferred_closes()
+        _never_wait_after_a_selector()
     _state[:] = [interposition]
     return interposition
 
@@ -410,6 +414,26 @@ def _notice_deferred_closes() -> None:
         close_later(self, closefd, *args)
 
     _socket3.socket._drop_events_and_close = _drop_events_and_close
+
+
+def _never_wait_after_a_selector() -> None:
+    """socketserver accepts only after its selector has said so, and takes an OSError for a false alarm.
+
+    Where a sibling was faster it must not wait for the next connection: it could not be shut down.
+    """
+    accept = socketserver.TCPServer.get_request
+
+    def get_request(self: Any) -> Any:
+        if not _state[0].is_leased(self.socket.fileno()):
+            return accept(self)
+        before = self.socket.gettimeout()
+        self.socket.settimeout(0.0)
+        try:
+            return accept(self)
+        finally:
+            self.socket.settimeout(before)
+
+    socketserver.TCPServer.get_request = get_request  # type: ignore[method-assign]
 
 
 def _replace(cls: Any) -> None:
