@@ -176,6 +176,8 @@ class Worker(GeventWorker):
         if not self._quitting:
             self._leave()
         hooks.emit("exit", self, self.log)
+        if self.failure is None:
+            forks.stop_once()
         # What was let in is served. A server in a thread of its own that is no daemon would keep the
         # interpreter waiting at its end, until the master kills the worker.
         threading._shutdown = lambda: None  # type: ignore[attr-defined]

@@ -193,6 +193,7 @@ def test_ctrl_c_ends_without_noise(start, port):
     wait_for(lambda: not process.session(), "no process to be left")
     assert "Traceback" not in process.log()
     assert "SystemExit" not in process.log()
+    assert "was sent" not in process.log()
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
@@ -224,3 +225,19 @@ def test_a_server_in_a_thread_that_is_no_daemon_does_not_keep_the_worker(start, 
     process.signal(how)
     assert process.wait_end() == 0
     assert "Traceback" not in process.log()
+
+
+def test_a_stop_while_workers_boot_opens_nothing_more(start, port, home):
+    """A worker that asks for its port while the application stops is let go."""
+    text = (PROGRAMS / "two_servers.py").read_text()
+    gate = "import os, time\nopen(f'at-{os.getpid()}', 'w').close()\nwhile not os.path.exists('go'):\n    time.sleep(0.02)\n"
+    (home / "gated.py").write_text(gate + text)
+    process = start.gunicorn("gated", workers=3, env={"P1": port})
+    wait_for(lambda: len(list(home.glob("at-*"))) == 3, "three workers to load")
+    process.signal(signal.SIGTERM)
+    process.wait_log("Handling signal: term")
+    wait_for(lambda: refused(process.socket), "the socket to be gone")
+    (home / "go").touch()
+    assert process.wait_end() == 0
+    assert "Traceback" not in process.log()
+    assert "Opened" not in process.log()

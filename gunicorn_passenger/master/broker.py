@@ -311,6 +311,9 @@ class Broker:
             link.ready = True
             self._warn_unclaimed()
         elif isinstance(message, Fault):
+            if self._stopping():  # what a worker cannot have any more is no news, and nothing to halt for
+                self._answer(link, Noted(message.id, False))
+                return
             self._fault(message.text)
             self._halting = self._halting or link.age
             self._answer(link, Noted(message.id, self._halting == link.age))
@@ -344,6 +347,9 @@ class Broker:
         self._answer(link, Rejected(error.id, str(error)))
 
     def _open(self, link: Link, ask: Open) -> None:
+        if self._stopping():
+            self._answer(link, Refused(ask.id, "listen", 0, "the application is stopping"))
+            return
         same_user = self.cfg.uid == os.geteuid()
         known = set(self.listeners.ports)
         try:
@@ -433,6 +439,11 @@ class Broker:
         if self._bind is not None and self.arbiter is not None:
             self.arbiter.cfg.set("bind", self._bind)
             self._bind = None
+
+    def _stopping(self) -> bool:
+        """Whether the arbiter has closed everything and waits for its workers to leave."""
+        arbiter = self.arbiter
+        return arbiter is not None and not arbiter.LISTENERS and self._listening is not arbiter.LISTENERS
 
     def _settle(self) -> None:
         """Find out which of the two it was.

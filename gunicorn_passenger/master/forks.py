@@ -71,15 +71,13 @@ def _leave_when_told() -> None:
 
 def _exit(_number: int, _frame: Any) -> None:
     _told.append(True)
-    for number in _STOPS:  # a Ctrl-C comes twice: from the terminal, and from the master
-        signal.signal(
-            number, _heard
-        )  # not SIG_IGN, which Python complains of when the second is there already
+    stop_once()
     raise SystemExit(0)
 
 
-def _heard(_number: int, _frame: Any) -> None:
-    """The worker is leaving already."""
+def stop_once() -> None:
+    """A worker that leaves hears of no further stop: a Ctrl-C comes from the terminal and from the master."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
 
 
 def told_to_leave() -> bool:
