@@ -90,6 +90,11 @@ class Requests:
             thread.join()
 
 
+def without_terms(log):
+    """gunicorn 23 calls it an error when its second SIGTERM meets a worker that is at its end already."""
+    return re.sub(r".*Worker \(pid:\d+\) was sent SIGTERM!", "", log)
+
+
 @pytest.mark.parametrize("server", SERVERS)
 def test_under_four_workers(start, port, server):
     process = start.gunicorn(f"serve_{server}", workers=4, env={"P1": port}).wait_ready(port)
@@ -102,7 +107,7 @@ def test_under_four_workers(start, port, server):
     assert process.stop() == 0
     assert refused(port)
     assert len(re.findall(f"Opened 127.0.0.1:{port} ", process.log())) == 1
-    assert not re.search("in use|EADDRINUSE|Traceback|ERROR", process.log()), process.log()
+    assert not re.search("in use|EADDRINUSE|Traceback|ERROR", without_terms(process.log())), process.log()
 
 
 #: Server -> what it says of a client on the UNIX socket; None where it says nothing.
@@ -133,7 +138,7 @@ def test_captured_as_primary(start, port, server):
     assert "Opened" not in log
     # several processes write the log: what follows on the line may be another's
     assert set(re.findall(r"listens on (\([^)]*\))", log)) <= {f"('127.0.0.1', {port})"}
-    assert not re.search("in use|EADDRINUSE|Traceback|ERROR", log), log
+    assert not re.search("in use|EADDRINUSE|Traceback|ERROR", without_terms(log)), log
 
 
 def test_tcp_options_on_the_captured_primary(start, port):
