@@ -127,15 +127,24 @@ def run(path: str) -> Any:
 
 def _run(path: str) -> BaseException | None:
     """The script's greenlet; what ended it, if it did not end by itself."""
-    # it stands for the main thread: threads that it starts are no daemons unless it says so
-    threading.current_thread()._daemonic = False  # type: ignore[attr-defined]
+    # It stands for the main thread: threads that it starts are no daemons unless it says so. It is no
+    # thread that the interpreter's end could wait for, though: gevent's shutdown would (Python 3.13).
+    thread: Any = threading.current_thread()
+    thread._daemonic = False
+    threading._register_atexit(_make_daemon, thread)  # type: ignore[attr-defined]
     try:
         runpy.run_path(path, run_name="__main__")
     except gevent.GreenletExit:
         raise
     except BaseException as error:
         return error
+    finally:
+        _make_daemon(thread)
     return None
+
+
+def _make_daemon(thread: Any) -> None:
+    thread._daemonic = True
 
 
 def _threads_beside(before: set[threading.Thread]) -> bool:
