@@ -75,6 +75,35 @@ class BrokerLost(ListenError):
         super().__init__(code, text)
 
 
+class ClientDisconnected(PassengerError, ConnectionAbortedError):
+    """The client has gone: what it sends broke off, or what it is sent does not reach it.
+
+    Also an ``OSError``, which is what programs expect of ``wsgi.input`` and ``write()``.
+    """
+
+    def __init__(self, code: int, text: str, incomplete: bool = False) -> None:
+        super().__init__(code, text)
+        #: whether a body broke off, so that the client may still hear an answer
+        self.incomplete = incomplete
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+class BodyTimeout(PassengerError, TimeoutError):
+    """A client began to send a body and sends nothing any more."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(errno.ETIMEDOUT, f"the request's body came to a stop: nothing for {seconds:g} s")
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+class AnswerBrokeOff(PassengerError):
+    """The application's answer is shorter than it announced."""
+
+
 _python_hooks: list[Any] = []
 
 
@@ -284,4 +313,14 @@ def passenger_twice(first: str) -> AlreadyInstalled:
         f"listen('passenger') was called a second time: server {first!r} already has the primary socket, and "
         "there is one. Let this server listen on a port (listen(9000)) and reach it through "
         "http_proxy.create_server(9000, 'localhost').listen('passenger'), or close() the first one"
+    )
+
+
+def client_gone(error: OSError) -> ClientDisconnected:
+    return ClientDisconnected(error.errno or errno.ECONNABORTED, f"the client has gone: {error.strerror}")
+
+
+def body_broke_off() -> ClientDisconnected:
+    return ClientDisconnected(
+        errno.ECONNABORTED, "the request's body broke off: its client closed the connection", incomplete=True
     )

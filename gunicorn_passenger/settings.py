@@ -20,11 +20,21 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.allotment import Allotment, Layer, account_name, parse_ports, system_layer
 from gunicorn_passenger.errors import SettingError, UnknownSetting
+
+
+class Timeouts(NamedTuple):
+    """Seconds that a client may take."""
+
+    #: from the first byte of a request's head to its last
+    head: float = 30.0
+    #: without a byte, in a request's body
+    body: float = 60.0
+
 
 PLACEMENTS = ("shared", "one", "each")
 AVAILABLE_PLACEMENTS = ("shared",)
@@ -60,6 +70,13 @@ def _seconds(value: object, where: str) -> float:
     return seconds
 
 
+def _timeout(value: object, where: str) -> float:
+    seconds = _seconds(value, where)
+    if seconds < 0.1:
+        raise SettingError(f"{where}: {value!r}: no client is that fast; it is 0.1 seconds or more")
+    return seconds
+
+
 def _placement(value: object, where: str) -> dict[int, str]:
     if isinstance(value, str):
         # the form of the environment: "9000=shared,9100=shared"
@@ -85,6 +102,8 @@ _CHECKS: dict[str, Callable[[object, str], Any]] = {
     "ports": parse_ports,
     "placement": _placement,
     "grace_period": _seconds,
+    "head_timeout": _timeout,
+    "body_timeout": _timeout,
 }
 
 #: Settings that only the master can act on.
@@ -157,6 +176,12 @@ class Settings:
         value = self._in_force("grace_period")
         return DEFAULT_GRACE_PERIOD if value is None else float(value)
 
+    def timeouts(self) -> Timeouts:
+        """Seconds that clients of our servers may take."""
+        head, body = self._in_force("head_timeout"), self._in_force("body_timeout")
+        default = Timeouts()
+        return Timeouts(head or default.head, body or default.body)
+
     def placement(self, port: int, asked: str) -> str:
         return str((self._in_force("placement") or {}).get(port, asked))
 
@@ -207,6 +232,9 @@ def configure(**values: object) -> None:
     :param placement: port -> placement, such as ``{9000: "shared"}``.
     :param grace_period: seconds (default 10) that a port stays open after no worker wants it any
         more; ``gunicorn.conf.py`` only.
+    :param head_timeout: seconds (default 30) that a client may take for the whole head of a request;
+        gunicorn's ``keepalive`` says how long it may be silent between two requests.
+    :param body_timeout: seconds (default 60) that a client may be silent inside a request's body.
     :raises TypeError: for an unknown name.
     :raises SettingError: (a ``ValueError``) for a value that cannot be used.
     """

@@ -19,7 +19,6 @@ from gevent import hub, monkey
 from gevent import socket as gsocket
 from gevent.event import Event
 from gunicorn.arbiter import Arbiter
-from gunicorn.sock import ssl_context
 from gunicorn.workers.ggevent import GeventWorker
 
 from gunicorn_passenger import errors, hooks, sockets
@@ -28,7 +27,7 @@ from gunicorn_passenger.errors import PassengerError
 from gunicorn_passenger.master import entry, forks
 from gunicorn_passenger.serving import interpose
 from gunicorn_passenger.serving.application import Foreign, application
-from gunicorn_passenger.serving.http import Acceptor
+from gunicorn_passenger.serving.http import Accepting, acceptor
 from gunicorn_passenger.serving.link import Link
 from gunicorn_passenger.settings import settings
 
@@ -64,7 +63,7 @@ class Worker(GeventWorker):
         self.channel, primary = entry.prepare_worker(age, sockets, cfg, log)
         self.inherited = sockets
         super().__init__(age, ppid, list(primary), app, timeout, cfg, log)
-        self._acceptors: list[Acceptor] = []
+        self._acceptors: list[Accepting] = []
         self._primary_name: Any = None
         #: for an unmodified server that becomes the primary, now or later, once or again
         self._primary_copy: Any = None
@@ -188,8 +187,8 @@ class Worker(GeventWorker):
 
     def _forked(self) -> None:
         """In a child that the program has forked (multiprocessing, ForkingMixIn): accept nothing."""
-        for acceptor in self._acceptors:
-            acceptor.pause()
+        for accepting in self._acceptors:
+            accepting.pause()
         application.pause()
 
     # --- the primary -----------------------------------------------------------------------------
@@ -208,17 +207,18 @@ class Worker(GeventWorker):
             return
         if primary is not None:
             self.wsgi = primary.app
-        tls = {"ssl_context": ssl_context(self.cfg)} if self.cfg.is_ssl else {}
         for sock in self.sockets:
             sock.setblocking(1)
-            acceptor = Acceptor(sock, self, self.worker_connections, share=self.cfg.workers > 1, **tls)
-            acceptor.start()
-            self._acceptors.append(acceptor)
+            accepting = acceptor(sock, self.wsgi, self.cfg, self.log, self)
+            accepting.start()
+            self._acceptors.append(accepting)
 
     def serve_primary(self, app: Any) -> None:
         """From now on the primary is ``app``; without one, what gunicorn loaded."""
         if self.booted:
             self.wsgi = app or self._loaded
+            for accepting in self._acceptors:
+                accepting.serve(self.wsgi)
 
     def primary_name(self) -> Any:
         """What the primary socket is bound to."""
@@ -230,8 +230,8 @@ class Worker(GeventWorker):
 
     def give_primary(self) -> Any:
         """A copy of the primary socket for an unmodified server, which accepts from it itself."""
-        for acceptor in self._acceptors:
-            acceptor.stop_accepting()
+        for accepting in self._acceptors:
+            accepting.stop_accepting()
         return _socket.socket(fileno=os.dup(self._primary_copy.fileno()))
 
     # --- leaving ---------------------------------------------------------------------------------
@@ -259,16 +259,16 @@ class Worker(GeventWorker):
     def _leave(self) -> None:
         """Stop accepting everywhere, finish what is in hand within the graceful timeout."""
         self._primary_copy.close()
-        for acceptor in self._acceptors:
-            acceptor.stop_accepting()
+        for accepting in self._acceptors:
+            accepting.stop_accepting()
         application.stop_accepting()
         self._interposition.stop_accepting()
         deadline = time.monotonic() + self.cfg.graceful_timeout
         while not self._idle():
             if time.monotonic() >= deadline:
                 self.log.warning("Worker graceful timeout (pid:%s)", self.pid)
-                for acceptor in self._acceptors:
-                    acceptor.kill(1)
+                for accepting in self._acceptors:
+                    accepting.kill(1)
                 application.kill(1)
                 return
             self.notify()
@@ -276,7 +276,7 @@ class Worker(GeventWorker):
 
     def _idle(self) -> bool:
         return (
-            all(acceptor.idle() for acceptor in self._acceptors)
+            all(accepting.idle() for accepting in self._acceptors)
             and application.idle()
             and bool(self._interposition.idle())
         )

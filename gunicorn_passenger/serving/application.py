@@ -15,8 +15,9 @@ from gevent import socket as gsocket
 from gunicorn_passenger import errors, hooks
 from gunicorn_passenger.address import Auto, SockAddr, Tcp, Unix, format_sockname
 from gunicorn_passenger.allotment import Allotment, account_name, format_ports
+from gunicorn_passenger.http.gateway import Lifecycle
 from gunicorn_passenger.serving import plain
-from gunicorn_passenger.serving.http import Acceptor, Handler, Lifecycle, second_server_config
+from gunicorn_passenger.serving.http import Accepting, acceptor, second_server_config
 from gunicorn_passenger.serving.link import Link
 from gunicorn_passenger.serving.server import LISTENING, LOST, WAITING, Server, Socket, WSGIApp
 from gunicorn_passenger.settings import settings
@@ -67,9 +68,9 @@ class Application:
         self.refusal: errors.PassengerError | None = None
         self._in_master = False
         self._accepting = False
-        self._acceptors: dict[Server, Acceptor] = {}
+        self._acceptors: dict[Server, Accepting] = {}
         #: acceptors of closed servers whose connections go on
-        self._draining: list[Acceptor] = []
+        self._draining: list[Accepting] = []
         self._lifecycle: Any = Lifecycle()
         self._cfg: Any = None
 
@@ -145,13 +146,13 @@ class Application:
             self._remove(server)
 
     def _remove(self, server: Server) -> None:
-        acceptor = self._acceptors.pop(server, None)
-        if acceptor is not None:
-            acceptor.stop_accepting()
-            self._draining = [a for a in (*self._draining, acceptor) if not a.idle()]
+        accepting = self._acceptors.pop(server, None)
+        if accepting is not None:
+            accepting.stop_accepting()
+            self._draining = [a for a in (*self._draining, accepting) if not a.idle()]
         sock = server._socket
         if sock is not None:
-            if acceptor is None and sock.sock is not None:
+            if accepting is None and sock.sock is not None:
                 sock.sock.close()
             self._give_back(sock.key)
         self._forget(server)
@@ -285,10 +286,8 @@ class Application:
 
     def _accept(self, server: Server, sock: Socket) -> None:
         cfg, log = self._configuration()
-        handler = Handler(server, cfg, log, self._lifecycle)
-        acceptor = Acceptor(sock.sock, handler, cfg.worker_connections, share=cfg.workers > 1)
-        self._acceptors[server] = acceptor
-        acceptor.start()
+        self._acceptors[server] = acceptor(sock.sock, server.app, cfg, log, self._lifecycle)
+        self._acceptors[server].start()
 
     def _configuration(self) -> tuple[Any, Any]:
         if self._cfg is None:  # plain Python: gunicorn's defaults
@@ -325,21 +324,21 @@ class Application:
 
     def stop_accepting(self) -> None:
         """Close the listening sockets of our own servers; their connections go on."""
-        for acceptor in self._acceptors.values():
-            acceptor.stop_accepting()
+        for accepting in self._acceptors.values():
+            accepting.stop_accepting()
 
     def pause(self) -> None:
         """In a child that the program has forked from the worker: leave the connections to the worker."""
-        for acceptor in self._acceptors.values():
-            acceptor.pause()
+        for accepting in self._acceptors.values():
+            accepting.pause()
 
     def idle(self) -> bool:
         """Whether no server of ours has a connection."""
-        return all(acceptor.idle() for acceptor in (*self._acceptors.values(), *self._draining))
+        return all(accepting.idle() for accepting in (*self._acceptors.values(), *self._draining))
 
     def kill(self, timeout: float) -> None:
-        for acceptor in (*self._acceptors.values(), *self._draining):
-            acceptor.kill(timeout)
+        for accepting in (*self._acceptors.values(), *self._draining):
+            accepting.kill(timeout)
 
     def wait_idle(self, seconds: float) -> None:
         import time

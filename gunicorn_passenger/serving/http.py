@@ -1,22 +1,27 @@
-"""The HTTP connection handler that every server of ours runs on a connection.
+"""Which HTTP handler serves a listener: ours, or gunicorn's own where ours does not do what is asked.
 
 Runs in: a worker, or plain Python. Must never: know of the master.
 
-It is gunicorn's own handler for its gevent worker, so that gunicorn's settings mean on a second
-server what they mean on the primary. What belongs to the primary alone (TLS, the PROXY protocol,
-the uwsgi protocol, HTTP/2) is switched off on a second server, which no ``bind`` names.
+Ours speaks HTTP/1.x in the clear. TLS, HTTP/2, the PROXY protocol and the uwsgi protocol are
+gunicorn's: it is decided here, once for each listener, and said in the log at debug level. What
+belongs to the primary alone is switched off on a second server, which no ``bind`` names.
 """
 
 from __future__ import annotations
 
 import copy
-import sys
-from typing import Any
+from typing import Any, Protocol
 
 from gevent import socket as gsocket
 from gevent.pool import Pool
 from gevent.server import StreamServer
+from gunicorn.sock import ssl_context
 from gunicorn.workers.ggevent import GeventWorker
+
+from gunicorn_passenger.address import format_sockname
+from gunicorn_passenger.http.acceptor import Acceptor
+from gunicorn_passenger.http.gateway import Gateway
+from gunicorn_passenger.settings import settings
 
 #: gunicorn's settings of the primary's wire, and their neutral values.
 _PRIMARY_ONLY = {
@@ -28,12 +33,52 @@ _PRIMARY_ONLY = {
 }
 
 
-class Lifecycle:
-    """What a connection handler asks of the process that it serves in, when that is no worker."""
+class Accepting(Protocol):
+    """What the worker asks of the acceptor of a listener."""
 
-    alive = True
-    nr = 0
-    max_requests = sys.maxsize
+    def start(self) -> None: ...
+    def serve(self, app: Any) -> None: ...
+    def stop_accepting(self) -> None: ...
+    def pause(self) -> None: ...
+    def idle(self) -> bool: ...
+    def kill(self, timeout: float) -> None: ...
+
+
+def beyond(cfg: Any) -> str:
+    """What gunicorn is configured to do that our handler does not, for the log; empty if nothing."""
+    if cfg.is_ssl:
+        return "TLS"
+    if getattr(cfg, "protocol", "http") != "http":
+        return f"the {cfg.protocol} protocol"
+    if getattr(cfg, "proxy_protocol", False) not in (False, None, "off"):
+        return "the PROXY protocol"
+    if "h2" in str(getattr(cfg, "http_protocols", "h1")).replace(" ", "").split(","):
+        return "HTTP/2"
+    return ""
+
+
+def acceptor(sock: Any, app: Any, cfg: Any, log: Any, worker: Any) -> Accepting:
+    """The acceptor of a listener.
+
+    :param sock: a listening gevent socket; the acceptor owns it.
+    :param app: the WSGI callable.
+    :param cfg: gunicorn's configuration, as it applies there.
+    :param worker: gunicorn's worker, or a :class:`~gunicorn_passenger.http.gateway.Lifecycle`.
+    """
+    share = cfg.workers > 1
+    sockname = sock.getsockname()
+    if reason := beyond(cfg):
+        log.debug("%s is served by gunicorn's own handler: %s is set", format_sockname(sockname), reason)
+        tls = {"ssl_context": ssl_context(cfg)} if cfg.is_ssl else {}
+        return GunicornAcceptor(sock, Handler(app, cfg, log, worker), cfg.worker_connections, share, **tls)
+    gateway = Gateway(app, cfg, log, worker, sockname, settings.timeouts())
+    if gateway.reader.slow_because:
+        log.debug(
+            "%s: requests are parsed by gunicorn's Python parser: %s",
+            format_sockname(sockname),
+            gateway.reader.slow_because,
+        )
+    return Acceptor(sock, gateway, cfg.worker_connections, share)
 
 
 class Handler(GeventWorker):
@@ -94,8 +139,8 @@ class ListenerName:
         return self._name
 
 
-class Acceptor:
-    """Accepts on one listening socket and runs a handler on each connection."""
+class GunicornAcceptor:
+    """Accepts on one listening socket and runs gunicorn's handler on each connection."""
 
     def __init__(self, sock: Any, handler: Any, connections: int, share: bool, **tls: Any) -> None:
         """
@@ -105,6 +150,7 @@ class Acceptor:
             accepted at a time and they get theirs.
         """
         self.pool = Pool(connections)
+        self._handler = handler
         name = ListenerName(sock.getsockname())
         listener = gsocket.socket(sock.family, sock.type, sock.proto, fileno=sock.detach())
         self.server = StreamServer(
@@ -118,6 +164,10 @@ class Acceptor:
 
     def start(self) -> None:
         self.server.start()
+
+    def serve(self, app: Any) -> None:
+        """From now on, serve this."""
+        self._handler.wsgi = app
 
     def stop_accepting(self) -> None:
         """Close the listening socket; connections go on."""

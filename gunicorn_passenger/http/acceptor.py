@@ -1,0 +1,142 @@
+"""Accepts connections on one listening socket.
+
+Runs in: a worker, in its hub. Must never: block.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import gevent
+from gevent import get_hub
+from gevent import socket as gsocket
+
+from gunicorn_passenger.http.connection import Connection
+from gunicorn_passenger.http.gateway import Gateway
+
+#: Connections accepted in one turn of the loop by a worker that has no siblings.
+_BURST = 64
+#: Seconds to wait when the system has no descriptor or memory for a connection.
+_PAUSE = 0.25
+
+_SHORT_OF = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+
+class Acceptor:
+    """Accepts on one listening socket; every connection gets a greenlet."""
+
+    def __init__(self, sock: Any, gateway: Gateway, limit: int, share: bool) -> None:
+        """
+        :param sock: a listening gevent socket; the acceptor owns it.
+        :param limit: how many connections it serves at a time; more wait in the backlog.
+        :param share: whether siblings accept from the same socket, so that one connection is
+            accepted at a time and they get theirs.
+        """
+        self.gateway = gateway
+        self._sock = sock
+        self._raw = sock._sock
+        self._family, self._proto = self._raw.family, self._raw.proto
+        self._limit = limit
+        self._burst = 1 if share else _BURST
+        self._connections: set[Connection] = set()
+        self._watcher: Any = None
+        self._pause: Any = None
+        self._complained = False
+
+    def start(self) -> None:
+        self._watcher = get_hub().loop.io(self._sock.fileno(), 1)
+        self._watcher.start(self._accept)
+
+    def serve(self, app: Any) -> None:
+        """From now on, serve this."""
+        self.gateway.app = app
+
+    def _accept(self) -> None:
+        raw = self._raw
+        for _ in range(self._burst):
+            try:
+                fd, addr = raw._accept()
+            except BlockingIOError:
+                return  # a sibling was faster
+            except OSError as error:
+                if error.errno in _SHORT_OF:
+                    self._wait_for_room(error)
+                # else the client has gone before it was accepted
+                return
+            self.adopt(gsocket.socket(self._family, gsocket.SOCK_STREAM, self._proto, fileno=fd), addr)
+            if len(self._connections) >= self._limit:
+                self._watcher.stop()
+                return
+
+    def adopt(self, sock: Any, addr: Any, early: bytes = b"") -> Connection:
+        """Serve a connection that somebody else has accepted.
+
+        :param sock: a connected gevent socket.
+        :param addr: what ``accept()`` gave.
+        :param early: bytes that were read from it before.
+        """
+        connection = Connection(self, self.gateway, sock, addr, early)
+        self._connections.add(connection)
+        connection.start()
+        return connection
+
+    def ended(self, connection: Connection) -> None:
+        """Called by a connection at its end."""
+        self._connections.discard(connection)
+        watcher = self._watcher
+        if (
+            watcher is not None
+            and not watcher.active
+            and self._pause is None
+            and len(self._connections) < self._limit
+        ):
+            watcher.start(self._accept)
+
+    def _wait_for_room(self, error: OSError) -> None:
+        if not self._complained:
+            self._complained = True
+            self.gateway.log.error(
+                "Cannot accept connections: %s; they wait. Raise the limit of open files (ulimit -n) "
+                "or lower --worker-connections",
+                error.strerror,
+            )
+        self._watcher.stop()
+        self._pause = get_hub().loop.timer(_PAUSE)
+        self._pause.start(self._go_on)
+
+    def _go_on(self) -> None:
+        self._pause.close()
+        self._pause = None
+        if self._watcher is not None and len(self._connections) < self._limit:
+            self._watcher.start(self._accept)
+
+    def _close_watcher(self) -> None:
+        if self._pause is not None:
+            self._pause.close()
+            self._pause = None
+        if self._watcher is not None:
+            self._watcher.close()
+            self._watcher = None
+
+    def stop_accepting(self) -> None:
+        """Close the listening socket; connections go on."""
+        self._close_watcher()
+        self._sock.close()
+        for connection in list(self._connections):
+            connection.hurry()
+
+    def pause(self) -> None:
+        """Accept nothing more, and leave the listening socket open: it is another process's too."""
+        self._close_watcher()
+
+    def idle(self) -> bool:
+        """Whether there is no connection."""
+        return not self._connections
+
+    def kill(self, timeout: float) -> None:
+        """End what still runs.
+
+        :param timeout: seconds to wait for it.
+        """
+        gevent.killall([connection.greenlet for connection in self._connections], timeout=timeout)

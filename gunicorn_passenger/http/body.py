@@ -1,0 +1,350 @@
+"""A request's body, as ``wsgi.input``.
+
+Runs in: a worker, in the greenlet of the connection or of whoever the application lets read.
+Must never: collect a body that the application does not ask for, read past its end, or hand out a
+body that broke off as if it were whole.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from gunicorn.http import errors as http_errors
+from gunicorn.http.errors import ChunkMissingTerminator, InvalidChunkSize, LimitRequestHeaders
+
+from gunicorn_passenger.errors import body_broke_off
+
+#: The most that one read of the socket asks for.
+PIECE = 262144
+#: Bytes of a body that the application left unread, and that are read and dropped to keep the
+#: connection. More than that costs more than a new connection.
+DRAIN = 65536
+
+InvalidChunkExtension = getattr(http_errors, "InvalidChunkExtension", InvalidChunkSize)
+
+# RFC 9112 section 7.1.1: chunk-ext = *( BWS ";" BWS chunk-ext-name [ BWS "=" BWS chunk-ext-val ] )
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
+_CHUNK_LINE = re.compile(
+    rb"([0-9A-Fa-f]+)((?:[ \t]*;[ \t]*"
+    + _TOKEN
+    + rb"(?:[ \t]*=[ \t]*(?:"
+    + _TOKEN
+    + rb"|"
+    + _QUOTED
+    + rb"))?)*)"
+)
+_HEX = re.compile(rb"[0-9A-Fa-f]+")
+
+
+class Body:
+    """What all bodies share: the file that PEP 3333 asks for."""
+
+    __slots__ = ("_at", "_piece")
+
+    #: whether it is known where the next request starts
+    failed = False
+
+    def __init__(self) -> None:
+        #: what has been taken from the connection and not been read
+        self._piece = b""
+        self._at = 0
+
+    def _fill(self, most: int) -> bytes:
+        """The next bytes of the body, as they come in; empty at its end."""
+        return b""
+
+    def read(self, size: int | None = None) -> bytes:
+        """Read ``size`` bytes, waiting for them; fewer at the end of the body only.
+
+        :raises gunicorn_passenger.errors.ClientDisconnected: (an ``OSError``) when it breaks off.
+        :raises TimeoutError: when the client sends nothing for the body timeout.
+        """
+        want = _size(size)
+        parts = []
+        while want > 0:
+            data = self.read1(want)
+            if not data:
+                break
+            parts.append(data)
+            want -= len(data)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def read1(self, size: int | None = None) -> bytes:
+        """Read what is there, waiting only while nothing is: at most ``size`` bytes."""
+        want = _size(size)
+        if want == 0:
+            return b""
+        have = len(self._piece) - self._at
+        if not have:
+            return self._fill(min(want, PIECE))
+        if self._at == 0 and have <= want:
+            data, self._piece = self._piece, b""
+            return data
+        data = self._piece[self._at : self._at + want]
+        self._at += len(data)
+        if self._at == len(self._piece):
+            self._piece, self._at = b"", 0
+        return data
+
+    def readline(self, size: int | None = None) -> bytes:
+        want = _size(size)
+        parts = []
+        while want > 0:
+            if self._at == len(self._piece):
+                self._piece, self._at = self._fill(PIECE), 0
+                if not self._piece:
+                    break
+            end = self._piece.find(b"\n", self._at, self._at + want)
+            data = self.read1(want if end < 0 else end + 1 - self._at)
+            parts.append(data)
+            want -= len(data)
+            if end >= 0:
+                break
+        return b"".join(parts)
+
+    def readlines(self, hint: int | None = None) -> list[bytes]:
+        """
+        :param hint: bytes after which no further line is begun, as for other files.
+        """
+        lines = []
+        total = 0
+        for line in self:
+            lines.append(line)
+            total += len(line)
+            if hint is not None and 0 < hint <= total:
+                break
+        return lines
+
+    def __iter__(self) -> Body:
+        return self
+
+    def __next__(self) -> bytes:
+        line = self.readline()
+        if not line:
+            raise StopIteration
+        return line
+
+    @property
+    def unread(self) -> bool:
+        """Whether so much is left unread that the connection had better not be kept for it."""
+        return False
+
+    def finish(self) -> bool:
+        """Drop what the application left unread.
+
+        :returns: whether the next request can follow.
+        """
+        return not self.failed
+
+    def end(self) -> None:
+        """The request is over; who still holds the body cannot read the next request with it."""
+
+
+class NoBody(Body):
+    """A request without one. There is nothing in it to tell two of them apart."""
+
+    __slots__ = ()
+
+
+NO_BODY = NoBody()
+
+
+class _Arriving(Body):
+    """A body that comes in over a connection."""
+
+    __slots__ = ("_connection", "expect", "failed")
+
+    def __init__(self, connection: Any, expect: bool) -> None:
+        """
+        :param connection: the :class:`.connection.Connection` that it comes in on.
+        :param expect: whether the client waits for "100 Continue" (RFC 9110 section 10.1.1).
+        """
+        self._piece = b""
+        self._at = 0
+        self._connection = connection
+        self.expect = expect
+        self.failed = False
+
+    def _receive(self, most: int) -> bytes:
+        """The next bytes of the connection, at most so many, which belong to this body."""
+        data: bytes = self._from_client(most)
+        return data
+
+    def _from_client(self, most: int, more: bool = False) -> Any:
+        connection = self._connection
+        if connection is None:
+            raise ValueError("the request is over: its body can no longer be read")
+        try:
+            if self.expect:
+                # the client may not have waited; then nothing need be sent
+                self.expect = False
+                if not connection.buffered():
+                    connection.send_continue()
+            data = connection.more() if more else connection.receive(most)
+        except BaseException:
+            self.failed = True
+            raise
+        if not data:
+            self.failed = True
+            raise body_broke_off()
+        return data
+
+    def end(self) -> None:
+        self._connection = None
+
+    def _drop(self) -> bool:
+        """Read and drop the rest, within bounds. The bound on time is that of every read."""
+        if self.failed or self.expect:
+            return False
+        left = DRAIN
+        try:
+            while data := self._fill(PIECE):
+                left -= len(data)
+                if left < 0:
+                    return False
+        except Exception:
+            return False
+        return True
+
+
+class LengthBody(_Arriving):
+    """A body whose length was announced (RFC 9112 section 6.2)."""
+
+    __slots__ = ("left", "length")
+
+    def __init__(self, connection: Any, length: int, expect: bool) -> None:
+        _Arriving.__init__(self, connection, expect)
+        self.length = length
+        self.left = length
+
+    def _fill(self, most: int) -> bytes:
+        left = self.left
+        if not left:
+            return b""
+        data = self._receive(min(left, most))
+        self.left = left - len(data)
+        return data
+
+    @property
+    def unread(self) -> bool:
+        return self.expect or (self.left > DRAIN and self.left == self.length)
+
+    def finish(self) -> bool:
+        if not self.left:
+            return True
+        return self.left <= DRAIN and self._drop()
+
+
+class ChunkedBody(_Arriving):
+    """A body sent in chunks (RFC 9112 section 7.1)."""
+
+    __slots__ = ("_left", "_line_limit", "_make_request", "_started", "_trailer_limit", "finished")
+
+    def __init__(
+        self, connection: Any, expect: bool, line_limit: int, trailer_limit: int, make_request: Any
+    ) -> None:
+        """
+        :param line_limit: bytes of a line with a chunk's size.
+        :param trailer_limit: bytes of the trailer section.
+        :param make_request: gives gunicorn's request object, which checks and keeps the trailers.
+        """
+        _Arriving.__init__(self, connection, expect)
+        self._left = 0
+        self._started = False
+        self._line_limit = line_limit
+        self._trailer_limit = trailer_limit
+        self._make_request = make_request
+        self.finished = False
+
+    def _fill(self, most: int) -> bytes:
+        if self.finished:
+            return b""
+        if self.failed:
+            raise body_broke_off()
+        if not self._left:
+            try:
+                self._left = self._next_chunk()
+                if not self._left:
+                    self._trailers()
+            except BaseException:
+                self.failed = True
+                raise
+            if not self._left:
+                self.finished = True
+                return b""
+        data = self._receive(min(self._left, most))
+        self._left -= len(data)
+        return data
+
+    def _next_chunk(self) -> int:
+        if self._started:
+            end = self._take(2)
+            if end != b"\r\n":
+                raise ChunkMissingTerminator(end)
+        self._started = True
+        line = self._take_line()
+        found = _CHUNK_LINE.fullmatch(line)
+        if found is None:
+            # a bad size is reported as such, even with a bad extension
+            size = line.partition(b";")[0]
+            if _HEX.fullmatch(size.rstrip(b" \t") if b";" in line else size):
+                raise InvalidChunkExtension("invalid chunk extension")
+            raise InvalidChunkSize(size)
+        return int(found[1], 16)
+
+    def _take(self, count: int) -> bytes:
+        while self._connection is None or self._connection.buffered() < count:
+            self._from_client(0, more=True)
+        data: bytes = self._connection.receive(count)
+        return data
+
+    def _take_line(self) -> bytes:
+        """The next line of the connection, without its CRLF."""
+        while True:
+            connection = self._connection
+            if connection is not None:
+                end = connection.buf.find(b"\r\n", connection.at)
+                if end >= 0:
+                    line: bytes = connection.buf[connection.at : end]
+                    connection.at = end + 2
+                    return line
+                if connection.buffered() > self._line_limit or connection.buf.find(b"\n", connection.at) >= 0:
+                    raise InvalidChunkSize(connection.buf[connection.at : connection.at + 100])
+            self._from_client(0, more=True)
+
+    def _trailers(self) -> None:
+        if self._take(2) == b"\r\n":
+            return
+        connection = self._connection
+        connection.at -= 2
+        while (end := connection.buf.find(b"\r\n\r\n", connection.at)) < 0:
+            section = connection.buf[connection.at :]
+            if len(section) > self._trailer_limit:
+                raise LimitRequestHeaders("limit request trailer section size")
+            if section.count(b"\n") != section.count(b"\r\n"):
+                raise http_errors.InvalidHeader("bare LF as line terminator")
+            self._from_client(0, more=True)
+        section = connection.buf[connection.at : end]
+        connection.at = end + 4
+        request = self._make_request()
+        request.trailers = request.parse_headers(section, from_trailer=True)
+
+    @property
+    def unread(self) -> bool:
+        return self.expect
+
+    def finish(self) -> bool:
+        return self.finished or self._drop()
+
+
+def _size(size: Any) -> int:
+    if size is None:
+        return _EVERYTHING
+    if not isinstance(size, int):
+        raise TypeError("size must be an integer")
+    return size if size >= 0 else _EVERYTHING
+
+
+_EVERYTHING = 1 << 62

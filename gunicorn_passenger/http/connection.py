@@ -1,0 +1,570 @@
+"""One connection: requests in, responses out, until one side has had enough.
+
+Runs in: a worker, one greenlet per connection. Must never: read what follows a refused request, or
+wait without a deadline for a client that owes something.
+
+The loop works on the non-blocking socket itself and lets the hub tell when there is something to
+read. It asks the hub *before* it reads: after an answer there is mostly nothing there yet, so a read
+would cost a call of the system and an exception; and a client that is always faster than that would
+keep the greenlet running and starve the other connections, as happens to gunicorn's gevent worker
+with its access log on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+from time import perf_counter
+from typing import Any
+
+import gevent
+from gevent import get_hub, getcurrent
+from gunicorn import util
+from gunicorn.http.wsgi import FileWrapper
+from gunicorn.workers.base_async import ALREADY_HANDLED
+
+from gunicorn_passenger.errors import AnswerBrokeOff, BodyTimeout, ClientDisconnected, client_gone
+from gunicorn_passenger.http.body import NO_BODY, Body, ChunkedBody, LengthBody
+from gunicorn_passenger.http.deadlines import Deadlines
+from gunicorn_passenger.http.gateway import Gateway
+from gunicorn_passenger.http.head import CHUNKED
+from gunicorn_passenger.http.response import Response
+
+#: Bytes that one read of the socket asks for while a head is awaited.
+_READ = 16384
+#: Requests that came in one piece, after which others get their turn.
+_PIPELINED = 16
+#: Bytes that ``sendfile`` sends before others get their turn.
+_SENDFILE = 1 << 20
+#: Times that a closing connection waits for more from its client.
+_LINGERS = 8
+
+_READABLE, _WRITABLE = 1, 2
+
+
+class Connection:
+    """A client's connection and what is known of its present request."""
+
+    __slots__ = (
+        "_acceptor",
+        "_deadlines",
+        "_expired",
+        "_hub",
+        "_raw",
+        "_readable",
+        "_taker",
+        "_waiting",
+        "_writable",
+        "addr",
+        "at",
+        "body",
+        "buf",
+        "gateway",
+        "greenlet",
+        "head",
+        "peer",
+        "response",
+        "sock",
+    )
+
+    def __init__(self, acceptor: Any, gateway: Gateway, sock: Any, addr: Any, early: bytes = b"") -> None:
+        """
+        :param acceptor: is told of the end.
+        :param sock: a connected gevent socket, owned from now on.
+        :param addr: what ``accept()`` gave.
+        :param early: bytes that were read from it before.
+        """
+        self._acceptor = acceptor
+        self.gateway = gateway
+        self.sock = sock
+        self._raw = sock._sock
+        self.addr = addr
+        self.peer = gateway.peer(addr, sock)
+        #: bytes that have come in, and how many of them are used up
+        self.buf = early
+        self.at = 0
+        self.head = b""
+        self.body: Body = NO_BODY
+        self.response: Response | None = None
+        self._hub = get_hub()
+        self._readable = self._hub.loop.io(sock.fileno(), _READABLE)
+        self._writable: Any = None
+        #: which greenlet waits for the client, until when, and whether it has waited too long
+        self.greenlet = self._waiting = gevent.Greenlet(self._run)
+        self._deadlines: Deadlines | None = None
+        self._expired = False
+        self._taker: Any = None
+
+    def start(self) -> None:
+        self.greenlet.start()
+
+    # --- the loop --------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        linger = False
+        try:
+            linger = self._serve()
+        except ClientDisconnected as error:
+            self.gateway.log.debug("%s", error)
+        except gevent.GreenletExit:
+            pass
+        except BaseException:
+            self.gateway.log.exception("Error on a connection")
+        finally:
+            self._end(linger)
+
+    def _serve(self) -> bool:  # noqa: PLR0915 - the hot loop is one loop, in one place
+        """Answer requests until the connection is to end.
+
+        :returns: whether its client may still be sending.
+        """
+        gateway = self.gateway
+        reader = gateway.reader
+        idle = gateway.idle
+        recv = self._raw.recv
+        wait = self._hub.switch
+        readable = self._readable
+        switch = self.greenlet.switch
+        peer = self.peer
+        pipelined = 0
+        data = self.buf or self._first()
+
+        while data:
+            end = data.find(b"\r\n\r\n") + 4
+            if end == 3:
+                data = self._rest_of_head(data)
+                if not data:
+                    break
+                end = data.find(b"\r\n\r\n") + 4
+            if end == len(data):
+                head, self.buf = data, b""
+            else:
+                head, self.buf = data[:end], data[end:]
+            self.at = 0
+            self.head = head
+            try:
+                environ, length, persist, request = reader.read(head, peer)
+            except Exception as error:
+                self._refuse(None, error)
+                return True
+            if length:
+                self._take_body(environ, length)
+            else:
+                self.body = NO_BODY
+
+            if not self._answer(environ, persist, request):
+                return self._unread()
+
+            if length and not self._next_begins():
+                return True
+            if self._taker is not None:
+                break
+            data = self.buf[self.at :] if self.at else self.buf
+            if data:
+                pipelined += 1
+                if pipelined % _PIPELINED == 0:
+                    gevent.sleep(0)
+                continue
+            while True:
+                # where a connection spends its life, and a busy worker its time
+                idle.add(self)
+                readable.start(switch)
+                try:
+                    wait()
+                finally:
+                    readable.stop()
+                    idle.remove(self, None)
+                if self._expired or self._taker is not None:
+                    return False
+                try:
+                    data = recv(_READ)
+                except BlockingIOError:
+                    continue  # woken for nothing
+                except OSError as error:
+                    raise client_gone(error) from None
+                break
+        return False
+
+    def _answer(self, environ: dict[str, Any], persist: bool, request: Any) -> bool:
+        """Call the application and send what it says.
+
+        :returns: whether the connection can go on.
+        """
+        gateway = self.gateway
+        gateway.count()
+        response = self.response = Response(
+            self, environ, not (persist and gateway.worker.alive and gateway.keepalive), request
+        )
+        environ["wsgi.input"] = self.body
+        environ["wsgi.early_hints"] = response.early_hints
+        began = perf_counter() if gateway.access.enabled else 0.0
+        result: Any = None
+        try:
+            try:
+                result = gateway.app(environ, response.start_response)
+                if result.__class__ is list or result.__class__ is tuple:
+                    response.send_all(result)
+                elif isinstance(result, FileWrapper):
+                    response.send_file(result, gateway.sendfile)
+                elif result is ALREADY_HANDLED:
+                    return False
+                else:
+                    for piece in result:
+                        response.write(piece)
+                    response.close()
+            finally:
+                if began and response.headers_sent:
+                    gateway.access.write(response, self._request_of(request), environ, perf_counter() - began)
+                if result.__class__ is not list and hasattr(result, "close"):
+                    result.close()
+        except StopIteration:
+            # the application has taken the connection and is done with it: Flask-Sock's way to say so
+            return False
+        except gevent.GreenletExit:
+            raise
+        except BaseException as error:
+            self._failed(error, request)
+            return False
+        finally:
+            if gateway.after is not None:
+                self._after(request, environ)
+        return not response.should_close()
+
+    # --- what is rare ----------------------------------------------------------------------------
+
+    def _first(self) -> bytes:
+        """The first bytes of a new connection; often they are there already."""
+        try:
+            data: bytes = self._raw.recv(_READ)
+        except BlockingIOError:
+            self._wait(self.gateway.heads)
+            return b"" if self._expired or self._taker is not None else self._read(_READ)
+        except OSError as error:
+            raise client_gone(error) from None
+        return data
+
+    def _rest_of_head(self, data: bytes) -> bytes:
+        """Wait for the rest of a head, until one deadline for the whole of it.
+
+        :returns: nothing when the client has gone or been answered.
+        """
+        gateway = self.gateway
+        try:
+            return self._await_head(data)
+        except ClientDisconnected as error:
+            gateway.log.debug("%s", error)
+        except TimeoutError:
+            gateway.log.info(
+                "A request's head was not complete after %g s (%s)", gateway.heads.seconds, self._from()
+            )
+            self._say(408, "Request Timeout", "The request took too long.")
+        except Exception as error:
+            self._refuse(None, error)
+            self._linger()
+        return b""
+
+    def _await_head(self, data: bytes) -> bytes:
+        self.buf = data
+        heads = self._deadlines = self.gateway.heads
+        heads.add(self)
+        came = bytearray(data)
+        seen = 0
+        try:
+            while came.find(b"\r\n\r\n", max(seen - 3, 0)) < 0:
+                self.gateway.reader.check_partial(came, seen)
+                seen = len(came)
+                self._wait(None)
+                more = b"" if self._expired else self._read(_READ)
+                if self._expired:
+                    raise TimeoutError
+                if not more:
+                    raise ClientDisconnected(0, "Ignored premature client disconnection in a request's head.")
+                came += more
+        finally:
+            heads.remove(self, None)
+        return bytes(came)
+
+    def _take_body(self, environ: dict[str, Any], length: int) -> None:
+        expect = (
+            "HTTP_EXPECT" in environ
+            and environ["SERVER_PROTOCOL"] != "HTTP/1.0"
+            and environ["HTTP_EXPECT"].lower() == "100-continue"
+        )
+        if length == CHUNKED:
+            reader, head, peer = self.gateway.reader, self.head, self.peer
+            self.body = ChunkedBody(
+                self, expect, reader.field_limit, reader.total_limit, lambda: reader.request(head, peer)
+            )
+        else:
+            self.body = LengthBody(self, length, expect)
+
+    def _next_begins(self) -> bool:
+        """Whether the next request can begin: the body of this one is read, or small enough to be."""
+        body = self.body
+        if not body.finish():
+            return False
+        body.end()
+        return True
+
+    def _unread(self) -> bool:
+        """Whether the client may still be sending when the connection ends."""
+        body = self.body
+        over = body is NO_BODY or (not body.unread and body.finish())
+        body.end()
+        return not over
+
+    def _request_of(self, request: Any) -> Any:
+        """gunicorn's request object, made where it does not exist and somebody asks for it."""
+        reader, head, peer = self.gateway.reader, self.head, self.peer
+        return lambda: reader.request(head, peer) if request is None else request
+
+    def _refuse(self, request: Any, error: BaseException) -> None:
+        """A request that never reaches the application; nothing after it is read as a request."""
+        self.gateway.refuse(request, self.sock, self.addr, error)
+
+    def _failed(self, error: BaseException, request: Any) -> None:
+        """The application has failed, or its client has."""
+        gateway = self.gateway
+        response = self.response
+        assert response is not None
+        begun = response.headers_sent
+        if isinstance(error, ClientDisconnected):
+            gateway.log.debug("%s", error)
+            if error.incomplete and not begun:
+                self._say(400, "Bad Request", "The request's body is not complete.")
+        elif isinstance(error, AnswerBrokeOff):
+            gateway.log.warning("%s", error)
+        elif isinstance(error, BodyTimeout):
+            gateway.log.info("%s (%s)", error, self._from())
+            if not begun:
+                self._say(408, "Request Timeout", "The request took too long.")
+        elif begun:
+            # a 500 now would be read as more of the body
+            gateway.log.exception("Error handling request", exc_info=error)
+        else:
+            self._refuse(self._request_of(request)(), error)
+        if begun and not response.chunked and response.response_length is None:
+            # its end is all that tells the client that it is whole: make that a reset
+            self._reset()
+
+    def _after(self, request: Any, environ: dict[str, Any]) -> None:
+        gateway = self.gateway
+        try:
+            gateway.after(gateway.worker, request, environ, self.response)
+        except Exception:
+            gateway.log.exception("Exception in post_request hook")
+
+    def _from(self) -> str:
+        return str(self.addr[0]) if isinstance(self.addr, tuple) else "unix:"
+
+    def _say(self, status: int, reason: str, text: str) -> None:
+        with contextlib.suppress(OSError):
+            util.write_error(self.sock, status, reason, text)
+
+    def _reset(self) -> None:
+        if isinstance(self.addr, tuple):
+            with contextlib.suppress(OSError):
+                self._raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    def buffered(self) -> int:
+        """Bytes that have come in and are not used up."""
+        return len(self.buf) - self.at
+
+    def receive(self, most: int) -> bytes:
+        """The next bytes, at most so many; empty when the client sends no more.
+
+        :raises BodyTimeout: when nothing comes for too long.
+        """
+        at = self.at
+        if at == len(self.buf):
+            if most >= _READ:
+                return self._await(most)
+            self.buf, self.at = self._await(_READ), 0
+            at = 0
+        data = self.buf[at : at + most]
+        self.at = at + len(data)
+        return data
+
+    def more(self) -> bytes:
+        """Wait for more bytes and put them behind those that there are; empty when there come none."""
+        data = self._await(_READ)
+        self.buf = self.buf[self.at :] + data
+        self.at = 0
+        return data
+
+    def _await(self, most: int) -> bytes:
+        while True:
+            try:
+                data: bytes = self._raw.recv(most)
+                return data
+            except BlockingIOError:
+                self._wait(self.gateway.bodies)
+                if self._expired:
+                    raise BodyTimeout(self.gateway.bodies.seconds) from None
+            except OSError as error:
+                raise client_gone(error) from None
+
+    def _read(self, most: int) -> bytes:
+        """What there is to read, when the hub has said that there is something."""
+        while True:
+            try:
+                data: bytes = self._raw.recv(most)
+                return data
+            except BlockingIOError:
+                self._wait(None)
+                if self._expired:
+                    return b""
+            except OSError as error:
+                raise client_gone(error) from None
+
+    def _wait(self, deadlines: Deadlines | None) -> None:
+        """Wait until there is something to read, or until it is too late (``_expired``)."""
+        self._waiting = getcurrent()
+        self._expired = False
+        if deadlines is not None:
+            self._deadlines = deadlines
+            deadlines.add(self)
+        self._readable.start(self._waiting.switch)
+        try:
+            self._hub.switch()
+        finally:
+            self._readable.stop()
+            if deadlines is not None and self._deadlines is not None:
+                self._deadlines.remove(self, None)
+            self._waiting = self.greenlet
+
+    def expire(self) -> None:
+        """Called in the hub by a deadline."""
+        self._expired = True
+        self._waiting.switch()
+
+    # --- writing ---------------------------------------------------------------------------------
+
+    def send(self, data: bytes) -> None:
+        """Send all of it.
+
+        :raises ClientDisconnected: when the client is gone.
+        """
+        try:
+            sent = self._raw.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            raise client_gone(error) from None
+        if sent < len(data):
+            self._send_rest(memoryview(data)[sent:])
+
+    def send_two(self, head: bytes, body: bytes) -> None:
+        """Send two pieces without copying the second."""
+        try:
+            sent = self._raw.sendmsg((head, body))
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            raise client_gone(error) from None
+        if sent < len(head):
+            self.send(head[sent:])
+            sent = len(head)
+        self._send_rest(memoryview(body)[sent - len(head) :])
+
+    def _send_rest(self, data: memoryview) -> None:
+        while data:
+            try:
+                data = data[self._raw.send(data) :]
+            except BlockingIOError:
+                self._wait_writable()
+            except OSError as error:
+                raise client_gone(error) from None
+
+    def send_file(self, file: int, offset: int, count: int) -> int:
+        """Send a part of a file.
+
+        :returns: how much there was of it.
+        """
+        done = 0
+        while done < count:
+            try:
+                sent = os.sendfile(self._raw.fileno(), file, offset + done, min(count - done, _SENDFILE))
+            except BlockingIOError:
+                self._wait_writable()
+                continue
+            except OSError as error:
+                raise client_gone(error) from None
+            if not sent:
+                break
+            done += sent
+            if done < count:
+                gevent.sleep(0)
+        return done
+
+    def _wait_writable(self) -> None:
+        if self._writable is None:
+            self._writable = self._hub.loop.io(self._raw.fileno(), _WRITABLE)
+        self._writable.start(getcurrent().switch)
+        try:
+            self._hub.switch()
+        finally:
+            self._writable.stop()
+
+    def send_continue(self) -> None:
+        """The application reads, and the client waits for that (RFC 9110 section 10.1.1)."""
+        if self.response is None or not self.response.headers_sent:
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    # --- the end ---------------------------------------------------------------------------------
+
+    def hurry(self) -> None:
+        """The worker leaves: a client that has not begun gets as long as an idle one."""
+        if self._deadlines is self.gateway.heads and not self.buf and not self.head:
+            self._deadlines.remove(self, None)
+            self._deadlines = self.gateway.idle
+            self._deadlines.add(self)
+
+    def give_up(self, taker: Any) -> None:
+        """Give the connection away between two requests: at once when it is idle.
+
+        :param taker: called with the socket, the peer's address and the bytes read ahead.
+        """
+        self._taker = taker
+        if self._waiting is self.greenlet and not self.greenlet.dead:
+            self._hub.loop.run_callback(self._wake)
+
+    def _wake(self) -> None:
+        if self._readable.active:
+            self.greenlet.switch()
+
+    def _linger(self) -> None:
+        """Let the client read its answer although it may still be sending (RFC 9112 section 9.6).
+
+        A close now would make the kernel answer what comes with a reset, which can overtake the
+        answer.
+        """
+        try:
+            self._raw.shutdown(socket.SHUT_WR)
+            for _ in range(_LINGERS):
+                self._wait(self.gateway.lingering)
+                if self._expired or not self._raw.recv(1 << 20):
+                    return
+        except OSError:
+            return
+
+    def _end(self, linger: bool) -> None:
+        try:
+            if self._taker is None and linger:
+                self._linger()
+        except gevent.GreenletExit:
+            pass
+        finally:
+            self._readable.close()
+            if self._writable is not None:
+                self._writable.close()
+            self.body.end()
+            if self._taker is not None:
+                self._taker(self.sock, self.addr, self.buf[self.at :])
+            else:
+                self.sock.close()
+            self._acceptor.ended(self)

@@ -1,0 +1,59 @@
+"""Deadlines of one duration for many waiting connections.
+
+Runs in: a worker. Must never: cost anything while nobody waits.
+
+A timer per wait would cost more than the wait. All waits of a kind have the same duration, so the
+first that began is the first that ends: an insertion-ordered dictionary is the queue, and one timer
+of the loop stands for its head.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from gevent import get_hub
+
+
+class Waiting(Protocol):
+    def expire(self) -> None:
+        """Its time is over. Called in the hub: it must not block."""
+
+
+class Deadlines:
+    """Wakes what has waited for longer than ``seconds``."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._loop = get_hub().loop
+        #: who waits, and since when on the loop's clock
+        self._since: dict[Any, float] = {}
+        self._timer: Any = None
+        #: :meth:`add` and :meth:`remove` bracket every wait for a request: these two are the fast way
+        self.remove = self._since.pop
+
+    def add(self, waiting: Waiting) -> None:
+        """It waits from now on, until ``remove(waiting, None)``."""
+        self._since[waiting] = self._loop.now()
+        if self._timer is None:
+            self._start(self.seconds)
+
+    def __len__(self) -> int:
+        return len(self._since)
+
+    def _start(self, seconds: float) -> None:
+        self._timer = self._loop.timer(max(seconds, 0.001))
+        self._timer.start(self._fire)
+
+    def _fire(self) -> None:
+        self._timer.close()
+        self._timer = None
+        # The loop's clock is that of its last turn; a timer is never early by the same clock.
+        limit = self._loop.now() - self.seconds + 0.001
+        while self._since:
+            waiting, since = next(iter(self._since.items()))
+            if since > limit:
+                if self._timer is None:
+                    self._start(since - limit)
+                return
+            del self._since[waiting]
+            waiting.expire()

@@ -1,0 +1,135 @@
+"""What is the same for all requests that come in on one listener.
+
+Runs in: a worker, or plain Python. Must never: hold anything of a single request.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Any
+
+from gunicorn.http import message
+from gunicorn.http.wsgi import WSGIErrorsWrapper, base_environ
+from gunicorn.workers.base import Worker as GunicornWorker
+
+from gunicorn_passenger.http.access import AccessLog
+from gunicorn_passenger.http.deadlines import Deadlines
+from gunicorn_passenger.http.head import HeadReader, Peer
+from gunicorn_passenger.settings import Timeouts
+
+#: Addresses of peers of which is remembered whether they are trusted.
+_REMEMBER = 4096
+#: Seconds that a client gets to read its answer when the connection ends before its request has.
+_LINGER = 2.0
+
+
+class Lifecycle:
+    """What a gateway asks of the process that it serves in, when that is no worker."""
+
+    alive = True
+    nr = 0
+    max_requests = sys.maxsize
+
+
+class ErrorStream(io.RawIOBase):
+    """``wsgi.errors``: gunicorn's error log, wherever it is written at that moment."""
+
+    def __init__(self, cfg: Any) -> None:
+        self._cfg = cfg
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        # made anew: the log may have been reopened since
+        WSGIErrorsWrapper(self._cfg).write(data)
+        return len(data)
+
+
+class Gateway:
+    """Joins one WSGI application to the connections of one listener."""
+
+    def __init__(self, app: Any, cfg: Any, log: Any, worker: Any, sockname: Any, timeouts: Timeouts) -> None:
+        """
+        :param app: the WSGI callable; may be replaced while it serves.
+        :param cfg: gunicorn's configuration, as it applies to this server.
+        :param log: gunicorn's logger.
+        :param worker: gunicorn's worker, or a :class:`Lifecycle`.
+        :param sockname: the listener's name; a string for a UNIX socket.
+        """
+        self.app = app
+        self.cfg = cfg
+        self.log = log
+        self.worker = worker
+        self.sockname = sockname
+        self.keepalive = bool(cfg.keepalive)
+        self.sendfile = cfg.sendfile is not False
+        self.after = self._hook("post_request")
+        before = self._hook("pre_request")
+        self.reader = HeadReader(
+            cfg,
+            sockname,
+            always_request=bool(before or self.after),
+            before=(lambda request: before(worker, request)) if before else (lambda request: None),
+        )
+        self.access = AccessLog(cfg, log)
+        # a connection that is idle or has not begun, and what a leaving worker gives it
+        self.idle = Deadlines(cfg.keepalive or 1.0)
+        self.heads = Deadlines(timeouts.head)
+        self.bodies = Deadlines(timeouts.body)
+        self.lingering = Deadlines(_LINGER)
+        self._template = base_environ(cfg) | {"wsgi.errors": ErrorStream(cfg), "wsgi.multithread": True}
+        if isinstance(sockname, tuple):
+            self._template |= {"SERVER_NAME": sockname[0], "SERVER_PORT": str(sockname[1])}
+        self._trusted: dict[str, bool] = {}
+
+    def _hook(self, name: str) -> Any:
+        """A hook of gunicorn's, where it does something: the default of one speaks at debug level."""
+        hook = getattr(self.cfg, name)
+        default = type(self.cfg.settings[name]).default
+        if hook is default and (name != "pre_request" or self.cfg.loglevel != "debug"):
+            return None
+        return hook
+
+    def peer(self, addr: Any, sock: Any) -> Peer:
+        """Whom a connection came from.
+
+        :param addr: what ``accept()`` gave: a tuple, or the name of a UNIX socket, mostly empty.
+        """
+        base = self._template.copy()
+        base["gunicorn.socket"] = sock
+        if isinstance(addr, tuple):
+            base["REMOTE_ADDR"] = addr[0]
+            base["REMOTE_PORT"] = str(addr[1])
+            trusted = self._trusted.get(addr[0])
+            if trusted is None:
+                trusted = self._trusts(addr[0])
+        else:
+            base["REMOTE_ADDR"] = addr.decode() if isinstance(addr, bytes) else addr
+            trusted = True
+        return Peer(addr, base, trusted)
+
+    def _trusts(self, host: str) -> bool:
+        allowed = self.cfg.forwarded_allow_ips
+        check = getattr(message, "_ip_in_allow_list", None)
+        if check is not None:
+            trusted = bool(check(host, allowed, self.cfg.forwarded_allow_networks()))
+        else:
+            trusted = "*" in allowed or host in allowed
+        if len(self._trusted) >= _REMEMBER:
+            self._trusted.clear()
+        self._trusted[host] = trusted
+        return trusted
+
+    def refuse(self, request: Any, sock: Any, addr: Any, error: BaseException) -> None:
+        """gunicorn's answer to a bad request or a failed application, in the logs and to the client."""
+        GunicornWorker.handle_error(self, request, sock, addr, error)
+
+    def count(self) -> None:
+        """One more request; the last for a worker that is to be replaced after so many."""
+        worker = self.worker
+        worker.nr += 1
+        if worker.nr >= worker.max_requests and worker.alive:
+            self.log.info("Autorestarting worker after current request.")
+            worker.alive = False

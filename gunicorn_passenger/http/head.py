@@ -1,0 +1,363 @@
+"""Reading a request's head: bytes in, a WSGI environ out, or one of gunicorn's errors.
+
+Runs in: a worker, or plain Python. Must never: touch a socket, or let through what gunicorn's own
+parser would refuse.
+
+Two parsers agree here. gunicorn's Python parser has the rules, for every setting. A C parser
+(``gunicorn_h1c``) is several times faster and accepts less or more in places. So a head goes to the
+C parser first, and what comes out is used only where both are known to agree; for all else, errors
+included, gunicorn's parser has the last word. There is no third set of rules:
+
+- what the C parser refuses is read again by gunicorn's;
+- what it accepts although gunicorn would not (a second space in the request line, a target outside
+  ASCII) is caught by comparing lengths;
+- what needs a policy (names with an underscore, expectations, transfer codings other than chunked,
+  repeated or contradicting scheme fields) is left to gunicorn's parser.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from gunicorn.http import message, wsgi
+from gunicorn.http.errors import (
+    InvalidHeader,
+    InvalidRequestLine,
+    LimitRequestHeaders,
+    LimitRequestLine,
+    NoMoreData,
+)
+from gunicorn.http.unreader import IterUnreader
+
+try:
+    import gunicorn_h1c
+except ImportError:  # pragma: no cover - it is one of the package's requirements
+    gunicorn_h1c = None
+
+#: the length of a body that is sent in chunks
+CHUNKED = -1
+
+#: a field name with an underscore
+_UNDERSCORE = re.compile(rb"\n[^:\n]*_")
+
+#: gunicorn's compatibility settings, of which the C parser knows nothing; off unless set.
+_COMPATIBILITY = (
+    "permit_obsolete_folding",
+    "strip_header_spaces",
+    "permit_unconventional_http_method",
+    "permit_unconventional_http_version",
+    "casefold_http_method",
+)
+
+#: Heads that must be refused (RFC 9112 sections 2.2, 5.1, 5.2 and 6.3); older versions of the C
+#: parser accept some of them, and are not used then.
+_MUST_BE_REFUSED = (
+    b"GET / HTTP/1.1\nHost: a\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: a\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: a\nX: b\r\n\r\n",
+    b"GET / HTTP/1.1\r\n Host: a\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: a\r\n b\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: a\r\n \r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost : a\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: a\x00\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: a\rb\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n",
+    b"GET / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n",
+    b"GET / HTTP/1.1\r\nContent-Length: +1\r\n\r\n",
+    b"GET / HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+    b"GET * HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"GET a:1 HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"get / HTTP/1.1\r\nHost: a\r\n\r\n",
+)
+
+
+def c_parser() -> Any:
+    """The C parser, where it is there and refuses what it must; else ``None``."""
+    parse = getattr(gunicorn_h1c, "parse_to_wsgi_environ", None)
+    for head in _MUST_BE_REFUSED:
+        try:
+            if parse is None or parse(head):
+                return None
+        except gunicorn_h1c.ParseError:
+            continue
+    return parse
+
+
+class _Request(message.Request):
+    """gunicorn's request, always read by its Python parser."""
+
+    @property
+    def _use_fast(self) -> bool:
+        return False
+
+    @_use_fast.setter
+    def _use_fast(self, value: bool) -> None:
+        pass
+
+
+class _NoSocket:
+    """Stands for the client's socket while gunicorn makes the environ: it may not write to it."""
+
+    def send(self, data: bytes) -> int:
+        return len(data)
+
+
+class Peer:
+    """What a head is read against: who sent it, and what every environ of its connection holds."""
+
+    __slots__ = ("addr", "base", "trusted")
+
+    def __init__(self, addr: Any, base: dict[str, Any], trusted: bool) -> None:
+        """
+        :param addr: what ``accept()`` gave.
+        :param base: keys that go into every environ.
+        :param trusted: whether gunicorn believes its forwarding headers.
+        """
+        self.addr = addr
+        self.base = base
+        self.trusted = trusted
+
+
+class HeadReader:
+    """Reads the heads that come in on one listener."""
+
+    def __init__(
+        self,
+        cfg: Any,
+        sockname: Any,
+        always_request: bool = False,
+        before: Callable[[Any], object] = lambda request: None,
+    ) -> None:
+        """
+        :param cfg: gunicorn's configuration.
+        :param sockname: the listener's name; a string for a UNIX socket.
+        :param always_request: whether somebody wants gunicorn's request object each time.
+        :param before: called with that object before the environ is made of it.
+        """
+        self._before = before
+        self.cfg = cfg
+        self.sockname = sockname
+        self.unix = isinstance(sockname, str)
+        self.script_name = os.environ.get("SCRIPT_NAME", "")
+        self.line_limit, self.fields_limit, self.field_limit = _limits(cfg)
+        self.total_limit = self.fields_limit * (self.field_limit + 2) + 4 + (self.line_limit or 1 << 20)
+        self._scheme_fields = {
+            "HTTP_" + name.replace("-", "_"): value for name, value in cfg.secure_scheme_headers.items()
+        }
+        self._drops_underscores = getattr(cfg, "header_map", "drop") == "drop"
+        self._forwarders = bool(getattr(cfg, "forwarder_headers", ()))
+        #: why the C parser is not used here, for the log
+        self.slow_because = ""
+        flags = [name for name in _COMPATIBILITY if getattr(cfg, name, False)]
+        self._parse = c_parser()
+        if self._parse is None:
+            self.slow_because = "gunicorn_h1c is missing or older than 0.6.10"
+        elif getattr(cfg, "http_parser", "auto") == "python":
+            self.slow_because = "http_parser is python"
+        elif flags:
+            self.slow_because = f"{flags[0]} is set"
+        elif always_request:
+            self.slow_because = "pre_request or post_request is set"
+        elif not isinstance(sockname, tuple) and (not self.unix or ":" in sockname):
+            self.slow_because = "the socket's name is no plain path"
+        if self.slow_because:
+            self._parse = None
+
+    # --- a whole head ----------------------------------------------------------------------------
+
+    def read(self, head: bytes, peer: Peer) -> tuple[dict[str, Any], int, bool, Any]:
+        """A head that ends with the first empty line in it.
+
+        :returns: the environ (all but what belongs to the body and the response), the length of
+            the body or ``CHUNKED``, whether the client wants the connection kept, and gunicorn's
+            request object where its parser was used, else ``None``.
+        :raises gunicorn.http.errors.ParseException: when it is refused.
+        """
+        parse = self._parse
+        # One line longer than the limit is not in a head that is shorter than the limit.
+        if parse is None or len(head) > self.field_limit:
+            return self.read_by_the_book(head, peer)
+        try:
+            environ: dict[str, Any] = parse(
+                head, None, None, "http", self.line_limit or 1 << 20, self.fields_limit, self.field_limit
+            )
+        except Exception:
+            # whatever it is, gunicorn's parser says what is wrong, or that nothing is
+            return self.read_by_the_book(head, peer)
+        path = environ["PATH_INFO"]
+        query = environ["QUERY_STRING"]
+        uri = f"{path}?{query}" if query else path
+        # method SP uri SP "HTTP/1.1": with one space more, an empty line before it or a lone "?",
+        # the line would be longer than that
+        if (
+            len(environ["REQUEST_METHOD"]) + len(uri) + 10 != head.find(b"\r\n")
+            or not uri.isascii()
+            or environ.pop("_consumed") != len(head)
+            or path[0] != "/"
+            or path[1:2] == "/"
+            or "#" in uri
+            or "HTTP_EXPECT" in environ
+            or (b"_" in head and self._minds_underscores(peer) and _UNDERSCORE.search(head))
+        ):
+            return self.read_by_the_book(head, peer)
+
+        length = 0
+        if "HTTP_TRANSFER_ENCODING" in environ:
+            if environ["HTTP_TRANSFER_ENCODING"].lower() != "chunked":
+                return self.read_by_the_book(head, peer)
+            length = CHUNKED
+        elif "CONTENT_LENGTH" in environ:
+            length = int(environ["CONTENT_LENGTH"])
+
+        if peer.trusted:
+            for name in self._scheme_fields:
+                if name in environ and not self._set_scheme(environ):
+                    return self.read_by_the_book(head, peer)
+
+        if self.script_name:
+            if not path.startswith(self.script_name):
+                return self.read_by_the_book(head, peer)
+            path = path[len(self.script_name) :]
+        if "%" in path:
+            path = unquote_to_bytes(path).decode("latin-1")
+        environ["PATH_INFO"] = path
+        environ["SCRIPT_NAME"] = self.script_name
+        environ["RAW_URI"] = uri
+        if self.unix:
+            # gunicorn's way: the Host field names the server where no address does
+            host = environ.get("HTTP_HOST")
+            if host:
+                name, colon, port = host.partition(":")
+                environ["SERVER_NAME"] = name
+                environ["SERVER_PORT"] = (
+                    port.partition(":")[0]
+                    if colon
+                    else ("443" if environ["wsgi.url_scheme"] == "https" else "80")
+                )
+            else:
+                environ["SERVER_NAME"] = self.sockname
+                environ["SERVER_PORT"] = ""
+        environ.update(peer.base)
+
+        if "HTTP_CONNECTION" in environ:
+            persist = persists(environ["HTTP_CONNECTION"], environ["SERVER_PROTOCOL"] != "HTTP/1.0")
+        else:
+            persist = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
+        if environ["REQUEST_METHOD"] == "CONNECT":
+            persist = False  # what follows is tunnel data (RFC 9931 section 8)
+        return environ, length, persist, None
+
+    def _minds_underscores(self, peer: Peer) -> bool:
+        """The C parser drops names with an underscore. So does gunicorn, unless told otherwise."""
+        return not self._drops_underscores or (peer.trusted and self._forwarders)
+
+    def _set_scheme(self, environ: dict[str, Any]) -> bool:
+        """``secure_scheme_headers`` of a trusted peer.
+
+        :returns: whether they say one thing.
+        """
+        schemes = set()
+        for name, secure in self._scheme_fields.items():
+            value = environ.get(name)
+            if value is None:
+                continue
+            if "," in value:
+                return False  # the field may have been there twice
+            schemes.add("https" if value == secure else "http")
+        if len(schemes) != 1:
+            return False
+        environ["wsgi.url_scheme"] = schemes.pop()
+        return True
+
+    # --- by gunicorn's own parser ----------------------------------------------------------------
+
+    def request(self, head: bytes, peer: Peer) -> Any:
+        """gunicorn's request object for a head, which need not be a whole one.
+
+        :raises gunicorn.http.errors.ParseException: when it is refused.
+        :raises gunicorn.http.errors.NoMoreData: when it is not refused so far, and not whole.
+        """
+        return _Request(self.cfg, IterUnreader([head]), peer.addr)
+
+    def read_by_the_book(self, head: bytes, peer: Peer) -> tuple[dict[str, Any], int, bool, Any]:
+        """As :meth:`read`, all of it by gunicorn's own code."""
+        try:
+            request = self.request(head, peer)
+        except NoMoreData:
+            # an end that we see and it does not: nothing can be trusted to follow
+            raise InvalidRequestLine(head[:200].decode("latin-1")) from None
+        reader = request.body.reader
+        length = CHUNKED if isinstance(reader, message.ChunkedReader) else getattr(reader, "length", 0)
+        self._before(request)
+        request._expected_100_continue = False  # the body asks for it, when it is read
+        _, environ = wsgi.create(request, _NoSocket(), peer.addr, self.sockname, self.cfg)
+        environ.update(peer.base)
+        persist = (
+            not request.must_close
+            and request.method != "CONNECT"
+            and persists(environ.get("HTTP_CONNECTION", ""), request.version >= (1, 1))
+        )
+        return environ, length, persist, request
+
+    # --- less than a head ------------------------------------------------------------------------
+
+    def check_partial(self, data: bytearray, seen: int) -> None:
+        """Refuse as early as possible what can only become a refused head.
+
+        :param data: what has come in so far; there is no empty line in it.
+        :param seen: how much of it has been checked before.
+        :raises gunicorn.http.errors.ParseException: when it is refused.
+        """
+        at = data.find(b"\n", seen)
+        while at >= 0:
+            if at == 0 or data[at - 1] != 13:
+                # RFC 9112 section 2.2: lines end with CRLF
+                kind = InvalidRequestLine if data.find(b"\r\n", 2, at) < 0 else InvalidHeader
+                raise kind("bare LF as line terminator")
+            at = data.find(b"\n", at + 1)
+        start = 2 if data.startswith(b"\r\n") else 0
+        line = data.find(b"\r\n", start)
+        if line < 0:
+            if len(data) - start - 2 > self.line_limit > 0:
+                raise LimitRequestLine(len(data), self.line_limit)
+            return
+        if line - start > self.line_limit > 0:
+            raise LimitRequestLine(line - start, self.line_limit)
+        if len(data) - data.rfind(b"\r\n") > self.field_limit + 4:
+            raise LimitRequestHeaders("limit request headers fields size")
+        if len(data) > self.total_limit:
+            raise LimitRequestHeaders("max buffer headers")
+
+
+def persists(connection: str, by_default: bool) -> bool:
+    """Whether a Connection field keeps the connection (RFC 9112 section 9.3).
+
+    :param by_default: what holds where it says neither: true for HTTP/1.1.
+    """
+    value = connection.lower()
+    if value == "keep-alive":
+        return True
+    if value == "close":
+        return False
+    options = {option.strip(" \t") for option in value.split(",")}
+    if "close" in options:
+        return False
+    return by_default or "keep-alive" in options
+
+
+def _limits(cfg: Any) -> tuple[int, int, int]:
+    """gunicorn's limits of request line (0: none), number of fields, and field."""
+    line = cfg.limit_request_line
+    if line < 0 or line >= message.MAX_REQUEST_LINE:
+        line = message.MAX_REQUEST_LINE
+    fields = cfg.limit_request_fields
+    if fields <= 0 or fields > message.MAX_HEADERS:
+        fields = message.MAX_HEADERS
+    field = cfg.limit_request_field_size
+    if field <= 0:
+        field = message.DEFAULT_MAX_HEADERFIELD_SIZE
+    return line, fields, field
