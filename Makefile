@@ -10,7 +10,9 @@ JOBS ?= 4
 BIN = $(VENV)/bin
 SOCKET ?= $(abspath $(VENV))/seed.sock
 
-.PHONY: run test lint types bench clean
+RUNS ?= 50000
+
+.PHONY: run test fuzz lint types bench clean
 
 # Made anew when what is to be installed changes.
 $(VENV)/installed: setup.cfg pyproject.toml Makefile
@@ -40,6 +42,12 @@ run: $(VENV)/installed
 
 test: $(VENV)/tested
 	$(BIN)/python -m pytest -n $(JOBS) $(TESTS)
+
+# The same seed each time; RUNS says how long.
+fuzz: $(VENV)/tested
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris
+	$(BIN)/python fuzz/fuzz_http.py -seed=1 -runs=$(RUNS) -timeout=10 -rss_limit_mb=1024 -print_final_stats=1 \
+	    -artifact_prefix=$(VENV)/ fuzz/corpus
 
 lint: $(VENV)/linted
 	$(BIN)/ruff check .

@@ -280,7 +280,9 @@ class ChunkedBody(_Arriving):
 
     def _next_chunk(self) -> int:
         if self._started:
-            end = self._take(2)
+            end = self._take(1)
+            if end == b"\r":
+                end += self._take(1)
             if end != b"\r\n":
                 raise ChunkMissingTerminator(end)
         self._started = True

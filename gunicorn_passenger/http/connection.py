@@ -273,7 +273,7 @@ class Connection:
         seen = 0
         try:
             while came.find(b"\r\n\r\n", max(seen - 3, 0)) < 0:
-                self.gateway.reader.check_partial(came, seen)
+                self.gateway.reader.check_partial(came, seen, self.peer)
                 seen = len(came)
                 self._wait(None)
                 more = b"" if self._expired else self._read(_READ)

@@ -17,6 +17,7 @@ included, gunicorn's parser has the last word. There is no third set of rules:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable
@@ -305,28 +306,31 @@ class HeadReader:
 
     # --- less than a head ------------------------------------------------------------------------
 
-    def check_partial(self, data: bytearray, seen: int) -> None:
+    def check_partial(self, data: bytearray, seen: int, peer: Peer) -> None:
         """Refuse as early as possible what can only become a refused head.
 
         :param data: what has come in so far; there is no empty line in it.
         :param seen: how much of it has been checked before.
         :raises gunicorn.http.errors.ParseException: when it is refused.
         """
-        at = data.find(b"\n", seen)
-        while at >= 0:
-            if at == 0 or data[at - 1] != 13:
-                # RFC 9112 section 2.2: lines end with CRLF
-                kind = InvalidRequestLine if data.find(b"\r\n", 2, at) < 0 else InvalidHeader
-                raise kind("bare LF as line terminator")
-            at = data.find(b"\n", at + 1)
+        # RFC 9112 section 2.2: lines end with CRLF
         start = 2 if data.startswith(b"\r\n") else 0
         line = data.find(b"\r\n", start)
         if line < 0:
+            if data.find(b"\n", start) >= 0:
+                raise InvalidRequestLine("bare LF as line terminator")
             if len(data) - start - 2 > self.line_limit > 0:
                 raise LimitRequestLine(len(data), self.line_limit)
             return
-        if line - start > self.line_limit > 0:
-            raise LimitRequestLine(line - start, self.line_limit)
+        if line + 2 > seen:
+            # the request line has just been completed: gunicorn does not wait to judge it, either
+            with contextlib.suppress(NoMoreData):
+                self.request(bytes(data), peer)
+        at = data.find(b"\n", max(seen, line + 2))
+        while at >= 0:
+            if data[at - 1] != 13:
+                raise InvalidHeader("bare LF as line terminator")
+            at = data.find(b"\n", at + 1)
         if len(data) - data.rfind(b"\r\n") > self.field_limit + 4:
             raise LimitRequestHeaders("limit request headers fields size")
         if len(data) > self.total_limit:

@@ -1,0 +1,176 @@
+"""The reader of requests against gunicorn's own, on streams that nobody would think of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gunicorn
+import pytest
+from gunicorn.config import Config
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import http_model
+from gunicorn_passenger.http import head as head_module
+
+pytestmark = pytest.mark.skipif(
+    gunicorn.version_info < (25,), reason="gunicorn 23's parser has looser rules of its own"
+)
+
+EXAMPLES = settings(
+    max_examples=1500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+
+
+def config(**values: Any) -> Config:
+    cfg = Config()
+    for name, value in values.items():
+        cfg.set(name, value)
+    return cfg
+
+
+CFG = config()
+GATE = http_model.gateway(CFG)
+#: small limits, to be met often
+NARROW = config(limit_request_line=40, limit_request_fields=3, limit_request_field_size=40)
+NARROW_GATE = http_model.gateway(NARROW)
+REFUSING = config(header_map="refuse", forwarder_headers="SCRIPT_NAME,X_OWN")
+REFUSING_GATE = http_model.gateway(REFUSING)
+
+
+def test_the_c_parser_is_used() -> None:
+    assert GATE.reader.slow_because == ""
+
+
+def test_an_older_c_parser_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    strict = head_module.gunicorn_h1c.parse_to_wsgi_environ
+
+    class Older:
+        ParseError = head_module.gunicorn_h1c.ParseError
+
+        @staticmethod
+        def parse_to_wsgi_environ(head: bytes, *limits: Any) -> Any:
+            return strict(head.replace(b"\r\n b", b"b"), *limits)  # unfolds
+
+    monkeypatch.setattr(head_module, "gunicorn_h1c", Older)
+    assert head_module.c_parser() is None
+    assert "older" in http_model.gateway(CFG).reader.slow_because
+    monkeypatch.setattr(head_module, "gunicorn_h1c", None)
+    assert "missing" in http_model.gateway(CFG).reader.slow_because
+
+
+method = st.sampled_from(["GET", "POST", "HEAD", "OPTIONS", "CONNECT", "PATCH", "get", "G", "G T", "M-SEARCH", ""])
+target = st.one_of(
+    st.sampled_from(
+        ["/", "/a?b=c", "//a", "/a//b", "*", "http://h:1/p?q", "h:1", "/%2F%00%ff", "/#f", "/a?", "?", "", "/ é"]
+    ),
+    st.text(st.characters(max_codepoint=255), max_size=12).map(lambda text: "/" + text),
+)
+version = st.sampled_from(["HTTP/1.1"] * 6 + ["HTTP/1.0", "HTTP/1.2", "HTTP/2.0", "http/1.1", "HTTP/1.1 ", ""])
+end = st.sampled_from(["\r\n"] * 20 + ["\n", "\r", "\r\n ", "\r\n\t", "\r\r\n", "\r\n\r\n", "\0\r\n"])
+name = st.one_of(
+    st.sampled_from(
+        [
+            "Host",
+            "Content-Length",
+            "content-length",
+            "Content-Type",
+            "Transfer-Encoding",
+            "Connection",
+            "Expect",
+            "X-Forwarded-Proto",
+            "X-Forwarded-Ssl",
+            "X_Forwarded_For",
+            "X-Forwarded-For",
+            "SCRIPT_NAME",
+            "PATH_INFO",
+            "X_OWN",
+            "Content_Length",
+            "Upgrade",
+            "",
+            " Host",
+            "Host ",
+        ]
+    ),
+    st.text(st.characters(max_codepoint=255), max_size=6),
+)
+value = st.one_of(
+    st.sampled_from(
+        [
+            *("0", "1", "3", "5", "+1", "-1", "0x1", "1, 1", "", " 2 ", "²", "99999999999999999999"),
+            *("chunked", "Chunked", "gzip", "gzip, chunked", "chunked, chunked", "identity", "x"),
+            *("close", "keep-alive", "Close, x", "upgrade", "https", "http", "on", "/a", "100-continue", "100"),
+            *("h", "h:80", "h:1:2", "[::1]:80"),
+        ]
+    ),
+    st.text(st.characters(max_codepoint=255), max_size=50),
+)
+field = st.builds(lambda n, sep, v, e: f"{n}{sep}{v}{e}", name, st.sampled_from([": ", ":", " : ", ":\t", ""]), value, end)
+plain_field = st.builds(
+    lambda n, v: f"{n}: {v}\r\n",
+    st.sampled_from(["Host", "Content-Length", "Transfer-Encoding", "Connection", "X-A", "X_Own", "X-Forwarded-Proto"]),
+    st.sampled_from(["0", "3", "5", "chunked", "close", "keep-alive", "https", "a", "/"]),
+)
+size = st.sampled_from(["3", "003", "a", "A", "0", "0", "-1", "0x3", " 3", "3 ", "3;a=b", '3 ; a="\\" q"', "3;", "3;=", "g", ""])
+chunk = st.builds(
+    lambda s, e, d, f: f"{s}{e}{d}{f}", size, end, st.sampled_from(["abc", "abcdefghij", "", "ab"]), end
+)
+body = st.one_of(
+    st.just(""),
+    st.sampled_from(["abc", "abcde", "abcdeabcde"]),
+    st.lists(chunk, max_size=4).map(lambda chunks: "".join([*chunks, "0\r\n\r\n"])),
+    st.sampled_from(
+        ["3\r\nabc\r\n0\r\nX-T: 1\r\n\r\n", "3\r\nabc\r\n0\r\nContent-Length: 1\r\n\r\n", "0\r\n X: 1\r\n\r\n", "0\r\n\n"]
+    ),
+)
+message = st.builds(
+    lambda m, s, t, s2, v, e, fields, end, b: f"{m}{s}{t}{s2}{v}{e}{''.join(fields)}{end}{b}",
+    method,
+    st.sampled_from([" "] * 8 + ["  ", "\t", ""]),
+    target,
+    st.sampled_from([" "] * 8 + ["  ", "\t", ""]),
+    version,
+    end,
+    st.lists(st.one_of(plain_field, field), max_size=5),
+    st.sampled_from(["\r\n"] * 8 + ["\n", "", "\r\n\r\n"]),
+    body,
+)
+plain_message = st.builds(
+    lambda fields, b: f"POST /x?y HTTP/1.1\r\n{''.join(fields)}\r\n{b}", st.lists(plain_field, max_size=4), body
+)
+stream = st.lists(st.one_of(plain_message, message), min_size=1, max_size=3).map(
+    lambda messages: "".join(messages).encode("latin-1")
+)
+cuts = st.lists(st.integers(0, 120), max_size=6)
+
+
+@given(stream, cuts)
+@EXAMPLES
+def test_streams_mean_what_they_mean_to_gunicorn(data: bytes, cuts: list[int]) -> None:
+    assert http_model.disagreement(GATE, CFG, data, cuts) == ""
+
+
+@given(stream, cuts)
+@EXAMPLES
+def test_limits_are_gunicorns(data: bytes, cuts: list[int]) -> None:
+    assert http_model.disagreement(NARROW_GATE, NARROW, data, cuts) == ""
+
+
+@given(stream, cuts)
+@EXAMPLES
+def test_names_with_underscores_are_refused_where_gunicorn_refuses_them(data: bytes, cuts: list[int]) -> None:
+    assert http_model.disagreement(REFUSING_GATE, REFUSING, data, cuts) == ""
+
+
+@given(st.binary(max_size=200), cuts)
+@EXAMPLES
+def test_noise(data: bytes, cuts: list[int]) -> None:
+    assert http_model.disagreement(GATE, CFG, data, cuts) == ""
+
+
+@given(stream, st.integers(1, 7))
+@settings(EXAMPLES, max_examples=300)
+def test_how_it_is_cut_makes_no_difference(data: bytes, step: int) -> None:
+    whole = http_model.ours(GATE, [data])[:2]
+    cut = http_model.ours(GATE, [data[at : at + step] for at in range(0, len(data), step)])[:2]
+    assert cut[0] == whole[0]
