@@ -74,6 +74,7 @@ class _Raw:
 class _Sock:
     def __init__(self, raw: _Raw) -> None:
         self._sock = raw
+        self.early = b""
 
     def fileno(self) -> int:
         return -1
@@ -230,4 +231,3 @@ def disagreement(gate: Gateway, cfg: Config, data: bytes, cuts: list[int]) -> st
     if my_end in refused and (other_end in (EOF, BROKEN) or (other_end in refused and len(pieces) > 1)):
         return ""
     return f"end: ours {my_end!r}, gunicorn's {other_end!r}"
-

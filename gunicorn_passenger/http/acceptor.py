@@ -6,13 +6,13 @@ Runs in: a worker, in its hub. Must never: block.
 from __future__ import annotations
 
 import errno
+from socket import SOCK_STREAM
 from typing import Any
 
 import gevent
 from gevent import get_hub
-from gevent import socket as gsocket
 
-from gunicorn_passenger.http.connection import Connection
+from gunicorn_passenger.http.connection import ClientSocket, Connection
 from gunicorn_passenger.http.gateway import Gateway
 
 #: Connections accepted in one turn of the loop by a worker that has no siblings.
@@ -64,7 +64,7 @@ class Acceptor:
                     self._wait_for_room(error)
                 # else the client has gone before it was accepted
                 return
-            self.adopt(gsocket.socket(self._family, gsocket.SOCK_STREAM, self._proto, fileno=fd), addr)
+            self.adopt(ClientSocket(self._family, SOCK_STREAM, self._proto, fd), addr)
             if len(self._connections) >= self._limit:
                 self._watcher.stop()
                 return
@@ -72,7 +72,7 @@ class Acceptor:
     def adopt(self, sock: Any, addr: Any, early: bytes = b"") -> Connection:
         """Serve a connection that somebody else has accepted.
 
-        :param sock: a connected gevent socket.
+        :param sock: a connected :class:`~.connection.ClientSocket`.
         :param addr: what ``accept()`` gave.
         :param early: bytes that were read from it before.
         """

@@ -16,11 +16,12 @@ import contextlib
 import os
 import socket
 import struct
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any
 
 import gevent
 from gevent import get_hub, getcurrent
+from gevent import socket as gsocket
 from gunicorn import util
 from gunicorn.http.wsgi import FileWrapper
 from gunicorn.workers.base_async import ALREADY_HANDLED
@@ -38,10 +39,34 @@ _READ = 16384
 _PIPELINED = 16
 #: Bytes that ``sendfile`` sends before others get their turn.
 _SENDFILE = 1 << 20
-#: Times that a closing connection waits for more from its client.
-_LINGERS = 8
+#: Seconds that a closing connection reads what its client still sends.
+_LINGER = 10.0
 
 _READABLE, _WRITABLE = 1, 2
+
+
+class ClientSocket(gsocket.socket):
+    """``gunicorn.socket``: the connection, for an application that speaks another protocol over it."""
+
+    __slots__ = ("early",)
+
+    def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
+        super().__init__(family, type, proto, fileno)
+        #: bytes that were read ahead, and come first
+        self.early = b""
+
+    def recv(self, bufsize: int, flags: int = 0) -> bytes:
+        if self.early and not flags:
+            data, self.early = self.early[:bufsize], self.early[bufsize:]
+            return data
+        return bytes(super().recv(bufsize, flags))
+
+    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        if self.early and not flags:
+            data = self.recv(nbytes or len(memoryview(buffer).cast("B")))
+            memoryview(buffer).cast("B")[: len(data)] = data
+            return len(data)
+        return int(super().recv_into(buffer, nbytes, flags))
 
 
 class Connection:
@@ -72,7 +97,7 @@ class Connection:
     def __init__(self, acceptor: Any, gateway: Gateway, sock: Any, addr: Any, early: bytes = b"") -> None:
         """
         :param acceptor: is told of the end.
-        :param sock: a connected gevent socket, owned from now on.
+        :param sock: a :class:`ClientSocket`, owned from now on.
         :param addr: what ``accept()`` gave.
         :param early: bytes that were read from it before.
         """
@@ -162,6 +187,8 @@ class Connection:
             if self._taker is not None:
                 break
             data = self.buf[self.at :] if self.at else self.buf
+            if self.sock.early:
+                data, self.sock.early = self.sock.early, b""
             if data:
                 pipelined += 1
                 if pipelined % _PIPELINED == 0:
@@ -194,9 +221,10 @@ class Connection:
         """
         gateway = self.gateway
         gateway.count()
-        response = self.response = Response(
-            self, environ, not (persist and gateway.worker.alive and gateway.keepalive), request
-        )
+        response = self.response = Response(self, environ, not (persist and gateway.keepalive), request)
+        if self.buf and "HTTP_UPGRADE" in environ:
+            # who takes the connection reads from the socket: what came with the request is there, too
+            self.sock.early, self.buf, self.at = self.buf[self.at :], b"", 0
         environ["wsgi.input"] = self.body
         environ["wsgi.early_hints"] = response.early_hints
         began = perf_counter() if gateway.access.enabled else 0.0
@@ -545,7 +573,8 @@ class Connection:
         """
         try:
             self._raw.shutdown(socket.SHUT_WR)
-            for _ in range(_LINGERS):
+            end = monotonic() + _LINGER
+            while monotonic() < end:
                 self._wait(self.gateway.lingering)
                 if self._expired or not self._raw.recv(1 << 20):
                     return

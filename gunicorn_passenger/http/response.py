@@ -391,7 +391,7 @@ class Response:
 
     def _send_head(self, body: bytes) -> None:
         connection = self._connection
-        if connection.body.unread:
+        if connection.body.unread or not connection.gateway.worker.alive:
             self.must_close = True
         if self.upgrade:
             word = "upgrade"
