@@ -75,6 +75,8 @@ class _Sock:
     def __init__(self, raw: _Raw) -> None:
         self._sock = raw
         self.early = b""
+        self.taken = False
+        self.error: OSError | None = None
 
     def fileno(self) -> int:
         return -1

@@ -22,6 +22,7 @@ from typing import Any
 import gevent
 from gevent import get_hub, getcurrent
 from gevent import socket as gsocket
+from gevent.lock import RLock
 from gunicorn import util
 from gunicorn.http.wsgi import FileWrapper
 from gunicorn.workers.base_async import ALREADY_HANDLED
@@ -29,7 +30,7 @@ from gunicorn.workers.base_async import ALREADY_HANDLED
 from gunicorn_passenger.errors import AnswerBrokeOff, BodyTimeout, ClientDisconnected, client_gone
 from gunicorn_passenger.http.body import NO_BODY, Body, ChunkedBody, LengthBody
 from gunicorn_passenger.http.deadlines import Deadlines
-from gunicorn_passenger.http.gateway import Gateway
+from gunicorn_passenger.http.gateway import Gateway, HookFailed
 from gunicorn_passenger.http.head import CHUNKED
 from gunicorn_passenger.http.response import Response
 
@@ -43,30 +44,77 @@ _SENDFILE = 1 << 20
 _LINGER = 10.0
 
 _READABLE, _WRITABLE = 1, 2
+_NOT_GIVEN = object()
 
 
 class ClientSocket(gsocket.socket):
-    """``gunicorn.socket``: the connection, for an application that speaks another protocol over it."""
+    """``gunicorn.socket``: the connection, for an application that speaks another protocol over it.
 
-    __slots__ = ("early",)
+    While it has no timeout, ``send`` sends all, as a blocking socket of the kernel does and as
+    WebSocket libraries expect; and what two greenlets send does not mix.
+    """
+
+    __slots__ = ("_turn", "early", "error", "taken")
 
     def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
         super().__init__(family, type, proto, fileno)
         #: bytes that were read ahead, and come first
         self.early = b""
+        #: whether the application has used it
+        self.taken = False
+        #: what went wrong when it did
+        self.error: OSError | None = None
+        self._turn: Any = None
 
     def recv(self, bufsize: int, flags: int = 0) -> bytes:
+        self.taken = True
         if self.early and not flags:
             data, self.early = self.early[:bufsize], self.early[bufsize:]
             return data
-        return bytes(super().recv(bufsize, flags))
+        try:
+            return bytes(super().recv(bufsize, flags))
+        except OSError as error:
+            self.error = error
+            raise
 
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        self.taken = True
         if self.early and not flags:
-            data = self.recv(nbytes or len(memoryview(buffer).cast("B")))
-            memoryview(buffer).cast("B")[: len(data)] = data
+            view = memoryview(buffer).cast("B")
+            data = self.recv(min(nbytes, len(view)) if nbytes else len(view))
+            view[: len(data)] = data
             return len(data)
-        return int(super().recv_into(buffer, nbytes, flags))
+        try:
+            return int(super().recv_into(buffer, nbytes, flags))
+        except OSError as error:
+            self.error = error
+            raise
+
+    def send(self, data: Any, flags: int = 0, timeout: Any = _NOT_GIVEN) -> int:
+        self.taken = True
+        try:
+            if timeout is not _NOT_GIVEN:
+                return int(super().send(data, flags, timeout))
+            if self.timeout is not None:
+                return int(super().send(data, flags))
+            view = memoryview(data).cast("B")
+            count = len(view)
+            with self._lock():
+                while view:
+                    view = view[super().send(view, flags) :]
+            return count
+        except OSError as error:
+            self.error = error
+            raise
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        with self._lock():
+            super().sendall(data, flags)
+
+    def _lock(self) -> Any:
+        if self._turn is None:
+            self._turn = RLock()
+        return self._turn
 
 
 class Connection:
@@ -171,6 +219,10 @@ class Connection:
             self.head = head
             try:
                 environ, length, persist, request = reader.read(head, peer)
+            except HookFailed as error:
+                self._refuse(error.request, error)
+                self._after(error.request, {})
+                return True
             except Exception as error:
                 self._refuse(None, error)
                 return True
@@ -358,7 +410,9 @@ class Connection:
         response = self.response
         assert response is not None
         begun = response.headers_sent
-        if isinstance(error, ClientDisconnected):
+        if error is self.sock.error:
+            gateway.log.debug("the client has gone from an application that took its connection: %s", error)
+        elif isinstance(error, ClientDisconnected):
             gateway.log.debug("%s", error)
             if error.incomplete and not begun:
                 self._say(400, "Bad Request", "The request's body is not complete.")
@@ -368,8 +422,8 @@ class Connection:
             gateway.log.info("%s (%s)", error, self._from())
             if not begun:
                 self._say(408, "Request Timeout", "The request took too long.")
-        elif begun:
-            # a 500 now would be read as more of the body
+        elif begun or self.sock.taken:
+            # a 500 now would be read as more of the body, or as another protocol
             gateway.log.exception("Error handling request", exc_info=error)
         else:
             self._refuse(self._request_of(request)(), error)
@@ -379,6 +433,8 @@ class Connection:
 
     def _after(self, request: Any, environ: dict[str, Any]) -> None:
         gateway = self.gateway
+        if gateway.after is None:
+            return
         try:
             gateway.after(gateway.worker, request, environ, self.response)
         except Exception:
@@ -592,6 +648,7 @@ class Connection:
             if self._writable is not None:
                 self._writable.close()
             self.body.end()
+            self.sock.error = None
             if self._taker is not None:
                 self._taker(self.sock, self.addr, self.buf[self.at :])
             else:

@@ -6,6 +6,7 @@ Runs in: a worker, or plain Python. Must never: hold anything of a single reques
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from typing import Any
 
@@ -22,6 +23,14 @@ from gunicorn_passenger.settings import Timeouts
 _REMEMBER = 4096
 #: Seconds that a client gets to read its answer when the connection ends before its request has.
 _LINGER = 2.0
+
+
+class HookFailed(Exception):
+    """``pre_request`` has raised."""
+
+    def __init__(self, request: Any) -> None:
+        super().__init__("the pre_request hook failed")
+        self.request = request
 
 
 class Lifecycle:
@@ -71,7 +80,7 @@ class Gateway:
             cfg,
             sockname,
             always_request=bool(before or self.after),
-            before=(lambda request: before(worker, request)) if before else (lambda request: None),
+            before=(lambda request: self._before(before, request)) if before else (lambda request: None),
         )
         self.access = AccessLog(cfg, log)
         # a connection that is idle or has not begun, and what a leaving worker gives it
@@ -87,10 +96,21 @@ class Gateway:
     def _hook(self, name: str) -> Any:
         """A hook of gunicorn's, where it does something: the default of one speaks at debug level."""
         hook = getattr(self.cfg, name)
-        default = type(self.cfg.settings[name]).default
-        if hook is default and (name != "pre_request" or self.cfg.loglevel != "debug"):
+        if hook is type(self.cfg.settings[name]).default and (name != "pre_request" or not self._debugs()):
             return None
         return hook
+
+    def _debugs(self) -> bool:
+        logger = getattr(self.log, "error_log", None)
+        if logger is None:
+            return str(self.cfg.loglevel).lower() == "debug"
+        return bool(logger.isEnabledFor(logging.DEBUG))
+
+    def _before(self, hook: Any, request: Any) -> None:
+        try:
+            hook(self.worker, request)
+        except Exception as error:
+            raise HookFailed(request) from error
 
     def peer(self, addr: Any, sock: Any) -> Peer:
         """Whom a connection came from.
