@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import gunicorn
+import http_model
 import pytest
 from gunicorn.config import Config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import http_model
 from gunicorn_passenger.http import head as head_module
 
 pytestmark = pytest.mark.skipif(
@@ -59,14 +59,32 @@ def test_an_older_c_parser_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> No
     assert "missing" in http_model.gateway(CFG).reader.slow_because
 
 
-method = st.sampled_from(["GET", "POST", "HEAD", "OPTIONS", "CONNECT", "PATCH", "get", "G", "G T", "M-SEARCH", ""])
+method = st.sampled_from(
+    ["GET", "POST", "HEAD", "OPTIONS", "CONNECT", "PATCH", "get", "G", "G T", "M-SEARCH", ""]
+)
 target = st.one_of(
     st.sampled_from(
-        ["/", "/a?b=c", "//a", "/a//b", "*", "http://h:1/p?q", "h:1", "/%2F%00%ff", "/#f", "/a?", "?", "", "/ é"]
+        [
+            "/",
+            "/a?b=c",
+            "//a",
+            "/a//b",
+            "*",
+            "http://h:1/p?q",
+            "h:1",
+            "/%2F%00%ff",
+            "/#f",
+            "/a?",
+            "?",
+            "",
+            "/ é",
+        ]
     ),
     st.text(st.characters(max_codepoint=255), max_size=12).map(lambda text: "/" + text),
 )
-version = st.sampled_from(["HTTP/1.1"] * 6 + ["HTTP/1.0", "HTTP/1.2", "HTTP/2.0", "http/1.1", "HTTP/1.1 ", ""])
+version = st.sampled_from(
+    ["HTTP/1.1"] * 6 + ["HTTP/1.0", "HTTP/1.2", "HTTP/2.0", "http/1.1", "HTTP/1.1 ", ""]
+)
 end = st.sampled_from(["\r\n"] * 20 + ["\n", "\r", "\r\n ", "\r\n\t", "\r\r\n", "\r\n\r\n", "\0\r\n"])
 name = st.one_of(
     st.sampled_from(
@@ -99,19 +117,36 @@ value = st.one_of(
         [
             *("0", "1", "3", "5", "+1", "-1", "0x1", "1, 1", "", " 2 ", "²", "99999999999999999999"),
             *("chunked", "Chunked", "gzip", "gzip, chunked", "chunked, chunked", "identity", "x"),
-            *("close", "keep-alive", "Close, x", "upgrade", "https", "http", "on", "/a", "100-continue", "100"),
+            *(
+                "close",
+                "keep-alive",
+                "Close, x",
+                "upgrade",
+                "https",
+                "http",
+                "on",
+                "/a",
+                "100-continue",
+                "100",
+            ),
             *("h", "h:80", "h:1:2", "[::1]:80"),
         ]
     ),
     st.text(st.characters(max_codepoint=255), max_size=50),
 )
-field = st.builds(lambda n, sep, v, e: f"{n}{sep}{v}{e}", name, st.sampled_from([": ", ":", " : ", ":\t", ""]), value, end)
+field = st.builds(
+    lambda n, sep, v, e: f"{n}{sep}{v}{e}", name, st.sampled_from([": ", ":", " : ", ":\t", ""]), value, end
+)
 plain_field = st.builds(
     lambda n, v: f"{n}: {v}\r\n",
-    st.sampled_from(["Host", "Content-Length", "Transfer-Encoding", "Connection", "X-A", "X_Own", "X-Forwarded-Proto"]),
+    st.sampled_from(
+        ["Host", "Content-Length", "Transfer-Encoding", "Connection", "X-A", "X_Own", "X-Forwarded-Proto"]
+    ),
     st.sampled_from(["0", "3", "5", "chunked", "close", "keep-alive", "https", "a", "/"]),
 )
-size = st.sampled_from(["3", "003", "a", "A", "0", "0", "-1", "0x3", " 3", "3 ", "3;a=b", '3 ; a="\\" q"', "3;", "3;=", "g", ""])
+size = st.sampled_from(
+    ["3", "003", "a", "A", "0", "0", "-1", "0x3", " 3", "3 ", "3;a=b", '3 ; a="\\" q"', "3;", "3;=", "g", ""]
+)
 chunk = st.builds(
     lambda s, e, d, f: f"{s}{e}{d}{f}", size, end, st.sampled_from(["abc", "abcdefghij", "", "ab"]), end
 )
@@ -120,7 +155,12 @@ body = st.one_of(
     st.sampled_from(["abc", "abcde", "abcdeabcde"]),
     st.lists(chunk, max_size=4).map(lambda chunks: "".join([*chunks, "0\r\n\r\n"])),
     st.sampled_from(
-        ["3\r\nabc\r\n0\r\nX-T: 1\r\n\r\n", "3\r\nabc\r\n0\r\nContent-Length: 1\r\n\r\n", "0\r\n X: 1\r\n\r\n", "0\r\n\n"]
+        [
+            "3\r\nabc\r\n0\r\nX-T: 1\r\n\r\n",
+            "3\r\nabc\r\n0\r\nContent-Length: 1\r\n\r\n",
+            "0\r\n X: 1\r\n\r\n",
+            "0\r\n\n",
+        ]
     ),
 )
 message = st.builds(
@@ -136,7 +176,9 @@ message = st.builds(
     body,
 )
 plain_message = st.builds(
-    lambda fields, b: f"POST /x?y HTTP/1.1\r\n{''.join(fields)}\r\n{b}", st.lists(plain_field, max_size=4), body
+    lambda fields, b: f"POST /x?y HTTP/1.1\r\n{''.join(fields)}\r\n{b}",
+    st.lists(plain_field, max_size=4),
+    body,
 )
 stream = st.lists(st.one_of(plain_message, message), min_size=1, max_size=3).map(
     lambda messages: "".join(messages).encode("latin-1")

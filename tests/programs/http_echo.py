@@ -350,6 +350,7 @@ _raiser("oserror started", OSError(2, "app"), "started")
 _raiser("oserror later", OSError(2, "app"), "later")
 _raiser("stop iteration later", RuntimeError("generator raised StopIteration"), "later")
 _raiser("unwind", Unwind("app"), "at once")
+_raiser("exit", SystemExit(3), "at once")
 _raiser("unwind later", Unwind("app"), "later")
 
 
