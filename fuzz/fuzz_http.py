@@ -19,11 +19,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 with atheris.instrument_imports(include=["gunicorn_passenger.http"]):
     import http_model
-from gunicorn.config import Config  # noqa: E402
+from gunicorn.config import Config
 
 CFG = Config()
 NARROW = Config()
-for name, limit in (("limit_request_line", 60), ("limit_request_fields", 4), ("limit_request_field_size", 60)):
+for name, limit in (
+    ("limit_request_line", 60),
+    ("limit_request_fields", 4),
+    ("limit_request_field_size", 60),
+):
     NARROW.set(name, limit)
 GATES = [(http_model.gateway(CFG), CFG), (http_model.gateway(NARROW), NARROW)]
 

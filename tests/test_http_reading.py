@@ -32,14 +32,18 @@ def config(**values: Any) -> Config:
 CFG = config()
 GATE = http_model.gateway(CFG)
 #: small limits, to be met often
-NARROW = config(limit_request_line=40, limit_request_fields=3, limit_request_field_size=40)
+NARROW = config(limit_request_line=40, limit_request_field_size=60)
 NARROW_GATE = http_model.gateway(NARROW)
+FEW = config(limit_request_fields=3)
+FEW_GATE = http_model.gateway(FEW)
 REFUSING = config(header_map="refuse", forwarder_headers="SCRIPT_NAME,X_OWN")
 REFUSING_GATE = http_model.gateway(REFUSING)
 
 
 def test_the_c_parser_is_used() -> None:
-    assert GATE.reader.slow_because == ""
+    for gate in GATE, NARROW_GATE, REFUSING_GATE:
+        assert gate.reader.slow_because == ""
+    assert FEW_GATE.reader.slow_because == "limit_request_fields is below 100"
 
 
 def test_an_older_c_parser_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,6 +200,7 @@ def test_streams_mean_what_they_mean_to_gunicorn(data: bytes, cuts: list[int]) -
 @EXAMPLES
 def test_limits_are_gunicorns(data: bytes, cuts: list[int]) -> None:
     assert http_model.disagreement(NARROW_GATE, NARROW, data, cuts) == ""
+    assert http_model.disagreement(FEW_GATE, FEW, data, cuts) == ""
 
 
 @given(stream, cuts)

@@ -317,10 +317,16 @@ class ChunkedBody(_Arriving):
             self._from_client(0, more=True)
 
     def _trailers(self) -> None:
-        if self._take(2) == b"\r\n":
-            return
-        connection = self._connection
-        connection.at -= 2
+        while True:
+            connection = self._connection
+            if connection is not None and connection.buffered():
+                begin = connection.buf[connection.at : connection.at + 2]
+                if begin == b"\r\n":
+                    connection.at += 2
+                    return
+                if begin != b"\r":
+                    break
+            self._from_client(0, more=True)
         while (end := connection.buf.find(b"\r\n\r\n", connection.at)) < 0:
             section = connection.buf[connection.at :]
             if len(section) > self._trailer_limit:

@@ -230,17 +230,21 @@ class Connection:
                 self._take_body(environ, length)
             else:
                 self.body = NO_BODY
+            upgrade = self.buf and "HTTP_UPGRADE" in environ
+            if upgrade:
+                # who takes the connection reads from the socket: what came with the request is there, too
+                self.sock.early, self.buf = self.buf, b""
 
             if not self._answer(environ, persist, request):
                 return self._unread()
 
             if length and not self._next_begins():
                 return True
+            if upgrade:
+                self.buf, self.sock.early = self.sock.early, b""
             if self._taker is not None:
                 break
             data = self.buf[self.at :] if self.at else self.buf
-            if self.sock.early:
-                data, self.sock.early = self.sock.early, b""
             if data:
                 pipelined += 1
                 if pipelined % _PIPELINED == 0:
@@ -272,11 +276,13 @@ class Connection:
         :returns: whether the connection can go on.
         """
         gateway = self.gateway
-        gateway.count()
-        response = self.response = Response(self, environ, not (persist and gateway.keepalive), request)
-        if self.buf and "HTTP_UPGRADE" in environ:
-            # who takes the connection reads from the socket: what came with the request is there, too
-            self.sock.early, self.buf, self.at = self.buf[self.at :], b"", 0
+        worker = gateway.worker
+        worker.nr += 1
+        if worker.nr >= worker.max_requests:
+            gateway.count_out()
+        response = self.response = Response(self, environ, request)
+        if not (persist and gateway.keepalive):
+            response.must_close = True
         environ["wsgi.input"] = self.body
         environ["wsgi.early_hints"] = response.early_hints
         began = perf_counter() if gateway.access.enabled else 0.0

@@ -146,10 +146,8 @@ class Gateway:
         """gunicorn's answer to a bad request or a failed application, in the logs and to the client."""
         GunicornWorker.handle_error(self, request, sock, addr, error)
 
-    def count(self) -> None:
-        """One more request; the last for a worker that is to be replaced after so many."""
-        worker = self.worker
-        worker.nr += 1
-        if worker.nr >= worker.max_requests and worker.alive:
+    def count_out(self) -> None:
+        """A worker that is to be replaced after so many requests has had them."""
+        if self.worker.alive:
             self.log.info("Autorestarting worker after current request.")
-            worker.alive = False
+            self.worker.alive = False

@@ -42,6 +42,9 @@ except ImportError:  # pragma: no cover - it is one of the package's requirement
 #: the length of a body that is sent in chunks
 CHUNKED = -1
 
+#: How many fields the C parser takes; what has more, or a line longer than it takes, is gunicorn's.
+_C_FIELDS = 100
+
 #: a field name with an underscore
 _UNDERSCORE = re.compile(rb"\n[^:\n]*_")
 
@@ -73,6 +76,7 @@ _MUST_BE_REFUSED = (
     b"GET * HTTP/1.1\r\nHost: a\r\n\r\n",
     b"GET a:1 HTTP/1.1\r\nHost: a\r\n\r\n",
     b"get / HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * (_C_FIELDS + 1) + b"\r\n",
 )
 
 
@@ -163,6 +167,8 @@ class HeadReader:
             self.slow_because = f"{flags[0]} is set"
         elif always_request:
             self.slow_because = "pre_request or post_request is set"
+        elif self.fields_limit < _C_FIELDS:
+            self.slow_because = f"limit_request_fields is below {_C_FIELDS}"
         elif not isinstance(sockname, tuple) and (not self.unix or ":" in sockname):
             self.slow_because = "the socket's name is no plain path"
         if self.slow_because:
@@ -183,26 +189,28 @@ class HeadReader:
         if parse is None or len(head) > self.field_limit:
             return self.read_by_the_book(head, peer)
         try:
-            environ: dict[str, Any] = parse(
-                head, None, None, "http", self.line_limit or 1 << 20, self.fields_limit, self.field_limit
-            )
+            environ: dict[str, Any] = parse(head)
         except Exception:
             # whatever it is, gunicorn's parser says what is wrong, or that nothing is
             return self.read_by_the_book(head, peer)
         path = environ["PATH_INFO"]
         query = environ["QUERY_STRING"]
         uri = f"{path}?{query}" if query else path
+        method = environ["REQUEST_METHOD"]
+        line = head.find(b"\r\n")
         # method SP uri SP "HTTP/1.1": with one space more, an empty line before it or a lone "?",
         # the line would be longer than that
         if (
-            len(environ["REQUEST_METHOD"]) + len(uri) + 10 != head.find(b"\r\n")
-            or not uri.isascii()
+            len(method) + len(uri) + 10 != line
+            or line > self.line_limit > 0
             or environ.pop("_consumed") != len(head)
             or path[0] != "/"
             or path[1:2] == "/"
+            or not uri.isascii()
             or "#" in uri
             or "HTTP_EXPECT" in environ
-            or (b"_" in head and self._minds_underscores(peer) and _UNDERSCORE.search(head))
+            # find() and not "in", which first tries to take the bytes for a number
+            or (head.find(b"_") >= 0 and self._minds_underscores(peer) and _UNDERSCORE.search(head))
         ):
             return self.read_by_the_book(head, peer)
 
@@ -244,11 +252,10 @@ class HeadReader:
                 environ["SERVER_PORT"] = ""
         environ.update(peer.base)
 
+        persist = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
         if "HTTP_CONNECTION" in environ:
-            persist = persists(environ["HTTP_CONNECTION"], environ["SERVER_PROTOCOL"] != "HTTP/1.0")
-        else:
-            persist = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
-        if environ["REQUEST_METHOD"] == "CONNECT":
+            persist = persists(environ["HTTP_CONNECTION"], persist)
+        if method == "CONNECT":
             persist = False  # what follows is tunnel data (RFC 9931 section 8)
         return environ, length, persist, None
 

@@ -35,38 +35,61 @@ _STATUS = re.compile(r"[0-9]{3}(?: [ \t\x21-\x7e\x80-\xff]*)?")
 _JOIN = 32768
 #: The most of a list of pieces that is sent as one.
 _GATHER = 65536
-#: How many names and status lines are remembered as checked; programs have a few dozen.
+#: How many fields and status lines are remembered as checked, and how long their values may be.
 _REMEMBER = 1000
+_SHORT = 100
 
-_PLAIN, _LENGTH, _CONNECTION, _UPGRADE, _HOP = range(5)
-_names: dict[str, int] = {}
+_PLAIN, _LENGTH, _UPGRADE, _DROPPED = "plain", "length", "upgrade", "dropped"
 _statuses: dict[str, tuple[int, bool]] = {}
 
 
-def _kind_of(name: Any) -> int:
-    """Check a field's name, once.
+class _Field:
+    """A field of a response, checked and ready to be sent."""
 
-    :raises InvalidResponseHeaderName: when it is no token (RFC 9110 section 5.1).
-    """
-    if not isinstance(name, str):
-        raise TypeError(f"{name!r} is not a string")
-    if not TOKEN_RE.fullmatch(name):
-        raise InvalidResponseHeaderName(repr(name))
-    lower = name.lower()
-    if lower == "content-length":
-        kind = _LENGTH
-    elif lower == "connection":
-        kind = _CONNECTION
-    elif lower == "upgrade":
-        kind = _UPGRADE
-    elif util.is_hoppish(name):
-        kind = _HOP
-    else:
-        kind = _PLAIN
-    if len(_names) >= _REMEMBER:
-        _names.clear()
-    _names[name] = kind
-    return kind
+    __slots__ = ("kind", "length", "line")
+
+    def __init__(self, name: Any, value: Any) -> None:
+        """
+        :raises InvalidResponseHeaderName: when the name is no token (RFC 9110 section 5.1).
+        :raises InvalidResponseHeader: when the value would end the line (RFC 9110 section 5.5).
+        """
+        for part in name, value:
+            if not isinstance(part, str):
+                raise TypeError(f"{part!r} is not a string")
+        if not TOKEN_RE.fullmatch(name):
+            raise InvalidResponseHeaderName(repr(name))
+        if not _VALUE.fullmatch(value):
+            # the name only: the value may be a secret
+            raise InvalidResponseHeader(repr(name))
+        stripped = value.strip(" \t")
+        self.line = f"{name}: {stripped}\r\n".encode("latin-1")
+        self.length = 0
+        self.kind = _PLAIN
+        lower = name.lower()
+        if lower == "content-length":
+            self.kind = _LENGTH
+            self.length = _length(stripped)
+        elif lower == "connection" and stripped.lower() == "upgrade":
+            self.kind = _UPGRADE
+        elif util.is_hoppish(name) and (lower != "upgrade" or stripped.lower() != "websocket"):
+            # hop-by-hop fields are the server's, not the application's (PEP 3333)
+            self.kind = _DROPPED
+
+
+class _Fields(dict[tuple[str, str], _Field]):
+    """The fields that the application has sent: most of them are sent again and again."""
+
+    def __missing__(self, pair: tuple[str, str]) -> _Field:
+        name, value = pair
+        field = _Field(name, value)
+        if len(value) <= _SHORT:
+            if len(self) >= _REMEMBER:
+                self.clear()
+            self[pair] = field
+        return field
+
+
+_fields = _Fields()
 
 
 def _code_of(status: Any) -> tuple[int, bool]:
@@ -86,76 +109,67 @@ def _code_of(status: Any) -> tuple[int, bool]:
     return found
 
 
-def _check_value(name: str, value: Any) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not a string")
-    if not _VALUE.fullmatch(value):
-        # the name only: the value may be a secret
-        raise InvalidResponseHeader(repr(name))
-
-
-class _Clock:
-    """The Date field, made once a second."""
+class _Heads:
+    """The beginnings of heads, made once a second: status line, Server, Date and Connection."""
 
     def __init__(self) -> None:
-        self.second = 0
-        self.text = ""
+        self._until = 0.0
+        self._date = ""
+        self._kept: dict[str, bytes] = {}
 
-    def date(self) -> str:
-        now = int(time.time())
-        if now != self.second:
-            self.second, self.text = now, util.http_date(now)
-        return self.text
+    def begin(self, protocol: str, status: str, connection: str) -> bytes:
+        now = time.time()
+        if not self._until - 1.0 <= now < self._until:
+            self._until = int(now) + 1.0
+            self._date = util.http_date(int(now))
+            self._kept.clear()
+        if connection == "keep-alive" and protocol == "HTTP/1.1":
+            # nearly every one of a busy server
+            kept = self._kept.get(status)
+            if kept is None:
+                kept = self._kept[status] = self._make(protocol, status, connection)
+            return kept
+        return self._make(protocol, status, connection)
+
+    def _make(self, protocol: str, status: str, connection: str) -> bytes:
+        head = (
+            f"{protocol} {status}\r\nServer: {SERVER}\r\nDate: {self._date}\r\nConnection: {connection}\r\n"
+        )
+        return head.encode("latin-1")
 
 
-_date = _Clock().date
+_begin = _Heads().begin
 
 
 class Response:
     """The answer to one request."""
 
-    __slots__ = (
-        "_block",
-        "_bodiless",
-        "_connection",
-        "_protocol",
-        "_warned",
-        "chunked",
-        "headers",
-        "headers_sent",
-        "method",
-        "must_close",
-        "req",
-        "response_length",
-        "sent",
-        "status",
-        "status_code",
-        "upgrade",
-    )
-
     #: what gunicorn calls its own name
     version = SERVER
 
-    def __init__(self, connection: Any, environ: dict[str, Any], must_close: bool, req: Any) -> None:
+    status: str | None = None
+    status_code: int | None = None
+    headers_sent = False
+    response_length: int | None = None
+    #: bytes of the body that have been sent
+    sent = 0
+    chunked = False
+    upgrade = False
+    must_close = False
+    _bodiless = False
+    #: the application's fields, as they are sent
+    _block = b""
+    _warned = False
+
+    def __init__(self, connection: Any, environ: dict[str, Any], req: Any) -> None:
         """
         :param connection: where it goes.
-        :param must_close: whether the connection is to end with it.
         :param req: gunicorn's request object, where there is one.
         """
         self._connection = connection
         self._protocol = environ["SERVER_PROTOCOL"]
         self.method = environ["REQUEST_METHOD"]
-        self.must_close = must_close
         self.req = req
-        self.status: str | None = None
-        self.status_code: int | None = None
-        self.headers: list[tuple[str, str]] = []
-        self.headers_sent = False
-        self.response_length: int | None = None
-        self.sent = 0
-        self.chunked = False
-        self.upgrade = False
-        self._warned = False
 
     # --- what the application calls --------------------------------------------------------------
 
@@ -167,59 +181,61 @@ class Response:
         :raises AssertionError: when it was called before, without ``exc_info``.
         :raises ValueError: for a status or a field that cannot be sent.
         """
-        if exc_info:
-            try:
-                if self.headers_sent:
-                    raise exc_info[1].with_traceback(exc_info[2])
-            finally:
-                exc_info = None
-        elif self.status is not None:
-            raise AssertionError("Response headers already set!")
-
+        if exc_info is not None or self.status is not None:
+            self._started_before(exc_info)
         code, bodiless = _statuses.get(status) or _code_of(status)
-        length: int | None = None
-        upgrade = False
-        kept = []
-        lines = []
-        for name, value in headers:
-            kind = _names[name] if name in _names else _kind_of(name)
-            # most values are plain ASCII; the others are looked at closer
-            if value.__class__ is not str or not value.isascii() or not value.isprintable():
-                _check_value(name, value)
-            value = value.strip(" \t")  # noqa: PLW2901
-            if kind:
-                if kind == _LENGTH:
-                    announced = _length(value)
-                    if length is not None and length != announced:
-                        raise InvalidResponseHeader(repr(name))
-                    if length is not None:
-                        continue
-                    length = announced
-                elif kind == _UPGRADE and value.lower() == "websocket":
-                    pass
-                else:
-                    if kind == _CONNECTION and value.lower() == "upgrade":
-                        upgrade = True
-                    # hop-by-hop fields are the server's, not the application's (PEP 3333)
+        length = None
+        block = b""
+        for pair in headers:
+            try:
+                field = _fields[pair]
+            except TypeError:
+                field = _Field(*pair)  # a list instead of a tuple, or what is no string
+            if field.kind is not _PLAIN:
+                if field.kind is not _LENGTH:
+                    if field.kind is _UPGRADE:
+                        self.upgrade = True
                     continue
-            kept.append((name, value))
-            lines.append(f"{name}: {value}\r\n")
-        block = "".join(lines)
-        if length is not None and bodiless and code != 304:
-            # RFC 9110 section 8.6: no Content-Length with 1xx and 204
-            kept = [(name, value) for name, value in kept if _names.get(name) != _LENGTH]
-            block = "".join([f"{name}: {value}\r\n" for name, value in kept])
-            length = None
-
+                if length is not None:
+                    if length != field.length:
+                        raise InvalidResponseHeader("'Content-Length'")
+                    continue
+                length = field.length
+                if bodiless and code != 304:
+                    # RFC 9110 section 8.6: no Content-Length with 1xx and 204
+                    continue
+            block += field.line
         self.status = status
         self.status_code = code
-        self.headers = kept
-        self.response_length = length
-        self.upgrade = upgrade
         self._block = block
-        self._bodiless = bodiless or self.method == "HEAD"
-        self.chunked = length is None and not self._bodiless and self._protocol != "HTTP/1.0"
+        if bodiless or self.method == "HEAD":
+            self._bodiless = True
+            if not bodiless or code == 304:
+                self.response_length = length
+        elif length is not None:
+            self.response_length = length
+        else:
+            self.chunked = self._protocol != "HTTP/1.0"
         return self.write
+
+    @property
+    def headers(self) -> list[tuple[str, str]]:
+        """The fields, without what is not the application's to say; for hooks and loggers."""
+        lines = self._block.decode("latin-1").split("\r\n")[:-1]
+        return [(name, value) for name, _, value in (line.partition(": ") for line in lines)]
+
+    def _started_before(self, exc_info: Any) -> None:
+        if not exc_info:
+            if self.status is not None:
+                raise AssertionError("Response headers already set!")
+        elif self.headers_sent:
+            try:
+                raise exc_info[1].with_traceback(exc_info[2])
+            finally:
+                exc_info = None
+        else:
+            self._bodiless = self.chunked = self.upgrade = False
+            self.response_length = None
 
     def early_hints(self, headers: Any) -> None:
         """``wsgi.early_hints``: send "103 Early Hints" (RFC 8297), as often as wanted before the head.
@@ -228,15 +244,12 @@ class Response:
         """
         if self.headers_sent or self._protocol == "HTTP/1.0":
             return
-        lines = ["HTTP/1.1 103 Early Hints\r\n"]
+        lines = [b"HTTP/1.1 103 Early Hints\r\n"]
         for field in headers:
             name, value = (part.decode("latin-1") if isinstance(part, bytes) else part for part in field)
-            _kind_of(name)
-            _check_value(name, value)
-            stripped = value.strip(" \t")
-            lines.append(f"{name}: {stripped}\r\n")
-        lines.append("\r\n")
-        self._connection.send("".join(lines).encode("latin-1"))
+            lines.append(_Field(name, value).line)
+        lines.append(b"\r\n")
+        self._connection.send(b"".join(lines))
 
     def write(self, data: bytes) -> None:
         """Send a piece of the body; the head goes with the first.
@@ -279,6 +292,16 @@ class Response:
         """
         if len(pieces) == 1:
             data = pieces[0]
+            if (
+                self.response_length == len(data)
+                and data
+                and data.__class__ is bytes
+                and not self._bodiless
+                and not self.headers_sent
+            ):
+                self.sent = self.response_length
+                self._send_head(data)
+                return
         elif sum(map(len, pieces)) <= _GATHER:
             data = b"".join(pieces)
         else:
@@ -399,16 +422,14 @@ class Response:
             word = "close"
         else:
             word = "keep-alive"
-        head = (
-            f"{self._protocol} {self.status}\r\nServer: {SERVER}\r\nDate: {_date()}\r\nConnection: {word}\r\n"
-            f"{'Transfer-Encoding: chunked' if self.chunked else ''}"
-        )
-        head = f"{head}\r\n{self._block}\r\n" if self.chunked else f"{head}{self._block}\r\n"
+        begin = _begin(self._protocol, self.status or "", word)
+        if self.chunked:
+            begin += b"Transfer-Encoding: chunked\r\n"
         self.headers_sent = True
         if len(body) < _JOIN:
-            connection.send(head.encode("latin-1") + body)
+            connection.send(b"%b%b\r\n%b" % (begin, self._block, body))
         else:
-            connection.send_two(head.encode("latin-1"), body)
+            connection.send_two(b"%b%b\r\n" % (begin, self._block), body)
 
 
 def _length(value: str) -> int:
