@@ -9,6 +9,7 @@ import contextlib
 import logging
 from typing import Any
 
+from gevent import getcurrent
 from gunicorn.config import Config
 from gunicorn.http import errors
 from gunicorn.http.body import ChunkedReader, LengthReader
@@ -146,7 +147,7 @@ def ours(gate: Gateway, pieces: list[bytes]) -> tuple[list[tuple[dict[str, Any],
     refused: list[BaseException] = []
     gate.refuse = lambda request, sock, addr, error: refused.append(error)  # type: ignore[method-assign]
     with contextlib.suppress(OSError):
-        connection._serve()
+        connection.serve(getcurrent())
     if not end:
         end.append(_status(refused[0]) if refused else EOF)
     return got, end[0], bytes(raw.sent)

@@ -383,7 +383,7 @@ def test_a_leaving_worker_says_so_and_finishes(served):
     process, where = served("--keep-alive", "600", "--graceful-timeout", "600")
     with connected(where) as sock:
         sock.sendall(b"GET /sleep?1 HTTP/1.1\r\n\r\n")
-        wait_for(lambda: unread(sock) == 0)
+        wait_for(lambda: "/sleep" in fetch(where, "/calls")[1])
         process.signal(signal.SIGTERM)
         answer = everything(sock)
     assert answer.startswith(b"HTTP/1.1 200 OK")
@@ -469,7 +469,7 @@ def test_a_connection_can_be_taken_over_between_requests(start):
 
         assert ask(2) == [b"1", b"1"]
         (connection,) = first._connections
-        connection.give_up(second.adopt)          # while it is idle
+        connection.give_up(second.adopt)          # while it pauses
         gevent.sleep(0)
         assert ask(2) == [b"2", b"2"]
         assert first.idle() and not second.idle()
@@ -484,6 +484,11 @@ def test_a_connection_can_be_taken_over_between_requests(start):
             return [b"2"]
         second.gateway.app = app
         assert ask(3) == [b"2", b"1", b"1"]
+        (connection,) = first._connections
+        while connection.greenlet is not None:
+            gevent.sleep(0.01)
+        connection.give_up(second.adopt)          # when it has paused for so long that it has no greenlet
+        assert ask(1) == [b"2"]
         print("all well")
         """,
     )

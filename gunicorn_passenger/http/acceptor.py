@@ -78,7 +78,7 @@ class Acceptor:
         """
         connection = Connection(self, self.gateway, sock, addr, early)
         self._connections.add(connection)
-        connection.start()
+        connection.begin()
         return connection
 
     def ended(self, connection: Connection) -> None:
@@ -139,4 +139,11 @@ class Acceptor:
 
         :param timeout: seconds to wait for it.
         """
-        gevent.killall([connection.greenlet for connection in self._connections], timeout=timeout)
+        for connection in list(self._connections):
+            if connection.greenlet is None:
+                connection.close()
+            else:
+                gevent.kill(connection.greenlet)
+        with gevent.Timeout(timeout, False):
+            while self._connections:
+                gevent.sleep(0.01)

@@ -1,7 +1,11 @@
 """One connection: requests in, responses out, until one side has had enough.
 
-Runs in: a worker, one greenlet per connection. Must never: read what follows a refused request, or
+Runs in: a worker, one greenlet per busy connection. Must never: read what follows a refused request, or
 wait without a deadline for a client that owes something.
+
+A connection has a greenlet while it is busy. When its client says nothing for a moment, the greenlet goes
+back to the others that have nothing to do, and the hub alone waits: an idle connection costs its socket
+and little else, and a new one finds a greenlet ready.
 
 The loop works on the non-blocking socket itself and lets the hub tell when there is something to
 read. It asks the hub *before* it reads: after an answer there is mostly nothing there yet, so a read
@@ -40,6 +44,8 @@ _READ = 16384
 _PIPELINED = 16
 #: Bytes that ``sendfile`` sends before others get their turn.
 _SENDFILE = 1 << 20
+#: Greenlets that are kept although they have nothing to do.
+_SPARE = 64
 #: Seconds that a closing connection reads what its client still sends.
 _LINGER = 10.0
 
@@ -122,11 +128,11 @@ class Connection:
 
     __slots__ = (
         "_acceptor",
-        "_deadlines",
         "_expired",
         "_hub",
         "_raw",
         "_readable",
+        "_stop_waiting",
         "_taker",
         "_waiting",
         "_writable",
@@ -164,45 +170,77 @@ class Connection:
         self._hub = get_hub()
         self._readable = self._hub.loop.io(sock.fileno(), _READABLE)
         self._writable: Any = None
-        #: which greenlet waits for the client, until when, and whether it has waited too long
-        self.greenlet = self._waiting = gevent.Greenlet(self._run)
-        self._deadlines: Deadlines | None = None
+        #: the greenlet that serves it; none while it waits for a request
+        self.greenlet: Any = None
+        #: which greenlet waits for the client inside a request, until when, and whether for too long
+        self._waiting: Any = None
+        self._stop_waiting: Any = gateway.heads.remove
         self._expired = False
         self._taker: Any = None
 
-    def start(self) -> None:
-        self.greenlet.start()
+    # --- between requests ------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Serve it, in a greenlet that has nothing else to do."""
+        runners = self.gateway.runners
+        if runners:
+            runners.pop().switch(self)
+        else:
+            gevent.Greenlet(_serve_connections, runners, self).start()
+
+    def _ready(self) -> None:
+        """Called in the hub when there is something to read."""
+        self._readable.stop()
+        self._stop_waiting(self, None)
+        runners = self.gateway.runners
+        if runners:
+            runners.pop().switch(self)
+        else:
+            gevent.Greenlet(_serve_connections, runners, self).start()
+
+    def _park(self, deadlines: Deadlines) -> None:
+        """Wait for a request without a greenlet."""
+        self.greenlet = None
+        self._expired = False
+        self._stop_waiting = deadlines.remove
+        deadlines.add(self)
+        self._readable.start(self._ready)
+
+    def expire(self) -> None:
+        """Called in the hub by a deadline."""
+        if self.greenlet is None:
+            self.close()
+        else:
+            self._expired = True
+            self._waiting.switch()
 
     # --- the loop --------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        linger = False
-        try:
-            linger = self._serve()
-        except ClientDisconnected as error:
-            self.gateway.log.debug("%s", error)
-        except gevent.GreenletExit:
-            pass
-        except BaseException:
-            self.gateway.log.exception("Error on a connection")
-        finally:
-            self._end(linger)
+    def serve(self, greenlet: Any) -> bool | None:  # noqa: PLR0915 - the hot loop is one, in one place
+        """Answer the requests that there are, until it must wait for the next or is to end.
 
-    def _serve(self) -> bool:  # noqa: PLR0915 - the hot loop is one loop, in one place
-        """Answer requests until the connection is to end.
-
-        :returns: whether its client may still be sending.
+        :param greenlet: the current one.
+        :returns: whether the client may still be sending when the connection ends; ``None`` when it
+            does not end.
         """
+        self.greenlet = self._waiting = greenlet
         gateway = self.gateway
-        reader = gateway.reader
-        idle = gateway.idle
+        read = gateway.reader.read
+        lull = gateway.lull
         recv = self._raw.recv
-        wait = self._hub.switch
         readable = self._readable
-        switch = self.greenlet.switch
-        peer = self.peer
+        wait = self._hub.switch
+        switch = greenlet.switch
         pipelined = 0
-        data = self.buf or self._first()
+        data = self.buf
+        if not data:
+            try:
+                data = recv(_READ)
+            except BlockingIOError:
+                self._park(gateway.idle if self.head else gateway.heads)
+                return None
+            except OSError as error:
+                raise client_gone(error) from None
 
         while data:
             end = data.find(b"\r\n\r\n") + 4
@@ -218,7 +256,7 @@ class Connection:
             self.at = 0
             self.head = head
             try:
-                environ, length, persist, request = reader.read(head, peer)
+                environ, length, persist, request = read(head, self.peer)
             except HookFailed as error:
                 self._refuse(error.request, error)
                 self._after(error.request, {})
@@ -251,16 +289,19 @@ class Connection:
                     gevent.sleep(0)
                 continue
             while True:
-                # where a connection spends its life, and a busy worker its time
-                idle.add(self)
+                # where a busy connection spends its life
+                lull.add(self)
                 readable.start(switch)
                 try:
                     wait()
                 finally:
                     readable.stop()
-                    idle.remove(self, None)
-                if self._expired or self._taker is not None:
+                    lull.remove(self, None)
+                if self._taker is not None:
                     return False
+                if self._expired:
+                    self._park(gateway.idle)
+                    return None
                 try:
                     data = recv(_READ)
                 except BlockingIOError:
@@ -320,17 +361,6 @@ class Connection:
 
     # --- what is rare ----------------------------------------------------------------------------
 
-    def _first(self) -> bytes:
-        """The first bytes of a new connection; often they are there already."""
-        try:
-            data: bytes = self._raw.recv(_READ)
-        except BlockingIOError:
-            self._wait(self.gateway.heads)
-            return b"" if self._expired or self._taker is not None else self._read(_READ)
-        except OSError as error:
-            raise client_gone(error) from None
-        return data
-
     def _rest_of_head(self, data: bytes) -> bytes:
         """Wait for the rest of a head, until one deadline for the whole of it.
 
@@ -348,12 +378,12 @@ class Connection:
             self._say(408, "Request Timeout", "The request took too long.")
         except Exception as error:
             self._refuse(None, error)
-            self._linger()
+            self.linger()
         return b""
 
     def _await_head(self, data: bytes) -> bytes:
         self.buf = data
-        heads = self._deadlines = self.gateway.heads
+        heads = self.gateway.heads
         heads.add(self)
         came = bytearray(data)
         seen = 0
@@ -516,21 +546,15 @@ class Connection:
         self._waiting = getcurrent()
         self._expired = False
         if deadlines is not None:
-            self._deadlines = deadlines
             deadlines.add(self)
         self._readable.start(self._waiting.switch)
         try:
             self._hub.switch()
         finally:
             self._readable.stop()
-            if deadlines is not None and self._deadlines is not None:
-                self._deadlines.remove(self, None)
+            if deadlines is not None:
+                deadlines.remove(self, None)
             self._waiting = self.greenlet
-
-    def expire(self) -> None:
-        """Called in the hub by a deadline."""
-        self._expired = True
-        self._waiting.switch()
 
     # --- writing ---------------------------------------------------------------------------------
 
@@ -609,25 +633,23 @@ class Connection:
 
     def hurry(self) -> None:
         """The worker leaves: a client that has not begun gets as long as an idle one."""
-        if self._deadlines is self.gateway.heads and not self.buf and not self.head:
-            self._deadlines.remove(self, None)
-            self._deadlines = self.gateway.idle
-            self._deadlines.add(self)
+        if self.greenlet is None and not self.head:
+            self._stop_waiting(self, None)
+            self._stop_waiting = self.gateway.idle.remove
+            self.gateway.idle.add(self)
 
     def give_up(self, taker: Any) -> None:
-        """Give the connection away between two requests: at once when it is idle.
+        """Give the connection away between two requests: at once when it waits for one.
 
         :param taker: called with the socket, the peer's address and the bytes read ahead.
         """
         self._taker = taker
-        if self._waiting is self.greenlet and not self.greenlet.dead:
-            self._hub.loop.run_callback(self._wake)
+        if self.greenlet is None:
+            self.close()
+        elif self.gateway.lull.remove(self, None) is not None:
+            self._hub.loop.run_callback(self.greenlet.switch)
 
-    def _wake(self) -> None:
-        if self._readable.active:
-            self.greenlet.switch()
-
-    def _linger(self) -> None:
+    def linger(self) -> None:
         """Let the client read its answer although it may still be sending (RFC 9112 section 9.6).
 
         A close now would make the kernel answer what comes with a reset, which can overtake the
@@ -643,20 +665,58 @@ class Connection:
         except OSError:
             return
 
-    def _end(self, linger: bool) -> None:
+    def close(self) -> None:
+        """The end, whatever it was doing."""
+        self._stop_waiting(self, None)
+        self._readable.close()
+        if self._writable is not None:
+            self._writable.close()
+        self.body.end()
+        self.sock.error = self.response = self.greenlet = self._waiting = None
+        self._acceptor.ended(self)
+        if self._taker is not None:
+            self._taker(self.sock, self.addr, self.buf[self.at :])
+        else:
+            self.sock.close()
+
+
+def _serve_connections(runners: list[Any], connection: Any) -> None:
+    """The life of a greenlet that serves connections: one after the other, as they have requests.
+
+    A connection that waits for a request has no greenlet, which is what costs memory; and a greenlet
+    that is used again costs no time to make.
+
+    :param runners: the greenlets that have nothing to do; the last to join is the first to be used.
+    """
+    me = getcurrent()
+    wait = get_hub().switch
+    while True:
+        # what the last request left in context variables is not the next one's
+        me.gr_context = None
         try:
-            if self._taker is None and linger:
-                self._linger()
+            linger = connection.serve(me)
+            if linger is not None:
+                if linger:
+                    connection.linger()
+                connection.close()
+        except ClientDisconnected as error:
+            connection.gateway.log.debug("%s", error)
+            connection.close()
         except gevent.GreenletExit:
-            pass
-        finally:
-            self._readable.close()
-            if self._writable is not None:
-                self._writable.close()
-            self.body.end()
-            self.sock.error = None
-            if self._taker is not None:
-                self._taker(self.sock, self.addr, self.buf[self.at :])
-            else:
-                self.sock.close()
-            self._acceptor.ended(self)
+            connection.close()
+            raise
+        except BaseException:
+            connection.gateway.log.exception("Error on a connection")
+            connection.close()
+        if len(runners) >= _SPARE:
+            return
+        runners.append(me)
+        connection = None
+        while connection.__class__ is not Connection:
+            try:
+                connection = wait()
+            except gevent.GreenletExit:
+                runners.remove(me)
+                return
+            except BaseException:  # noqa: S112 - a timeout that a request began and did not cancel
+                continue

@@ -21,6 +21,8 @@ from gunicorn_passenger.settings import Timeouts
 
 #: Addresses of peers of which is remembered whether they are trusted.
 _REMEMBER = 4096
+#: Seconds that a busy client may pause; it is over when nobody else has work for longer than that.
+_LULL = 0.1
 #: Seconds that a client gets to read its answer when the connection ends before its request has.
 _LINGER = 2.0
 
@@ -85,9 +87,13 @@ class Gateway:
         self.access = AccessLog(cfg, log)
         # a connection that is idle or has not begun, and what a leaving worker gives it
         self.idle = Deadlines(cfg.keepalive or 1.0)
+        # how long a connection keeps its greenlet when its client pauses
+        self.lull = Deadlines(_LULL)
         self.heads = Deadlines(timeouts.head)
         self.bodies = Deadlines(timeouts.body)
         self.lingering = Deadlines(_LINGER)
+        #: greenlets that have nothing to do
+        self.runners: list[Any] = []
         self._template = base_environ(cfg) | {"wsgi.errors": ErrorStream(cfg), "wsgi.multithread": True}
         if isinstance(sockname, tuple):
             self._template |= {"SERVER_NAME": sockname[0], "SERVER_PORT": str(sockname[1])}
