@@ -8,7 +8,7 @@ import signal
 import socket
 
 import pytest
-from conftest import fetch, require, wait_for
+from conftest import KNOWN_NAMES, fetch, wait_for
 
 
 @contextlib.contextmanager
@@ -413,8 +413,8 @@ def test_what_our_handler_does_not_do_is_gunicorns_and_is_said(start, port):
         assert b"200 OK" in everything(sock)
 
 
+@pytest.mark.skipif("protocol" not in KNOWN_NAMES, reason="this gunicorn knows no uwsgi protocol")
 def test_uwsgi_protocol_is_gunicorns(start, port):
-    require("protocol")
     process = start.gunicorn(
         "http_core_app", "--protocol", "uwsgi", "--log-level", "debug", env={"P1": port}
     ).wait_ready(port)
