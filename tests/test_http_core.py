@@ -274,6 +274,34 @@ def test_a_big_answer_to_a_slow_reader_arrives_whole(served):
         assert everything(slow).endswith(b"x" * 1000 + b"y" * 10_000_000)
 
 
+def test_answers_that_nobody_reads_yet_arrive_whole_and_in_order(served):
+    """Held back or not, cut by a full socket or not: what is sent is what was answered."""
+    _, where = served()
+    numbers = [b"%04d" % n for n in range(50)]  # so many requests fit into a socket unread
+    with connected(where) as patient, connected(where) as pipelining:
+        for number in numbers:
+            patient.sendall(b"GET /blob?%s HTTP/1.1\r\n\r\n" % number)
+        pipelining.sendall(b"".join(b"GET /blob?%s HTTP/1.1\r\n\r\n" % number for number in numbers))
+        for sock in patient, pipelining:
+            sock.shutdown(socket.SHUT_WR)
+            bodies = re.split(rb"HTTP/1\.1 200 OK\r\n.*?\r\n\r\n", everything(sock), flags=re.DOTALL)[1:]
+            assert bodies == [number * 3000 for number in numbers]
+
+
+def test_many_clients_at_once_get_their_own_answers(served):
+    _, where = served()
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(connected(where)) for _ in range(50)]
+        for turn in range(20):
+            for n, sock in enumerate(socks):
+                sock.sendall(b"GET /blob?%02d%02d HTTP/1.1\r\n\r\n" % (n, turn))
+            for n, sock in enumerate(socks):
+                body = until(sock, b"\r\n\r\n").partition(b"\r\n\r\n")[2]
+                while len(body) < 12000:
+                    body += sock.recv(12000)
+                assert body == b"%02d%02d" % (n, turn) * 3000
+
+
 # --- applications that fail --------------------------------------------------------------------------
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import io
 import logging
 import sys
+from time import perf_counter
 from typing import Any
 
+from gevent import get_hub
 from gunicorn.http import message
 from gunicorn.http.wsgi import WSGIErrorsWrapper, base_environ
 from gunicorn.workers.base import Worker as GunicornWorker
@@ -23,6 +25,14 @@ from gunicorn_passenger.settings import Timeouts
 _REMEMBER = 4096
 #: Seconds that a busy client may pause; it is over when nobody else has work for longer than that.
 _LULL = 0.1
+#: How many answers leave together, at most.
+_TOGETHER = 16
+#: Seconds that they may take to become ready: no answer waits for an application that takes its time...
+_SLOW = 0.003
+#: ...and seconds for each within which its client has had no time to fall asleep, so that nothing is won.
+_QUICK = 0.000025
+#: How many answers leave at once, each for itself, before it is tried again.
+_HOLD_OFF = 200
 #: Seconds that a client gets to read its answer when the connection ends before its request has.
 _LINGER = 2.0
 
@@ -92,6 +102,12 @@ class Gateway:
         self.heads = Deadlines(timeouts.head)
         self.bodies = Deadlines(timeouts.body)
         self.lingering = Deadlines(_LINGER)
+        #: connections whose answers leave at the end of this turn of the loop, and since when
+        self._held: list[Any] = []
+        self._held_since = 0.0
+        #: how many answers leave at once before it is tried again to let them leave together
+        self.hold_off = 0
+        self._later = get_hub().loop.run_callback
         #: greenlets that have nothing to do
         self.runners: list[Any] = []
         self._template = base_environ(cfg) | {"wsgi.errors": ErrorStream(cfg), "wsgi.multithread": True}
@@ -151,6 +167,28 @@ class Gateway:
     def refuse(self, request: Any, sock: Any, addr: Any, error: BaseException) -> None:
         """gunicorn's answer to a bad request or a failed application, in the logs and to the client."""
         GunicornWorker.handle_error(self, request, sock, addr, error)
+
+    def hold(self, connection: Any) -> None:
+        """Let an answer leave together with others of this turn of the loop."""
+        held = self._held
+        if not held:
+            self._held_since = perf_counter()
+            self._later(self._let_go)
+        held.append(connection)
+        if len(held) == _TOGETHER:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """The turn is over, or there are enough: they leave."""
+        if not self._held:
+            return
+        held, self._held = self._held, []
+        took = perf_counter() - self._held_since
+        if took > _SLOW or (len(held) > 1 and took < _QUICK * (len(held) - 1)):
+            self.hold_off = _HOLD_OFF
+        for connection in held:
+            if connection._held:
+                connection.send_held()
 
     def count_out(self) -> None:
         """A worker that is to be replaced after so many requests has had them."""

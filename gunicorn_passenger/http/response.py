@@ -314,7 +314,7 @@ class Response:
             self.close()
             return
         self.sent += len(data)
-        self._send_head(b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data))
+        self._send_head(b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data), last=True)
 
     def close(self) -> None:
         """The body is over.
@@ -324,7 +324,7 @@ class Response:
         if not self.headers_sent:
             if self.status is None:
                 raise AssertionError("start_response() was not called before the body ended")
-            self._send_head(b"0\r\n\r\n" if self.chunked else b"")
+            self._send_head(b"0\r\n\r\n" if self.chunked else b"", last=True)
         elif self.chunked:
             self._connection.send(b"0\r\n\r\n")
         length = self.response_length
@@ -412,7 +412,11 @@ class Response:
                 self.status_code,
             )
 
-    def _send_head(self, body: bytes) -> None:
+    def _send_head(self, body: bytes, last: bool = False) -> None:
+        """
+        :param body: what goes with it.
+        :param last: whether that is the end; where the length says so, it need not be said.
+        """
         connection = self._connection
         if connection.body.unread or not connection.gateway.worker.alive:
             self.must_close = True
@@ -427,7 +431,11 @@ class Response:
             begin += b"Transfer-Encoding: chunked\r\n"
         self.headers_sent = True
         if len(body) < _JOIN:
-            connection.send(b"%b%b\r\n%b" % (begin, self._block, body))
+            data = b"%b%b\r\n%b" % (begin, self._block, body)
+            if word == "keep-alive" and (last or self.sent == self.response_length):
+                connection.send_last(data)
+            else:
+                connection.send(data)
         else:
             connection.send_two(b"%b%b\r\n" % (begin, self._block), body)
 

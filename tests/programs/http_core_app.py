@@ -62,6 +62,8 @@ def application(environ, start_response):
     elif path == "/big":
         start_response("200 OK", [("Content-Length", str(20_000_000))])
         return [b"x" * 10_000_000, b"y" * 10_000_000]
+    elif path == "/blob":
+        answer = environ["QUERY_STRING"].encode() * 3000
     elif path == "/sleep":
         threading.Event().wait(float(environ["QUERY_STRING"]))
     start_response("200 OK", [("Content-Length", str(len(answer)))])
