@@ -12,7 +12,8 @@ from typing import Any
 import gevent
 from gevent import get_hub
 
-from gunicorn_passenger.http.connection import ClientSocket, Connection
+from gunicorn_passenger.http.client_socket import ClientSocket
+from gunicorn_passenger.http.connection import Connection
 from gunicorn_passenger.http.gateway import Gateway
 
 #: Connections accepted in one turn of the loop by a worker that has no siblings.
@@ -72,7 +73,7 @@ class Acceptor:
     def adopt(self, sock: Any, addr: Any, early: bytes = b"") -> Connection:
         """Serve a connection that somebody else has accepted.
 
-        :param sock: a connected :class:`~.connection.ClientSocket`.
+        :param sock: a connected :class:`~.client_socket.ClientSocket`.
         :param addr: what ``accept()`` gave.
         :param early: bytes that were read from it before.
         """

@@ -25,8 +25,6 @@ from typing import Any
 
 import gevent
 from gevent import get_hub, getcurrent
-from gevent import socket as gsocket
-from gevent.lock import RLock
 from gunicorn import util
 from gunicorn.http.wsgi import FileWrapper
 from gunicorn.workers.base_async import ALREADY_HANDLED
@@ -52,77 +50,6 @@ _SPARE = 64
 _LINGER = 10.0
 
 _READABLE, _WRITABLE = 1, 2
-_NOT_GIVEN = object()
-
-
-class ClientSocket(gsocket.socket):
-    """``gunicorn.socket``: the connection, for an application that speaks another protocol over it.
-
-    While it has no timeout, ``send`` sends all, as a blocking socket of the kernel does and as
-    WebSocket libraries expect; and what two greenlets send does not mix.
-    """
-
-    __slots__ = ("_turn", "early", "error", "taken")
-
-    def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
-        super().__init__(family, type, proto, fileno)
-        #: bytes that were read ahead, and come first
-        self.early = b""
-        #: whether the application has used it
-        self.taken = False
-        #: what went wrong when it did
-        self.error: OSError | None = None
-        self._turn: Any = None
-
-    def recv(self, bufsize: int, flags: int = 0) -> bytes:
-        self.taken = True
-        if self.early and not flags:
-            data, self.early = self.early[:bufsize], self.early[bufsize:]
-            return data
-        try:
-            return bytes(super().recv(bufsize, flags))
-        except OSError as error:
-            self.error = error
-            raise
-
-    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
-        self.taken = True
-        if self.early and not flags:
-            view = memoryview(buffer).cast("B")
-            data = self.recv(min(nbytes, len(view)) if nbytes else len(view))
-            view[: len(data)] = data
-            return len(data)
-        try:
-            return int(super().recv_into(buffer, nbytes, flags))
-        except OSError as error:
-            self.error = error
-            raise
-
-    def send(self, data: Any, flags: int = 0, timeout: Any = _NOT_GIVEN) -> int:
-        self.taken = True
-        try:
-            if timeout is not _NOT_GIVEN:
-                return int(super().send(data, flags, timeout))
-            if self.timeout is not None:
-                return int(super().send(data, flags))
-            view = memoryview(data).cast("B")
-            count = len(view)
-            with self._lock():
-                while view:
-                    view = view[super().send(view, flags) :]
-            return count
-        except OSError as error:
-            self.error = error
-            raise
-
-    def sendall(self, data: Any, flags: int = 0) -> None:
-        with self._lock():
-            super().sendall(data, flags)
-
-    def _lock(self) -> Any:
-        if self._turn is None:
-            self._turn = RLock()
-        return self._turn
 
 
 class Connection:
@@ -154,7 +81,7 @@ class Connection:
     def __init__(self, acceptor: Any, gateway: Gateway, sock: Any, addr: Any, early: bytes = b"") -> None:
         """
         :param acceptor: is told of the end.
-        :param sock: a :class:`ClientSocket`, owned from now on.
+        :param sock: a :class:`~.client_socket.ClientSocket`, owned from now on.
         :param addr: what ``accept()`` gave.
         :param early: bytes that were read from it before.
         """
