@@ -56,8 +56,10 @@ lint: $(VENV)/linted
 types: $(VENV)/linted
 	$(BIN)/mypy
 
+# What each measures, and what it needs: bench/README.md.
 bench: $(VENV)/installed
 	$(BIN)/python bench/listen.py
+	$(BIN)/python bench/wsgi.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
