@@ -46,8 +46,9 @@ test: $(VENV)/tested
 # The same seed each time; RUNS says how long.
 fuzz: $(VENV)/tested
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris
+	rm -rf $(VENV)/fuzzed && mkdir $(VENV)/fuzzed
 	$(BIN)/python fuzz/fuzz_http.py -seed=1 -runs=$(RUNS) -timeout=10 -rss_limit_mb=1024 -print_final_stats=1 \
-	    -artifact_prefix=$(VENV)/ fuzz/corpus
+	    -artifact_prefix=$(VENV)/ $(VENV)/fuzzed fuzz/corpus
 
 lint: $(VENV)/linted
 	$(BIN)/ruff check .
