@@ -182,9 +182,16 @@ def theirs(cfg: Config, data: bytes) -> tuple[list[tuple[dict[str, Any], bytes]]
             return got, BROKEN
         assert isinstance(reader, LengthReader | ChunkedReader)
         got.append((facts(environ), body))
-        options = environ.get("HTTP_CONNECTION", "").lower().split(",")
-        if request.should_close() or "close" in (option.strip(" \t") for option in options):
+        if request.should_close() or not _keeps(environ):
             return got, EOF
+
+
+def _keeps(environ: dict[str, Any]) -> bool:
+    """Where ours is stricter: every option of every Connection field counts (RFC 9112 section 9.3)."""
+    options = [option.strip(" \t") for option in environ.get("HTTP_CONNECTION", "").lower().split(",")]
+    if environ["SERVER_PROTOCOL"] == "HTTP/1.0":
+        return options == ["keep-alive"]
+    return "close" not in options
 
 
 class _PythonRequest(Request):

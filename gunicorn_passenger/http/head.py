@@ -354,10 +354,7 @@ def persists(connection: str, by_default: bool) -> bool:
         return True
     if value == "close":
         return False
-    options = {option.strip(" \t") for option in value.split(",")}
-    if "close" in options:
-        return False
-    return by_default or "keep-alive" in options
+    return by_default and "close" not in (option.strip(" \t") for option in value.split(","))
 
 
 def _limits(cfg: Any) -> tuple[int, int, int]:
