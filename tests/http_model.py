@@ -97,6 +97,8 @@ class _Sock:
 class _Nothing:
     """Stands for the hub, its loop and its watchers, where nobody ever waits."""
 
+    active = False
+
     def __getattr__(self, name: str) -> Any:
         return lambda *args: _Nothing() if name in ("io", "timer") else None
 
@@ -188,10 +190,8 @@ def theirs(cfg: Config, data: bytes) -> tuple[list[tuple[dict[str, Any], bytes]]
 
 def _keeps(environ: dict[str, Any]) -> bool:
     """Where ours is stricter: every option of every Connection field counts (RFC 9112 section 9.3)."""
-    options = [option.strip(" \t") for option in environ.get("HTTP_CONNECTION", "").lower().split(",")]
-    if environ["SERVER_PROTOCOL"] == "HTTP/1.0":
-        return options == ["keep-alive"]
-    return "close" not in options
+    options = environ.get("HTTP_CONNECTION", "").lower().split(",")
+    return "close" not in (option.strip(" \t") for option in options)
 
 
 class _PythonRequest(Request):

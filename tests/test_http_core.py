@@ -6,6 +6,7 @@ import re
 import resource
 import signal
 import socket
+import time
 
 import pytest
 from conftest import KNOWN_NAMES, fetch, wait_for
@@ -302,6 +303,115 @@ def test_many_clients_at_once_get_their_own_answers(served):
                 assert body == b"%02d%02d" % (n, turn) * 3000
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"Content-Length: 37\r\n\r\nGET /smuggled HTTP/1.1\r\nHost: abc\r\n\r\n",
+        b"Transfer-Encoding: chunked\r\n\r\n25\r\nGET /smuggled HTTP/1.1\r\nHost: abc\r\n\r\n\r\n0\r\n\r\n",
+        b"Upgrade: h2c\r\nContent-Length: 37\r\n\r\nGET /smuggled HTTP/1.1\r\nHost: abc\r\n\r\n",
+    ],
+)
+@pytest.mark.parametrize("path", [b"/echo", b"/"])
+def test_a_body_is_never_read_as_a_request_even_after_a_pause(served, sent, path):
+    process, where = served("--keep-alive", "600")
+    (worker,) = process.workers()
+    with connected(where) as sock:
+        for _ in range(3):
+            sock.sendall(b"POST " + path + b" HTTP/1.1\r\n" + sent)
+            until(sock, b"Host: abc\r\n\r\n" if path == b"/echo" else b"ok")
+            # longer than a connection keeps its greenlet: the pause is over when the worker sleeps
+            time.sleep(0.3)
+        sock.sendall(b"GET /calls HTTP/1.1\r\nConnection: close\r\n\r\n")
+        answer = everything(sock)
+    assert answer.count(b"HTTP/1.1 200") == 1
+    assert b"/smuggled" not in answer
+    assert process.workers() == [worker]
+
+
+def test_upgrade_requests_that_are_not_taken_up_are_plain_requests(served):
+    _, where = served()
+    with connected(where) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nUpgrade: h2c\r\n\r\nGET /pid HTTP/1.1\r\nConnection: close\r\n\r\n")
+        assert everything(sock).count(b"HTTP/1.1 200") == 2
+
+
+def test_a_body_that_is_dropped_is_counted_with_its_framing(served):
+    _, where = served()
+    with connected(where) as sock:
+        sock.sendall(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
+        until(sock, b"ok")
+        for _ in range(30):  # 30 bytes of a body, in 210 kB
+            sock.sendall(b"1;" + b"x" * 7000 + b"\r\na\r\n")
+        assert sock.recv(10) == b""
+
+
+def test_trailers_have_a_limit(served):
+    _, where = served()
+    with connected(where) as sock:
+        sock.sendall(b"POST /read HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n")
+        sock.sendall(b"".join(b"X-%d: %s\r\n" % (n, b"x" * 1000) for n in range(80)))
+        assert everything(sock).startswith(b"HTTP/1.1 431 ")
+
+
+def test_a_greenlet_that_reads_on_after_the_response_holds_nothing(served):
+    process, where = served("--keep-alive", "600", "--graceful-timeout", "600")
+    (worker,) = process.workers()
+    before = open_sockets(worker)
+    for _ in range(5):
+        with connected(where) as sock:
+            sock.sendall(b"POST /other-greenlet HTTP/1.1\r\nContent-Length: 10\r\n\r\n1")
+            until(sock, b"ok")
+    wait_for(lambda: len(fetch(where, "/outcomes")[1].split()) == 5)
+    wait_for(lambda: open_sockets(worker) <= before)
+    assert "read" not in fetch(where, "/outcomes")[1].split()
+    assert process.stop() == 0
+
+
+def test_what_a_client_leaves_in_a_local_is_not_anothers(served):
+    _, where = served()
+    for n in range(20):
+        assert fetch(where, f"/local?{n}") == (200, "nobody")
+
+
+def test_a_bug_that_raises_stop_iteration_is_answered_500(served):
+    process, where = served()
+    assert fetch(where, "/stop")[0] == 500
+    process.wait_log("Error handling request")
+
+
+def test_wsgi_errors_cannot_be_closed(served):
+    process, where = served()
+    for _ in range(3):
+        assert fetch(where, "/errors")[0] == 200
+    process.wait_log("to the log", 3)
+
+
+def test_the_access_log_tells_what_came(served):
+    process, where = served("--access-logfile", "-", "--access-logformat", "who=%({x-who}i)s")
+    assert fetch(where, "/change", X_Who="sent")[0] == 200
+    process.wait_log("who=sent")
+    assert "who=changed" not in process.log()
+
+
+def test_clients_that_are_turned_away_are_in_the_access_log(served):
+    process, where = served("--access-logfile", "-", PASSENGER_BODY_TIMEOUT=1)
+    for cut in True, False:
+        with connected(where) as sock:
+            sock.sendall(b"POST /read HTTP/1.1\r\nContent-Length: 10\r\n\r\nabc")
+            if cut:
+                sock.shutdown(socket.SHUT_WR)
+            everything(sock)
+    process.wait_log('"POST /read HTTP/1.1" 400')
+    process.wait_log('"POST /read HTTP/1.1" 408')
+
+
+def test_more_requests_than_the_last_do_not_reset_the_last_answer(served):
+    _, where = served("--max-requests", "3", "--keep-alive", "600")
+    with connected(where) as sock:
+        sock.sendall(b"GET /blob?x HTTP/1.1\r\n\r\n" * 2000)
+        assert everything(sock).count(b"HTTP/1.1 200") <= 3  # no reset
+
+
 # --- applications that fail --------------------------------------------------------------------------
 
 
@@ -502,7 +612,6 @@ def test_a_connection_can_be_taken_over_between_requests(start):
         assert ask(2) == [b"2", b"2"]
         assert first.idle() and not second.idle()
         (connection,) = second._connections
-        answer = connection._answer
         given = []
         def app(environ, start_response):         # in the middle of a request, with more read ahead
             if not given:

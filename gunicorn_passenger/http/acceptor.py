@@ -18,10 +18,11 @@ from gunicorn_passenger.http.gateway import Gateway
 
 #: Connections accepted in one turn of the loop by a worker that has no siblings.
 _BURST = 64
-#: Seconds to wait when the system has no descriptor or memory for a connection.
+#: Seconds to wait when the system has no descriptor or memory for a connection, or whatever it lacks.
 _PAUSE = 0.25
 
-_SHORT_OF = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+#: The client has gone before it was accepted; every other error will be there the next time, too.
+_GONE = {errno.ECONNABORTED, errno.EPROTO, errno.EINTR, errno.EPERM}
 
 
 class Acceptor:
@@ -61,14 +62,19 @@ class Acceptor:
             except BlockingIOError:
                 return  # a sibling was faster
             except OSError as error:
-                if error.errno in _SHORT_OF:
+                if error.errno not in _GONE:
                     self._wait_for_room(error)
-                # else the client has gone before it was accepted
                 return
-            self.adopt(ClientSocket(self._family, SOCK_STREAM, self._proto, fd), addr)
+            self._serve(ClientSocket(self._family, SOCK_STREAM, self._proto, fd), addr)
             if len(self._connections) >= self._limit:
                 self._watcher.stop()
                 return
+
+    def _serve(self, sock: Any, addr: Any, early: bytes = b"") -> Connection:
+        connection = Connection(self, self.gateway, sock, addr, early)
+        self._connections.add(connection)
+        connection.begin()
+        return connection
 
     def adopt(self, sock: Any, addr: Any, early: bytes = b"") -> Connection:
         """Serve a connection that somebody else has accepted.
@@ -77,10 +83,7 @@ class Acceptor:
         :param addr: what ``accept()`` gave.
         :param early: bytes that were read from it before.
         """
-        connection = Connection(self, self.gateway, sock, addr, early)
-        self._connections.add(connection)
-        connection.begin()
-        return connection
+        return self._serve(sock, addr, early)
 
     def ended(self, connection: Connection) -> None:
         """Called by a connection at its end."""
@@ -124,6 +127,7 @@ class Acceptor:
         """Close the listening socket; connections go on."""
         self._close_watcher()
         self._sock.close()
+        self.gateway.closing = True
         for connection in list(self._connections):
             connection.hurry()
 

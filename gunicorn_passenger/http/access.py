@@ -19,8 +19,8 @@ from typing import Any
 
 from gunicorn.glogging import Logger, SafeAtoms
 
-#: environ, response, request, seconds -> what stands in the line
-Atom = Callable[[dict[str, Any], Any, Any, float], Any]
+#: environ, response, request, seconds, head -> what stands in the line
+Atom = Callable[[dict[str, Any], Any, Any, float, bytes], Any]
 
 _NAME = re.compile(r"%\(([^)]*)\)")
 
@@ -44,10 +44,10 @@ def _escaped(value: Any) -> Any:
 
 
 def _variable(name: str, default: Any = None) -> Atom:
-    return lambda environ, resp, req, seconds: environ.get(name, default)
+    return lambda environ, resp, req, seconds, head: environ.get(name, default)
 
 
-def _status(environ: dict[str, Any], resp: Any, req: Any, seconds: float) -> Any:
+def _status(environ: dict[str, Any], resp: Any, req: Any, seconds: float, head: bytes) -> Any:
     return resp.status.split(None, 1)[0] if isinstance(resp.status, str) else resp.status
 
 
@@ -90,19 +90,28 @@ class AccessLog:
             self._atoms = {name: self._atom(name) for name in _NAME.findall(self._format)}
             self._simple = self._tries_out()
 
-    def write(self, resp: Any, req: Any, environ: dict[str, Any], seconds: float) -> None:
+    def write(self, resp: Any, req: Any, environ: dict[str, Any], seconds: float, head: bytes) -> None:
         """
         :param resp: the response, or something with its attributes.
         :param req: gives gunicorn's request object, when it is called.
         :param seconds: how long it took.
+        :param head: the request's, as it came.
         """
         if not self._simple:
             self._log.access(resp, req(), environ, timedelta(seconds=seconds))
             return
-        atoms = {name: _escaped(atom(environ, resp, req, seconds)) for name, atom in self._atoms.items()}
+        atoms = {
+            name: _escaped(atom(environ, resp, req, seconds, head)) for name, atom in self._atoms.items()
+        }
         logger = self._log.access_log
         handlers = logger.handlers
-        if len(handlers) == 1 and _is_plain(handlers[0]) and not logger.filters and not logger.disabled:
+        if (
+            len(handlers) == 1
+            and _is_plain(handlers[0])
+            and not logger.filters
+            and not logger.propagate
+            and logger.isEnabledFor(logging.INFO)
+        ):
             handler = handlers[0]
             try:
                 line = self._format % atoms
@@ -126,10 +135,10 @@ class AccessLog:
     def _atom(self, name: str) -> Atom:
         simple: dict[str, Atom] = {
             "h": _variable("REMOTE_ADDR", "-"),
-            "l": lambda environ, resp, req, seconds: "-",
-            "u": lambda environ, resp, req, seconds: self._user(environ),
-            "t": lambda environ, resp, req, seconds: self._now(),
-            "r": lambda environ, resp, req, seconds: (
+            "l": lambda environ, resp, req, seconds, head: "-",
+            "u": lambda environ, resp, req, seconds, head: self._user(environ),
+            "t": lambda environ, resp, req, seconds, head: self._now(),
+            "r": lambda environ, resp, req, seconds, head: (
                 f"{environ['REQUEST_METHOD']} {environ['RAW_URI']} {environ['SERVER_PROTOCOL']}"
             ),
             "s": _status,
@@ -137,15 +146,15 @@ class AccessLog:
             "U": _variable("PATH_INFO"),
             "q": _variable("QUERY_STRING"),
             "H": _variable("SERVER_PROTOCOL"),
-            "b": lambda environ, resp, req, seconds: "-" if resp.sent is None else str(resp.sent),
-            "B": lambda environ, resp, req, seconds: resp.sent,
+            "b": lambda environ, resp, req, seconds, head: "-" if resp.sent is None else str(resp.sent),
+            "B": lambda environ, resp, req, seconds, head: resp.sent,
             "f": _variable("HTTP_REFERER", "-"),
             "a": _variable("HTTP_USER_AGENT", "-"),
-            "T": lambda environ, resp, req, seconds: int(seconds),
-            "D": lambda environ, resp, req, seconds: round(seconds * 1000000),
-            "M": lambda environ, resp, req, seconds: int(seconds * 1000),
-            "L": lambda environ, resp, req, seconds: f"{seconds:.6f}",
-            "p": lambda environ, resp, req, seconds: f"<{os.getpid()}>",
+            "T": lambda environ, resp, req, seconds, head: int(seconds),
+            "D": lambda environ, resp, req, seconds, head: round(seconds * 1000000),
+            "M": lambda environ, resp, req, seconds, head: int(seconds * 1000),
+            "L": lambda environ, resp, req, seconds, head: f"{seconds:.6f}",
+            "p": lambda environ, resp, req, seconds, head: f"<{os.getpid()}>",
         }
         if name in simple:
             return simple[name]
@@ -153,23 +162,24 @@ class AccessLog:
         if name.startswith("{") and kind == "}i":
             return self._request_field(inner)
         if name.startswith("{") and kind == "}o":
-            return lambda environ, resp, req, seconds: _last(resp.headers, inner)
+            return lambda environ, resp, req, seconds, head: _last(resp.headers, inner)
         if name.startswith("{") and kind == "}e":
-            return lambda environ, resp, req, seconds: next(
+            return lambda environ, resp, req, seconds, head: next(
                 (value for key, value in environ.items() if key.lower() == inner), "-"
             )
-        return lambda environ, resp, req, seconds: "-"
+        return lambda environ, resp, req, seconds, head: "-"
 
     @staticmethod
     def _request_field(name: str) -> Atom:
-        key = "HTTP_" + name.upper().replace("-", "_")
+        line = re.compile(rb"\r\n" + re.escape(name.encode()) + rb"[ \t]*:([^\r]*)", re.IGNORECASE)
+        dropped = "_" in name
 
-        def field(environ: dict[str, Any], resp: Any, req: Any, seconds: float) -> Any:
-            value = environ.get(key)
-            if value is not None and "," not in value and "_" not in name:
-                return value
-            # repeated, dropped, renamed: the request knows how it came
-            return _last(req().headers, name)
+        def field(environ: dict[str, Any], resp: Any, req: Any, seconds: float, head: bytes) -> Any:
+            # from the head, as it came: the application may have changed the environ since
+            if dropped:
+                return _last(req().headers, name)
+            found = line.findall(head)
+            return found[-1].strip(b" \t").decode("latin-1") if found else "-"
 
         return field
 

@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from gunicorn.http import errors as http_errors
-from gunicorn.http.errors import ChunkMissingTerminator, InvalidChunkSize, LimitRequestHeaders
+from gunicorn.http.errors import ChunkMissingTerminator, InvalidChunkSize
 
 from gunicorn_passenger.errors import body_broke_off
 
@@ -20,6 +20,8 @@ PIECE = 262144
 #: Bytes of a body that the application left unread, and that are read and dropped to keep the
 #: connection. More than that costs more than a new connection.
 DRAIN = 65536
+#: Bytes that the trailers of a body may have.
+TRAILERS = 65536
 
 InvalidChunkExtension = getattr(http_errors, "InvalidChunkExtension", InvalidChunkSize)
 
@@ -195,18 +197,11 @@ class _Arriving(Body):
         self._connection = None
 
     def _drop(self) -> bool:
-        """Read and drop the rest, within bounds. The bound on time is that of every read."""
-        if self.failed or self.expect:
+        """Read and drop the rest, within bounds."""
+        if self.failed or self.expect or self._connection is None:
             return False
-        left = DRAIN
-        try:
-            while data := self._fill(PIECE):
-                left -= len(data)
-                if left < 0:
-                    return False
-        except Exception:
-            return False
-        return True
+        dropped: bool = self._connection.drain(self, DRAIN)
+        return dropped
 
 
 class LengthBody(_Arriving):
@@ -240,22 +235,18 @@ class LengthBody(_Arriving):
 class ChunkedBody(_Arriving):
     """A body sent in chunks (RFC 9112 section 7.1)."""
 
-    __slots__ = ("_left", "_line_limit", "_make_request", "_started", "_trailer_limit", "finished")
+    __slots__ = ("_left", "_line_limit", "_request", "_started", "finished")
 
-    def __init__(
-        self, connection: Any, expect: bool, line_limit: int, trailer_limit: int, make_request: Any
-    ) -> None:
+    def __init__(self, connection: Any, expect: bool, line_limit: int, request: Any) -> None:
         """
         :param line_limit: bytes of a line with a chunk's size.
-        :param trailer_limit: bytes of the trailer section.
-        :param make_request: gives gunicorn's request object, which checks and keeps the trailers.
+        :param request: gives gunicorn's request object, which checks and keeps the trailers.
         """
         _Arriving.__init__(self, connection, expect)
         self._left = 0
         self._started = False
         self._line_limit = line_limit
-        self._trailer_limit = trailer_limit
-        self._make_request = make_request
+        self._request = request
         self.finished = False
 
     def _fill(self, most: int) -> bytes:
@@ -317,27 +308,12 @@ class ChunkedBody(_Arriving):
             self._from_client(0, more=True)
 
     def _trailers(self) -> None:
-        while True:
-            connection = self._connection
-            if connection is not None and connection.buffered():
-                begin = connection.buf[connection.at : connection.at + 2]
-                if begin == b"\r\n":
-                    connection.at += 2
-                    return
-                if begin != b"\r":
-                    break
-            self._from_client(0, more=True)
-        while (end := connection.buf.find(b"\r\n\r\n", connection.at)) < 0:
-            section = connection.buf[connection.at :]
-            if len(section) > self._trailer_limit:
-                raise LimitRequestHeaders("limit request trailer section size")
-            if section.count(b"\n") != section.count(b"\r\n"):
-                raise http_errors.InvalidHeader("bare LF as line terminator")
-            self._from_client(0, more=True)
-        section = connection.buf[connection.at : end]
-        connection.at = end + 4
-        request = self._make_request()
-        request.trailers = request.parse_headers(section, from_trailer=True)
+        if self._connection is None:
+            raise ValueError("the request is over: its body can no longer be read")
+        section = self._connection.trailers(TRAILERS)
+        if section:
+            request = self._request()
+            request.trailers = request.parse_headers(section, from_trailer=True)
 
     @property
     def unread(self) -> bool:

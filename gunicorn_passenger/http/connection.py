@@ -17,23 +17,34 @@ with its access log on.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import struct
+from fcntl import ioctl
+from termios import FIONREAD
 from time import monotonic, perf_counter
 from typing import Any
 
 import gevent
 from gevent import get_hub, getcurrent
+from gevent.exceptions import ConcurrentObjectUseError
 from gunicorn import util
+from gunicorn.http.errors import LimitRequestHeaders
 from gunicorn.http.wsgi import FileWrapper
 from gunicorn.workers.base_async import ALREADY_HANDLED
 
-from gunicorn_passenger.errors import AnswerBrokeOff, BodyTimeout, ClientDisconnected, client_gone
+from gunicorn_passenger.errors import (
+    AnswerBrokeOff,
+    BodyTimeout,
+    ClientDisconnected,
+    body_broke_off,
+    client_gone,
+)
 from gunicorn_passenger.http.body import NO_BODY, Body, ChunkedBody, LengthBody
 from gunicorn_passenger.http.deadlines import Deadlines
 from gunicorn_passenger.http.gateway import Gateway, HookFailed
-from gunicorn_passenger.http.head import CHUNKED
+from gunicorn_passenger.http.head import CHUNKED, check_lines
 from gunicorn_passenger.http.response import Response
 
 #: Bytes that one read of the socket asks for while a head is awaited.
@@ -42,14 +53,11 @@ _READ = 16384
 _PIPELINED = 16
 #: Bytes that ``sendfile`` sends before others get their turn.
 _SENDFILE = 1 << 20
-#: The longest end of a response that may wait for others to leave with.
-_HELD = 16384
-#: Greenlets that are kept although they have nothing to do.
-_SPARE = 64
 #: Seconds that a closing connection reads what its client still sends.
 _LINGER = 10.0
 
 _READABLE, _WRITABLE = 1, 2
+_CLIENT_GONE = {errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ECONNABORTED}
 
 
 class Connection:
@@ -57,11 +65,13 @@ class Connection:
 
     __slots__ = (
         "_acceptor",
+        "_budget",
         "_expired",
-        "_held",
+        "_given",
         "_hub",
         "_raw",
         "_readable",
+        "_sending",
         "_stop_waiting",
         "_taker",
         "_waiting",
@@ -70,6 +80,7 @@ class Connection:
         "at",
         "body",
         "buf",
+        "fresh",
         "gateway",
         "greenlet",
         "head",
@@ -106,33 +117,30 @@ class Connection:
         self._waiting: Any = None
         self._stop_waiting: Any = gateway.heads.remove
         self._expired = False
+        #: bytes of a body that may still be dropped, while one is
+        self._budget: int | None = None
+        #: a greenlet that waits until it can send
+        self._sending: Any = None
         self._taker: Any = None
-        #: the end of a response, which leaves with others
-        self._held = b""
+        self._given = False
+        #: whether it has had no request
+        self.fresh = True
 
     # --- between requests ------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Serve it, in a greenlet that has nothing else to do."""
-        runners = self.gateway.runners
-        if runners:
-            runners.pop().switch(self)
-        else:
-            gevent.Greenlet(_serve_connections, runners, self).start()
+        """Serve it, in a greenlet of its own."""
+        gevent.Greenlet(self._run).start()
 
     def _ready(self) -> None:
         """Called in the hub when there is something to read."""
         self._readable.stop()
         self._stop_waiting(self, None)
-        runners = self.gateway.runners
-        if runners:
-            runners.pop().switch(self)
-        else:
-            gevent.Greenlet(_serve_connections, runners, self).start()
+        gevent.Greenlet(self._run).start()
 
     def _park(self, deadlines: Deadlines) -> None:
         """Wait for a request without a greenlet."""
-        self.greenlet = None
+        self.greenlet = self._waiting = None
         self._expired = False
         self._stop_waiting = deadlines.remove
         deadlines.add(self)
@@ -147,6 +155,23 @@ class Connection:
             self._waiting.switch()
 
     # --- the loop --------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """A greenlet's life: while the connection is busy."""
+        linger: bool | None = False
+        try:
+            linger = self.serve(getcurrent())
+            if linger:
+                self.linger()
+        except ClientDisconnected as error:
+            self.gateway.log.debug("%s", error)
+        except gevent.GreenletExit:
+            pass
+        except BaseException:
+            self.gateway.log.exception("Error on a connection")
+        finally:
+            if linger is not None:
+                self.close()
 
     def serve(self, greenlet: Any) -> bool | None:  # noqa: PLR0915 - the hot loop is one, in one place
         """Answer the requests that there are, until it must wait for the next or is to end.
@@ -169,7 +194,7 @@ class Connection:
             try:
                 data = recv(_READ)
             except BlockingIOError:
-                self._park(gateway.idle if self.head else gateway.heads)
+                self._park(gateway.heads if self.fresh else gateway.idle)
                 return None
             except OSError as error:
                 raise client_gone(error) from None
@@ -187,6 +212,8 @@ class Connection:
                 head, self.buf = data[:end], data[end:]
             self.at = 0
             self.head = head
+            self.fresh = False
+            self.response = None
             try:
                 environ, length, persist, request = read(head, self.peer)
             except HookFailed as error:
@@ -197,27 +224,27 @@ class Connection:
                 self._refuse(None, error)
                 return True
             if length:
-                self._take_body(environ, length)
+                self._take_body(environ, length, request)
             else:
                 self.body = NO_BODY
-            upgrade = self.buf and "HTTP_UPGRADE" in environ
+            upgrade = self.buf and not length and "HTTP_UPGRADE" in environ
             if upgrade:
                 # who takes the connection reads from the socket: what came with the request is there, too
                 self.sock.early, self.buf = self.buf, b""
 
             if not self._answer(environ, persist, request):
-                return self._unread()
+                return self._unread() or (persist and self._more_came())
 
             if length and not self._next_begins():
                 return True
             if upgrade:
                 self.buf, self.sock.early = self.sock.early, b""
-            if self._taker is not None:
-                break
             data = self.buf[self.at :] if self.at else self.buf
+            self.buf, self.at = data, 0
+            if self._taker is not None:
+                self._given = True
+                return False
             if data:
-                if self._held:
-                    self._send_held_first()
                 pipelined += 1
                 if pipelined % _PIPELINED == 0:
                     gevent.sleep(0)
@@ -232,6 +259,7 @@ class Connection:
                     readable.stop()
                     lull.remove(self, None)
                 if self._taker is not None:
+                    self._given = True
                     return False
                 if self._expired:
                     self._park(gateway.idle)
@@ -277,16 +305,19 @@ class Connection:
                     response.close()
             finally:
                 if began and response.headers_sent:
-                    gateway.access.write(response, self._request_of(request), environ, perf_counter() - began)
+                    took = perf_counter() - began
+                    gateway.access.write(response, self._request_of(request), environ, took, self.head)
                 if result.__class__ is not list and hasattr(result, "close"):
                     result.close()
-        except StopIteration:
-            # the application has taken the connection and is done with it: Flask-Sock's way to say so
+        except StopIteration as error:
+            # Flask-Sock's way to say that it has taken the connection and is done with it
+            if not self.sock.taken and not response.headers_sent:
+                self._failed(error, environ, request)
             return False
         except gevent.GreenletExit:
             raise
         except BaseException as error:
-            self._failed(error, request)
+            self._failed(error, environ, request)
             return False
         finally:
             if gateway.after is not None:
@@ -336,17 +367,15 @@ class Connection:
             heads.remove(self, None)
         return bytes(came)
 
-    def _take_body(self, environ: dict[str, Any], length: int) -> None:
+    def _take_body(self, environ: dict[str, Any], length: int, request: Any) -> None:
         expect = (
             "HTTP_EXPECT" in environ
             and environ["SERVER_PROTOCOL"] != "HTTP/1.0"
             and environ["HTTP_EXPECT"].lower() == "100-continue"
         )
         if length == CHUNKED:
-            reader, head, peer = self.gateway.reader, self.head, self.peer
-            self.body = ChunkedBody(
-                self, expect, reader.field_limit, reader.total_limit, lambda: reader.request(head, peer)
-            )
+            limit = self.gateway.reader.field_limit
+            self.body = ChunkedBody(self, expect, limit, self._request_of(request))
         else:
             self.body = LengthBody(self, length, expect)
 
@@ -365,6 +394,16 @@ class Connection:
         body.end()
         return not over
 
+    def _more_came(self) -> bool:
+        """Whether the client has sent more than the request after which the connection ends."""
+        if self.buffered():
+            return True
+        if self.sock.taken:
+            return False  # it may be closed
+        with contextlib.suppress(OSError):
+            return bool(ioctl(self._raw.fileno(), FIONREAD, b"\0\0\0\0") != b"\0\0\0\0")
+        return False
+
     def _request_of(self, request: Any) -> Any:
         """gunicorn's request object, made where it does not exist and somebody asks for it."""
         reader, head, peer = self.gateway.reader, self.head, self.peer
@@ -374,7 +413,7 @@ class Connection:
         """A request that never reaches the application; nothing after it is read as a request."""
         self.gateway.refuse(request, self.sock, self.addr, error)
 
-    def _failed(self, error: BaseException, request: Any) -> None:
+    def _failed(self, error: BaseException, environ: dict[str, Any], request: Any) -> None:
         """The application has failed, or its client has."""
         gateway = self.gateway
         response = self.response
@@ -385,13 +424,13 @@ class Connection:
         elif isinstance(error, ClientDisconnected):
             gateway.log.debug("%s", error)
             if error.incomplete and not begun:
-                self._say(400, "Bad Request", "The request's body is not complete.")
+                self._turn_away(400, "Bad Request", "The request's body is not complete.", environ, request)
         elif isinstance(error, AnswerBrokeOff):
             gateway.log.warning("%s", error)
         elif isinstance(error, BodyTimeout):
             gateway.log.info("%s (%s)", error, self._from())
             if not begun:
-                self._say(408, "Request Timeout", "The request took too long.")
+                self._turn_away(408, "Request Timeout", "The request took too long.", environ, request)
         elif begun or self.sock.taken:
             # a 500 now would be read as more of the body, or as another protocol
             gateway.log.exception("Error handling request", exc_info=error)
@@ -413,12 +452,24 @@ class Connection:
     def _from(self) -> str:
         return str(self.addr[0]) if isinstance(self.addr, tuple) else "unix:"
 
+    def _turn_away(self, status: int, reason: str, text: str, environ: dict[str, Any], request: Any) -> None:
+        """Answer a client that has not kept its side; the access log has it, too."""
+        self._say(status, reason, text)
+        if self.gateway.access.enabled:
+            response = Response(self, environ, request)
+            response.status = f"{status} {reason}"
+            response.sent = len(text)
+            self.gateway.access.write(response, self._request_of(request), environ, 0.0, self.head)
+
     def _say(self, status: int, reason: str, text: str) -> None:
         with contextlib.suppress(OSError):
             util.write_error(self.sock, status, reason, text)
 
     def _reset(self) -> None:
         if isinstance(self.addr, tuple):
+            # and nothing is waited for, which would end it cleanly first
+            self.body.end()
+            self.body = NO_BODY
             with contextlib.suppress(OSError):
                 self._raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
@@ -454,13 +505,74 @@ class Connection:
         while True:
             try:
                 data: bytes = self._raw.recv(most)
-                return data
             except BlockingIOError:
-                self._wait(self.gateway.bodies)
+                # while a body is dropped, one deadline holds for all of it
+                self._wait(self.gateway.bodies if self._budget is None else None)
                 if self._expired:
+                    self._expired = False
                     raise BodyTimeout(self.gateway.bodies.seconds) from None
+                continue
             except OSError as error:
                 raise client_gone(error) from None
+            if self._budget is not None:
+                self._budget -= len(data)
+                if self._budget < 0:
+                    raise BodyTimeout(0.0)
+            return data
+
+    def drain(self, body: Body, most: int) -> bool:
+        """Read and drop the rest of a body.
+
+        :param most: bytes that it may have on the wire, framing included. All of it has the time of
+            a request's head.
+        :returns: whether that was all.
+        """
+        self._budget = most - self.buffered()
+        self.gateway.heads.add(self)
+        try:
+            while body.read1():
+                pass
+        except Exception:
+            return False
+        finally:
+            self._budget = None
+            self.gateway.heads.remove(self, None)
+        return True
+
+    def trailers(self, most: int) -> bytes:
+        """The lines up to an empty one, which is used up with them.
+
+        :param most: bytes that there may be. All of them have the time of a request's head.
+        """
+        heads = self.gateway.heads
+        came = bytearray(self.buf[self.at :])
+        seen = 0
+        if self._budget is None:
+            heads.add(self)
+        try:
+            while True:
+                if came.startswith(b"\r\n"):
+                    end, skip = 0, 2
+                    break
+                end, skip = came.find(b"\r\n\r\n", max(seen - 3, 0)), 4
+                if end >= 0:
+                    break
+                check_lines(came, seen)
+                if len(came) > most:
+                    raise LimitRequestHeaders("limit request trailer section size")
+                seen = len(came)
+                more = self._read(_READ)
+                if self._expired:
+                    self._expired = False
+                    raise BodyTimeout(heads.seconds)
+                if not more:
+                    raise body_broke_off()
+                came += more
+        finally:
+            if self._budget is None:
+                heads.remove(self, None)
+        self.buf, self.at = bytes(came[end + skip :]), 0
+        return bytes(came[:end])
 
     def _read(self, most: int) -> bytes:
         """What there is to read, when the hub has said that there is something."""
@@ -477,6 +589,8 @@ class Connection:
 
     def _wait(self, deadlines: Deadlines | None) -> None:
         """Wait until there is something to read, or until it is too late (``_expired``)."""
+        if self._readable.active:
+            raise ConcurrentObjectUseError("another greenlet reads the request's body already")
         self._waiting = getcurrent()
         self._expired = False
         if deadlines is not None:
@@ -492,53 +606,11 @@ class Connection:
 
     # --- writing ---------------------------------------------------------------------------------
 
-    def send_last(self, data: bytes) -> None:
-        """Send the end of a response, now or together with those that are ready in this turn of the loop.
-
-        Every piece that is sent wakes its client, which on a virtual machine costs more than all the
-        rest of a small request. Clients whose answers leave one right after the other are awake
-        already.
-        """
-        gateway = self.gateway
-        if gateway.hold_off:
-            gateway.hold_off -= 1
-        elif len(data) <= _HELD and not self._held:
-            self._held = data
-            gateway.hold(self)
-            return
-        self.send(data)
-
-    def send_held(self) -> None:
-        """Called in the hub: what was held leaves."""
-        data = self._held
-        try:
-            sent = self._raw.send(data)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            sent = len(data)  # what is read next tells that the client has gone
-        self._held = data[sent:]
-        if self._held and self._writable is None:
-            self._writable = self._hub.loop.io(self._raw.fileno(), _WRITABLE)
-        if self._held and not self._writable.active:
-            self._writable.start(self.send_held)
-        elif not self._held and self._writable is not None:
-            self._writable.stop()
-
-    def _send_held_first(self) -> None:
-        """Something else is to be sent: what was held goes before it."""
-        if self._writable is not None:
-            self._writable.stop()
-        data, self._held = self._held, b""
-        self._send_rest(memoryview(data))
-
     def send(self, data: bytes) -> None:
         """Send all of it.
 
         :raises ClientDisconnected: when the client is gone.
         """
-        if self._held:
-            self._send_held_first()
         try:
             sent = self._raw.send(data)
         except BlockingIOError:
@@ -550,8 +622,6 @@ class Connection:
 
     def send_two(self, head: bytes, body: bytes) -> None:
         """Send two pieces without copying the second."""
-        if self._held:
-            self._send_held_first()
         try:
             sent = self._raw.sendmsg((head, body))
         except BlockingIOError:
@@ -585,7 +655,9 @@ class Connection:
                 self._wait_writable()
                 continue
             except OSError as error:
-                raise client_gone(error) from None
+                if error.errno in _CLIENT_GONE:
+                    raise client_gone(error) from None
+                raise  # the file's
             if not sent:
                 break
             done += sent
@@ -596,7 +668,10 @@ class Connection:
     def _wait_writable(self) -> None:
         if self._writable is None:
             self._writable = self._hub.loop.io(self._raw.fileno(), _WRITABLE)
-        self._writable.start(getcurrent().switch)
+        if self._writable.active:
+            raise ConcurrentObjectUseError("another greenlet sends the response's body already")
+        self._sending = getcurrent()
+        self._writable.start(self._sending.switch)
         try:
             self._hub.switch()
         finally:
@@ -611,7 +686,7 @@ class Connection:
 
     def hurry(self) -> None:
         """The worker leaves: a client that has not begun gets as long as an idle one."""
-        if self.greenlet is None and not self.head:
+        if self.greenlet is None and self.fresh:
             self._stop_waiting(self, None)
             self._stop_waiting = self.gateway.idle.remove
             self.gateway.idle.add(self)
@@ -619,13 +694,20 @@ class Connection:
     def give_up(self, taker: Any) -> None:
         """Give the connection away between two requests: at once when it waits for one.
 
+        It is not given when it is to end after the request that it serves.
+
         :param taker: called with the socket, the peer's address and the bytes read ahead.
         """
         self._taker = taker
         if self.greenlet is None:
+            self._given = True
             self.close()
-        elif self.gateway.lull.remove(self, None) is not None:
-            self._hub.loop.run_callback(self.greenlet.switch)
+        else:
+            self._hub.loop.run_callback(self._wake)
+
+    def _wake(self) -> None:
+        if self.gateway.lull.remove(self, None) is not None:
+            self.greenlet.switch()
 
     def linger(self) -> None:
         """Let the client read its answer although it may still be sending (RFC 9112 section 9.6).
@@ -634,8 +716,6 @@ class Connection:
         answer.
         """
         try:
-            if self._held:
-                self._send_held_first()
             self._raw.shutdown(socket.SHUT_WR)
             end = monotonic() + _LINGER
             while monotonic() < end:
@@ -647,58 +727,17 @@ class Connection:
 
     def close(self) -> None:
         """The end, whatever it was doing."""
-        if self._held:
-            self.send_held()
         self._stop_waiting(self, None)
-        self._readable.close()
-        if self._writable is not None:
-            self._writable.close()
         self.body.end()
-        self.sock.error = self.response = self.greenlet = self._waiting = None
+        # greenlets of the application that still use the body or the response
+        for watcher, greenlet in (self._readable, self._waiting), (self._writable, self._sending):
+            if watcher is not None:
+                if watcher.active and greenlet is not None:
+                    self._hub.loop.run_callback(greenlet.throw, body_broke_off())
+                watcher.close()
+        self.sock.error = self.response = self.greenlet = self._waiting = self._sending = None
         self._acceptor.ended(self)
-        if self._taker is not None:
-            self._taker(self.sock, self.addr, self.buf[self.at :])
+        if self._given:
+            self._taker(self.sock, self.addr, self.buf)
         else:
             self.sock.close()
-
-
-def _serve_connections(runners: list[Any], connection: Any) -> None:
-    """The life of a greenlet that serves connections: one after the other, as they have requests.
-
-    A connection that waits for a request has no greenlet, which is what costs memory; and a greenlet
-    that is used again costs no time to make.
-
-    :param runners: the greenlets that have nothing to do; the last to join is the first to be used.
-    """
-    me = getcurrent()
-    wait = get_hub().switch
-    while True:
-        # what the last request left in context variables is not the next one's
-        me.gr_context = None
-        try:
-            linger = connection.serve(me)
-            if linger is not None:
-                if linger:
-                    connection.linger()
-                connection.close()
-        except ClientDisconnected as error:
-            connection.gateway.log.debug("%s", error)
-            connection.close()
-        except gevent.GreenletExit:
-            connection.close()
-            raise
-        except BaseException:
-            connection.gateway.log.exception("Error on a connection")
-            connection.close()
-        if len(runners) >= _SPARE:
-            return
-        runners.append(me)
-        connection = None
-        while connection.__class__ is not Connection:
-            try:
-                connection = wait()
-            except gevent.GreenletExit:
-                runners.remove(me)
-                return
-            except BaseException:  # noqa: S112 - a timeout that a request began and did not cancel
-                continue

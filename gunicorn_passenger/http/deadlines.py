@@ -52,8 +52,9 @@ class Deadlines:
         while self._since:
             waiting, since = next(iter(self._since.items()))
             if since > limit:
-                if self._timer is None:
-                    self._start(since - limit)
+                if self._timer is not None:
+                    self._timer.close()  # of one that was added meanwhile
+                self._start(since - limit)
                 return
             del self._since[waiting]
             waiting.expire()

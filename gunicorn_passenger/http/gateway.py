@@ -8,10 +8,8 @@ from __future__ import annotations
 import io
 import logging
 import sys
-from time import perf_counter
 from typing import Any
 
-from gevent import get_hub
 from gunicorn.http import message
 from gunicorn.http.wsgi import WSGIErrorsWrapper, base_environ
 from gunicorn.workers.base import Worker as GunicornWorker
@@ -25,14 +23,6 @@ from gunicorn_passenger.settings import Timeouts
 _REMEMBER = 4096
 #: Seconds that a busy client may pause; it is over when nobody else has work for longer than that.
 _LULL = 0.1
-#: How many answers leave together, at most.
-_TOGETHER = 16
-#: Seconds that they may take to become ready: no answer waits for an application that takes its time...
-_SLOW = 0.003
-#: ...and seconds for each within which its client has had no time to fall asleep, so that nothing is won.
-_QUICK = 0.000025
-#: How many answers leave at once, each for itself, before it is tried again.
-_HOLD_OFF = 200
 #: Seconds that a client gets to read its answer when the connection ends before its request has.
 _LINGER = 2.0
 
@@ -62,6 +52,9 @@ class ErrorStream(io.RawIOBase):
     def writable(self) -> bool:
         return True
 
+    def close(self) -> None:
+        """It is the server's, not the application's to close."""
+
     def write(self, data: Any) -> int:
         # made anew: the log may have been reopened since
         WSGIErrorsWrapper(self._cfg).write(data)
@@ -85,6 +78,8 @@ class Gateway:
         self.worker = worker
         self.sockname = sockname
         self.keepalive = bool(cfg.keepalive)
+        #: whether the server accepts no more
+        self.closing = False
         self.sendfile = cfg.sendfile is not False
         self.after = self._hook("post_request")
         before = self._hook("pre_request")
@@ -102,14 +97,6 @@ class Gateway:
         self.heads = Deadlines(timeouts.head)
         self.bodies = Deadlines(timeouts.body)
         self.lingering = Deadlines(_LINGER)
-        #: connections whose answers leave at the end of this turn of the loop, and since when
-        self._held: list[Any] = []
-        self._held_since = 0.0
-        #: how many answers leave at once before it is tried again to let them leave together
-        self.hold_off = 0
-        self._later = get_hub().loop.run_callback
-        #: greenlets that have nothing to do
-        self.runners: list[Any] = []
         self._template = base_environ(cfg) | {"wsgi.errors": ErrorStream(cfg), "wsgi.multithread": True}
         if isinstance(sockname, tuple):
             self._template |= {"SERVER_NAME": sockname[0], "SERVER_PORT": str(sockname[1])}
@@ -168,27 +155,9 @@ class Gateway:
         """gunicorn's answer to a bad request or a failed application, in the logs and to the client."""
         GunicornWorker.handle_error(self, request, sock, addr, error)
 
-    def hold(self, connection: Any) -> None:
-        """Let an answer leave together with others of this turn of the loop."""
-        held = self._held
-        if not held:
-            self._held_since = perf_counter()
-            self._later(self._let_go)
-        held.append(connection)
-        if len(held) == _TOGETHER:
-            self._let_go()
-
-    def _let_go(self) -> None:
-        """The turn is over, or there are enough: they leave."""
-        if not self._held:
-            return
-        held, self._held = self._held, []
-        took = perf_counter() - self._held_since
-        if took > _SLOW or (len(held) > 1 and took < _QUICK * (len(held) - 1)):
-            self.hold_off = _HOLD_OFF
-        for connection in held:
-            if connection._held:
-                connection.send_held()
+    def goes_on(self) -> bool:
+        """Whether connections may be kept: the worker stays, and so does the server."""
+        return not self.closing and bool(self.worker.alive)
 
     def count_out(self) -> None:
         """A worker that is to be replaced after so many requests has had them."""

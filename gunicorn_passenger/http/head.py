@@ -254,7 +254,13 @@ class HeadReader:
 
         persist = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
         if "HTTP_CONNECTION" in environ:
-            persist = persists(environ["HTTP_CONNECTION"], persist)
+            connection = environ["HTTP_CONNECTION"].lower()
+            if persist:
+                persist = not _closes(connection)
+            elif "," in connection:
+                return self.read_by_the_book(head, peer)
+            else:
+                persist = connection == "keep-alive"
         if method == "CONNECT":
             persist = False  # what follows is tunnel data (RFC 9931 section 8)
         return environ, length, persist, None
@@ -304,11 +310,7 @@ class HeadReader:
         request._expected_100_continue = False  # the body asks for it, when it is read
         _, environ = wsgi.create(request, _NoSocket(), peer.addr, self.sockname, self.cfg)
         environ.update(peer.base)
-        persist = (
-            not request.must_close
-            and request.method != "CONNECT"
-            and persists(environ.get("HTTP_CONNECTION", ""), request.version >= (1, 1))
-        )
+        persist = not request.should_close() and not _closes(environ.get("HTTP_CONNECTION", "").lower())
         return environ, length, persist, request
 
     # --- less than a head ------------------------------------------------------------------------
@@ -326,35 +328,36 @@ class HeadReader:
         if line < 0:
             if data.find(b"\n", start) >= 0:
                 raise InvalidRequestLine("bare LF as line terminator")
-            if len(data) - start - 2 > self.line_limit > 0:
-                raise LimitRequestLine(len(data), self.line_limit)
+            if len(data) - start - 2 > (self.line_limit or self.total_limit):
+                raise LimitRequestLine(len(data), self.line_limit or self.total_limit)
             return
         if line + 2 > seen:
             # the request line has just been completed: gunicorn does not wait to judge it, either
             with contextlib.suppress(NoMoreData):
                 self.request(bytes(data), peer)
-        at = data.find(b"\n", max(seen, line + 2))
-        while at >= 0:
-            if data[at - 1] != 13:
-                raise InvalidHeader("bare LF as line terminator")
-            at = data.find(b"\n", at + 1)
+        check_lines(data, max(seen, line + 2))
         if len(data) - data.rfind(b"\r\n") > self.field_limit + 4:
             raise LimitRequestHeaders("limit request headers fields size")
         if len(data) > self.total_limit:
             raise LimitRequestHeaders("max buffer headers")
 
 
-def persists(connection: str, by_default: bool) -> bool:
-    """Whether a Connection field keeps the connection (RFC 9112 section 9.3).
+def check_lines(data: bytearray, seen: int) -> None:
+    """RFC 9112 section 2.2: lines end with CRLF.
 
-    :param by_default: what holds where it says neither: true for HTTP/1.1.
+    :param seen: how much has been checked before.
+    :raises InvalidHeader: for an LF alone.
     """
-    value = connection.lower()
-    if value == "keep-alive":
-        return True
-    if value == "close":
-        return False
-    return by_default and "close" not in (option.strip(" \t") for option in value.split(","))
+    at = data.find(b"\n", seen)
+    while at >= 0:
+        if at == 0 or data[at - 1] != 13:
+            raise InvalidHeader("bare LF as line terminator")
+        at = data.find(b"\n", at + 1)
+
+
+def _closes(connection: str) -> bool:
+    """Whether one of the options of a Connection field is "close" (RFC 9112 section 9.3)."""
+    return "close" in connection and "close" in (option.strip(" \t") for option in connection.split(","))
 
 
 def _limits(cfg: Any) -> tuple[int, int, int]:

@@ -185,6 +185,7 @@ class Response:
             self._started_before(exc_info)
         code, bodiless = _statuses.get(status) or _code_of(status)
         length = None
+        upgrade = False
         block = b""
         for pair in headers:
             try:
@@ -194,7 +195,7 @@ class Response:
             if field.kind is not _PLAIN:
                 if field.kind is not _LENGTH:
                     if field.kind is _UPGRADE:
-                        self.upgrade = True
+                        upgrade = True
                     continue
                 if length is not None:
                     if length != field.length:
@@ -208,6 +209,8 @@ class Response:
         self.status = status
         self.status_code = code
         self._block = block
+        if upgrade:
+            self.upgrade = True
         if bodiless or self.method == "HEAD":
             self._bodiless = True
             if not bodiless or code == 304:
@@ -314,7 +317,7 @@ class Response:
             self.close()
             return
         self.sent += len(data)
-        self._send_head(b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data), last=True)
+        self._send_head(b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data))
 
     def close(self) -> None:
         """The body is over.
@@ -324,7 +327,7 @@ class Response:
         if not self.headers_sent:
             if self.status is None:
                 raise AssertionError("start_response() was not called before the body ended")
-            self._send_head(b"0\r\n\r\n" if self.chunked else b"", last=True)
+            self._send_head(b"0\r\n\r\n" if self.chunked else b"")
         elif self.chunked:
             self._connection.send(b"0\r\n\r\n")
         length = self.response_length
@@ -336,8 +339,8 @@ class Response:
 
     def should_close(self) -> bool:
         """Whether the connection ends with this response (RFC 9112 sections 6.3 and 9.3)."""
-        if self.must_close or self.status_code == 101:
-            return True
+        if self.must_close or (self.status_code is not None and self.status_code < 200):
+            return True  # what follows a 1xx is the final answer, or another protocol
         if self.response_length is not None or self.chunked:
             return False
         return not self._bodiless
@@ -412,13 +415,9 @@ class Response:
                 self.status_code,
             )
 
-    def _send_head(self, body: bytes, last: bool = False) -> None:
-        """
-        :param body: what goes with it.
-        :param last: whether that is the end; where the length says so, it need not be said.
-        """
+    def _send_head(self, body: bytes) -> None:
         connection = self._connection
-        if connection.body.unread or not connection.gateway.worker.alive:
+        if connection.body.unread or not connection.gateway.goes_on():
             self.must_close = True
         if self.upgrade:
             word = "upgrade"
@@ -431,11 +430,7 @@ class Response:
             begin += b"Transfer-Encoding: chunked\r\n"
         self.headers_sent = True
         if len(body) < _JOIN:
-            data = b"%b%b\r\n%b" % (begin, self._block, body)
-            if word == "keep-alive" and (last or self.sent == self.response_length):
-                connection.send_last(data)
-            else:
-                connection.send(data)
+            connection.send(b"%b%b\r\n%b" % (begin, self._block, body))
         else:
             connection.send_two(b"%b%b\r\n" % (begin, self._block), body)
 

@@ -12,6 +12,15 @@ if os.environ.get("CONFIGURE"):
 
 calls = []
 kept = []
+local = threading.local()
+
+
+def _outcome(function, *arguments):
+    try:
+        function(*arguments)
+    except BaseException as error:
+        return type(error).__name__.encode()
+    return b"read"
 
 
 def application(environ, start_response):
@@ -64,6 +73,23 @@ def application(environ, start_response):
         return [b"x" * 10_000_000, b"y" * 10_000_000]
     elif path == "/blob":
         answer = environ["QUERY_STRING"].encode() * 3000
+    elif path == "/echo":
+        answer = b"echo:" + body.read()
+    elif path == "/other-greenlet":
+        # a program's mistake: the body is read by another greenlet while the response is over
+        gevent.spawn_later(0.05, lambda: kept.append(_outcome(body.read, 4)))
+    elif path == "/outcomes":
+        answer = b" ".join(kept)
+    elif path == "/local":
+        answer = getattr(local, "who", "nobody").encode()
+        local.who = environ["QUERY_STRING"]
+    elif path == "/stop":
+        next(iter(()))
+    elif path == "/errors":
+        environ["wsgi.errors"].write("to the log\n")
+        environ["wsgi.errors"].close()
+    elif path == "/change":
+        environ["HTTP_X_WHO"] = "changed"
     elif path == "/sleep":
         threading.Event().wait(float(environ["QUERY_STRING"]))
     start_response("200 OK", [("Content-Length", str(len(answer)))])
