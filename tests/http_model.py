@@ -237,7 +237,7 @@ def disagreement(gate: Gateway, cfg: Config, data: bytes, cuts: list[int]) -> st
         return f"requests: ours {mine!r}, gunicorn's {other!r}"
     if my_end == other_end or (my_end == BROKEN and other_end == 400):
         return ""
-    refused = (400, 414, 431)
-    if my_end in refused and (other_end in (EOF, BROKEN) or (other_end in refused and len(pieces) > 1)):
+    early = (400, 414, 431)
+    if my_end in early and (other_end in (EOF, BROKEN) or (other_end in (*early, 417, 501) and len(pieces) > 1)):
         return ""
     return f"end: ours {my_end!r}, gunicorn's {other_end!r}"
