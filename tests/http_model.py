@@ -75,6 +75,7 @@ class _Raw:
 class _Sock:
     def __init__(self, raw: _Raw) -> None:
         self._sock = raw
+        self._read_event = _Nothing()
         self.early = b""
         self.taken = False
         self.error: OSError | None = None
@@ -238,6 +239,8 @@ def disagreement(gate: Gateway, cfg: Config, data: bytes, cuts: list[int]) -> st
     if my_end == other_end or (my_end == BROKEN and other_end == 400):
         return ""
     early = (400, 414, 431)
-    if my_end in early and (other_end in (EOF, BROKEN) or (other_end in (*early, 417, 501) and len(pieces) > 1)):
+    if my_end in early and (
+        other_end in (EOF, BROKEN) or (other_end in (*early, 417, 501) and len(pieces) > 1)
+    ):
         return ""
     return f"end: ours {my_end!r}, gunicorn's {other_end!r}"

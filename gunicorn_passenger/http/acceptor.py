@@ -65,16 +65,10 @@ class Acceptor:
                 if error.errno not in _GONE:
                     self._wait_for_room(error)
                 return
-            self._serve(ClientSocket(self._family, SOCK_STREAM, self._proto, fd), addr)
+            self.adopt(ClientSocket(self._family, SOCK_STREAM, self._proto, fd), addr)
             if len(self._connections) >= self._limit:
                 self._watcher.stop()
                 return
-
-    def _serve(self, sock: Any, addr: Any, early: bytes = b"") -> Connection:
-        connection = Connection(self, self.gateway, sock, addr, early)
-        self._connections.add(connection)
-        connection.begin()
-        return connection
 
     def adopt(self, sock: Any, addr: Any, early: bytes = b"") -> Connection:
         """Serve a connection that somebody else has accepted.
@@ -83,7 +77,10 @@ class Acceptor:
         :param addr: what ``accept()`` gave.
         :param early: bytes that were read from it before.
         """
-        return self._serve(sock, addr, early)
+        connection = Connection(self, self.gateway, sock, addr, early)
+        self._connections.add(connection)
+        connection.begin()
+        return connection
 
     def ended(self, connection: Connection) -> None:
         """Called by a connection at its end."""

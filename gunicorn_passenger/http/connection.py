@@ -56,7 +56,7 @@ _SENDFILE = 1 << 20
 #: Seconds that a closing connection reads what its client still sends.
 _LINGER = 10.0
 
-_READABLE, _WRITABLE = 1, 2
+_WRITABLE = 2
 _CLIENT_GONE = {errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ECONNABORTED}
 
 
@@ -109,7 +109,8 @@ class Connection:
         self.body: Body = NO_BODY
         self.response: Response | None = None
         self._hub = get_hub()
-        self._readable = self._hub.loop.io(sock.fileno(), _READABLE)
+        # gevent has made this watcher for the socket; another one would cost a new connection more
+        self._readable = sock._read_event
         self._writable: Any = None
         #: the greenlet that serves it; none while it waits for a request
         self.greenlet: Any = None
@@ -136,12 +137,13 @@ class Connection:
         """Called in the hub when there is something to read."""
         self._readable.stop()
         self._stop_waiting(self, None)
-        gevent.Greenlet(self._run).start()
+        gevent.Greenlet(self._run).switch()
 
     def _park(self, deadlines: Deadlines) -> None:
         """Wait for a request without a greenlet."""
         self.greenlet = self._waiting = None
         self._expired = False
+        self.head = b""
         self._stop_waiting = deadlines.remove
         deadlines.add(self)
         self._readable.start(self._ready)
@@ -729,15 +731,22 @@ class Connection:
         """The end, whatever it was doing."""
         self._stop_waiting(self, None)
         self.body.end()
-        # greenlets of the application that still use the body or the response
-        for watcher, greenlet in (self._readable, self._waiting), (self._writable, self._sending):
-            if watcher is not None:
-                if watcher.active and greenlet is not None:
-                    self._hub.loop.run_callback(greenlet.throw, body_broke_off())
-                watcher.close()
+        if self.greenlet is None:
+            self._readable.stop()
+        elif self._waiting is not self.greenlet:
+            self._strand(self._readable, self._waiting)
+        if self._writable is not None:
+            if self._writable.active:
+                self._strand(self._writable, self._sending)
+            self._writable.close()
         self.sock.error = self.response = self.greenlet = self._waiting = self._sending = None
         self._acceptor.ended(self)
         if self._given:
             self._taker(self.sock, self.addr, self.buf)
         else:
             self.sock.close()
+
+    def _strand(self, watcher: Any, greenlet: Any) -> None:
+        """A greenlet of the application still uses the body or the response."""
+        watcher.stop()
+        self._hub.loop.run_callback(greenlet.throw, body_broke_off())
