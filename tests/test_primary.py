@@ -204,7 +204,8 @@ def test_start_with_our_own_servers(start, port):
     passenger.serve_forever()
         """,
     )
-    process = start.start_script(script, "-w", "2").wait_ready()
+    # the primary is served from the script's first listen on; the script is still on its way to the second
+    process = start.start_script(script, "-w", "2").wait_ready().wait_ready(port)
     assert fetch(process.socket)[1] == "primary"
     assert fetch(port)[1] == "second"
 
