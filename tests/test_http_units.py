@@ -1,0 +1,204 @@
+"""Parts of the HTTP core by themselves, where a real server could only show them by chance."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import http_model
+import pytest
+from gunicorn.config import Config
+
+from gunicorn_passenger.http import deadlines as deadlines_module
+from gunicorn_passenger.http.access import AccessLog
+from gunicorn_passenger.http.deadlines import Deadlines
+from gunicorn_passenger.http.response import InvalidResponseHeader, Response
+
+
+class Loop:
+    """A loop whose time is what the test says."""
+
+    def __init__(self) -> None:
+        self.time = 100.0
+        self.timers: list[Any] = []
+
+    def now(self) -> float:
+        return self.time
+
+    def timer(self, seconds: float) -> Any:
+        timer = Timer(self, self.time + seconds)
+        self.timers.append(timer)
+        return timer
+
+    def advance(self, seconds: float) -> None:
+        end = self.time + seconds
+        while due := sorted((t for t in self.timers if t.when <= end), key=lambda t: t.when):
+            self.time = max(self.time, due[0].when)
+            self.timers.remove(due[0])
+            due[0].callback()
+        self.time = end
+
+
+class Timer:
+    def __init__(self, loop: Loop, when: float) -> None:
+        self.loop, self.when = loop, when
+        self.callback: Any = None
+
+    def start(self, callback: Any) -> None:
+        self.callback = callback
+
+    def close(self) -> None:
+        if self in self.loop.timers:
+            self.loop.timers.remove(self)
+
+
+class Waiting:
+    def __init__(self, loop: Loop, again: Deadlines | None = None) -> None:
+        self.loop, self.again = loop, again
+        self.expired: list[float] = []
+
+    def expire(self) -> None:
+        self.expired.append(self.loop.time)
+        if self.again is not None:
+            again, self.again = self.again, None
+            again.add(self)
+
+
+@pytest.fixture
+def loop(monkeypatch: pytest.MonkeyPatch) -> Loop:
+    loop = Loop()
+    monkeypatch.setattr(deadlines_module, "get_hub", lambda: type("Hub", (), {"loop": loop}))
+    return loop
+
+
+def test_each_wait_has_its_own_deadline_also_when_one_begins_another(loop: Loop) -> None:
+    deadlines = Deadlines(1.0)
+    first, second, third = Waiting(loop, again=deadlines), Waiting(loop), Waiting(loop)
+    deadlines.add(first)
+    loop.advance(0.25)
+    deadlines.add(second)
+    loop.advance(0.25)
+    deadlines.add(third)
+    deadlines.remove(third, None)
+    loop.advance(10)
+    assert [round(at, 2) for at in first.expired] == [101.0, 102.0]
+    assert [round(at, 2) for at in second.expired] == [101.25]
+    assert third.expired == []
+
+
+def test_nobody_waits_no_timer(loop: Loop) -> None:
+    deadlines = Deadlines(1.0)
+    waiting = Waiting(loop)
+    for _ in range(100):
+        deadlines.add(waiting)
+        deadlines.remove(waiting, None)
+    loop.advance(10)
+    assert loop.timers == []
+    assert waiting.expired == []
+
+
+class Wire:
+    """A connection that keeps what it is sent."""
+
+    def __init__(self) -> None:
+        self.gateway = http_model.gateway(Config())
+        self.body = type("Body", (), {"unread": False})
+        self.sent = b""
+
+    def send(self, data: bytes) -> None:
+        self.sent += data
+
+
+def response(protocol: str = "HTTP/1.1", method: str = "GET") -> tuple[Response, Wire]:
+    wire = Wire()
+    return Response(wire, {"SERVER_PROTOCOL": protocol, "REQUEST_METHOD": method}, None), wire
+
+
+def test_a_start_response_that_failed_leaves_nothing() -> None:
+    answer, wire = response()
+    with pytest.raises(InvalidResponseHeader):
+        answer.start_response("101 Switching", [("Connection", "upgrade"), ("X", "a\r\nb")])
+    answer.start_response("200 OK", [("Content-Length", "2")])
+    answer.send_all([b"ok"])
+    assert b"Connection: keep-alive\r\n" in wire.sent
+    assert b"X:" not in wire.sent
+
+
+@pytest.mark.parametrize("value", ["a\r\nb", "a\nb", "a\rb", "a\0", "\x7f", "\u0100"])
+def test_a_bad_field_is_refused_each_time(value: str) -> None:
+    for _ in range(3):
+        answer, _ = response()
+        with pytest.raises(InvalidResponseHeader):
+            answer.start_response("200 OK", [("X-Good", "a"), ("X-Bad", value)])
+
+
+def test_a_last_answer_of_1xx_ends_the_connection() -> None:
+    answer, _ = response()
+    answer.start_response("102 Processing", [])
+    answer.send_all([])
+    assert answer.should_close()
+
+
+def test_hooks_see_the_trailers() -> None:
+    seen: list[Any] = []
+    cfg = Config()
+    cfg.set("post_request", lambda worker, req, environ, resp: seen.append((req.trailers, resp.status)))
+    got, end, _ = http_model.ours(
+        http_model.gateway(cfg),
+        [b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\nX-T: v\r\n\r\n"],
+    )
+    assert len(got) == 1
+    assert end == http_model.EOF
+    assert seen == [([("X-T", "v")], "200 OK")]
+
+
+def test_post_request_after_a_pre_request_that_failed() -> None:
+    seen: list[Any] = []
+
+    def before(worker: Any, req: Any) -> None:
+        if req.path == "/bad":
+            raise RuntimeError("of the hook")
+
+    cfg = Config()
+    cfg.set("pre_request", before)
+    cfg.set(
+        "post_request",
+        lambda worker, req, environ, resp: seen.append((req.path, environ == {}, resp is None)),
+    )
+    got, _, _ = http_model.ours(
+        http_model.gateway(cfg),
+        [b"GET /good HTTP/1.1\r\n\r\nGET /bad HTTP/1.1\r\n\r\nGET /after HTTP/1.1\r\n\r\n"],
+    )
+    assert [environ["PATH_INFO"] for environ, _ in got] == ["/good"]
+    assert seen == [("/good", False, False), ("/bad", True, True)]
+
+
+def test_other_handlers_get_the_access_log_too(tmp_path: Any) -> None:
+    answer, _ = response()
+    answer.start_response("200 OK", [("Content-Length", "0")])
+    cfg = Config()
+    cfg.set("accesslog", str(tmp_path / "access.log"))
+    log = cfg.logger_class(cfg)
+    records: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            records.append(record.getMessage())
+
+    access = AccessLog(cfg, log)
+    environ = {"REQUEST_METHOD": "GET", "RAW_URI": "/", "SERVER_PROTOCOL": "HTTP/1.1", "REMOTE_ADDR": "a"}
+    handler = Handler()
+    logging.getLogger().addHandler(handler)
+    try:
+        access.write(answer, None, environ, 0.1, b"GET / HTTP/1.1\r\n\r\n")
+        assert records == []
+        log.access_log.propagate = True
+        access.write(answer, None, environ, 0.1, b"GET / HTTP/1.1\r\n\r\n")
+    finally:
+        log.access_log.propagate = False
+        logging.getLogger().removeHandler(handler)
+        for own in list(log.access_log.handlers):
+            own.close()
+            log.access_log.removeHandler(own)
+    assert len(records) == 1
+    assert (tmp_path / "access.log").read_text().count('"GET / HTTP/1.1" 200 0') == 2
