@@ -19,6 +19,8 @@ $(VENV)/installed: setup.cfg pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Error: Python 3.10 or newer is needed; say which with make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.' 'gunicorn$(GUNICORN)'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fast]' 'gunicorn$(GUNICORN)' || \
+	    echo "gunicorn_h1c was not installed (it needs a C compiler): requests are parsed by gunicorn's Python parser"
 	@touch $@
 
 $(VENV)/tested: $(VENV)/installed

@@ -262,7 +262,7 @@ def prepare(venv: Path, names: Sequence[str]) -> dict[str, str]:
     stamp = venv / "installed"
     if not stamp.exists() or stamp.stat().st_mtime < (ROOT / "setup.cfg").stat().st_mtime:
         progress("installing gunicorn, gevent, Flask and this project")
-        if why := pip_install(venv, "gunicorn", "gevent", "Flask", "--editable", str(ROOT)):
+        if why := pip_install(venv, "gunicorn", "gevent", "Flask", "--editable", f"{ROOT}[fast]"):
             raise Failed(f"pip install: {why}")
         stamp.touch()
     installed = versions(venv)

@@ -36,7 +36,7 @@ from gunicorn.http.unreader import IterUnreader
 
 try:
     import gunicorn_h1c
-except ImportError:  # pragma: no cover - it is one of the package's requirements
+except ImportError:
     gunicorn_h1c = None
 
 #: the length of a body that is sent in chunks
