@@ -1,6 +1,7 @@
 """``gunicorn.socket``: a client's connection, as an application sees it that takes it over.
 
-Runs in: a worker. Must never: be used by the HTTP core itself, which works on the socket below.
+Runs in: a worker, in the application's greenlets. Must never: lie on the way of a plain request, for which
+the HTTP core works on the socket below.
 """
 
 from __future__ import annotations

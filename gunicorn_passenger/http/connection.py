@@ -3,9 +3,8 @@
 Runs in: a worker, one greenlet per busy connection. Must never: read what follows a refused request, or
 wait without a deadline for a client that owes something.
 
-A connection has a greenlet while it is busy. When its client says nothing for a moment, the greenlet goes
-back to the others that have nothing to do, and the hub alone waits: an idle connection costs its socket
-and little else, and a new one finds a greenlet ready.
+A connection has a greenlet of its own while it is busy. When its client says nothing for a moment, the
+greenlet ends and the hub alone waits: an idle connection costs its socket and little else.
 
 The loop works on the non-blocking socket itself and lets the hub tell when there is something to
 read. It asks the hub *before* it reads: after an answer there is mostly nothing there yet, so a read
@@ -688,7 +687,7 @@ class Connection:
 
     def hurry(self) -> None:
         """The worker leaves: a client that has not begun gets as long as an idle one."""
-        if self.greenlet is None and self.fresh:
+        if self.fresh and self._parked():
             self._stop_waiting(self, None)
             self._stop_waiting = self.gateway.idle.remove
             self.gateway.idle.add(self)
@@ -701,11 +700,15 @@ class Connection:
         :param taker: called with the socket, the peer's address and the bytes read ahead.
         """
         self._taker = taker
-        if self.greenlet is None:
+        if self._parked():
             self._given = True
             self.close()
         else:
             self._hub.loop.run_callback(self._wake)
+
+    def _parked(self) -> bool:
+        """Whether the hub alone waits for it. One that was just accepted waits for its greenlet instead."""
+        return self.greenlet is None and bool(self._readable.active)
 
     def _wake(self) -> None:
         if self.gateway.lull.remove(self, None) is not None:

@@ -21,7 +21,7 @@ from gunicorn_passenger.settings import Timeouts
 
 #: Addresses of peers of which is remembered whether they are trusted.
 _REMEMBER = 4096
-#: Seconds that a busy client may pause; it is over when nobody else has work for longer than that.
+#: Seconds that a client may pause before its connection gives up its greenlet.
 _LULL = 0.1
 #: Seconds that a client gets to read its answer when the connection ends before its request has.
 _LINGER = 2.0

@@ -1,11 +1,13 @@
 """An application that does what its path says, on the primary and on a second server (P1)."""
 
+import gc
 import os
 import threading
 
 import gevent
 
 import gunicorn_passenger as passenger
+from gunicorn_passenger.http.connection import Connection
 
 if os.environ.get("CONFIGURE"):
     passenger.configure(**eval(os.environ["CONFIGURE"]))
@@ -43,6 +45,9 @@ def application(environ, start_response):
             answer = str(error).encode()
     elif path == "/calls":
         answer = b" ".join(call.encode() for call in calls)
+    elif path == "/parked":
+        connections = [thing for thing in gc.get_objects() if isinstance(thing, Connection)]
+        answer = b"%d" % sum(connection._parked() for connection in connections)
     elif path == "/pid":
         answer = b"%d" % os.getpid()
     elif path == "/greenlets":
