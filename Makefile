@@ -12,7 +12,7 @@ SOCKET ?= $(abspath $(VENV))/seed.sock
 
 RUNS ?= 50000
 
-.PHONY: run test fuzz lint types bench clean
+.PHONY: run test fuzz lint types bench bench-proxy clean
 
 # Made anew when what is to be installed changes.
 $(VENV)/installed: setup.cfg pyproject.toml Makefile
@@ -63,6 +63,9 @@ types: $(VENV)/linted
 bench: $(VENV)/installed
 	$(BIN)/python bench/listen.py
 	$(BIN)/python bench/wsgi.py
+
+bench-proxy: $(VENV)/installed
+	$(BIN)/python bench/proxy.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

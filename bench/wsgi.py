@@ -22,12 +22,8 @@ import contextlib
 import http.client
 import json
 import os
-import platform
-import re
-import resource
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -38,34 +34,45 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from common import (
+    CONNECTIONS,
+    DISTURBED,
+    HELLO,
+    ROOT,
+    SATURATED,
+    WARM_UP,
+    Command,
+    Failed,
+    Load,
+    Request,
+    busy_seconds,
+    choice,
+    cpu_seconds,
+    exact_cpu_seconds,
+    family,
+    h2load_command,
+    h2load_report,
+    machine,
+    make_environment,
+    memory_of,
+    pip_install,
+    program_version,
+    progress,
+    raise_file_limit,
+    running,
+    table,
+    timed,
+    two_cores,
+    versions,
+    wait_for,
+)
+
 APPS = ROOT / "bench" / "apps"
 CONNECT_SOURCE = ROOT / "bench" / "connect.c"
-
-#: Seconds that any single step may take on a loaded machine, and that a server has to stop.
-PATIENCE = 60.0
-STOPPING = 10.0
-
-#: The connections of the load, and the seconds for which each server warms up.
-CONNECTIONS = 32
-WARM_UP = 0.4
 
 #: The connections and the seconds of the memory measurement's idle part.
 IDLE_CONNECTIONS = 1000
 IDLE_SECONDS = 10.0
-
-#: The share of its core above which the load generator, not the server, may be what is measured.
-SATURATED = 0.95
-
-#: The share of the two cores that others may take before a run counts as disturbed.
-DISTURBED = 0.05
-
-TICK = os.sysconf("SC_CLK_TCK")
-
-
-class Failed(Exception):
-    """A measurement that cannot be had, and why."""
-
 
 # --- what is measured -------------------------------------------------------------------------------
 
@@ -82,7 +89,6 @@ class Case:
     closing: bool = False
 
 
-HELLO = b"Hello World!"
 CASES = {
     "hello": Case("hello: 12 bytes", "plain:hello", HELLO),
     "flask": Case("flask: 12 bytes by Flask", "flask_hello:application", HELLO),
@@ -128,9 +134,6 @@ class Site:
     @property
     def log(self) -> Path:
         return self.home / "server.log"
-
-
-Command = list[str]
 
 
 def gunicorn(worker: str) -> Callable[[Case, Site], Command]:
@@ -237,34 +240,9 @@ def need_tools(install: bool) -> None:
             raise Failed(f"there is no {program}: apt-get install {package}, or run this with --install")
 
 
-def pip_install(venv: Path, *what: str) -> str:
-    """Install into the virtual environment; what pip had to say if it failed, else nothing."""
-    run = subprocess.run(
-        [venv / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *what],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-    )  # fmt: skip
-    if run.returncode == 0:
-        return ""
-    lines = [line.strip() for line in run.stdout.splitlines() if line.strip()]
-    telling = [line for line in lines if "error:" in line.lower()]
-    return (telling or lines or ["pip failed"])[0]
-
-
 def prepare(venv: Path, names: Sequence[str]) -> dict[str, str]:
-    """Make the virtual environment; which contestants could not be installed, and why.
-
-    What this project needs is installed again when setup.cfg has changed, or an old environment would
-    measure it without.
-    """
-    if not (venv / "bin" / "python").exists():
-        progress(f"making {venv}")
-        subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-    stamp = venv / "installed"
-    if not stamp.exists() or stamp.stat().st_mtime < (ROOT / "setup.cfg").stat().st_mtime:
-        progress("installing gunicorn, gevent, Flask and this project")
-        if why := pip_install(venv, "gunicorn", "gevent", "Flask", "--editable", f"{ROOT}[fast]"):
-            raise Failed(f"pip install: {why}")
-        stamp.touch()
+    """Make the virtual environment; which contestants could not be installed, and why."""
+    make_environment(venv)
     installed = versions(venv)
     absent = {}
     for name in names:
@@ -276,128 +254,24 @@ def prepare(venv: Path, names: Sequence[str]) -> dict[str, str]:
     return absent
 
 
-def versions(venv: Path) -> dict[str, str]:
-    run = subprocess.run(
-        [venv / "bin" / "python", "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return {package["name"].lower(): package["version"] for package in json.loads(run.stdout)}
-
-
 # --- processes --------------------------------------------------------------------------------------
-
-
-def fields(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the state on."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-
-
-def family(pid: int) -> list[int]:
-    """A process and its descendants, the eldest first."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                children.setdefault(int(fields(int(entry.name))[1]), []).append(int(entry.name))
-    found = [pid]
-    for member in found:
-        found.extend(sorted(children.get(member, [])))
-    return found
-
-
-def cpu_seconds(pids: Sequence[int]) -> float:
-    """The CPU time that processes have used, their threads included."""
-    return sum(int(ticks) for pid in pids for ticks in fields(pid)[11:13]) / TICK
-
-
-def exact_cpu_seconds(pid: int) -> float:
-    """The CPU time of a process's living threads, finer than the system's ticks."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
-
-
-def busy_seconds(cores: Sequence[int]) -> float:
-    """The time for which cores were not idle, a hypervisor's theft included."""
-    ticks = 0
-    for line in Path("/proc/stat").read_text().splitlines():
-        name, *counts = line.split()
-        if name in [f"cpu{core}" for core in cores]:
-            user, nice, system, _, _, irq, softirq, steal, *_ = map(int, counts)
-            ticks += user + nice + system + irq + softirq + steal
-    return ticks / TICK
-
-
-def pinned(core: int) -> Callable[[], None]:
-    return lambda: os.sched_setaffinity(0, [core])
 
 
 @contextlib.contextmanager
 def serving(contestant: Contestant, case: Case, site: Site) -> Iterator[list[int]]:
     """Start a server and end it again; in between, it answers. The processes, the worker last."""
-    with site.log.open("wb") as log:
-        process = subprocess.Popen(
-            contestant.command(case, site), cwd=APPS, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            start_new_session=True, preexec_fn=pinned(site.core),
-        )  # fmt: skip
-    try:
+    with running(contestant.command(case, site), site.core, site.log, APPS) as process:
         check_answer(process, case, site)
         yield family(process.pid)
-    except (Failed, OSError) as error:
-        raise Failed(f"{error}{last_words(site.log)}") from error
-    finally:
-        stop(process)
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a server with all that it started."""
-    members = family(process.pid)[1:]
-    process.terminate()
-    try:
-        process.wait(STOPPING)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    for pid in members:  # a session of its own tells them from others that have got their numbers since
-        with contextlib.suppress(OSError):
-            if os.getsid(pid) == process.pid:
-                os.kill(pid, signal.SIGKILL)
-
-
-def last_words(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return "".join(f"\n    {line[:200]}" for line in lines[-5:])
 
 
 # --- requests ---------------------------------------------------------------------------------------
 
 
-class Request(http.client.HTTPConnection):
-    """A connection to a server's UNIX socket."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=PATIENCE)
-        self.path = str(path)
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self.path)
-
-
 def check_answer(process: subprocess.Popen[bytes], case: Case, site: Site) -> None:
     """Wait until the server accepts, and see that it answers as it should."""
     connection = Request(site.socket)
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        if process.poll() is not None:
-            raise Failed(f"the server ended with status {process.returncode}")
-        try:
-            connection.connect()
-            break
-        except OSError:
-            if time.monotonic() > deadline:
-                raise Failed("the server does not accept connections") from None
-            time.sleep(0.01)
+    wait_for(process, connection.connect)
     try:
         headers = {"Connection": "close"} if case.closing else {}
         connection.request("POST" if case.body else "GET", "/", case.body, headers)
@@ -415,60 +289,16 @@ def check_answer(process: subprocess.Popen[bytes], case: Case, site: Site) -> No
 # --- the load ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Load:
-    """What h2load reports."""
-
-    requests: int
-    rate: float
-    slowest: float | None
-    fastest: float | None
-    #: its own CPU time and its duration, in seconds
-    cpu: float
-    wall: float
-
-
 def drive(case: Case, site: Site, seconds: float) -> Load:
     """Load a server; that every answer was good is checked."""
-    command = connect_command(case, site, seconds) if case.closing else h2load_command(case, site, seconds)
-    before, start = children_cpu(), time.monotonic()
-    try:
-        run = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            timeout=PATIENCE + 10 * seconds, preexec_fn=pinned(site.load_core), check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise Failed(f"{command[0]} does not come to an end") from None
-    cpu, wall = children_cpu() - before, time.monotonic() - start
-    return connect_report(run.stdout, cpu, wall) if case.closing else h2load_report(run.stdout, cpu, wall)
-
-
-def h2load_command(case: Case, site: Site, seconds: float) -> Command:
-    command = ["h2load", "--h1", "-c", str(CONNECTIONS), "-D", f"{seconds * 1000:.0f}ms"]
+    if case.closing:
+        return connect_report(*timed(connect_command(case, site, seconds), site.load_core, seconds))
+    options = []
     if case.body:
         body = site.home / "body"
         body.write_bytes(case.body)
-        command += ["-d", str(body)]
-    return [*command, "-B", f"unix:{site.socket}", "http://localhost/"]
-
-
-def h2load_report(report: str, cpu: float, wall: float) -> Load:
-    """An answer that had begun when h2load stopped is among the 2xx, but not done."""
-    rate = re.search(r"^finished in \S+, ([\d.]+) req/s", report, re.M)
-    counts = re.search(r"^requests: (.*)$", report, re.M)
-    status = re.search(r"^status codes: (\d+) 2xx, (.*)$", report, re.M)
-    each = re.search(r"^req/s +: +([\d.]+) +([\d.]+)", report, re.M)
-    if not (rate and counts and status and each):
-        raise Failed(f"h2load: {report.strip()[-300:] or 'no report'}")
-    count = {what: int(number) for number, what in re.findall(r"(\d+) (\w+)", counts[1])}
-    bad = count["failed"] + count["errored"] + count["timeout"]
-    if (
-        bad
-        or status[2] != "0 3xx, 0 4xx, 0 5xx"
-        or not 0 < count["done"] == count["succeeded"] <= int(status[1])
-    ):
-        raise Failed(f"not all answers were good: {counts[1]}; {status[0]}")
-    return Load(count["done"], float(rate[1]), float(each[1]), float(each[2]), cpu, wall)
+        options = ["-d", str(body)]
+    return h2load_report(*timed(h2load_command(site.socket, seconds, *options), site.load_core, seconds))
 
 
 def connect_command(case: Case, site: Site, seconds: float) -> Command:
@@ -487,11 +317,6 @@ def connect_report(report: str, cpu: float, wall: float) -> Load:
     if int(bad) or not requests:
         raise Failed(f"not all answers were good: {requests} good, {bad} bad")
     return Load(requests, requests / float(seconds), None, None, cpu, wall)
-
-
-def children_cpu() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 def measure(contestant: Contestant, case: Case, site: Site, seconds: float) -> Run:
@@ -529,12 +354,10 @@ def check_access_log(site: Site, requests: int) -> None:
 
 @contextlib.contextmanager
 def site(venv: Path) -> Iterator[Site]:
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
-        raise Failed("two cores are needed: one for the server, one for the load")
+    cores = two_cores()
     home = Path(tempfile.mkdtemp(prefix="wsgi-"))
     try:
-        yield Site(venv / "bin", home, cores[0], cores[1])
+        yield Site(venv / "bin", home, *cores)
     finally:
         shutil.rmtree(home, ignore_errors=True)
 
@@ -563,23 +386,6 @@ def measure_all(
 
 
 # --- memory -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Memory of a worker in kB: resident, its proportional share, and what is its own."""
-
-    rss: int
-    pss: int
-    uss: int
-
-
-def memory_of(pid: int) -> Memory:
-    found: dict[str, int] = {}
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
-        name, _, value = line.partition(":")
-        found[name] = int(value.split()[0])
-    return Memory(found["Rss"], found["Pss"], found["Private_Clean"] + found["Private_Dirty"])
 
 
 def idle_connections(path: Path, count: int, stack: contextlib.ExitStack) -> None:
@@ -631,15 +437,6 @@ def report_memory(results: dict[str, dict[str, Any]]) -> None:
             for name, result in results.items()
         ],
     )
-
-
-def raise_file_limit() -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * IDLE_CONNECTIONS + 100
-    if hard != resource.RLIM_INFINITY and hard < wanted:
-        raise Failed(f"{wanted} open files are needed, the limit is {hard} (ulimit -Hn)")
-    soft = hard if hard != resource.RLIM_INFINITY else wanted
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 65536), hard))
 
 
 # --- printing ---------------------------------------------------------------------------------------
@@ -731,26 +528,6 @@ def report_goals(runs: Runs) -> tuple[bool, bool]:
     return missed, unknown
 
 
-def table(head: list[str], rows: list[list[str]]) -> None:
-    """A Markdown table, aligned."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    for row in [head, ["-" * w for w in widths], *rows]:
-        print("| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |")
-
-
-def progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-
-def machine() -> str:
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
-        model = found[1] if found else model
-    return f"{os.cpu_count()} CPUs, {model}, {platform.system()} {platform.release()}"
-
-
 def tool_versions(venv: Path) -> dict[str, str]:
     installed = versions(venv)
     names = [
@@ -764,25 +541,12 @@ def tool_versions(venv: Path) -> dict[str, str]:
         "bjoern",
     ]
     found = {name: installed[name] for name in names if name in installed}
-    for name, command in (("python", [str(venv / "bin/python"), "-V"]), ("h2load", ["h2load", "--version"])):
-        run = subprocess.run(command, capture_output=True, text=True, check=True)
-        found[name] = run.stdout.split()[-1].rpartition("/")[2]
+    found["python"] = program_version(str(venv / "bin/python"), "-V")
+    found["h2load"] = program_version("h2load", "--version")
     return found
 
 
 # --- the program ------------------------------------------------------------------------------------
-
-
-def choice(known: Sequence[str]) -> Callable[[str], list[str]]:
-    """The type of an option that takes names, separated by commas."""
-
-    def names(text: str) -> list[str]:
-        picked = [name.strip() for name in text.split(",")]
-        if unknown := [name for name in picked if name not in known]:
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(known)}")
-        return [name for name in known if name in picked]
-
-    return names
 
 
 def arguments() -> argparse.Namespace:
@@ -810,7 +574,7 @@ def arguments() -> argparse.Namespace:
 
 
 def run_memory(options: argparse.Namespace, record: dict[str, Any]) -> int:
-    raise_file_limit()
+    raise_file_limit(2 * IDLE_CONNECTIONS + 100)
     results = {}
     for name in options.only:
         progress(f"memory: {name}")

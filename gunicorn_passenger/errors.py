@@ -104,6 +104,53 @@ class AnswerBrokeOff(PassengerError):
     """The application's answer is shorter than it announced."""
 
 
+class ProxyError(PassengerError):
+    """A proxied request that got no answer from its target."""
+
+    #: the status of the answer that the client gets
+    status_code = 502
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        #: the :class:`~gunicorn_passenger.proxy.target.Target`, where one was chosen
+        self.target: Any = None
+        #: seconds since the request began
+        self.elapsed = 0.0
+
+
+class UpstreamRefused(ProxyError):
+    """No connection to the target could be made (502)."""
+
+
+class UpstreamClosed(ProxyError):
+    """The target closed the connection before it had answered (502)."""
+
+
+class BadResponse(ProxyError):
+    """What the target answered is no HTTP, or could be read in two ways (502)."""
+
+
+class UpstreamTimeout(ProxyError):
+    """The target took too long to accept the connection or to answer (504)."""
+
+    status_code = 504
+
+
+class PoolExhausted(ProxyError):
+    """All connections that may be made to the target are in use (503)."""
+
+    status_code = 503
+
+
+class BadRequestBody(ProxyError):
+    """The client's request breaks off or is malformed (400), or is silent for too long (408)."""
+
+    def __init__(self, reason: str, status_code: int = 400) -> None:
+        super().__init__(reason)
+        self.status_code = status_code
+
+
 _python_hooks: list[Any] = []
 
 

@@ -8,14 +8,37 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from gunicorn_passenger.errors import SettingError, UnknownSetting
+from gunicorn_passenger.errors import (
+    BadRequestBody,
+    BadResponse,
+    PoolExhausted,
+    ProxyError,
+    SettingError,
+    UpstreamClosed,
+    UpstreamRefused,
+    UpstreamTimeout,
+)
+from gunicorn_passenger.proxy.agent import Agent
 from gunicorn_passenger.proxy.core import Proxy
+from gunicorn_passenger.proxy.middleware import ProxyMiddleware
+from gunicorn_passenger.proxy.options import Options
+from gunicorn_passenger.proxy.target import Target
 from gunicorn_passenger.serving.application import application
 from gunicorn_passenger.serving.server import Server
 
-__all__ = ["ProxyServer", "create_server"]
-
-_OPTIONS = ("xfwd", "change_origin", "headers", "proxy_timeout")
+__all__ = [
+    "Agent",
+    "BadRequestBody",
+    "BadResponse",
+    "PoolExhausted",
+    "ProxyError",
+    "ProxyMiddleware",
+    "ProxyServer",
+    "UpstreamClosed",
+    "UpstreamRefused",
+    "UpstreamTimeout",
+    "create_server",
+]
 
 
 class ProxyServer(Server):
@@ -27,29 +50,74 @@ class ProxyServer(Server):
 
     @property
     def name(self) -> str:
-        return self._name or f"proxy to {self.proxy.target}"
+        return self._name or f"proxy to {self.proxy}"
 
-    def web(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        """Carry one request: ``return proxy.web(environ, start_response)``, for an app that routes itself."""
-        return self.proxy.web(environ, start_response)
+    @property
+    def options(self) -> Options:
+        """The options, checked."""
+        return self.proxy.options
+
+    def web(
+        self, environ: dict[str, Any], start_response: Callable[..., Any], **options: Any
+    ) -> Iterable[bytes]:
+        """Carry one request: ``return proxy.web(environ, start_response)``, for an app that routes itself.
+
+        :param options: options that differ for this request.
+        """
+        return self.proxy.web(environ, start_response, **options)
+
+    def ws(
+        self, environ: dict[str, Any], start_response: Callable[..., Any], **options: Any
+    ) -> Iterable[bytes]:
+        """Carry one upgrade, such as a WebSocket, in the same way; it returns when that has ended."""
+        return self.proxy.ws(environ, start_response, **options)
+
+    def on(self, event: str, fn: Callable[..., Any] | None = None) -> Any:
+        """Call ``fn`` at an event; without ``fn``, a decorator. ``docs/proxy.md`` lists the events.
+
+        :raises ValueError: for an event that there is not.
+        """
+        return self.proxy.on(event, fn)
+
+    def off(self, event: str, fn: Callable[..., Any]) -> None:
+        """Call it no more."""
+        self.proxy.events.off(event, fn)
+
+    def close(self) -> None:
+        """Stop accepting, and close the connections to the targets that no request uses."""
+        super().close()
+        self.proxy.close()
 
 
-def create_server(target: object, host: str | None = None, **options: Any) -> ProxyServer:
+def create_server(target: Any = None, host: str | None = None, **options: Any) -> ProxyServer:
     """Make a reverse proxy; ``.listen("passenger")`` puts it where the web server reaches it.
 
-    :param target: a port, ``"http://host:port/base"`` or ``"unix:/path"``.
+    :param target: a port, ``"http://host:port/base"``, ``"unix:/path"``, the name of a server of this
+        application, a list of these, a table of path prefixes, a function of the request, or ``None``
+        with ``forward``.
     :param host: the host for a bare port (default ``localhost``).
-    :param xfwd: write ``X-Forwarded-For``, ``-Port``, ``-Proto`` and ``-Host`` (default off).
-    :param change_origin: send the target's own name as ``Host`` (default off).
-    :param headers: fields to set on every request to the target.
-    :param proxy_timeout: seconds that the target may take to accept or to go on (default: no limit).
+    :param options: node-http-proxy's options in snake_case, times in seconds, and those that
+        ``docs/proxy.md`` lists.
     :raises ValueError: for a value that cannot be used; ``TypeError`` for an unknown option.
     """
-    for name in options:
-        if name not in _OPTIONS:
-            known = ", ".join(_OPTIONS)
-            raise UnknownSetting(f"http_proxy.create_server() has no option {name!r}; there are: {known}")
+    where = "http_proxy.create_server()"
+    checked = Options().merged(options, where)
     try:
-        return ProxyServer(Proxy(target, host, **options))
-    except ValueError as error:
-        raise SettingError(f"http_proxy.create_server(): {error}") from None
+        return ProxyServer(Proxy(target, host, checked, _find_server))
+    except SettingError as error:
+        raise SettingError(f"{where}: {error}") from None
+
+
+def _find_server(name: str) -> Target:
+    """The address of a server of this application.
+
+    :raises LookupError: when there is none, or it listens nowhere yet.
+    """
+    for server in application.servers:
+        if server.name == name and server.address:
+            address = server.address
+            if isinstance(address, tuple):
+                host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
+                return Target(host, address[1])
+            return Target(path=str(address).removeprefix("unix:"))
+    raise LookupError(name)

@@ -235,7 +235,7 @@ class LengthBody(_Arriving):
 class ChunkedBody(_Arriving):
     """A body sent in chunks (RFC 9112 section 7.1)."""
 
-    __slots__ = ("_left", "_line_limit", "_request", "_started", "finished")
+    __slots__ = ("_left", "_line_limit", "_request", "_started", "finished", "trailers")
 
     def __init__(self, connection: Any, expect: bool, line_limit: int, request: Any) -> None:
         """
@@ -248,6 +248,8 @@ class ChunkedBody(_Arriving):
         self._line_limit = line_limit
         self._request = request
         self.finished = False
+        #: the fields behind the body, when it is read
+        self.trailers: list[tuple[str, str]] = []
 
     def _fill(self, most: int) -> bytes:
         if self.finished:
@@ -313,7 +315,7 @@ class ChunkedBody(_Arriving):
         section = self._connection.trailers(TRAILERS)
         if section:
             request = self._request()
-            request.trailers = request.parse_headers(section, from_trailer=True)
+            request.trailers = self.trailers = request.parse_headers(section, from_trailer=True)
 
     @property
     def unread(self) -> bool:

@@ -21,7 +21,7 @@ class ClientSocket(gsocket.socket):
     WebSocket libraries expect; and what two greenlets send does not mix.
     """
 
-    __slots__ = ("_turn", "early", "error", "taken")
+    __slots__ = ("_turn", "connection", "early", "error", "taken")
 
     def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
         super().__init__(family, type, proto, fileno)
@@ -31,6 +31,8 @@ class ClientSocket(gsocket.socket):
         self.taken = False
         #: what went wrong when it did
         self.error: OSError | None = None
+        #: the :class:`.connection.Connection`, while it has one
+        self.connection: Any = None
         self._turn: Any = None
 
     def recv(self, bufsize: int, flags: int = 0) -> bytes:

@@ -26,7 +26,7 @@ from time import monotonic, perf_counter
 from typing import Any
 
 import gevent
-from gevent import get_hub, getcurrent
+from gevent import get_hub, getcurrent, monkey
 from gevent.exceptions import ConcurrentObjectUseError
 from gunicorn import util
 from gunicorn.http.errors import LimitRequestHeaders
@@ -56,6 +56,8 @@ _SENDFILE = 1 << 20
 _LINGER = 10.0
 
 _WRITABLE = 2
+#: the system's own, which asks without the hub
+_poll = monkey.get_original("select", "poll")
 _CLIENT_GONE = {errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ECONNABORTED}
 
 
@@ -83,6 +85,7 @@ class Connection:
         "gateway",
         "greenlet",
         "head",
+        "leaving",
         "peer",
         "response",
         "sock",
@@ -98,6 +101,7 @@ class Connection:
         self._acceptor = acceptor
         self.gateway = gateway
         self.sock = sock
+        sock.connection = self
         self._raw = sock._sock
         self.addr = addr
         self.peer = gateway.peer(addr, sock)
@@ -125,6 +129,8 @@ class Connection:
         self._given = False
         #: whether it has had no request
         self.fresh = True
+        #: called when the worker leaves, by whoever has made something else of the connection
+        self.leaving: Any = None
 
     # --- between requests ------------------------------------------------------------------------
 
@@ -605,6 +611,56 @@ class Connection:
                 deadlines.remove(self, None)
             self._waiting = self.greenlet
 
+    def take_over(self, answer: bytes, status: str, fields: str) -> bytes:
+        """Another protocol begins, for which the caller works on the socket.
+
+        :param answer: the head that says so, and its parts for the hooks and the log.
+        :returns: the bytes that the client has sent already.
+        """
+        response = self.response
+        assert response is not None
+        early: bytes = self.sock.early + self.buf[self.at :]
+        self.sock.early = self.buf = b""
+        self.at = 0
+        self.sock.taken = True
+        response.took_over(status, fields)
+        self.send(answer)
+        return early
+
+    def watch(self, gone: Any, argument: Any) -> None:
+        """Until :meth:`unwatch`, while the answer to a whole request is made: tell when the client goes.
+
+        :param gone: called in the hub, with ``argument``.
+        """
+        if not self.sock.taken and not self.buffered():
+            self._readable.start(self._look, gone, argument)
+
+    def unwatch(self) -> None:
+        """The answer goes on; who sends it will hear when the client has gone."""
+        self._readable.stop()
+
+    def _look(self, gone: Any, argument: Any) -> None:
+        """Called in the hub: the client has gone, or has sent the next request."""
+        self._readable.stop()
+        try:
+            if self._raw.recv(1, socket.MSG_PEEK):
+                return
+        except BlockingIOError:
+            self._readable.start(self._look, gone, argument)
+            return
+        except OSError:
+            pass
+        else:
+            if not isinstance(self.addr, tuple) and not self._hung_up():
+                return
+        gone(argument)
+
+    def _hung_up(self) -> bool:
+        """Whether the client has closed its end: on a UNIX socket that is not the same as sending no more."""
+        poll = _poll()
+        poll.register(self._raw.fileno(), 0)
+        return bool(poll.poll(0))
+
     # --- writing ---------------------------------------------------------------------------------
 
     def send(self, data: bytes) -> None:
@@ -639,7 +695,7 @@ class Connection:
             try:
                 data = data[self._raw.send(data) :]
             except BlockingIOError:
-                self._wait_writable()
+                self.wait_writable()
             except OSError as error:
                 raise client_gone(error) from None
 
@@ -653,7 +709,7 @@ class Connection:
             try:
                 sent = os.sendfile(self._raw.fileno(), file, offset + done, min(count - done, _SENDFILE))
             except BlockingIOError:
-                self._wait_writable()
+                self.wait_writable()
                 continue
             except OSError as error:
                 if error.errno in _CLIENT_GONE:
@@ -666,7 +722,12 @@ class Connection:
                 gevent.sleep(0)
         return done
 
-    def _wait_writable(self) -> None:
+    def raw_fileno(self) -> int:
+        """The descriptor, for the kernel to send to."""
+        return int(self._raw.fileno())
+
+    def wait_writable(self) -> None:
+        """Wait until the client takes more."""
         if self._writable is None:
             self._writable = self._hub.loop.io(self._raw.fileno(), _WRITABLE)
         if self._writable.active:
@@ -687,7 +748,9 @@ class Connection:
 
     def hurry(self) -> None:
         """The worker leaves: a client that has not begun gets as long as an idle one."""
-        if self.fresh and self._parked():
+        if self.leaving is not None:
+            self.leaving()
+        elif self.fresh and self._parked():
             self._stop_waiting(self, None)
             self._stop_waiting = self.gateway.idle.remove
             self.gateway.idle.add(self)
@@ -742,7 +805,9 @@ class Connection:
             if self._writable.active:
                 self._strand(self._writable, self._sending)
             self._writable.close()
-        self.sock.error = self.response = self.greenlet = self._waiting = self._sending = None
+        self.sock.error = self.sock.connection = self.leaving = self.response = self.greenlet = (
+            self._waiting
+        ) = self._sending = None
         self._acceptor.ended(self)
         if self._given:
             self._taker(self.sock, self.addr, self.buf)

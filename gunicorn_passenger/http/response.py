@@ -393,6 +393,68 @@ class Response:
             left = min(left, self.response_length - self.sent)
         return fd, offset, left
 
+    # --- what the proxy calls --------------------------------------------------------------------
+
+    def relay(
+        self, status: str, fields: str, length: int | None, more: bytes = b"", whole: bool = False
+    ) -> None:
+        """Begin with the head of another server's answer: its fields as they are, checked by the caller.
+
+        :param status: code and reason.
+        :param fields: the lines of all fields but ``Connection`` and ``Transfer-Encoding``; a
+            ``Content-Length`` among them, where there is one.
+        :param length: what that says.
+        :param more: what of the body is there; the caller has counted it in ``sent``.
+        :param whole: whether that is all of it.
+        """
+        self.status = status
+        self.status_code = code = int(status[:3])
+        self._block = fields.encode("latin-1")
+        self.response_length = length
+        if code in (204, 304) or self.method == "HEAD":
+            self._bodiless = True
+        elif length is None:
+            self.chunked = self._protocol != "HTTP/1.0"
+        connection = self._connection
+        if connection.body.unread or not connection.gateway.goes_on():
+            self.must_close = True
+        word = "close" if self.should_close() else "keep-alive"
+        begin = f"{self._protocol} {status}\r\nConnection: {word}\r\n"
+        if self.chunked:
+            begin += "Transfer-Encoding: chunked\r\n"
+            if more:
+                more = b"%x\r\n%b\r\n" % (len(more), more)
+            if whole:
+                more += b"0\r\n\r\n"
+        head = b"%b%b\r\n" % (begin.encode("latin-1"), self._block)
+        self.headers_sent = True
+        if len(more) < _JOIN:
+            connection.send(head + more)
+        else:
+            connection.send_two(head, more)
+        if whole:
+            self.relayed()
+
+    @property
+    def bodiless(self) -> bool:
+        """Whether it has no body, whatever its fields say (RFC 9110 section 6.4.1)."""
+        return self._bodiless
+
+    def relayed(self) -> None:
+        """The answer was sent as a whole: nothing is written after it."""
+        if self.should_close():
+            self.must_close = True
+        self.chunked = False
+        if not self._bodiless:
+            self.response_length = self.sent
+
+    def took_over(self, status: str, fields: str) -> None:
+        """Another protocol begins after this head, which the caller sends."""
+        self.status = status
+        self.status_code = int(status[:3])
+        self._block = fields.encode("latin-1")
+        self.headers_sent = self.upgrade = self.must_close = True
+
     # --- the wire --------------------------------------------------------------------------------
 
     def _bodiless_now(self, data: bytes) -> bool:

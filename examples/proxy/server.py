@@ -1,0 +1,74 @@
+"""Two applications behind one proxy: pages by Flask, and a WebSocket beside them.
+
+    gunicorn -k gunicorn_passenger.Worker -w 4 -b 127.0.0.1:8000 server
+
+The web server (or the browser) reaches the proxy only. A table of path prefixes says who answers.
+"""
+
+import os
+
+import flask
+import flask_sock
+
+import gunicorn_passenger as passenger
+from gunicorn_passenger import http_proxy
+
+passenger.configure(auto_install=False)
+
+# --- the pages -------------------------------------------------------------------------------------
+
+pages = flask.Flask("pages")
+
+PAGE = """<!doctype html>
+<title>Shouting</title>
+<input id="text" autofocus> <pre id="answers"></pre>
+<script>
+const socket = new WebSocket(location.href.replace(/^http/, "ws") + "live/shout");
+socket.onmessage = (event) => answers.prepend(event.data + "\\n");
+text.onchange = () => socket.send(text.value);
+</script>
+"""
+
+
+@pages.get("/")
+def page():
+    return PAGE
+
+
+@pages.get("/whoami")
+def whoami():
+    # X-Forwarded-For and X-Forwarded-Host are what `xfwd=True` below has the proxy write
+    headers = flask.request.headers
+    return f"{headers['X-Forwarded-For']} asks {headers['X-Forwarded-Host']} for {flask.request.path}\n"
+
+
+# --- the WebSocket ---------------------------------------------------------------------------------
+
+live = flask.Flask("live")
+sock = flask_sock.Sock(live)
+
+
+@sock.route("/shout")
+def shout(ws):
+    while True:
+        ws.send(f"{ws.receive().upper()}! (process {os.getpid()})")
+
+
+# --- who answers what ------------------------------------------------------------------------------
+
+# "auto" is any free port of those allotted to your account. The table knows the two by their names.
+passenger.create_server(pages).listen("auto", name="pages")
+passenger.create_server(live).listen("auto", name="live")
+
+application = http_proxy.create_server(
+    {
+        "/": "pages",
+        # /live/shout is /shout there
+        "/live/": {"target": "live", "remove_prefix": True},
+    },
+    xfwd=True,
+).listen("passenger")
+
+# Under gunicorn this returns at once: the worker serves.
+if __name__ == "__main__":
+    passenger.serve_forever()

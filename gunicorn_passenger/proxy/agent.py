@@ -1,0 +1,304 @@
+"""Connections to targets that are kept from request to request.
+
+Runs in: wherever the proxy is mounted. Must never: hand out a connection on which something came that
+nobody asked for, or make more connections than allowed.
+"""
+
+from __future__ import annotations
+
+import ssl
+import time
+from collections import deque
+from typing import Any
+
+from gunicorn_passenger.errors import PoolExhausted, SettingError
+from gunicorn_passenger.proxy.stream import Runtime, Stream, connect, runtime
+from gunicorn_passenger.proxy.target import Target
+
+
+class Agent:
+    """Keeps connections to targets open and bounds their number.
+
+    One agent may be shared by several proxies.
+    """
+
+    def __init__(
+        self,
+        max_connections: int | None = None,
+        max_idle: int = 100,
+        idle_timeout: float = 30.0,
+        connect_timeout: float = 10.0,
+        ssl_context: ssl.SSLContext | None = None,
+    ) -> None:
+        """
+        :param max_connections: for each target at most, in each worker; ``None``: as many as there are
+            requests. When all are in use a request waits ``connect_timeout`` for one.
+        :param max_idle: how many stay open for each target while no request uses them.
+        :param idle_timeout: seconds for which they do.
+        :param connect_timeout: seconds that connecting may take.
+        :param ssl_context: for ``https`` targets; client certificates and private authorities go there.
+        :raises ValueError: for a value that cannot be used.
+        """
+        if max_connections is not None:
+            _count("max_connections", max_connections, 1)
+        _count("max_idle", max_idle, 0)
+        if ssl_context is not None and not isinstance(ssl_context, ssl.SSLContext):
+            raise SettingError(f"Agent: ssl_context={ssl_context!r} is no ssl.SSLContext")
+        self.max_connections = max_connections
+        self.max_idle = max_idle
+        self.idle_timeout = _seconds("idle_timeout", idle_timeout)
+        self.connect_timeout = _seconds("connect_timeout", connect_timeout)
+        self._contexts: dict[bool, ssl.SSLContext] = {}
+        if ssl_context is not None:
+            self._contexts = {True: ssl_context, False: ssl_context}
+        self._pools: dict[Any, Pool] = {}
+
+    def __repr__(self) -> str:
+        return (
+            f"Agent(max_connections={self.max_connections}, max_idle={self.max_idle}, "
+            f"idle_timeout={self.idle_timeout:g}, connect_timeout={self.connect_timeout:g})"
+        )
+
+    def pool(self, target: Target, secure: bool, local_address: str | None) -> Pool:
+        """The connections to a target that the caller can use."""
+        waits = runtime()
+        key = (target.host, target.port, target.path, target.scheme, secure, local_address, waits)
+        found = self._pools.get(key)
+        if found is None:
+            context = self.context(secure) if target.tls else None
+            found = self._pools.setdefault(key, Pool(self, key, target, waits, local_address, context))
+        return found
+
+    def context(self, secure: bool) -> ssl.SSLContext:
+        """For TLS; made when it is first needed.
+
+        :param secure: whether certificates are verified.
+        """
+        found = self._contexts.get(secure)
+        if found is None:
+            found = ssl.create_default_context()
+            if not secure:
+                found.check_hostname = False
+                found.verify_mode = ssl.CERT_NONE
+            self._contexts[secure] = found
+        return found
+
+    def forget(self, pool: Pool) -> None:
+        """Called by a pool that has become empty."""
+        if self._pools.get(pool.key) is pool:
+            del self._pools[pool.key]
+
+    def close(self) -> None:
+        """Close the connections that no request uses."""
+        for pool in list(self._pools.values()):
+            pool.clear()
+
+
+def _count(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise SettingError(f"Agent: {name}={value!r} is no number from {least}")
+
+
+def _seconds(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
+        raise SettingError(f"Agent: {name}={value!r} is no positive number of seconds")
+    return float(value)
+
+
+class Link:
+    """A connection to a target: its stream, and the bytes that were read ahead."""
+
+    __slots__ = ("buf", "pool", "reused", "since", "stream")
+
+    def __init__(self, pool: Pool, stream: Stream) -> None:
+        self.pool = pool
+        self.stream = stream
+        self.buf = b""
+        #: whether it has carried a request before
+        self.reused = False
+        #: since when nobody uses it
+        self.since = 0.0
+
+    def expire(self) -> None:
+        """Called in the hub: nobody has used it for too long."""
+        self.pool.retire(self)
+
+    def stray(self) -> None:
+        """Called in the hub while nobody uses it: it was closed, or says what nobody asked for."""
+        if not self.stream.silent():
+            self.pool.retire(self)
+        else:
+            self.stream.watch(self.stray)
+
+
+class _Ticket:
+    """A request that waits for a connection."""
+
+    __slots__ = ("event", "link")
+
+    def __init__(self, event: Any) -> None:
+        self.event = event
+        self.link: Link | None = None
+
+
+class Pool:
+    """The connections to one target."""
+
+    def __init__(
+        self,
+        agent: Agent,
+        key: Any,
+        target: Target,
+        waits: Runtime,
+        local_address: str | None,
+        context: ssl.SSLContext | None,
+    ) -> None:
+        self.agent = agent
+        self.key = key
+        self.target = target
+        self.runtime = waits
+        self._local_address = local_address
+        self._context = context
+        #: those that nobody uses, the one used last at the end
+        self._idle: list[Link] = []
+        #: those in use, or being made
+        self.used = 0
+        self._waiting: deque[Any] = deque()
+        self._deadlines = waits.deadlines(agent.idle_timeout) if waits.concurrent else None
+
+    def take(self, fresh: bool = False) -> Link:
+        """A connection for one request, to be given back with :meth:`give` or :meth:`drop`.
+
+        :param fresh: whether it has to be a new one.
+        :raises PoolExhausted: when there are too many in use, for too long.
+        :raises UpstreamRefused, UpstreamTimeout: when none can be made.
+        """
+        if not fresh and (link := self._take_idle()) is not None:
+            return link
+        most = self.agent.max_connections
+        if most is not None and self.used + len(self._idle) >= most:
+            if self._idle:
+                self.retire(self._idle[0])
+                self.used += 1
+            elif (link := self._queue(most)) is not None:
+                if not fresh:
+                    return link
+                link.stream.close()
+        else:
+            self.used += 1
+        try:
+            stream = connect(
+                self.target, self.runtime, self.agent.connect_timeout, self._local_address, self._context
+            )
+        except BaseException:
+            self._free()
+            raise
+        return Link(self, stream)
+
+    def _take_idle(self) -> Link | None:
+        while self._idle:
+            try:
+                link = self._idle.pop()
+            except IndexError:  # another thread was faster
+                return None
+            if self._deadlines is not None:
+                self._deadlines.remove(link, None)
+                link.stream.watch(None)
+            elif time.monotonic() - link.since > self.agent.idle_timeout or not link.stream.silent():
+                link.stream.close()
+                continue
+            self.used += 1
+            return link
+        return None
+
+    def _queue(self, most: int) -> Link | None:
+        """Wait until another request gives its connection back.
+
+        :returns: the connection, or ``None`` when the other has dropped it and its place is free.
+        """
+        ticket = _Ticket(self.runtime.event())
+        self._waiting.append(ticket)
+        try:
+            if ticket.event.wait(self.agent.connect_timeout):
+                return ticket.link
+        except BaseException:
+            if not self._left(ticket):
+                if ticket.link is not None:
+                    ticket.link.stream.close()
+                self._free()
+            raise
+        if self._left(ticket):
+            raise PoolExhausted(f"all {most} connections are in use")
+        return ticket.link
+
+    def _left(self, ticket: _Ticket) -> bool:
+        """Leave the queue; false when the ticket was called just before."""
+        try:
+            self._waiting.remove(ticket)
+        except ValueError:
+            return False
+        return True
+
+    def _call(self, link: Link | None) -> bool:
+        """Hand a connection, or the place of one, to the request that waits longest."""
+        try:
+            ticket = self._waiting.popleft()
+        except IndexError:
+            return False
+        ticket.link = link
+        ticket.event.set()
+        return True
+
+    def give(self, link: Link) -> None:
+        """A request is over, and its connection can carry another."""
+        if link.buf or not self.agent.max_idle:
+            self.drop(link)
+            return
+        link.reused = True
+        if self._waiting and self._call(link):
+            return
+        if len(self._idle) >= self.agent.max_idle:
+            self.drop(link)
+            return
+        self._idle.append(link)
+        self.used -= 1
+        if self._deadlines is not None:
+            self._deadlines.add(link)
+            link.stream.watch(link.stray)
+        else:
+            link.since = time.monotonic()
+            self._retire_old()
+
+    def drop(self, link: Link) -> None:
+        """A request is over, and so is its connection."""
+        link.stream.close()
+        self._free()
+
+    def _free(self) -> None:
+        if self._waiting and self._call(None):
+            return
+        self.used -= 1
+        if not self.used and not self._idle:
+            self.agent.forget(self)
+
+    def _retire_old(self) -> None:
+        """Threads have no timers: old connections go when a younger one is given back."""
+        limit = time.monotonic() - self.agent.idle_timeout
+        while self._idle and self._idle[0].since < limit:
+            self.retire(self._idle[0])
+
+    def retire(self, link: Link) -> None:
+        """Close a connection that nobody uses."""
+        try:
+            self._idle.remove(link)
+        except ValueError:
+            return
+        if self._deadlines is not None:
+            self._deadlines.remove(link, None)
+        link.stream.close()
+        if not self.used and not self._idle and not self._waiting:
+            self.agent.forget(self)
+
+    def clear(self) -> None:
+        for link in list(self._idle):
+            self.retire(link)

@@ -1,0 +1,185 @@
+"""The client of a proxied request, as a WSGI server shows it, or as our own connection does.
+
+Runs in: wherever the proxy is mounted. Must never: use more of our connection than was asked for, or
+trust what a middleware may have changed less than the middleware.
+
+Under our own server the proxy speaks to the connection: fields keep their order, letter case and
+repetition, 1xx and trailers pass, large bodies are moved by the kernel. That holds while nobody stands
+between: a ``start_response`` of somebody else, or another ``wsgi.input``, is used as WSGI has it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable
+from typing import Any
+
+from gunicorn_passenger.errors import BadRequestBody
+from gunicorn_passenger.http.body import NO_BODY
+from gunicorn_passenger.proxy.fields import Fields, Origin, environ_fields
+from gunicorn_passenger.proxy.options import Options
+
+#: the length of a body that is sent in chunks
+CHUNKED = -1
+
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+# a head without what only gunicorn's compatibility settings let in
+_STRICT = re.compile(rb"[^\r\n]*\r\n((?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*)\r\n")
+
+
+class WsgiClient:
+    """A client behind any WSGI server."""
+
+    #: our connection, where the proxy may use it
+    connection: Any = None
+
+    def __init__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> None:
+        self.environ = environ
+        self.start_response = start_response
+        self.method: str = environ["REQUEST_METHOD"]
+        self.body = environ["wsgi.input"]
+
+    def pairs(self) -> Fields:
+        """The fields of the request."""
+        return environ_fields(self.environ)
+
+    def length(self) -> int:
+        """Of the request's body, in bytes; ``CHUNKED`` when it tells its end by itself.
+
+        :raises BadRequestBody: when it cannot be known.
+        """
+        environ = self.environ
+        if environ.get("HTTP_TRANSFER_ENCODING"):
+            if environ["HTTP_TRANSFER_ENCODING"].strip().lower() != "chunked":
+                raise BadRequestBody("the only transfer coding is chunked", 501)
+            if environ.get("wsgi.input_terminated"):
+                return CHUNKED
+            if not environ.get("CONTENT_LENGTH"):
+                raise BadRequestBody("the server does not say where a chunked body ends", 411)
+        text = environ.get("CONTENT_LENGTH") or "0"
+        if not (text.isascii() and text.isdigit()):
+            raise BadRequestBody(f"Content-Length {text[:20]!r} is no number of bytes")
+        return int(text)
+
+    def arrived(self) -> int:
+        """Bytes of the body that are there already."""
+        return 0
+
+    def origin(self, options: Options, host: str | None) -> Origin:
+        environ = self.environ
+        address = environ.get("REMOTE_ADDR") or ""
+        trusted = (
+            self._trusted(address) if options.trusted is None else not address or options.trusts(address)
+        )
+        return Origin(address, environ.get("wsgi.url_scheme", "http"), host, trusted)
+
+    def _trusted(self, address: str) -> bool:
+        if not address:
+            return True
+        try:
+            return ipaddress.ip_address(address).is_loopback
+        except ValueError:
+            return False
+
+    # what only our own connection can do
+
+    def interim(self, status: int, reason: str, fields: Fields) -> None:
+        """An interim answer (RFC 9110 section 15.2); WSGI has a way for 103 at most."""
+        hints = self.environ.get("wsgi.early_hints")
+        if status == 103 and hints is not None:
+            hints([(name, value) for name, value in fields])
+
+    def proceed(self) -> None:
+        """The target wants the body: the server says so to the client when the body is read."""
+
+    def watch(self, callback: Callable[..., Any], argument: Any) -> None:
+        """Call back in the hub when the client goes."""
+
+    def unwatch(self) -> None:
+        """Do so no more."""
+
+    def uploading(self, active: bool) -> None:
+        """While the body is read, reading tells that the client has gone."""
+
+
+class OurClient(WsgiClient):
+    """A client of our own server."""
+
+    def __init__(self, environ: dict[str, Any], start_response: Any, connection: Any, pristine: bool) -> None:
+        """
+        :param connection: the :class:`~gunicorn_passenger.http.connection.Connection`.
+        :param pristine: whether no application can have changed the environ.
+        """
+        super().__init__(environ, start_response)
+        self.connection = connection
+        self._pristine = pristine
+        self._callback: Any = None
+        self._uploading = False
+
+    def pairs(self) -> Fields:
+        if self._pristine:
+            found = _STRICT.fullmatch(self.connection.head)
+            if found is not None:
+                pairs = []
+                for line in found[1].decode("latin-1").split("\r\n"):
+                    name, colon, value = line.partition(":")
+                    # names with an underscore can stand for others (gunicorn's header_map)
+                    if colon and "_" not in name:
+                        pairs.append((name, value.strip(" \t")))
+                return pairs
+        return environ_fields(self.environ)
+
+    def length(self) -> int:
+        if self.body is NO_BODY:
+            # an announced length of zero is told from none by the field, which is handed on
+            return 0
+        return super().length()
+
+    def arrived(self) -> int:
+        if self.body is not self.connection.body:
+            return 0
+        return int(self.connection.buffered())
+
+    def _trusted(self, address: str) -> bool:
+        return bool(self.connection.peer.trusted)
+
+    def interim(self, status: int, reason: str, fields: Fields) -> None:
+        if self.environ["SERVER_PROTOCOL"] == "HTTP/1.0":
+            return
+        lines = "".join(f"{name}: {value}\r\n" for name, value in fields)
+        self.connection.send(f"HTTP/1.1 {status} {reason}\r\n{lines}\r\n".encode("latin-1"))
+
+    def proceed(self) -> None:
+        if getattr(self.body, "expect", False):
+            self.body.expect = False
+            self.connection.send_continue()
+
+    def watch(self, callback: Callable[..., Any], argument: Any) -> None:
+        self._callback = callback, argument
+        if not self._uploading:
+            self.connection.watch(callback, argument)
+
+    def unwatch(self) -> None:
+        self._callback = None
+        if not self._uploading:
+            self.connection.unwatch()
+
+    def uploading(self, active: bool) -> None:
+        self._uploading = active
+        if not active and self._callback is not None:
+            self.connection.watch(*self._callback)
+
+
+def client_of(environ: dict[str, Any], start_response: Any, proxy: Any) -> WsgiClient:
+    """The client of a WSGI request."""
+    connection = getattr(environ.get("gunicorn.socket"), "connection", None)
+    if connection is not None:
+        response = connection.response
+        if response is not None and getattr(start_response, "__self__", None) is response:
+            body = environ.get("wsgi.input")
+            if body is connection.body and not response.headers_sent:
+                app = connection.gateway.app
+                pristine = app is proxy or getattr(app, "app", None) is proxy
+                return OurClient(environ, start_response, connection, pristine)
+    return WsgiClient(environ, start_response)

@@ -1,0 +1,295 @@
+"""Which header fields a proxy hands on to its target, and what it writes itself. Functions without I/O.
+
+Runs in: wherever the proxy is mounted. Must never: let a field of one connection reach another, or
+believe what an untrusted client says of its origin.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+from urllib.parse import quote, unquote_to_bytes, urlsplit
+
+from gunicorn_passenger.proxy.options import APPEND, Options
+from gunicorn_passenger.proxy.target import Target
+
+Fields = list[tuple[str, str]]
+
+#: Fields that are not simply handed on: they speak of one connection (RFC 9110 section 7.6.1), or frame
+#: the message and are written anew from what was parsed (RFC 9112 section 6). "Proxy" is no field at
+#: all: CGI programs take it for the setting of a proxy.
+ASIDE = frozenset(
+    {
+        "connection",
+        "content-length",
+        "keep-alive",
+        "proxy",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+
+#: Nobody may take these away by naming them in Connection: a request without a host has no meaning
+#: (RFC 9112 section 3.2), and the others tell where it comes from.
+_NOT_TO_NOMINATE = {
+    "host",
+    "content-length",
+    "forwarded",
+    "via",
+    "x-forwarded-for",
+    "x-forwarded-host",
+    "x-forwarded-port",
+    "x-forwarded-proto",
+}
+
+#: options of Connection that name no field of their own
+_OPTIONS = {"close", "keep-alive", "upgrade", "te", ""}
+
+_VISIBLE = re.compile(r"[\x21-\x22\x24-\x7e]*")
+_PORT = re.compile(r":([0-9]+)$")
+
+
+def without_nominated(fields: Fields, options: set[str]) -> Fields:
+    """Take away the fields that Connection names (RFC 9110 section 7.6.1)."""
+    nominated = options - _OPTIONS - _NOT_TO_NOMINATE
+    if not nominated:
+        return fields
+    return [field for field in fields if field[0].lower() not in nominated]
+
+
+class RequestFields:
+    """The fields of a client's request that are meant for the target."""
+
+    __slots__ = ("expect", "fields", "host", "measured", "te_trailers", "upgrade")
+
+    def __init__(self, pairs: Iterable[tuple[str, str]], keep_case: bool) -> None:
+        """
+        :param pairs: the fields of the request, in their order.
+        :param keep_case: whether names keep their letter case; else they are lower case.
+        """
+        fields: Fields = []
+        connection = ""
+        self.upgrade = ""
+        self.expect = False
+        #: whether the client takes trailers, which its TE says
+        self.te_trailers = False
+        self.host: str | None = None
+        #: whether a Content-Length is among them
+        self.measured = False
+        for name, value in pairs:
+            low = name.lower()
+            if low in ASIDE:
+                if low == "connection":
+                    connection = f"{connection},{value}" if connection else value
+                elif low == "upgrade":
+                    self.upgrade = value
+                elif low == "trailer":
+                    fields.append((name if keep_case else low, value))
+                elif low == "content-length":
+                    if not self.measured:
+                        self.measured = True
+                        fields.append((name if keep_case else low, value))
+                elif low == "te":
+                    self.te_trailers = "trailers" in value.lower()
+            elif low == "expect":
+                self.expect = value.lower() == "100-continue"
+            elif low[:6] != "proxy-":
+                if low == "host":
+                    self.host = value
+                fields.append((name if keep_case else low, value))
+        options: set[str] = set()
+        if connection:
+            options = {token.strip().lower() for token in connection.split(",")}
+            fields = without_nominated(fields, options)
+        if self.upgrade and "upgrade" not in options:
+            self.upgrade = ""
+        self.fields = fields
+
+
+class Origin:
+    """Where a request comes from, as far as the proxy knows it."""
+
+    __slots__ = ("address", "host", "scheme", "trusted")
+
+    def __init__(self, address: str, scheme: str, host: str | None, trusted: bool) -> None:
+        """
+        :param address: the peer's; empty on a UNIX socket, whose peers are on this machine.
+        :param scheme: ``http`` or ``https``, as the client sees it.
+        :param host: the host and port that it asked for.
+        :param trusted: whether what it says of other origins is believed.
+        """
+        self.address = address or "127.0.0.1"
+        self.scheme = scheme
+        self.host = host
+        self.trusted = trusted
+
+
+def upstream_fields(fields: Fields, options: Options, target: Target, origin: Origin) -> Fields:
+    """The fields of the request to the target, but for those that frame it.
+
+    :param fields: of the client's request, end-to-end.
+    """
+    keep_case = options.preserve_header_key_case
+    host = origin.host
+    if options.change_origin or not host:
+        host = target.authority
+        fields = [field for field in fields if field[0].lower() != "host"]
+        fields.insert(0, ("Host" if keep_case else "host", host))
+    if options.xfwd:
+        fields = _x_forwarded(fields, options, origin)
+    if options.forwarded:
+        fields = _forwarded(fields, options, origin)
+    if options.via:
+        fields = with_via(fields, options)
+    if options.set_fields:
+        fields = [field for field in fields if field[0].lower() not in options.set_fields]
+        fields += options.set_fields.values()
+    return fields
+
+
+def with_host(fields: Fields, host: str, keep_case: bool) -> Fields:
+    """The Host that an absolute-form target names takes the place of any other (RFC 9112 section 3.2.2)."""
+    fields = [field for field in fields if field[0].lower() != "host"]
+    fields.insert(0, ("Host" if keep_case else "host", host))
+    return fields
+
+
+def _take(fields: Fields, *names: str) -> tuple[Fields, dict[str, str]]:
+    """The fields without those, and what they said."""
+    rest = []
+    taken: dict[str, str] = {}
+    for name, value in fields:
+        low = name.lower()
+        if low in names:
+            taken[low] = f"{taken[low]}, {value}" if low in taken else value
+        else:
+            rest.append((name, value))
+    return rest, taken
+
+
+def _x_forwarded(fields: Fields, options: Options, origin: Origin) -> Fields:
+    """``X-Forwarded-*``, behind what a trusted client, such as a web server in front, has written."""
+    port = _PORT.search(origin.host or "")
+    said = {
+        "X-Forwarded-For": origin.address,
+        "X-Forwarded-Port": port[1] if port else "443" if origin.scheme == "https" else "80",
+        "X-Forwarded-Proto": origin.scheme,
+        "X-Forwarded-Host": origin.host or "",
+    }
+    fields, before = _take(fields, *(name.lower() for name in said))
+    if not origin.trusted or options.xfwd != APPEND:
+        before = {}
+    for name, value in said.items():
+        low = name.lower()
+        if low in before:
+            value = before[low] if low == "x-forwarded-host" else f"{before[low]}, {value}"
+        if value:
+            fields.append((name if options.preserve_header_key_case else low, value))
+    return fields
+
+
+def _forwarded(fields: Fields, options: Options, origin: Origin) -> Fields:
+    """RFC 7239's ``Forwarded``."""
+    address = f'"[{origin.address}]"' if ":" in origin.address else origin.address
+    value = f"for={address}"
+    if origin.host:
+        value += ";host=" + (
+            origin.host if re.fullmatch(r"[\w.\-]+", origin.host, re.A) else _quoted(origin.host)
+        )
+    value += f";proto={origin.scheme}"
+    fields, before = _take(fields, "forwarded")
+    if before and origin.trusted and options.forwarded == APPEND:
+        value = f"{before['forwarded']}, {value}"
+    return [*fields, ("Forwarded" if options.preserve_header_key_case else "forwarded", value)]
+
+
+def _quoted(text: str) -> str:
+    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+
+
+def with_via(fields: Fields, options: Options) -> Fields:
+    """``Via``, behind what is there (RFC 9110 section 7.6.3)."""
+    fields, before = _take(fields, "via")
+    value = f"1.1 {options.via}"
+    if before:
+        value = f"{before['via']}, {value}"
+    return [*fields, ("Via" if options.preserve_header_key_case else "via", value)]
+
+
+def environ_fields(environ: dict[str, Any]) -> Fields:
+    """The header fields of a WSGI request: their order, letter case and repetition is lost."""
+    fields = []
+    for key, value in environ.items():
+        if key[:5] == "HTTP_" and isinstance(value, str):
+            fields.append((key[5:].replace("_", "-").title(), value))
+    if environ.get("CONTENT_TYPE"):
+        fields.append(("Content-Type", environ["CONTENT_TYPE"]))
+    if environ.get("CONTENT_LENGTH"):
+        fields.append(("Content-Length", environ["CONTENT_LENGTH"]))
+    return fields
+
+
+def request_path(environ: dict[str, Any]) -> tuple[str, str, str]:
+    """What the client asked for: path and query as it wrote them, without what the proxy is mounted at.
+
+    An application may have changed ``PATH_INFO`` or ``QUERY_STRING``; then they are what counts.
+
+    :returns: path and query; and what stands before them in an absolute-form target, such as
+        ``http://host``, and the host in that (RFC 9112 section 3.2.2).
+    """
+    raw = environ.get("RAW_URI") or environ.get("REQUEST_URI") or ""
+    before = host = ""
+    if raw[:1] != "/" and "://" in raw:
+        parts = urlsplit(raw)
+        host = parts.netloc.rpartition("@")[2]
+        before = f"{parts.scheme}://{host}"
+        raw = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        if environ["REQUEST_METHOD"] == "OPTIONS" and not parts.path and not parts.query:
+            raw = "*"  # RFC 9112 section 3.2.4
+    if raw == "*" and environ["REQUEST_METHOD"] == "OPTIONS":
+        return raw, before, host
+    mount = environ.get("SCRIPT_NAME", "")
+    path = environ.get("PATH_INFO", "")
+    raw = raw.partition("#")[0]
+    raw_path, _, raw_query = raw.partition("?")
+    if "%" in raw_path:
+        written = unquote_to_bytes(raw_path).decode("latin-1")
+    else:
+        written = raw_path
+    if (
+        written == mount + path
+        and raw_query == environ.get("QUERY_STRING", "")
+        and raw_path.startswith(mount)
+    ):
+        raw = raw[len(mount) :]
+    else:
+        raw = quote(path.encode("latin-1", "replace"), safe="/:@!$&'()*+,;=~-._")
+        if environ.get("QUERY_STRING"):
+            raw += "?" + environ["QUERY_STRING"]
+    if raw[:1] != "/":
+        raw = "/" + raw
+    if not _VISIBLE.fullmatch(raw):
+        raw = quote(raw.encode("latin-1", "replace"), safe="/%?:@!$&'()*+,;=~-._[]\"<>\\^`{|}")
+    return raw, before, host
+
+
+def target_path(options: Options, target: Target, asked: str, before: str) -> str:
+    """What the target is asked for.
+
+    :param asked: path and query of the client's request.
+    :param before: what stands before them with ``to_proxy``, such as ``http://host``.
+    """
+    if asked == "*":
+        return asked
+    if options.to_proxy and before:
+        return asked if options.ignore_path else before + asked
+    base, query = (target.base, target.query) if options.prepend_path else ("", "")
+    if options.ignore_path:
+        asked = ""
+    path = base + asked if base or asked else "/"
+    if query:
+        path += ("&" if "?" in path else "?") + query
+    return path

@@ -1,0 +1,365 @@
+"""The proxy's options: node-http-proxy's in snake_case and some more, checked when the proxy is made.
+
+Runs in: wherever the proxy is mounted; no I/O. Must never: let an option through that fails later.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import ipaddress
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gunicorn_passenger.errors import SettingError, UnknownSetting
+from gunicorn_passenger.proxy.agent import Agent
+from gunicorn_passenger.proxy.target import Target, parse_target
+
+#: RFC 9110 section 5.6.2
+TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+#: RFC 9110 section 5.5: what a field's value may hold
+VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+
+#: Fields that the proxy writes itself: they frame the message or speak of the connection.
+_FRAMING = {"content-length", "transfer-encoding", "connection", "keep-alive", "upgrade", "te", "trailer"}
+
+#: Redirects that ``follow_redirects=True`` follows for one request.
+_REDIRECTS = 21
+
+#: the directions that forwarded fields can be written in
+APPEND, REPLACE = "append", "replace"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may be set; see ``docs/proxy.md`` for what each means."""
+
+    forward: Any = None
+    ws: bool = True
+    xfwd: Any = False
+    forwarded: Any = False
+    trusted: Any = None
+    via: Any = False
+    secure: bool = True
+    to_proxy: bool = False
+    prepend_path: bool = True
+    ignore_path: bool = False
+    local_address: str | None = None
+    change_origin: bool = False
+    preserve_header_key_case: bool = False
+    auth: str | None = None
+    host_rewrite: str | None = None
+    auto_rewrite: bool = False
+    protocol_rewrite: str | None = None
+    cookie_domain_rewrite: Any = False
+    cookie_path_rewrite: Any = False
+    headers: Any = None
+    proxy_timeout: float | None = None
+    timeout: float | None = None
+    follow_redirects: Any = False
+    self_handle_response: bool = False
+    buffer: Any = None
+    agent: Any = None
+    ws_timeout: float | None = None
+    ws_stop: str = "close"
+    balance: str = "round_robin"
+    fail_timeout: float = 10.0
+    sticky: str | None = None
+    sticky_name: str = "passenger_target"
+
+    #: fields that are set on each request: lower-case name → name and value
+    set_fields: dict[str, tuple[str, str]] = field(init=False)
+    #: whether responses go to the client with nothing rewritten
+    plain_response: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name in NAMES:
+            self._set(name, getattr(self, name))
+        self._derive()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, _CHECKS[name](name, value))
+
+    def _derive(self) -> None:
+        set_fields = {name.lower(): (name, value) for name, value in self.headers.items()}
+        if self.auth is not None:
+            credentials = base64.b64encode(self.auth.encode()).decode()
+            set_fields["authorization"] = ("Authorization", f"Basic {credentials}")
+        rewrites = (
+            self.host_rewrite,
+            self.auto_rewrite,
+            self.protocol_rewrite,
+            self.cookie_domain_rewrite,
+            self.cookie_path_rewrite,
+        )
+        object.__setattr__(self, "set_fields", set_fields)
+        object.__setattr__(self, "plain_response", not any(rewrites))
+
+    def merged(self, changes: Mapping[str, Any], where: str) -> Options:
+        """These options with some of them changed.
+
+        :param where: the call that was given them, for the error.
+        :raises UnknownSetting: (a ``TypeError``) for a name that is no option.
+        :raises SettingError: (a ``ValueError``) for a value that cannot be used.
+        """
+        merged = copy.copy(self)
+        for name, value in changes.items():
+            if name not in _CHECKS:
+                raise UnknownSetting(f"{where} has no option {name!r}; there are: {', '.join(NAMES)}")
+            try:
+                merged._set(name, value)
+            except SettingError as error:
+                raise SettingError(f"{where}: {error}") from None
+        merged._derive()
+        return merged
+
+    def trusts(self, address: str) -> bool:
+        """Whether forwarded fields of this peer are believed, as far as ``trusted`` tells."""
+        if self.trusted is True:
+            return True
+        try:
+            ip = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        return any(ip in network for network in self.trusted)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise SettingError(f"{name}={value!r} is neither True nor False")
+    return value
+
+
+def _text(name: str, value: Any) -> Any:
+    if value is None or value is False:
+        return None
+    if not isinstance(value, str) or not value or not VALUE.fullmatch(value):
+        raise SettingError(f"{name}={value!r} is no text that can stand in a header field")
+    return value
+
+
+def _host(name: str, value: Any) -> Any:
+    value = _text(name, value)
+    if value is not None and not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s/?#@:\[\]]+)(:[0-9]{1,5})?", value):
+        raise SettingError(f"{name}={value!r} is neither a host nor host:port")
+    return value
+
+
+def _auth(name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    if not isinstance(value, str) or ":" not in value:
+        raise SettingError(f"{name} is not written 'user:password'")
+    return value
+
+
+def _protocol(name: str, value: Any) -> Any:
+    if value is None or value is False:
+        return None
+    if value not in ("http", "https"):
+        raise SettingError(f"{name}={value!r} is neither 'http' nor 'https'")
+    return value
+
+
+def _seconds(name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    return positive(name, value)
+
+
+def positive(name: str, value: Any) -> float:
+    """A number of seconds above zero.
+
+    :raises SettingError: names the option.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
+        raise SettingError(f"{name}={value!r} is no positive number of seconds")
+    return float(value)
+
+
+def _written(name: str, value: Any) -> Any:
+    """How forwarded fields are written: not at all, or in which way."""
+    if value is True:
+        return APPEND
+    if value in (False, None):
+        return False
+    if value not in (APPEND, REPLACE):
+        raise SettingError(f"{name}={value!r} is none of True, False, {APPEND!r} and {REPLACE!r}")
+    return value
+
+
+def _trusted(name: str, value: Any) -> Any:
+    if value is None or value is True:
+        return value
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",")]
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        raise SettingError(f"{name}={value!r} is neither '*' nor a list of addresses and networks")
+    if "*" in value:
+        return True
+    networks = []
+    for part in value:
+        if isinstance(part, (ipaddress.IPv4Network, ipaddress.IPv6Network)):
+            networks.append(part)
+            continue
+        try:
+            networks.append(ipaddress.ip_network(part))
+        except (ValueError, TypeError):
+            raise SettingError(f"{name}: {part!r} is neither an address nor a network") from None
+    return tuple(networks)
+
+
+def _via(name: str, value: Any) -> Any:
+    if value is True:
+        return "gunicorn-passenger"
+    if value in (False, None):
+        return False
+    if not isinstance(value, str) or not re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z:\[\]]+", value):
+        raise SettingError(
+            f"{name}={value!r} is no pseudonym: letters, digits and -._ (RFC 9110 section 7.6.3)"
+        )
+    return value
+
+
+def _address(name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    try:
+        return str(ipaddress.ip_address(value))
+    except ValueError:
+        raise SettingError(f"{name}={value!r} is no address of this machine, such as '127.0.0.1'") from None
+
+
+def _rewrite(name: str, value: Any) -> Any:
+    """A string stands for all cookies."""
+    if value in (False, None):
+        return False
+    if isinstance(value, str):
+        value = {"*": value}
+    if not isinstance(value, Mapping):
+        raise SettingError(f"{name}={value!r} is neither a string nor a dict")
+    rules = {}
+    for old, new in value.items():
+        if new is None or new is False:
+            new = ""
+        for part in old, new:
+            if not isinstance(part, str) or not re.fullmatch(r"[\x20-\x3a\x3c-\x7e\x80-\xff]*", part):
+                raise SettingError(f"{name}: {part!r} cannot be part of a cookie")
+        rules[old.lower() if "domain" in name else old] = new
+    return rules
+
+
+def _headers(name: str, value: Any) -> dict[str, str]:
+    if value is None:
+        return {}
+    try:
+        pairs = list(value.items() if isinstance(value, Mapping) else value)
+        return dict(check_field(key, text, name) for key, text in pairs)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, SettingError):
+            raise
+        raise SettingError(f"{name}={value!r} is no dict of field names and values") from None
+
+
+def check_field(key: Any, text: Any, name: str, framing: bool = False) -> tuple[str, str]:
+    """A field that may be sent.
+
+    :param name: where it comes from, for the error.
+    :param framing: whether it may be one that frames the message, which the caller sorts out.
+    :raises SettingError: when it would end its line, or belongs to the connection or the framing.
+    """
+    if isinstance(text, int) and not isinstance(text, bool):
+        text = str(text)
+    if not isinstance(key, str) or not isinstance(text, str) or not TOKEN.fullmatch(key):
+        raise SettingError(f"{name}: {key!r}: {text!r} is no header field")
+    if not VALUE.fullmatch(text):
+        raise SettingError(f"{name}: {key!r}: the value holds a line break or what else no header field may")
+    if not framing and key.lower() in _FRAMING:
+        raise SettingError(f"{name}: {key!r} is written by the proxy itself")
+    return key, text.strip(" \t")
+
+
+def _redirects(name: str, value: Any) -> int:
+    if value is True:
+        return _REDIRECTS
+    if value in (False, None):
+        return 0
+    if not isinstance(value, int) or not 0 <= value <= 100:
+        raise SettingError(f"{name}={value!r} is neither True, False nor a number up to 100")
+    return value
+
+
+def _buffer(name: str, value: Any) -> Any:
+    if value is not None and not callable(getattr(value, "read", None)):
+        raise SettingError(f"{name}={value!r} is no binary file object")
+    return value
+
+
+def _agent(name: str, value: Any) -> Any:
+    if value is None or value is True:
+        return Agent()
+    if value is False:
+        return Agent(max_idle=0)
+    if not isinstance(value, Agent):
+        raise SettingError(f"{name}={value!r} is neither an http_proxy.Agent nor False")
+    return value
+
+
+def _forward(name: str, value: Any) -> Target | None:
+    return None if value is None else parse_target(value, what=name)
+
+
+def _choice(*choices: Any) -> Any:
+    def check(name: str, value: Any) -> Any:
+        if value not in choices:
+            raise SettingError(f"{name}={value!r} is none of {', '.join(map(repr, choices))}")
+        return value
+
+    return check
+
+
+def _name(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not TOKEN.fullmatch(value):
+        raise SettingError(f"{name}={value!r} is no name for a cookie")
+    return value
+
+
+_CHECKS: dict[str, Any] = {
+    "forward": _forward,
+    "ws": _flag,
+    "xfwd": _written,
+    "forwarded": _written,
+    "trusted": _trusted,
+    "via": _via,
+    "secure": _flag,
+    "to_proxy": _flag,
+    "prepend_path": _flag,
+    "ignore_path": _flag,
+    "local_address": _address,
+    "change_origin": _flag,
+    "preserve_header_key_case": _flag,
+    "auth": _auth,
+    "host_rewrite": _host,
+    "auto_rewrite": _flag,
+    "protocol_rewrite": _protocol,
+    "cookie_domain_rewrite": _rewrite,
+    "cookie_path_rewrite": _rewrite,
+    "proxy_timeout": _seconds,
+    "timeout": _seconds,
+    "follow_redirects": _redirects,
+    "self_handle_response": _flag,
+    "buffer": _buffer,
+    "agent": _agent,
+    "ws_timeout": _seconds,
+    "ws_stop": _choice("close", "wait"),
+    "balance": _choice("round_robin", "least_connections"),
+    "fail_timeout": positive,
+    "sticky": _choice(None, False, "cookie"),
+    "sticky_name": _name,
+    "headers": _headers,
+}
+
+#: the options, as the error for an unknown one lists them
+NAMES = tuple(_CHECKS)

@@ -1,0 +1,725 @@
+"""One request's way through the proxy: route, target, request, answer, or why there is none.
+
+Runs in: wherever the proxy is mounted, in the greenlet or thread of the request. Must never: send
+anything that was not checked, or leave a connection in use behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from http.cookies import CookieError, SimpleCookie
+from typing import Any
+from urllib.parse import quote
+
+import gevent
+from werkzeug.exceptions import NotFound, default_exceptions
+from werkzeug.http import http_date
+from werkzeug.wrappers import Request, Response
+
+from gunicorn_passenger.errors import (
+    AnswerBrokeOff,
+    BadResponse,
+    ClientDisconnected,
+    ProxyError,
+    UpstreamRefused,
+    UpstreamTimeout,
+)
+from gunicorn_passenger.proxy import fields as rules
+from gunicorn_passenger.proxy import rewriting, splice, upgrade
+from gunicorn_passenger.proxy.client import CHUNKED, WsgiClient, client_of
+from gunicorn_passenger.proxy.events import (
+    HandlerFailed,
+    UpstreamRequest,
+    UpstreamResponse,
+    check_reason,
+    checked,
+)
+from gunicorn_passenger.proxy.exchange import Exchange, Upload
+from gunicorn_passenger.proxy.fields import Fields, Origin, RequestFields
+from gunicorn_passenger.proxy.messages import ResponseHead
+from gunicorn_passenger.proxy.mirror import Copy
+from gunicorn_passenger.proxy.options import TOKEN, Options
+from gunicorn_passenger.proxy.routes import Backend, Route
+from gunicorn_passenger.proxy.stream import ClientGone
+from gunicorn_passenger.proxy.target import Target
+
+log = logging.getLogger("gunicorn.error")
+
+_REDIRECTS = (301, 302, 303, 307, 308)
+#: Fields of a request that stay with the origin that they were meant for.
+_CREDENTIALS = {"authorization", "cookie"}
+_CONTENT = {"content-length", "content-type", "content-encoding", "content-language", "content-location"}
+#: Bytes that are spliced before others get their turn.
+_TURN = 4 << 20
+
+
+class Passage:
+    """One request of a client."""
+
+    __slots__ = (
+        "_answered",
+        "_backend",
+        "_began",
+        "_client",
+        "_must_upgrade",
+        "_origin",
+        "_overrides",
+        "_path",
+        "_proxy",
+        "_request",
+        "_start_response",
+        "_sticky",
+        "_upload",
+        "_upstream_response",
+        "environ",
+        "events",
+        "exchange",
+        "fields",
+        "options",
+        "target",
+    )
+
+    def __init__(
+        self,
+        proxy: Any,
+        environ: dict[str, Any],
+        start_response: Callable[..., Any],
+        overrides: dict[str, Any] | None,
+        must_upgrade: bool = False,
+    ) -> None:
+        """
+        :param overrides: options for this request alone.
+        :param must_upgrade: whether nothing but an upgrade is expected.
+        """
+        self._proxy = proxy
+        self.environ = environ
+        self._start_response = start_response
+        self._overrides = overrides
+        self._must_upgrade = must_upgrade
+        self._began = time.monotonic()
+        self.events = proxy.events
+        self.options: Options = proxy.options
+        self._client: WsgiClient
+        self.fields: RequestFields
+        self._origin: Origin
+        self._upload: Upload
+        self.exchange: Exchange | None = None
+        self._backend: Backend | None = None
+        self.target: Target | None = None
+        self._request: Any = None
+        self._upstream_response: Any = None
+        self._path = ""
+        #: whether the head of an answer went to the client
+        self._answered = False
+        #: a cookie that keeps the client with its target
+        self._sticky = ""
+
+    def run(self) -> Iterable[bytes]:
+        """Carry it.
+
+        :returns: the body of the answer, or nothing when it was sent already.
+        :raises AnswerBrokeOff: when the answer cannot be finished.
+        :raises ClientDisconnected: when nobody waits for it any more.
+        """
+        try:
+            return self._carry()
+        except ProxyError as error:
+            return self._fail(error)
+        except (ClientGone, ClientDisconnected) as error:
+            raise self._client_gone(error) from None
+        except HandlerFailed as error:
+            return self._handler_failed(error)
+        except BaseException:
+            self._end(broken=True)
+            raise
+
+    # --- the request -----------------------------------------------------------------------------
+
+    def _carry(self) -> Iterable[bytes]:
+        environ = self.environ
+        route: Route | None = self._proxy.route
+        if self._overrides:
+            self.options = self.options.merged(self._overrides, "proxy.web()")
+        if route is not None and route.table:
+            route = route.find(environ.get("PATH_INFO", ""))
+            if route is None:
+                return self.say(404, "No target is mounted at this path.")
+            self.options = route.options
+            if self._overrides:
+                self.options = self.options.merged(self._overrides, "proxy.web()")
+        assert route is not None
+        options = self.options
+        client = self._client = client_of(environ, self._start_response, self._proxy)
+        fields = self.fields = RequestFields(client.pairs(), options.preserve_header_key_case)
+        method = client.method
+        if method == "CONNECT":
+            return self.say(501, "This proxy makes no connections for its clients (CONNECT).")
+        if fields.upgrade.lower() == "h2c":
+            fields.upgrade = ""  # HTTP/2 with prior knowledge of the proxy's rules would bypass them
+        if fields.upgrade and not options.ws:
+            return self.say(501, "This proxy does not carry upgrades.")
+        if self._must_upgrade and not fields.upgrade:
+            return self.say(400, "The request asks for no upgrade.")
+        length = client.length()
+        self._path, before, host = rules.request_path(environ)
+        if host:
+            fields.fields = rules.with_host(fields.fields, host, options.preserve_header_key_case)
+            fields.host = host
+        elif fields.host is None:
+            fields.host = environ.get("HTTP_HOST")
+        self._origin = client.origin(options, fields.host)
+        if options.to_proxy and not before:
+            before = f"{self._origin.scheme}://{fields.host or ''}" if fields.host else ""
+        if route.remove:
+            self._remove_prefix(route.remove)
+
+        copy = self._copy(method, before, length) if options.forward is not None else None
+        self._upload = Upload(client, length, options, copy)
+        if options.buffer is not None:
+            self._replace_body(options.buffer)
+        if route.nowhere:
+            return self._copy_alone()
+        try:
+            backends = route.choose(
+                self.werkzeug_request() if route.asks else None,
+                options,
+                self._sticky_cookie() if options.sticky else None,
+            )
+        except Exception as error:
+            raise HandlerFailed("the function that chooses the target failed") from error
+        if backends is None:
+            return self.say(404, "There is no target for this request.")
+        head = self._ask(backends, method, before)
+        if options.follow_redirects and head.status in _REDIRECTS:
+            head = self._follow(head, method)
+        if head.status == 101:
+            return upgrade.carry(self, head)
+        return self._answer(head)
+
+    def _remove_prefix(self, prefix: str) -> None:
+        path, mark, query = self._path.partition("?")
+        if not path.startswith(prefix):
+            # the client has written it in another way, with %61 for a
+            path = quote(self.environ["PATH_INFO"].encode("latin-1", "replace"), safe="/:@!$&'()*+,;=~-._")
+            prefix = quote(prefix.encode("latin-1", "replace"), safe="/:@!$&'()*+,;=~-._")
+        path = path[len(prefix) :]
+        self._path = (path if path.startswith("/") else "/" + path) + mark + query
+
+    def werkzeug_request(self) -> Any:
+        if self._request is None:
+            self._request = Request(self.environ)
+        return self._request
+
+    def _ask(self, backends: list[Backend], method: str, before: str) -> ResponseHead:
+        """Send the request to the first target that can be connected to."""
+        last = len(backends) - 1
+        for number, backend in enumerate(backends):
+            self._backend = backend
+            backend.active += 1
+            self.target = backend.target
+            try:
+                head = self._ask_one(backend.target, method, before)
+            except (UpstreamRefused, UpstreamTimeout) as error:
+                connected = self.exchange is not None and self.exchange.connected
+                if connected:
+                    raise
+                if len(backends) > 1 or backend.failed_until:
+                    backend.failed(self.options)
+                if number == last:
+                    raise
+                log.warning("proxy: %s: %s; the next target is tried", backend.target, error)
+                backend.active -= 1
+                self._backend = None
+                continue
+            backend.failed_until = 0.0
+            if self.options.sticky:
+                self._stick(backend)
+            return head
+        raise AssertionError("no target")
+
+    def _resolve(self, target: Target) -> Target:
+        if not target.server:
+            return target
+        try:
+            found: Target = self._proxy.find_server(target.server)
+            return found
+        except LookupError:
+            raise UpstreamRefused(f"no server of this application has the name {target.server!r}") from None
+
+    def _ask_one(self, named: Target, method: str, before: str) -> ResponseHead:
+        options = self.options
+        events = self.events
+        target = self._resolve(named)
+        fields = self.fields
+        upload = self._upload
+        path = rules.target_path(options, target, self._path, before)
+        lines = rules.upstream_fields(fields.fields, options, target, self._origin)
+        if options.sticky:
+            lines = _without_cookie(lines, options.sticky_name)
+        if events.has("start"):
+            events.emit("start", self.werkzeug_request(), named)
+        event = "proxy_req_ws" if fields.upgrade else "proxy_req"
+        if events.has(event):
+            asked = UpstreamRequest(method, path, lines, named)
+            events.emit(event, asked, self.werkzeug_request(), options)
+            method, path = _checked_request(asked, event)
+            lines = checked(asked.headers, event)
+            if asked.body is not None:
+                self._replace_body(asked.body)
+        expect = fields.expect and bool(upload.length) and self.environ.get("SERVER_PROTOCOL") != "HTTP/1.0"
+        head = self._head(method, path, lines, expect)
+        return self._send(target, method, head, expect)
+
+    def _send(self, target: Target, method: str, head: bytes, expect: bool) -> ResponseHead:
+        options = self.options
+        pool = options.agent.pool(target, options.secure, options.local_address)
+        exchange = self.exchange = Exchange(pool, options, method, self._client)
+        exchange.switching = bool(self.fields.upgrade)
+        return exchange.request(head, self._upload, expect)
+
+    def _head(self, method: str, path: str, lines: Fields, expect: bool) -> bytes:
+        """The request as it is sent, with one framing: that of the body that there is."""
+        fields = self.fields
+        upload = self._upload
+        if (fields.measured and upload.length == CHUNKED) or self._body_replaced():
+            lines = [line for line in lines if line[0].lower() not in ("content-length", "transfer-encoding")]
+        text = "".join([f"{name}: {value}\r\n" for name, value in lines])
+        keep_case = self.options.preserve_header_key_case
+        connection = []
+        if upload.length == CHUNKED:
+            text += "Transfer-Encoding: chunked\r\n" if keep_case else "transfer-encoding: chunked\r\n"
+        elif self._body_replaced():
+            text += f"{'Content-Length' if keep_case else 'content-length'}: {upload.length}\r\n"
+        if expect:
+            text += "Expect: 100-continue\r\n" if keep_case else "expect: 100-continue\r\n"
+        if fields.te_trailers and self._client.connection is not None:
+            text += "TE: trailers\r\n" if keep_case else "te: trailers\r\n"
+            connection.append("TE")
+        if fields.upgrade:
+            text += f"{'Upgrade' if keep_case else 'upgrade'}: {fields.upgrade}\r\n"
+            connection.append("Upgrade")
+        elif not self.options.agent.max_idle:
+            connection.append("close")
+        if connection:
+            text += f"{'Connection' if keep_case else 'connection'}: {', '.join(connection)}\r\n"
+        return f"{method} {path} HTTP/1.1\r\n{text}\r\n".encode("latin-1")
+
+    def _body_replaced(self) -> bool:
+        return self._upload.replaced
+
+    def _replace_body(self, body: Any) -> None:
+        if isinstance(body, (bytes, bytearray)):
+            self._upload.replace(bytes(body), len(body))
+            return
+        if isinstance(body, str) or not callable(getattr(body, "read", None)):
+            raise HandlerFailed(f"proxy_req: the body {type(body).__name__} is neither bytes nor a file")
+        try:
+            at = body.tell()
+            length = body.seek(0, 2) - at
+            body.seek(at)
+        except (AttributeError, OSError, ValueError):
+            length = CHUNKED
+        self._upload.replace(body, length)
+
+    # --- copies ----------------------------------------------------------------------------------
+
+    def _copy(self, method: str, before: str, length: int) -> Copy | None:
+        """The request for ``forward``."""
+        options = self.options
+        try:
+            target = self._resolve(options.forward)
+        except UpstreamRefused as error:
+            log.warning("proxy: %s: a request was not copied: %s", options.forward, error)
+            return None
+        path = rules.target_path(options, target, self._path, before)
+        lines = rules.upstream_fields(self.fields.fields, options, target, self._origin)
+        text = "".join(f"{name}: {value}\r\n" for name, value in lines)
+        if length == CHUNKED:
+            text += "transfer-encoding: chunked\r\n"
+        head = f"{method} {path} HTTP/1.1\r\n{text}connection: close\r\n\r\n".encode("latin-1")
+        pool = options.agent.pool(target, options.secure, options.local_address)
+        copy = Copy(target, pool, head, length, options)
+        copy.start()
+        return copy
+
+    def _copy_alone(self) -> Iterable[bytes]:
+        """There is no target but the copy's."""
+        for piece in self._upload.pieces():
+            if self._upload.copy is not None:
+                self._upload.copy.feed(piece)
+        if self._upload.copy is not None:
+            self._upload.copy.end()
+        self._start_response("200 OK", [("Content-Length", "0")])
+        return []
+
+    # --- cookies ---------------------------------------------------------------------------------
+
+    def _sticky_cookie(self) -> str | None:
+        """What names the target that this client had before."""
+        name = self.options.sticky_name
+        try:
+            morsel = SimpleCookie(self.environ.get("HTTP_COOKIE", "")).get(name)
+        except CookieError:
+            return None
+        self._sticky = morsel.value if morsel is not None else ""
+        return self._sticky or None
+
+    def _stick(self, backend: Backend) -> None:
+        if self._sticky == backend.id or not backend.id:
+            self._sticky = ""
+            return
+        secure = "; Secure" if self._origin.scheme == "https" else ""
+        self._sticky = f"{self.options.sticky_name}={backend.id}; Path=/; HttpOnly; SameSite=Lax{secure}"
+
+    # --- redirects -------------------------------------------------------------------------------
+
+    def _follow(self, head: ResponseHead, method: str) -> ResponseHead:
+        """Ask where the target says, as often as allowed."""
+        options = self.options
+        target = self._resolve(self.target) if self.target is not None else None
+        path = rules.target_path(options, target, self._path, "") if target else ""
+        followed = 0
+        first = target
+        while head.status in _REDIRECTS and target is not None:
+            where = next((value for name, value in head.fields if name.lower() == "location"), None)
+            if where is None:
+                break
+            body = self._upload.length != 0 or self._upload.replaced
+            becomes_get = head.status == 303 or (head.status in (301, 302) and method == "POST")
+            if body and not becomes_get:
+                break  # the body is gone: the client may send it again
+            found = rewriting.redirect(where, target, path)
+            if found is None:
+                break
+            followed += 1
+            if followed > options.follow_redirects:
+                raise BadResponse(f"it has redirected the request more than {options.follow_redirects} times")
+            assert self.exchange is not None
+            if self.exchange.whole:
+                self.exchange.receive()
+            self.exchange.finish()
+            lines = self.fields.fields
+            if becomes_get:
+                if method != "HEAD":
+                    method = "GET"
+                lines = [line for line in lines if line[0].lower() not in _CONTENT]
+                self.fields.measured = False
+                self._upload = Upload(self._client, 0, options)
+            if found[0] != first:
+                lines = [line for line in lines if line[0].lower() not in _CREDENTIALS]
+                lines = rules.with_host(lines, found[0].authority, options.preserve_header_key_case)
+            self.fields.fields = lines
+            target, path = found
+            sent = rules.upstream_fields(lines, options, target, self._origin)
+            if found[0] != first:
+                sent = [line for line in sent if line[0].lower() not in _CREDENTIALS]
+            head = self._send(target, method, self._head(method, path, sent, False), False)
+        return head
+
+    # --- the answer ------------------------------------------------------------------------------
+
+    def _answer(self, head: ResponseHead) -> Iterable[bytes]:
+        options = self.options
+        exchange = self.exchange
+        target = self.target
+        assert exchange is not None and target is not None
+        fields = head.fields
+        if not options.plain_response:
+            fields = rewriting.rewritten(fields, head.status, options, self._resolve(target), self._origin)
+        if options.via:
+            fields = rules.with_via(fields, options)
+        if self._sticky:
+            fields = [*fields, ("set-cookie", self._sticky)]
+        body: Iterator[bytes] | None = None
+        if self.events.has("proxy_res"):
+            response = UpstreamResponse(head.status, head.reason, fields, target, exchange.body())
+            self._upstream_response = response
+            made = self.events.emit("proxy_res", response, self.werkzeug_request())
+            if options.self_handle_response:
+                return self._handled(made)
+            fields = self._changed(response, head)
+            body = response.left()
+        elif options.self_handle_response:
+            raise HandlerFailed("self_handle_response is set, and there is no handler of 'proxy_res'")
+        if self._client.connection is not None:
+            self._relay(head, fields, body)
+            self._over()
+            return ()
+        return self._hand_on(head, fields, body if body is not None else exchange.body())
+
+    def _changed(self, response: UpstreamResponse, head: ResponseHead) -> Fields:
+        """What the handlers have made of the head; its framing stays."""
+        status = response.status_code
+        if isinstance(status, bool) or not isinstance(status, int) or not 200 <= status <= 999:
+            raise HandlerFailed(f"proxy_res: the status {status!r} is no number from 200 to 999")
+        head.reason = check_reason(response.reason)
+        head.status = status
+        fields = [
+            (name, value)
+            for name, value in checked(response.headers, "proxy_res")
+            if name.lower() not in rules.ASIDE or name.lower() == "trailer"
+        ]
+        if head.length is not None:
+            fields.append(("content-length", str(head.length)))
+        head.dated = any(name.lower() == "date" for name, _ in fields)
+        return fields
+
+    def _relay(self, head: ResponseHead, fields: Fields, body: Iterator[bytes] | None) -> None:
+        """Send the answer over our own connection."""
+        connection = self._client.connection
+        response = connection.response
+        exchange = self.exchange
+        assert exchange is not None
+        status = head.status
+        length = head.length
+        if status == 204 and length is not None:
+            # RFC 9110 section 8.6: no Content-Length with 204
+            fields = [field for field in fields if field[0].lower() != "content-length"]
+            length = None
+        lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
+        if not head.dated:
+            lines += f"date: {http_date()}\r\n"  # RFC 9110 section 6.6.1
+        line = f"{status} {head.reason}"
+        self._answered = True
+        first = exchange.receive(wait=False) if body is None else b""
+        response.sent = len(first)
+        if body is None and exchange.complete and not exchange.trailers:
+            response.relay(line, lines, length, first, whole=True)
+            return
+        response.relay(line, lines, length, first)
+        chunked = response.chunked
+        if body is None:
+            if length is not None and exchange.left >= splice.LEAST and splice.available:
+                self._splice(exchange, connection, response)
+            body = exchange.body()
+        for piece in body:
+            if response.bodiless:
+                continue
+            response.sent += len(piece)
+            connection.send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+        if length is not None and response.sent < length and not response.bodiless:
+            raise HandlerFailed("proxy_res: a handler has read a part of the body")
+        if chunked:
+            trailers = "".join(f"{name}: {value}\r\n" for name, value in exchange.trailers)
+            connection.send(b"0\r\n%b\r\n" % trailers.encode("latin-1"))
+        response.relayed()
+
+    def _splice(self, exchange: Exchange, connection: Any, response: Any) -> None:
+        """Let the kernel move a long body, as far as it can."""
+        stream = exchange.link.stream
+        if stream.tls or exchange.link.buf:
+            return
+        try:
+            pipe = splice.pipe()
+        except OSError:
+            return  # no descriptors: it is copied then
+        try:
+            source, sink = stream.sock.fileno(), connection.raw_fileno()
+            turn = 0
+            while exchange.left:
+                try:
+                    count = pipe.fill(source, exchange.left)
+                except BlockingIOError:
+                    exchange.wait()
+                    continue
+                if not count:
+                    return  # the reader finds out why
+                exchange.moved(count)
+                response.sent += count
+                try:
+                    pipe.drain(sink, connection.wait_writable)
+                except OSError as error:
+                    raise ClientDisconnected(
+                        error.errno or errno.EPIPE, f"the client has gone: {error.strerror}"
+                    ) from None
+                turn += count
+                if turn >= _TURN:
+                    turn = 0
+                    gevent.sleep(0)
+        finally:
+            pipe.done()
+
+    def _hand_on(self, head: ResponseHead, fields: Fields, body: Iterator[bytes]) -> Iterable[bytes]:
+        """Send the answer the way of WSGI."""
+        drop = {"trailer"}
+        if str(self.environ.get("SERVER_SOFTWARE", "")).startswith("gunicorn"):
+            drop |= {"date", "server"}  # it writes its own
+        if head.status == 204:
+            drop.add("content-length")
+        fields = [field for field in fields if field[0].lower() not in drop]
+        self._start_response(f"{head.status} {head.reason or 'Unknown'}", fields)
+        self._answered = True
+        return _Answer(self, body)
+
+    def _handled(self, made: Any) -> Iterable[bytes]:
+        """Send what a handler has made of the answer."""
+        if made is None:
+            raise HandlerFailed(
+                "self_handle_response is set, and no handler of 'proxy_res' returned a response"
+            )
+        if not callable(made):
+            raise HandlerFailed(f"a handler of 'proxy_res' returned {made!r}, which is no response")
+        return _Answer(self, iter(made(self.environ, self._start_response)), made)
+
+    def pieces(self, body: Iterator[bytes]) -> Iterator[bytes]:
+        """The body for a WSGI server.
+
+        :raises AnswerBrokeOff: when it breaks off: the server then has to end the connection, so that
+            the client sees a truncated message, never a clean end.
+        """
+        try:
+            yield from body
+        except ProxyError as error:
+            self._fail(error)
+        except ClientGone as error:
+            raise self._client_gone(error) from None
+        self._over()
+
+    # --- the end ---------------------------------------------------------------------------------
+
+    def _over(self) -> None:
+        """The answer was sent as a whole."""
+        self._end()
+        if self.events.has("end"):
+            try:
+                self.events.emit("end", self.werkzeug_request(), self._upstream_response)
+            except HandlerFailed as error:
+                log.error("proxy: %s", error, exc_info=error.__cause__)
+
+    def tunnel_over(self, tunnel: Any) -> None:
+        """An upgraded connection has ended."""
+        self._end()
+        if self.events.has("close"):
+            try:
+                self.events.emit("close", tunnel)
+            except HandlerFailed as error:
+                log.error("proxy: %s", error, exc_info=error.__cause__)
+
+    def _end(self, broken: bool = False) -> None:
+        if self._backend is not None:
+            self._backend.active -= 1
+            self._backend = None
+        exchange, self.exchange = self.exchange, None
+        if exchange is not None:
+            if broken:
+                exchange.abort()
+            else:
+                exchange.finish()
+
+    def say(self, status: int, text: str) -> Iterable[bytes]:
+        """An answer of the proxy's own."""
+        error = NotFound(text) if status == 404 else default_exceptions[status](text)
+        return error.get_response(self.environ)(self.environ, self._start_response)
+
+    def _fail(self, error: ProxyError) -> Iterable[bytes]:
+        """There is no answer, or no more of it."""
+        self._end(broken=True)
+        error.target = error.target or self.target
+        error.elapsed = time.monotonic() - self._began
+        line = (
+            f"proxy: {error.target if error.target is not None else self._proxy}: {error.reason} "
+            f"after {error.elapsed:.3f} s ({self.environ['REQUEST_METHOD']} {self._shown_path()})"
+        )
+        made = None
+        if self.events.has("error"):
+            try:
+                made = self.events.emit("error", error, self.werkzeug_request(), error.target)
+            except HandlerFailed as failure:
+                if not self._answered:
+                    log.error("%s: %s", line, error.status_code)
+                    return self._handler_failed(failure)
+                log.error("proxy: %s", failure, exc_info=failure.__cause__)
+        if self._answered:
+            raise AnswerBrokeOff(f"{line}: the answer is cut off")
+        log.error("%s: %s", line, error.status_code)
+        if callable(made):
+            return made(self.environ, self._start_response)  # type: ignore[no-any-return]
+        status = error.status_code
+        headers = [("Retry-After", "1")] if status == 503 else []
+        text = _TEXTS.get(status, error.reason)
+        response: Response = default_exceptions[status](text).get_response(self.environ)  # type: ignore[assignment]
+        response.headers.extend(headers)
+        return response(self.environ, self._start_response)
+
+    def _shown_path(self) -> str:
+        return (self._path or quote(self.environ.get("PATH_INFO", ""), encoding="latin-1"))[:200]
+
+    def _handler_failed(self, error: HandlerFailed) -> Iterable[bytes]:
+        self._end(broken=True)
+        log.error(
+            "proxy: %s (%s %s): 500",
+            error,
+            self.environ["REQUEST_METHOD"],
+            self._shown_path(),
+            exc_info=error.__cause__,
+        )
+        if self._answered:
+            raise AnswerBrokeOff("proxy: the answer is cut off by a handler that failed")
+        return self.say(500, "The proxy cannot answer this request.")
+
+    def _client_gone(self, error: BaseException) -> ClientDisconnected:
+        """The client has gone before its answer was whole."""
+        self._end(broken=True)
+        if not isinstance(error, ClientDisconnected):
+            error = ClientDisconnected(errno.ECONNABORTED, "the client has gone before it was answered")
+        if self.events.has("econnreset"):
+            try:
+                self.events.emit("econnreset", error, self.werkzeug_request(), self.target)
+            except HandlerFailed as failure:
+                log.error("proxy: %s", failure, exc_info=failure.__cause__)
+        return error
+
+
+_TEXTS = {
+    502: "The server behind this proxy did not answer as it should.",
+    503: "All connections to the server behind this proxy are in use; try again in a moment.",
+    504: "The server behind this proxy did not answer in time.",
+}
+
+
+class _Answer:
+    """The body of an answer as WSGI wants it: closing it ends the exchange."""
+
+    def __init__(self, passage: Passage, body: Iterator[bytes], made: Any = None) -> None:
+        self._passage = passage
+        self._body = body
+        self._pieces = passage.pieces(body)
+        self._made = made
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._pieces
+
+    def close(self) -> None:
+        self._pieces.close()  # type: ignore[attr-defined]
+        close = getattr(self._body, "close", None)
+        if close is not None:
+            close()
+        self._passage._end(broken=self._made is None)
+
+
+def _checked_request(asked: UpstreamRequest, event: str) -> tuple[str, str]:
+    """
+    :raises HandlerFailed: when a handler has left what is no request line.
+    """
+    method, path = asked.method, asked.path
+    if not isinstance(method, str) or not TOKEN.fullmatch(method):
+        raise HandlerFailed(f"{event}: the method {method!r} is no token")
+    if not isinstance(path, str) or not path or not path.isascii() or not path.isprintable() or " " in path:
+        raise HandlerFailed(f"{event}: the path {path!r} cannot stand in a request line")
+    return method, path
+
+
+def _without_cookie(fields: Fields, name: str) -> Fields:
+    """The fields without the proxy's own cookie."""
+    result = []
+    for key, value in fields:
+        if key.lower() == "cookie" and name in value:
+            parts = [part for part in value.split(";") if part.partition("=")[0].strip() != name]
+            value = ";".join(parts).strip()
+            if not value:
+                continue
+        result.append((key, value))
+    return result

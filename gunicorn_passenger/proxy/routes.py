@@ -1,0 +1,175 @@
+"""Which target a request goes to: one, one of several, what a function says, or a table of paths.
+
+Runs in: wherever the proxy is mounted; no I/O. Must never: send a client to a target that it names itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gunicorn_passenger.errors import SettingError
+from gunicorn_passenger.proxy.options import Options
+from gunicorn_passenger.proxy.target import Target, check_prefix, matches, parse_target
+
+#: Targets that a function has named and that are remembered.
+_REMEMBER = 1024
+
+
+class Backend:
+    """A target, and how it does."""
+
+    __slots__ = ("active", "failed_until", "id", "target")
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        #: requests and tunnels that it has now
+        self.active = 0
+        #: until when it is skipped, on the monotonic clock
+        self.failed_until = 0.0
+        #: what stands for it in a cookie
+        self.id = ""
+
+    def failed(self, options: Options) -> None:
+        """It cannot be connected to."""
+        self.failed_until = time.monotonic() + options.fail_timeout
+
+
+class Several:
+    """One or several targets that do the same."""
+
+    def __init__(self, targets: list[Target]) -> None:
+        self.backends = [Backend(target) for target in dict.fromkeys(targets)]
+        self._next = 0
+        # the cookie tells nobody what the addresses are
+        key = hashlib.blake2s("\n".join(backend.target.text for backend in self.backends).encode()).digest()
+        for backend in self.backends:
+            backend.id = hashlib.blake2s(backend.target.text.encode(), key=key, digest_size=9).hexdigest()
+
+    def __str__(self) -> str:
+        return ", ".join(backend.target.text for backend in self.backends)
+
+    def candidates(self, options: Options, cookie: str | None) -> list[Backend]:
+        """The targets in the order in which they are to be tried.
+
+        :param cookie: what names the target that the client had before, where it is to stay.
+        """
+        backends = self.backends
+        if len(backends) == 1:
+            return backends
+        at = self._next = (self._next + 1) % len(backends)
+        order = backends[at - 1 :] + backends[: at - 1] if at else backends[-1:] + backends[:-1]
+        if options.balance == "least_connections":
+            order.sort(key=lambda backend: backend.active)
+        now = time.monotonic()
+        well = [backend for backend in order if backend.failed_until <= now]
+        # when all have failed, the one that failed first is the likeliest to be back
+        order = well or sorted(order, key=lambda backend: backend.failed_until)
+        if cookie:
+            order.sort(key=lambda backend: backend.id != cookie)
+        return order
+
+
+class Route:
+    """Where requests go, with which options, and what of the path they lose."""
+
+    __slots__ = ("_function", "_known", "_several", "changes", "options", "remove", "table")
+
+    def __init__(self, target: Any, host: str | None, options: Options) -> None:
+        """
+        :raises SettingError: when ``target`` is none.
+        """
+        self.options = options
+        self.table: list[tuple[str, Route]] = []
+        #: the part of the path that its requests lose
+        self.remove = ""
+        self._function: Callable[..., Any] | None = None
+        self._known: dict[Any, Several] = {}
+        self._several: Several | None = None
+        if target is None:
+            if options.forward is None:
+                raise SettingError("target=None needs forward=, a target that gets a copy of the requests")
+        elif isinstance(target, Mapping):
+            self._make_table(target, host)
+        elif isinstance(target, (list, tuple)):
+            if not target:
+                raise SettingError("target=[] names no target")
+            self._several = Several([parse_target(one, host) for one in target])
+        elif callable(target) and not isinstance(target, type):
+            self._function = target
+        else:
+            self._several = Several([parse_target(target, host)])
+
+    def __str__(self) -> str:
+        if self.table:
+            return ", ".join(f"{prefix} → {route}" for prefix, route in self.table)
+        if self._function is not None:
+            return getattr(self._function, "__name__", "a function")
+        return str(self._several) if self._several is not None else f"a copy to {self.options.forward}"
+
+    @property
+    def nowhere(self) -> bool:
+        """Whether requests are copied only."""
+        return self._several is None and self._function is None
+
+    def _make_table(self, table: Mapping[Any, Any], host: str | None) -> None:
+        if not table:
+            raise SettingError("target={} names no target")
+        for prefix, value in table.items():
+            check_prefix(prefix)
+            given = dict(value) if isinstance(value, Mapping) else {"target": value}
+            if "target" not in given:
+                raise SettingError(f"target: the entry of {prefix!r} has no 'target'")
+            target = given.pop("target")
+            if isinstance(target, Mapping):
+                raise SettingError(f"target: the entry of {prefix!r} is another table; write one table")
+            remove = given.pop("remove_prefix", False)
+            route = Route(target, host, self.options.merged(given, f"target: the entry of {prefix!r}"))
+            if remove:
+                route.remove = prefix.rstrip("/")
+            self.table.append((prefix, route))
+        self.table.sort(key=lambda entry: len(entry[0].rstrip("/")), reverse=True)
+
+    def find(self, path: str) -> Route | None:
+        """The route of a path."""
+        if not self.table:
+            return self
+        for prefix, route in self.table:
+            if matches(prefix, path):
+                return route
+        return None
+
+    @property
+    def asks(self) -> bool:
+        """Whether a request object is needed to choose."""
+        return self._function is not None
+
+    def choose(self, request: Any, options: Options, cookie: str | None) -> list[Backend] | None:
+        """The targets to try, in their order; ``None`` when a function says that there is none.
+
+        :param request: for a function.
+        :raises SettingError: when a function names what is no target.
+        """
+        several = self._several
+        if several is None:
+            assert self._function is not None
+            said = self._function(request)
+            if said is None:
+                return None
+            several = self._remembered(said)
+        return several.candidates(options, cookie)
+
+    def _remembered(self, said: Any) -> Several:
+        key = tuple(said) if isinstance(said, list) else said
+        try:
+            found = self._known.get(key)
+        except TypeError:
+            raise SettingError(f"the target function returned {said!r}, which is no target") from None
+        if found is None:
+            found = Several([parse_target(one) for one in (key if isinstance(key, tuple) else (key,))])
+            if len(self._known) >= _REMEMBER:
+                self._known.clear()
+            self._known[key] = found
+        return found

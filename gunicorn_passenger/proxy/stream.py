@@ -1,0 +1,487 @@
+"""Connections to targets, byte by byte, and how the program around the proxy waits.
+
+Runs in: wherever the proxy is mounted. Must never: block a gevent hub, or wait without the deadline it
+was given.
+
+The proxy is written as if everything blocked. Under gevent (our worker, gunicorn's gevent workers) a
+wait lets the hub run; in a thread of another WSGI server it is a ``poll``. Which of the two holds is
+asked for each connection: a thread that has a gevent hub waits through it.
+
+The sockets are the C ones below Python's own and gevent's, so that it makes no difference whether the
+program is monkey-patched.
+"""
+
+from __future__ import annotations
+
+import _socket
+import contextlib
+import errno
+import os
+import select
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from fcntl import ioctl
+from termios import FIONREAD
+from typing import Any
+
+import gevent
+from gevent import getcurrent
+from gevent import socket as gsocket
+from gevent._hub_local import get_hub_if_exists
+from gevent.event import Event as GeventEvent
+
+from gunicorn_passenger.errors import UpstreamRefused, UpstreamTimeout
+from gunicorn_passenger.http.deadlines import Deadlines
+from gunicorn_passenger.proxy.target import Target
+
+#: what a wait ends with
+_READY, _LATE, _GONE = "ready", "late", "gone"
+
+#: what a wait is for
+READ, WRITE = 1, 2
+
+_NOTHING = b"\0\0\0\0"
+
+#: what a connection says that is being made
+_CONNECTING = {errno.EINPROGRESS, errno.EWOULDBLOCK}
+
+
+class ClientGone(Exception):
+    """The client has gone while its answer was awaited."""
+
+
+class GeventRuntime:
+    """How greenlets wait: one for each hub."""
+
+    #: whether two parts of an exchange can run side by side
+    concurrent = True
+
+    def __init__(self, hub: Any) -> None:
+        self.hub = hub
+        self._deadlines: dict[float, Deadlines] = {}
+
+    def deadlines(self, seconds: float) -> Deadlines:
+        """The deadlines of one duration."""
+        found = self._deadlines.get(seconds)
+        if found is None:
+            if len(self._deadlines) > 100:
+                self._deadlines = {k: v for k, v in self._deadlines.items() if len(v)}
+            found = self._deadlines[seconds] = Deadlines(seconds)
+        return found
+
+    def spawn(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return gevent.spawn(function, *arguments)
+
+    def event(self) -> Any:
+        return GeventEvent()
+
+    def resolve(self, host: str, port: int) -> list[Any]:
+        return list(gsocket.getaddrinfo(host, port, 0, socket.SOCK_STREAM))
+
+    def open(self, sock: Any) -> Stream:
+        return GeventStream(sock, self)
+
+
+class ThreadRuntime:
+    """How threads wait that know nothing of gevent: there is one of it."""
+
+    concurrent = False
+
+    def spawn(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        task = threading.Thread(target=function, args=arguments, daemon=True)
+        task.start()
+        return task
+
+    def event(self) -> Any:
+        return threading.Event()
+
+    def resolve(self, host: str, port: int) -> list[Any]:
+        return list(_socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM))
+
+    def open(self, sock: Any) -> Stream:
+        return ThreadStream(sock)
+
+
+Runtime = Any
+_threads = ThreadRuntime()
+
+
+def runtime() -> Runtime:
+    """How the caller waits."""
+    hub = get_hub_if_exists()
+    if hub is None:
+        return _threads
+    try:
+        return hub.passenger_runtime
+    except AttributeError:
+        hub.passenger_runtime = GeventRuntime(hub)
+        return hub.passenger_runtime
+
+
+class Stream:
+    """A connected socket. What waits may raise ``TimeoutError`` and ``OSError``."""
+
+    sock: Any
+    tls = False
+
+    def recv(self, most: int, seconds: float | None = None, client: Any = None) -> bytes:
+        """What comes next; empty at the end.
+
+        :param seconds: how long to wait for it.
+        :param client: a connection of ours; when its client goes, the wait ends.
+        :raises ClientGone: then.
+        """
+        while True:
+            try:
+                data: bytes = self.sock.recv(most)
+                return data
+            except BlockingIOError:
+                self.wait(READ, seconds, client)
+
+    def send(self, data: Any, seconds: float | None = None) -> None:
+        """Send all of it."""
+        try:
+            sent = self.sock.send(data)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(data):
+            view = memoryview(data)[sent:]
+            while view:
+                try:
+                    view = view[self.sock.send(view) :]
+                except BlockingIOError:
+                    self.wait(WRITE, seconds)
+
+    def wait(self, what: int, seconds: float | None = None, client: Any = None) -> None:
+        raise NotImplementedError
+
+    def silent(self) -> bool:
+        """Whether nothing has come, not even the end: so a kept connection has to be."""
+        try:
+            self.sock.recv(1, _socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def quiet(self) -> bool:
+        """Whether no byte has come: cheaper, and does not see the end."""
+        return bool(ioctl(self.sock.fileno(), FIONREAD, _NOTHING) == _NOTHING)
+
+    def watch(self, callback: Callable[[], None] | None) -> None:
+        """Call this when something comes while nobody reads."""
+
+    def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(how)
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+class ThreadStream(Stream):
+    """Waits in ``poll``."""
+
+    def __init__(self, sock: Any) -> None:
+        self.sock = sock
+
+    def wait(self, what: int, seconds: float | None = None, client: Any = None) -> None:
+        poll = select_poll()
+        poll.register(self.sock.fileno(), select.POLLIN if what == READ else select.POLLOUT)
+        if not poll.poll(None if seconds is None else seconds * 1000):
+            raise TimeoutError
+
+
+def select_poll() -> Any:
+    """The system's own ``poll``: in a thread without a hub gevent's has nothing to switch to."""
+    original = (
+        gevent.monkey.get_original("select", "poll") if gevent.monkey.is_module_patched("select") else None
+    )
+    return (original or select.poll)()
+
+
+class GeventStream(Stream):
+    """Waits through the hub.
+
+    The watcher stays active from request to request: to stop it for the time between two would cost a
+    call of the system each time, and it tells at once when a connection that nobody uses is closed. When
+    something comes while nobody reads, it stops by itself until somebody does.
+    """
+
+    def __init__(self, sock: Any, runtime: GeventRuntime) -> None:
+        self.sock = sock
+        self.runtime = runtime
+        self._hub = runtime.hub
+        self._readable = self._hub.loop.io(sock.fileno(), READ)
+        self._writable: Any = None
+        self._switch: Any = None
+        self._callback: Callable[[], None] | None = None
+
+    def wait(self, what: int, seconds: float | None = None, client: Any = None) -> None:
+        switch = getcurrent().switch
+        if what == READ:
+            watcher = self._readable
+            watcher.start(switch, _READY)
+        else:
+            watcher = self._writable
+            if watcher is None:
+                watcher = self._writable = self._hub.loop.io(self.sock.fileno(), WRITE)
+            watcher.start(switch, _READY)
+        deadlines = None
+        if seconds is not None:
+            self._switch = switch
+            deadlines = self.runtime.deadlines(seconds)
+            deadlines.add(self)
+        if client is not None:
+            client.watch(switch, _GONE)
+        try:
+            ended = self._hub.switch()
+        finally:
+            if what == READ:
+                watcher.callback, watcher.args = self._stray, ()
+            else:
+                watcher.stop()
+            if deadlines is not None:
+                deadlines.remove(self, None)
+                self._switch = None
+            if client is not None:
+                client.unwatch()
+        if ended is _READY:
+            return
+        if ended is _GONE:
+            raise ClientGone
+        raise TimeoutError
+
+    def expire(self) -> None:
+        """Called in the hub by a deadline."""
+        self._switch(_LATE)
+
+    def _stray(self) -> None:
+        """Called in the hub: something has come while nobody reads."""
+        self._readable.stop()
+        if self._callback is not None:
+            self._callback()
+
+    def watch(self, callback: Callable[[], None] | None) -> None:
+        self._callback = callback
+        if callback is not None and not self._readable.active:
+            self._readable.start(self._stray)
+
+    def close(self) -> None:
+        self._callback = None
+        self._readable.close()
+        if self._writable is not None:
+            self._writable.close()
+        self.sock.close()
+
+    def release(self) -> Any:
+        """Give the socket away."""
+        self._callback = None
+        self._readable.close()
+        if self._writable is not None:
+            self._writable.close()
+        return self.sock
+
+
+class TlsStream(Stream):
+    """TLS over another stream."""
+
+    tls = True
+
+    def __init__(self, below: Stream, context: ssl.SSLContext, name: str) -> None:
+        """
+        :param name: the host that the certificate has to be for.
+        """
+        self.below = below
+        self.sock = below.sock
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=name)
+
+    def handshake(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                self._tls.do_handshake()
+                self._flush(None)
+                return
+            except ssl.SSLWantReadError:
+                self._flush(None)
+                self._fill(max(end - time.monotonic(), 0.001), None)
+            except ssl.SSLError:
+                self._flush(None)  # an alert says why
+                raise
+
+    def _flush(self, seconds: float | None) -> None:
+        while data := self._outgoing.read():
+            self.below.send(data, seconds)
+
+    def _fill(self, seconds: float | None, client: Any) -> None:
+        data = self.below.recv(65536, seconds, client)
+        if data:
+            self._incoming.write(data)
+        else:
+            self._incoming.write_eof()
+
+    def recv(self, most: int, seconds: float | None = None, client: Any = None) -> bytes:
+        while True:
+            try:
+                return self._tls.read(most)
+            except ssl.SSLWantReadError:
+                self._flush(seconds)
+                self._fill(seconds, client)
+            except ssl.SSLZeroReturnError:
+                return b""
+            except ssl.SSLEOFError:
+                raise ConnectionResetError(errno.ECONNRESET, "the TLS connection was cut off") from None
+
+    def send(self, data: Any, seconds: float | None = None) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[self._tls.write(view[:65536]) :]
+            self._flush(seconds)
+
+    def wait(self, what: int, seconds: float | None = None, client: Any = None) -> None:
+        self.below.wait(what, seconds, client)
+
+    def silent(self) -> bool:
+        # a TLS 1.3 server may send session tickets at any time: they are no answer
+        while True:
+            try:
+                data = self.sock.recv(65536)
+            except BlockingIOError:
+                break
+            except OSError:
+                return False
+            if not data:
+                return False
+            self._incoming.write(data)
+        try:
+            self._tls.read(1)
+        except ssl.SSLWantReadError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def quiet(self) -> bool:
+        return self.silent()
+
+    def watch(self, callback: Callable[[], None] | None) -> None:
+        self.below.watch(callback)
+
+    def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
+        self.below.shutdown(how)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._tls.unwrap()
+        with contextlib.suppress(OSError, ValueError):
+            self.sock.send(self._outgoing.read())
+        self.below.close()
+
+
+def connect(
+    target: Target,
+    runtime: Runtime,
+    seconds: float,
+    local_address: str | None = None,
+    context: ssl.SSLContext | None = None,
+) -> Stream:
+    """Connect to a target.
+
+    :param seconds: how long that may take, TLS included.
+    :param local_address: the address to connect from.
+    :param context: for TLS.
+    :raises UpstreamRefused: when it cannot be reached.
+    :raises UpstreamTimeout: when that takes too long.
+    """
+    end = time.monotonic() + seconds
+    try:
+        stream = _connect_any(target, runtime, end, local_address)
+    except TimeoutError:
+        raise UpstreamTimeout("no connection was made in time") from None
+    except socket.gaierror as error:
+        raise UpstreamRefused(f"the host name does not resolve: {error.strerror}") from None
+    except OSError as error:
+        raise UpstreamRefused(_reason(error)) from None
+    if context is None:
+        return stream
+    try:
+        secured = TlsStream(stream, context, target.host)
+        secured.handshake(max(end - time.monotonic(), 0.001))
+        return secured
+    except TimeoutError:
+        stream.close()
+        raise UpstreamTimeout("the TLS handshake was not over in time") from None
+    except ssl.SSLCertVerificationError as error:
+        stream.close()
+        raise UpstreamRefused(f"the certificate is not trusted: {error.verify_message}") from None
+    except (OSError, ValueError) as error:
+        stream.close()
+        raise UpstreamRefused(f"the TLS handshake failed: {_reason(error)}") from None
+    except BaseException:
+        stream.close()
+        raise
+
+
+def _reason(error: BaseException) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text[:1].lower() + text[1:]
+
+
+def _connect_any(target: Target, runtime: Runtime, end: float, local_address: str | None) -> Stream:
+    if target.path:
+        return _connect_one(runtime, socket.AF_UNIX, target.path, end, None)
+    failure: OSError | None = None
+    for family, _, _, _, address in runtime.resolve(target.host, target.port):
+        if local_address is not None and (family == socket.AF_INET6) != (":" in local_address):
+            continue
+        try:
+            return _connect_one(runtime, family, address, end, local_address)
+        except TimeoutError:
+            raise
+        except OSError as error:
+            failure = failure or error
+    raise failure or OSError(errno.EADDRNOTAVAIL, f"no address of {target.host} fits local_address")
+
+
+def _connect_one(runtime: Runtime, family: int, address: Any, end: float, local: str | None) -> Stream:
+    sock = _socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    sock.setblocking(False)
+    stream: Stream | None = None
+    try:
+        if local is not None:
+            sock.bind((local, 0))
+        code = sock.connect_ex(address)
+        if family == socket.AF_UNIX and code == errno.EAGAIN:
+            # its backlog is full; the kernel tells nobody when there is room again
+            code = _connect_patiently(sock, address, runtime, end)
+        stream = runtime.open(sock)
+        if code in _CONNECTING:
+            stream.wait(WRITE, max(end - time.monotonic(), 0.001))
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, os.strerror(code))
+        if family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return stream
+    except BaseException:
+        (stream or sock).close()
+        raise
+
+
+def _connect_patiently(sock: Any, address: Any, runtime: Runtime, end: float) -> int:
+    pause = 0.001
+    while True:
+        runtime.event().wait(pause)
+        code: int = sock.connect_ex(address)
+        if code != errno.EAGAIN:
+            return code
+        if time.monotonic() > end:
+            raise TimeoutError
+        pause = min(pause * 2, 0.05)

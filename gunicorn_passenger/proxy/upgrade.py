@@ -1,0 +1,81 @@
+"""A request that asked for another protocol, and a target that agreed: the connection becomes a tunnel.
+
+Runs in: a gevent worker, in the request's greenlet. Must never: lose bytes that either side has sent
+already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from gevent import get_hub
+from gunicorn.workers.base_async import ALREADY_HANDLED
+
+from gunicorn_passenger.errors import BadResponse
+from gunicorn_passenger.proxy import fields as rules
+from gunicorn_passenger.proxy.messages import ResponseHead
+from gunicorn_passenger.proxy.tunnel import Tunnel, bridge
+
+if TYPE_CHECKING:
+    from gunicorn_passenger.proxy.passage import Passage
+
+
+def carry(passage: Passage, head: ResponseHead) -> Iterable[bytes]:
+    """Send the 101 to the client, and pass bytes until both sides have had enough."""
+    asked = {protocol.strip().lower() for protocol in passage.fields.upgrade.split(",")}
+    agreed = {protocol.strip().lower() for protocol in head.upgrade.split(",")}
+    if not agreed <= asked:
+        raise BadResponse(f"it switches to {head.upgrade[:40]!r}, which nobody asked for")
+    exchange = passage.exchange
+    assert exchange is not None
+    upload = exchange.upload
+    upload.stop()
+    if not upload.over and upload.held is None:
+        raise BadResponse("it switches protocols before the request is over")
+    environ = passage.environ
+    client = environ.get("gunicorn.socket")
+    if client is None or not exchange.concurrent:
+        return passage.say(501, "Upgrades need gunicorn with the worker gunicorn_passenger.Worker.")
+    options = passage.options
+    fields = head.fields
+    if options.via:
+        fields = rules.with_via(fields, options)
+    lines = "".join(f"{name}: {value}\r\n" for name, value in fields)
+    answer = (
+        f"HTTP/1.1 101 {head.reason or 'Switching Protocols'}\r\n"
+        f"{lines}Connection: Upgrade\r\nUpgrade: {head.upgrade}\r\n\r\n"
+    ).encode("latin-1")
+
+    tunnel = Tunnel(passage.target, passage.werkzeug_request(), options, "websocket" in agreed)
+    passage.events.emit("open", tunnel)
+    with contextlib.ExitStack() as stack:
+        link = exchange.detach()
+        stack.callback(exchange.pool.drop, link)
+        upstream, upstream_early = link.stream.sock, link.buf
+        link.buf = b""
+        if link.stream.tls:
+            upstream, end = bridge(link.stream.recv, link.stream.send, link.stream.shutdown)
+            stack.callback(end)
+        connection = getattr(client, "connection", None)
+        early = b""
+        if connection is not None:
+            early = connection.take_over(answer, f"101 {head.reason}", lines)
+            near = client._sock
+            connection.leaving = tunnel.leave
+            if not connection.gateway.goes_on():
+                get_hub().loop.run_callback(tunnel.leave)
+            stack.callback(setattr, connection, "leaving", None)
+        else:
+            client.sendall(answer)
+            near = client._sock
+            if hasattr(client, "context"):  # TLS
+                near, end = bridge(client.recv, client.sendall, client.close)
+                stack.callback(end)
+        try:
+            if not tunnel.closed:
+                tunnel.run(near, early, upstream, upstream_early)
+        finally:
+            passage.tunnel_over(tunnel)
+    return () if connection is not None else ALREADY_HANDLED
