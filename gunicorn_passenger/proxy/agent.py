@@ -204,7 +204,7 @@ class Pool:
             if self._deadlines is not None:
                 self._deadlines.remove(link, None)
                 link.stream.watch(None)
-            elif time.monotonic() - link.since > self.agent.idle_timeout or not link.stream.silent():
+            elif time.monotonic() - link.since > self.agent.idle_timeout:
                 link.stream.close()
                 continue
             self.used += 1

@@ -33,6 +33,8 @@ class WsgiClient:
 
     #: our connection, where the proxy may use it
     connection: Any = None
+    #: whether no application can have changed the environ
+    pristine = False
 
     def __init__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> None:
         self.environ = environ
@@ -113,12 +115,12 @@ class OurClient(WsgiClient):
         """
         super().__init__(environ, start_response)
         self.connection = connection
-        self._pristine = pristine
+        self.pristine = pristine
         self._callback: Any = None
         self._uploading = False
 
     def pairs(self) -> Fields:
-        if self._pristine:
+        if self.pristine:
             found = _STRICT.fullmatch(self.connection.head)
             if found is not None:
                 pairs = []
@@ -173,13 +175,16 @@ class OurClient(WsgiClient):
 
 def client_of(environ: dict[str, Any], start_response: Any, proxy: Any) -> WsgiClient:
     """The client of a WSGI request."""
-    connection = getattr(environ.get("gunicorn.socket"), "connection", None)
-    if connection is not None:
-        response = connection.response
-        if response is not None and getattr(start_response, "__self__", None) is response:
-            body = environ.get("wsgi.input")
-            if body is connection.body and not response.headers_sent:
-                app = connection.gateway.app
-                pristine = app is proxy or getattr(app, "app", None) is proxy
-                return OurClient(environ, start_response, connection, pristine)
-    return WsgiClient(environ, start_response)
+    connection: Any = getattr(environ.get("gunicorn.socket"), "connection", None)
+    if connection is None:
+        return WsgiClient(environ, start_response)
+    response: Any = connection.response
+    if (
+        getattr(start_response, "__self__", None) is not response
+        or environ.get("wsgi.input") is not connection.body
+        or response.status is not None
+    ):
+        return WsgiClient(environ, start_response)
+    app = connection.gateway.app
+    pristine = app is proxy or getattr(app, "app", None) is proxy
+    return OurClient(environ, start_response, connection, pristine)

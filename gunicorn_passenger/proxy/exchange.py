@@ -266,7 +266,7 @@ class Exchange:
         body = b"" if expect else upload.hold()
         fresh = False
         while True:
-            link = self.link = self._take(fresh, safe)
+            link = self.link = self._take(fresh)
             self.connected = True
             untouched = False
             try:
@@ -288,10 +288,10 @@ class Exchange:
                 self._drop()
                 fresh = True
 
-    def _take(self, fresh: bool, safe: bool) -> Link:
+    def _take(self, fresh: bool) -> Link:
         while True:
             link = self.pool.take(fresh)
-            if not link.reused or (link.stream.quiet() if safe else link.stream.silent()):
+            if not link.reused or link.stream.silent():
                 return link
             # something came that nobody asked for, or the end
             self.pool.drop(link)

@@ -106,6 +106,8 @@ class RequestFields:
             fields = without_nominated(fields, options)
         if self.upgrade and "upgrade" not in options:
             self.upgrade = ""
+        if "te" not in options:
+            self.te_trailers = False  # RFC 9110 section 10.1.4: who sends TE names it there
         self.fields = fields
 
 
@@ -182,10 +184,11 @@ def _x_forwarded(fields: Fields, options: Options, origin: Origin) -> Fields:
     fields, before = _take(fields, *(name.lower() for name in said))
     if not origin.trusted or options.xfwd != APPEND:
         before = {}
-    for name, value in said.items():
+    for name, own in said.items():
         low = name.lower()
+        value = own
         if low in before:
-            value = before[low] if low == "x-forwarded-host" else f"{before[low]}, {value}"
+            value = before[low] if low == "x-forwarded-host" else f"{before[low]}, {own}"
         if value:
             fields.append((name if options.preserve_header_key_case else low, value))
     return fields
@@ -232,11 +235,13 @@ def environ_fields(environ: dict[str, Any]) -> Fields:
     return fields
 
 
-def request_path(environ: dict[str, Any]) -> tuple[str, str, str]:
-    """What the client asked for: path and query as it wrote them, without what the proxy is mounted at.
+def request_path(environ: dict[str, Any], pristine: bool = False) -> tuple[str, str, str]:
+    """What the client asked for: path and query as it wrote them.
 
-    An application may have changed ``PATH_INFO`` or ``QUERY_STRING``; then they are what counts.
+    An application that mounts the proxy somewhere has moved a part of the path to ``SCRIPT_NAME``, or has
+    changed ``PATH_INFO`` or ``QUERY_STRING``: what it has left in these is what counts.
 
+    :param pristine: whether the proxy is all of the application.
     :returns: path and query; and what stands before them in an absolute-form target, such as
         ``http://host``, and the host in that (RFC 9112 section 3.2.2).
     """
@@ -251,29 +256,28 @@ def request_path(environ: dict[str, Any]) -> tuple[str, str, str]:
             raw = "*"  # RFC 9112 section 3.2.4
     if raw == "*" and environ["REQUEST_METHOD"] == "OPTIONS":
         return raw, before, host
-    mount = environ.get("SCRIPT_NAME", "")
-    path = environ.get("PATH_INFO", "")
     raw = raw.partition("#")[0]
-    raw_path, _, raw_query = raw.partition("?")
-    if "%" in raw_path:
-        written = unquote_to_bytes(raw_path).decode("latin-1")
-    else:
-        written = raw_path
-    if (
-        written == mount + path
-        and raw_query == environ.get("QUERY_STRING", "")
-        and raw_path.startswith(mount)
-    ):
-        raw = raw[len(mount) :]
-    else:
-        raw = quote(path.encode("latin-1", "replace"), safe="/:@!$&'()*+,;=~-._")
-        if environ.get("QUERY_STRING"):
-            raw += "?" + environ["QUERY_STRING"]
-    if raw[:1] != "/":
-        raw = "/" + raw
+    if not pristine or raw[:1] != "/":
+        raw = _inside(environ, raw)
     if not _VISIBLE.fullmatch(raw):
         raw = quote(raw.encode("latin-1", "replace"), safe="/%?:@!$&'()*+,;=~-._[]\"<>\\^`{|}")
     return raw, before, host
+
+
+def _inside(environ: dict[str, Any], raw: str) -> str:
+    """``PATH_INFO`` and the query, spelt as the client has where nobody has changed them."""
+    mount = environ.get("SCRIPT_NAME", "")
+    path = environ.get("PATH_INFO", "")
+    query = environ.get("QUERY_STRING", "")
+    raw_path, _, raw_query = raw.partition("?")
+    written = unquote_to_bytes(raw_path).decode("latin-1")
+    if written == mount + path and raw_query == query and raw_path.startswith(mount):
+        inside = raw[len(mount) :]
+    else:
+        inside = quote(path.encode("latin-1", "replace"), safe="/:@!$&'()*+,;=~-._")
+        if query:
+            inside += "?" + query
+    return inside if inside[:1] == "/" else "/" + inside
 
 
 def target_path(options: Options, target: Target, asked: str, before: str) -> str:

@@ -35,7 +35,7 @@ class ResponseHead:
 
     __slots__ = ("chunked", "close", "dated", "fields", "length", "reason", "status", "upgrade")
 
-    def __init__(self, data: bytes, keep_case: bool) -> None:
+    def __init__(self, data: bytes, keep_case: bool) -> None:  # noqa: PLR0915 - one pass over all fields
         """
         :param data: the head, its empty line included.
         :param keep_case: whether names keep their letter case; else they are lower case.
@@ -96,10 +96,9 @@ class ResponseHead:
 
     def _take_length(self, value: str) -> None:
         # one number, which may be repeated (RFC 9110 section 8.6)
-        for part in value.split(","):
-            part = part.strip(" \t")
+        for part in [part.strip(" \t") for part in value.split(",")]:
             if not (part.isascii() and part.isdigit() and len(part) < 19):
-                raise BadResponse(f"its Content-Length is {value[:40]!r}")
+                raise BadResponse(f"its Content-Length {value[:40]!r} is no number")
             if self.length is not None and self.length != int(part):
                 raise BadResponse("it has two Content-Lengths that differ")
             self.length = int(part)

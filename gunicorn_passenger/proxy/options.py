@@ -241,9 +241,8 @@ def _rewrite(name: str, value: Any) -> Any:
     if not isinstance(value, Mapping):
         raise SettingError(f"{name}={value!r} is neither a string nor a dict")
     rules = {}
-    for old, new in value.items():
-        if new is None or new is False:
-            new = ""
+    for old, given in value.items():
+        new = "" if given is None or given is False else given
         for part in old, new:
             if not isinstance(part, str) or not re.fullmatch(r"[\x20-\x3a\x3c-\x7e\x80-\xff]*", part):
                 raise SettingError(f"{name}: {part!r} cannot be part of a cookie")

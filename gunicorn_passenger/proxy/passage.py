@@ -164,7 +164,7 @@ class Passage:
         if self._must_upgrade and not fields.upgrade:
             return self.say(400, "The request asks for no upgrade.")
         length = client.length()
-        self._path, before, host = rules.request_path(environ)
+        self._path, before, host = rules.request_path(environ, client.pristine)
         if host:
             fields.fields = rules.with_host(fields.fields, host, options.preserve_header_key_case)
             fields.host = host
@@ -425,7 +425,8 @@ class Passage:
         options = self.options
         exchange = self.exchange
         target = self.target
-        assert exchange is not None and target is not None
+        assert exchange is not None
+        assert target is not None
         fields = head.fields
         if not options.plain_response:
             fields = rewriting.rewritten(fields, head.status, options, self._resolve(target), self._origin)
@@ -636,11 +637,12 @@ class Passage:
             raise AnswerBrokeOff(f"{line}: the answer is cut off")
         log.error("%s: %s", line, error.status_code)
         if callable(made):
-            return made(self.environ, self._start_response)  # type: ignore[no-any-return]
+            answer: Iterable[bytes] = made(self.environ, self._start_response)
+            return answer
         status = error.status_code
         headers = [("Retry-After", "1")] if status == 503 else []
         text = _TEXTS.get(status, error.reason)
-        response: Response = default_exceptions[status](text).get_response(self.environ)  # type: ignore[assignment]
+        response: Response = default_exceptions[status](text).get_response(self.environ)
         response.headers.extend(headers)
         return response(self.environ, self._start_response)
 
@@ -718,8 +720,9 @@ def _without_cookie(fields: Fields, name: str) -> Fields:
     for key, value in fields:
         if key.lower() == "cookie" and name in value:
             parts = [part for part in value.split(";") if part.partition("=")[0].strip() != name]
-            value = ";".join(parts).strip()
-            if not value:
-                continue
-        result.append((key, value))
+            rest = ";".join(parts).strip()
+            if rest:
+                result.append((key, rest))
+        else:
+            result.append((key, value))
     return result

@@ -23,12 +23,12 @@ def rewritten(fields: Fields, status: int, options: Options, target: Target, ori
     result = []
     for name, value in fields:
         low = name.lower()
-        if low == "location":
-            if status in _RELOCATING:
-                value = location(value, options, target, origin)
+        if low == "location" and status in _RELOCATING:
+            result.append((name, location(value, options, target, origin)))
         elif low == "set-cookie":
-            value = cookie(value, options)
-        result.append((name, value))
+            result.append((name, cookie(value, options)))
+        else:
+            result.append((name, value))
     return result
 
 
@@ -94,7 +94,6 @@ def redirect(value: str, target: Target, path: str) -> tuple[Target, str] | None
     asked = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     if not re.fullmatch(r"[\x21-\x7e]*", asked):
         return None
-    if target.path or target.server or (parts.scheme, parts.netloc) == (target.scheme, target.authority):
-        if (parts.scheme, parts.netloc) == (target.scheme, target.authority):
-            return target, asked
+    if (parts.scheme, parts.netloc) == (target.scheme, target.authority):
+        return target, asked
     return Target(parts.hostname, port, scheme=parts.scheme), asked

@@ -23,12 +23,10 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
-from fcntl import ioctl
-from termios import FIONREAD
 from typing import Any
 
 import gevent
-from gevent import getcurrent
+from gevent import getcurrent, monkey
 from gevent import socket as gsocket
 from gevent._hub_local import get_hub_if_exists
 from gevent.event import Event as GeventEvent
@@ -43,7 +41,8 @@ _READY, _LATE, _GONE = "ready", "late", "gone"
 #: what a wait is for
 READ, WRITE = 1, 2
 
-_NOTHING = b"\0\0\0\0"
+#: the system's own: gevent's would let the hub run, which a thread does not have
+_poll = monkey.get_original("select", "poll")
 
 #: what a connection says that is being made
 _CONNECTING = {errno.EINPROGRESS, errno.EWOULDBLOCK}
@@ -126,6 +125,7 @@ class Stream:
 
     sock: Any
     tls = False
+    _poll: Any = None
 
     def recv(self, most: int, seconds: float | None = None, client: Any = None) -> bytes:
         """What comes next; empty at the end.
@@ -160,17 +160,10 @@ class Stream:
 
     def silent(self) -> bool:
         """Whether nothing has come, not even the end: so a kept connection has to be."""
-        try:
-            self.sock.recv(1, _socket.MSG_PEEK)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False
-
-    def quiet(self) -> bool:
-        """Whether no byte has come: cheaper, and does not see the end."""
-        return bool(ioctl(self.sock.fileno(), FIONREAD, _NOTHING) == _NOTHING)
+        if self._poll is None:
+            self._poll = _poll()
+            self._poll.register(self.sock.fileno(), select.POLLIN)
+        return not self._poll.poll(0)
 
     def watch(self, callback: Callable[[], None] | None) -> None:
         """Call this when something comes while nobody reads."""
@@ -190,18 +183,10 @@ class ThreadStream(Stream):
         self.sock = sock
 
     def wait(self, what: int, seconds: float | None = None, client: Any = None) -> None:
-        poll = select_poll()
+        poll = _poll()
         poll.register(self.sock.fileno(), select.POLLIN if what == READ else select.POLLOUT)
         if not poll.poll(None if seconds is None else seconds * 1000):
             raise TimeoutError
-
-
-def select_poll() -> Any:
-    """The system's own ``poll``: in a thread without a hub gevent's has nothing to switch to."""
-    original = (
-        gevent.monkey.get_original("select", "poll") if gevent.monkey.is_module_patched("select") else None
-    )
-    return (original or select.poll)()
 
 
 class GeventStream(Stream):
@@ -367,9 +352,6 @@ class TlsStream(Stream):
         except OSError:
             return False
         return False
-
-    def quiet(self) -> bool:
-        return self.silent()
 
     def watch(self, callback: Callable[[], None] | None) -> None:
         self.below.watch(callback)

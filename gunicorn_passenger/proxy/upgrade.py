@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gevent import get_hub
 from gunicorn.workers.base_async import ALREADY_HANDLED
 
 from gunicorn_passenger.errors import BadResponse
 from gunicorn_passenger.proxy import fields as rules
+from gunicorn_passenger.proxy.exchange import Exchange
 from gunicorn_passenger.proxy.messages import ResponseHead
 from gunicorn_passenger.proxy.tunnel import Tunnel, bridge
 
@@ -50,6 +51,19 @@ def carry(passage: Passage, head: ResponseHead) -> Iterable[bytes]:
 
     tunnel = Tunnel(passage.target, passage.werkzeug_request(), options, "websocket" in agreed)
     passage.events.emit("open", tunnel)
+    try:
+        _join(tunnel, exchange, client, answer, f"101 {head.reason}", lines)
+    finally:
+        passage.tunnel_over(tunnel)
+    return () if getattr(client, "connection", None) is not None else ALREADY_HANDLED
+
+
+def _join(tunnel: Tunnel, exchange: Exchange, client: Any, answer: bytes, status: str, lines: str) -> None:
+    """Run a tunnel between the two connections, and end that to the target.
+
+    :param client: ``gunicorn.socket``.
+    :param answer: the head that the client gets, and its parts for hooks and log.
+    """
     with contextlib.ExitStack() as stack:
         link = exchange.detach()
         stack.callback(exchange.pool.drop, link)
@@ -58,24 +72,18 @@ def carry(passage: Passage, head: ResponseHead) -> Iterable[bytes]:
         if link.stream.tls:
             upstream, end = bridge(link.stream.recv, link.stream.send, link.stream.shutdown)
             stack.callback(end)
+        near, early = client._sock, b""
         connection = getattr(client, "connection", None)
-        early = b""
         if connection is not None:
-            early = connection.take_over(answer, f"101 {head.reason}", lines)
-            near = client._sock
+            early = connection.take_over(answer, status, lines)
             connection.leaving = tunnel.leave
+            stack.callback(setattr, connection, "leaving", None)
             if not connection.gateway.goes_on():
                 get_hub().loop.run_callback(tunnel.leave)
-            stack.callback(setattr, connection, "leaving", None)
         else:
             client.sendall(answer)
-            near = client._sock
             if hasattr(client, "context"):  # TLS
                 near, end = bridge(client.recv, client.sendall, client.close)
                 stack.callback(end)
-        try:
-            if not tunnel.closed:
-                tunnel.run(near, early, upstream, upstream_early)
-        finally:
-            passage.tunnel_over(tunnel)
-    return () if connection is not None else ALREADY_HANDLED
+        if not tunnel.closed:
+            tunnel.run(near, early, upstream, upstream_early)
