@@ -180,9 +180,10 @@ def client_of(environ: dict[str, Any], start_response: Any, proxy: Any) -> WsgiC
         return WsgiClient(environ, start_response)
     response: Any = connection.response
     if (
-        getattr(start_response, "__self__", None) is not response
-        or environ.get("wsgi.input") is not connection.body
+        response is None
         or response.status is not None
+        or getattr(start_response, "__self__", None) is not response
+        or environ.get("wsgi.input") is not connection.body
     ):
         return WsgiClient(environ, start_response)
     app = connection.gateway.app

@@ -28,8 +28,8 @@ from gunicorn_passenger.proxy.messages import HEAD_LIMIT, NO_TRAILER, Chunks, Re
 from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.stream import READ
 
-#: Bytes that one read asks for: of a head and the body behind it, and of the rest of a long body.
-_READ, _PIECE = 65536, 262144
+#: Bytes that one read of a long body asks for.
+_PIECE = 262144
 #: A body that has arrived with its head and is no longer than this goes up with it in one piece.
 _INLINE = 65536
 #: Interim answers that one request may have.
@@ -352,7 +352,7 @@ class Exchange:
                 if not data.startswith(b"HTTP/1."[: len(data)]) or data.count(b"\n") != data.count(b"\r\n"):
                     raise BadResponse(f"it begins with {data[:40]!r}, which is no head of HTTP/1.x")
             try:
-                more = link.stream.recv(_READ, _EXPECT if expect else self._seconds, self.client)
+                more = link.stream.answer(_EXPECT if expect else self._seconds, self.client)
             except TimeoutError:
                 self._check_upload()
                 if expect:

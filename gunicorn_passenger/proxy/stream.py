@@ -38,6 +38,9 @@ from gunicorn_passenger.proxy.target import Target
 #: what a wait ends with
 _READY, _LATE, _GONE = "ready", "late", "gone"
 
+#: Bytes that one read of a head asks for.
+ANSWER = 65536
+
 #: what a wait is for
 READ, WRITE = 1, 2
 
@@ -140,6 +143,11 @@ class Stream:
                 return data
             except BlockingIOError:
                 self.wait(READ, seconds, client)
+
+    def answer(self, seconds: float | None = None, client: Any = None) -> bytes:
+        """What comes next, when it cannot be there yet: the same as :meth:`recv`, with a call less."""
+        self.wait(READ, seconds, client)
+        return self.recv(ANSWER, seconds, client)
 
     def send(self, data: Any, seconds: float | None = None) -> None:
         """Send all of it."""
@@ -286,6 +294,9 @@ class TlsStream(Stream):
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=name)
+
+    def answer(self, seconds: float | None = None, client: Any = None) -> bytes:
+        return self.recv(ANSWER, seconds, client)
 
     def handshake(self, seconds: float) -> None:
         end = time.monotonic() + seconds

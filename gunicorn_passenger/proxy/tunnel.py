@@ -15,6 +15,7 @@ import contextlib
 import os
 import socket
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import gevent
@@ -255,12 +256,37 @@ class _Way:
 class Tunnel:
     """An upgraded connection, as the handlers of ``open`` and ``close`` get it."""
 
-    def __init__(self, target: Any, request: Any, options: Any, websocket: bool) -> None:
+    __slots__ = (
+        "_down",
+        "_greenlet",
+        "_make_request",
+        "_timer",
+        "_up",
+        "_websocket",
+        "_ws_stop",
+        "_ws_timeout",
+        "closed",
+        "stirred",
+        "target",
+    )
+
+    def __init__(
+        self,
+        target: Any,
+        make_request: Callable[[], Any],
+        ws_timeout: float | None,
+        ws_stop: str,
+        websocket: bool,
+    ) -> None:
+        """
+        :param make_request: gives the request that asked for it.
+        :param websocket: whether it carries RFC 6455's frames, among which a Close can be sent.
+        """
         #: where it leads
         self.target = target
-        #: the request that asked for it (a Werkzeug ``Request``)
-        self.request = request
-        self._options = options
+        self._make_request = make_request
+        self._ws_timeout = ws_timeout
+        self._ws_stop = ws_stop
         self._websocket = websocket
         self.closed = False
         #: whether bytes have passed since the timeout looked last
@@ -269,6 +295,11 @@ class Tunnel:
         self._down: Any = None
         self._timer: Any = None
         self._greenlet: Any = None
+
+    @property
+    def request(self) -> Any:
+        """The request that asked for it (a Werkzeug ``Request``)."""
+        return self._make_request()
 
     @property
     def bytes_in(self) -> int:
@@ -291,8 +322,8 @@ class Tunnel:
         self._down = _Way(self, upstream, client, watchers[1], self._websocket)
         self._greenlet = getcurrent()
         try:
-            if self._options.ws_timeout is not None:
-                self._watch_silence(self._options.ws_timeout)
+            if self._ws_timeout is not None:
+                self._watch_silence(self._ws_timeout)
             self._down.start(upstream_early)
             if not self.closed:
                 self._up.start(client_early)
@@ -327,7 +358,7 @@ class Tunnel:
 
     def leave(self) -> None:
         """Called in the hub: the worker leaves."""
-        if self.closed or not self._websocket or self._options.ws_stop != "close":
+        if self.closed or not self._websocket or self._ws_stop != "close":
             return
         self._down.say_farewell(masked=False)
         if not self.closed:

@@ -49,7 +49,9 @@ def carry(passage: Passage, head: ResponseHead) -> Iterable[bytes]:
         f"{lines}Connection: Upgrade\r\nUpgrade: {head.upgrade}\r\n\r\n"
     ).encode("latin-1")
 
-    tunnel = Tunnel(passage.target, passage.werkzeug_request(), options, "websocket" in agreed)
+    tunnel = Tunnel(
+        passage.target, passage.werkzeug_request, options.ws_timeout, options.ws_stop, "websocket" in agreed
+    )
     passage.events.emit("open", tunnel)
     try:
         _join(tunnel, exchange, client, answer, f"101 {head.reason}", lines)
