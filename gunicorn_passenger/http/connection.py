@@ -86,6 +86,7 @@ class Connection:
         "greenlet",
         "head",
         "leaving",
+        "memo",
         "peer",
         "response",
         "sock",
@@ -129,6 +130,8 @@ class Connection:
         self._given = False
         #: whether it has had no request
         self.fresh = True
+        #: what the proxy remembers of the last request
+        self.memo: Any = None
         #: called when the worker leaves, by whoever has made something else of the connection
         self.leaving: Any = None
 
@@ -149,6 +152,7 @@ class Connection:
         self.greenlet = self._waiting = None
         self._expired = False
         self.head = b""
+        self.memo = None
         self._stop_waiting = deadlines.remove
         deadlines.add(self)
         self._readable.start(self._ready)

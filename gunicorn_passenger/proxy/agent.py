@@ -163,6 +163,8 @@ class Pool:
         self._idle: list[Link] = []
         #: those in use, or being made
         self.used = 0
+        #: what is remembered of the last answer's head
+        self.memo: Any = None
         self._waiting: deque[Any] = deque()
         self._deadlines = waits.deadlines(agent.idle_timeout) if waits.concurrent else None
 

@@ -17,15 +17,15 @@ from typing import Any
 
 from gunicorn_passenger.errors import BadRequestBody
 from gunicorn_passenger.http.body import NO_BODY
-from gunicorn_passenger.proxy.fields import Fields, Origin, environ_fields
+from gunicorn_passenger.proxy.fields import Fields, Origin, RequestFields, environ_fields
 from gunicorn_passenger.proxy.options import Options
 
 #: the length of a body that is sent in chunks
 CHUNKED = -1
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-# a head without what only gunicorn's compatibility settings let in
-_STRICT = re.compile(rb"[^\r\n]*\r\n((?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*)\r\n")
+# the fields of a head, without what only gunicorn's compatibility settings let in
+_STRICT = re.compile(rb"((?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*)\r\n")
 
 
 class WsgiClient:
@@ -42,9 +42,12 @@ class WsgiClient:
         self.method: str = environ["REQUEST_METHOD"]
         self.body = environ["wsgi.input"]
 
-    def pairs(self) -> Fields:
-        """The fields of the request."""
-        return environ_fields(self.environ)
+    def fields(self, keep_case: bool) -> RequestFields:
+        """The fields of the request.
+
+        :param keep_case: whether names keep their letter case.
+        """
+        return RequestFields(environ_fields(self.environ), keep_case)
 
     def length(self) -> int:
         """Of the request's body, in bytes; ``CHUNKED`` when it tells its end by itself.
@@ -119,18 +122,31 @@ class OurClient(WsgiClient):
         self._callback: Any = None
         self._uploading = False
 
-    def pairs(self) -> Fields:
-        if self.pristine:
-            found = _STRICT.fullmatch(self.connection.head)
-            if found is not None:
-                pairs = []
-                for line in found[1].decode("latin-1").split("\r\n"):
-                    name, colon, value = line.partition(":")
-                    # names with an underscore can stand for others (gunicorn's header_map)
-                    if colon and "_" not in name:
-                        pairs.append((name, value.strip(" \t")))
-                return pairs
-        return environ_fields(self.environ)
+    def fields(self, keep_case: bool) -> RequestFields:
+        if not self.pristine:
+            return super().fields(keep_case)
+        connection = self.connection
+        head = connection.head
+        block = head[head.find(b"\r\n") + 2 :]
+        memo = connection.memo
+        if memo is not None and memo[0] == block and memo[1] is keep_case:
+            known: RequestFields = memo[2]
+            return known
+        fields = RequestFields(self._pairs(block), keep_case)
+        connection.memo = block, keep_case, fields
+        return fields
+
+    def _pairs(self, block: bytes) -> Fields:
+        found = _STRICT.fullmatch(block)
+        if found is None:
+            return environ_fields(self.environ)
+        pairs = []
+        for line in found[1].decode("latin-1").split("\r\n"):
+            name, colon, value = line.partition(":")
+            # names with an underscore can stand for others (gunicorn's header_map)
+            if colon and "_" not in name:
+                pairs.append((name, value.strip(" \t")))
+        return pairs
 
     def length(self) -> int:
         if self.body is NO_BODY:

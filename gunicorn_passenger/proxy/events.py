@@ -39,6 +39,8 @@ class Events:
 
     def __init__(self) -> None:
         self._handlers: dict[str, list[Callable[..., Any]]] = {}
+        #: whether there is any
+        self.any = False
 
     def on(self, event: str, handler: Callable[..., Any]) -> None:
         """
@@ -48,6 +50,7 @@ class Events:
         if not callable(handler):
             raise SettingError(f"the handler of {event!r} is not callable: {handler!r}")
         self._handlers.setdefault(event, []).append(handler)
+        self.any = True
 
     def check(self, event: Any) -> None:
         """
@@ -62,7 +65,7 @@ class Events:
             self._handlers[event].remove(handler)
 
     def has(self, *events: str) -> bool:
-        return bool(self._handlers) and any(self._handlers.get(event) for event in events)
+        return self.any and any(self._handlers.get(event) for event in events)
 
     def emit(self, event: str, *arguments: Any) -> Any:
         """Call the handlers of an event in their order.

@@ -32,6 +32,8 @@ from gunicorn_passenger.proxy.stream import READ
 _PIECE = 262144
 #: A body that has arrived with its head and is no longer than this goes up with it in one piece.
 _INLINE = 65536
+#: The longest head of an answer that is remembered.
+_MEMO = 2048
 #: Interim answers that one request may have.
 _INTERIM = 32
 #: Seconds that a target gets to say "100 Continue" before it is sent the body all the same.
@@ -223,6 +225,33 @@ class Upload:
         return self.over or self.held is not None
 
 
+class Nothing:
+    """The upload of a request without a body. There is nothing in it to tell two of them apart."""
+
+    length = 0
+    over = sent = replayable = True
+    begun = replaced = False
+    held = error = copy = None
+
+    def hold(self) -> bytes:
+        return b""
+
+    def start(self, link: Link, concurrent: bool) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+    def abandon(self) -> None:
+        pass
+
+    def pieces(self) -> Iterator[bytes]:
+        return iter(())
+
+
+NOTHING = Nothing()
+
+
 def _chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
@@ -230,27 +259,34 @@ def _chunk(data: bytes) -> bytes:
 class Exchange:
     """One request on one connection, up to the end of the answer's body."""
 
-    def __init__(self, pool: Pool, options: Options, method: str, client: WsgiClient) -> None:
+    head: ResponseHead
+    link: Link
+    _interim = 0
+    #: whether the body of the answer was read to its end
+    complete = False
+    #: whether it has a connection
+    connected = False
+    #: whether the target has ended it
+    _ended = False
+    _decoder: Chunks | None = None
+    #: bytes of the body that have not come, where it has a length
+    left = 0
+    #: whether the request asks for another protocol
+    switching = False
+
+    def __init__(
+        self, pool: Pool, options: Options, method: str, client: WsgiClient, upload: Upload | Nothing
+    ) -> None:
         self.pool = pool
         self._method = method
         self._seconds = options.proxy_timeout
         self._keep_case = options.preserve_header_key_case
         self.client = client
-        self.link: Link
-        self.upload: Upload
-        self.head: ResponseHead
-        self._interim = 0
-        #: whether the body of the answer was read to its end
-        self.complete = False
-        #: whether it has a connection
-        self.connected = False
-        self._decoder: Chunks | None = None
-        #: bytes of the body that have not come, where it has a length
-        self.left = 0
+        self.upload = upload
 
     # --- the request -----------------------------------------------------------------------------
 
-    def request(self, head: bytes, upload: Upload, expect: bool) -> ResponseHead:
+    def request(self, head: bytes, expect: bool) -> ResponseHead:
         """Send a request and read the head of its answer.
 
         A connection that was kept may be closed by the target at any time. A request that meets that is
@@ -261,7 +297,7 @@ class Exchange:
         :param expect: whether the client waits for "100 Continue" before it sends the body.
         :raises ProxyError: when there is no answer.
         """
-        self.upload = upload
+        upload = self.upload
         safe = self._method in IDEMPOTENT
         body = b"" if expect else upload.hold()
         fresh = False
@@ -309,7 +345,7 @@ class Exchange:
                 expect = False
                 self.upload.start(link, self.pool.runtime.concurrent)
                 continue
-            head = ResponseHead(data, self._keep_case)
+            head = self._parsed(data)
             if head.status >= 200:
                 break
             if head.status == 101:
@@ -335,8 +371,16 @@ class Exchange:
             self.complete = not head.length
         return head
 
-    #: whether the request asked for another protocol
-    switching = False
+    def _parsed(self, data: bytes) -> ResponseHead:
+        """Within a second a target's answers often have the same head."""
+        memo = self.pool.memo
+        if memo is not None and memo[0] == data and memo[1] is self._keep_case:
+            known: ResponseHead = memo[2]
+            return known
+        head = ResponseHead(data, self._keep_case)
+        if len(data) < _MEMO:
+            self.pool.memo = data, self._keep_case, head
+        return head
 
     def _receive_head(self, expect: bool) -> bytes | None:
         link = self.link
@@ -361,7 +405,7 @@ class Exchange:
                 raise UpstreamTimeout(f"it has not answered for {self._seconds:g} s") from None
             except OSError as error:
                 self._check_upload()
-                raise UpstreamClosed(_ended("before it answered", error)) from None
+                raise UpstreamClosed(_reason("before it answered", error)) from None
             if not more:
                 self._check_upload()
                 link.buf = data
@@ -415,13 +459,13 @@ class Exchange:
         except TimeoutError:
             raise self._silent() from None
         except OSError as error:
-            raise UpstreamClosed(_ended("inside its answer", error)) from None
+            raise UpstreamClosed(_reason("inside its answer", error)) from None
         if data:
             return data
         if self._decoder is None and self.head.length is None:
             # the end is all that tells that it is whole (RFC 9112 section 6.3)
             self.complete = True
-            self.head.close = True
+            self._ended = True
             return b""
         self._check_upload()
         raise UpstreamClosed("it closed the connection inside its answer")
@@ -466,7 +510,7 @@ class Exchange:
             if not self.complete:
                 self.link.stream.shutdown()
             upload.stop()
-        if self.complete and not self.head.close and upload.sent:
+        if self.complete and not self.head.close and not self._ended and upload.sent:
             self.connected = False
             self.pool.give(self.link)
         else:
@@ -477,9 +521,7 @@ class Exchange:
         if self.connected:
             self.link.stream.shutdown()
             self._drop()
-        upload = getattr(self, "upload", None)
-        if upload is not None:
-            upload.abandon()
+        self.upload.abandon()
 
     def _drop(self) -> None:
         self.connected = False
@@ -496,7 +538,7 @@ class Exchange:
             yield data
 
 
-def _ended(when: str, error: OSError) -> str:
+def _reason(when: str, error: OSError) -> str:
     if error.errno in (errno.ECONNRESET, errno.EPIPE):
         return f"it reset the connection {when}"
     return f"the connection failed {when}: {error.strerror or error}"

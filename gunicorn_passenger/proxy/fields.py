@@ -6,6 +6,7 @@ believe what an untrusted client says of its origin.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -61,9 +62,22 @@ def without_nominated(fields: Fields, options: set[str]) -> Fields:
 
 
 class RequestFields:
-    """The fields of a client's request that are meant for the target."""
+    """The fields of a client's request that are meant for the target.
 
-    __slots__ = ("expect", "fields", "host", "measured", "te_trailers", "upgrade")
+    They are not changed once they are made: a client mostly sends the same fields again, and what was
+    made of them is kept with them.
+    """
+
+    __slots__ = (
+        "expect",
+        "fields",
+        "host",
+        "kept",
+        "measured",
+        "origin",
+        "te_trailers",
+        "upgrade",
+    )
 
     def __init__(self, pairs: Iterable[tuple[str, str]], keep_case: bool) -> None:
         """
@@ -79,6 +93,10 @@ class RequestFields:
         self.host: str | None = None
         #: whether a Content-Length is among them
         self.measured = False
+        #: where the request comes from, as some options have it: those, and the :class:`Origin`
+        self.origin: tuple[Any, Origin] | None = None
+        #: what is sent of them: the options, the target, and the text
+        self.kept: tuple[Any, Any, bytes] | None = None
         for name, value in pairs:
             low = name.lower()
             if low in ASIDE:
@@ -104,11 +122,31 @@ class RequestFields:
         if connection:
             options = {token.strip().lower() for token in connection.split(",")}
             fields = without_nominated(fields, options)
-        if self.upgrade and "upgrade" not in options:
+        if "upgrade" not in options or self.upgrade.lower() == "h2c":
+            # what is said in HTTP/2 behind the proxy's back would not be under its rules
             self.upgrade = ""
         if "te" not in options:
             self.te_trailers = False  # RFC 9110 section 10.1.4: who sends TE names it there
         self.fields = fields
+
+    def changed(self, fields: Fields) -> RequestFields:
+        """The same request with other fields."""
+        other = copy.copy(self)
+        other.fields = fields
+        other.origin = other.kept = None
+        return other
+
+    def with_host(self, host: str, keep_case: bool) -> RequestFields:
+        """The host of an absolute-form target takes the place of any other (RFC 9112 section 3.2.2)."""
+        other = self.changed(with_host(self.fields, host, keep_case))
+        other.host = host
+        return other
+
+    def without_length(self) -> RequestFields:
+        """The same request without the announcement of a body."""
+        other = self.changed([field for field in self.fields if field[0].lower() != "content-length"])
+        other.measured = False
+        return other
 
 
 class Origin:
@@ -153,7 +191,7 @@ def upstream_fields(fields: Fields, options: Options, target: Target, origin: Or
 
 
 def with_host(fields: Fields, host: str, keep_case: bool) -> Fields:
-    """The Host that an absolute-form target names takes the place of any other (RFC 9112 section 3.2.2)."""
+    """The fields with another Host."""
     fields = [field for field in fields if field[0].lower() != "host"]
     fields.insert(0, ("Host" if keep_case else "host", host))
     return fields

@@ -31,9 +31,12 @@ _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 
 
 class ResponseHead:
-    """The head of an answer: its end-to-end fields, and how its body is framed."""
+    """The head of an answer: its end-to-end fields, and how its body is framed.
 
-    __slots__ = ("chunked", "close", "dated", "fields", "length", "reason", "status", "upgrade")
+    It is not changed once it is made: the next answer may have the same.
+    """
+
+    __slots__ = ("chunked", "close", "dated", "fields", "length", "lines", "reason", "status", "upgrade")
 
     def __init__(self, data: bytes, keep_case: bool) -> None:  # noqa: PLR0915 - one pass over all fields
         """
@@ -50,6 +53,8 @@ class ResponseHead:
         self.length: int | None = None
         self.chunked = False
         self.upgrade = ""
+        #: the fields as they are sent, once that was made
+        self.lines: str | None = None
         self.dated = False
         #: whether the target closes the connection after it (RFC 9112 section 9.3)
         self.close = minor == b"0"

@@ -37,7 +37,7 @@ from gunicorn_passenger.proxy.events import (
     check_reason,
     checked,
 )
-from gunicorn_passenger.proxy.exchange import Exchange, Upload
+from gunicorn_passenger.proxy.exchange import NOTHING, Exchange, Nothing, Upload
 from gunicorn_passenger.proxy.fields import Fields, Origin, RequestFields
 from gunicorn_passenger.proxy.messages import ResponseHead
 from gunicorn_passenger.proxy.mirror import Copy
@@ -59,28 +59,21 @@ _TURN = 4 << 20
 class Passage:
     """One request of a client."""
 
-    __slots__ = (
-        "_answered",
-        "_backend",
-        "_began",
-        "_client",
-        "_must_upgrade",
-        "_origin",
-        "_overrides",
-        "_path",
-        "_proxy",
-        "_request",
-        "_start_response",
-        "_sticky",
-        "_upload",
-        "_upstream_response",
-        "environ",
-        "events",
-        "exchange",
-        "fields",
-        "options",
-        "target",
-    )
+    # (class attributes are what most requests leave as they are)
+    exchange: Exchange | None = None
+    target: Target | None = None
+    fields: RequestFields
+    _client: WsgiClient
+    _origin: Origin
+    _backend: Backend | None = None
+    _upload: Upload | Nothing = NOTHING
+    _request: Any = None
+    _upstream_response: Any = None
+    _path = ""
+    #: whether the head of an answer went to the client
+    _answered = False
+    #: a cookie that keeps the client with its target
+    _sticky = ""
 
     def __init__(
         self,
@@ -102,20 +95,6 @@ class Passage:
         self._began = time.monotonic()
         self.events = proxy.events
         self.options: Options = proxy.options
-        self._client: WsgiClient
-        self.fields: RequestFields
-        self._origin: Origin
-        self._upload: Upload
-        self.exchange: Exchange | None = None
-        self._backend: Backend | None = None
-        self.target: Target | None = None
-        self._request: Any = None
-        self._upstream_response: Any = None
-        self._path = ""
-        #: whether the head of an answer went to the client
-        self._answered = False
-        #: a cookie that keeps the client with its target
-        self._sticky = ""
 
     def run(self) -> Iterable[bytes]:
         """Carry it.
@@ -153,12 +132,11 @@ class Passage:
         assert route is not None
         options = self.options
         client = self._client = client_of(environ, self._start_response, self._proxy)
-        fields = self.fields = RequestFields(client.pairs(), options.preserve_header_key_case)
+        keep_case = options.preserve_header_key_case
+        fields = client.fields(keep_case)
         method = client.method
         if method == "CONNECT":
             return self.say(501, "This proxy makes no connections for its clients (CONNECT).")
-        if fields.upgrade.lower() == "h2c":
-            fields.upgrade = ""  # HTTP/2 with prior knowledge of the proxy's rules would bypass them
         if fields.upgrade and not options.ws:
             return self.say(501, "This proxy does not carry upgrades.")
         if self._must_upgrade and not fields.upgrade:
@@ -166,18 +144,23 @@ class Passage:
         length = client.length()
         self._path, before, host = rules.request_path(environ, client.pristine)
         if host:
-            fields.fields = rules.with_host(fields.fields, host, options.preserve_header_key_case)
-            fields.host = host
-        elif fields.host is None:
-            fields.host = environ.get("HTTP_HOST")
-        self._origin = client.origin(options, fields.host)
-        if options.to_proxy and not before:
-            before = f"{self._origin.scheme}://{fields.host or ''}" if fields.host else ""
+            fields = fields.with_host(host, keep_case)
+        self.fields = fields
+        known = fields.origin
+        if known is not None and known[0] is options:
+            self._origin = known[1]
+        else:
+            self._origin = client.origin(options, fields.host)
+            fields.origin = options, self._origin
+        if options.to_proxy and not before and fields.host:
+            before = f"{self._origin.scheme}://{fields.host}"
         if route.remove:
             self._remove_prefix(route.remove)
 
-        copy = self._copy(method, before, length) if options.forward is not None else None
-        self._upload = Upload(client, length, options, copy)
+        if options.forward is not None:
+            self._upload = Upload(client, length, options, self._copy(method, before, length))
+        elif length:
+            self._upload = Upload(client, length, options)
         if options.buffer is not None:
             self._replace_body(options.buffer)
         if route.nowhere:
@@ -252,67 +235,90 @@ class Passage:
     def _ask_one(self, named: Target, method: str, before: str) -> ResponseHead:
         options = self.options
         events = self.events
-        target = self._resolve(named)
         fields = self.fields
-        upload = self._upload
+        target = self._resolve(named) if named.server else named
         path = rules.target_path(options, target, self._path, before)
-        lines = rules.upstream_fields(fields.fields, options, target, self._origin)
-        if options.sticky:
-            lines = _without_cookie(lines, options.sticky_name)
-        if events.has("start"):
+        if events.any and events.has("start"):
             events.emit("start", self.werkzeug_request(), named)
+        lines = None
         event = "proxy_req_ws" if fields.upgrade else "proxy_req"
-        if events.has(event):
-            asked = UpstreamRequest(method, path, lines, named)
+        if events.any and events.has(event):
+            asked = UpstreamRequest(method, path, self._lines(target), named)
             events.emit(event, asked, self.werkzeug_request(), options)
             method, path = _checked_request(asked, event)
-            lines = checked(asked.headers, event)
+            # what frames the message is not theirs to say
+            lines = [
+                (name, value)
+                for name, value in checked(asked.headers, event)
+                if name.lower() not in rules.ASIDE or name.lower() == "trailer"
+            ]
             if asked.body is not None:
                 self._replace_body(asked.body)
-        expect = fields.expect and bool(upload.length) and self.environ.get("SERVER_PROTOCOL") != "HTTP/1.0"
-        head = self._head(method, path, lines, expect)
+        upload = self._upload
+        expect = fields.expect and upload.length != 0 and self.environ.get("SERVER_PROTOCOL") != "HTTP/1.0"
+        head = f"{method} {path} HTTP/1.1\r\n".encode("latin-1")
+        if lines is not None or expect or upload.replaced or upload.length < 0 or options.sticky:
+            head += self._text(self._lines(target) if lines is None else lines, expect, lines is not None)
+        else:
+            kept = fields.kept
+            if kept is None or kept[0] is not options or kept[1] is not target:
+                text = self._text(self._lines(target), False, False)
+                kept = fields.kept = options, target, text
+            head += kept[2]
         return self._send(target, method, head, expect)
+
+    def _lines(self, target: Target) -> Fields:
+        options = self.options
+        lines = rules.upstream_fields(self.fields.fields, options, target, self._origin)
+        return _without_cookie(lines, options.sticky_name) if options.sticky else lines
 
     def _send(self, target: Target, method: str, head: bytes, expect: bool) -> ResponseHead:
         options = self.options
         pool = options.agent.pool(target, options.secure, options.local_address)
-        exchange = self.exchange = Exchange(pool, options, method, self._client)
-        exchange.switching = bool(self.fields.upgrade)
-        return exchange.request(head, self._upload, expect)
+        exchange = self.exchange = Exchange(pool, options, method, self._client, self._upload)
+        if self.fields.upgrade:
+            exchange.switching = True
+        return exchange.request(head, expect)
 
-    def _head(self, method: str, path: str, lines: Fields, expect: bool) -> bytes:
-        """The request as it is sent, with one framing: that of the body that there is."""
+    def _text(self, lines: Fields, expect: bool, unframed: bool) -> bytes:
+        """The fields as they are sent, with one framing: that of the body that there is.
+
+        :param unframed: whether the length of the body has to be written.
+        """
         fields = self.fields
         upload = self._upload
-        if (fields.measured and upload.length == CHUNKED) or self._body_replaced():
-            lines = [line for line in lines if line[0].lower() not in ("content-length", "transfer-encoding")]
-        text = "".join([f"{name}: {value}\r\n" for name, value in lines])
         keep_case = self.options.preserve_header_key_case
-        connection = []
+        own: Fields = []
         if upload.length == CHUNKED:
-            text += "Transfer-Encoding: chunked\r\n" if keep_case else "transfer-encoding: chunked\r\n"
-        elif self._body_replaced():
-            text += f"{'Content-Length' if keep_case else 'content-length'}: {upload.length}\r\n"
+            own.append(("Transfer-Encoding", "chunked"))
+        elif upload.replaced or (unframed and fields.measured):
+            own.append(("Content-Length", str(upload.length)))
+        if upload.length == CHUNKED or upload.replaced:
+            lines = [line for line in lines if line[0].lower() != "content-length"]
         if expect:
-            text += "Expect: 100-continue\r\n" if keep_case else "expect: 100-continue\r\n"
+            own.append(("Expect", "100-continue"))
+        connection = []
         if fields.te_trailers and self._client.connection is not None:
-            text += "TE: trailers\r\n" if keep_case else "te: trailers\r\n"
+            own.append(("TE", "trailers"))
             connection.append("TE")
         if fields.upgrade:
-            text += f"{'Upgrade' if keep_case else 'upgrade'}: {fields.upgrade}\r\n"
+            own.append(("Upgrade", fields.upgrade))
             connection.append("Upgrade")
         elif not self.options.agent.max_idle:
             connection.append("close")
         if connection:
-            text += f"{'Connection' if keep_case else 'connection'}: {', '.join(connection)}\r\n"
-        return f"{method} {path} HTTP/1.1\r\n{text}\r\n".encode("latin-1")
-
-    def _body_replaced(self) -> bool:
-        return self._upload.replaced
+            own.append(("Connection", ", ".join(connection)))
+        if not keep_case:
+            own = [(name.lower(), value) for name, value in own]
+        text = "".join([f"{name}: {value}\r\n" for name, value in lines + own])
+        return f"{text}\r\n".encode("latin-1")
 
     def _replace_body(self, body: Any) -> None:
+        upload = self._upload
+        if not isinstance(upload, Upload):
+            upload = self._upload = Upload(self._client, 0, self.options)
         if isinstance(body, (bytes, bytearray)):
-            self._upload.replace(bytes(body), len(body))
+            upload.replace(bytes(body), len(body))
             return
         if isinstance(body, str) or not callable(getattr(body, "read", None)):
             raise HandlerFailed(f"proxy_req: the body {type(body).__name__} is neither bytes nor a file")
@@ -322,7 +328,7 @@ class Passage:
             body.seek(at)
         except (AttributeError, OSError, ValueError):
             length = CHUNKED
-        self._upload.replace(body, length)
+        upload.replace(body, length)
 
     # --- copies ----------------------------------------------------------------------------------
 
@@ -401,22 +407,24 @@ class Passage:
             if self.exchange.whole:
                 self.exchange.receive()
             self.exchange.finish()
-            lines = self.fields.fields
+            fields = self.fields
             if becomes_get:
                 if method != "HEAD":
                     method = "GET"
-                lines = [line for line in lines if line[0].lower() not in _CONTENT]
-                self.fields.measured = False
-                self._upload = Upload(self._client, 0, options)
-            if found[0] != first:
-                lines = [line for line in lines if line[0].lower() not in _CREDENTIALS]
-                lines = rules.with_host(lines, found[0].authority, options.preserve_header_key_case)
-            self.fields.fields = lines
+                fields = fields.without_length()
+                fields = fields.changed([line for line in fields.fields if line[0].lower() not in _CONTENT])
+                self._upload = NOTHING
             target, path = found
-            sent = rules.upstream_fields(lines, options, target, self._origin)
-            if found[0] != first:
-                sent = [line for line in sent if line[0].lower() not in _CREDENTIALS]
-            head = self._send(target, method, self._head(method, path, sent, False), False)
+            foreign = target != first
+            if foreign:
+                rest = [line for line in fields.fields if line[0].lower() not in _CREDENTIALS]
+                fields = fields.changed(rest).with_host(target.authority, options.preserve_header_key_case)
+            self.fields = fields
+            lines = rules.upstream_fields(fields.fields, options, target, self._origin)
+            if foreign:
+                lines = [line for line in lines if line[0].lower() not in _CREDENTIALS]
+            request = f"{method} {path} HTTP/1.1\r\n".encode("latin-1")
+            head = self._send(target, method, request + self._text(lines, False, False), False)
         return head
 
     # --- the answer ------------------------------------------------------------------------------
@@ -424,8 +432,16 @@ class Passage:
     def _answer(self, head: ResponseHead) -> Iterable[bytes]:
         options = self.options
         exchange = self.exchange
-        target = self.target
         assert exchange is not None
+        ours = self._client.connection is not None
+        if ours and options.plain_response and not (options.via or self._sticky or self.events.any):
+            # nothing is changed: the text is made once for equal heads
+            if head.lines is None:
+                head.lines = _text_of(head.fields, head.status)
+            self._relay(head.status, head.reason, head.lines, head.length, head.dated, None)
+            self._over()
+            return ()
+        target = self.target
         assert target is not None
         fields = head.fields
         if not options.plain_response:
@@ -434,56 +450,50 @@ class Passage:
             fields = rules.with_via(fields, options)
         if self._sticky:
             fields = [*fields, ("set-cookie", self._sticky)]
+        status, reason = head.status, head.reason
         body: Iterator[bytes] | None = None
         if self.events.has("proxy_res"):
-            response = UpstreamResponse(head.status, head.reason, fields, target, exchange.body())
+            response = UpstreamResponse(status, reason, fields, target, exchange.body())
             self._upstream_response = response
             made = self.events.emit("proxy_res", response, self.werkzeug_request())
             if options.self_handle_response:
                 return self._handled(made)
-            fields = self._changed(response, head)
+            fields = _changed(response, head)
+            status, reason = response.status_code, response.reason
             body = response.left()
         elif options.self_handle_response:
             raise HandlerFailed("self_handle_response is set, and there is no handler of 'proxy_res'")
-        if self._client.connection is not None:
-            self._relay(head, fields, body)
+        if ours:
+            dated = any(name.lower() == "date" for name, _ in fields)
+            self._relay(status, reason, _text_of(fields, status), head.length, dated, body)
             self._over()
             return ()
-        return self._hand_on(head, fields, body if body is not None else exchange.body())
+        return self._hand_on(status, reason, fields, body if body is not None else exchange.body())
 
-    def _changed(self, response: UpstreamResponse, head: ResponseHead) -> Fields:
-        """What the handlers have made of the head; its framing stays."""
-        status = response.status_code
-        if isinstance(status, bool) or not isinstance(status, int) or not 200 <= status <= 999:
-            raise HandlerFailed(f"proxy_res: the status {status!r} is no number from 200 to 999")
-        head.reason = check_reason(response.reason)
-        head.status = status
-        fields = [
-            (name, value)
-            for name, value in checked(response.headers, "proxy_res")
-            if name.lower() not in rules.ASIDE or name.lower() == "trailer"
-        ]
-        if head.length is not None:
-            fields.append(("content-length", str(head.length)))
-        head.dated = any(name.lower() == "date" for name, _ in fields)
-        return fields
+    def _relay(
+        self,
+        status: int,
+        reason: str,
+        lines: str,
+        length: int | None,
+        dated: bool,
+        body: Iterator[bytes] | None,
+    ) -> None:
+        """Send the answer over our own connection.
 
-    def _relay(self, head: ResponseHead, fields: Fields, body: Iterator[bytes] | None) -> None:
-        """Send the answer over our own connection."""
+        :param lines: the fields.
+        :param dated: whether a Date is among them.
+        :param body: what a handler has left of the body, where there is one.
+        """
         connection = self._client.connection
         response = connection.response
         exchange = self.exchange
         assert exchange is not None
-        status = head.status
-        length = head.length
-        if status == 204 and length is not None:
-            # RFC 9110 section 8.6: no Content-Length with 204
-            fields = [field for field in fields if field[0].lower() != "content-length"]
+        if status == 204:
             length = None
-        lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
-        if not head.dated:
+        if not dated:
             lines += f"date: {http_date()}\r\n"  # RFC 9110 section 6.6.1
-        line = f"{status} {head.reason}"
+        line = f"{status} {reason}"
         self._answered = True
         first = exchange.receive(wait=False) if body is None else b""
         response.sent = len(first)
@@ -543,15 +553,15 @@ class Passage:
         finally:
             pipe.done()
 
-    def _hand_on(self, head: ResponseHead, fields: Fields, body: Iterator[bytes]) -> Iterable[bytes]:
+    def _hand_on(self, status: int, reason: str, fields: Fields, body: Iterator[bytes]) -> Iterable[bytes]:
         """Send the answer the way of WSGI."""
         drop = {"trailer"}
         if str(self.environ.get("SERVER_SOFTWARE", "")).startswith("gunicorn"):
             drop |= {"date", "server"}  # it writes its own
-        if head.status == 204:
+        if status == 204:
             drop.add("content-length")
         fields = [field for field in fields if field[0].lower() not in drop]
-        self._start_response(f"{head.status} {head.reason or 'Unknown'}", fields)
+        self._start_response(f"{status} {reason or 'Unknown'}", fields)
         self._answered = True
         return _Answer(self, body)
 
@@ -680,6 +690,33 @@ _TEXTS = {
     503: "All connections to the server behind this proxy are in use; try again in a moment.",
     504: "The server behind this proxy did not answer in time.",
 }
+
+
+def _changed(response: UpstreamResponse, head: ResponseHead) -> Fields:
+    """What the handlers have made of an answer's fields; its framing stays.
+
+    :raises HandlerFailed: when that cannot be sent.
+    """
+    status = response.status_code
+    if isinstance(status, bool) or not isinstance(status, int) or not 200 <= status <= 999:
+        raise HandlerFailed(f"proxy_res: the status {status!r} is no number from 200 to 999")
+    check_reason(response.reason)
+    fields = [
+        (name, value)
+        for name, value in checked(response.headers, "proxy_res")
+        if name.lower() not in rules.ASIDE or name.lower() == "trailer"
+    ]
+    if head.length is not None:
+        fields.append(("content-length", str(head.length)))
+    return fields
+
+
+def _text_of(fields: Fields, status: int) -> str:
+    """The fields of an answer as they are sent."""
+    if status == 204:
+        # RFC 9110 section 8.6: no Content-Length with 204
+        fields = [field for field in fields if field[0].lower() != "content-length"]
+    return "".join([f"{name}: {value}\r\n" for name, value in fields])
 
 
 class _Answer:
