@@ -217,7 +217,7 @@ class Scene:
 
     def run(self, code: str) -> Any:
         """Run code in the worker; the value of an expression."""
-        status, text = fetch(self.process.socket, f"/{self.number}", "POST", textwrap.dedent(code))
+        status, text = fetch(self.process.socket, f"/{self.number}", "POST", textwrap.dedent(code).encode())
         assert status == 200, text
         return text if text.startswith("<") else ast.literal_eval(text)
 

@@ -184,6 +184,25 @@ def came(wire: Wire, seconds: float = 0.2) -> bytes:
         wire.sock.settimeout(before)
 
 
+class Settling(Upstream):
+    """At its end the proxy has seen that its connections are gone before the next test listens on the port.
+
+    A request that a test has left unanswered is sent once more by the proxy; nobody else may get it.
+    """
+
+    def __init__(self, where: int | str, status: int) -> None:
+        super().__init__(where)
+        self.status = status
+
+    def __exit__(self, *_: Any) -> None:
+        for wire in self.wires:
+            wire.sock.close()
+        with contextlib.suppress(OSError):
+            for _turn in range(3):
+                fetch(self.status)
+        super().__exit__()
+
+
 class Proxied:
     """gunicorn with a proxy in each place of ``servers`` (name to arguments of ``create_server``)."""
 
@@ -228,11 +247,11 @@ class Proxied:
         return self.process.socket if where == "primary" else self.ports[where]
 
     def upstream(self) -> Upstream:
-        return Upstream(self.up)
+        return Settling(self.up, self.status)
 
     def unix_upstream(self) -> Upstream:
         Path(self.unix).unlink(missing_ok=True)
-        return Upstream(self.unix)
+        return Settling(self.unix, self.status)
 
     def exchange(
         self, request: bytes, answer: bytes = OK, where: str = "primary", method: str | None = None

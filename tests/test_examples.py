@@ -140,7 +140,7 @@ def assert_shown(lines, output):
 
 
 def test_every_example_is_tested():
-    tested = {"seed", "prometheus", "unmodified", "hooks"}
+    tested = {"seed", "prometheus", "unmodified", "hooks", "proxy"}  # proxy: in test_proxy_peers.py
     assert {path.name for path in EXAMPLES.iterdir() if any(path.glob("*.py"))} == tested
     for name in tested:
         assert (EXAMPLES / name / "README.md").exists()

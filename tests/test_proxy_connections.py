@@ -946,7 +946,7 @@ def test_idle_connections_that_the_upstream_closes_do_not_stay(px):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_requests_in_hand_are_finished_on_a_graceful_stop(number):
     with (
-        proxied(PLACES, "--graceful-timeout", 30) as px,
+        proxied(PLACES, "--graceful-timeout", 30, "--keep-alive", 1) as px,
         px.upstream() as upstream,
         contextlib.ExitStack() as stack,
     ):

@@ -1026,7 +1026,7 @@ BAD = [
     *((name, value) for name in ("proxy_timeout", "timeout", "ws_timeout", "fail_timeout") for value in BAD_NUMBERS),
     *(("forward", value) for value in (0, 70000, -1, True, "", "ftp://x", "http://", "http://x:y", "unix:", 1.5)),
     *(("forward", value) for value in ("http://a b/", "http://x:0", "http://x:65536", "http://x/\r\nA: b", "http://x/a b")),
-    *((name, value) for name in ("xfwd", "forwarded") for value in ("prepend", "", 2, None, b"append")),
+    *((name, value) for name in ("xfwd", "forwarded") for value in ("prepend", "", 2, b"append")),
     *(("trusted", value) for value in ("nonsense", ["300.1.1.1"], ["10.0.0.0/33"], 5, [5], ["a\r\nb"])),
     *(("via", value) for value in ("a b", "a\r\nb", "", "a,b", 5, b"x")),
     *(("local_address", value) for value in ("300.1.1.1", "", 5, "a b", True)),
@@ -1038,7 +1038,7 @@ BAD = [
     *(("headers", value) for value in
       ("x", 5, {"a b": "c"}, {"": "c"}, {"X": "a\r\nb"}, {"X": "a\0b"}, {"X": "a\nb"}, {"X:": "a"}, {"X\r\nY": "a"},
        {"X": None}, {5: "a"}, {"X": "\u20ac"}, {"\u00e9": "a"})),
-    *(("follow_redirects", value) for value in (-1, "yes", 1.5, None, [])),
+    *(("follow_redirects", value) for value in (-1, "yes", 1.5, [])),
     *(("buffer", value) for value in ("text", b"bytes", 5, ["a"], io.StringIO("text"))),
     *(("agent", value) for value in (5, True, "x", object(), http_proxy)),
     *(("ws_stop", value) for value in ("later", "", None, True)),
@@ -1048,7 +1048,9 @@ BAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "value"), BAD, ids=lambda value: repr(value)[:30])
+@pytest.mark.parametrize(
+    ("name", "value"), BAD, ids=lambda value: repr(value).partition(" at 0x")[0].partition(" from ")[0][:30]
+)
 def test_what_cannot_be_used(name, value):
     with pytest.raises(ValueError, match=name):
         http_proxy.create_server(9000, **{name: value})

@@ -689,7 +689,8 @@ def large(total, framing, sink, end):
         sink(chunk(piece) if framing == "chunked" else piece)
         left -= size
         number += 1
-    end(b"0\r\n\r\n" if framing == "chunked" else b"")
+    if framing != "length":
+        end(b"0\r\n\r\n" if framing == "chunked" else b"")
     return digest.hexdigest()
 
 

@@ -703,8 +703,7 @@ def test_what_is_left_of_the_prefix_is_a_path(lab, upstream, port, path):
     assert got.get("host") == ["example.org"]
 
 
-@MODES
-def test_options_for_a_prefix(lab, origins, mode):
+def test_options_for_a_prefix(lab, origins):
     ports = [free_port() for _ in range(3)]
     targets = [origins(port) for port in ports]
     table = f"""{{
@@ -713,7 +712,7 @@ def test_options_for_a_prefix(lab, origins, mode):
         "/c/": {ports[2]},
         "/off/": {{"target": {ports[2]}, "ws": False}},
     }}""".replace("\n", "")
-    where = lab.serve(f"{table}, xfwd=True, headers={{'X-All': '1'}}", mode)
+    where = lab.serve(f"{table}, xfwd=True, headers={{'X-All': '1'}}")
     for path in ("/a/", "/b/", "/c/"):
         assert get(where, request(path)).status == 200
     a, b, c = (target.requests[0][1] for target in targets)
@@ -858,9 +857,12 @@ def test_https_carries_large_bodies(lab, port, certificates, origins):
             client.close()
 
 
-def test_https_to_a_target_that_speaks_http(lab, origins, port):
-    origins(port)
-    assert refuse(lab.serve(f"'https://localhost:{port}', secure=False")).status == 502
+def test_https_to_a_target_that_speaks_http(lab, upstream, port):
+    with connect(lab.serve(f"'https://localhost:{port}', secure=False")) as client:
+        wire = accept(upstream, client.send(request()))
+        wire.more()
+        wire.send(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n").close()
+        assert read_response(client).status == 502
     assert "Traceback" not in lab.wait_log("(GET /x): 502")
 
 

@@ -297,9 +297,10 @@ REFUSALS = {
 def test_an_upgrade_that_the_upstream_refuses(px, where, protocol, case):
     """Its answer is an ordinary one; what the client sends on is no tunnel's, but a request like others."""
     with upstream_for(px, where) as upstream, connect(px[where]) as client:
-        client.send(upgrading("/", protocol))
+        target = path()
+        client.send(upgrading(target, protocol))
         wire = upstream.accept()
-        request_of(wire)
+        assert request_of(wire).target == target
         wire.send(REFUSALS[case])
         if "end" in case:
             wire.finish()
@@ -754,7 +755,7 @@ def stopping(ws_stop, timeout=300):
     arguments = f"UP, HOST, ws_stop={ws_stop!r}"
     servers = dict.fromkeys(PLACES, arguments)
     with (
-        proxied(servers, "--graceful-timeout", timeout, "--timeout", 0) as px,
+        proxied(servers, "--graceful-timeout", timeout, "--timeout", 0, "--keep-alive", 1) as px,
         px.upstream() as upstream,
         contextlib.ExitStack() as stack,
     ):

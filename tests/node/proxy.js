@@ -13,7 +13,14 @@ proxy.on('error', (error, request, response) => {
   response.writeHead(502);
   return response.end();
 });
-const server = http.createServer((request, response) => proxy.web(request, response));
+const server = http.createServer((request, response) => {
+  response.on('error', () => {}); // else the process dies of what comes behind its 502
+  try {
+    proxy.web(request, response);
+  } catch { // a name that Node 18 reads, and does not write
+    response.destroy();
+  }
+});
 server.on('upgrade', (request, socket, head) => {
   socket.on('error', () => {});
   proxy.ws(request, socket, head);
