@@ -396,7 +396,7 @@ class Response:
     # --- what the proxy calls --------------------------------------------------------------------
 
     def relay(
-        self, status: str, fields: str, length: int | None, more: bytes = b"", whole: bool = False
+        self, status: str, fields: str, length: int | None, more: bytes, whole: bool, unread: bool
     ) -> None:
         """Begin with the head of another server's answer: its fields as they are, checked by the caller.
 
@@ -406,6 +406,7 @@ class Response:
         :param length: what that says.
         :param more: what of the body is there; the caller has counted it in ``sent``.
         :param whole: whether that is all of it.
+        :param unread: whether nobody reads the request's body, if there is one.
         """
         self.status = status
         self.status_code = code = int(status[:3])
@@ -416,10 +417,11 @@ class Response:
         elif length is None:
             self.chunked = self._protocol != "HTTP/1.0"
         connection = self._connection
-        if connection.body.unread or not connection.gateway.goes_on():
+        if (unread and connection.body.unread) or not connection.gateway.goes_on():
             self.must_close = True
         word = "close" if self.should_close() else "keep-alive"
-        begin = f"{self._protocol} {status}\r\nConnection: {word}\r\n"
+        version = "HTTP/1.0" if self._protocol == "HTTP/1.0" else "HTTP/1.1"
+        begin = f"{version} {status}\r\nConnection: {word}\r\n"
         if self.chunked:
             begin += "Transfer-Encoding: chunked\r\n"
             if more:

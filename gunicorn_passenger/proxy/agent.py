@@ -15,6 +15,9 @@ from gunicorn_passenger.errors import PoolExhausted, SettingError
 from gunicorn_passenger.proxy.stream import Runtime, Stream, connect, runtime
 from gunicorn_passenger.proxy.target import Target
 
+#: Targets whose pools are kept although they are empty.
+_POOLS = 64
+
 
 class Agent:
     """Keeps connections to targets open and bounds their number.
@@ -65,8 +68,11 @@ class Agent:
         key = (target.host, target.port, target.path, target.scheme, secure, local_address, waits)
         found = self._pools.get(key)
         if found is None:
+            if len(self._pools) >= _POOLS:
+                # a function may name ever new targets
+                self._pools = {key: pool for key, pool in self._pools.items() if not pool.empty}
             context = self.context(secure) if target.tls else None
-            found = self._pools.setdefault(key, Pool(self, key, target, waits, local_address, context))
+            found = self._pools.setdefault(key, Pool(self, target, waits, local_address, context))
         return found
 
     def context(self, secure: bool) -> ssl.SSLContext:
@@ -82,11 +88,6 @@ class Agent:
                 found.verify_mode = ssl.CERT_NONE
             self._contexts[secure] = found
         return found
-
-    def forget(self, pool: Pool) -> None:
-        """Called by a pool that has become empty."""
-        if self._pools.get(pool.key) is pool:
-            del self._pools[pool.key]
 
     def close(self) -> None:
         """Close the connections that no request uses."""
@@ -147,14 +148,12 @@ class Pool:
     def __init__(
         self,
         agent: Agent,
-        key: Any,
         target: Target,
         waits: Runtime,
         local_address: str | None,
         context: ssl.SSLContext | None,
     ) -> None:
         self.agent = agent
-        self.key = key
         self.target = target
         self.runtime = waits
         self._local_address = local_address
@@ -280,8 +279,11 @@ class Pool:
         if self._waiting and self._call(None):
             return
         self.used -= 1
-        if not self.used and not self._idle:
-            self.agent.forget(self)
+
+    @property
+    def empty(self) -> bool:
+        """Whether it has no connection, and nobody waits for one."""
+        return not (self.used or self._idle or self._waiting)
 
     def _retire_old(self) -> None:
         """Threads have no timers: old connections go when a younger one is given back."""
@@ -298,8 +300,6 @@ class Pool:
         if self._deadlines is not None:
             self._deadlines.remove(link, None)
         link.stream.close()
-        if not self.used and not self._idle and not self._waiting:
-            self.agent.forget(self)
 
     def clear(self) -> None:
         for link in list(self._idle):

@@ -19,6 +19,7 @@ from gunicorn_passenger.errors import BadRequestBody
 from gunicorn_passenger.http.body import NO_BODY
 from gunicorn_passenger.proxy.fields import Fields, Origin, RequestFields, environ_fields
 from gunicorn_passenger.proxy.options import Options
+from gunicorn_passenger.proxy.stream import runtime
 
 #: the length of a body that is sent in chunks
 CHUNKED = -1
@@ -41,13 +42,14 @@ class WsgiClient:
         self.start_response = start_response
         self.method: str = environ["REQUEST_METHOD"]
         self.body = environ["wsgi.input"]
+        self.protocol: str = environ.get("SERVER_PROTOCOL", "HTTP/1.1")
 
     def fields(self, keep_case: bool) -> RequestFields:
         """The fields of the request.
 
         :param keep_case: whether names keep their letter case.
         """
-        return RequestFields(environ_fields(self.environ), keep_case)
+        return RequestFields(environ_fields(self.environ), keep_case, self.protocol)
 
     def length(self) -> int:
         """Of the request's body, in bytes; ``CHUNKED`` when it tells its end by itself.
@@ -72,12 +74,19 @@ class WsgiClient:
         return 0
 
     def origin(self, options: Options, host: str | None) -> Origin:
+        """Where the request comes from."""
         environ = self.environ
         address = environ.get("REMOTE_ADDR") or ""
         trusted = (
             self._trusted(address) if options.trusted is None else not address or options.trusts(address)
         )
-        return Origin(address, environ.get("wsgi.url_scheme", "http"), host, trusted)
+        scheme = environ.get("wsgi.url_scheme", "http")
+        return Origin(address, scheme, scheme if self.connection is None else "http", host, trusted)
+
+    @property
+    def tunnels(self) -> bool:
+        """Whether its connection can become a tunnel."""
+        return "gunicorn.socket" in self.environ and bool(runtime().concurrent)
 
     def _trusted(self, address: str) -> bool:
         if not address:
@@ -123,17 +132,20 @@ class OurClient(WsgiClient):
         self._uploading = False
 
     def fields(self, keep_case: bool) -> RequestFields:
-        if not self.pristine:
-            return super().fields(keep_case)
         connection = self.connection
         head = connection.head
         block = head[head.find(b"\r\n") + 2 :]
+        if not self.pristine:
+            pairs = self._pairs(block)
+            if not _same(pairs, self.environ):
+                pairs = environ_fields(self.environ)
+            return RequestFields(pairs, keep_case, self.protocol)
         memo = connection.memo
-        if memo is not None and memo[0] == block and memo[1] is keep_case:
-            known: RequestFields = memo[2]
+        if memo is not None and memo[0] == block and memo[1] is keep_case and memo[2] == self.protocol:
+            known: RequestFields = memo[3]
             return known
-        fields = RequestFields(self._pairs(block), keep_case)
-        connection.memo = block, keep_case, fields
+        fields = RequestFields(self._pairs(block), keep_case, self.protocol)
+        connection.memo = block, keep_case, self.protocol, fields
         return fields
 
     def _pairs(self, block: bytes) -> Fields:
@@ -187,6 +199,18 @@ class OurClient(WsgiClient):
         self._uploading = active
         if not active and self._callback is not None:
             self.connection.watch(*self._callback)
+
+
+def _same(pairs: Fields, environ: dict[str, Any]) -> bool:
+    """Whether an application has left the fields of a request as they came."""
+    came: dict[str, str] = {}
+    for name, value in pairs:
+        key = name.upper().replace("-", "_")
+        if key not in ("CONTENT_TYPE", "CONTENT_LENGTH"):
+            key = "HTTP_" + key
+        came[key] = f"{came[key]},{value}" if key in came else value
+    has = {key: value for key, value in environ.items() if key[:5] == "HTTP_" or key in came}
+    return has == came
 
 
 def client_of(environ: dict[str, Any], start_response: Any, proxy: Any) -> WsgiClient:

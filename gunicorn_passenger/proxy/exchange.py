@@ -71,6 +71,8 @@ class Upload:
         #: whether the body was read to its end, and sent
         self.over = not length
         self.error: BaseException | None = None
+        #: whether it waits for the client
+        self.waits = False
         self._link: Link | None = None
         self._task: Any = None
 
@@ -119,6 +121,7 @@ class Upload:
         :raises ClientDisconnected: when it has gone.
         """
         read = getattr(self._stream, "read1", self._stream.read)
+        self.waits = True
         try:
             if self._seconds is None:
                 return bytes(read(most))
@@ -137,6 +140,8 @@ class Upload:
         except Exception as error:
             # the server's way to say that its client sends nonsense
             raise BadRequestBody(f"the request's body is broken: {error}") from error
+        finally:
+            self.waits = False
 
     def pieces(self) -> Iterator[bytes]:
         """The body as it arrives.
@@ -230,7 +235,7 @@ class Nothing:
 
     length = 0
     over = sent = replayable = True
-    begun = replaced = False
+    begun = replaced = waits = False
     held = error = copy = None
 
     def hold(self) -> bytes:
@@ -311,7 +316,7 @@ class Exchange:
                 raise UpstreamTimeout(f"it has not read the request for {self._seconds:g} s") from None
             except OSError:
                 # it may have answered before it closed the connection
-                untouched = not link.stream.tls
+                untouched = not (link.stream.tls or link.stream.partly)
             try:
                 if not expect and upload.length and not body:
                     upload.start(link, self.pool.runtime.concurrent)
@@ -402,9 +407,12 @@ class Exchange:
                 if expect:
                     link.buf = data
                     return None
+                if self.upload.waits:
+                    continue  # it is the client that is silent
                 raise UpstreamTimeout(f"it has not answered for {self._seconds:g} s") from None
             except OSError as error:
                 self._check_upload()
+                link.buf = data
                 raise UpstreamClosed(_reason("before it answered", error)) from None
             if not more:
                 self._check_upload()
@@ -457,6 +465,8 @@ class Exchange:
         try:
             data = self.link.stream.recv(_PIECE, self._seconds, self.client)
         except TimeoutError:
+            if self.upload.waits:
+                return self._more()
             raise self._silent() from None
         except OSError as error:
             raise UpstreamClosed(_reason("inside its answer", error)) from None

@@ -33,11 +33,16 @@ ASIDE = frozenset(
     }
 )
 
-#: Nobody may take these away by naming them in Connection: a request without a host has no meaning
-#: (RFC 9112 section 3.2), and the others tell where it comes from.
+#: Nobody may take these away by naming them in Connection: they are meant for all recipients (RFC 9110
+#: section 7.6.1), or tell where a request comes from.
 _NOT_TO_NOMINATE = {
     "host",
     "content-length",
+    "content-type",
+    "authorization",
+    "cookie",
+    "cache-control",
+    "set-cookie",
     "forwarded",
     "via",
     "x-forwarded-for",
@@ -50,6 +55,8 @@ _NOT_TO_NOMINATE = {
 _OPTIONS = {"close", "keep-alive", "upgrade", "te", ""}
 
 _VISIBLE = re.compile(r"[\x21-\x22\x24-\x7e]*")
+# a host, or host and port (RFC 9110 section 7.2)
+_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s/?#@:\[\]\\,]*)(?::[0-9]*)?")
 _PORT = re.compile(r":([0-9]+)$")
 
 
@@ -77,13 +84,17 @@ class RequestFields:
         "origin",
         "te_trailers",
         "upgrade",
+        "valid",
+        "version",
     )
 
-    def __init__(self, pairs: Iterable[tuple[str, str]], keep_case: bool) -> None:
+    def __init__(self, pairs: Iterable[tuple[str, str]], keep_case: bool, protocol: str = "HTTP/1.1") -> None:
         """
         :param pairs: the fields of the request, in their order.
         :param keep_case: whether names keep their letter case; else they are lower case.
+        :param protocol: of the request.
         """
+        self.version = "1.0" if protocol == "HTTP/1.0" else "1.1"
         fields: Fields = []
         connection = ""
         self.upgrade = ""
@@ -122,9 +133,12 @@ class RequestFields:
         if connection:
             options = {token.strip().lower() for token in connection.split(",")}
             fields = without_nominated(fields, options)
-        if "upgrade" not in options or self.upgrade.lower() == "h2c":
-            # what is said in HTTP/2 behind the proxy's back would not be under its rules
+        if "upgrade" not in options or self.upgrade.lower() == "h2c" or self.version == "1.0":
+            # what is said in HTTP/2 behind the proxy's back would not be under its rules, and HTTP/1.0 knows
+            # no upgrades (RFC 9110 section 7.8)
             self.upgrade = ""
+        #: whether it says, as it must, for which host it is (RFC 9112 section 3.2)
+        self.valid = self.version == "1.0" if self.host is None else _HOST.fullmatch(self.host) is not None
         if "te" not in options:
             self.te_trailers = False  # RFC 9110 section 10.1.4: who sends TE names it there
         self.fields = fields
@@ -140,7 +154,25 @@ class RequestFields:
         """The host of an absolute-form target takes the place of any other (RFC 9112 section 3.2.2)."""
         other = self.changed(with_host(self.fields, host, keep_case))
         other.host = host
+        other.valid = self.valid and _HOST.fullmatch(host) is not None
         return other
+
+    @property
+    def hops(self) -> int | None:
+        """How often it may be forwarded: its ``Max-Forwards``, where it has one."""
+        found = [value for name, value in self.fields if name.lower() == "max-forwards"]
+        if len(found) != 1 or not (found[0].isascii() and found[0].isdigit() and len(found[0]) < 10):
+            return None
+        return int(found[0])
+
+    def one_hop_less(self) -> RequestFields:
+        """The same request for the next server (RFC 9110 section 7.6.2)."""
+        hops = self.hops
+        if hops is None:
+            return self
+        return self.changed(
+            [(n, str(hops - 1) if n.lower() == "max-forwards" else v) for n, v in self.fields]
+        )
 
     def without_length(self) -> RequestFields:
         """The same request without the announcement of a body."""
@@ -152,26 +184,29 @@ class RequestFields:
 class Origin:
     """Where a request comes from, as far as the proxy knows it."""
 
-    __slots__ = ("address", "host", "scheme", "trusted")
+    __slots__ = ("address", "host", "own_scheme", "scheme", "trusted")
 
-    def __init__(self, address: str, scheme: str, host: str | None, trusted: bool) -> None:
+    def __init__(self, address: str, scheme: str, own_scheme: str, host: str | None, trusted: bool) -> None:
         """
         :param address: the peer's; empty on a UNIX socket, whose peers are on this machine.
-        :param scheme: ``http`` or ``https``, as the client sees it.
+        :param scheme: ``http`` or ``https``, as a trusted peer says.
+        :param own_scheme: that of the connection itself.
         :param host: the host and port that it asked for.
         :param trusted: whether what it says of other origins is believed.
         """
         self.address = address or "127.0.0.1"
-        self.scheme = scheme
+        self.scheme = scheme if trusted else own_scheme
+        self.own_scheme = own_scheme
         self.host = host
         self.trusted = trusted
 
 
-def upstream_fields(fields: Fields, options: Options, target: Target, origin: Origin) -> Fields:
+def upstream_fields(request: RequestFields, options: Options, target: Target, origin: Origin) -> Fields:
     """The fields of the request to the target, but for those that frame it.
 
-    :param fields: of the client's request, end-to-end.
+    :param request: the client's.
     """
+    fields = request.fields
     keep_case = options.preserve_header_key_case
     host = origin.host
     if options.change_origin or not host:
@@ -183,7 +218,9 @@ def upstream_fields(fields: Fields, options: Options, target: Target, origin: Or
     if options.forwarded:
         fields = _forwarded(fields, options, origin)
     if options.via:
-        fields = with_via(fields, options)
+        fields = with_via(fields, options, request.version)
+    if options.credentials and not any(name.lower() == "authorization" for name, _ in fields):
+        fields = [*fields, ("Authorization" if keep_case else "authorization", options.credentials)]
     if options.set_fields:
         fields = [field for field in fields if field[0].lower() not in options.set_fields]
         fields += options.set_fields.values()
@@ -212,15 +249,17 @@ def _take(fields: Fields, *names: str) -> tuple[Fields, dict[str, str]]:
 
 def _x_forwarded(fields: Fields, options: Options, origin: Origin) -> Fields:
     """``X-Forwarded-*``, behind what a trusted client, such as a web server in front, has written."""
+    appends = origin.trusted and options.xfwd == APPEND
+    scheme = origin.scheme if appends else origin.own_scheme
     port = _PORT.search(origin.host or "")
     said = {
         "X-Forwarded-For": origin.address,
-        "X-Forwarded-Port": port[1] if port else "443" if origin.scheme == "https" else "80",
-        "X-Forwarded-Proto": origin.scheme,
+        "X-Forwarded-Port": port[1] if port else "443" if scheme == "https" else "80",
+        "X-Forwarded-Proto": scheme,
         "X-Forwarded-Host": origin.host or "",
     }
     fields, before = _take(fields, *(name.lower() for name in said))
-    if not origin.trusted or options.xfwd != APPEND:
+    if not appends:
         before = {}
     for name, own in said.items():
         low = name.lower()
@@ -240,9 +279,10 @@ def _forwarded(fields: Fields, options: Options, origin: Origin) -> Fields:
         value += ";host=" + (
             origin.host if re.fullmatch(r"[\w.\-]+", origin.host, re.A) else _quoted(origin.host)
         )
-    value += f";proto={origin.scheme}"
+    appends = origin.trusted and options.forwarded == APPEND
+    value += f";proto={origin.scheme if appends else origin.own_scheme}"
     fields, before = _take(fields, "forwarded")
-    if before and origin.trusted and options.forwarded == APPEND:
+    if before and appends:
         value = f"{before['forwarded']}, {value}"
     return [*fields, ("Forwarded" if options.preserve_header_key_case else "forwarded", value)]
 
@@ -251,10 +291,13 @@ def _quoted(text: str) -> str:
     return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
 
 
-def with_via(fields: Fields, options: Options) -> Fields:
-    """``Via``, behind what is there (RFC 9110 section 7.6.3)."""
+def with_via(fields: Fields, options: Options, version: str) -> Fields:
+    """``Via``, behind what is there (RFC 9110 section 7.6.3).
+
+    :param version: in which the message was received.
+    """
     fields, before = _take(fields, "via")
-    value = f"1.1 {options.via}"
+    value = f"{version} {options.via}"
     if before:
         value = f"{before['via']}, {value}"
     return [*fields, ("Via" if options.preserve_header_key_case else "via", value)]
@@ -328,10 +371,12 @@ def target_path(options: Options, target: Target, asked: str, before: str) -> st
         return asked
     if options.to_proxy and before:
         return asked if options.ignore_path else before + asked
-    base, query = (target.base, target.query) if options.prepend_path else ("", "")
-    if options.ignore_path:
-        asked = ""
-    path = base + asked if base or asked else "/"
+    if options.prepend_path:
+        base, query = (target.whole if options.ignore_path else target.base), target.query
+    else:
+        base = query = ""
+    path = base if options.ignore_path else base + asked
+    path = path or "/"
     if query:
         path += ("&" if "?" in path else "?") + query
     return path

@@ -24,7 +24,7 @@ _HEAD = re.compile(
     rb"((?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*)\r\n"
 )
 # obs-fold, which a proxy replaces by a space (RFC 9112 section 5.2)
-_FOLD = re.compile(rb"[ \t]*\r\n[ \t]+")
+_FOLD = re.compile(rb"\r\n[ \t]+")
 _FIELDS = re.compile(rb"((?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*)")
 # RFC 9112 section 7.1: chunk = chunk-size [ chunk-ext ] CRLF
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
@@ -36,7 +36,18 @@ class ResponseHead:
     It is not changed once it is made: the next answer may have the same.
     """
 
-    __slots__ = ("chunked", "close", "dated", "fields", "length", "lines", "reason", "status", "upgrade")
+    __slots__ = (
+        "chunked",
+        "close",
+        "dated",
+        "fields",
+        "length",
+        "lines",
+        "reason",
+        "status",
+        "upgrade",
+        "version",
+    )
 
     def __init__(self, data: bytes, keep_case: bool) -> None:  # noqa: PLR0915 - one pass over all fields
         """
@@ -44,11 +55,12 @@ class ResponseHead:
         :param keep_case: whether names keep their letter case; else they are lower case.
         :raises BadResponse: says why.
         """
-        found = _HEAD.fullmatch(data) or _HEAD.fullmatch(_FOLD.sub(b" ", data))
+        found = _HEAD.fullmatch(data) or _HEAD.fullmatch(_unfolded(data))
         if found is None:
             raise _malformed(data)
         minor, status, reason, block = found.groups()
         self.status = int(status)
+        self.version = "1.0" if minor == b"0" else "1.1"
         self.reason = (reason or b"").decode("latin-1").strip(" \t")
         self.length: int | None = None
         self.chunked = False
@@ -60,20 +72,21 @@ class ResponseHead:
         self.close = minor == b"0"
         fields: Fields = []
         connection = ""
-        codings = ""
+        codings: str | None = None
         for line in block.decode("latin-1").split("\r\n"):
             name, colon, value = line.partition(":")
             value = value.strip(" \t")
             low = name.lower()
             if low in ASIDE:
                 if low == "content-length":
-                    if self.length is None:
-                        fields.append((name if keep_case else low, value))
+                    before = self.length
                     self._take_length(value)
+                    if before is None:
+                        fields.append((name if keep_case else low, str(self.length)))
                 elif low == "connection":
                     connection = f"{connection},{value}" if connection else value
                 elif low == "transfer-encoding":
-                    codings = f"{codings},{value}" if codings else value
+                    codings = value if codings is None else f"{codings},{value}"
                 elif low == "upgrade":
                     self.upgrade = value
                 elif low == "trailer":
@@ -82,7 +95,11 @@ class ResponseHead:
                 if low == "date":
                     self.dated = True
                 fields.append((name if keep_case else low, value))
-        if codings:
+        if self.status < 200:
+            # RFC 9110 section 8.6: an interim answer has no body whose length could be told
+            fields = [field for field in fields if field[0].lower() != "content-length"]
+            self.length = codings = None
+        if codings is not None:
             if codings.lower() != "chunked":
                 raise BadResponse(f"its transfer coding is {codings[:40]!r}, not chunked")
             if self.length is not None:
@@ -107,6 +124,13 @@ class ResponseHead:
             if self.length is not None and self.length != int(part):
                 raise BadResponse("it has two Content-Lengths that differ")
             self.length = int(part)
+
+
+def _unfolded(data: bytes) -> bytes:
+    first, _, rest = data.partition(b"\r\n")
+    if rest[:1] in (b" ", b"\t"):
+        return b""  # there is no line to which that could belong (RFC 9112 section 2.2)
+    return first + b"\r\n" + _FOLD.sub(b" ", rest)
 
 
 def _malformed(data: bytes) -> BadResponse:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import io
 import ipaddress
 import re
 from collections.abc import Mapping
@@ -71,6 +72,8 @@ class Options:
 
     #: fields that are set on each request: lower-case name → name and value
     set_fields: dict[str, tuple[str, str]] = field(init=False)
+    #: what ``auth`` makes of a request's Authorization, where the client sends none
+    credentials: str = field(init=False)
     #: whether responses go to the client with nothing rewritten
     plain_response: bool = field(init=False)
 
@@ -84,9 +87,8 @@ class Options:
 
     def _derive(self) -> None:
         set_fields = {name.lower(): (name, value) for name, value in self.headers.items()}
-        if self.auth is not None:
-            credentials = base64.b64encode(self.auth.encode()).decode()
-            set_fields["authorization"] = ("Authorization", f"Basic {credentials}")
+        credentials = "" if self.auth is None else base64.b64encode(self.auth.encode()).decode()
+        object.__setattr__(self, "credentials", f"Basic {credentials}" if credentials else "")
         rewrites = (
             self.host_rewrite,
             self.auto_rewrite,
@@ -144,6 +146,9 @@ def _host(name: str, value: Any) -> Any:
     value = _text(name, value)
     if value is not None and not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s/?#@:\[\]]+)(:[0-9]{1,5})?", value):
         raise SettingError(f"{name}={value!r} is neither a host nor host:port")
+    port = value.rpartition(":")[2] if value is not None and not value.endswith("]") and ":" in value else "1"
+    if not 1 <= int(port) <= 65535:
+        raise SettingError(f"{name}={value!r} has no port from 1 to 65535")
     return value
 
 
@@ -205,6 +210,8 @@ def _trusted(name: str, value: Any) -> Any:
             networks.append(part)
             continue
         try:
+            if not isinstance(part, str):
+                raise TypeError
             networks.append(ipaddress.ip_network(part))
         except (ValueError, TypeError):
             raise SettingError(f"{name}: {part!r} is neither an address nor a network") from None
@@ -227,6 +234,8 @@ def _address(name: str, value: Any) -> Any:
     if value is None:
         return None
     try:
+        if not isinstance(value, str):
+            raise ValueError
         return str(ipaddress.ip_address(value))
     except ValueError:
         raise SettingError(f"{name}={value!r} is no address of this machine, such as '127.0.0.1'") from None
@@ -291,13 +300,13 @@ def _redirects(name: str, value: Any) -> int:
 
 
 def _buffer(name: str, value: Any) -> Any:
-    if value is not None and not callable(getattr(value, "read", None)):
+    if value is not None and (not callable(getattr(value, "read", None)) or isinstance(value, io.TextIOBase)):
         raise SettingError(f"{name}={value!r} is no binary file object")
     return value
 
 
 def _agent(name: str, value: Any) -> Any:
-    if value is None or value is True:
+    if value is None:
         return Agent()
     if value is False:
         return Agent(max_idle=0)

@@ -119,32 +119,28 @@ class Passage:
 
     def _carry(self) -> Iterable[bytes]:
         environ = self.environ
-        route: Route | None = self._proxy.route
-        if self._overrides:
-            self.options = self.options.merged(self._overrides, "proxy.web()")
-        if route is not None and route.table:
-            route = route.find(environ.get("PATH_INFO", ""))
-            if route is None:
-                return self.say(404, "No target is mounted at this path.")
-            self.options = route.options
-            if self._overrides:
-                self.options = self.options.merged(self._overrides, "proxy.web()")
-        assert route is not None
+        route = self._find_route()
+        if route is None:
+            return self.say(404, "No target is mounted at this path.")
         options = self.options
         client = self._client = client_of(environ, self._start_response, self._proxy)
         keep_case = options.preserve_header_key_case
-        fields = client.fields(keep_case)
         method = client.method
-        if method == "CONNECT":
-            return self.say(501, "This proxy makes no connections for its clients (CONNECT).")
-        if fields.upgrade and not options.ws:
-            return self.say(501, "This proxy does not carry upgrades.")
-        if self._must_upgrade and not fields.upgrade:
-            return self.say(400, "The request asks for no upgrade.")
-        length = client.length()
+        fields = client.fields(keep_case)
         self._path, before, host = rules.request_path(environ, client.pristine)
         if host:
             fields = fields.with_host(host, keep_case)
+        if (
+            method in ("OPTIONS", "TRACE", "CONNECT")
+            or fields.upgrade
+            or not fields.valid
+            or self._must_upgrade
+        ):
+            if (refusal := self._refusal(fields, method)) is not None:
+                return refusal
+            if method in ("OPTIONS", "TRACE"):
+                fields = fields.one_hop_less()
+        length = client.length()
         self.fields = fields
         known = fields.origin
         if known is not None and known[0] is options:
@@ -165,14 +161,7 @@ class Passage:
             self._replace_body(options.buffer)
         if route.nowhere:
             return self._copy_alone()
-        try:
-            backends = route.choose(
-                self.werkzeug_request() if route.asks else None,
-                options,
-                self._sticky_cookie() if options.sticky else None,
-            )
-        except Exception as error:
-            raise HandlerFailed("the function that chooses the target failed") from error
+        backends = self._choose(route)
         if backends is None:
             return self.say(404, "There is no target for this request.")
         head = self._ask(backends, method, before)
@@ -181,6 +170,52 @@ class Passage:
         if head.status == 101:
             return upgrade.carry(self, head)
         return self._answer(head)
+
+    def _find_route(self) -> Route | None:
+        """Where the request goes, and with which options."""
+        route: Route = self._proxy.route
+        changes = self._overrides
+        if changes and "target" in changes:
+            changes = dict(changes)
+            target = changes.pop("target")
+            self.options = self.options.merged(changes, "proxy.web()")
+            return Route(target, None, self.options).find(self.environ.get("PATH_INFO", ""))
+        found = route.find(self.environ.get("PATH_INFO", "")) if route.table else route
+        if found is not None:
+            self.options = found.options.merged(changes, "proxy.web()") if changes else found.options
+        return found
+
+    def _refusal(self, fields: RequestFields, method: str) -> Iterable[bytes] | None:
+        """The answer to a request that no target gets to see."""
+        if not fields.valid:
+            return self.say(400, "The request has no valid Host.")
+        if method == "CONNECT":
+            return self.say(501, "This proxy makes no connections for its clients (CONNECT).")
+        if fields.upgrade and not self.options.ws:
+            return self.say(501, "This proxy does not carry upgrades.")
+        if fields.upgrade and not self._client.tunnels:
+            return self.say(501, "Upgrades need gunicorn with the worker gunicorn_passenger.Worker.")
+        if self._must_upgrade and not fields.upgrade:
+            return self.say(400, "The request asks for no upgrade.")
+        if method in ("OPTIONS", "TRACE") and fields.hops == 0:
+            # it is meant for the proxy itself (RFC 9110 section 7.6.2)
+            if method == "TRACE":
+                return self.say(405, "This proxy does not repeat what it was sent (TRACE).")
+            self._start_response("200 OK", [("Content-Length", "0")])
+            return []
+        return None
+
+    def _choose(self, route: Route) -> list[Backend] | None:
+        """The targets to try."""
+        options = self.options
+        try:
+            return route.choose(
+                self.werkzeug_request() if route.asks else None,
+                options,
+                self._sticky_cookie() if options.sticky else None,
+            )
+        except Exception as error:
+            raise HandlerFailed("the function that chooses the target failed") from error
 
     def _remove_prefix(self, prefix: str) -> None:
         path, mark, query = self._path.partition("?")
@@ -252,6 +287,11 @@ class Passage:
                 for name, value in checked(asked.headers, event)
                 if name.lower() not in rules.ASIDE or name.lower() == "trailer"
             ]
+            hosts = [value for name, value in lines if name.lower() == "host"]
+            if not hosts:
+                lines = rules.with_host(lines, target.authority, options.preserve_header_key_case)
+            elif len(hosts) > 1:
+                raise HandlerFailed(f"{event}: the request has more than one Host: {', '.join(hosts)}")
             if asked.body is not None:
                 self._replace_body(asked.body)
         upload = self._upload
@@ -269,7 +309,7 @@ class Passage:
 
     def _lines(self, target: Target) -> Fields:
         options = self.options
-        lines = rules.upstream_fields(self.fields.fields, options, target, self._origin)
+        lines = rules.upstream_fields(self.fields, options, target, self._origin)
         return _without_cookie(lines, options.sticky_name) if options.sticky else lines
 
     def _send(self, target: Target, method: str, head: bytes, expect: bool) -> ResponseHead:
@@ -291,7 +331,7 @@ class Passage:
         own: Fields = []
         if upload.length == CHUNKED:
             own.append(("Transfer-Encoding", "chunked"))
-        elif upload.replaced or (unframed and fields.measured):
+        elif upload.replaced or (unframed and (fields.measured or upload.length)):
             own.append(("Content-Length", str(upload.length)))
         if upload.length == CHUNKED or upload.replaced:
             lines = [line for line in lines if line[0].lower() != "content-length"]
@@ -341,7 +381,7 @@ class Passage:
             log.warning("proxy: %s: a request was not copied: %s", options.forward, error)
             return None
         path = rules.target_path(options, target, self._path, before)
-        lines = rules.upstream_fields(self.fields.fields, options, target, self._origin)
+        lines = rules.upstream_fields(self.fields, options, target, self._origin)
         text = "".join(f"{name}: {value}\r\n" for name, value in lines)
         if length == CHUNKED:
             text += "transfer-encoding: chunked\r\n"
@@ -420,7 +460,7 @@ class Passage:
                 rest = [line for line in fields.fields if line[0].lower() not in _CREDENTIALS]
                 fields = fields.changed(rest).with_host(target.authority, options.preserve_header_key_case)
             self.fields = fields
-            lines = rules.upstream_fields(fields.fields, options, target, self._origin)
+            lines = rules.upstream_fields(fields, options, target, self._origin)
             if foreign:
                 lines = [line for line in lines if line[0].lower() not in _CREDENTIALS]
             request = f"{method} {path} HTTP/1.1\r\n".encode("latin-1")
@@ -434,7 +474,8 @@ class Passage:
         exchange = self.exchange
         assert exchange is not None
         ours = self._client.connection is not None
-        if ours and options.plain_response and not (options.via or self._sticky or self.events.any):
+        plain = options.plain_response and not (options.via or options.self_handle_response)
+        if ours and plain and not (self._sticky or self.events.any):
             # nothing is changed: the text is made once for equal heads
             if head.lines is None:
                 head.lines = _text_of(head.fields, head.status)
@@ -444,12 +485,6 @@ class Passage:
         target = self.target
         assert target is not None
         fields = head.fields
-        if not options.plain_response:
-            fields = rewriting.rewritten(fields, head.status, options, self._resolve(target), self._origin)
-        if options.via:
-            fields = rules.with_via(fields, options)
-        if self._sticky:
-            fields = [*fields, ("set-cookie", self._sticky)]
         status, reason = head.status, head.reason
         body: Iterator[bytes] | None = None
         if self.events.has("proxy_res"):
@@ -463,6 +498,14 @@ class Passage:
             body = response.left()
         elif options.self_handle_response:
             raise HandlerFailed("self_handle_response is set, and there is no handler of 'proxy_res'")
+        elif self.events.has("end"):
+            self._upstream_response = UpstreamResponse(status, reason, fields, target, exchange.body())
+        if not options.plain_response:
+            fields = rewriting.rewritten(fields, status, options, self._resolve(target), self._origin)
+        if options.via:
+            fields = rules.with_via(fields, options, head.version)
+        if self._sticky:
+            fields = [*fields, ("set-cookie", self._sticky)]
         if ours:
             dated = any(name.lower() == "date" for name, _ in fields)
             self._relay(status, reason, _text_of(fields, status), head.length, dated, body)
@@ -494,13 +537,14 @@ class Passage:
         if not dated:
             lines += f"date: {http_date()}\r\n"  # RFC 9110 section 6.6.1
         line = f"{status} {reason}"
-        self._answered = True
         first = exchange.receive(wait=False) if body is None else b""
         response.sent = len(first)
-        if body is None and exchange.complete and not exchange.trailers:
-            response.relay(line, lines, length, first, whole=True)
+        self._answered = True
+        unread = not self._upload.begun
+        whole = body is None and exchange.complete and not exchange.trailers
+        response.relay(line, lines, length, first, whole, unread)
+        if whole:
             return
-        response.relay(line, lines, length, first)
         chunked = response.chunked
         if body is None:
             if length is not None and exchange.left >= splice.LEAST and splice.available:

@@ -82,6 +82,9 @@ def redirect(value: str, target: Target, path: str) -> tuple[Target, str] | None
     """
     base = f"{'https' if target.tls else 'http'}://{target.authority}{path}"
     try:
+        said = urlsplit(value)
+        if said.scheme in ("http", "https") and not said.hostname:
+            return None
         url = urljoin(base, value)
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:

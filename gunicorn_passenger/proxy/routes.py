@@ -127,6 +127,8 @@ class Route:
                 raise SettingError(f"target: the entry of {prefix!r} is another table; write one table")
             remove = given.pop("remove_prefix", False)
             route = Route(target, host, self.options.merged(given, f"target: the entry of {prefix!r}"))
+            if not isinstance(remove, bool):
+                raise SettingError(f"target: remove_prefix={remove!r} is neither True nor False")
             if remove:
                 route.remove = prefix.rstrip("/")
             self.table.append((prefix, route))

@@ -128,6 +128,8 @@ class Stream:
 
     sock: Any
     tls = False
+    #: whether a part of what was sent last was taken
+    partly = False
     _poll: Any = None
 
     def recv(self, most: int, seconds: float | None = None, client: Any = None) -> bytes:
@@ -157,9 +159,11 @@ class Stream:
             sent = 0
         if sent < len(data):
             view = memoryview(data)[sent:]
+            self.partly = sent > 0
             while view:
                 try:
                     view = view[self.sock.send(view) :]
+                    self.partly = True
                 except BlockingIOError:
                     self.wait(WRITE, seconds)
 

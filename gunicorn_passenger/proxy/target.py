@@ -37,6 +37,8 @@ class Target:
     scheme: str = "http"
     #: what is put before the request's path, without a slash at its end, and the query behind it
     base: str = ""
+    #: the same as it was written
+    whole: str = field(default="", compare=False)
     query: str = ""
     #: the Host field for it, and what the log calls it
     authority: str = field(init=False, compare=False)
@@ -106,6 +108,8 @@ def _parse_text(target: str, what: str) -> Target:
 
 
 def _parse_url(target: str, scheme: str, what: str) -> Target:
+    if not _VISIBLE.fullmatch(target):
+        raise SettingError(f"{what}={target!r}: percent-encode what is not printable ASCII")
     if scheme not in _SCHEMES:
         raise SettingError(f"{what}={target!r}: a URL for a target begins with http:// or https://")
     scheme, usual = _SCHEMES[scheme]
@@ -117,9 +121,14 @@ def _parse_url(target: str, scheme: str, what: str) -> Target:
     if not parts.hostname or not port or parts.fragment or parts.username is not None:
         hint = "; credentials go into the option 'auth'" if parts.username is not None else ""
         raise SettingError(f"{what}={target!r} is no URL with a host and a path alone{hint}")
-    if not _VISIBLE.fullmatch(parts.path + parts.query):
-        raise SettingError(f"{what}={target!r}: percent-encode what is not printable ASCII")
-    return Target(parts.hostname, port, scheme=scheme, base=parts.path.rstrip("/"), query=parts.query)
+    return Target(
+        parts.hostname,
+        port,
+        scheme=scheme,
+        base=parts.path.rstrip("/"),
+        whole=parts.path,
+        query=parts.query,
+    )
 
 
 def matches(prefix: str, path: str) -> bool:

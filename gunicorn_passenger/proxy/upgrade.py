@@ -37,12 +37,10 @@ def carry(passage: Passage, head: ResponseHead) -> Iterable[bytes]:
         raise BadResponse("it switches protocols before the request is over")
     environ = passage.environ
     client = environ.get("gunicorn.socket")
-    if client is None or not exchange.concurrent:
-        return passage.say(501, "Upgrades need gunicorn with the worker gunicorn_passenger.Worker.")
     options = passage.options
     fields = head.fields
     if options.via:
-        fields = rules.with_via(fields, options)
+        fields = rules.with_via(fields, options, head.version)
     lines = "".join(f"{name}: {value}\r\n" for name, value in fields)
     answer = (
         f"HTTP/1.1 101 {head.reason or 'Switching Protocols'}\r\n"
