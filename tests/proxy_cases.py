@@ -370,7 +370,12 @@ DIFFERENCES = [
     differ(
         "a request without a body", "node", "request framing",
         "adds Content-Length: 0 to DELETE, OPTIONS and POST; here nothing is added (RFC 9110 section 8.6 asks for it of POST, from who makes the request)",
-        "DELETE", "OPTIONS", "OPTIONS *", "Max-Forwards", "POST without a framing",
+        "DELETE", "OPTIONS", "OPTIONS *", "POST without a framing",
+    ),
+    differ(
+        "Max-Forwards", "nginx node", "number of requests, status",
+        "hand it on as it is; here OPTIONS and TRACE are counted down, and answered at 0 (RFC 9110 section 7.6.2)",
+        "Max-Forwards",
     ),
     differ(
         "trailers", "nginx node", "request trailers, response trailers",

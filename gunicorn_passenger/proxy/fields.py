@@ -219,8 +219,6 @@ def upstream_fields(request: RequestFields, options: Options, target: Target, or
         fields = _forwarded(fields, options, origin)
     if options.via:
         fields = with_via(fields, options, request.version)
-    if options.credentials and not any(name.lower() == "authorization" for name, _ in fields):
-        fields = [*fields, ("Authorization" if keep_case else "authorization", options.credentials)]
     if options.set_fields:
         fields = [field for field in fields if field[0].lower() not in options.set_fields]
         fields += options.set_fields.values()

@@ -72,8 +72,6 @@ class Options:
 
     #: fields that are set on each request: lower-case name → name and value
     set_fields: dict[str, tuple[str, str]] = field(init=False)
-    #: what ``auth`` makes of a request's Authorization, where the client sends none
-    credentials: str = field(init=False)
     #: whether responses go to the client with nothing rewritten
     plain_response: bool = field(init=False)
 
@@ -87,8 +85,9 @@ class Options:
 
     def _derive(self) -> None:
         set_fields = {name.lower(): (name, value) for name, value in self.headers.items()}
-        credentials = "" if self.auth is None else base64.b64encode(self.auth.encode()).decode()
-        object.__setattr__(self, "credentials", f"Basic {credentials}" if credentials else "")
+        if self.auth is not None:
+            credentials = base64.b64encode(self.auth.encode()).decode()
+            set_fields["authorization"] = ("Authorization", f"Basic {credentials}")
         rewrites = (
             self.host_rewrite,
             self.auto_rewrite,

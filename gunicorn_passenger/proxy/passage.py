@@ -666,6 +666,9 @@ class Passage:
 
     def say(self, status: int, text: str) -> Iterable[bytes]:
         """An answer of the proxy's own."""
+        if status == 400 and self._client.connection is not None:
+            # what follows such a request is better not taken for another
+            self._client.connection.response.force_close()
         error = NotFound(text) if status == 404 else default_exceptions[status](text)
         return error.get_response(self.environ)(self.environ, self._start_response)
 

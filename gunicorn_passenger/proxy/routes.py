@@ -132,7 +132,7 @@ class Route:
             if remove:
                 route.remove = prefix.rstrip("/")
             self.table.append((prefix, route))
-        self.table.sort(key=lambda entry: len(entry[0].rstrip("/")), reverse=True)
+        self.table.sort(key=lambda entry: len(entry[0]), reverse=True)
 
     def find(self, path: str) -> Route | None:
         """The route of a path."""

@@ -132,8 +132,9 @@ def _parse_url(target: str, scheme: str, what: str) -> Target:
 
 
 def matches(prefix: str, path: str) -> bool:
-    """Whether a path is below a prefix of a table; ``/api/`` and ``/api`` both mean /api and all below."""
-    prefix = prefix.rstrip("/")
+    """Whether a path is below a prefix of a table: ``/api/`` means all below it, ``/api`` itself, too."""
+    if prefix.endswith("/"):
+        return path.startswith(prefix)
     return path == prefix or path.startswith(prefix + "/")
 
 
