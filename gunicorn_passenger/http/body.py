@@ -149,6 +149,8 @@ class NoBody(Body):
 
     __slots__ = ()
 
+    unread = False
+
 
 NO_BODY = NoBody()
 

@@ -45,6 +45,7 @@ from gunicorn_passenger.http.deadlines import Deadlines
 from gunicorn_passenger.http.gateway import Gateway, HookFailed
 from gunicorn_passenger.http.head import CHUNKED, check_lines
 from gunicorn_passenger.http.response import Response
+from gunicorn_passenger.http.turn import SAMPLE
 
 #: Bytes that one read of the socket asks for while a head is awaited.
 _READ = 16384
@@ -69,11 +70,13 @@ class Connection:
         "_budget",
         "_expired",
         "_given",
+        "_held",
         "_hub",
         "_raw",
         "_readable",
         "_sending",
         "_stop_waiting",
+        "_stuck",
         "_taker",
         "_waiting",
         "_writable",
@@ -128,6 +131,9 @@ class Connection:
         self._sending: Any = None
         self._taker: Any = None
         self._given = False
+        #: an answer that the loop's turn holds, or what it could not send of one: that is stuck
+        self._held = b""
+        self._stuck = False
         #: whether it has had no request
         self.fresh = True
         #: what the proxy remembers of the last request
@@ -244,6 +250,7 @@ class Connection:
                 self.sock.early, self.buf = self.buf, b""
 
             if not self._answer(environ, persist, request):
+                self._send_held()
                 return self._unread() or (persist and self._more_came())
 
             if length and not self._next_begins():
@@ -252,6 +259,8 @@ class Connection:
                 self.buf, self.sock.early = self.sock.early, b""
             data = self.buf[self.at :] if self.at else self.buf
             self.buf, self.at = data, 0
+            if self._held and (data or self._stuck or self._taker is not None):
+                self._send_held()
             if self._taker is not None:
                 self._given = True
                 return False
@@ -269,6 +278,8 @@ class Connection:
                 finally:
                     readable.stop()
                     lull.remove(self, None)
+                if self._held:
+                    self._send_held()
                 if self._taker is not None:
                     self._given = True
                     return False
@@ -299,7 +310,12 @@ class Connection:
             response.must_close = True
         environ["wsgi.input"] = self.body
         environ["wsgi.early_hints"] = response.early_hints
-        began = perf_counter() if gateway.access.enabled else 0.0
+        turn = gateway.turn
+        began = 0.0
+        if turn.streak or not worker.nr % SAMPLE or gateway.access.enabled:
+            began = perf_counter()
+            if began > turn.due:
+                turn.let_go()
         result: Any = None
         try:
             try:
@@ -315,7 +331,7 @@ class Connection:
                         response.write(piece)
                     response.close()
             finally:
-                if began and response.headers_sent:
+                if gateway.access.enabled and response.headers_sent:
                     took = perf_counter() - began
                     gateway.access.write(response, self._request_of(request), environ, took, self.head)
                 if result.__class__ is not list and hasattr(result, "close"):
@@ -333,7 +349,9 @@ class Connection:
         finally:
             if gateway.after is not None:
                 self._after(request, environ)
-        return not response.should_close()
+            if began:
+                turn.took(perf_counter() - began)
+        return not response.must_close
 
     # --- what is rare ----------------------------------------------------------------------------
 
@@ -538,6 +556,7 @@ class Connection:
             a request's head.
         :returns: whether that was all.
         """
+        self._send_held()  # the client may wait for it with the rest
         self._budget = most - self.buffered()
         self.gateway.heads.add(self)
         try:
@@ -681,6 +700,34 @@ class Connection:
         if sent < len(data):
             self._send_rest(memoryview(data)[sent:])
 
+    def hold(self, data: bytes) -> None:
+        """Send a whole answer, after which the connection goes on, at the end of the loop's turn.
+
+        Whatever else happens on the connection sends it first.
+        """
+        self._held = data
+        self.gateway.turn.hold(self)
+
+    def let_go(self) -> None:
+        """The turn is over: send what is held. Called in any greenlet: it must not wait."""
+        if not self._held:
+            return
+        # the greenlet waits until it can send the rest, or meets the error again
+        with contextlib.suppress(OSError):
+            self._held = self._held[self._raw.send(self._held) :]
+        if self._held:
+            self._stuck = True
+            self._hub.loop.run_callback(self._wake)
+
+    def forget(self) -> None:
+        """It is not ours to send."""
+        self._held = b""
+
+    def _send_held(self) -> None:
+        held, self._held, self._stuck = self._held, b"", False
+        if held:
+            self.send(held)
+
     def send_two(self, head: bytes, body: bytes) -> None:
         """Send two pieces without copying the second."""
         try:
@@ -788,6 +835,7 @@ class Connection:
         answer.
         """
         try:
+            self._send_held()
             self._raw.shutdown(socket.SHUT_WR)
             end = monotonic() + _LINGER
             while monotonic() < end:
@@ -800,6 +848,10 @@ class Connection:
     def close(self) -> None:
         """The end, whatever it was doing."""
         self._stop_waiting(self, None)
+        if self._held:  # it was killed
+            with contextlib.suppress(OSError):
+                self._raw.send(self._held)
+            self.forget()
         self.body.end()
         if self.greenlet is None:
             self._readable.stop()

@@ -17,6 +17,7 @@ from gunicorn.workers.base import Worker as GunicornWorker
 from gunicorn_passenger.http.access import AccessLog
 from gunicorn_passenger.http.deadlines import Deadlines
 from gunicorn_passenger.http.head import HeadReader, Peer
+from gunicorn_passenger.http.turn import turn_of_loop
 from gunicorn_passenger.settings import Timeouts
 
 #: Addresses of peers of which is remembered whether they are trusted.
@@ -97,6 +98,7 @@ class Gateway:
         self.heads = Deadlines(timeouts.head)
         self.bodies = Deadlines(timeouts.body)
         self.lingering = Deadlines(_LINGER)
+        self.turn = turn_of_loop()
         self._template = base_environ(cfg) | {"wsgi.errors": ErrorStream(cfg), "wsgi.multithread": True}
         if isinstance(sockname, tuple):
             self._template |= {"SERVER_NAME": sockname[0], "SERVER_PORT": str(sockname[1])}
@@ -154,10 +156,6 @@ class Gateway:
     def refuse(self, request: Any, sock: Any, addr: Any, error: BaseException) -> None:
         """gunicorn's answer to a bad request or a failed application, in the logs and to the client."""
         GunicornWorker.handle_error(self, request, sock, addr, error)
-
-    def goes_on(self) -> bool:
-        """Whether connections may be kept: the worker stays, and so does the server."""
-        return not self.closing and bool(self.worker.alive)
 
     def count_out(self) -> None:
         """A worker that is to be replaced after so many requests has had them."""

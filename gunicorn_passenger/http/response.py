@@ -481,20 +481,20 @@ class Response:
 
     def _send_head(self, body: bytes) -> None:
         connection = self._connection
-        if connection.body.unread or not connection.gateway.goes_on():
+        gateway = connection.gateway
+        if connection.body.unread or gateway.closing or not gateway.worker.alive or self.should_close():
             self.must_close = True
-        if self.upgrade:
-            word = "upgrade"
-        elif self.should_close():
-            word = "close"
-        else:
-            word = "keep-alive"
+        word = "upgrade" if self.upgrade else "close" if self.must_close else "keep-alive"
         begin = _begin(self._protocol, self.status or "", word)
         if self.chunked:
             begin += b"Transfer-Encoding: chunked\r\n"
         self.headers_sent = True
         if len(body) < _JOIN:
-            connection.send(b"%b%b\r\n%b" % (begin, self._block, body))
+            data = b"%b%b\r\n%b" % (begin, self._block, body)
+            if gateway.turn.holds and self.sent == self.response_length and word == "keep-alive":
+                connection.hold(data)
+            else:
+                connection.send(data)
         else:
             connection.send_two(b"%b%b\r\n" % (begin, self._block), body)
 
