@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import socket
 from typing import Any
 
+import gevent
 import http_model
 import pytest
 from gunicorn.config import Config
 
 from gunicorn_passenger.http import deadlines as deadlines_module
 from gunicorn_passenger.http.access import AccessLog
+from gunicorn_passenger.http.client_socket import ClientSocket
 from gunicorn_passenger.http.deadlines import Deadlines
 from gunicorn_passenger.http.response import InvalidResponseHeader, Response
 
@@ -202,3 +205,75 @@ def test_other_handlers_get_the_access_log_too(tmp_path: Any) -> None:
             log.access_log.removeHandler(own)
     assert len(records) == 1
     assert (tmp_path / "access.log").read_text().count('"GET / HTTP/1.1" 200 0') == 2
+
+
+# --- gunicorn.socket ---------------------------------------------------------------------------------
+
+
+def connected() -> tuple[ClientSocket, socket.socket]:
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(60)
+    return ClientSocket(ours.family, ours.type, ours.proto, ours.detach()), theirs
+
+
+def test_a_socket_that_nobody_has_used_is_gevents_all_the_same() -> None:
+    sock, client = connected()
+    with client:
+        assert isinstance(sock, gevent.socket.socket)
+        assert (sock.family, sock.type, sock.timeout) == (socket.AF_UNIX, socket.SOCK_STREAM, None)
+        reading = gevent.spawn(sock.recv, 5)
+        gevent.sleep(0)
+        client.sendall(b"hello")
+        assert reading.get(timeout=60) == b"hello"
+        sock.settimeout(0.01)
+        with pytest.raises(TimeoutError):
+            sock.recv(1)
+        sock.release()
+        assert client.recv(1) == b""
+
+
+def test_a_socket_that_is_released_wakes_those_who_wait_for_it() -> None:
+    sock, client = connected()
+    with client:
+
+        def read() -> Any:
+            try:
+                return sock.recv(5)
+            except OSError as error:
+                return error
+
+        reading = gevent.spawn(read)
+        other = gevent.spawn(gevent.socket.wait_read, sock.fileno())
+        gevent.sleep(0)
+        sock.release()
+        assert isinstance(reading.get(timeout=60), OSError)
+        other.get(timeout=60)
+        assert client.recv(1) == b""
+
+
+@pytest.mark.parametrize("first", ["release", "close", "detach"])
+def test_a_socket_that_has_ended_stays_so(first: str) -> None:
+    sock, client = connected()
+    with client:
+        fd = getattr(sock, first)()
+        if fd is not None:
+            socket.close(fd)
+        assert client.recv(1) == b""
+        with socket.socketpair()[0] as heir:  # which has its descriptor now
+            sock.release()
+            sock.close()
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                sock.recv(1)
+            assert heir.getsockname() is not None
+            assert "closed" in repr(sock)
+
+
+def test_a_file_made_of_a_socket_outlives_its_connection() -> None:
+    sock, client = connected()
+    with client:
+        file = sock.makefile("rb")
+        sock.release()
+        client.sendall(b"line\n")
+        assert file.readline() == b"line\n"
+        file.close()
+        assert client.recv(1) == b""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gevent import get_hub
 from gevent import socket as gsocket
 from gevent.lock import RLock
 
@@ -21,10 +22,23 @@ class ClientSocket(gsocket.socket):
     WebSocket libraries expect; and what two greenlets send does not mix.
     """
 
-    __slots__ = ("_turn", "connection", "early", "error", "taken")
+    __slots__ = ("_bare", "_turn", "connection", "early", "error", "taken")
 
     def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
-        super().__init__(family, type, proto, fileno)
+        #: whether it lacks what only those need who wait for it
+        self._bare = fileno is not None
+        if fileno is None:
+            super().__init__(family, type, proto)
+        else:
+            # As gevent's own does it, but for two watchers: they cost a connection with one request more than
+            # its socket does, and few applications ever use them.
+            slots: Any = self
+            slots._sock = self._gevent_sock_class(family, type, proto, fileno)
+            slots._sock.setblocking(False)
+            slots._closed = False
+            slots._io_refs = 0
+            slots.hub = get_hub()
+            slots.timeout = gsocket.getdefaulttimeout()
         #: bytes that were read ahead, and come first
         self.early = b""
         #: whether the application has used it
@@ -34,6 +48,28 @@ class ClientSocket(gsocket.socket):
         #: the :class:`.connection.Connection`, while it has one
         self.connection: Any = None
         self._turn: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not there: gevent's watchers, so far, and whatever the socket below has."""
+        if self._bare:
+            self._bare = False
+            slots: Any = self
+            slots._read_event = slots._write_event = None
+            if not slots._closed:
+                io, fd = slots.hub.loop.io, slots._sock.fileno()
+                slots._read_event, slots._write_event = io(fd, 1), io(fd, 2)
+            return getattr(self, name)
+        return super().__getattr__(name)
+
+    def release(self) -> None:
+        """Its connection is over: close it."""
+        if self._bare and not self._io_refs:
+            # nobody has had its descriptor, so nobody waits for it whom gevent's close() would wake
+            slots: Any = self
+            slots._closed = True
+            slots._sock.close()
+        else:
+            self.close()
 
     def recv(self, bufsize: int, flags: int = 0) -> bytes:
         self.taken = True

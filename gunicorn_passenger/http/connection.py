@@ -56,10 +56,16 @@ _SENDFILE = 1 << 20
 #: Seconds that a closing connection reads what its client still sends.
 _LINGER = 10.0
 
-_WRITABLE = 2
+_READABLE, _WRITABLE = 1, 2
 #: the system's own, which asks without the hub
 _poll = monkey.get_original("select", "poll")
 _CLIENT_GONE = {errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ECONNABORTED}
+
+
+class _Serving(gevent.Greenlet):
+    """Serves one connection. gevent would note the stack that spawned it, which is always the same."""
+
+    spawning_stack_limit = 0
 
 
 class Connection:
@@ -116,8 +122,8 @@ class Connection:
         self.body: Body = NO_BODY
         self.response: Response | None = None
         self._hub = get_hub()
-        # gevent has made this watcher for the socket; another one would cost a new connection more
-        self._readable = sock._read_event
+        #: made when it is first waited for: most connections with one request never are
+        self._readable: Any = None
         self._writable: Any = None
         #: the greenlet that serves it; none while it waits for a request
         self.greenlet: Any = None
@@ -145,13 +151,13 @@ class Connection:
 
     def begin(self) -> None:
         """Serve it, in a greenlet of its own."""
-        gevent.Greenlet(self._run).start()
+        _Serving(self._run).start()
 
     def _ready(self) -> None:
         """Called in the hub when there is something to read."""
         self._readable.stop()
         self._stop_waiting(self, None)
-        gevent.Greenlet(self._run).switch()
+        _Serving(self._run).switch()
 
     def _park(self, deadlines: Deadlines) -> None:
         """Wait for a request without a greenlet."""
@@ -161,7 +167,7 @@ class Connection:
         self.memo = None
         self._stop_waiting = deadlines.remove
         deadlines.add(self)
-        self._readable.start(self._ready)
+        self._reader().start(self._ready)
 
     def expire(self) -> None:
         """Called in the hub by a deadline."""
@@ -269,6 +275,8 @@ class Connection:
                 if pipelined % _PIPELINED == 0:
                     gevent.sleep(0)
                 continue
+            if readable is None:
+                readable = self._reader()
             while True:
                 # where a busy connection spends its life
                 lull.add(self)
@@ -617,19 +625,26 @@ class Connection:
             except OSError as error:
                 raise client_gone(error) from None
 
+    def _reader(self) -> Any:
+        """The watcher that tells when there is something to read."""
+        if self._readable is None:
+            self._readable = self._hub.loop.io(self._raw.fileno(), _READABLE)
+        return self._readable
+
     def _wait(self, deadlines: Deadlines | None) -> None:
         """Wait until there is something to read, or until it is too late (``_expired``)."""
-        if self._readable.active:
+        readable = self._reader()
+        if readable.active:
             raise ConcurrentObjectUseError("another greenlet reads the request's body already")
         self._waiting = getcurrent()
         self._expired = False
         if deadlines is not None:
             deadlines.add(self)
-        self._readable.start(self._waiting.switch)
+        readable.start(self._waiting.switch)
         try:
             self._hub.switch()
         finally:
-            self._readable.stop()
+            readable.stop()
             if deadlines is not None:
                 deadlines.remove(self, None)
             self._waiting = self.greenlet
@@ -656,7 +671,7 @@ class Connection:
         :param gone: called in the hub, with ``argument``.
         """
         if not self.sock.taken and not self.buffered():
-            self._readable.start(self._look, gone, argument)
+            self._reader().start(self._look, gone, argument)
 
     def unwatch(self) -> None:
         """The answer goes on; who sends it will hear when the client has gone."""
@@ -822,7 +837,7 @@ class Connection:
 
     def _parked(self) -> bool:
         """Whether the hub alone waits for it. One that was just accepted waits for its greenlet instead."""
-        return self.greenlet is None and bool(self._readable.active)
+        return self.greenlet is None and self._readable is not None and bool(self._readable.active)
 
     def _wake(self) -> None:
         if self.gateway.lull.remove(self, None) is not None:
@@ -853,10 +868,11 @@ class Connection:
                 self._raw.send(self._held)
             self.forget()
         self.body.end()
-        if self.greenlet is None:
-            self._readable.stop()
-        elif self._waiting is not self.greenlet:
-            self._strand(self._readable, self._waiting)
+        if self._readable is not None:
+            if self._waiting is not self.greenlet:
+                self._strand(self._readable, self._waiting)
+            self._readable.close()
+            self._readable = None
         if self._writable is not None:
             if self._writable.active:
                 self._strand(self._writable, self._sending)
@@ -868,7 +884,7 @@ class Connection:
         if self._given:
             self._taker(self.sock, self.addr, self.buf)
         else:
-            self.sock.close()
+            self.sock.release()
 
     def _strand(self, watcher: Any, greenlet: Any) -> None:
         """A greenlet of the application still uses the body or the response."""
