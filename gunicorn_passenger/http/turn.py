@@ -15,9 +15,9 @@ that will run. So answers are held only after a long streak of requests that all
 - when there are 16 (``_MANY``);
 - when one request has taken more than 1 ms, which also ends the streak.
 
-What remains is the first slow request after a streak. Answers finished in the 2 ms before it wait for its
-code, until it ends or waits for something itself; those 200 that follow are sent at once. The same holds for
-any other code that wakes up in that turn and does not let go. Their clients' next requests would have waited
+What remains is the first slow request after a streak: answers finished in the 2 ms before it wait for its
+code, until it ends or waits for something itself. The next 200 answers are sent at once. The same holds for
+greenlets in the middle of something that wake up in that turn. The clients' next requests would have waited
 for that code in any case.
 """
 
