@@ -112,7 +112,7 @@ class Server:
 
     def held(self) -> Client:
         """Whose answer is held: the loop does not serve clients in the order in which they have sent."""
-        (client,) = [client for client in self.clients if client.connection._held]
+        (client,) = [client for client in self.clients if client.connection.held]
         return client
 
     def answered(self) -> list[bool]:
@@ -355,7 +355,7 @@ def test_a_client_that_goes_leaves_nothing(server: Server) -> None:
     (client,) = gone
     server.clients.remove(client)
     assert server.clients[0].until(1) == [b"ok"]
-    assert client.connection._held == b""
+    assert client.connection.held == b""
 
 
 # --- whatever else happens on the connection ---------------------------------------------------------
@@ -447,7 +447,7 @@ def test_a_forked_child_does_not_send_what_its_parent_sends(server: Server) -> N
             connection = server.held().connection
             pid = os.fork()
             if not pid:
-                os._exit(bool(connection._held or server.turn._holding))
+                os._exit(bool(connection.held or server.turn._holding))
             statuses.append(os.waitpid(pid, 0)[1])
 
     for client in server.connect(), server.connect():

@@ -76,7 +76,6 @@ class Connection:
         "_budget",
         "_expired",
         "_given",
-        "_held",
         "_hub",
         "_raw",
         "_readable",
@@ -94,6 +93,7 @@ class Connection:
         "gateway",
         "greenlet",
         "head",
+        "held",
         "leaving",
         "memo",
         "peer",
@@ -137,8 +137,9 @@ class Connection:
         self._sending: Any = None
         self._taker: Any = None
         self._given = False
-        #: an answer that the loop's turn holds, or what it could not send of one: that is stuck
-        self._held = b""
+        #: A whole answer that the loop's turn holds, or what it could not send of one: that is stuck.
+        #: Whatever else happens on the connection sends it first.
+        self.held = b""
         self._stuck = False
         #: whether it has had no request
         self.fresh = True
@@ -265,7 +266,7 @@ class Connection:
                 self.buf, self.sock.early = self.sock.early, b""
             data = self.buf[self.at :] if self.at else self.buf
             self.buf, self.at = data, 0
-            if self._held and (data or self._stuck or self._taker is not None):
+            if self.held and (data or self._stuck or self._taker is not None):
                 self._send_held()
             if self._taker is not None:
                 self._given = True
@@ -286,7 +287,7 @@ class Connection:
                 finally:
                     readable.stop()
                     lull.remove(self, None)
-                if self._held:
+                if self.held:
                     self._send_held()
                 if self._taker is not None:
                     self._given = True
@@ -675,7 +676,8 @@ class Connection:
 
     def unwatch(self) -> None:
         """The answer goes on; who sends it will hear when the client has gone."""
-        self._readable.stop()
+        if self._readable is not None:
+            self._readable.stop()
 
     def _look(self, gone: Any, argument: Any) -> None:
         """Called in the hub: the client has gone, or has sent the next request."""
@@ -715,31 +717,23 @@ class Connection:
         if sent < len(data):
             self._send_rest(memoryview(data)[sent:])
 
-    def hold(self, data: bytes) -> None:
-        """Send a whole answer, after which the connection goes on, at the end of the loop's turn.
-
-        Whatever else happens on the connection sends it first.
-        """
-        self._held = data
-        self.gateway.turn.hold(self)
-
     def let_go(self) -> None:
         """The turn is over: send what is held. Called in any greenlet: it must not wait."""
-        if not self._held:
+        if not self.held:
             return
         # the greenlet waits until it can send the rest, or meets the error again
         with contextlib.suppress(OSError):
-            self._held = self._held[self._raw.send(self._held) :]
-        if self._held:
+            self.held = self.held[self._raw.send(self.held) :]
+        if self.held:
             self._stuck = True
             self._hub.loop.run_callback(self._wake)
 
     def forget(self) -> None:
         """It is not ours to send."""
-        self._held = b""
+        self.held = b""
 
     def _send_held(self) -> None:
-        held, self._held, self._stuck = self._held, b"", False
+        held, self.held, self._stuck = self.held, b"", False
         if held:
             self.send(held)
 
@@ -863,9 +857,9 @@ class Connection:
     def close(self) -> None:
         """The end, whatever it was doing."""
         self._stop_waiting(self, None)
-        if self._held:  # it was killed
+        if self.held:  # it was killed
             with contextlib.suppress(OSError):
-                self._raw.send(self._held)
+                self._raw.send(self.held)
             self.forget()
         self.body.end()
         if self._readable is not None:

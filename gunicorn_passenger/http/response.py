@@ -259,6 +259,17 @@ class Response:
 
         :raises gunicorn_passenger.errors.ClientDisconnected: (an ``OSError``) when the client is gone.
         """
+        if (
+            data.__class__ is bytes
+            and self.response_length == len(data)
+            and data
+            and not self._bodiless
+            and not self.headers_sent
+        ):
+            # all of it in one piece, as most frameworks send it
+            self.sent = self.response_length
+            self._send_head(data)
+            return
         if not isinstance(data, bytes):
             raise TypeError(f"{data!r} is not a byte")
         if not data:
@@ -492,7 +503,7 @@ class Response:
         if len(body) < _JOIN:
             data = b"%b%b\r\n%b" % (begin, self._block, body)
             if gateway.turn.holds and self.sent == self.response_length and word == "keep-alive":
-                connection.hold(data)
+                gateway.turn.hold(connection, data)
             else:
                 connection.send(data)
         else:

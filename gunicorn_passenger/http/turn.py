@@ -11,11 +11,11 @@ But then an answer that is finished waits for other requests' code, and nobody c
 that will run. So answers are held only after a long streak of requests that all were quick, and leave
 
 - at the end of the turn: before the loop waits for anything;
-- when a request begins and the first of them has waited for 2 ms (``_LONG``);
-- when there are 16 (``_MANY``);
+- when a request begins and the first of them has waited for 3 ms (``_LONG``);
+- when there are 32 (``_MANY``);
 - when one request has taken more than 1 ms, which also ends the streak.
 
-What remains is the first slow request after a streak: answers finished in the 2 ms before it wait for its
+What remains is the first slow request after a streak: answers finished in the 3 ms before it wait for its
 code, until it ends or waits for something itself. The next 200 answers are sent at once. The same holds for
 greenlets in the middle of something that wake up in that turn. The clients' next requests would have waited
 for that code in any case.
@@ -40,8 +40,8 @@ _LEAST, _MOST = 25e-6, 1e-3
 #: How many there must be, one after the other, before answers are held.
 _STREAK = 200
 #: How many answers are held, and for how many seconds, before the next request begins.
-_MANY = 16
-_LONG = 2e-3
+_MANY = 32
+_LONG = 3e-3
 
 
 class Turn:
@@ -66,10 +66,12 @@ class Turn:
             self.holds = False
             self.let_go()
 
-    def hold(self, connection: Any) -> None:
+    def hold(self, connection: Any, answer: bytes) -> None:
+        """Send it at the end of the turn.
+
+        :param connection: gets it as ``held``; its ``let_go()`` sends that without waiting.
         """
-        :param connection: has something to send; its ``let_go()`` sends it without waiting.
-        """
+        connection.held = answer
         self._holding.append(connection)
         if len(self._holding) == 1:
             self.due = perf_counter() + _LONG
