@@ -428,9 +428,12 @@ class Response:
         elif length is None:
             self.chunked = self._protocol != "HTTP/1.0"
         connection = self._connection
-        if (unread and connection.body.unread) or not connection.gateway.goes_on():
+        gateway = connection.gateway
+        if (unread and connection.body.unread) or gateway.closing or not gateway.worker.alive:
             self.must_close = True
-        word = "close" if self.should_close() else "keep-alive"
+        if self.should_close():
+            self.must_close = True
+        word = "close" if self.must_close else "keep-alive"
         version = "HTTP/1.0" if self._protocol == "HTTP/1.0" else "HTTP/1.1"
         begin = f"{version} {status}\r\nConnection: {word}\r\n"
         if self.chunked:
@@ -455,8 +458,6 @@ class Response:
 
     def relayed(self) -> None:
         """The answer was sent as a whole: nothing is written after it."""
-        if self.should_close():
-            self.must_close = True
         self.chunked = False
         if not self._bodiless:
             self.response_length = self.sent

@@ -78,7 +78,7 @@ def _join(tunnel: Tunnel, exchange: Exchange, client: Any, answer: bytes, status
             early = connection.take_over(answer, status, lines)
             connection.leaving = tunnel.leave
             stack.callback(setattr, connection, "leaving", None)
-            if not connection.gateway.goes_on():
+            if connection.gateway.closing or not connection.gateway.worker.alive:
                 get_hub().loop.run_callback(tunnel.leave)
         else:
             client.sendall(answer)
