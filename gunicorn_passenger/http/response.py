@@ -407,7 +407,7 @@ class Response:
     # --- what the proxy calls --------------------------------------------------------------------
 
     def relay(
-        self, status: str, fields: str, length: int | None, more: bytes, whole: bool, unread: bool
+        self, status: str, fields: bytes, length: int | None, more: bytes, whole: bool, unread: bool
     ) -> None:
         """Begin with the head of another server's answer: its fields as they are, checked by the caller.
 
@@ -421,7 +421,7 @@ class Response:
         """
         self.status = status
         self.status_code = code = int(status[:3])
-        self._block = fields.encode("latin-1")
+        self._block = fields
         self.response_length = length
         if code in (204, 304) or self.method == "HEAD":
             self._bodiless = True
@@ -433,17 +433,18 @@ class Response:
             self.must_close = True
         if self.should_close():
             self.must_close = True
-        word = "close" if self.must_close else "keep-alive"
-        version = "HTTP/1.0" if self._protocol == "HTTP/1.0" else "HTTP/1.1"
-        begin = f"{version} {status}\r\nConnection: {word}\r\n"
+        word = b"close" if self.must_close else b"keep-alive"
+        version = b"HTTP/1.0" if self._protocol == "HTTP/1.0" else b"HTTP/1.1"
+        framing = b""
         if self.chunked:
-            begin += "Transfer-Encoding: chunked\r\n"
+            framing = b"Transfer-Encoding: chunked\r\n"
             if more:
                 more = b"%x\r\n%b\r\n" % (len(more), more)
             if whole:
                 more += b"0\r\n\r\n"
-        head = b"%b%b\r\n" % (begin.encode("latin-1"), self._block)
+        line = status.encode("latin-1")
         self.headers_sent = True
+        head = b"%b %b\r\n%bConnection: %b\r\n%b\r\n" % (version, line, fields, word, framing)
         if len(more) < _JOIN:
             connection.send(head + more)
         else:

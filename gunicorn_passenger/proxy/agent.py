@@ -109,7 +109,7 @@ def _seconds(name: str, value: Any) -> float:
 class Link:
     """A connection to a target: its stream, and the bytes that were read ahead."""
 
-    __slots__ = ("buf", "pool", "reused", "since", "stream")
+    __slots__ = ("buf", "idle", "pool", "reused", "since", "stream")
 
     def __init__(self, pool: Pool, stream: Stream) -> None:
         self.pool = pool
@@ -117,19 +117,18 @@ class Link:
         self.buf = b""
         #: whether it has carried a request before
         self.reused = False
-        #: since when nobody uses it
+        #: whether nobody uses it, and since when
+        self.idle = False
         self.since = 0.0
-
-    def expire(self) -> None:
-        """Called in the hub: nobody has used it for too long."""
-        self.pool.retire(self)
+        stream.watch(self.stray)
 
     def stray(self) -> None:
-        """Called in the hub while nobody uses it: it was closed, or says what nobody asked for."""
-        if not self.stream.silent():
-            self.pool.retire(self)
-        else:
-            self.stream.watch(self.stray)
+        """Called in the hub while nobody reads: was it closed, or does it say what nobody asked for?"""
+        if self.idle:
+            if self.stream.silent():
+                self.stream.rearm()
+            else:
+                self.pool.retire(self)
 
 
 class _Ticket:
@@ -165,7 +164,10 @@ class Pool:
         #: what is remembered of the last answer's head
         self.memo: Any = None
         self._waiting: deque[Any] = deque()
-        self._deadlines = waits.deadlines(agent.idle_timeout) if waits.concurrent else None
+        #: the hub's loop, where there is one, and one timer for all that are idle
+        self._loop = waits.hub.loop if waits.concurrent else None
+        self._clock = self._loop.now if self._loop is not None else time.monotonic
+        self._timer: Any = None
 
     def take(self, fresh: bool = False) -> Link:
         """A connection for one request, to be given back with :meth:`give` or :meth:`drop`.
@@ -202,12 +204,10 @@ class Pool:
                 link = self._idle.pop()
             except IndexError:  # another thread was faster
                 return None
-            if self._deadlines is not None:
-                self._deadlines.remove(link, None)
-                link.stream.watch(None)
-            elif time.monotonic() - link.since > self.agent.idle_timeout:
+            if self._loop is None and self._clock() - link.since > self.agent.idle_timeout:
                 link.stream.close()
                 continue
+            link.idle = False
             self.used += 1
             return link
         return None
@@ -261,14 +261,16 @@ class Pool:
         if len(self._idle) >= self.agent.max_idle:
             self.drop(link)
             return
+        link.idle = True
+        link.since = self._clock()
         self._idle.append(link)
         self.used -= 1
-        if self._deadlines is not None:
-            self._deadlines.add(link)
-            link.stream.watch(link.stray)
-        else:
-            link.since = time.monotonic()
+        if self._loop is None:
             self._retire_old()
+            return
+        link.stream.rearm()
+        if self._timer is None:
+            self._start_timer(self.agent.idle_timeout)
 
     def drop(self, link: Link) -> None:
         """A request is over, and so is its connection."""
@@ -286,10 +288,25 @@ class Pool:
         return not (self.used or self._idle or self._waiting)
 
     def _retire_old(self) -> None:
-        """Threads have no timers: old connections go when a younger one is given back."""
-        limit = time.monotonic() - self.agent.idle_timeout
-        while self._idle and self._idle[0].since < limit:
+        """Close what nobody has used for too long.
+
+        Threads have no timers: there it happens when a younger connection is given back.
+        """
+        limit = self._clock() - self.agent.idle_timeout + 0.001
+        while self._idle and self._idle[0].since <= limit:
             self.retire(self._idle[0])
+
+    def _start_timer(self, seconds: float) -> None:
+        self._timer = self._loop.timer(max(seconds, 0.001))
+        self._timer.start(self._on_timer)
+
+    def _on_timer(self) -> None:
+        """Called in the hub: the connection that is idle for longest may be so for too long."""
+        self._timer.close()
+        self._timer = None
+        self._retire_old()
+        if self._idle:
+            self._start_timer(self._idle[0].since + self.agent.idle_timeout - self._clock())
 
     def retire(self, link: Link) -> None:
         """Close a connection that nobody uses."""
@@ -297,8 +314,6 @@ class Pool:
             self._idle.remove(link)
         except ValueError:
             return
-        if self._deadlines is not None:
-            self._deadlines.remove(link, None)
         link.stream.close()
 
     def clear(self) -> None:

@@ -66,7 +66,7 @@ class ResponseHead:
         self.chunked = False
         self.upgrade = ""
         #: the fields as they are sent, once that was made
-        self.lines: str | None = None
+        self.lines: bytes | None = None
         self.dated = False
         #: whether the target closes the connection after it (RFC 9112 section 9.3)
         self.close = minor == b"0"

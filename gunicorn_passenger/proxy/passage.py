@@ -517,7 +517,7 @@ class Passage:
         self,
         status: int,
         reason: str,
-        lines: str,
+        lines: bytes,
         length: int | None,
         dated: bool,
         body: Iterator[bytes] | None,
@@ -535,7 +535,7 @@ class Passage:
         if status == 204:
             length = None
         if not dated:
-            lines += f"date: {http_date()}\r\n"  # RFC 9110 section 6.6.1
+            lines += f"date: {http_date()}\r\n".encode()  # RFC 9110 section 6.6.1
         line = f"{status} {reason}"
         first = exchange.receive(wait=False) if body is None else b""
         response.sent = len(first)
@@ -758,12 +758,12 @@ def _changed(response: UpstreamResponse, head: ResponseHead) -> Fields:
     return fields
 
 
-def _text_of(fields: Fields, status: int) -> str:
+def _text_of(fields: Fields, status: int) -> bytes:
     """The fields of an answer as they are sent."""
     if status == 204:
         # RFC 9110 section 8.6: no Content-Length with 204
         fields = [field for field in fields if field[0].lower() != "content-length"]
-    return "".join([f"{name}: {value}\r\n" for name, value in fields])
+    return "".join([f"{name}: {value}\r\n" for name, value in fields]).encode("latin-1")
 
 
 class _Answer:

@@ -180,6 +180,9 @@ class Stream:
     def watch(self, callback: Callable[[], None] | None) -> None:
         """Call this when something comes while nobody reads."""
 
+    def rearm(self) -> None:
+        """Nobody reads for some time: have the callback called again."""
+
     def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
         with contextlib.suppress(OSError):
             self.sock.shutdown(how)
@@ -265,7 +268,9 @@ class GeventStream(Stream):
 
     def watch(self, callback: Callable[[], None] | None) -> None:
         self._callback = callback
-        if callback is not None and not self._readable.active:
+
+    def rearm(self) -> None:
+        if not self._readable.active:
             self._readable.start(self._stray)
 
     def close(self) -> None:
@@ -370,6 +375,9 @@ class TlsStream(Stream):
 
     def watch(self, callback: Callable[[], None] | None) -> None:
         self.below.watch(callback)
+
+    def rearm(self) -> None:
+        self.below.rearm()
 
     def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
         self.below.shutdown(how)
