@@ -671,7 +671,7 @@ class Connection:
 
         :param gone: called in the hub, with ``argument``.
         """
-        if not self.sock.taken and not self.buffered():
+        if self.at == len(self.buf) and not self.sock.taken:
             self._reader().start(self._look, gone, argument)
 
     def unwatch(self) -> None:

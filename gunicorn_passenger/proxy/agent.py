@@ -70,7 +70,8 @@ class Agent:
         if found is None:
             if len(self._pools) >= _POOLS:
                 # a function may name ever new targets
-                self._pools = {key: pool for key, pool in self._pools.items() if not pool.empty}
+                for old in [key for key, pool in self._pools.items() if pool.empty]:
+                    self._pools.pop(old).gone = True
             context = self.context(secure) if target.tls else None
             found = self._pools.setdefault(key, Pool(self, target, waits, local_address, context))
         return found
@@ -164,8 +165,10 @@ class Pool:
         #: what is remembered of the last answer's head
         self.memo: Any = None
         self._waiting: deque[Any] = deque()
+        #: whether the agent has forgotten it
+        self.gone = False
         #: the hub's loop, where there is one, and one timer for all that are idle
-        self._loop = waits.hub.loop if waits.concurrent else None
+        self._loop: Any = waits.hub.loop if waits.concurrent else None
         self._clock = self._loop.now if self._loop is not None else time.monotonic
         self._timer: Any = None
 

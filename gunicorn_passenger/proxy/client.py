@@ -186,8 +186,9 @@ class OurClient(WsgiClient):
             self.connection.send_continue()
 
     def watch(self, callback: Callable[..., Any], argument: Any) -> None:
-        self._callback = callback, argument
-        if not self._uploading:
+        if self._uploading:
+            self._callback = callback, argument
+        else:
             self.connection.watch(callback, argument)
 
     def unwatch(self) -> None:

@@ -310,13 +310,18 @@ class Exchange:
             link = self.link = self._take(fresh)
             self.connected = True
             untouched = False
+            stream = link.stream
+            stream.partly = False
             try:
-                link.stream.send(head + body if body else head, self._seconds)
+                if body or not upload.length:
+                    stream.send_soon(head + body, self._seconds)
+                else:
+                    stream.send(head, self._seconds)
             except TimeoutError:
                 raise UpstreamTimeout(f"it has not read the request for {self._seconds:g} s") from None
             except OSError:
                 # it may have answered before it closed the connection
-                untouched = not (link.stream.tls or link.stream.partly)
+                untouched = not (stream.tls or stream.partly)
             try:
                 if not expect and upload.length and not body:
                     upload.start(link, self.pool.runtime.concurrent)
@@ -324,7 +329,7 @@ class Exchange:
                 return self.head
             except UpstreamClosed:
                 again = link.reused and not link.buf and not self._interim and upload.replayable
-                if not again or not (safe or untouched):
+                if not again or not (safe or untouched or (stream.failed and not stream.partly)):
                     raise
                 self._drop()
                 fresh = True

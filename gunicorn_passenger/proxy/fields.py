@@ -106,8 +106,8 @@ class RequestFields:
         self.measured = False
         #: where the request comes from, as some options have it: those, and the :class:`Origin`
         self.origin: tuple[Any, Origin] | None = None
-        #: what is sent of them: the options, the target, and the text
-        self.kept: tuple[Any, Any, bytes] | None = None
+        #: what is sent of them, as some options have it: those, the target, the text, and the connections
+        self.kept: tuple[Any, Any, bytes, Any] | None = None
         for name, value in pairs:
             low = name.lower()
             if low in ASIDE:
@@ -325,6 +325,8 @@ def request_path(environ: dict[str, Any], pristine: bool = False) -> tuple[str, 
         ``http://host``, and the host in that (RFC 9112 section 3.2.2).
     """
     raw = environ.get("RAW_URI") or environ.get("REQUEST_URI") or ""
+    if pristine and raw[:1] == "/" and _VISIBLE.fullmatch(raw):
+        return raw, "", ""
     before = host = ""
     if raw[:1] != "/" and "://" in raw:
         parts = urlsplit(raw)

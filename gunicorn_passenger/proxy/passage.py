@@ -29,6 +29,7 @@ from gunicorn_passenger.errors import (
 )
 from gunicorn_passenger.proxy import fields as rules
 from gunicorn_passenger.proxy import rewriting, splice, upgrade
+from gunicorn_passenger.proxy.agent import Pool
 from gunicorn_passenger.proxy.client import CHUNKED, WsgiClient, client_of
 from gunicorn_passenger.proxy.events import (
     HandlerFailed,
@@ -161,7 +162,7 @@ class Passage:
             self._replace_body(options.buffer)
         if route.nowhere:
             return self._copy_alone()
-        backends = self._choose(route)
+        backends = route.only or self._choose(route)
         if backends is None:
             return self.say(404, "There is no target for this request.")
         head = self._ask(backends, method, before)
@@ -297,25 +298,30 @@ class Passage:
         upload = self._upload
         expect = fields.expect and upload.length != 0 and self.environ.get("SERVER_PROTOCOL") != "HTTP/1.0"
         head = f"{method} {path} HTTP/1.1\r\n".encode("latin-1")
+        pool = None
         if lines is not None or expect or upload.replaced or upload.length < 0 or options.sticky:
             head += self._text(self._lines(target) if lines is None else lines, expect, lines is not None)
         else:
             kept = fields.kept
-            if kept is None or kept[0] is not options or kept[1] is not target:
+            if kept is None or kept[0] is not options or kept[1] is not target or kept[3].gone:
                 text = self._text(self._lines(target), False, False)
-                kept = fields.kept = options, target, text
+                kept = fields.kept = options, target, text, self._pool(target)
             head += kept[2]
-        return self._send(target, method, head, expect)
+            pool = kept[3]
+        return self._send(pool or self._pool(target), method, head, expect)
+
+    def _pool(self, target: Target) -> Pool:
+        options = self.options
+        pool: Pool = options.agent.pool(target, options.secure, options.local_address)
+        return pool
 
     def _lines(self, target: Target) -> Fields:
         options = self.options
         lines = rules.upstream_fields(self.fields, options, target, self._origin)
         return _without_cookie(lines, options.sticky_name) if options.sticky else lines
 
-    def _send(self, target: Target, method: str, head: bytes, expect: bool) -> ResponseHead:
-        options = self.options
-        pool = options.agent.pool(target, options.secure, options.local_address)
-        exchange = self.exchange = Exchange(pool, options, method, self._client, self._upload)
+    def _send(self, pool: Pool, method: str, head: bytes, expect: bool) -> ResponseHead:
+        exchange = self.exchange = Exchange(pool, self.options, method, self._client, self._upload)
         if self.fields.upgrade:
             exchange.switching = True
         return exchange.request(head, expect)
@@ -386,8 +392,7 @@ class Passage:
         if length == CHUNKED:
             text += "transfer-encoding: chunked\r\n"
         head = f"{method} {path} HTTP/1.1\r\n{text}connection: close\r\n\r\n".encode("latin-1")
-        pool = options.agent.pool(target, options.secure, options.local_address)
-        copy = Copy(target, pool, head, length, options)
+        copy = Copy(target, self._pool(target), head, length, options)
         copy.start()
         return copy
 
@@ -464,7 +469,7 @@ class Passage:
             if foreign:
                 lines = [line for line in lines if line[0].lower() not in _CREDENTIALS]
             request = f"{method} {path} HTTP/1.1\r\n".encode("latin-1")
-            head = self._send(target, method, request + self._text(lines, False, False), False)
+            head = self._send(self._pool(target), method, request + self._text(lines, False, False), False)
         return head
 
     # --- the answer ------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ class Several:
 class Route:
     """Where requests go, with which options, and what of the path they lose."""
 
-    __slots__ = ("_function", "_known", "_several", "changes", "options", "remove", "table")
+    __slots__ = ("_function", "_known", "_several", "only", "options", "remove", "table")
 
     def __init__(self, target: Any, host: str | None, options: Options) -> None:
         """
@@ -88,6 +88,8 @@ class Route:
         self._function: Callable[..., Any] | None = None
         self._known: dict[Any, Several] = {}
         self._several: Several | None = None
+        #: the targets of every request, where there is just one
+        self.only: list[Backend] | None = None
         if target is None:
             if options.forward is None:
                 raise SettingError("target=None needs forward=, a target that gets a copy of the requests")
@@ -101,6 +103,8 @@ class Route:
             self._function = target
         else:
             self._several = Several([parse_target(target, host)])
+        if self._several is not None and len(self._several.backends) == 1 and not options.sticky:
+            self.only = self._several.backends
 
     def __str__(self) -> str:
         if self.table:

@@ -41,6 +41,9 @@ _READY, _LATE, _GONE = "ready", "late", "gone"
 #: Bytes that one read of a head asks for.
 ANSWER = 65536
 
+#: Requests up to this size are sent at the end of the loop's turn.
+_SOON = 8192
+
 #: what a wait is for
 READ, WRITE = 1, 2
 
@@ -64,6 +67,24 @@ class GeventRuntime:
     def __init__(self, hub: Any) -> None:
         self.hub = hub
         self._deadlines: dict[float, Deadlines] = {}
+        #: what is sent at the end of the loop's turn
+        self._soon: list[tuple[GeventStream, bytes]] = []
+
+    def send_soon(self, stream: GeventStream, data: bytes) -> None:
+        """Send a request at the end of the loop's turn, together with others.
+
+        To send it wakes the target, which has answered and fallen asleep again before the next request
+        is written: most of what a small request costs the kernel. Targets that get several at a time are
+        woken once.
+        """
+        if not self._soon:
+            self.hub.loop.run_callback(self._send_now)
+        self._soon.append((stream, data))
+
+    def _send_now(self) -> None:
+        soon, self._soon = self._soon, []
+        for stream, data in soon:
+            stream.send_now(data)
 
     def deadlines(self, seconds: float) -> Deadlines:
         """The deadlines of one duration."""
@@ -128,8 +149,8 @@ class Stream:
 
     sock: Any
     tls = False
-    #: whether a part of what was sent last was taken
-    partly = False
+    #: whether a part of what was sent last was taken, and whether sending it failed later
+    partly = failed = False
     _poll: Any = None
 
     def recv(self, most: int, seconds: float | None = None, client: Any = None) -> bytes:
@@ -166,6 +187,10 @@ class Stream:
                     self.partly = True
                 except BlockingIOError:
                     self.wait(WRITE, seconds)
+
+    def send_soon(self, data: bytes, seconds: float | None = None) -> None:
+        """Send it now or a little later; when that fails, ``failed`` is set, and reading tells."""
+        self.send(data, seconds)
 
     def wait(self, what: int, seconds: float | None = None, client: Any = None) -> None:
         raise NotImplementedError
@@ -220,6 +245,7 @@ class GeventStream(Stream):
         self._writable: Any = None
         self._switch: Any = None
         self._callback: Callable[[], None] | None = None
+        self._closed = False
 
     def wait(self, what: int, seconds: float | None = None, client: Any = None) -> None:
         switch = getcurrent().switch
@@ -256,6 +282,33 @@ class GeventStream(Stream):
             raise ClientGone
         raise TimeoutError
 
+    def send_soon(self, data: bytes, seconds: float | None = None) -> None:
+        if len(data) > _SOON:
+            self.send(data, seconds)
+        else:
+            self.runtime.send_soon(self, data)
+
+    def send_now(self, data: bytes) -> None:
+        """Called in the hub: send what was to be sent soon."""
+        if self._closed:
+            return
+        try:
+            sent = self.sock.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.failed = True  # whoever reads hears why
+            return
+        if sent < len(data):
+            self.partly = sent > 0
+            gevent.spawn(self._send_rest, data[sent:])
+
+    def _send_rest(self, data: bytes) -> None:
+        try:
+            self.send(data)
+        except OSError:
+            self.shutdown()
+
     def expire(self) -> None:
         """Called in the hub by a deadline."""
         self._switch(_LATE)
@@ -274,19 +327,12 @@ class GeventStream(Stream):
             self._readable.start(self._stray)
 
     def close(self) -> None:
+        self._closed = True
         self._callback = None
         self._readable.close()
         if self._writable is not None:
             self._writable.close()
         self.sock.close()
-
-    def release(self) -> Any:
-        """Give the socket away."""
-        self._callback = None
-        self._readable.close()
-        if self._writable is not None:
-            self._writable.close()
-        return self.sock
 
 
 class TlsStream(Stream):
