@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import inspect
 import os
 import re
 import shutil
@@ -35,6 +36,19 @@ NO_CONTROL = ["--no-control-socket"] if "control_socket_disable" in KNOWN_NAMES 
 
 #: Seconds that any condition may take to come true on a loaded machine.
 PATIENCE = 60.0
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the combinations of parameters that ``@pytest.mark.leave_out(predicate)`` says make no sense."""
+    gone = []
+    for item in items:
+        for mark in item.iter_markers("leave_out"):
+            params = item.callspec.params  # type: ignore[attr-defined]
+            if mark.args[0](**{name: params[name] for name in inspect.signature(mark.args[0]).parameters}):
+                gone.append(item)
+    if gone:
+        config.hook.pytest_deselected(items=gone)
+        items[:] = [item for item in items if item not in gone]
 
 
 def wait_for(condition: Callable[[], Any], what: object = "the condition", timeout: float = PATIENCE) -> Any:

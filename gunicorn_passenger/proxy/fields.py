@@ -97,6 +97,7 @@ class RequestFields:
         self.version = "1.0" if protocol == "HTTP/1.0" else "1.1"
         fields: Fields = []
         connection = ""
+        twice = False
         self.upgrade = ""
         self.expect = False
         #: whether the client takes trailers, which its TE says
@@ -127,6 +128,7 @@ class RequestFields:
                 self.expect = value.lower() == "100-continue"
             elif low[:6] != "proxy-":
                 if low == "host":
+                    twice = self.host is not None
                     self.host = value
                 fields.append((name if keep_case else low, value))
         options: set[str] = set()
@@ -138,7 +140,9 @@ class RequestFields:
             # no upgrades (RFC 9110 section 7.8)
             self.upgrade = ""
         #: whether it says, as it must, for which host it is (RFC 9112 section 3.2)
-        self.valid = self.version == "1.0" if self.host is None else _HOST.fullmatch(self.host) is not None
+        self.valid = (
+            self.version == "1.0" if self.host is None else bool(_HOST.fullmatch(self.host)) and not twice
+        )
         if "te" not in options:
             self.te_trailers = False  # RFC 9110 section 10.1.4: who sends TE names it there
         self.fields = fields
