@@ -44,6 +44,9 @@ __all__ = [
 class ProxyServer(Server):
     """A :class:`~gunicorn_passenger.Server` whose application is the proxy."""
 
+    #: its application is the proxy and nothing else, which may so take requests as they came in
+    only_proxy = True
+
     def __init__(self, proxy: Proxy) -> None:
         super().__init__(proxy, application)
         self.proxy = proxy

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import socket
 import struct
 from fcntl import ioctl
@@ -56,6 +57,9 @@ _SENDFILE = 1 << 20
 #: Seconds that a closing connection reads what its client still sends.
 _LINGER = 10.0
 
+#: Seconds after which it is asked again whether a client is still there that has sent more than was read.
+_LOOK = 0.4
+
 _READABLE, _WRITABLE = 1, 2
 #: the system's own, which asks without the hub
 _poll = monkey.get_original("select", "poll")
@@ -77,6 +81,7 @@ class Connection:
         "_expired",
         "_given",
         "_hub",
+        "_looking",
         "_raw",
         "_readable",
         "_sending",
@@ -125,6 +130,7 @@ class Connection:
         #: made when it is first waited for: most connections with one request never are
         self._readable: Any = None
         self._writable: Any = None
+        self._looking: Any = None
         #: the greenlet that serves it; none while it waits for a request
         self.greenlet: Any = None
         #: which greenlet waits for the client inside a request, until when, and whether for too long
@@ -666,39 +672,53 @@ class Connection:
         self.send(answer)
         return early
 
-    def watch(self, gone: Any, argument: Any) -> None:
-        """Until :meth:`unwatch`, while the answer to a whole request is made: tell when the client goes.
+    def watch(self, gone: Any, argument: Any, body: bool = False) -> None:
+        """Until :meth:`unwatch`, while the answer is made: tell when the client goes.
 
         :param gone: called in the hub, with ``argument``.
+        :param body: whether somebody reads the request's body. Then only a reset counts: a client that
+            sends no more may have sent all.
         """
-        if self.at == len(self.buf) and not self.sock.taken:
+        if body or self.at < len(self.buf) or self.sock.taken:
+            self._look_again(gone, argument, body)
+        else:
             self._reader().start(self._look, gone, argument)
 
     def unwatch(self) -> None:
         """The answer goes on; who sends it will hear when the client has gone."""
-        if self._readable is not None:
+        if self._readable is not None and self._waiting is self.greenlet:
             self._readable.stop()
+        if self._looking is not None:
+            self._looking.close()
+            self._looking = None
 
     def _look(self, gone: Any, argument: Any) -> None:
         """Called in the hub: the client has gone, or has sent the next request."""
         self._readable.stop()
-        try:
-            if self._raw.recv(1, socket.MSG_PEEK):
-                return
-        except BlockingIOError:
-            self._readable.start(self._look, gone, argument)
-            return
-        except OSError:
-            pass
+        if self._hung_up(not isinstance(self.addr, tuple)):
+            gone(argument)
         else:
-            if not isinstance(self.addr, tuple) and not self._hung_up():
-                return
-        gone(argument)
+            # what it has sent stays there, and hides what comes behind it
+            self._look_again(gone, argument, False)
 
-    def _hung_up(self) -> bool:
-        """Whether the client has closed its end: on a UNIX socket that is not the same as sending no more."""
+    def _look_again(self, gone: Any, argument: Any, body: bool) -> None:
+        """Ask from time to time."""
+
+        def look() -> None:
+            if self._hung_up(body or not isinstance(self.addr, tuple)):
+                gone(argument)
+
+        self._looking = self._hub.loop.timer(_LOOK, _LOOK)
+        self._looking.start(look)
+
+    def _hung_up(self, wholly: bool) -> bool:
+        """Whether the client has gone.
+
+        :param wholly: whether one that just sends no more is still there. On a UNIX socket the two can be
+            told apart.
+        """
         poll = _poll()
-        poll.register(self._raw.fileno(), 0)
+        poll.register(self._raw.fileno(), 0 if wholly else select.POLLRDHUP)
         return bool(poll.poll(0))
 
     # --- writing ---------------------------------------------------------------------------------

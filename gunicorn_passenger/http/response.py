@@ -425,6 +425,8 @@ class Response:
         self.response_length = length
         if code in (204, 304) or self.method == "HEAD":
             self._bodiless = True
+            more = b""
+            self.sent = 0
         elif length is None:
             self.chunked = self._protocol != "HTTP/1.0"
         connection = self._connection

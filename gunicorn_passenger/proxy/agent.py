@@ -171,6 +171,7 @@ class Pool:
         self._loop: Any = waits.hub.loop if waits.concurrent else None
         self._clock = self._loop.now if self._loop is not None else time.monotonic
         self._timer: Any = None
+        self._lock = waits.lock()
 
     def take(self, fresh: bool = False) -> Link:
         """A connection for one request, to be given back with :meth:`give` or :meth:`drop`.
@@ -179,19 +180,23 @@ class Pool:
         :raises PoolExhausted: when there are too many in use, for too long.
         :raises UpstreamRefused, UpstreamTimeout: when none can be made.
         """
-        if not fresh and (link := self._take_idle()) is not None:
-            return link
         most = self.agent.max_connections
-        if most is not None and self.used + len(self._idle) >= most:
-            if self._idle:
-                self.retire(self._idle[0])
+        ticket = None
+        with self._lock:
+            if not fresh and (link := self._take_idle()) is not None:
+                return link
+            if most is not None and self.used + len(self._idle) >= most:
+                if self._idle:
+                    self.retire(self._idle[0])
+                else:
+                    ticket = _Ticket(self.runtime.event())
+                    self._waiting.append(ticket)
+            if ticket is None:
                 self.used += 1
-            elif (link := self._queue(most)) is not None:
-                if not fresh:
-                    return link
-                link.stream.close()
-        else:
-            self.used += 1
+        if ticket is not None and (handed := self._wait_for(ticket)) is not None:
+            if not fresh:
+                return handed
+            handed.stream.close()
         try:
             stream = connect(
                 self.target, self.runtime, self.agent.connect_timeout, self._local_address, self._context
@@ -215,13 +220,11 @@ class Pool:
             return link
         return None
 
-    def _queue(self, most: int) -> Link | None:
+    def _wait_for(self, ticket: _Ticket) -> Link | None:
         """Wait until another request gives its connection back.
 
         :returns: the connection, or ``None`` when the other has dropped it and its place is free.
         """
-        ticket = _Ticket(self.runtime.event())
-        self._waiting.append(ticket)
         try:
             if ticket.event.wait(self.agent.connect_timeout):
                 return ticket.link
@@ -232,7 +235,7 @@ class Pool:
                 self._free()
             raise
         if self._left(ticket):
-            raise PoolExhausted(f"all {most} connections are in use")
+            raise PoolExhausted(f"all {self.agent.max_connections} connections are in use")
         return ticket.link
 
     def _left(self, ticket: _Ticket) -> bool:
@@ -259,15 +262,16 @@ class Pool:
             self.drop(link)
             return
         link.reused = True
-        if self._waiting and self._call(link):
-            return
-        if len(self._idle) >= self.agent.max_idle:
+        if len(self._idle) >= self.agent.max_idle and not self._waiting:
             self.drop(link)
             return
-        link.idle = True
-        link.since = self._clock()
-        self._idle.append(link)
-        self.used -= 1
+        with self._lock:
+            if self._waiting and self._call(link):
+                return
+            link.idle = True
+            link.since = self._clock()
+            self._idle.append(link)
+            self.used -= 1
         if self._loop is None:
             self._retire_old()
             return
@@ -281,9 +285,10 @@ class Pool:
         self._free()
 
     def _free(self) -> None:
-        if self._waiting and self._call(None):
-            return
-        self.used -= 1
+        with self._lock:
+            if self._waiting and self._call(None):
+                return
+            self.used -= 1
 
     @property
     def empty(self) -> bool:

@@ -188,17 +188,16 @@ class OurClient(WsgiClient):
     def watch(self, callback: Callable[..., Any], argument: Any) -> None:
         if self._uploading:
             self._callback = callback, argument
-        else:
-            self.connection.watch(callback, argument)
+        self.connection.watch(callback, argument, self._uploading)
 
     def unwatch(self) -> None:
         self._callback = None
-        if not self._uploading:
-            self.connection.unwatch()
+        self.connection.unwatch()
 
     def uploading(self, active: bool) -> None:
         self._uploading = active
         if not active and self._callback is not None:
+            self.connection.unwatch()
             self.connection.watch(*self._callback)
 
 
@@ -228,5 +227,5 @@ def client_of(environ: dict[str, Any], start_response: Any, proxy: Any) -> WsgiC
     ):
         return WsgiClient(environ, start_response)
     app = connection.gateway.app
-    pristine = app is proxy or getattr(app, "app", None) is proxy
+    pristine = app is proxy or (getattr(type(app), "only_proxy", False) and app.app is proxy)
     return OurClient(environ, start_response, connection, pristine)

@@ -41,6 +41,7 @@ class Proxy:
         self.route = Route(target, host, self.options)
         self.events = Events()
         self.find_server = find_server or _no_server
+        self._buffer: bytes | None = None
 
     def __str__(self) -> str:
         return str(self.route)
@@ -59,6 +60,14 @@ class Proxy:
     ) -> Iterable[bytes]:
         """Carry one upgrade; what is none is answered with 400."""
         return Passage(self, environ, start_response, options, must_upgrade=True).run()
+
+    def buffer_for(self, options: Options) -> Any:
+        """The body to send in place of the client's: one that is for all requests is read once."""
+        if options.buffer is not self.options.buffer:
+            return options.buffer
+        if self._buffer is None:
+            self._buffer = bytes(options.buffer.read())
+        return self._buffer
 
     def on(self, event: str, handler: Callable[..., Any] | None = None) -> Any:
         """Call ``handler`` at an event; without one, a decorator.

@@ -12,9 +12,10 @@ from typing import Any
 
 from werkzeug.datastructures import Headers
 
-from gunicorn_passenger.errors import SettingError
+from gunicorn_passenger.errors import ClientDisconnected, ProxyError, SettingError
 from gunicorn_passenger.proxy.fields import Fields
 from gunicorn_passenger.proxy.options import VALUE, check_field
+from gunicorn_passenger.proxy.stream import ClientGone
 from gunicorn_passenger.proxy.target import Target
 
 EVENTS = (
@@ -77,6 +78,8 @@ class Events:
         for handler in list(self._handlers.get(event, ())):
             try:
                 returned = handler(*arguments)
+            except (ProxyError, ClientDisconnected, ClientGone):
+                raise  # it has read the answer's body, and the target or the client has failed
             except Exception as error:
                 raise HandlerFailed(f"a handler of {event!r} failed") from error
             if returned is not None:

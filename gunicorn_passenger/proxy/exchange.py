@@ -24,9 +24,9 @@ from gunicorn_passenger.errors import (
 from gunicorn_passenger.proxy.agent import Link, Pool
 from gunicorn_passenger.proxy.client import CHUNKED, WsgiClient
 from gunicorn_passenger.proxy.fields import Fields
-from gunicorn_passenger.proxy.messages import HEAD_LIMIT, NO_TRAILER, Chunks, ResponseHead
+from gunicorn_passenger.proxy.messages import HEAD_LIMIT, Chunks, ResponseHead, is_trailer
 from gunicorn_passenger.proxy.options import Options
-from gunicorn_passenger.proxy.stream import READ
+from gunicorn_passenger.proxy.stream import READ, runtime
 
 #: Bytes that one read of a long body asks for.
 _PIECE = 262144
@@ -60,7 +60,8 @@ class Upload:
         self.client = client
         self.length = length
         self._stream = client.body
-        self._seconds = options.timeout
+        # a thread has nothing that would wake it
+        self._seconds = options.timeout if runtime().concurrent else None
         self._proxy_timeout = options.proxy_timeout
         self.copy = copy
         #: a body that is sent with the head, and kept in case that has to be done twice
@@ -71,8 +72,9 @@ class Upload:
         #: whether the body was read to its end, and sent
         self.over = not length
         self.error: BaseException | None = None
-        #: whether it waits for the client
+        #: whether it waits for the client, and how many pieces the target has taken
         self.waits = False
+        self.moved = 0
         self._link: Link | None = None
         self._task: Any = None
 
@@ -175,6 +177,7 @@ class Upload:
                         if stop_when_answered and not stream.silent():
                             return
                         stream.send(_chunk(piece) if chunked else piece, self._proxy_timeout)
+                        self.moved += 1
                         continue
                 except OSError:
                     pass
@@ -206,9 +209,7 @@ class Upload:
 
     def _last_chunk(self) -> bytes:
         trailers = getattr(self._stream, "trailers", None) if self.client.connection is not None else None
-        lines = [
-            f"{name.lower()}: {value}\r\n" for name, value in trailers or () if name.lower() not in NO_TRAILER
-        ]
+        lines = [f"{name.lower()}: {value}\r\n" for name, value in trailers or () if is_trailer(name)]
         return b"0\r\n%b\r\n" % "".join(lines).encode("latin-1")
 
     def stop(self) -> None:
@@ -233,7 +234,7 @@ class Upload:
 class Nothing:
     """The upload of a request without a body. There is nothing in it to tell two of them apart."""
 
-    length = 0
+    length = moved = 0
     over = sent = replayable = True
     begun = replaced = waits = False
     held = error = copy = None
@@ -283,7 +284,7 @@ class Exchange:
         self, pool: Pool, options: Options, method: str, client: WsgiClient, upload: Upload | Nothing
     ) -> None:
         self.pool = pool
-        self._method = method
+        self.method = method
         self._seconds = options.proxy_timeout
         self._keep_case = options.preserve_header_key_case
         self.client = client
@@ -303,7 +304,7 @@ class Exchange:
         :raises ProxyError: when there is no answer.
         """
         upload = self.upload
-        safe = self._method in IDEMPOTENT
+        safe = self.method in IDEMPOTENT
         body = b"" if expect else upload.hold()
         fresh = False
         while True:
@@ -322,6 +323,11 @@ class Exchange:
             except OSError:
                 # it may have answered before it closed the connection
                 untouched = not (stream.tls or stream.partly)
+            if untouched and link.reused and not upload.begun and not link.stream.pending():
+                # it was closed before anything was sent
+                self._drop()
+                fresh = True
+                continue
             try:
                 if not expect and upload.length and not body:
                     upload.start(link, self.pool.runtime.concurrent)
@@ -372,7 +378,7 @@ class Exchange:
                     self.upload.start(link, self.pool.runtime.concurrent)
             else:
                 self.client.interim(head.status, head.reason, head.fields)
-        if self._method == "HEAD" or head.status in _BODILESS or head.status == 101:
+        if self.method == "HEAD" or head.status in _BODILESS or head.status == 101:
             self.complete = True
         elif head.chunked:
             self._decoder = Chunks()
@@ -395,6 +401,7 @@ class Exchange:
     def _receive_head(self, expect: bool) -> bytes | None:
         link = self.link
         data = link.buf
+        moved = self.upload.moved
         while True:
             end = data.find(b"\r\n\r\n") + 4
             if end > 3:
@@ -412,8 +419,9 @@ class Exchange:
                 if expect:
                     link.buf = data
                     return None
-                if self.upload.waits:
-                    continue  # it is the client that is silent
+                if self._goes_on(moved):
+                    moved = self.upload.moved
+                    continue
                 raise UpstreamTimeout(f"it has not answered for {self._seconds:g} s") from None
             except OSError as error:
                 self._check_upload()
@@ -467,14 +475,16 @@ class Exchange:
         return b""
 
     def _more(self) -> bytes:
-        try:
-            data = self.link.stream.recv(_PIECE, self._seconds, self.client)
-        except TimeoutError:
-            if self.upload.waits:
-                return self._more()
-            raise self._silent() from None
-        except OSError as error:
-            raise UpstreamClosed(_reason("inside its answer", error)) from None
+        while True:
+            moved = self.upload.moved
+            try:
+                data = self.link.stream.recv(_PIECE, self._seconds, self.client)
+                break
+            except TimeoutError:
+                if not self._goes_on(moved):
+                    raise self._silent() from None
+            except OSError as error:
+                raise UpstreamClosed(_reason("inside its answer", error)) from None
         if data:
             return data
         if self._decoder is None and self.head.length is None:
@@ -489,6 +499,10 @@ class Exchange:
     def whole(self) -> bool:
         """Whether all of the answer has come in, to be read without waiting."""
         return self.complete or (self.head.length is not None and len(self.link.buf) >= self.left)
+
+    def _goes_on(self, moved: int) -> bool:
+        """Whether the upload does: it waits for the client, or the target has taken more of it."""
+        return self.upload.waits or self.upload.moved != moved
 
     def wait(self) -> None:
         """Wait until something has come."""
@@ -524,7 +538,11 @@ class Exchange:
         if not upload.sent:
             if not self.complete:
                 self.link.stream.shutdown()
-            upload.stop()
+            try:
+                upload.stop()
+            except BaseException:
+                self._drop()
+                raise
         if self.complete and not self.head.close and not self._ended and upload.sent:
             self.connected = False
             self.pool.give(self.link)

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
-from gunicorn_passenger.proxy.options import APPEND, Options
+from gunicorn_passenger.errors import BadRequestBody
+from gunicorn_passenger.proxy.options import APPEND, TOKEN, VALUE, Options
 from gunicorn_passenger.proxy.target import Target
 
 Fields = list[tuple[str, str]]
@@ -49,6 +50,7 @@ _NOT_TO_NOMINATE = {
     "x-forwarded-host",
     "x-forwarded-port",
     "x-forwarded-proto",
+    "x-real-ip",
 }
 
 #: options of Connection that name no field of their own
@@ -58,6 +60,11 @@ _VISIBLE = re.compile(r"[\x21-\x22\x24-\x7e]*")
 # a host, or host and port (RFC 9110 section 7.2)
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s/?#@:\[\]\\,]*)(?::[0-9]*)?")
 _PORT = re.compile(r":([0-9]+)$")
+
+
+def protocols(upgrade: str) -> set[str]:
+    """What an Upgrade field names (RFC 9110 section 7.8)."""
+    return {protocol.strip().lower() for protocol in upgrade.split(",")}
 
 
 def without_nominated(fields: Fields, options: set[str]) -> Fields:
@@ -135,7 +142,7 @@ class RequestFields:
         if connection:
             options = {token.strip().lower() for token in connection.split(",")}
             fields = without_nominated(fields, options)
-        if "upgrade" not in options or self.upgrade.lower() == "h2c" or self.version == "1.0":
+        if "upgrade" not in options or self.version == "1.0" or "h2c" in protocols(self.upgrade):
             # what is said in HTTP/2 behind the proxy's back would not be under its rules, and HTTP/1.0 knows
             # no upgrades (RFC 9110 section 7.8)
             self.upgrade = ""
@@ -205,10 +212,13 @@ class Origin:
         self.trusted = trusted
 
 
-def upstream_fields(request: RequestFields, options: Options, target: Target, origin: Origin) -> Fields:
+def upstream_fields(
+    request: RequestFields, options: Options, target: Target, origin: Origin, foreign: bool = False
+) -> Fields:
     """The fields of the request to the target, but for those that frame it.
 
     :param request: the client's.
+    :param foreign: whether a redirect has led to another target than the one that the options are for.
     """
     fields = request.fields
     keep_case = options.preserve_header_key_case
@@ -223,7 +233,7 @@ def upstream_fields(request: RequestFields, options: Options, target: Target, or
         fields = _forwarded(fields, options, origin)
     if options.via:
         fields = with_via(fields, options, request.version)
-    if options.set_fields:
+    if options.set_fields and not foreign:
         fields = [field for field in fields if field[0].lower() not in options.set_fields]
         fields += options.set_fields.values()
     return fields
@@ -306,7 +316,10 @@ def with_via(fields: Fields, options: Options, version: str) -> Fields:
 
 
 def environ_fields(environ: dict[str, Any]) -> Fields:
-    """The header fields of a WSGI request: their order, letter case and repetition is lost."""
+    """The header fields of a WSGI request: their order, letter case and repetition is lost.
+
+    :raises BadRequestBody: when one of them cannot be sent.
+    """
     fields = []
     for key, value in environ.items():
         if key[:5] == "HTTP_" and isinstance(value, str):
@@ -315,6 +328,10 @@ def environ_fields(environ: dict[str, Any]) -> Fields:
         fields.append(("Content-Type", environ["CONTENT_TYPE"]))
     if environ.get("CONTENT_LENGTH"):
         fields.append(("Content-Length", environ["CONTENT_LENGTH"]))
+    for name, value in fields:
+        # an application, or a server that is not ours, has had them
+        if not TOKEN.fullmatch(name) or not VALUE.fullmatch(value):
+            raise BadRequestBody(f"the request's field {name[:40]!r} holds what no header field may")
     return fields
 
 
@@ -373,8 +390,8 @@ def target_path(options: Options, target: Target, asked: str, before: str) -> st
     """
     if asked == "*":
         return asked
-    if options.to_proxy and before:
-        return asked if options.ignore_path else before + asked
+    if options.to_proxy and before and not options.ignore_path:
+        return before + asked
     if options.prepend_path:
         base, query = (target.whole if options.ignore_path else target.base), target.query
     else:

@@ -221,7 +221,7 @@ class Chunks:
             raise BadResponse("its trailers are malformed")
         for line in section.decode("latin-1").split("\r\n")[:-1]:
             name, _, value = line.partition(":")
-            if name.lower() not in NO_TRAILER:
+            if is_trailer(name):
                 self.trailers.append((name, value.strip(" \t")))
         self.finished = True
         return end + 4
@@ -235,6 +235,14 @@ class Chunks:
 #: Fields that frame, route or authenticate must not come in trailers (RFC 9110 section 6.5.1).
 NO_TRAILER = ASIDE | {
     "host",
+    "expect",
+    "forwarded",
+    "via",
+    "x-forwarded-for",
+    "x-forwarded-host",
+    "x-forwarded-port",
+    "x-forwarded-proto",
+    "x-real-ip",
     "authorization",
     "cookie",
     "set-cookie",
@@ -251,3 +259,9 @@ NO_TRAILER = ASIDE | {
     "vary",
     "www-authenticate",
 }
+
+
+def is_trailer(name: str) -> bool:
+    """Whether a field may be handed on behind a body."""
+    low = name.lower()
+    return low not in NO_TRAILER and low[:6] != "proxy-" and "_" not in low

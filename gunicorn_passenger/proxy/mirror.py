@@ -21,12 +21,19 @@ log = logging.getLogger("gunicorn.error")
 
 #: Copies that are under way at a time, in each worker; what comes on top is not copied.
 _COPIES = 256
-#: Pieces of a body that wait for the target; when it is slower than that, the copy is given up.
-_PIECES = 64
+#: Bytes of a body that wait for the target, in one copy and in all of them; when it is slower than that,
+#: a copy is given up.
+_WAITING, _WAITING_IN_ALL = 1 << 20, 16 << 20
 #: Seconds that the target may be silent, where ``proxy_timeout`` does not say.
 _SECONDS = 60.0
 
 _under_way: set[Any] = set()
+
+
+class _Total:
+    """Bytes that wait in all copies."""
+
+    waiting = 0
 
 
 class Copy:
@@ -47,6 +54,7 @@ class Copy:
         self._stirred = pool.runtime.event()
         self._waiting = 0
         self._given_up = False
+        self._ended = False
 
     def start(self) -> None:
         if len(_under_way) >= _COPIES:
@@ -60,20 +68,35 @@ class Copy:
         """A piece of the body."""
         if self._given_up:
             return
-        if self._waiting >= _PIECES:
-            self._given_up = True
+        if self._waiting > _WAITING or _Total.waiting > _WAITING_IN_ALL:
+            self._give_up()
             log.warning("proxy: %s: it is slower than the request, the copy is given up", self._target)
-        else:
-            self._waiting += 1
-            self._pieces.put(piece)
+            return
+        self._waiting += len(piece)
+        _Total.waiting += len(piece)
+        self._pieces.put(piece)
+        self._stirred.set()
+
+    def _give_up(self) -> None:
+        self._given_up = True
+        _Total.waiting -= self._waiting
+        self._waiting = 0
+        self._pieces = queue.SimpleQueue()
         self._stirred.set()
 
     def end(self, whole: bool = True) -> None:
-        """The body is over."""
-        if not whole:
-            self._given_up = True
-        self._pieces.put(None)
-        self._stirred.set()
+        """The body is over; only the first call counts.
+
+        :param whole: whether all of it was fed.
+        """
+        if self._ended:
+            return
+        self._ended = True
+        if self._length and not whole:
+            self._give_up()
+        else:
+            self._pieces.put(None)
+            self._stirred.set()
 
     def _next(self) -> bytes | None:
         while True:
@@ -86,13 +109,15 @@ class Copy:
                 if self._pieces.empty() and not self._given_up:
                     self._stirred.wait()
                 continue
-            self._waiting -= 1
+            if piece is not None and not self._given_up:
+                self._waiting -= len(piece)
+                _Total.waiting -= len(piece)
             return piece
 
     def _run(self) -> None:
         link = None
         try:
-            link = self._pool.take(fresh=bool(self._length))
+            link = self._pool.take(fresh=True)
             stream = link.stream
             stream.send(self._head, self._seconds)
             if self._length:
@@ -114,7 +139,7 @@ class Copy:
             if not self._given_up:
                 log.warning("proxy: %s: a request was not copied: %s", self._target, error)
         finally:
-            self._given_up = True
+            self._give_up()
             _under_way.discard(self)
             if link is not None:
                 self._pool.drop(link)

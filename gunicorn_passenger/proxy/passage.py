@@ -10,7 +10,6 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import quote
 
@@ -23,6 +22,7 @@ from gunicorn_passenger.errors import (
     AnswerBrokeOff,
     BadResponse,
     ClientDisconnected,
+    PoolExhausted,
     ProxyError,
     UpstreamRefused,
     UpstreamTimeout,
@@ -71,6 +71,8 @@ class Passage:
     _request: Any = None
     _upstream_response: Any = None
     _path = ""
+    #: what the target was asked for
+    _asked = ""
     #: whether the head of an answer went to the client
     _answered = False
     #: a cookie that keeps the client with its target
@@ -154,16 +156,17 @@ class Passage:
         if route.remove:
             self._remove_prefix(route.remove)
 
-        if options.forward is not None:
-            self._upload = Upload(client, length, options, self._copy(method, before, length))
-        elif length:
+        if length or options.forward is not None:
             self._upload = Upload(client, length, options)
         if options.buffer is not None:
-            self._replace_body(options.buffer)
+            self._replace_body(self._proxy.buffer_for(options))
+        if options.forward is not None:
+            self._upload.copy = self._copy(method, before)
         if route.nowhere:
             return self._copy_alone()
         backends = route.only or self._choose(route)
         if backends is None:
+            self._end()
             return self.say(404, "There is no target for this request.")
         head = self._ask(backends, method, before)
         if options.follow_redirects and head.status in _REDIRECTS:
@@ -180,7 +183,7 @@ class Passage:
             changes = dict(changes)
             target = changes.pop("target")
             self.options = self.options.merged(changes, "proxy.web()")
-            return Route(target, None, self.options).find(self.environ.get("PATH_INFO", ""))
+            return route.instead(target, self.options).find(self.environ.get("PATH_INFO", ""))
         found = route.find(self.environ.get("PATH_INFO", "")) if route.table else route
         if found is not None:
             self.options = found.options.merged(changes, "proxy.web()") if changes else found.options
@@ -241,11 +244,10 @@ class Passage:
             self.target = backend.target
             try:
                 head = self._ask_one(backend.target, method, before)
-            except (UpstreamRefused, UpstreamTimeout) as error:
-                connected = self.exchange is not None and self.exchange.connected
-                if connected:
+            except (UpstreamRefused, UpstreamTimeout, PoolExhausted) as error:
+                if self.exchange is not None and self.exchange.connected:
                     raise
-                if len(backends) > 1 or backend.failed_until:
+                if backend.has_peers and not isinstance(error, PoolExhausted):
                     backend.failed(self.options)
                 if number == last:
                     raise
@@ -269,62 +271,60 @@ class Passage:
             raise UpstreamRefused(f"no server of this application has the name {target.server!r}") from None
 
     def _ask_one(self, named: Target, method: str, before: str) -> ResponseHead:
+        target = self._resolve(named) if named.server else named
+        path = rules.target_path(self.options, target, self._path, before)
+        if self.events.any and self.events.has("start"):
+            self.events.emit("start", self.werkzeug_request(), named)
+        return self._send(target, method, path)
+
+    def _send(self, target: Target, method: str, path: str, foreign: bool = False) -> ResponseHead:
+        """Send the request as the handlers have it, and read the head of its answer.
+
+        :param foreign: whether a redirect has led to a target that the options are not for.
+        """
         options = self.options
         events = self.events
         fields = self.fields
-        target = self._resolve(named) if named.server else named
-        path = rules.target_path(options, target, self._path, before)
-        if events.any and events.has("start"):
-            events.emit("start", self.werkzeug_request(), named)
         lines = None
         event = "proxy_req_ws" if fields.upgrade else "proxy_req"
         if events.any and events.has(event):
-            asked = UpstreamRequest(method, path, self._lines(target), named)
+            asked = UpstreamRequest(method, path, self._lines(target, foreign), target)
             events.emit(event, asked, self.werkzeug_request(), options)
             method, path = _checked_request(asked, event)
-            # what frames the message is not theirs to say
-            lines = [
-                (name, value)
-                for name, value in checked(asked.headers, event)
-                if name.lower() not in rules.ASIDE or name.lower() == "trailer"
-            ]
-            hosts = [value for name, value in lines if name.lower() == "host"]
-            if not hosts:
-                lines = rules.with_host(lines, target.authority, options.preserve_header_key_case)
-            elif len(hosts) > 1:
-                raise HandlerFailed(f"{event}: the request has more than one Host: {', '.join(hosts)}")
+            lines = _checked_lines(asked, event, target, options)
             if asked.body is not None:
                 self._replace_body(asked.body)
+        self._asked = path
         upload = self._upload
         expect = fields.expect and upload.length != 0 and self.environ.get("SERVER_PROTOCOL") != "HTTP/1.0"
         head = f"{method} {path} HTTP/1.1\r\n".encode("latin-1")
-        pool = None
-        if lines is not None or expect or upload.replaced or upload.length < 0 or options.sticky:
-            head += self._text(self._lines(target) if lines is None else lines, expect, lines is not None)
+        if lines is not None or expect or upload.replaced or upload.length < 0 or options.sticky or foreign:
+            if lines is None:
+                head += self._text(self._lines(target, foreign), expect, False)
+            else:
+                head += self._text(lines, expect, True)
+            pool = self._pool(target)
         else:
             kept = fields.kept
             if kept is None or kept[0] is not options or kept[1] is not target or kept[3].gone:
-                text = self._text(self._lines(target), False, False)
+                text = self._text(self._lines(target, False), False, False)
                 kept = fields.kept = options, target, text, self._pool(target)
             head += kept[2]
             pool = kept[3]
-        return self._send(pool or self._pool(target), method, head, expect)
+        exchange = self.exchange = Exchange(pool, options, method, self._client, upload)
+        if fields.upgrade:
+            exchange.switching = True
+        return exchange.request(head, expect)
 
     def _pool(self, target: Target) -> Pool:
         options = self.options
         pool: Pool = options.agent.pool(target, options.secure, options.local_address)
         return pool
 
-    def _lines(self, target: Target) -> Fields:
+    def _lines(self, target: Target, foreign: bool) -> Fields:
         options = self.options
-        lines = rules.upstream_fields(self.fields, options, target, self._origin)
+        lines = rules.upstream_fields(self.fields, options, target, self._origin, foreign)
         return _without_cookie(lines, options.sticky_name) if options.sticky else lines
-
-    def _send(self, pool: Pool, method: str, head: bytes, expect: bool) -> ResponseHead:
-        exchange = self.exchange = Exchange(pool, self.options, method, self._client, self._upload)
-        if self.fields.upgrade:
-            exchange.switching = True
-        return exchange.request(head, expect)
 
     def _text(self, lines: Fields, expect: bool, unframed: bool) -> bytes:
         """The fields as they are sent, with one framing: that of the body that there is.
@@ -378,7 +378,7 @@ class Passage:
 
     # --- copies ----------------------------------------------------------------------------------
 
-    def _copy(self, method: str, before: str, length: int) -> Copy | None:
+    def _copy(self, method: str, before: str) -> Copy | None:
         """The request for ``forward``."""
         options = self.options
         try:
@@ -388,9 +388,14 @@ class Passage:
             return None
         path = rules.target_path(options, target, self._path, before)
         lines = rules.upstream_fields(self.fields, options, target, self._origin)
+        length = self._upload.length
+        if length == CHUNKED or self._upload.replaced:
+            lines = [line for line in lines if line[0].lower() != "content-length"]
+            framing = (
+                ("transfer-encoding", "chunked") if length == CHUNKED else ("content-length", str(length))
+            )
+            lines.append(framing)
         text = "".join(f"{name}: {value}\r\n" for name, value in lines)
-        if length == CHUNKED:
-            text += "transfer-encoding: chunked\r\n"
         head = f"{method} {path} HTTP/1.1\r\n{text}connection: close\r\n\r\n".encode("latin-1")
         copy = Copy(target, self._pool(target), head, length, options)
         copy.start()
@@ -410,12 +415,10 @@ class Passage:
 
     def _sticky_cookie(self) -> str | None:
         """What names the target that this client had before."""
-        name = self.options.sticky_name
-        try:
-            morsel = SimpleCookie(self.environ.get("HTTP_COOKIE", "")).get(name)
-        except CookieError:
-            return None
-        self._sticky = morsel.value if morsel is not None else ""
+        for part in self.environ.get("HTTP_COOKIE", "").split(";"):
+            name, _, value = part.partition("=")
+            if name.strip() == self.options.sticky_name:
+                self._sticky = value.strip()
         return self._sticky or None
 
     def _stick(self, backend: Backend) -> None:
@@ -431,7 +434,7 @@ class Passage:
         """Ask where the target says, as often as allowed."""
         options = self.options
         target = self._resolve(self.target) if self.target is not None else None
-        path = rules.target_path(options, target, self._path, "") if target else ""
+        path = self._asked
         followed = 0
         first = target
         while head.status in _REDIRECTS and target is not None:
@@ -465,11 +468,9 @@ class Passage:
                 rest = [line for line in fields.fields if line[0].lower() not in _CREDENTIALS]
                 fields = fields.changed(rest).with_host(target.authority, options.preserve_header_key_case)
             self.fields = fields
-            lines = rules.upstream_fields(fields, options, target, self._origin)
-            if foreign:
-                lines = [line for line in lines if line[0].lower() not in _CREDENTIALS]
-            request = f"{method} {path} HTTP/1.1\r\n".encode("latin-1")
-            head = self._send(self._pool(target), method, request + self._text(lines, False, False), False)
+            self.target = target
+            head = self._send(target, method, path, foreign)
+            path = self._asked
         return head
 
     # --- the answer ------------------------------------------------------------------------------
@@ -480,7 +481,9 @@ class Passage:
         assert exchange is not None
         ours = self._client.connection is not None
         plain = options.plain_response and not (options.via or options.self_handle_response)
-        if ours and plain and not (self._sticky or self.events.any):
+        # a handler may have asked for the head alone
+        headless = exchange.method == "HEAD" and self._client.method != "HEAD"
+        if ours and plain and not (self._sticky or self.events.any or headless):
             # nothing is changed: the text is made once for equal heads
             if head.lines is None:
                 head.lines = _text_of(head.fields, head.status)
@@ -511,9 +514,14 @@ class Passage:
             fields = rules.with_via(fields, options, head.version)
         if self._sticky:
             fields = [*fields, ("set-cookie", self._sticky)]
+        length = head.length
+        if headless and status not in (204, 304):
+            fields = [field for field in fields if field[0].lower() != "content-length"]
+            fields.append(("content-length", "0"))
+            length = 0
         if ours:
             dated = any(name.lower() == "date" for name, _ in fields)
-            self._relay(status, reason, _text_of(fields, status), head.length, dated, body)
+            self._relay(status, reason, _text_of(fields, status), length, dated, body)
             self._over()
             return ()
         return self._hand_on(status, reason, fields, body if body is not None else exchange.body())
@@ -585,8 +593,10 @@ class Passage:
                 except BlockingIOError:
                     exchange.wait()
                     continue
+                except OSError:
+                    return  # who reads finds out why
                 if not count:
-                    return  # the reader finds out why
+                    return
                 exchange.moved(count)
                 response.sent += count
                 try:
@@ -622,7 +632,13 @@ class Passage:
             )
         if not callable(made):
             raise HandlerFailed(f"a handler of 'proxy_res' returned {made!r}, which is no response")
-        return _Answer(self, iter(made(self.environ, self._start_response)), made)
+        body = iter(made(self.environ, self._noting_start))
+        return _Answer(self, body, made)
+
+    def _noting_start(self, *arguments: Any) -> Any:
+        """``start_response`` for who answers in place of the target."""
+        self._answered = True
+        return self._start_response(*arguments)
 
     def pieces(self, body: Iterator[bytes]) -> Iterator[bytes]:
         """The body for a WSGI server.
@@ -633,7 +649,8 @@ class Passage:
         try:
             yield from body
         except ProxyError as error:
-            self._fail(error)
+            yield from self._fail(error)
+            return
         except ClientGone as error:
             raise self._client_gone(error) from None
         self._over()
@@ -668,6 +685,10 @@ class Passage:
                 exchange.abort()
             else:
                 exchange.finish()
+        copy = self._upload.copy
+        if copy is not None:
+            # whatever became of the request: a copy that was not fed to its end is given up
+            copy.end(whole=False)
 
     def say(self, status: int, text: str) -> Iterable[bytes]:
         """An answer of the proxy's own."""
@@ -801,6 +822,22 @@ def _checked_request(asked: UpstreamRequest, event: str) -> tuple[str, str]:
     if not isinstance(path, str) or not path or not path.isascii() or not path.isprintable() or " " in path:
         raise HandlerFailed(f"{event}: the path {path!r} cannot stand in a request line")
     return method, path
+
+
+def _checked_lines(asked: UpstreamRequest, event: str, target: Target, options: Options) -> Fields:
+    """The fields that a handler has left, with one Host; what frames the message is not its to say.
+
+    :raises HandlerFailed: when they cannot be sent.
+    """
+    lines = [
+        (name, value)
+        for name, value in checked(asked.headers, event)
+        if name.lower() not in rules.ASIDE or name.lower() == "trailer"
+    ]
+    hosts = [value for name, value in lines if name.lower() == "host"]
+    if len(hosts) > 1:
+        raise HandlerFailed(f"{event}: the request has more than one Host: {', '.join(hosts)}")
+    return lines if hosts else rules.with_host(lines, target.authority, options.preserve_header_key_case)
 
 
 def _without_cookie(fields: Fields, name: str) -> Fields:

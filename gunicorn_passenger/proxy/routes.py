@@ -5,6 +5,7 @@ Runs in: wherever the proxy is mounted; no I/O. Must never: send a client to a t
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import time
 from collections.abc import Callable, Mapping
@@ -21,10 +22,12 @@ _REMEMBER = 1024
 class Backend:
     """A target, and how it does."""
 
-    __slots__ = ("active", "failed_until", "id", "target")
+    __slots__ = ("active", "failed_until", "has_peers", "id", "target")
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, has_peers: bool) -> None:
         self.target = target
+        #: whether there are others that could be asked in its place
+        self.has_peers = has_peers
         #: requests and tunnels that it has now
         self.active = 0
         #: until when it is skipped, on the monotonic clock
@@ -41,7 +44,8 @@ class Several:
     """One or several targets that do the same."""
 
     def __init__(self, targets: list[Target]) -> None:
-        self.backends = [Backend(target) for target in dict.fromkeys(targets)]
+        unique = list(dict.fromkeys(targets))
+        self.backends = [Backend(target, len(unique) > 1) for target in unique]
         self._next = 0
         # the cookie tells nobody what the addresses are
         key = hashlib.blake2s("\n".join(backend.target.text for backend in self.backends).encode()).digest()
@@ -65,11 +69,13 @@ class Several:
             order.sort(key=lambda backend: backend.active)
         now = time.monotonic()
         well = [backend for backend in order if backend.failed_until <= now]
-        # when all have failed, the one that failed first is the likeliest to be back
-        order = well or sorted(order, key=lambda backend: backend.failed_until)
         if cookie:
-            order.sort(key=lambda backend: backend.id != cookie)
-        return order
+            well.sort(key=lambda backend: backend.id != cookie)
+        if len(well) == len(order):
+            return well
+        # the one that failed first is the likeliest to be back
+        failed = [backend for backend in order if backend.failed_until > now]
+        return well + sorted(failed, key=lambda backend: backend.failed_until)
 
 
 class Route:
@@ -166,6 +172,16 @@ class Route:
                 return None
             several = self._remembered(said)
         return several.candidates(options, cookie)
+
+    def instead(self, target: Any, options: Options) -> Route:
+        """The same with another target, for one request."""
+        if isinstance(target, Mapping) or callable(target):
+            return Route(target, None, options)
+        route = copy.copy(self)
+        route.options = options
+        route.table, route.remove, route.only, route._function = [], "", None, None
+        route._several = self._remembered(target)
+        return route
 
     def _remembered(self, said: Any) -> Several:
         key = tuple(said) if isinstance(said, list) else said

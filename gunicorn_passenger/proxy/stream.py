@@ -30,6 +30,7 @@ from gevent import getcurrent, monkey
 from gevent import socket as gsocket
 from gevent._hub_local import get_hub_if_exists
 from gevent.event import Event as GeventEvent
+from gevent.lock import Semaphore
 
 from gunicorn_passenger.errors import UpstreamRefused, UpstreamTimeout
 from gunicorn_passenger.http.deadlines import Deadlines
@@ -95,14 +96,22 @@ class GeventRuntime:
             found = self._deadlines[seconds] = Deadlines(seconds)
         return found
 
+    def lock(self) -> Any:
+        """Greenlets change places only where they wait."""
+        return contextlib.nullcontext()
+
     def spawn(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return gevent.spawn(function, *arguments)
 
     def event(self) -> Any:
         return GeventEvent()
 
-    def resolve(self, host: str, port: int) -> list[Any]:
-        return list(gsocket.getaddrinfo(host, port, 0, socket.SOCK_STREAM))
+    def resolve(self, host: str, port: int, seconds: float) -> list[Any]:
+        """
+        :raises TimeoutError: when it takes longer than ``seconds``.
+        """
+        with gevent.Timeout(max(seconds, 0.001), TimeoutError):
+            return list(gsocket.getaddrinfo(host, port, 0, socket.SOCK_STREAM))
 
     def open(self, sock: Any) -> Stream:
         return GeventStream(sock, self)
@@ -113,6 +122,10 @@ class ThreadRuntime:
 
     concurrent = False
 
+    def lock(self) -> Any:
+        """What keeps two from changing the same connections at a time."""
+        return threading.Lock()
+
     def spawn(self, function: Callable[..., Any], *arguments: Any) -> Any:
         task = threading.Thread(target=function, args=arguments, daemon=True)
         task.start()
@@ -121,7 +134,8 @@ class ThreadRuntime:
     def event(self) -> Any:
         return threading.Event()
 
-    def resolve(self, host: str, port: int) -> list[Any]:
+    def resolve(self, host: str, port: int, seconds: float) -> list[Any]:
+        """The system's resolver has its own idea of how long that may take."""
         return list(_socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM))
 
     def open(self, sock: Any) -> Stream:
@@ -202,6 +216,13 @@ class Stream:
             self._poll.register(self.sock.fileno(), select.POLLIN)
         return not self._poll.poll(0)
 
+    def pending(self) -> bool:
+        """Whether there are bytes to read."""
+        try:
+            return bool(self.sock.recv(1, _socket.MSG_PEEK))
+        except OSError:
+            return False
+
     def watch(self, callback: Callable[[], None] | None) -> None:
         """Call this when something comes while nobody reads."""
 
@@ -211,6 +232,10 @@ class Stream:
     def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
         with contextlib.suppress(OSError):
             self.sock.shutdown(how)
+
+    def finish(self) -> None:
+        """Send no more, and go on reading."""
+        self.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         self.sock.close()
@@ -229,6 +254,19 @@ class ThreadStream(Stream):
             raise TimeoutError
 
 
+class _Late:
+    """One wait that has a deadline: a stream may be read and written at the same time."""
+
+    __slots__ = ("_switch",)
+
+    def __init__(self, switch: Callable[..., Any]) -> None:
+        self._switch = switch
+
+    def expire(self) -> None:
+        """Called in the hub by the deadline."""
+        self._switch(_LATE)
+
+
 class GeventStream(Stream):
     """Waits through the hub.
 
@@ -243,7 +281,6 @@ class GeventStream(Stream):
         self._hub = runtime.hub
         self._readable = self._hub.loop.io(sock.fileno(), READ)
         self._writable: Any = None
-        self._switch: Any = None
         self._callback: Callable[[], None] | None = None
         self._closed = False
 
@@ -257,11 +294,11 @@ class GeventStream(Stream):
             if watcher is None:
                 watcher = self._writable = self._hub.loop.io(self.sock.fileno(), WRITE)
             watcher.start(switch, _READY)
-        deadlines = None
+        late = None
         if seconds is not None:
-            self._switch = switch
+            late = _Late(switch)
             deadlines = self.runtime.deadlines(seconds)
-            deadlines.add(self)
+            deadlines.add(late)
         if client is not None:
             client.watch(switch, _GONE)
         try:
@@ -271,9 +308,8 @@ class GeventStream(Stream):
                 watcher.callback, watcher.args = self._stray, ()
             else:
                 watcher.stop()
-            if deadlines is not None:
-                deadlines.remove(self, None)
-                self._switch = None
+            if late is not None:
+                deadlines.remove(late, None)
             if client is not None:
                 client.unwatch()
         if ended is _READY:
@@ -308,10 +344,6 @@ class GeventStream(Stream):
             self.send(data)
         except OSError:
             self.shutdown()
-
-    def expire(self) -> None:
-        """Called in the hub by a deadline."""
-        self._switch(_LATE)
 
     def _stray(self) -> None:
         """Called in the hub: something has come while nobody reads."""
@@ -349,6 +381,10 @@ class TlsStream(Stream):
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=name)
+        #: a byte that was read to see whether there is one
+        self._ahead = b""
+        # who reads may have to send, too, and records must not mix
+        self._turn: Any = Semaphore() if isinstance(below, GeventStream) else contextlib.nullcontext()
 
     def answer(self, seconds: float | None = None, client: Any = None) -> bytes:
         return self.recv(ANSWER, seconds, client)
@@ -368,8 +404,9 @@ class TlsStream(Stream):
                 raise
 
     def _flush(self, seconds: float | None) -> None:
-        while data := self._outgoing.read():
-            self.below.send(data, seconds)
+        with self._turn:
+            while data := self._outgoing.read():
+                self.below.send(data, seconds)
 
     def _fill(self, seconds: float | None, client: Any) -> None:
         data = self.below.recv(65536, seconds, client)
@@ -379,6 +416,9 @@ class TlsStream(Stream):
             self._incoming.write_eof()
 
     def recv(self, most: int, seconds: float | None = None, client: Any = None) -> bytes:
+        if self._ahead:
+            ahead, self._ahead = self._ahead, b""
+            return ahead
         while True:
             try:
                 return self._tls.read(most)
@@ -411,13 +451,23 @@ class TlsStream(Stream):
             if not data:
                 return False
             self._incoming.write(data)
+        if self._ahead:
+            return False
         try:
-            self._tls.read(1)
+            self._ahead = self._tls.read(1)
         except ssl.SSLWantReadError:
             return True
         except OSError:
             return False
         return False
+
+    def finish(self) -> None:
+        """Send no more, and go on reading."""
+        with contextlib.suppress(OSError, ValueError):
+            self._tls.unwrap()
+        with contextlib.suppress(OSError, ValueError):
+            self._flush(None)
+        self.below.shutdown(socket.SHUT_WR)
 
     def watch(self, callback: Callable[[], None] | None) -> None:
         self.below.watch(callback)
@@ -489,7 +539,7 @@ def _connect_any(target: Target, runtime: Runtime, end: float, local_address: st
     if target.path:
         return _connect_one(runtime, socket.AF_UNIX, target.path, end, None)
     failure: OSError | None = None
-    for family, _, _, _, address in runtime.resolve(target.host, target.port):
+    for family, _, _, _, address in runtime.resolve(target.host, target.port, end - time.monotonic()):
         if local_address is not None and (family == socket.AF_INET6) != (":" in local_address):
             continue
         try:

@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 
 def carry(passage: Passage, head: ResponseHead) -> Iterable[bytes]:
     """Send the 101 to the client, and pass bytes until both sides have had enough."""
-    asked = {protocol.strip().lower() for protocol in passage.fields.upgrade.split(",")}
-    agreed = {protocol.strip().lower() for protocol in head.upgrade.split(",")}
-    if not agreed <= asked:
+    agreed = rules.protocols(head.upgrade)
+    if not agreed <= rules.protocols(passage.fields.upgrade) or "" in agreed:
         raise BadResponse(f"it switches to {head.upgrade[:40]!r}, which nobody asked for")
     exchange = passage.exchange
     assert exchange is not None
@@ -70,7 +69,7 @@ def _join(tunnel: Tunnel, exchange: Exchange, client: Any, answer: bytes, status
         upstream, upstream_early = link.stream.sock, link.buf
         link.buf = b""
         if link.stream.tls:
-            upstream, end = bridge(link.stream.recv, link.stream.send, link.stream.shutdown)
+            upstream, end = bridge(link.stream.recv, link.stream.send, link.stream.finish)
             stack.callback(end)
         near, early = client._sock, b""
         connection = getattr(client, "connection", None)
