@@ -12,7 +12,8 @@ from collections import deque
 from typing import Any
 
 from gunicorn_passenger.errors import PoolExhausted, SettingError
-from gunicorn_passenger.proxy.stream import Runtime, Stream, connect, runtime
+from gunicorn_passenger.proxy.connecting import connect
+from gunicorn_passenger.proxy.stream import Runtime, Stream, runtime
 from gunicorn_passenger.proxy.target import Target
 
 #: Targets whose pools are kept although they are empty.

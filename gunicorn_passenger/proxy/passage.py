@@ -13,9 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from urllib.parse import quote
 
-import gevent
 from werkzeug.exceptions import NotFound, default_exceptions
-from werkzeug.http import http_date
 from werkzeug.wrappers import Request, Response
 
 from gunicorn_passenger.errors import (
@@ -28,7 +26,7 @@ from gunicorn_passenger.errors import (
     UpstreamTimeout,
 )
 from gunicorn_passenger.proxy import fields as rules
-from gunicorn_passenger.proxy import rewriting, splice, upgrade
+from gunicorn_passenger.proxy import rewriting, upgrade
 from gunicorn_passenger.proxy.agent import Pool
 from gunicorn_passenger.proxy.client import CHUNKED, WsgiClient, client_of
 from gunicorn_passenger.proxy.events import (
@@ -43,6 +41,7 @@ from gunicorn_passenger.proxy.fields import Fields, Origin, RequestFields
 from gunicorn_passenger.proxy.messages import ResponseHead
 from gunicorn_passenger.proxy.mirror import Copy
 from gunicorn_passenger.proxy.options import TOKEN, Options
+from gunicorn_passenger.proxy.relay import relay, text_of
 from gunicorn_passenger.proxy.routes import Backend, Route
 from gunicorn_passenger.proxy.stream import ClientGone
 from gunicorn_passenger.proxy.target import Target
@@ -53,8 +52,6 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 #: Fields of a request that stay with the origin that they were meant for.
 _CREDENTIALS = {"authorization", "cookie"}
 _CONTENT = {"content-length", "content-type", "content-encoding", "content-language", "content-location"}
-#: Bytes that are spliced before others get their turn.
-_TURN = 4 << 20
 
 
 class Passage:
@@ -73,8 +70,8 @@ class Passage:
     _path = ""
     #: what the target was asked for
     _asked = ""
-    #: whether the head of an answer went to the client
-    _answered = False
+    #: whether the head of an answer was given to the server
+    _started = False
     #: a cookie that keeps the client with its target
     _sticky = ""
 
@@ -479,15 +476,15 @@ class Passage:
         options = self.options
         exchange = self.exchange
         assert exchange is not None
-        ours = self._client.connection is not None
+        connection = self._client.connection
         plain = options.plain_response and not (options.via or options.self_handle_response)
         # a handler may have asked for the head alone
         headless = exchange.method == "HEAD" and self._client.method != "HEAD"
-        if ours and plain and not (self._sticky or self.events.any or headless):
+        if connection is not None and plain and not (self._sticky or self.events.any or headless):
             # nothing is changed: the text is made once for equal heads
             if head.lines is None:
-                head.lines = _text_of(head.fields, head.status)
-            self._relay(head.status, head.reason, head.lines, head.length, head.dated, None)
+                head.lines = text_of(head.fields, head.status)
+            relay(exchange, connection, head.status, head.reason, head.lines, head.length, head.dated, None)
             self._over()
             return ()
         target = self.target
@@ -519,98 +516,12 @@ class Passage:
             fields = [field for field in fields if field[0].lower() != "content-length"]
             fields.append(("content-length", "0"))
             length = 0
-        if ours:
+        if connection is not None:
             dated = any(name.lower() == "date" for name, _ in fields)
-            self._relay(status, reason, _text_of(fields, status), length, dated, body)
+            relay(exchange, connection, status, reason, text_of(fields, status), length, dated, body)
             self._over()
             return ()
         return self._hand_on(status, reason, fields, body if body is not None else exchange.body())
-
-    def _relay(
-        self,
-        status: int,
-        reason: str,
-        lines: bytes,
-        length: int | None,
-        dated: bool,
-        body: Iterator[bytes] | None,
-    ) -> None:
-        """Send the answer over our own connection.
-
-        :param lines: the fields.
-        :param dated: whether a Date is among them.
-        :param body: what a handler has left of the body, where there is one.
-        """
-        connection = self._client.connection
-        response = connection.response
-        exchange = self.exchange
-        assert exchange is not None
-        if status == 204:
-            length = None
-        if not dated:
-            lines += f"date: {http_date()}\r\n".encode()  # RFC 9110 section 6.6.1
-        line = f"{status} {reason}"
-        first = exchange.receive(wait=False) if body is None else b""
-        response.sent = len(first)
-        self._answered = True
-        unread = not self._upload.begun
-        whole = body is None and exchange.complete and not exchange.trailers
-        response.relay(line, lines, length, first, whole, unread)
-        if whole:
-            return
-        chunked = response.chunked
-        if body is None:
-            if length is not None and exchange.left >= splice.LEAST and splice.available:
-                self._splice(exchange, connection, response)
-            body = exchange.body()
-        for piece in body:
-            if response.bodiless:
-                continue
-            response.sent += len(piece)
-            connection.send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
-        if length is not None and response.sent < length and not response.bodiless:
-            raise HandlerFailed("proxy_res: a handler has read a part of the body")
-        if chunked:
-            trailers = "".join(f"{name}: {value}\r\n" for name, value in exchange.trailers)
-            connection.send(b"0\r\n%b\r\n" % trailers.encode("latin-1"))
-        response.relayed()
-
-    def _splice(self, exchange: Exchange, connection: Any, response: Any) -> None:
-        """Let the kernel move a long body, as far as it can."""
-        stream = exchange.link.stream
-        if stream.tls or exchange.link.buf:
-            return
-        try:
-            pipe = splice.pipe()
-        except OSError:
-            return  # no descriptors: it is copied then
-        try:
-            source, sink = stream.sock.fileno(), connection.raw_fileno()
-            turn = 0
-            while exchange.left:
-                try:
-                    count = pipe.fill(source, exchange.left)
-                except BlockingIOError:
-                    exchange.wait()
-                    continue
-                except OSError:
-                    return  # who reads finds out why
-                if not count:
-                    return
-                exchange.moved(count)
-                response.sent += count
-                try:
-                    pipe.drain(sink, connection.wait_writable)
-                except OSError as error:
-                    raise ClientDisconnected(
-                        error.errno or errno.EPIPE, f"the client has gone: {error.strerror}"
-                    ) from None
-                turn += count
-                if turn >= _TURN:
-                    turn = 0
-                    gevent.sleep(0)
-        finally:
-            pipe.done()
 
     def _hand_on(self, status: int, reason: str, fields: Fields, body: Iterator[bytes]) -> Iterable[bytes]:
         """Send the answer the way of WSGI."""
@@ -621,7 +532,7 @@ class Passage:
             drop.add("content-length")
         fields = [field for field in fields if field[0].lower() not in drop]
         self._start_response(f"{status} {reason or 'Unknown'}", fields)
-        self._answered = True
+        self._started = True
         return _Answer(self, body)
 
     def _handled(self, made: Any) -> Iterable[bytes]:
@@ -637,7 +548,7 @@ class Passage:
 
     def _noting_start(self, *arguments: Any) -> Any:
         """``start_response`` for who answers in place of the target."""
-        self._answered = True
+        self._started = True
         return self._start_response(*arguments)
 
     def pieces(self, body: Iterator[bytes]) -> Iterator[bytes]:
@@ -729,6 +640,12 @@ class Passage:
         response.headers.extend(headers)
         return response(self.environ, self._start_response)
 
+    @property
+    def _answered(self) -> bool:
+        """Whether the head of an answer is on its way to the client."""
+        connection = self._client.connection
+        return self._started or (connection is not None and connection.response.headers_sent)
+
     def _shown_path(self) -> str:
         return (self._path or quote(self.environ.get("PATH_INFO", ""), encoding="latin-1"))[:200]
 
@@ -782,14 +699,6 @@ def _changed(response: UpstreamResponse, head: ResponseHead) -> Fields:
     if head.length is not None:
         fields.append(("content-length", str(head.length)))
     return fields
-
-
-def _text_of(fields: Fields, status: int) -> bytes:
-    """The fields of an answer as they are sent."""
-    if status == 204:
-        # RFC 9110 section 8.6: no Content-Length with 204
-        fields = [field for field in fields if field[0].lower() != "content-length"]
-    return "".join([f"{name}: {value}\r\n" for name, value in fields]).encode("latin-1")
 
 
 class _Answer:

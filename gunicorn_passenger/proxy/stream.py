@@ -15,13 +15,9 @@ from __future__ import annotations
 
 import _socket
 import contextlib
-import errno
-import os
 import select
 import socket
-import ssl
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -30,11 +26,8 @@ from gevent import getcurrent, monkey
 from gevent import socket as gsocket
 from gevent._hub_local import get_hub_if_exists
 from gevent.event import Event as GeventEvent
-from gevent.lock import Semaphore
 
-from gunicorn_passenger.errors import UpstreamRefused, UpstreamTimeout
 from gunicorn_passenger.http.deadlines import Deadlines
-from gunicorn_passenger.proxy.target import Target
 
 #: what a wait ends with
 _READY, _LATE, _GONE = "ready", "late", "gone"
@@ -50,9 +43,6 @@ READ, WRITE = 1, 2
 
 #: the system's own: gevent's would let the hub run, which a thread does not have
 _poll = monkey.get_original("select", "poll")
-
-#: what a connection says that is being made
-_CONNECTING = {errno.EINPROGRESS, errno.EWOULDBLOCK}
 
 
 class ClientGone(Exception):
@@ -365,224 +355,3 @@ class GeventStream(Stream):
         if self._writable is not None:
             self._writable.close()
         self.sock.close()
-
-
-class TlsStream(Stream):
-    """TLS over another stream."""
-
-    tls = True
-
-    def __init__(self, below: Stream, context: ssl.SSLContext, name: str) -> None:
-        """
-        :param name: the host that the certificate has to be for.
-        """
-        self.below = below
-        self.sock = below.sock
-        self._incoming = ssl.MemoryBIO()
-        self._outgoing = ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=name)
-        #: a byte that was read to see whether there is one
-        self._ahead = b""
-        # who reads may have to send, too, and records must not mix
-        self._turn: Any = Semaphore() if isinstance(below, GeventStream) else contextlib.nullcontext()
-
-    def answer(self, seconds: float | None = None, client: Any = None) -> bytes:
-        return self.recv(ANSWER, seconds, client)
-
-    def handshake(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while True:
-            try:
-                self._tls.do_handshake()
-                self._flush(None)
-                return
-            except ssl.SSLWantReadError:
-                self._flush(None)
-                self._fill(max(end - time.monotonic(), 0.001), None)
-            except ssl.SSLError:
-                self._flush(None)  # an alert says why
-                raise
-
-    def _flush(self, seconds: float | None) -> None:
-        with self._turn:
-            while data := self._outgoing.read():
-                self.below.send(data, seconds)
-
-    def _fill(self, seconds: float | None, client: Any) -> None:
-        data = self.below.recv(65536, seconds, client)
-        if data:
-            self._incoming.write(data)
-        else:
-            self._incoming.write_eof()
-
-    def recv(self, most: int, seconds: float | None = None, client: Any = None) -> bytes:
-        if self._ahead:
-            ahead, self._ahead = self._ahead, b""
-            return ahead
-        while True:
-            try:
-                return self._tls.read(most)
-            except ssl.SSLWantReadError:
-                self._flush(seconds)
-                self._fill(seconds, client)
-            except ssl.SSLZeroReturnError:
-                return b""
-            except ssl.SSLEOFError:
-                raise ConnectionResetError(errno.ECONNRESET, "the TLS connection was cut off") from None
-
-    def send(self, data: Any, seconds: float | None = None) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[self._tls.write(view[:65536]) :]
-            self._flush(seconds)
-
-    def wait(self, what: int, seconds: float | None = None, client: Any = None) -> None:
-        self.below.wait(what, seconds, client)
-
-    def silent(self) -> bool:
-        # a TLS 1.3 server may send session tickets at any time: they are no answer
-        while True:
-            try:
-                data = self.sock.recv(65536)
-            except BlockingIOError:
-                break
-            except OSError:
-                return False
-            if not data:
-                return False
-            self._incoming.write(data)
-        if self._ahead:
-            return False
-        try:
-            self._ahead = self._tls.read(1)
-        except ssl.SSLWantReadError:
-            return True
-        except OSError:
-            return False
-        return False
-
-    def finish(self) -> None:
-        """Send no more, and go on reading."""
-        with contextlib.suppress(OSError, ValueError):
-            self._tls.unwrap()
-        with contextlib.suppress(OSError, ValueError):
-            self._flush(None)
-        self.below.shutdown(socket.SHUT_WR)
-
-    def watch(self, callback: Callable[[], None] | None) -> None:
-        self.below.watch(callback)
-
-    def rearm(self) -> None:
-        self.below.rearm()
-
-    def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
-        self.below.shutdown(how)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self._tls.unwrap()
-        with contextlib.suppress(OSError, ValueError):
-            self.sock.send(self._outgoing.read())
-        self.below.close()
-
-
-def connect(
-    target: Target,
-    runtime: Runtime,
-    seconds: float,
-    local_address: str | None = None,
-    context: ssl.SSLContext | None = None,
-) -> Stream:
-    """Connect to a target.
-
-    :param seconds: how long that may take, TLS included.
-    :param local_address: the address to connect from.
-    :param context: for TLS.
-    :raises UpstreamRefused: when it cannot be reached.
-    :raises UpstreamTimeout: when that takes too long.
-    """
-    end = time.monotonic() + seconds
-    try:
-        stream = _connect_any(target, runtime, end, local_address)
-    except TimeoutError:
-        raise UpstreamTimeout("no connection was made in time") from None
-    except socket.gaierror as error:
-        raise UpstreamRefused(f"the host name does not resolve: {error.strerror}") from None
-    except OSError as error:
-        raise UpstreamRefused(_reason(error)) from None
-    if context is None:
-        return stream
-    try:
-        secured = TlsStream(stream, context, target.host)
-        secured.handshake(max(end - time.monotonic(), 0.001))
-        return secured
-    except TimeoutError:
-        stream.close()
-        raise UpstreamTimeout("the TLS handshake was not over in time") from None
-    except ssl.SSLCertVerificationError as error:
-        stream.close()
-        raise UpstreamRefused(f"the certificate is not trusted: {error.verify_message}") from None
-    except (OSError, ValueError) as error:
-        stream.close()
-        raise UpstreamRefused(f"the TLS handshake failed: {_reason(error)}") from None
-    except BaseException:
-        stream.close()
-        raise
-
-
-def _reason(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text[:1].lower() + text[1:]
-
-
-def _connect_any(target: Target, runtime: Runtime, end: float, local_address: str | None) -> Stream:
-    if target.path:
-        return _connect_one(runtime, socket.AF_UNIX, target.path, end, None)
-    failure: OSError | None = None
-    for family, _, _, _, address in runtime.resolve(target.host, target.port, end - time.monotonic()):
-        if local_address is not None and (family == socket.AF_INET6) != (":" in local_address):
-            continue
-        try:
-            return _connect_one(runtime, family, address, end, local_address)
-        except TimeoutError:
-            raise
-        except OSError as error:
-            failure = failure or error
-    raise failure or OSError(errno.EADDRNOTAVAIL, f"no address of {target.host} fits local_address")
-
-
-def _connect_one(runtime: Runtime, family: int, address: Any, end: float, local: str | None) -> Stream:
-    sock = _socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-    sock.setblocking(False)
-    stream: Stream | None = None
-    try:
-        if local is not None:
-            sock.bind((local, 0))
-        code = sock.connect_ex(address)
-        if family == socket.AF_UNIX and code == errno.EAGAIN:
-            # its backlog is full; the kernel tells nobody when there is room again
-            code = _connect_patiently(sock, address, runtime, end)
-        stream = runtime.open(sock)
-        if code in _CONNECTING:
-            stream.wait(WRITE, max(end - time.monotonic(), 0.001))
-            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
-            raise OSError(code, os.strerror(code))
-        if family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return stream
-    except BaseException:
-        (stream or sock).close()
-        raise
-
-
-def _connect_patiently(sock: Any, address: Any, runtime: Runtime, end: float) -> int:
-    pause = 0.001
-    while True:
-        runtime.event().wait(pause)
-        code: int = sock.connect_ex(address)
-        if code != errno.EAGAIN:
-            return code
-        if time.monotonic() > end:
-            raise TimeoutError
-        pause = min(pause * 2, 0.05)
