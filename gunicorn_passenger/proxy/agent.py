@@ -174,10 +174,11 @@ class Pool:
         self._timer: Any = None
         self._lock = waits.lock()
 
-    def take(self, fresh: bool = False) -> Link:
+    def take(self, fresh: bool = False, wait: bool = True) -> Link:
         """A connection for one request, to be given back with :meth:`give` or :meth:`drop`.
 
         :param fresh: whether it has to be a new one.
+        :param wait: whether to wait when there are too many in use.
         :raises PoolExhausted: when there are too many in use, for too long.
         :raises UpstreamRefused, UpstreamTimeout: when none can be made.
         """
@@ -189,6 +190,8 @@ class Pool:
             if most is not None and self.used + len(self._idle) >= most:
                 if self._idle:
                     self.retire(self._idle[0])
+                elif not wait:
+                    raise PoolExhausted(f"all {most} connections are in use")
                 else:
                     ticket = _Ticket(self.runtime.event())
                     self._waiting.append(ticket)

@@ -97,9 +97,9 @@ class Upload:
         if not self.begun and not self.replaced and 0 < self.length <= min(_INLINE, self.client.arrived()):
             self.held = self._read(self.length)
             self.begun = True
-            if self.copy is not None:
-                self.copy.feed(self.held)
-                self.copy.end()
+        if self.held is not None and self.copy is not None:
+            self.copy.feed(self.held)
+            self.copy.end()
         return self.held or b""
 
     @property
@@ -292,7 +292,7 @@ class Exchange:
 
     # --- the request -----------------------------------------------------------------------------
 
-    def request(self, head: bytes, expect: bool) -> ResponseHead:
+    def request(self, head: bytes, expect: bool, wait: bool) -> ResponseHead:
         """Send a request and read the head of its answer.
 
         A connection that was kept may be closed by the target at any time. A request that meets that is
@@ -301,6 +301,7 @@ class Exchange:
 
         :param head: as it is sent.
         :param expect: whether the client waits for "100 Continue" before it sends the body.
+        :param wait: whether to wait for a connection when all are in use.
         :raises ProxyError: when there is no answer.
         """
         upload = self.upload
@@ -308,7 +309,7 @@ class Exchange:
         body = b"" if expect else upload.hold()
         fresh = False
         while True:
-            link = self.link = self._take(fresh)
+            link = self.link = self._take(fresh, wait)
             self.connected = True
             untouched = False
             stream = link.stream
@@ -340,9 +341,9 @@ class Exchange:
                 self._drop()
                 fresh = True
 
-    def _take(self, fresh: bool) -> Link:
+    def _take(self, fresh: bool, wait: bool) -> Link:
         while True:
-            link = self.pool.take(fresh)
+            link = self.pool.take(fresh, wait)
             if not link.reused or link.stream.silent():
                 return link
             # something came that nobody asked for, or the end

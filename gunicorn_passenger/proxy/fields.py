@@ -122,7 +122,7 @@ class RequestFields:
                 if low == "connection":
                     connection = f"{connection},{value}" if connection else value
                 elif low == "upgrade":
-                    self.upgrade = value
+                    self.upgrade = f"{self.upgrade}, {value}" if self.upgrade else value
                 elif low == "trailer":
                     fields.append((name if keep_case else low, value))
                 elif low == "content-length":

@@ -88,7 +88,7 @@ class ResponseHead:
                 elif low == "transfer-encoding":
                     codings = value if codings is None else f"{codings},{value}"
                 elif low == "upgrade":
-                    self.upgrade = value
+                    self.upgrade = f"{self.upgrade}, {value}" if self.upgrade else value
                 elif low == "trailer":
                     fields.append((name if keep_case else low, value))
             elif colon and low[:6] != "proxy-":

@@ -66,7 +66,7 @@ class Copy:
 
     def feed(self, piece: bytes) -> None:
         """A piece of the body."""
-        if self._given_up:
+        if self._given_up or self._ended:
             return
         if self._waiting > _WAITING or _Total.waiting > _WAITING_IN_ALL:
             self._give_up()

@@ -240,7 +240,7 @@ class Passage:
             backend.active += 1
             self.target = backend.target
             try:
-                head = self._ask_one(backend.target, method, before)
+                head = self._ask_one(backend.target, method, before, wait=number == last)
             except (UpstreamRefused, UpstreamTimeout, PoolExhausted) as error:
                 if self.exchange is not None and self.exchange.connected:
                     raise
@@ -267,16 +267,19 @@ class Passage:
         except LookupError:
             raise UpstreamRefused(f"no server of this application has the name {target.server!r}") from None
 
-    def _ask_one(self, named: Target, method: str, before: str) -> ResponseHead:
+    def _ask_one(self, named: Target, method: str, before: str, wait: bool) -> ResponseHead:
         target = self._resolve(named) if named.server else named
         path = rules.target_path(self.options, target, self._path, before)
         if self.events.any and self.events.has("start"):
             self.events.emit("start", self.werkzeug_request(), named)
-        return self._send(target, method, path)
+        return self._send(target, method, path, wait)
 
-    def _send(self, target: Target, method: str, path: str, foreign: bool = False) -> ResponseHead:
+    def _send(
+        self, target: Target, method: str, path: str, wait: bool = True, foreign: bool = False
+    ) -> ResponseHead:
         """Send the request as the handlers have it, and read the head of its answer.
 
+        :param wait: whether to wait for a connection when all are in use.
         :param foreign: whether a redirect has led to a target that the options are not for.
         """
         options = self.options
@@ -311,7 +314,7 @@ class Passage:
         exchange = self.exchange = Exchange(pool, options, method, self._client, upload)
         if fields.upgrade:
             exchange.switching = True
-        return exchange.request(head, expect)
+        return exchange.request(head, expect, wait)
 
     def _pool(self, target: Target) -> Pool:
         options = self.options
@@ -360,6 +363,10 @@ class Passage:
         upload = self._upload
         if not isinstance(upload, Upload):
             upload = self._upload = Upload(self._client, 0, self.options)
+        if upload.copy is not None:
+            # the copy was to have the client's body, which nobody reads now
+            upload.copy.end(whole=False)
+            upload.copy = None
         if isinstance(body, (bytes, bytearray)):
             upload.replace(bytes(body), len(body))
             return
@@ -466,7 +473,7 @@ class Passage:
                 fields = fields.changed(rest).with_host(target.authority, options.preserve_header_key_case)
             self.fields = fields
             self.target = target
-            head = self._send(target, method, path, foreign)
+            head = self._send(target, method, path, foreign=foreign)
             path = self._asked
         return head
 
