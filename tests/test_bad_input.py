@@ -55,7 +55,7 @@ def fails(process, pattern, lines=1):
         ("s = passenger.create_server(whoami).listen('auto')\ns.listen(9000)", "already listens on 127.0.0.1"),
         ("passenger.listen('9' * 5000, whoami)", "port '99999999999999999999' .*is not a number from 1 to 65535"),
         (f"passenger.listen('{'a' * 64}.x:9000', whoami)", "a label has over 63 characters"),
-        ("from gunicorn_passenger import http_proxy\nhttp_proxy.create_server('ftp://x')", "target='ftp://x' is neither a"),
+        ("from gunicorn_passenger import http_proxy\nhttp_proxy.create_server('ftp://x')", "target='ftp://x': a URL for a target begins with http:// or https://"),
         ("from gunicorn_passenger import http_proxy\nhttp_proxy.create_server(9000, zz=1)", "has no option 'zz'"),
         ("passenger.create_server(whoami, zz=1)", "create_server.. has no option 'zz'"),
         ("passenger.configure(ports='9000-')", r"configure\(ports=...\): cannot read '9000-' \(item 1 of '9000-'\)"),

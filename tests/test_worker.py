@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 from conftest import PROGRAMS, Client, answers, fetch, free_port, pids_answering, refused, require, wait_for
@@ -241,3 +243,21 @@ def test_a_stop_while_workers_boot_opens_nothing_more(start, port, home):
     assert process.wait_end() == 0
     assert "Traceback" not in process.log()
     assert "Opened" not in process.log()
+
+
+def test_a_stop_that_meets_a_finalizer_is_remembered_and_not_shown():
+    """What is raised in a ``__del__`` Python shows and ignores: the worker leaves when it has booted."""
+    program = """
+import sys
+from gunicorn_passenger.master import forks
+
+class Leaving:
+    def __del__(self):
+        forks._exit(15, sys._getframe())
+
+leaving = Leaving()
+del leaving
+assert forks.told_to_leave()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

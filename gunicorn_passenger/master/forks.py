@@ -69,9 +69,14 @@ def _leave_when_told() -> None:
         signal.signal(number, _exit)
 
 
-def _exit(_number: int, _frame: Any) -> None:
+def _exit(_number: int, frame: Any) -> None:
     _told.append(True)
     stop_once()
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            # Python would show the exception, and ignore it: the worker leaves when it has booted
+            return
+        frame = frame.f_back
     raise SystemExit(0)
 
 
