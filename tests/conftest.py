@@ -66,6 +66,8 @@ def wait_for(condition: Callable[[], Any], what: object = "the condition", timeo
 #: Abstract UNIX sockets that reserve the ports this test process was given: other test processes of the
 #: machine see them, and they are gone with the process.
 _reserved: dict[int, socket.socket] = {}
+#: How many ports a test process keeps for itself: each costs it a descriptor.
+_RESERVED = 300
 
 
 def _reserve(port: int) -> bool:
@@ -82,6 +84,9 @@ def _reserve(port: int) -> bool:
         token.close()
         return False
     _reserved[port] = token
+    if len(_reserved) > _RESERVED:
+        # it has long been used: a server listens there, or its test is over
+        _reserved.pop(next(iter(_reserved))).close()
     return True
 
 
