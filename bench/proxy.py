@@ -493,6 +493,16 @@ def cpu_of(pids: Sequence[int]) -> float:
     return sum(exact_cpu_seconds(pid) for pid in pids)
 
 
+def cpu_by_thread(pids: Sequence[int]) -> dict[str, float]:
+    """The CPU time of each living thread: one that ends takes its time with it, and may not count."""
+    used = {}
+    for pid in pids:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                used[task.name] = int((task / "schedstat").read_text().split()[0]) / 1e9
+    return used
+
+
 def resident(pid: int, what: str) -> int:
     """VmRSS or VmHWM, its peak, in kB."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
@@ -593,9 +603,10 @@ def measure_idle(site: Site, pids: list[int]) -> Idle:
     with websockets(IDLE_WEBSOCKETS):
         after = memory()
         cores = (site.kit.core, site.kit.load_core)
-        busy, used, start = busy_seconds(cores), cpu_of(pids), time.monotonic()
+        busy, before_idle, start = busy_seconds(cores), cpu_by_thread(pids), time.monotonic()
         time.sleep(IDLE_SECONDS)
-        busy, used, wall = busy_seconds(cores) - busy, cpu_of(pids) - used, time.monotonic() - start
+        busy, wall = busy_seconds(cores) - busy, time.monotonic() - start
+        used = sum(seconds - before_idle.get(task, 0.0) for task, seconds in cpu_by_thread(pids).items())
     return Idle((after - before) / IDLE_WEBSOCKETS, 1000 * used, max(0.0, busy - used) / wall / len(cores))
 
 
