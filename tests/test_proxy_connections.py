@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import time
 
 import pytest
 from conftest import fetch, free_port, wait_for
@@ -773,8 +774,6 @@ def test_a_slow_client_is_no_silent_upstream(px, where):
         client.send(get("/", "Content-Length: 3", method="POST"))
         wire = upstream.accept()
         wire.head()
-        import time
-
         time.sleep(1)
         client.send(b"abc")
         assert wire.exactly(3) == b"abc"

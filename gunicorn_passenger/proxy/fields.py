@@ -34,16 +34,8 @@ ASIDE = frozenset(
     }
 )
 
-#: Nobody may take these away by naming them in Connection: they are meant for all recipients (RFC 9110
-#: section 7.6.1), or tell where a request comes from.
-_NOT_TO_NOMINATE = {
-    "host",
-    "content-length",
-    "content-type",
-    "authorization",
-    "cookie",
-    "cache-control",
-    "set-cookie",
+#: Fields that tell where a request comes from, and whom a server believes it.
+ORIGIN = {
     "forwarded",
     "via",
     "x-forwarded-for",
@@ -51,6 +43,18 @@ _NOT_TO_NOMINATE = {
     "x-forwarded-port",
     "x-forwarded-proto",
     "x-real-ip",
+}
+
+#: Nobody may take these away by naming them in Connection: they are meant for all recipients (RFC 9110
+#: section 7.6.1), or tell where a request comes from.
+_NOT_TO_NOMINATE = ORIGIN | {
+    "host",
+    "content-length",
+    "content-type",
+    "authorization",
+    "cookie",
+    "cache-control",
+    "set-cookie",
 }
 
 #: options of Connection that name no field of their own

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from gunicorn_passenger.errors import BadResponse
-from gunicorn_passenger.proxy.fields import ASIDE, Fields, without_nominated
+from gunicorn_passenger.proxy.fields import ASIDE, ORIGIN, Fields, without_nominated
 
 #: Bytes that the head of an answer may have, and the line of a chunk's size, and all trailers.
 HEAD_LIMIT = 65536
@@ -233,32 +233,29 @@ class Chunks:
 
 
 #: Fields that frame, route or authenticate must not come in trailers (RFC 9110 section 6.5.1).
-NO_TRAILER = ASIDE | {
-    "host",
-    "expect",
-    "forwarded",
-    "via",
-    "x-forwarded-for",
-    "x-forwarded-host",
-    "x-forwarded-port",
-    "x-forwarded-proto",
-    "x-real-ip",
-    "authorization",
-    "cookie",
-    "set-cookie",
-    "content-encoding",
-    "content-type",
-    "content-range",
-    "cache-control",
-    "max-forwards",
-    "range",
-    "age",
-    "date",
-    "expires",
-    "location",
-    "vary",
-    "www-authenticate",
-}
+NO_TRAILER = (
+    ASIDE
+    | ORIGIN
+    | {
+        "host",
+        "expect",
+        "authorization",
+        "cookie",
+        "set-cookie",
+        "content-encoding",
+        "content-type",
+        "content-range",
+        "cache-control",
+        "max-forwards",
+        "range",
+        "age",
+        "date",
+        "expires",
+        "location",
+        "vary",
+        "www-authenticate",
+    }
+)
 
 
 def is_trailer(name: str) -> bool:
