@@ -116,7 +116,7 @@ def test_a_sized_body_keeps_its_framing_whatever_the_method(px, where, method):
         client.send(get("/", f"Content-Length: {len(SMUGGLED)}", method=method) + SMUGGLED)
         wire = upstream.accept()
         got = request_of(wire)
-        assert (got.get("content-length"), got.body) == (str(len(SMUGGLED)), SMUGGLED)
+        assert (got.get("content-length"), got.body) == (str(len(SMUGGLED)), SMUGGLED), got
         wire.send(OK if method != "HEAD" else OK[:-2])
         assert response_of(client, method).status == 200
         client.send(get("/next"))

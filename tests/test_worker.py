@@ -1,6 +1,7 @@
 """The worker: which listener serves the primary, what is said at the start, how it ends."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -261,3 +262,28 @@ assert forks.told_to_leave()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_stop_that_comes_with_the_fork_is_not_lost(start, home):
+    """A child that has not said yet what to do with signals has the master's handlers, which nobody reads."""
+    start.write(
+        "gunicorn.conf.py",
+        f"""
+        import os, signal
+
+        def told_at_once():
+            try:
+                os.close(os.open({str(home / "told")!r}, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                return
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        os.register_at_fork(after_in_child=told_at_once)
+        """,
+    )
+    process = start.gunicorn("two_servers", workers=1, env={"P1": free_port()}).wait_ready()
+    first, second = re.findall(r"Booting worker with pid: (\d+)", process.log())
+    assert fetch(process.socket)[1] == second
+    assert not os.path.exists(f"/proc/{first}")
+    assert "Traceback" not in process.log()
+    assert "ignored" not in process.log()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+from threading import get_ident
 from typing import Any
 
 from gunicorn_passenger.master.broker import Broker
@@ -16,6 +17,8 @@ _brokers: list[Broker] = []
 _retired: list[Broker] = []
 _hooked: list[bool] = []
 _told: list[bool] = []
+#: the signals that a thread had blocked before the fork that it is in
+_masks: dict[int, Any] = {}
 
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
@@ -41,6 +44,8 @@ def install(broker: Broker) -> None:
 
 
 def _before_fork() -> None:
+    # a stop that reaches a child before it has said what to do with one waits until then
+    _masks[get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
     for broker in _brokers:
         broker.before_fork()
 
@@ -48,25 +53,40 @@ def _before_fork() -> None:
 def _after_in_parent() -> None:
     for broker in _brokers:
         broker.after_fork_in_parent()
+    _unblock()
 
 
 def _after_in_child() -> None:
-    for broker in _brokers:
-        if broker.after_fork_in_child():
-            _leave_when_told()
+    worker = any(broker.after_fork_in_child() for broker in _brokers)
     # the arbiter's reexec child still asks its broker what to hand over
     _retired[:] = _brokers
     _brokers.clear()
+    if worker:
+        _handle_stops(_note)
+    _unblock()
+    if worker:
+        _handle_stops(_exit)
 
 
-def _leave_when_told() -> None:
+def _unblock() -> None:
+    mask = _masks.pop(get_ident(), None)
+    if mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _handle_stops(handler: Any) -> None:
     """A worker that is told to stop while it boots goes at once.
 
     Until it has set its own handlers it has the arbiter's, which only put the signal into a queue
     that nobody reads in a child: the stop would be lost, and gunicorn wait for its timeout.
     """
     for number in _STOPS:
-        signal.signal(number, _exit)
+        signal.signal(number, handler)
+
+
+def _note(_number: int, _frame: Any) -> None:
+    # what is raised inside a fork Python shows and ignores
+    _told.append(True)
 
 
 def _exit(_number: int, frame: Any) -> None:
