@@ -327,7 +327,7 @@ class Connection:
         environ["wsgi.early_hints"] = response.early_hints
         turn = gateway.turn
         began = 0.0
-        if turn.streak or not worker.nr % SAMPLE or gateway.access.enabled:
+        if turn.streak or gateway.logs or not worker.nr % SAMPLE:
             began = perf_counter()
             if began > turn.due:
                 turn.let_go()
@@ -346,7 +346,7 @@ class Connection:
                         response.write(piece)
                     response.close()
             finally:
-                if gateway.access.enabled and response.headers_sent:
+                if gateway.logs and response.headers_sent:
                     took = perf_counter() - began
                     gateway.access.write(response, self._request_of(request), environ, took, self.head)
                 if result.__class__ is not list and hasattr(result, "close"):
@@ -499,7 +499,7 @@ class Connection:
     def _turn_away(self, status: int, reason: str, text: str, environ: dict[str, Any], request: Any) -> None:
         """Answer a client that has not kept its side; the access log has it, too."""
         self._say(status, reason, text)
-        if self.gateway.access.enabled:
+        if self.gateway.logs:
             response = Response(self, environ, request)
             response.status = f"{status} {reason}"
             response.sent = len(text)

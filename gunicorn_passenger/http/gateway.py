@@ -91,6 +91,8 @@ class Gateway:
             before=(lambda request: self._before(before, request)) if before else (lambda request: None),
         )
         self.access = AccessLog(cfg, log)
+        #: whether there is an access log
+        self.logs = self.access.enabled
         # a connection that is idle or has not begun, and what a leaving worker gives it
         self.idle = Deadlines(cfg.keepalive or 1.0)
         # how long a connection keeps its greenlet when its client pauses

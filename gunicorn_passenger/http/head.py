@@ -222,10 +222,12 @@ class HeadReader:
         elif "CONTENT_LENGTH" in environ:
             length = int(environ["CONTENT_LENGTH"])
 
-        if peer.trusted:
-            for name in self._scheme_fields:
-                if name in environ and not self._set_scheme(environ):
-                    return self.read_by_the_book(head, peer)
+        if (
+            peer.trusted
+            and not environ.keys().isdisjoint(self._scheme_fields)
+            and not self._set_scheme(environ)
+        ):
+            return self.read_by_the_book(head, peer)
 
         if self.script_name:
             if not path.startswith(self.script_name):

@@ -497,7 +497,13 @@ class Response:
     def _send_head(self, body: bytes) -> None:
         connection = self._connection
         gateway = connection.gateway
-        if connection.body.unread or gateway.closing or not gateway.worker.alive or self.should_close():
+        if (
+            connection.body.unread
+            or gateway.closing
+            or not gateway.worker.alive
+            or self.must_close
+            or (self.response_length is None and self.should_close())
+        ):
             self.must_close = True
         word = "upgrade" if self.upgrade else "close" if self.must_close else "keep-alive"
         begin = _begin(self._protocol, self.status or "", word)
