@@ -103,7 +103,9 @@ class Connection:
         "memo",
         "peer",
         "response",
+        "silent",
         "sock",
+        "watched",
     )
 
     def __init__(self, acceptor: Any, gateway: Gateway, sock: Any, addr: Any, early: bytes = b"") -> None:
@@ -149,6 +151,9 @@ class Connection:
         self._stuck = False
         #: whether it has had no request
         self.fresh = True
+        #: for Silence: since which tick its greenlet waits for a request, and whether that is looked at
+        self.silent = 0
+        self.watched = False
         #: what the proxy remembers of the last request
         self.memo: Any = None
         #: called when the worker leaves, by whoever has made something else of the connection
@@ -286,13 +291,15 @@ class Connection:
                 readable = self._reader()
             while True:
                 # where a busy connection spends its life
-                lull.add(self)
+                self.silent = lull.tick
+                if not self.watched:
+                    lull.watch(self)
                 readable.start(switch)
                 try:
                     wait()
                 finally:
                     readable.stop()
-                    lull.remove(self, None)
+                    self.silent = 0
                 if self.held:
                     self._send_held()
                 if self._taker is not None:
@@ -854,7 +861,8 @@ class Connection:
         return self.greenlet is None and self._readable is not None and bool(self._readable.active)
 
     def _wake(self) -> None:
-        if self.gateway.lull.remove(self, None) is not None:
+        if self.silent:
+            self.silent = 0
             self.greenlet.switch()
 
     def linger(self) -> None:
@@ -877,6 +885,8 @@ class Connection:
     def close(self) -> None:
         """The end, whatever it was doing."""
         self._stop_waiting(self, None)
+        if self.watched:
+            self.gateway.lull.forget(self)
         if self.held:  # it was killed
             with contextlib.suppress(OSError):
                 self._raw.send(self.held)

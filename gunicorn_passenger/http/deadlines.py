@@ -58,3 +58,56 @@ class Deadlines:
                 return
             del self._since[waiting]
             waiting.expire()
+
+
+class Quiet(Protocol):
+    #: the tick in which it began to wait; 0 while it does not
+    silent: int
+    #: whether it is looked at with each tick
+    watched: bool
+
+    def expire(self) -> None:
+        """Its client has paused. Called in the hub: it must not block."""
+
+
+class Silence:
+    """Wakes busy connections whose clients pause, without a queue that each of their waits goes through.
+
+    A busy connection waits thousands of times in a second and is never late. So it only notes the tick in
+    which a wait began; who has waited for a whole tick is found when the next one ends.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        """
+        :param seconds: the length of a tick; a pause lasts between one and two of them.
+        """
+        self.tick = 1
+        self._seconds = seconds
+        self._watched: set[Quiet] = set()
+        self._timer: Any = None
+
+    def watch(self, connection: Quiet) -> None:
+        """It waits, and is looked at from now on until it pauses or is found to be doing something else."""
+        connection.watched = True
+        self._watched.add(connection)
+        if self._timer is None:
+            self._timer = get_hub().loop.timer(self._seconds, self._seconds)
+            self._timer.start(self._next)
+
+    def forget(self, connection: Quiet) -> None:
+        connection.watched = False
+        self._watched.discard(connection)
+
+    def _next(self) -> None:
+        self.tick += 1
+        begun = self.tick - 2
+        for connection in list(self._watched):
+            if not connection.silent:
+                # it may be long: it comes back with its next wait
+                self.forget(connection)
+            elif connection.silent <= begun and connection.watched:
+                self.forget(connection)
+                connection.expire()
+        if not self._watched:
+            self._timer.close()
+            self._timer = None

@@ -15,17 +15,29 @@ from gunicorn.http.wsgi import WSGIErrorsWrapper, base_environ
 from gunicorn.workers.base import Worker as GunicornWorker
 
 from gunicorn_passenger.http.access import AccessLog
-from gunicorn_passenger.http.deadlines import Deadlines
+from gunicorn_passenger.http.deadlines import Deadlines, Silence
 from gunicorn_passenger.http.head import HeadReader, Peer
 from gunicorn_passenger.http.turn import turn_of_loop
 from gunicorn_passenger.settings import Timeouts
 
 #: Addresses of peers of which is remembered whether they are trusted.
 _REMEMBER = 4096
-#: Seconds that a client may pause before its connection gives up its greenlet.
+#: Seconds, at least, that a client may pause before its connection gives up its greenlet.
 _LULL = 0.1
 #: Seconds that a client gets to read its answer when the connection ends before its request has.
 _LINGER = 2.0
+
+
+#: What every request sets in its environ.
+_EACH = (
+    "PATH_INFO",
+    "SCRIPT_NAME",
+    "RAW_URI",
+    "SERVER_NAME",
+    "SERVER_PORT",
+    "wsgi.input",
+    "wsgi.early_hints",
+)
 
 
 class HookFailed(Exception):
@@ -96,12 +108,13 @@ class Gateway:
         # a connection that is idle or has not begun, and what a leaving worker gives it
         self.idle = Deadlines(cfg.keepalive or 1.0)
         # how long a connection keeps its greenlet when its client pauses
-        self.lull = Deadlines(_LULL)
+        self.lull = Silence(_LULL)
         self.heads = Deadlines(timeouts.head)
         self.bodies = Deadlines(timeouts.body)
         self.lingering = Deadlines(_LINGER)
         self.turn = turn_of_loop()
         self._template = base_environ(cfg) | {"wsgi.errors": ErrorStream(cfg), "wsgi.multithread": True}
+        self._template |= dict.fromkeys(_EACH)
         if isinstance(sockname, tuple):
             self._template |= {"SERVER_NAME": sockname[0], "SERVER_PORT": str(sockname[1])}
         self._trusted: dict[str, bool] = {}

@@ -114,17 +114,26 @@ class _NoSocket:
 class Peer:
     """What a head is read against: who sent it, and what every environ of its connection holds."""
 
-    __slots__ = ("addr", "base", "trusted")
+    __slots__ = ("addr", "base", "host", "name", "port", "scheme", "trusted")
 
     def __init__(self, addr: Any, base: dict[str, Any], trusted: bool) -> None:
         """
         :param addr: what ``accept()`` gave.
-        :param base: keys that go into every environ.
+        :param base: what goes into every environ. A key whose value belongs to each request is there with
+            ``None``: a dictionary that has its keys is not made larger by setting them.
         :param trusted: whether gunicorn believes its forwarding headers.
         """
         self.addr = addr
         self.base = base
         self.trusted = trusted
+        #: the last request's Host and scheme, and what they make of the server's name and port
+        self.host = self.scheme = self.name = self.port = ""
+
+    def asked_for(self, host: str, scheme: str) -> None:
+        """Split a Host field: most connections send the same with every request."""
+        self.host, self.scheme = host, scheme
+        self.name, colon, port = host.partition(":")
+        self.port = port.partition(":")[0] if colon else ("443" if scheme == "https" else "80")
 
 
 class HeadReader:
@@ -235,6 +244,8 @@ class HeadReader:
             path = path[len(self.script_name) :]
         if "%" in path:
             path = unquote_to_bytes(path).decode("latin-1")
+        parsed, environ = environ, peer.base.copy()
+        environ.update(parsed)
         environ["PATH_INFO"] = path
         environ["SCRIPT_NAME"] = self.script_name
         environ["RAW_URI"] = uri
@@ -242,17 +253,14 @@ class HeadReader:
             # gunicorn's way: the Host field names the server where no address does
             host = environ.get("HTTP_HOST")
             if host:
-                name, colon, port = host.partition(":")
-                environ["SERVER_NAME"] = name
-                environ["SERVER_PORT"] = (
-                    port.partition(":")[0]
-                    if colon
-                    else ("443" if environ["wsgi.url_scheme"] == "https" else "80")
-                )
+                scheme = environ["wsgi.url_scheme"]
+                if host != peer.host or scheme != peer.scheme:
+                    peer.asked_for(host, scheme)
+                environ["SERVER_NAME"] = peer.name
+                environ["SERVER_PORT"] = peer.port
             else:
                 environ["SERVER_NAME"] = self.sockname
                 environ["SERVER_PORT"] = ""
-        environ.update(peer.base)
 
         persist = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
         if "HTTP_CONNECTION" in environ:
@@ -311,7 +319,7 @@ class HeadReader:
         self._before(request)
         request._expected_100_continue = False  # the body asks for it, when it is read
         _, environ = wsgi.create(request, _NoSocket(), peer.addr, self.sockname, self.cfg)
-        environ.update(peer.base)
+        environ.update((name, value) for name, value in peer.base.items() if value is not None)
         persist = not request.should_close() and not _closes(environ.get("HTTP_CONNECTION", "").lower())
         return environ, length, persist, request
 

@@ -38,6 +38,8 @@ _GATHER = 65536
 #: How many fields and status lines are remembered as checked, and how long their values may be.
 _REMEMBER = 1000
 _SHORT = 100
+#: How many fields an answer may have whose fields are remembered as a whole.
+_FEW = 12
 
 _PLAIN, _LENGTH, _UPGRADE, _DROPPED = "plain", "length", "upgrade", "dropped"
 _statuses: dict[str, tuple[int, bool]] = {}
@@ -90,6 +92,50 @@ class _Fields(dict[tuple[str, str], _Field]):
 
 
 _fields = _Fields()
+
+
+def _block_of(headers: Any) -> tuple[bytes, int | None, bool]:
+    """The fields of an application as they are sent.
+
+    :returns: the lines, what ``Content-Length`` says, and whether they switch protocols.
+    """
+    block = b""
+    length = None
+    upgrade = False
+    for pair in headers:
+        try:
+            field = _fields[pair]
+        except TypeError:
+            field = _Field(*pair)
+        if field.kind is not _PLAIN:
+            if field.kind is not _LENGTH:
+                if field.kind is _UPGRADE:
+                    upgrade = True
+                continue
+            if length is not None:
+                if length != field.length:
+                    raise InvalidResponseHeader("'Content-Length'")
+                continue
+            length = field.length
+        block += field.line
+    return block, length, upgrade
+
+
+class _Blocks(dict[tuple[tuple[str, str], ...], tuple[bytes, "int | None", bool]]):
+    """All fields of an answer: many applications send the same ones again and again."""
+
+    def __missing__(self, headers: tuple[tuple[str, str], ...]) -> tuple[bytes, int | None, bool]:
+        # one with a field that was never sent before may be the only one of its kind
+        known = len(headers) <= _FEW and all(pair in _fields for pair in headers)
+        made = _block_of(headers)
+        if known:
+            if len(self) >= _REMEMBER:
+                self.clear()
+            self[headers] = made
+        return made
+
+
+_blocks = _Blocks()
 
 
 def _code_of(status: Any) -> tuple[int, bool]:
@@ -184,28 +230,15 @@ class Response:
         if exc_info is not None or self.status is not None:
             self._started_before(exc_info)
         code, bodiless = _statuses.get(status) or _code_of(status)
-        length = None
-        upgrade = False
-        block = b""
-        for pair in headers:
-            try:
-                field = _fields[pair]
-            except TypeError:
-                field = _Field(*pair)  # a list instead of a tuple, or what is no string
-            if field.kind is not _PLAIN:
-                if field.kind is not _LENGTH:
-                    if field.kind is _UPGRADE:
-                        upgrade = True
-                    continue
-                if length is not None:
-                    if length != field.length:
-                        raise InvalidResponseHeader("'Content-Length'")
-                    continue
-                length = field.length
-                if bodiless and code != 304:
-                    # RFC 9110 section 8.6: no Content-Length with 1xx and 204
-                    continue
-            block += field.line
+        pairs = tuple(headers)
+        try:
+            block, length, upgrade = _blocks[pairs]
+        except TypeError:
+            # a list instead of a tuple, or what is no string
+            block, length, upgrade = _block_of(pairs)
+        if length is not None and bodiless and code != 304:
+            # RFC 9110 section 8.6: no Content-Length with 1xx and 204
+            block, length, upgrade = _block_of([p for p in pairs if p[0].lower() != "content-length"])
         self.status = status
         self.status_code = code
         self._block = block
