@@ -75,6 +75,7 @@ class Open(Message):
     v6only: bool = False
     #: with "auto": the ports that the program allows itself; empty for all that are allotted
     within: str = ""
+    placement: str = "shared"
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,27 @@ class Close(Message):
 @dataclass(frozen=True)
 class Ready(Message):
     """The worker has loaded the program and serves. Not answered."""
+
+    #: the name of the primary's server
+    primary: str = ""
+
+
+@dataclass(frozen=True)
+class Leaving(Message):
+    """The worker accepts nowhere any more, and finishes what it has. Not answered."""
+
+
+@dataclass(frozen=True)
+class Ask(Message):
+    """What does the application look like? Answered by Told."""
+
+
+@dataclass(frozen=True)
+class Spawn(Message):
+    """The program wants a daemon. Answered by Spawned or Refused."""
+
+    #: a JSON object, see master/daemons.py
+    spec: str
 
 
 @dataclass(frozen=True)
@@ -107,6 +129,47 @@ class Opened(Message):
     host: str = ""
     port: int = 0
     path: str = ""
+    #: where the worker counts what it does there (see board.py)
+    slot: int = -1
+    #: whether it may accept now; else the descriptor comes with a Granted
+    granted: bool = True
+    #: with "each": the how-many-eth of its kind it is
+    position: int = 0
+
+
+@dataclass(frozen=True)
+class Granted(Message):
+    """The worker whose Open had this ``id`` may accept from now on, on the packet's descriptor."""
+
+    key: str
+    host: str = ""
+    port: int = 0
+    path: str = ""
+    slot: int = -1
+    position: int = 0
+
+
+@dataclass(frozen=True)
+class Told(Message):
+    """The report of the application, a JSON object in the file that is the packet's descriptor."""
+
+
+@dataclass(frozen=True)
+class Spawned(Message):
+    """The daemon runs, or will. ``host`` and ``port``, or ``path``: where it listens, if it does."""
+
+    name: str
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class Command(Message):
+    """``"stop"`` or ``"restart"`` the server with this key: somebody wants it. Not answered."""
+
+    verb: str
+    key: str
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from gunicorn_passenger.address import format_sockname, is_unix
 from gunicorn_passenger.allotment import Allotment
 from gunicorn_passenger.channel import Close, Fault, Noted, Open, Opened, Ready, Refused, Rejected
 from gunicorn_passenger.master.listeners import Held, Listeners, Port
+from gunicorn_passenger.master.parts import History, Part
 
 #: How long a fork waits for the broker to finish what it does, in seconds.
 _FORK_WAIT = 5.0
@@ -79,6 +80,9 @@ class Broker:
         self.grace = 10.0
         self._listening = listening
         self._links: dict[int, Link] = {}  # by descriptor
+        #: what else lives in the broker's loop
+        self.parts: list[Part] = []
+        self.history = History()
         self._embryo: Embryo | None = None
         self._gate = native.lock()
         self._gate_taken = False
@@ -86,6 +90,8 @@ class Broker:
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
         self._running = False
+        #: when a part wants to be called again (monotonic seconds)
+        self._due: float | None = None
         self._faults: set[str] = set()
         self._halting = 0  # age of the worker whose exit makes gunicorn halt
         self._bind: list[str] | None = None  # gunicorn's setting, while a reload goes without a part of it
@@ -212,6 +218,27 @@ class Broker:
                 error,
             )
 
+    def add(self, part: Part) -> None:
+        """Look after something more from now on."""
+        with self._hold():
+            self.parts.append(part)
+        self._start()
+
+    # --- what it all looks like ------------------------------------------------------------------
+
+    def report(self) -> dict[str, Any]:
+        """The application as it is now, for people and for programs. Called with the gate held.
+
+        ``pid``, ``name``, ``user``, ``started`` (Unix time), ``state`` (``"starting"``, ``"running"``,
+        ``"stopping"``), ``memory`` (bytes, of the master alone);
+        ``workers``: ``pid``, ``number``, ``started``, ``state`` (``"booting"``, ``"ready"``, ``"leaving"``), ``memory``;
+        ``servers``: ``name``, ``address``, ``placement``, ``connections``, ``accepted``, ``requests``, ``bytes``,
+        ``errors`` (``None`` where nobody counts), ``workers`` (pids);
+        ``ports``: ``limited``, ``allotted``, ``open``, ``free`` (texts such as ``"9000-9002"``);
+        ``events``: ``time`` (Unix time), ``kind``, ``text``; and what the parts add.
+        """
+        raise NotImplementedError
+
     # --- around a fork ---------------------------------------------------------------------------
 
     def before_fork(self) -> None:
@@ -242,6 +269,9 @@ class Broker:
         for link in self._links.values():
             link.sock.close()
         self._links.clear()
+        for part in self.parts:
+            part.forked()
+        self.parts = []
         os.close(self._wake_read)
         os.close(self._wake_write)
         self._wake_read = self._wake_write = -1
@@ -271,22 +301,32 @@ class Broker:
             poll.register(self._wake_read, select.POLLIN)
             for fd in self._links:
                 poll.register(fd, select.POLLIN)
+            theirs = {}
+            for part in self.parts:
+                for fd, wanted in part.descriptors().items():
+                    theirs[fd] = part
+                    poll.register(fd, wanted)
             wait = self._next_deadline()
         events = poll.poll(None if wait is None else max(0.0, wait) * 1000 + 1)
         with self._gate:
-            for fd, _ in events:
+            for fd, what in events:
                 if fd == self._wake_read:
                     with suppress(BlockingIOError):
                         while len(os.read(fd, 4096)) == 4096:
                             pass
                 elif fd in self._links:
                     self._serve(self._links[fd])
+                elif fd in theirs:
+                    theirs[fd].serve(fd, what)
             while self._gone:
                 age = self._gone.pop()
                 for link in [li for li in self._links.values() if li.age == age]:
                     self._leave(link)
             self._settle()
             self._close_idle()
+            now = time.monotonic()
+            due = [at for at in [part.tick(now) for part in self.parts] if at is not None]
+            self._due = min(due, default=None)
 
     def _serve(self, link: Link) -> None:
         """Answer one packet of a worker."""
@@ -318,7 +358,15 @@ class Broker:
             self._halting = self._halting or link.age
             self._answer(link, Noted(message.id, self._halting == link.age))
         else:
-            self._malformed(link, channel.Malformed(f"{type(message).__name__} is the master's", message.id))
+            self._pass_on(link, message)
+
+    def _pass_on(self, link: Link, message: channel.Message) -> None:
+        for part in self.parts:
+            answer = part.message(link.age, message)
+            if answer is not None:
+                self._answer(link, answer)
+                return
+        self._malformed(link, channel.Malformed(f"{type(message).__name__} is the master's", message.id))
 
     def _warn_unclaimed(self) -> None:
         """Once a program is ready: name the binds that it has left waiting."""
@@ -404,6 +452,8 @@ class Broker:
         link.sock.close()
         for port in self.listeners.ports.values():
             port.wanted_by.discard(link.age)
+        for part in self.parts:
+            part.left(link.age)
 
     def _pid(self, age: int) -> object:
         workers = dict(self.arbiter.WORKERS) if self.arbiter is not None else {}
@@ -467,6 +517,8 @@ class Broker:
 
     def finish(self) -> None:
         """gunicorn exits: whatever the thread has not closed yet."""
+        for part in self.parts:
+            part.stop()
         with suppress(TimeoutError), self._hold():
             self._close_all()
 
@@ -505,4 +557,6 @@ class Broker:
             for port in self.listeners.ports.values()
             if port.idle_since is not None
         ]
+        if self._due is not None:
+            waits.append(self._due - now)
         return min(waits, default=None)
