@@ -1,11 +1,11 @@
 """The scoreboard: what a worker counts, where the master can read it at any time.
 
-Runs in: a worker, which writes its own, and the master, which reads all. Must never: be trusted: a worker can write
-whatever it likes into its own.
+Runs in: a worker, which writes its own, and the master, which reads all. Must never: be trusted: a worker
+can write whatever it likes into its own.
 
-A board is a page of memory that the master shares with one worker. So the counts of a worker can be read while it
-is busy with anything, and after it was killed. A worker writes it once a second and when it leaves: what it had
-counted in the last second before it was killed is lost.
+A board is a page of memory that the master shares with one worker. So the counts of a worker can be read
+while it is busy with anything, and after it was killed. A worker writes it once a second and when it leaves:
+what it had counted in the last second before it was killed is lost.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 #: Servers that a worker can count; more are served and not counted.
 SLOTS = 64
+#: Where the primary is counted.
+PRIMARY_SLOT = 0
 _FIELDS = 5
 
 

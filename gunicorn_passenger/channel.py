@@ -76,11 +76,23 @@ class Open(Message):
     #: with "auto": the ports that the program allows itself; empty for all that are allotted
     within: str = ""
     placement: str = "shared"
+    #: whether the worker counts the server's requests
+    counts: bool = True
 
 
 @dataclass(frozen=True)
 class Close(Message):
-    """The worker no longer accepts on ``key``. Not answered."""
+    """The worker no longer wants ``key``. Not answered.
+
+    Without a key: it no longer waits for what its Open with this ``id`` asked for.
+    """
+
+    key: str
+
+
+@dataclass(frozen=True)
+class Paused(Message):
+    """The worker accepts on ``key`` no more, as a Command said, and waits for a Granted. Not answered."""
 
     key: str
 
@@ -123,18 +135,17 @@ class Fault(Message):
 
 @dataclass(frozen=True)
 class Opened(Message):
-    """The listening socket, as the packet's descriptor. ``key`` names it in Close."""
+    """The worker will be told when it may accept.
+
+    ``key`` names the port in Close; it is empty while none is free.
+    """
 
     key: str
     host: str = ""
     port: int = 0
     path: str = ""
-    #: where the worker counts what it does there (see board.py)
-    slot: int = -1
-    #: whether it may accept now; else the descriptor comes with a Granted
+    #: whether a Granted follows at once
     granted: bool = True
-    #: with "each": the how-many-eth of its kind it is
-    position: int = 0
 
 
 @dataclass(frozen=True)
@@ -145,7 +156,9 @@ class Granted(Message):
     host: str = ""
     port: int = 0
     path: str = ""
+    #: where the worker counts what it does there (see board.py)
     slot: int = -1
+    #: with "each": the how-many-eth of its kind it is
     position: int = 0
 
 
@@ -165,10 +178,9 @@ class Spawned(Message):
 
 
 @dataclass(frozen=True)
-class Command(Message):
-    """``"stop"`` or ``"restart"`` the server with this key: somebody wants it. Not answered."""
+class Pause(Message):
+    """Accept on ``key`` no more, and finish what was accepted. Answered by Paused."""
 
-    verb: str
     key: str
 
 

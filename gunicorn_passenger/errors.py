@@ -213,13 +213,39 @@ def unresolved(host: str, why: object) -> ListenError:
     )
 
 
-def bad_placement(placement: object, known: bool) -> SettingError:
-    if known:
-        return SettingError(
-            f"placement {placement!r} is not available in this version; use placement='shared' "
-            "(all workers accept from the one socket)"
-        )
-    return SettingError(f"placement {placement!r} is unknown; use placement='shared'")
+def bad_placement(placement: object) -> SettingError:
+    return SettingError(
+        f"placement {placement!r} is unknown; use 'shared' (all workers accept from the one socket), "
+        "'one' (one worker at a time) or 'each' (every worker has a port of its own)"
+    )
+
+
+def placed_primary(placement: str) -> SettingError:
+    return SettingError(
+        f"placement {placement!r} is for further servers: the primary is served by all workers; "
+        "leave placement out, or listen on a port of its own and put a proxy before it"
+    )
+
+
+def each_on_unix(path: str) -> ListenError:
+    return ListenError(
+        errno.EINVAL,
+        f"placement 'each' needs a port for each worker, unix:{path} is one; listen on a port or 'auto'",
+    )
+
+
+def nothing_named(name: str) -> PassengerError:
+    return PassengerError(
+        f"there is no server and no daemon {name!r} in this application; gunicorn-passenger status lists them"
+    )
+
+
+def too_few_ports(allotment: str, needed: int, free: int, where_set: str) -> ListenError:
+    return ListenError(
+        errno.EADDRINUSE,
+        f"placement 'each' needs {needed} more ports, one for each worker, and {free} of "
+        f"{allotment or 'none'} (set by {where_set}) are free; allot more ports or start fewer workers",
+    )
 
 
 def no_port_free(allotment: str, where_set: str) -> PortInUse:
@@ -371,3 +397,34 @@ def body_broke_off() -> ClientDisconnected:
     return ClientDisconnected(
         errno.ECONNABORTED, "the request's body broke off: its client closed the connection", incomplete=True
     )
+
+
+def no_status(why: object) -> str:
+    return f"'gunicorn-passenger status' will not find this application, which is served all the same: {why}"
+
+
+def nothing_runs(account: str) -> PassengerError:
+    return PassengerError(f"nothing of account {account} runs under gunicorn-passenger")
+
+
+def no_such_application(app: str, running: list[str]) -> PassengerError:
+    return PassengerError(
+        f"--app {app}: no such application runs; there are: {', '.join(running)} (a name or a pid will do)"
+    )
+
+
+def in_no_application(name: str) -> PassengerError:
+    return PassengerError(
+        f"no application has a server or a daemon {name!r}; gunicorn-passenger status lists them"
+    )
+
+
+def in_several_applications(verb: str, name: str, where: list[str]) -> PassengerError:
+    return PassengerError(
+        f"{name!r} is in several applications: {', '.join(where)}; say which: "
+        f"gunicorn-passenger {verb} {name} --app PID"
+    )
+
+
+def master_silent(pid: int, why: str) -> PassengerError:
+    return PassengerError(f"the master with pid {pid} did not answer ({why}); its log may tell why")

@@ -37,15 +37,14 @@ class Timeouts(NamedTuple):
 
 
 PLACEMENTS = ("shared", "one", "each")
-AVAILABLE_PLACEMENTS = ("shared",)
 
 DEFAULT_GRACE_PERIOD = 10.0
 
 
 def check_placement(value: object) -> str:
-    """:raises SettingError: for an unknown placement or one that this version does not have."""
-    if value not in AVAILABLE_PLACEMENTS:
-        raise errors.bad_placement(value, value in PLACEMENTS)
+    """:raises SettingError: for an unknown placement."""
+    if value not in PLACEMENTS:
+        raise errors.bad_placement(value)
     return str(value)
 
 

@@ -23,12 +23,14 @@ from gunicorn.workers.ggevent import GeventWorker
 
 from gunicorn_passenger import errors, hooks, sockets
 from gunicorn_passenger.address import format_sockname
+from gunicorn_passenger.board import PRIMARY_SLOT
 from gunicorn_passenger.errors import PassengerError
 from gunicorn_passenger.master import entry, forks
 from gunicorn_passenger.serving import interpose
 from gunicorn_passenger.serving.application import Foreign, application
 from gunicorn_passenger.serving.http import Accepting, acceptor
 from gunicorn_passenger.serving.link import Link
+from gunicorn_passenger.serving.server import default_name
 from gunicorn_passenger.settings import settings
 
 #: Seconds that a worker which cannot start waits for gunicorn's halt, when a sibling has caused it.
@@ -60,7 +62,7 @@ class Worker(GeventWorker):
         self, age: int, ppid: int, sockets: list[Any], app: Any, timeout: float, cfg: Any, log: Any
     ) -> None:
         """Called in the master, just before the fork."""
-        self.channel, primary = entry.prepare_worker(age, sockets, cfg, log)
+        self.channel, self.board, primary = entry.prepare_worker(age, sockets, cfg, log)
         self.inherited = sockets
         super().__init__(age, ppid, list(primary), app, timeout, cfg, log)
         self._acceptors: list[Accepting] = []
@@ -163,7 +165,7 @@ class Worker(GeventWorker):
         self._warn_of_strays()
         os.register_at_fork(after_in_child=self._forked)
         assert application.link is not None
-        application.link.ready()
+        application.link.ready(self._primary_title())
         hooks.emit("ready", self, self.log)
         while self.alive:
             if os.getpid() != self.pid:
@@ -171,9 +173,11 @@ class Worker(GeventWorker):
                 Event().wait()
             self.notify()
             self._interposition.sweep()
+            self._write_counts()
             self._leaving.wait(timeout=1.0)
         if not self._quitting:
             self._leave()
+        self._write_counts()
         hooks.emit("exit", self, self.log)
         if self.failure is None:
             forks.stop_once()
@@ -184,6 +188,18 @@ class Worker(GeventWorker):
             self.alive = True  # it waits for gunicorn's halt
             self._leaving.clear()
             raise self.failure
+
+    def _primary_title(self) -> str:
+        """What people call the primary."""
+        primary = application.primary
+        if primary is not None:
+            return primary.name
+        return default_name(self.wsgi)
+
+    def _write_counts(self) -> None:
+        if self.board is not None and os.getpid() == self.pid:
+            application.write_counts(self.board)
+            self._interposition.write_counts(self.board)
 
     def _forked(self) -> None:
         """In a child that the program has forked (multiprocessing, ForkingMixIn): accept nothing."""
@@ -210,6 +226,7 @@ class Worker(GeventWorker):
         for sock in self.sockets:
             sock.setblocking(1)
             accepting = acceptor(sock, self.wsgi, self.cfg, self.log, self)
+            application.count(PRIMARY_SLOT, accepting)
             accepting.start()
             self._acceptors.append(accepting)
 
@@ -263,6 +280,8 @@ class Worker(GeventWorker):
             accepting.stop_accepting()
         application.stop_accepting()
         self._interposition.stop_accepting()
+        assert application.link is not None
+        application.link.leaving()
         deadline = time.monotonic() + self.cfg.graceful_timeout
         while not self._idle():
             if time.monotonic() >= deadline:
@@ -272,6 +291,7 @@ class Worker(GeventWorker):
                 application.kill(1)
                 return
             self.notify()
+            self._write_counts()
             gevent.sleep(0.1)
 
     def _idle(self) -> bool:

@@ -46,8 +46,14 @@ def fails(process, pattern, lines=1):
         ("passenger.create_server(whoami).listen('unix:/no/where/x.sock')", "No such file.*create the directory"),
         ("passenger.create_server(whoami).listen('no.such.host.invalid:9000')", "'no.such.host.invalid' does not res"),
         ("passenger.create_server(whoami).listen('192.0.2.1:9000')", "cannot listen on 192.0.2.1:9000: .*no address of"),
-        ("passenger.create_server(whoami).listen(9000, placement='one')", "placement 'one' is not available in this"),
-        ("passenger.create_server(whoami).listen(9000, placement='each')", "placement 'each' is not available"),
+        (
+            "passenger.create_server(whoami).listen('passenger', placement='one')",
+            "placement 'one' is for further servers: the primary is served by all workers",
+        ),
+        (
+            "passenger.create_server(whoami).listen('unix:/tmp/x', placement='each')",
+            "placement 'each' needs a port for each worker, unix:/tmp/x is one",
+        ),
         ("passenger.create_server(whoami).listen(9000, placement='x')", "placement 'x' is unknown"),
         ("passenger.create_server(whoami).listen(9000, name='')", "a server's name is a string of 1 to 200"),
         ("passenger.create_server(whoami).listen(80)", "port 80 is privileged .* account root; .*PASSENGER_PORTS=80"),
@@ -63,7 +69,7 @@ def fails(process, pattern, lines=1):
         ("passenger.configure(ports='20-10')", "'20-10' .*runs backwards"),
         ("passenger.configure(auto_install='maybe')", "'maybe' is neither true nor false"),
         ("passenger.configure(grace_period=3)", "is for gunicorn.conf.py"),
-        ("passenger.configure(placement={9000: 'one'})", "port 9000: placement 'one' is not available"),
+        ("passenger.configure(placement={9000: 'two'})", "port 9000: placement 'two' is unknown"),
         ("passenger.configure(placement='x')", "placement"),
     ],
 )  # fmt: skip
@@ -134,8 +140,8 @@ def test_bad_settings_in_gunicorn_conf(start, call, pattern):
         ("PASSENGER_AUTO_INSTALL", "2", "PASSENGER_AUTO_INSTALL: '2' is neither true nor false"),
         (
             "PASSENGER_PLACEMENT",
-            "9000=each",
-            "PASSENGER_PLACEMENT: port 9000: placement 'each' is not available",
+            "9000=two",
+            "PASSENGER_PLACEMENT: port 9000: placement 'two' is unknown; use 'shared'",
         ),
     ],
 )

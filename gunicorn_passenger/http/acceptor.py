@@ -12,6 +12,7 @@ from typing import Any
 import gevent
 from gevent import get_hub
 
+from gunicorn_passenger.board import Counts
 from gunicorn_passenger.http.client_socket import ClientSocket
 from gunicorn_passenger.http.connection import Connection
 from gunicorn_passenger.http.gateway import Gateway
@@ -45,6 +46,7 @@ class Acceptor:
         self._watcher: Any = None
         self._pause: Any = None
         self._complained = False
+        self._accepted = 0
 
     def start(self) -> None:
         self._watcher = get_hub().loop.io(self._sock.fileno(), 1)
@@ -79,6 +81,7 @@ class Acceptor:
         """
         connection = Connection(self, self.gateway, sock, addr, early)
         self._connections.add(connection)
+        self._accepted += 1
         connection.begin()
         return connection
 
@@ -135,6 +138,15 @@ class Acceptor:
     def idle(self) -> bool:
         """Whether there is no connection."""
         return not self._connections
+
+    def done(self) -> bool:
+        """Whether nothing will change any more."""
+        return self.gateway.closing and not self._connections
+
+    def counts(self) -> Counts:
+        """What it has done so far."""
+        gateway = self.gateway
+        return Counts(len(self._connections), self._accepted, gateway.requests, gateway.sent, gateway.errors)
 
     def kill(self, timeout: float) -> None:
         """End what still runs.

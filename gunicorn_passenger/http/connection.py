@@ -317,7 +317,7 @@ class Connection:
                 break
         return False
 
-    def _answer(self, environ: dict[str, Any], persist: bool, request: Any) -> bool:
+    def _answer(self, environ: dict[str, Any], persist: bool, request: Any) -> bool:  # noqa: PLR0915 - hot
         """Call the application and send what it says.
 
         :returns: whether the connection can go on.
@@ -325,6 +325,7 @@ class Connection:
         gateway = self.gateway
         worker = gateway.worker
         worker.nr += 1
+        gateway.requests += 1
         if worker.nr >= worker.max_requests:
             gateway.count_out()
         response = self.response = Response(self, environ, request)
@@ -743,6 +744,7 @@ class Connection:
             raise client_gone(error) from None
         if sent < len(data):
             self._send_rest(memoryview(data)[sent:])
+        self.gateway.sent += len(data)
 
     def let_go(self) -> None:
         """The turn is over: send what is held. Called in any greenlet: it must not wait."""
@@ -762,6 +764,7 @@ class Connection:
     def _send_held(self) -> None:
         held, self.held, self._stuck = self.held, b"", False
         if held:
+            self.gateway.sent -= len(held)  # it was counted when it was held
             self.send(held)
 
     def send_two(self, head: bytes, body: bytes) -> None:
@@ -773,9 +776,10 @@ class Connection:
         except OSError as error:
             raise client_gone(error) from None
         if sent < len(head):
-            self.send(head[sent:])
+            self._send_rest(memoryview(head)[sent:])
             sent = len(head)
         self._send_rest(memoryview(body)[sent - len(head) :])
+        self.gateway.sent += len(head) + len(body)
 
     def _send_rest(self, data: memoryview) -> None:
         while data:
@@ -805,6 +809,7 @@ class Connection:
             if not sent:
                 break
             done += sent
+            self.gateway.sent += sent
             if done < count:
                 gevent.sleep(0)
         return done

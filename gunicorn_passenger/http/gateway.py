@@ -93,6 +93,8 @@ class Gateway:
         self.keepalive = bool(cfg.keepalive)
         #: whether the server accepts no more
         self.closing = False
+        #: requests that were passed on, bytes that were sent, answers of 500 and above or that broke off
+        self.requests = self.sent = self.errors = 0
         self.sendfile = cfg.sendfile is not False
         self.after = self._hook("post_request")
         before = self._hook("pre_request")

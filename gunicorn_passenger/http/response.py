@@ -230,6 +230,8 @@ class Response:
         if exc_info is not None or self.status is not None:
             self._started_before(exc_info)
         code, bodiless = _statuses.get(status) or _code_of(status)
+        if code >= 500:
+            self._connection.gateway.errors += 1
         pairs = tuple(headers)
         try:
             block, length, upgrade = _blocks[pairs]

@@ -72,6 +72,7 @@ class Turn:
         :param connection: gets it as ``held``; its ``let_go()`` sends that without waiting.
         """
         connection.held = answer
+        connection.gateway.sent += len(answer)
         self._holding.append(connection)
         if len(self._holding) == 1:
             self.due = perf_counter() + _LONG

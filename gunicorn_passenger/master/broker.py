@@ -18,20 +18,37 @@ How it lives beside the arbiter:
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import select
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from gunicorn_passenger import channel, errors, native, sockets
 from gunicorn_passenger.address import format_sockname, is_unix
 from gunicorn_passenger.allotment import Allotment
-from gunicorn_passenger.channel import Close, Fault, Noted, Open, Opened, Ready, Refused, Rejected
+from gunicorn_passenger.board import Board
+from gunicorn_passenger.channel import (
+    Ask,
+    Close,
+    Fault,
+    Leaving,
+    Noted,
+    Open,
+    Paused,
+    Ready,
+    Refused,
+    Rejected,
+    Told,
+)
+from gunicorn_passenger.master import exclusive, reporting
+from gunicorn_passenger.master.leases import Leases
 from gunicorn_passenger.master.listeners import Held, Listeners, Port
 from gunicorn_passenger.master.parts import History, Part
+from gunicorn_passenger.master.reporting import Tally
 
 #: How long a fork waits for the broker to finish what it does, in seconds.
 _FORK_WAIT = 5.0
@@ -52,7 +69,11 @@ class Link:
 
     age: int
     sock: Any
+    board: Board | None = None
     ready: bool = False
+    leaving: bool = False
+    #: when it was forked (Unix time)
+    started: float = field(default_factory=time.time)
     malformed: int = 0
 
 
@@ -63,8 +84,16 @@ class Embryo:
     age: int
     ours: Any
     theirs: Any
+    board: Board | None
     #: the next fork is the worker's own
     armed: bool = False
+
+
+def _board() -> Board | None:
+    try:
+        return Board()
+    except (OSError, ValueError):
+        return None
 
 
 class Broker:
@@ -76,13 +105,19 @@ class Broker:
         self.arbiter: Any = None
         self.listeners = Listeners(cfg, log)
         self.listeners.surrendered = self._surrender
+        self.history = History()
+        inherited = os.environ.pop(exclusive.HANDOVER, "")
+        cfg.env_orig.pop(exclusive.HANDOVER, None)
+        self.leases = Leases(self.listeners, exclusive.Exclusive(inherited), self.history, self)
+        self.tally = Tally()
+        self.primary_name = ""
+        self.started = time.time()
         self.allotment = Allotment("")
         self.grace = 10.0
         self._listening = listening
         self._links: dict[int, Link] = {}  # by descriptor
         #: what else lives in the broker's loop
         self.parts: list[Part] = []
-        self.history = History()
         self._embryo: Embryo | None = None
         self._gate = native.lock()
         self._gate_taken = False
@@ -122,7 +157,9 @@ class Broker:
             if listener not in ours and key in handed:
                 self.listeners.adopt(listener, False, now, handed[key])
         listening[:] = [li for li in listening if li.sock.fileno() >= 0]  # adopting has replaced some
-        listening.extend(p.listener for p in table.values() if p.listener not in listening)
+        listening.extend(
+            p.listener for p in table.values() if p.listener not in listening and p.listener.sock is not None
+        )
         primary = self.primary_of(listening)
         for listener in listening:
             if listener not in primary and not isinstance(listener, Held) and listener not in ours:
@@ -157,8 +194,9 @@ class Broker:
             self._faults.clear()
 
     def prepare(self, age: int, listening: list[Any]) -> Any:
-        """Make the channel of a worker that is about to be forked; returns the worker's end.
+        """Make the channel of a worker that is about to be forked.
 
+        :returns: the worker's end, and its board (``None`` when the system has no memory for one).
         :raises OSError: when the system gives no socketpair, or the broker's thread hangs.
         """
         with self._hold():
@@ -169,9 +207,9 @@ class Broker:
                 self._restore_bind()
             ours, theirs = channel.pair()
             ours.setblocking(False)
-            self._embryo = Embryo(age, ours, theirs)
+            self._embryo = Embryo(age, ours, theirs, _board())
         self._start()
-        return theirs
+        return theirs, self._embryo.board
 
     def arm(self) -> None:
         """The very next fork is that of the worker last prepared (gunicorn's ``pre_fork``)."""
@@ -190,6 +228,7 @@ class Broker:
         """
         arbiter = self.arbiter
         arbiter.cfg.env_orig[HANDOVER] = self.listeners.described()
+        arbiter.cfg.env_orig[exclusive.HANDOVER] = self.leases.exclusive.hand_over()
         if arbiter.systemd:
             first, count = 3, len(arbiter.LISTENERS)
             spare = [fcntl.fcntl(li.fileno(), fcntl.F_DUPFD, first + count) for li in arbiter.LISTENERS]
@@ -201,6 +240,8 @@ class Broker:
         if self._embryo is not None:
             self._embryo.ours.close()
             self._embryo.theirs.close()
+            if self._embryo.board is not None:
+                self._embryo.board.close()
             self._embryo = None
 
     def _start(self) -> None:
@@ -227,17 +268,41 @@ class Broker:
     # --- what it all looks like ------------------------------------------------------------------
 
     def report(self) -> dict[str, Any]:
-        """The application as it is now, for people and for programs. Called with the gate held.
+        """The application as it is now, for people and for programs (see :mod:`.reporting`). Gate held."""
+        found = reporting.report(self, self._links.values(), self.primary_of(self._listening))
+        for part in self.parts:
+            found |= part.report()
+        return found
 
-        ``pid``, ``name``, ``user``, ``started`` (Unix time), ``state`` (``"starting"``, ``"running"``,
-        ``"stopping"``), ``memory`` (bytes, of the master alone);
-        ``workers``: ``pid``, ``number``, ``started``, ``state`` (``"booting"``, ``"ready"``, ``"leaving"``), ``memory``;
-        ``servers``: ``name``, ``address``, ``placement``, ``connections``, ``accepted``, ``requests``, ``bytes``,
-        ``errors`` (``None`` where nobody counts), ``workers`` (pids);
-        ``ports``: ``limited``, ``allotted``, ``open``, ``free`` (texts such as ``"9000-9002"``);
-        ``events``: ``time`` (Unix time), ``kind``, ``text``; and what the parts add.
+    def command(self, verb: str, name: str) -> str:
+        """``"restart"`` or ``"stop"`` the servers or the daemon of a name. Gate held.
+
+        :returns: what was done, for people.
+        :raises PassengerError: when nothing has that name, or it cannot be done.
         """
-        raise NotImplementedError
+        found = [
+            done
+            for done in (self.leases.command(verb, name), *(p.command(verb, name) for p in self.parts))
+            if done is not None
+        ]
+        if not found:
+            raise errors.nothing_named(name)
+        self._wake()
+        return ", ".join(found)
+
+    def _tell_report(self, link: Link, ask: Ask) -> None:
+        """The report in a file of memory, since a packet has an end."""
+        try:
+            fd = os.memfd_create("gunicorn-passenger-report")
+        except OSError as error:
+            self._answer(link, Refused(ask.id, "listen", error.errno or 0, f"no report: {error.strerror}"))
+            return
+        try:
+            with os.fdopen(os.dup(fd), "wb") as file:
+                file.write(json.dumps(self.report()).encode())
+            self._answer(link, Told(ask.id), fd)
+        finally:
+            os.close(fd)
 
     # --- around a fork ---------------------------------------------------------------------------
 
@@ -250,7 +315,7 @@ class Broker:
         embryo = self._embryo
         if embryo is not None and embryo.armed:
             embryo.theirs.close()
-            self._links[embryo.ours.fileno()] = Link(embryo.age, embryo.ours)
+            self._links[embryo.ours.fileno()] = Link(embryo.age, embryo.ours, embryo.board)
             self._embryo = None
         if self._gate_taken:
             self._gate.release()
@@ -268,6 +333,8 @@ class Broker:
                 embryo.theirs.close()
         for link in self._links.values():
             link.sock.close()
+            if link.board is not None:
+                link.board.close()
         self._links.clear()
         for part in self.parts:
             part.forked()
@@ -325,8 +392,8 @@ class Broker:
             self._settle()
             self._close_idle()
             now = time.monotonic()
-            due = [at for at in [part.tick(now) for part in self.parts] if at is not None]
-            self._due = min(due, default=None)
+            due = [self.leases.settle(now), *(part.tick(now) for part in self.parts)]
+            self._due = min((at for at in due if at is not None), default=None)
 
     def _serve(self, link: Link) -> None:
         """Answer one packet of a worker."""
@@ -346,12 +413,19 @@ class Broker:
         if isinstance(message, Open):
             self._open(link, message)
         elif isinstance(message, Close):
-            self._release(link.age, message.key)
+            self.leases.release(link.age, message.key, message.id)
+        elif isinstance(message, Paused):
+            self.leases.paused(link.age, message.key)
         elif isinstance(message, Ready):
             link.ready = True
+            self.primary_name = message.primary or self.primary_name
             self._warn_unclaimed()
+        elif isinstance(message, Leaving):
+            link.leaving = True
+        elif isinstance(message, Ask):
+            self._tell_report(link, message)
         elif isinstance(message, Fault):
-            if self._stopping():  # what a worker cannot have any more is no news, and nothing to halt for
+            if self.stopping():  # what a worker cannot have any more is no news, and nothing to halt for
                 self._answer(link, Noted(message.id, False))
                 return
             self._fault(message.text)
@@ -382,12 +456,12 @@ class Broker:
     def _malformed(self, link: Link, error: channel.Malformed) -> None:
         link.malformed += 1
         self.log.warning(
-            "gunicorn-passenger: worker %s sent a message that is none: %s", self._pid(link.age), error
+            "gunicorn-passenger: worker %s sent a message that is none: %s", self.pid(link.age), error
         )
         if link.malformed >= _MAX_MALFORMED:
             self.log.error(
                 "gunicorn-passenger: closing the channel of worker %s after %d such messages",
-                self._pid(link.age),
+                self.pid(link.age),
                 link.malformed,
             )
             self._leave(link)
@@ -395,13 +469,12 @@ class Broker:
         self._answer(link, Rejected(error.id, str(error)))
 
     def _open(self, link: Link, ask: Open) -> None:
-        if self._stopping():
+        if self.stopping():
             self._answer(link, Refused(ask.id, "listen", 0, "the application is stopping"))
             return
         same_user = self.cfg.uid == os.geteuid()
-        known = set(self.listeners.ports)
         try:
-            port = self.listeners.open(ask, self.allotment, same_user)
+            opened = self.leases.want(link.age, ask, self.allotment, same_user, self._workers())
         except errors.ListenError as error:
             answer = Refused(ask.id, errors.refusal_kind(error), error.errno or 0, str(error)[:1000])
             self._answer(link, answer)
@@ -409,18 +482,43 @@ class Broker:
         except Exception as error:
             # whatever a worker asks for, it is answered
             text = f"the master cannot open what was asked for: {error}"
-            self.log.error("gunicorn-passenger: worker %s: %s", self._pid(link.age), text)
+            self.log.error("gunicorn-passenger: worker %s: %s", self.pid(link.age), text)
             self._answer(link, Refused(ask.id, "listen", getattr(error, "errno", None) or 0, text[:1000]))
             return
-        if port.key not in known:
-            self._listening.append(port.listener)
-            self.log.info("Opened %s for the workers", port.key)
-        port.wanted_by.add(link.age)
-        port.idle_since = None
-        port.claimed = True
-        opened = Opened(ask.id, port.key, port.host, port.port, port.path)
-        if not self._answer(link, opened, port.listener.fileno()):
-            self._release(link.age, port.key)
+        self._answer(link, opened)
+
+    def _workers(self) -> int:
+        """How many workers there are to be."""
+        arbiter = self.arbiter
+        return int(arbiter.num_workers if arbiter is not None else self.cfg.workers)
+
+    # --- what the leases ask ---------------------------------------------------------------------
+
+    def _link(self, age: int) -> Link | None:
+        return next((link for link in self._links.values() if link.age == age), None)
+
+    def serving(self, age: int) -> bool:
+        link = self._link(age)
+        return link is not None and link.ready and not link.leaving
+
+    def tell(self, age: int, message: channel.Message, fd: int | None = None) -> bool:
+        link = self._link(age)
+        return link is not None and self._answer(link, message, fd)
+
+    def opened(self, port: Port) -> None:
+        self._listening.append(port.listener)
+        self.log.info("Opened %s for the workers", port.key)
+
+    def shut(self, port: Port) -> None:
+        with suppress(ValueError):
+            self._listening.remove(port.listener)
+        port.listener.really_close()
+        self.log.info("Closed %s: it was stopped", port.key)
+
+    def reopen(self, port: Port) -> None:
+        self.listeners.reopen(port)
+        self._listening.append(port.listener)
+        self.log.info("Opened %s again", port.key)
 
     def _answer(self, link: Link, message: channel.Message, fd: int | None = None) -> bool:
         try:
@@ -428,7 +526,7 @@ class Broker:
         except (BlockingIOError, channel.Closed, OSError) as error:
             if isinstance(error, BlockingIOError):
                 self.log.error(
-                    "gunicorn-passenger: worker %s does not read its channel; closing it", self._pid(link.age)
+                    "gunicorn-passenger: worker %s does not read its channel; closing it", self.pid(link.age)
                 )
             self._leave(link)
             return False
@@ -441,21 +539,18 @@ class Broker:
         self._faults.add(text)
         self.log.error("%s", "".join(c if c.isprintable() else " " for c in text))
 
-    def _release(self, age: int, key: str) -> None:
-        port = self.listeners.ports.get(key)
-        if port is not None:
-            port.wanted_by.discard(age)
-
     def _leave(self, link: Link) -> None:
         """A worker is gone: close its channel and forget its wishes."""
         self._links.pop(link.sock.fileno(), None)
         link.sock.close()
-        for port in self.listeners.ports.values():
-            port.wanted_by.discard(link.age)
+        self.tally.gone(link.board, self.listeners.ports.values())
+        self.leases.gone(link.age)
+        if link.ready and not link.leaving and not self.stopping():
+            self.history.note("crash", f"worker {self.pid(link.age)} is gone without having finished")
         for part in self.parts:
             part.left(link.age)
 
-    def _pid(self, age: int) -> object:
+    def pid(self, age: int) -> object:
         workers = dict(self.arbiter.WORKERS) if self.arbiter is not None else {}
         return next((pid for pid, worker in workers.items() if worker.age == age), f"number {age}")
 
@@ -490,7 +585,7 @@ class Broker:
             self.arbiter.cfg.set("bind", self._bind)
             self._bind = None
 
-    def _stopping(self) -> bool:
+    def stopping(self) -> bool:
         """Whether the arbiter has closed everything and waits for its workers to leave."""
         arbiter = self.arbiter
         return arbiter is not None and not arbiter.LISTENERS and self._listening is not arbiter.LISTENERS
@@ -546,6 +641,8 @@ class Broker:
         arbiter = self.arbiter
         handed_on = arbiter is not None and (arbiter.reexec_pid or arbiter.master_pid)
         self.listeners.drop(port.key, unlink=not handed_on)
+        self.leases.exclusive.give(port.key)
+        self.tally.forget(port.key)
         self.log.info("Closed %s: no worker has wanted it for %g s", port.key, self.grace)
 
     def _next_deadline(self) -> float | None:

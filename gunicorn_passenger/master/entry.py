@@ -31,11 +31,11 @@ def attach(cfg: Any) -> None:
     hooks.before(cfg, "on_exit", _finish)
 
 
-def prepare_worker(age: int, listening: list[Any], cfg: Any, log: Any) -> tuple[Any, list[Any]]:
+def prepare_worker(age: int, listening: list[Any], cfg: Any, log: Any) -> tuple[Any, Any, list[Any]]:
     """Before the fork of a worker: its channel, and the listeners of the primary.
 
-    :returns: the worker's end of its channel, or ``None`` where the broker has failed; and the
-        gunicorn listeners that the primary is served on.
+    :returns: the worker's end of its channel, or ``None`` where the broker has failed; its board, or
+        ``None``; and the gunicorn listeners that the primary is served on.
     :raises HaltServer: at the start, when a setting cannot be used.
     """
     attach(cfg)
@@ -44,15 +44,15 @@ def prepare_worker(age: int, listening: list[Any], cfg: Any, log: Any) -> tuple[
     try:
         broker = forks.current() or _start(listening, cfg, log)
         _configure(broker, cfg, log, first)
-        channel = broker.prepare(age, listening)
+        channel, board = broker.prepare(age, listening)
     except (OSError, RuntimeError) as error:
         log.error(
             "gunicorn-passenger: the port broker failed (%s): the primary is served, ports asked for "
             "with listen() are not",
             error,
         )
-        return None, Broker.primary_of(listening)
-    return channel, broker.primary_of(listening)
+        return None, None, Broker.primary_of(listening)
+    return channel, board, broker.primary_of(listening)
 
 
 def _start(listening: list[Any], cfg: Any, log: Any) -> Broker:

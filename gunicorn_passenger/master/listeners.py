@@ -23,8 +23,11 @@ from gunicorn.sock import TCP6Socket, TCPSocket, UnixSocket
 from gunicorn_passenger import errors, sockets
 from gunicorn_passenger.address import format_sockname, format_tcp
 from gunicorn_passenger.allotment import Allotment, format_ports, parse_ports
+from gunicorn_passenger.board import SLOTS
 from gunicorn_passenger.channel import Open
 
+#: Marks, for the next master, a port of an "each" server.
+_EACH = "each "
 #: How many ports one application may hold: a runaway program must not use up the master.
 MAX_PORTS = 1024
 
@@ -84,8 +87,27 @@ class Port:
     #: device and inode of a UNIX socket's file, so that only our own file is removed
     file: tuple[int, int] | None = None
     backlog: int = 0
-    #: workers that want it, by age
-    wanted_by: set[int] = field(default_factory=set)
+    #: workers that want it: age to the number of their Open, in the order in which they asked
+    wanted_by: dict[int, int] = field(default_factory=dict)
+    placement: str = "shared"
+    #: those of them that may accept
+    accepting: set[int] = field(default_factory=set)
+    #: with "each": which of its kind it is, from 1
+    position: int = 0
+    #: what the program calls the server
+    name: str = ""
+    #: where workers count what they do (see board.py)
+    slot: int = -1
+    #: whether workers count its requests
+    counts: bool = True
+    #: why nobody may accept, "stop" or "restart", while that is so
+    paused: str = ""
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return f"{self.name or self.key}.{self.position}" if self.position else self.name or self.key
+
     #: when it was last wanted (monotonic seconds); None while it is
     idle_since: float | None = None
     claimed: bool = False
@@ -106,6 +128,9 @@ class Listeners:
         self.binds: list[Any] = []
         #: servers that asked for "auto", by name and host -> key
         self._autos: dict[str, str] = {}
+        #: ports of "each" servers, by what was asked for -> keys by position
+        self._each: dict[str, dict[int, str]] = {}
+        self._slots: set[int] = set()
         self.surrendered: Callable[[], None] = lambda: None
 
     # --- adopting -----------------------------------------------------------------------------
@@ -127,14 +152,31 @@ class Listeners:
         if not bound:
             port.listener = self._held(listener)
             port.idle_since = now
-        self.ports[port.key] = port
-        if auto:
+        self._add(port)
+        if auto.startswith(_EACH):
+            label, _, position = auto[len(_EACH) :].rpartition(" ")
+            port.placement, port.position = "each", int(position) if position.isdecimal() else 1
+            self._each.setdefault(label, {})[port.position] = port.key
+        elif auto:
             self._autos[auto] = port.key
+
+    def _add(self, port: Port) -> None:
+        self.ports[port.key] = port
+        # the first is the primary's
+        free = (n for n in range(1, SLOTS) if n not in self._slots)
+        port.slot = next(free, -1)
+        self._slots.add(port.slot)
 
     def described(self) -> str:
         """The run-time ports for the next master: a line each, as :meth:`adopt` needs them."""
         autos = {key: auto for auto, key in self._autos.items()}
-        return "\n".join(f"{p.key}\t{autos.get(p.key, '')}" for p in self.ports.values() if not p.bound)
+        for label, keys in self._each.items():
+            autos |= {key: f"{_EACH}{label} {position}" for position, key in keys.items()}
+        return "\n".join(
+            f"{p.key}\t{autos.get(p.key, '')}"
+            for p in self.ports.values()
+            if not p.bound and p.listener.sock is not None
+        )
 
     def _held(self, listener: Any) -> Any:
         """The same socket as a listener of our own class, so that a reload does not close it."""
@@ -164,6 +206,62 @@ class Listeners:
         if ask.kind == "tcp":
             return self._open_tcp(ask, allotment)
         raise errors.bad_address(ask.kind[:40], "the worker asked for an unknown kind of address")
+
+    def open_each(self, ask: Open, allotment: Allotment, workers: int) -> Port | None:
+        """With the placement "each": a port that no other worker has.
+
+        One that a worker has left is used again before another is opened, the lowest first.
+
+        :param workers: how many workers there are to be, and so how many such ports.
+        :returns: ``None`` when all of them are taken.
+        :raises errors.ListenError: when there cannot be as many ports as workers.
+        """
+        if ask.kind == "unix":
+            raise errors.each_on_unix(ask.path)
+        label = f"{ask.host}/{ask.port}/{ask.name}"
+        keys = self._each.setdefault(label, {})
+        for position in sorted(keys):
+            if not self.ports[keys[position]].wanted_by:
+                return self.ports[keys[position]]
+        if len(keys) >= workers:
+            return None
+        try:
+            port = self._create_each(_family(ask.host), ask, allotment, workers - len(keys))
+        except errors.ListenError as error:
+            if keys:
+                # there are more workers than at the start: this one waits for another's port
+                self.log.warning("gunicorn-passenger: a worker waits for a port: %s", error)
+                return None
+            del self._each[label]
+            raise
+        port.placement = "each"
+        port.position = next(n for n in range(1, workers + 1) if n not in keys)
+        self._each.setdefault(label, {})[port.position] = port.key
+        return port
+
+    def _create_each(self, family: int, ask: Open, allotment: Allotment, needed: int) -> Port:
+        """Open one more of the ports, when there is room for all that are needed."""
+        within = parse_ports(ask.within, "the worker") if ask.within else None
+        if ask.kind == "auto" and not allotment.limited and within is None:
+            return self._create_tcp(family, ask.host, 0, ask)
+        if allotment.limited:
+            ports = allotment.ports & within if within is not None else allotment.ports
+        else:
+            ports = within if within is not None else frozenset(range(max(ask.port, 1), 65536))
+        if ask.kind == "tcp":
+            allotment.check(ask.port)
+            ports = frozenset(number for number in ports if number >= ask.port)
+        taken = {p.port for p in self.ports.values()} | self._primary_ports()
+        free = sorted(ports - taken)
+        if len(free) < needed:
+            raise errors.too_few_ports(format_ports(ports), needed, len(free), allotment.sources)
+        for number in free:
+            allotment.check(number)
+            try:
+                return self._create_tcp(family, ask.host, number, ask)
+            except errors.PortInUse:
+                continue
+        raise errors.no_port_free(format_ports(ports), allotment.sources)
 
     def _open_tcp(self, ask: Open, allotment: Allotment) -> Port:
         family = _family(ask.host)
@@ -201,7 +299,7 @@ class Listeners:
         port = Port(
             tcp_key(name[0], name[1]), listener, host=name[0], port=name[1], family=family, backlog=backlog
         )
-        self.ports[port.key] = port
+        self._add(port)
         return port
 
     def _primary_ports(self) -> set[int]:
@@ -253,7 +351,7 @@ class Listeners:
         listener = self._wrap(HeldUnix, ask.path, sock.detach())
         port = Port(f"unix:{ask.path}", listener, path=ask.path, family=socket.AF_UNIX)
         port.file = sockets.file_id(ask.path)
-        self.ports[port.key] = port
+        self._add(port)
         return port
 
     def _raise_backlog(self, port: Port, backlog: int) -> None:
@@ -263,12 +361,33 @@ class Listeners:
                 port.listener.sock.listen(backlog)
                 port.backlog = backlog
 
+    def reopen(self, port: Port) -> None:
+        """Open again what was closed on the operator's word.
+
+        :raises OSError: when somebody else has taken the address.
+        """
+        backlog = max(self.cfg.backlog, port.backlog)
+        if port.path:
+            mode = 0o666 & ~self.cfg.umask if self.cfg.umask else 0o600
+            sock = sockets.open_unix(port.path, mode, backlog)
+            port.listener = self._wrap(HeldUnix, port.path, sock.detach())
+            port.file = sockets.file_id(port.path)
+            return
+        sock = sockets.open_tcp(port.family, port.host, port.port, backlog, False)
+        cls = HeldTCP6 if port.family == socket.AF_INET6 else HeldTCP
+        port.listener = self._wrap(cls, sock.getsockname(), sock.detach())
+
     # --- closing ------------------------------------------------------------------------------
 
     def drop(self, key: str, unlink: bool) -> None:
         """Close a port that nobody wants any more."""
         port = self.ports.pop(key)
+        self._slots.discard(port.slot)
         self._autos = {label: k for label, k in self._autos.items() if k != key}
+        for keys in self._each.values():
+            if keys.get(port.position) == key:
+                del keys[port.position]
+        self._each = {label: keys for label, keys in self._each.items() if keys}
         port.listener.really_close()
         if unlink and port.file is not None and sockets.file_id(port.path) == port.file:
             with suppress(OSError):

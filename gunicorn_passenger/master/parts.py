@@ -6,7 +6,7 @@ Runs in: the master. Must never: block, or raise for what somebody else sent.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from typing import Any, Protocol
 
 from gunicorn_passenger.channel import Message
@@ -16,7 +16,10 @@ _EVENTS = 100
 
 
 class Part(Protocol):
-    """Something with descriptors of its own in the broker's loop. All but ``started`` is called with the gate held."""
+    """Something with descriptors of its own in the broker's loop.
+
+    Called with the broker's gate held, where it does not say otherwise.
+    """
 
     def started(self, arbiter: Any) -> None:
         """The master is ready (gunicorn's ``when_ready``). Called in its main thread."""
@@ -34,7 +37,8 @@ class Part(Protocol):
         """Called in every round.
 
         :param now: seconds on the monotonic clock.
-        :returns: when (on that clock) to be called again at the latest; ``None`` when only a descriptor matters.
+        :returns: when (on that clock) to be called again at the latest; ``None`` when only a descriptor
+        matters.
         """
 
     def message(self, age: int, message: Message) -> Message | None:
@@ -68,12 +72,15 @@ class History:
 
     def __init__(self) -> None:
         self._events: deque[dict[str, Any]] = deque(maxlen=_EVENTS)
+        #: how many there were of each kind
+        self.totals: Counter[str] = Counter()
 
     def note(self, kind: str, text: str) -> None:
         """
         :param kind: one word, such as ``"crash"``.
         :param text: one line for people.
         """
+        self.totals[kind] += 1
         self._events.append({"time": round(time.time(), 3), "kind": kind, "text": text})
 
     def list(self) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ Must never: leave a server half registered; a ``listen()`` that fails leaves no 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from gevent import socket as gsocket
@@ -15,33 +15,67 @@ from gevent import socket as gsocket
 from gunicorn_passenger import errors, hooks
 from gunicorn_passenger.address import Auto, SockAddr, Tcp, Unix, format_sockname
 from gunicorn_passenger.allotment import Allotment, account_name, format_ports
+from gunicorn_passenger.board import Board, Counts
 from gunicorn_passenger.http.gateway import Lifecycle
 from gunicorn_passenger.serving import plain
 from gunicorn_passenger.serving.http import Accepting, acceptor, second_server_config
-from gunicorn_passenger.serving.link import Link
-from gunicorn_passenger.serving.server import LISTENING, LOST, WAITING, Server, Socket, WSGIApp
+from gunicorn_passenger.serving.link import Grant, Lease, Link
+from gunicorn_passenger.serving.server import (
+    CLOSED,
+    LISTENING,
+    LOST,
+    STOPPED,
+    WAITING,
+    Server,
+    Socket,
+    WSGIApp,
+)
 from gunicorn_passenger.settings import settings
 
 
-class ServerInfo(NamedTuple):
-    """One server of the application, as :func:`gunicorn_passenger.servers` lists it."""
-
+class _ServerInfo(NamedTuple):
     name: str
     address: tuple[str, int] | str | None
     placement: str
     state: str
 
 
+class ServerInfo(_ServerInfo):
+    """One server of the application, as :func:`gunicorn_passenger.servers` lists it.
+
+    A named tuple of ``name``, ``address``, ``placement`` and ``state``.
+    """
+
+    #: the pid of the worker that serves it, with the placement "each"
+    worker: int | None = None
+
+
 class Foreign:
     """A server that is not ours: all that is known of it is its socket."""
 
-    placement = "shared"
-
-    def __init__(self, name: str, address: tuple[str, int] | str, key: str, state: str = LISTENING) -> None:
-        self.name = name
+    def __init__(
+        self,
+        kind: str,
+        address: tuple[str, int] | str | None,
+        key: str,
+        state: str = LISTENING,
+        placement: str = "shared",
+    ) -> None:
+        self.kind = kind
         self.address = address
         self.key = key
         self.state = state
+        self.placement = placement
+        self.position = 0
+        #: what the master says of it
+        self.lease: Lease | None = None
+        #: where the worker counts its connections, and how many it has accepted
+        self.slot = -1
+        self.accepted = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}.{self.position}" if self.position else self.kind
 
     @property
     def listening(self) -> bool:
@@ -71,6 +105,10 @@ class Application:
         self._acceptors: dict[Server, Accepting] = {}
         #: acceptors of closed servers whose connections go on
         self._draining: list[Accepting] = []
+        #: all acceptors by the slot that they are counted in, and what is left of those that are done
+        self._counted: list[tuple[int, Accepting]] = []
+        self._counts: dict[int, Counts] = {}
+        self._leaving = False
         self._lifecycle: Any = Lifecycle()
         self._cfg: Any = None
 
@@ -97,7 +135,7 @@ class Application:
     def start(self) -> None:
         """The program is loaded: open what waited for the fork, and accept on everything."""
         for server in list(self.servers):
-            if isinstance(server, Server) and server.state == WAITING:
+            if isinstance(server, Server) and server.state == WAITING and server._lease is None:
                 self._open(server)
         self._accepting = True
         for server in list(self.servers):
@@ -151,10 +189,10 @@ class Application:
             accepting.stop_accepting()
             self._draining = [a for a in (*self._draining, accepting) if not a.idle()]
         sock = server._socket
-        if sock is not None:
-            if accepting is None and sock.sock is not None:
-                sock.sock.close()
-            self._give_back(sock.key)
+        if sock is not None and accepting is None and sock.sock is not None:
+            sock.sock.close()
+        if server._lease is not None:
+            self._give_back(server._lease.key, server._lease.number)
         self._forget(server)
 
     def foreign_listens(self, server: Foreign) -> None:
@@ -174,8 +212,8 @@ class Application:
     def foreign_closed(self, server: Foreign) -> None:
         """An unmodified server has closed its socket."""
         self._forget(server)
-        if not self.holds(server.key):
-            self._give_back(server.key)
+        if not server.key or not self.holds(server.key):
+            self._give_back(server.key, server.lease.number if server.lease is not None else 0)
 
     def _forget(self, server: Server | Foreign) -> None:
         if server in self.servers:
@@ -185,9 +223,9 @@ class Application:
             if self.worker is not None:
                 self.worker.serve_primary(None)
 
-    def _give_back(self, key: str) -> None:
-        if self.link is not None and key:
-            self.link.close(key)
+    def _give_back(self, key: str, number: int = 0) -> None:
+        if self.link is not None and (key or number):
+            self.link.close(key, number)
 
     def _claim_name(self, server: Server) -> None:
         for other in self.servers:
@@ -217,28 +255,62 @@ class Application:
                 self.worker.serve_primary(server.app)
         else:
             try:
-                server.attach(self._open_by_master(server), LISTENING)
+                self._open_by_master(server)
             except errors.BrokerLost as error:
                 self.log.error("%s", error)
                 server.attach(None, LOST)
 
-    def _open_by_master(self, server: Server) -> Socket:
+    def _open_by_master(self, server: Server) -> None:
         assert self.link is not None
         want = server.want
         assert isinstance(want, Tcp | Auto | Unix)
         within = self.check_program_allotment(want.port if isinstance(want, Tcp) else None)
-        name = self._auto_name(server) if isinstance(want, Auto) else server.name
-        v6only = False
-        fd, key, sockname = self.link.open(want, name, v6only=v6only, within=within)
-        if self.holds(key):
-            os.close(fd)
-            raise errors.twice_in_process(key)
-        sock = gsocket.socket(
-            gsocket.AF_UNIX if isinstance(sockname, str) else _family(sockname),
-            gsocket.SOCK_STREAM,
-            fileno=fd,
-        )
-        return Socket(sock, sockname, key)
+        name = self._auto_name(server) if isinstance(want, Auto) else server.kind
+        lease = self.link.open(want, name, server.placement, within=within)
+        grant = lease.first()
+        if lease.key and self.holds(lease.key):
+            if grant is not None:
+                os.close(grant.fd)
+            raise errors.twice_in_process(lease.key)
+        server._lease = lease
+        if grant is not None:
+            self._take(server, grant)
+        else:
+            # another worker accepts; with "each" it is not even known where this one will
+            server.attach(Socket(None, lease.sockname, lease.key), LISTENING if lease.key else WAITING)
+        lease.watch(lambda grant: self._granted(server, grant), lambda: self._pause(server))
+
+    def _take(self, server: Server, grant: Grant) -> None:
+        family = gsocket.AF_UNIX if isinstance(grant.sockname, str) else _family(grant.sockname)
+        sock = gsocket.socket(family, gsocket.SOCK_STREAM, fileno=grant.fd)
+        server.position = grant.position
+        server.slot = grant.slot
+        server.attach(Socket(sock, grant.sockname, grant.key), LISTENING)
+
+    def _granted(self, server: Server, grant: Grant) -> None:
+        """The master lets this worker accept."""
+        if self._leaving or server.state == CLOSED:
+            os.close(grant.fd)
+            self._give_back(grant.key)
+            return
+        self._take(server, grant)
+        if self._accepting:
+            self._begin(server)
+
+    def _pause(self, server: Server) -> None:
+        """The master stops it, for good or for a moment."""
+        sock = server._socket
+        if sock is None or server._lease is None or server.state == CLOSED:
+            return
+        accepting = self._acceptors.pop(server, None)
+        if accepting is not None:
+            accepting.stop_accepting()
+            self._draining = [a for a in (*self._draining, accepting) if not a.idle()]
+        elif sock.sock is not None:
+            sock.sock.close()
+        server.attach(Socket(None, sock.sockname, sock.key), STOPPED)
+        assert self.link is not None
+        self.link.paused(sock.key)
 
     def check_program_allotment(self, port: int | None) -> str:
         """What the program itself narrowed the allotment to.
@@ -258,7 +330,7 @@ class Application:
         for server in self.servers:
             if isinstance(server, Foreign) and server.key == key:
                 return True
-            if isinstance(server, Server) and server._socket is not None and server._socket.key == key:
+            if isinstance(server, Server) and server._lease is not None and server._lease.key == key:
                 return True
         return False
 
@@ -267,10 +339,10 @@ class Application:
         same = [
             other
             for other in self.servers
-            if isinstance(other, Server) and isinstance(other.want, Auto) and other.name == server.name
+            if isinstance(other, Server) and isinstance(other.want, Auto) and other.kind == server.kind
         ]
         position = same.index(server)
-        return server.name if position == 0 else f"{server.name}#{position + 1}"
+        return server.kind if position == 0 else f"{server.kind}#{position + 1}"
 
     # --- accepting -------------------------------------------------------------------------------
 
@@ -280,14 +352,17 @@ class Application:
             sock = server._socket
             if sock is not None and sock.sock is not None:
                 self._accept(server, sock)
+            elif server is not self.primary:
+                return  # another worker accepts
         elif isinstance(server, Server):
             return
         hooks.emit("listening", server, self.log)
 
     def _accept(self, server: Server, sock: Socket) -> None:
         cfg, log = self._configuration()
-        self._acceptors[server] = acceptor(sock.sock, server.app, cfg, log, self._lifecycle)
-        self._acceptors[server].start()
+        accepting = self._acceptors[server] = acceptor(sock.sock, server.app, cfg, log, self._lifecycle)
+        self.count(server.slot, accepting)
+        accepting.start()
 
     def _configuration(self) -> tuple[Any, Any]:
         if self._cfg is None:  # plain Python: gunicorn's defaults
@@ -324,8 +399,12 @@ class Application:
 
     def stop_accepting(self) -> None:
         """Close the listening sockets of our own servers; their connections go on."""
-        for accepting in self._acceptors.values():
+        self._leaving = True
+        for server, accepting in self._acceptors.items():
             accepting.stop_accepting()
+            if server.placement != "shared" and server._lease is not None:
+                # the next worker need not wait for the connections of this one
+                self._give_back(server._lease.key, server._lease.number)
 
     def pause(self) -> None:
         """In a child that the program has forked from the worker: leave the connections to the worker."""
@@ -350,10 +429,58 @@ class Application:
             gevent.sleep(0.05)
         self.kill(1)
 
+    # --- counting --------------------------------------------------------------------------------
+
+    def count(self, slot: int, accepting: Accepting) -> None:
+        """From now on, count what an acceptor does in this slot of the board."""
+        self._counted.append((slot, accepting))
+
+    def write_counts(self, board: Board) -> None:
+        """Bring the worker's board up to date. Called once a second, and at the end."""
+        for slot, accepting in self._counted:
+            if accepting.done():
+                self._counts[slot] = self._counts.get(slot, Counts()).plus(accepting.counts())
+        self._counted = [(slot, accepting) for slot, accepting in self._counted if not accepting.done()]
+        now = dict(self._counts)
+        for slot, accepting in self._counted:
+            now[slot] = now.get(slot, Counts()).plus(accepting.counts())
+        for slot, counts in now.items():
+            board.write(slot, counts)
+
     # --- what others see -------------------------------------------------------------------------
 
     def list(self) -> list[ServerInfo]:
-        return [ServerInfo(s.name, s.address, s.placement, s.state) for s in self.servers]
+        """The servers of this process, and those of the placement "each" that other workers have."""
+        found = []
+        for server in self.servers:
+            info = ServerInfo(server.name, server.address, server.placement, server.state)
+            if server.placement == "each" and server.position:
+                info.worker = os.getpid()
+            found.append(info)
+        kinds = {server.kind for server in self.servers if server.placement == "each"}
+        return [*found, *(self._elsewhere(kinds, {i.name for i in found}) if kinds else ())]
+
+    def _elsewhere(self, kinds: set[str], known: set[str]) -> Iterator[ServerInfo]:
+        try:
+            servers = self.report()["servers"]
+        except errors.BrokerLost:
+            return
+        for entry in servers:
+            name = entry["name"]
+            if entry["placement"] == "each" and name not in known and name.rpartition(".")[0] in kinds:
+                host, _, port = entry["address"].rpartition(":")
+                info = ServerInfo(name, (host.strip("[]"), int(port)), "each", entry["state"])
+                info.worker = next(iter(entry["workers"]), None)
+                yield info
+
+    def report(self) -> dict[str, Any]:
+        """The whole application, from the master (see ``master/reporting.py``).
+
+        :raises errors.BrokerLost: outside a worker, or when the master cannot be reached.
+        """
+        if self.link is None:
+            raise errors.broker_lost("the report", "is that of gunicorn, which does not run here")
+        return self.link.report()
 
     def serves_in_plain_python(self) -> bool:
         return any(isinstance(server, Server) and server.state == LISTENING for server in self.servers)

@@ -19,6 +19,7 @@ from gunicorn.sock import ssl_context
 from gunicorn.workers.ggevent import GeventWorker
 
 from gunicorn_passenger.address import format_sockname
+from gunicorn_passenger.board import Counts
 from gunicorn_passenger.http.acceptor import Acceptor
 from gunicorn_passenger.http.gateway import Gateway
 from gunicorn_passenger.settings import settings
@@ -42,6 +43,8 @@ class Accepting(Protocol):
     def pause(self) -> None: ...
     def idle(self) -> bool: ...
     def kill(self, timeout: float) -> None: ...
+    def counts(self) -> Counts: ...
+    def done(self) -> bool: ...
 
 
 def beyond(cfg: Any) -> str:
@@ -90,6 +93,7 @@ class Handler(GeventWorker):
         self.cfg = cfg
         self.log = log
         self._worker = worker
+        self.requests = 0
 
     @property
     def alive(self) -> bool:
@@ -106,6 +110,7 @@ class Handler(GeventWorker):
     @nr.setter
     def nr(self, value: int) -> None:
         self._worker.nr = value
+        self.requests += 1
 
     @property
     def max_requests(self) -> int:
@@ -151,11 +156,13 @@ class GunicornAcceptor:
         """
         self.pool = Pool(connections)
         self._handler = handler
+        self._accepted = 0
+        self._closed = False
         name = ListenerName(sock.getsockname())
         listener = gsocket.socket(sock.family, sock.type, sock.proto, fileno=sock.detach())
         self.server = StreamServer(
             listener,
-            handle=lambda client, addr: handler.handle(name, client, addr),
+            handle=lambda client, addr: self._handle(name, client, addr),
             spawn=self.pool,
             **tls,
         )
@@ -171,6 +178,7 @@ class GunicornAcceptor:
 
     def stop_accepting(self) -> None:
         """Close the listening socket; connections go on."""
+        self._closed = True
         self.server.close()
 
     def pause(self) -> None:
@@ -178,8 +186,19 @@ class GunicornAcceptor:
         self.server._stop_event.set()
         self.server.stop_accepting()
 
+    def _handle(self, name: Any, client: Any, addr: Any) -> None:
+        self._accepted += 1
+        self._handler.handle(name, client, addr)
+
     def idle(self) -> bool:
         return bool(self.pool.free_count() == self.pool.size)
+
+    def done(self) -> bool:
+        return self._closed and self.idle()
+
+    def counts(self) -> Counts:
+        """What it has done so far; bytes and errors are gunicorn's, which does not count them."""
+        return Counts(len(self.pool), self._accepted, self._handler.requests)
 
     def kill(self, timeout: float) -> None:
         """End what still runs."""

@@ -27,17 +27,21 @@ import os
 import socket
 import socketserver
 import struct
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from gevent import _socket3
 
-from gunicorn_passenger import errors, native, sockets
+from gunicorn_passenger import errors, sockets
 from gunicorn_passenger.address import SockAddr, Tcp, format_sockname, format_tcp, resolve
+from gunicorn_passenger.board import PRIMARY_SLOT, Board, Counts
 from gunicorn_passenger.serving import face
 from gunicorn_passenger.serving.application import Application, Foreign
-from gunicorn_passenger.serving.server import CLOSED, LOST, Socket
+from gunicorn_passenger.serving.epolls import replace as _replace_under
+from gunicorn_passenger.serving.link import Grant
+from gunicorn_passenger.serving.server import CLOSED, LISTENING, LOST, STOPPED, WAITING, Socket
 from gunicorn_passenger.settings import settings
 
 #: Options that a program sets on a listening socket for the connections accepted from it.
@@ -77,6 +81,8 @@ class Leased:
     inode: int
     server: Foreign
     name: SockAddr
+    #: what the program has set on its own socket
+    options: list[tuple[int, int, bytes]]
 
 
 class Interposition:
@@ -91,8 +97,10 @@ class Interposition:
         self._pid = os.getpid()
         self._bound: dict[int, Bound] = {}  # by inode: a copy (dup) of the socket is bound too
         self._leased: dict[int, Leased] = {}
-        #: connections accepted from leased descriptors: descriptor -> inode
-        self._accepted: dict[int, int] = {}
+        #: connections accepted from leased descriptors: descriptor -> inode, and whose they are
+        self._accepted: dict[int, tuple[int, Foreign]] = {}
+        #: connections of servers that have closed, by slot
+        self._past: Counter[int] = Counter()
         #: what a captured primary was asked to be bound to
         self._primary_name: SockAddr | None = None
 
@@ -168,11 +176,57 @@ class Interposition:
         finally:
             source.close()
         del self._bound[bound]
-        self._leased[fd] = Leased(_inode(fd), server, name)
+        entry_of = self._leased[fd] = Leased(_inode(fd), server, name, options)
         _set_options(sock, options)
         _keep_nonblocking(sock)
         self.application.foreign_listens(server)
+        if server.lease is not None:
+            server.lease.watch(lambda grant: self._granted(entry_of, grant), lambda: self._pause(entry_of))
         return True
+
+    def _granted(self, entry: Leased, grant: Grant) -> None:
+        """The master lets this worker accept: put its socket where one is that nobody reaches."""
+        source = _socket.socket(fileno=grant.fd)
+        try:
+            if entry.server.state == CLOSED or entry not in self._leased.values():
+                self.application.foreign_closed(entry.server)
+                return
+            self._describe(entry.server, grant)
+            self._swap(entry, source, LISTENING)
+        finally:
+            source.close()
+
+    def _pause(self, entry: Leased) -> None:
+        """The master stops it, for good or for a moment."""
+        if entry not in self._leased.values():
+            return
+        inert = _nowhere()
+        try:
+            self._swap(entry, inert, STOPPED)
+        finally:
+            inert.close()
+        assert self.application.link is not None
+        self.application.link.paused(entry.server.key)
+
+    def _swap(self, entry: Leased, source: Any, state: str) -> None:
+        """Another socket under the descriptors of a server, which does not notice."""
+        before = entry.inode
+        for fd in _descriptors_of(before):
+            _replace_under(fd, source)
+        entry.inode = _inode(source.fileno())
+        entry.server.state = state
+        if state == LISTENING:
+            copy = _socket.socket(fileno=os.dup(source.fileno()))
+            try:
+                _set_options(copy, entry.options)
+                copy.setblocking(False)
+            finally:
+                copy.close()
+
+    @staticmethod
+    def _describe(server: Foreign, grant: Grant) -> None:
+        server.key, server.position, server.slot = grant.key, grant.position, grant.slot
+        server.address = Socket(None, grant.sockname).address
 
     def _take(self, sock: Any, entry: Bound, backlog: int) -> tuple[Foreign, Any, SockAddr]:
         """The socket for an unmodified server: the primary's, or one of the master's."""
@@ -186,30 +240,38 @@ class Interposition:
                 return first, application.worker.give_primary(), entry.name
             name = application.worker.primary_name()
             server = Foreign(label, f"unix:{name}" if isinstance(name, str) else name[:2], "")
+            server.slot = PRIMARY_SLOT
             application.install(server, label)
             source = application.worker.give_primary()
             self._primary_name = entry.name
             face.install()
             return server, source, entry.name
         application.check_program_allotment(entry.port)
-        settings.placement(entry.port, "shared")
+        placement = settings.placement(entry.port, "shared")
         assert application.link is not None
         want = Tcp(entry.host, entry.port)
         v6only = sock.family == socket.AF_INET6 and bool(
             sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
         )
         try:
-            fd, key, sockname = application.link.open(want, label, min(max(0, backlog), 65535), v6only)
+            lease = application.link.open(
+                want, label, placement, min(max(0, backlog), 65535), v6only, counts=False
+            )
         except errors.BrokerLost as error:
             application.log.error("%s", error)
             face.install()
             return Foreign(label, (entry.host, entry.port), "", LOST), _nowhere(), entry.name
-        source = _socket.socket(fileno=fd)
-        if application.holds(key) and not _shares_port(sock):
+        grant = lease.first()
+        source = _socket.socket(fileno=grant.fd) if grant is not None else _nowhere()
+        if lease.key and application.holds(lease.key) and not _shares_port(sock):
             source.close()
-            raise errors.twice_in_process(key)
-        opened = Socket(None, sockname, key)
-        return Foreign(label, opened.address, key), source, entry.name
+            raise errors.twice_in_process(lease.key)
+        address = Socket(None, lease.sockname).address
+        server = Foreign(label, address, lease.key, LISTENING if lease.key else WAITING, placement)
+        server.lease = lease
+        if grant is not None:
+            self._describe(server, grant)
+        return server, source, entry.name
 
     def closing(self, fd: int) -> None:
         """A socket object is about to close its descriptor."""
@@ -233,6 +295,8 @@ class Interposition:
     def _end_lease(self, fd: int) -> None:
         """Give the port back, unless another descriptor of this process still has the socket (dup)."""
         entry = self._leased.pop(fd)
+        self._past[entry.server.slot] += entry.server.accepted
+        entry.server.accepted = 0
         for other in self._copies(fd, entry.inode):
             self._leased[other] = entry
             return
@@ -267,12 +331,29 @@ class Interposition:
 
     def accepted(self, listener: int, fd: int) -> None:
         """A connection was accepted; remembered when it came from one of the master's sockets."""
-        if self.is_leased(listener):
-            self._accepted[fd] = _inode(fd)
+        if not self._leased:
+            return
+        entry = self._leased.get(listener)
+        if entry is None:
+            inode = _inode(listener)
+            entry = next((e for e in self._leased.values() if e.inode == inode), None)
+        if entry is not None:
+            entry.server.accepted += 1
+            self._accepted[fd] = _inode(fd), entry.server
+
+    def write_counts(self, board: Board) -> None:
+        """Bring the worker's board up to date; of a server that is not ours its connections are known."""
+        self.idle()
+        accepted = Counter(self._past)
+        for server in {id(e.server): e.server for e in self._leased.values()}.values():
+            accepted[server.slot] += server.accepted
+        now = Counter(server.slot for _, server in self._accepted.values())
+        for slot in accepted:
+            board.write(slot, Counts(now[slot], accepted[slot]))
 
     def idle(self) -> bool:
         """Whether no connection is open that an unmodified server has accepted."""
-        self._accepted = {fd: inode for fd, inode in self._accepted.items() if _inode(fd) == inode}
+        self._accepted = {fd: item for fd, item in self._accepted.items() if _inode(fd) == item[0]}
         return not self._accepted
 
     def stop_accepting(self) -> None:
@@ -282,30 +363,22 @@ class Interposition:
         them from under servers that poll them.
         """
         self.sweep()
-        inodes = {entry.inode for entry in self._leased.values()}
+        entries = list(self._leased.values())
         self._leased.clear()
-        for fd in [fd for inode in inodes for fd in _descriptors_of(inode)]:
-            _forget_in_epoll(fd)
+        for entry in entries:
+            self._past[entry.server.slot] += entry.server.accepted
+            entry.server.accepted = 0
             inert = _nowhere()
             try:
-                os.dup2(inert.fileno(), fd, inheritable=False)
+                for fd in _descriptors_of(entry.inode):
+                    _replace_under(fd, inert)
             finally:
                 inert.close()
-
-
-def _forget_in_epoll(fd: int) -> None:
-    """Take a descriptor out of every epoll set of this process.
-
-    The kernel drops a registration when the *description* is closed (epoll(7)), and the master keeps
-    it open: the set would go on reporting the old socket under the number of the new one.
-    """
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError):
-            if os.readlink(f"/proc/self/fd/{name}") == "anon_inode:[eventpoll]":
-                copy = os.dup(int(name))
-                # gevent takes select.epoll away when it patches
-                with native.original("select", "epoll").fromfd(copy) as epoll:
-                    epoll.unregister(fd)
+            lease = entry.server.lease
+            if lease is not None and entry.server.placement != "shared":
+                # the next worker need not wait for the connections of this one
+                assert self.application.link is not None
+                self.application.link.close(lease.key, lease.number)
 
 
 def _is_tcp(sock: Any) -> bool:

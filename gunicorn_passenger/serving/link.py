@@ -5,10 +5,12 @@ Runs in: a worker. Must never: block the gevent hub, or go on as if a lost maste
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import gevent
 from gevent import socket as gsocket
@@ -16,12 +18,78 @@ from gevent.event import AsyncResult
 
 from gunicorn_passenger import channel, errors, native
 from gunicorn_passenger.address import Address, Auto, SockAddr, Tcp, Unix, format_tcp, resolve
-from gunicorn_passenger.channel import Close, Fault, Message, Noted, Open, Opened, Ready, Refused, Rejected
+from gunicorn_passenger.channel import (
+    Ask,
+    Close,
+    Fault,
+    Granted,
+    Leaving,
+    Message,
+    Noted,
+    Open,
+    Opened,
+    Pause,
+    Paused,
+    Ready,
+    Refused,
+    Rejected,
+    Told,
+)
 
 #: Seconds that a worker waits for the broker; it answers within milliseconds or it hangs.
 ANSWER_TIMEOUT = 10.0
 
 T = TypeVar("T")
+
+
+class Grant(NamedTuple):
+    """The right to accept, now."""
+
+    #: a descriptor that whoever takes the grant owns
+    fd: int
+    key: str
+    #: what the socket is bound to
+    sockname: SockAddr | str
+    #: where the worker counts
+    slot: int
+    #: with the placement "each": which of its kind
+    position: int
+
+
+class Lease:
+    """What the master has answered to an ``Open``, and what it says of it later."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.key = ""
+        #: what the socket is bound to; ``None`` while that is not known
+        self.sockname: SockAddr | str | None = None
+        self._first: AsyncResult = AsyncResult()
+        self._granted: Callable[[Grant], object] | None = None
+        self._paused: Callable[[], object] | None = None
+
+    def first(self) -> Grant | None:
+        """The grant that has come with the answer, if one has."""
+        grant: Grant | None = self._first.get(block=False) if self._first.ready() else None
+        self._first = AsyncResult()
+        return grant
+
+    def watch(self, granted: Callable[[Grant], object], paused: Callable[[], object]) -> None:
+        """From now on call these, each in a greenlet of its own."""
+        self._granted, self._paused = granted, paused
+        if (grant := self.first()) is not None:
+            gevent.spawn(granted, grant)
+
+    def grant(self, grant: Grant) -> None:
+        self.key, self.sockname = grant.key, grant.sockname
+        if self._granted is None:
+            self._first.set(grant)
+        else:
+            gevent.spawn(self._granted, grant)
+
+    def pause(self) -> None:
+        if self._paused is not None:
+            gevent.spawn(self._paused)
 
 
 class Link:
@@ -33,6 +101,7 @@ class Link:
         self._lost = "" if end is not None else "could not be reached when the worker started"
         self._numbers = itertools.count(1)
         self._waiting: dict[int, AsyncResult] = {}
+        self._leases: dict[int, Lease] = {}
         self._pid = os.getpid()
         self._hub = gevent.get_hub()
         self._thread = native.original("_thread", "get_ident")()
@@ -50,44 +119,100 @@ class Link:
             self._lost = "answers the worker, not its child processes"
 
     def open(
-        self, want: Address, name: str, backlog: int = 0, v6only: bool = False, within: str = ""
-    ) -> tuple[int, str, SockAddr | str]:
-        """Get the listening socket of an address from the master.
+        self,
+        want: Address,
+        name: str,
+        placement: str,
+        backlog: int = 0,
+        v6only: bool = False,
+        within: str = "",
+        counts: bool = True,
+    ) -> Lease:
+        """Ask the master to let this worker accept on an address.
 
-        :returns: a descriptor that the caller owns, the key for :meth:`close`, and what the socket
-            is bound to.
+        :param counts: whether its requests will be counted.
+        :returns: what it has answered. The listening socket is in the grant that has come with it
+            (:meth:`Lease.first`), or in one that comes later.
         :raises errors.ListenError: when the address is not to be had.
         """
         number = next(self._numbers)
         if isinstance(want, Unix):
-            ask = Open(number, "unix", path=want.path, backlog=backlog)
+            ask = Open(number, "unix", path=want.path, name=name, backlog=backlog)
         elif isinstance(want, Tcp | Auto):
             auto = isinstance(want, Auto)
             port = 0 if isinstance(want, Auto) else want.port
             _, host = resolve(want.host, port)
-            ask = Open(
-                number, "auto" if auto else "tcp", host, port, "", name, backlog, v6only, within=within
-            )
+            ask = Open(number, "auto" if auto else "tcp", host, port, "", name, backlog, v6only, within)
         else:
             raise TypeError(f"{want!r} is not the master's to open")
         label = format_tcp(ask.host, ask.port) if isinstance(want, Tcp) else str(want)
-        answer, fd = self._ask(ask, label)
-        if isinstance(answer, Refused):
-            kind = errors.REFUSALS.get(answer.kind, errors.ListenError)
-            raise kind(answer.errno, answer.text)
-        if not isinstance(answer, Opened) or fd is None:
-            raise errors.broker_lost(label, "did not understand this worker (different versions?)")
-        bound: SockAddr | str = answer.path or (
-            (answer.host, answer.port, 0, 0) if ":" in answer.host else (answer.host, answer.port)
-        )
-        return fd, answer.key, bound
+        ask = dataclasses.replace(ask, placement=placement, counts=counts)
+        lease = self._leases[number] = Lease(number)
+        try:
+            answer, _ = self._ask(ask, label)
+            if isinstance(answer, Refused):
+                kind = errors.REFUSALS.get(answer.kind, errors.ListenError)
+                raise kind(answer.errno, answer.text)
+            if not isinstance(answer, Opened):
+                raise errors.broker_lost(label, "did not understand this worker (different versions?)")
+            if answer.key:
+                lease.key, lease.sockname = answer.key, _sockname(answer)
+            if answer.granted:
+                self.call(lambda: self._await_grant(lease, label))
+        except BaseException:
+            self._leases.pop(number, None)
+            raise
+        return lease
 
-    def close(self, key: str) -> None:
-        """The worker no longer accepts on ``key``."""
-        self._tell(Close(0, key))
+    def _await_grant(self, lease: Lease, label: str) -> None:
+        if not lease._first.wait(timeout=ANSWER_TIMEOUT):
+            raise errors.broker_lost(label, f"did not answer within {ANSWER_TIMEOUT:g} s")
 
-    def ready(self) -> None:
-        self._tell(Ready(0))
+    def close(self, key: str, number: int = 0) -> None:
+        """The worker no longer accepts on ``key``, or no longer waits for what it asked for.
+
+        :param number: that of the :class:`Lease`.
+        """
+        for known in [n for n, lease in self._leases.items() if n == number or (key and lease.key == key)]:
+            del self._leases[known]
+        self._tell(Close(number, key))
+
+    def paused(self, key: str) -> None:
+        """The worker has stopped to accept there, and waits for a grant."""
+        self._tell(Paused(0, key))
+
+    def ready(self, primary: str) -> None:
+        """:param primary: the name of the primary's server."""
+        self._tell(Ready(0, primary))
+
+    def leaving(self) -> None:
+        """The worker accepts nowhere any more."""
+        self._tell(Leaving(0))
+
+    def report(self) -> dict[str, Any]:
+        """What the application looks like (see ``master/reporting.py``).
+
+        :raises errors.BrokerLost: when the master cannot be reached.
+        """
+        answer, fd = self._ask(Ask(next(self._numbers)), "the report")
+        if not isinstance(answer, Told) or fd is None:
+            raise errors.broker_lost("the report", "gave none")
+        with os.fdopen(fd, "rb") as file:
+            file.seek(0)
+            found: dict[str, Any] = json.loads(file.read())
+            return found
+
+    def ask(self, question: Message, label: str) -> Message:
+        """Put a question of another module to the master.
+
+        :param question: its ``id`` is replaced.
+        :param label: what it is about, for the error.
+        :raises errors.BrokerLost: when the master cannot be reached.
+        """
+        answer, fd = self._ask(dataclasses.replace(question, id=next(self._numbers)), label)
+        if fd is not None:
+            os.close(fd)
+        return answer
 
     def fault(self, text: str) -> bool:
         """Have the master log, once for all workers, why this one cannot start.
@@ -157,6 +282,24 @@ class Link:
         finally:
             self._waiting.pop(ask.id, None)
 
+    def _heard(self, message: Granted | Pause, fd: int | None) -> None:
+        """The master says of itself what may be accepted."""
+        if isinstance(message, Pause):
+            for lease in list(self._leases.values()):
+                if lease.key == message.key:
+                    lease.pause()
+        elif fd is not None:
+            lease_of = self._leases.get(message.id)
+            if lease_of is None:
+                # it was given back meanwhile
+                os.close(fd)
+                self.close(message.key, message.id)
+            else:
+                lease_of.grant(Grant(fd, message.key, _sockname(message), message.slot, message.position))
+            return
+        if fd is not None:
+            os.close(fd)
+
     def _read(self) -> None:
         """Hand each answer to the greenlet that waits for it."""
         while True:
@@ -167,6 +310,9 @@ class Link:
                 continue
             except (channel.Closed, OSError):
                 break
+            if isinstance(message, Granted | Pause):
+                self._heard(message, fd)
+                continue
             if isinstance(message, Rejected):
                 self.log.error("gunicorn-passenger: the master rejected a message: %s", message.text)
             waiting = self._waiting.get(message.id)
@@ -179,3 +325,9 @@ class Link:
         self._lost = "has closed the channel"
         for waiting in list(self._waiting.values()):
             waiting.set_exception(errors.broker_lost("the port", self._lost))
+
+
+def _sockname(answer: Opened | Granted) -> SockAddr | str:
+    if answer.path:
+        return answer.path
+    return (answer.host, answer.port, 0, 0) if ":" in answer.host else (answer.host, answer.port)

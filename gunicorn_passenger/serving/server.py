@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.address import Address, Primary, SockAddr, Tcp, format_sockname, parse
+from gunicorn_passenger.serving.link import Lease
 from gunicorn_passenger.settings import check_placement, settings
 
 WSGIApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
@@ -18,23 +19,27 @@ WSGIApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 S = TypeVar("S", bound="Server")
 
 #: the states of a server, as ``servers()`` shows them
-NEW, WAITING, LISTENING, CLOSED, LOST = "new", "waiting", "listening", "closed", "lost"
+NEW, WAITING, LISTENING, STOPPED, CLOSED, LOST = "new", "waiting", "listening", "stopped", "closed", "lost"
 
 
 class Socket:
     """A listening socket of this process, and the key under which the master knows it."""
 
-    def __init__(self, sock: Any, sockname: SockAddr | str, key: str = "") -> None:
+    def __init__(self, sock: Any, sockname: SockAddr | str | None, key: str = "") -> None:
+        """
+        :param sock: ``None`` while another worker accepts, or where somebody else does.
+        :param sockname: ``None`` while it is not known.
+        """
         self.sock = sock
         self.sockname = sockname
         self.key = key
 
     @property
-    def address(self) -> tuple[str, int] | str:
+    def address(self) -> tuple[str, int] | str | None:
         """``(host, port)``, or ``"unix:/path"``."""
         if isinstance(self.sockname, tuple):
             return self.sockname[0], self.sockname[1]
-        return format_sockname(self.sockname)
+        return None if self.sockname is None else format_sockname(self.sockname)
 
 
 class Home(Protocol):
@@ -61,6 +66,11 @@ class Server:
         self._name: str | None = None
         self._want: Address | None = None
         self._socket: Socket | None = None
+        self._lease: Lease | None = None
+        #: with the placement "each": which of its kind it is, from 1
+        self.position = 0
+        #: where the worker counts what it does
+        self.slot = -1
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         return self.app(environ, start_response)
@@ -70,7 +80,16 @@ class Server:
 
     @property
     def name(self) -> str:
-        """The name given to ``listen()``, or one made from the application's own."""
+        """The name given to ``listen()``, or one made from the application's own.
+
+        With the placement ``"each"`` a number follows, which a successor takes over with the port:
+        ``"jobs.2"``.
+        """
+        return f"{self.kind}.{self.position}" if self.position else self.kind
+
+    @property
+    def kind(self) -> str:
+        """The name without a number."""
         return self._name or default_name(self.app)
 
     @property
@@ -103,7 +122,9 @@ class Server:
             of the allotment, one for all workers).
         :param host: the host for a bare port and for ``"auto"``.
         :param name: names the server in :func:`gunicorn_passenger.servers` and in the log.
-        :param placement: ``"shared"``: all workers accept from the one socket.
+        :param placement: ``"shared"``: all workers accept from the one socket. ``"one"``: one worker at a
+            time accepts, another when that leaves or dies. ``"each"``: every worker gets a port of its own,
+            with a number the next free ones from there.
         :returns: the server itself.
         :raises errors.ListenError: (an ``OSError``) when it cannot listen there; ``PortNotAllotted``
             and ``PortInUse`` are kinds of it.
@@ -119,6 +140,8 @@ class Server:
         if isinstance(want, Tcp):
             placement = settings.placement(want.port, placement)
         self.placement = check_placement(placement)
+        if isinstance(want, Primary) and placement != "shared":
+            raise errors.placed_primary(placement)
         self._name = name
         self._want = want
         try:
@@ -144,7 +167,7 @@ class Server:
         self.state = state
 
     def _label(self) -> str:
-        if self._socket is not None:
+        if self._socket is not None and self._socket.sockname is not None:
             return format_sockname(self._socket.sockname)
         return "nowhere" if self._want is None else str(self._want)
 

@@ -1,0 +1,64 @@
+"""Who may serve what only one worker of the application may serve: a lock between masters.
+
+Runs in: the master. Must never: wait.
+
+Within one master the broker knows who accepts. But while ``USR2`` upgrades gunicorn there are two masters,
+each with workers that want the same server. So a master locks a byte for each such server, in a file in
+memory that it shares with the master after it (an open file description lock, fcntl(2)). The kernel gives
+the lock back when the master and the workers that have inherited it are gone, however they went.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from contextlib import suppress
+from zlib import crc32
+
+#: Hands the file to the next master: the number of the descriptor.
+HANDOVER = "PASSENGER_EXCLUSIVE"
+
+_NAME = "gunicorn-passenger-exclusive"
+_FLOCK = "hhqqi4x"
+
+
+class Exclusive:
+    """The locks of one master."""
+
+    def __init__(self, inherited: str = "") -> None:
+        """
+        :param inherited: the number of a descriptor, from the master before.
+        :raises OSError: when the system has no room for the file.
+        """
+        path = f"/proc/self/fd/{inherited}"
+        self._fd = -1
+        with suppress(OSError):
+            if inherited.isdecimal() and os.readlink(path).startswith(f"/memfd:{_NAME}"):
+                # a description of our own: a lock that the two share would exclude neither
+                self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                os.close(int(inherited))
+        if self._fd < 0:
+            self._fd = os.memfd_create(_NAME)
+
+    def take(self, key: str) -> bool:
+        """Whether this master has the lock of a server now."""
+        try:
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _lock(key, fcntl.F_WRLCK))
+        except OSError:
+            return False
+        return True
+
+    def give(self, key: str) -> None:
+        with suppress(OSError):
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _lock(key, fcntl.F_UNLCK))
+
+    def hand_over(self) -> str:
+        """In the child that becomes the next master: what to put into ``HANDOVER``."""
+        os.set_inheritable(self._fd, True)
+        return str(self._fd)
+
+
+def _lock(key: str, kind: int) -> bytes:
+    # two servers whose names share a byte exclude each other between masters, which does no harm
+    return struct.pack(_FLOCK, kind, os.SEEK_SET, crc32(key.encode()), 1, 0)

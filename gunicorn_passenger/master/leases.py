@@ -1,0 +1,223 @@
+"""Who may accept where: the placements.
+
+Runs in: the master, in the broker's thread. Must never: let two workers accept where one may, wait, or trust
+a worker with more than its own wishes.
+
+- ``"shared"``: every worker that wants a port may accept on it.
+- ``"one"``: one of them may, the youngest that serves; when it is gone, or has given the port back, the
+  next. Between two masters (``USR2``) a lock decides (:mod:`.exclusive`).
+- ``"each"``: a port has one worker; who finds none free waits for another's.
+
+A worker gets the listening socket when it may accept, and not before.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from gunicorn_passenger import channel, errors
+from gunicorn_passenger.allotment import Allotment
+from gunicorn_passenger.channel import Granted, Open, Opened, Pause
+from gunicorn_passenger.errors import PassengerError
+from gunicorn_passenger.master.exclusive import Exclusive
+from gunicorn_passenger.master.listeners import Listeners, Port
+from gunicorn_passenger.master.parts import History
+
+#: How often the lock of another master is tried, in seconds.
+_TRY = 0.05
+
+
+class Crew(Protocol):
+    """What this module asks of the broker."""
+
+    def serving(self, age: int) -> bool:
+        """Whether a worker is ready and not leaving."""
+
+    def tell(self, age: int, message: channel.Message, fd: int | None = None) -> bool:
+        """Send a worker a message; false when it is gone."""
+
+    def pid(self, age: int) -> object:
+        """A worker's pid, for people."""
+
+    def opened(self, port: Port) -> None:
+        """A port was opened."""
+
+    def shut(self, port: Port) -> None:
+        """A port is to be closed, and to be remembered."""
+
+    def reopen(self, port: Port) -> None:
+        """Open it again."""
+
+
+class Leases:
+    """Wishes and grants of all ports."""
+
+    def __init__(self, listeners: Listeners, exclusive: Exclusive, history: History, crew: Crew) -> None:
+        self._listeners = listeners
+        self.exclusive = exclusive
+        self._history = history
+        self._crew = crew
+        #: workers whose "each" server has found no port free: age and question
+        self._waiting: list[tuple[int, Open]] = []
+        #: the last worker that accepted where one may: key to pid
+        self._last: dict[str, object] = {}
+        #: what the last round allowed and how many workers there are to be
+        self._allotment = Allotment("")
+        self._workers = 1
+
+    def want(self, age: int, ask: Open, allotment: Allotment, same_user: bool, workers: int) -> Opened:
+        """A worker wants to listen.
+
+        :param workers: how many there are to be.
+        :returns: the answer; a grant follows it at once, or later.
+        :raises errors.ListenError: when it cannot.
+        """
+        self._allotment, self._workers = allotment, workers
+        known = set(self._listeners.ports)
+        if ask.placement == "each":
+            port = self._listeners.open_each(ask, allotment, workers)
+        elif ask.placement in ("shared", "one"):
+            port = self._listeners.open(ask, allotment, same_user)
+            port.placement = ask.placement
+        else:
+            raise errors.bad_address(ask.placement[:40], "the worker asked for an unknown placement")
+        if port is None:
+            self._waiting.append((age, ask))
+            return Opened(ask.id, "", granted=False)
+        if port.key not in known:
+            self._crew.opened(port)
+        self._wanted(port, age, ask)
+        at_once = port.placement != "one" and not port.paused
+        return Opened(ask.id, port.key, port.host, port.port, port.path, at_once)
+
+    @staticmethod
+    def _wanted(port: Port, age: int, ask: Open) -> None:
+        port.wanted_by[age] = ask.id
+        port.accepting.discard(age)
+        port.idle_since = None
+        port.claimed = True
+        port.counts = ask.counts
+        if ask.name:
+            port.name = ask.name
+
+    def release(self, age: int, key: str, number: int) -> None:
+        """A worker no longer wants a port; without a key, what the question of that number waits for."""
+        if not key:
+            self._waiting = [(a, ask) for a, ask in self._waiting if (a, ask.id) != (age, number)]
+            return
+        port = self._listeners.ports.get(key)
+        if port is not None:
+            port.wanted_by.pop(age, None)
+            port.accepting.discard(age)
+
+    def paused(self, age: int, key: str) -> None:
+        """A worker has stopped to accept, as it was told."""
+        port = self._listeners.ports.get(key)
+        if port is not None:
+            port.accepting.discard(age)
+
+    def gone(self, age: int) -> None:
+        """A worker is gone."""
+        self._waiting = [(a, ask) for a, ask in self._waiting if a != age]
+        for port in self._listeners.ports.values():
+            port.wanted_by.pop(age, None)
+            port.accepting.discard(age)
+
+    def settle(self, now: float) -> float | None:
+        """Grant what can be granted. Called in every round.
+
+        :returns: when to be called again (monotonic seconds), if no message will come.
+        """
+        due = None
+        for age, ask in list(self._waiting):
+            self._try_again(age, ask)
+        for port in list(self._listeners.ports.values()):
+            if port.paused and not self._resumes(port):
+                continue
+            if port.placement == "one":
+                if not self._give_to_one(port):
+                    due = now + _TRY
+            else:
+                for age in [a for a in port.wanted_by if a not in port.accepting]:
+                    self._grant(port, age)
+        return due
+
+    def _try_again(self, age: int, ask: Open) -> None:
+        known = set(self._listeners.ports)
+        try:
+            port = self._listeners.open_each(ask, self._allotment, self._workers)
+        except errors.ListenError:
+            return
+        if port is not None:
+            self._waiting.remove((age, ask))
+            if port.key not in known:
+                self._crew.opened(port)
+            self._wanted(port, age, ask)
+
+    def _give_to_one(self, port: Port) -> bool:
+        """:returns: false when another master has it."""
+        if port.accepting:
+            return True
+        able = [age for age in port.wanted_by if self._crew.serving(age)]
+        if not able:
+            self.exclusive.give(port.key)
+            return True
+        if not self.exclusive.take(port.key):
+            return False
+        age = max(able)
+        if self._grant(port, age):
+            before, pid = self._last.get(port.key), self._crew.pid(age)
+            self._last[port.key] = pid
+            if before is not None:
+                text = f"{port.title} ({port.key}): worker {pid} after worker {before}"
+                self._history.note("takeover", text)
+        return True
+
+    def _grant(self, port: Port, age: int) -> bool:
+        granted = Granted(
+            port.wanted_by[age], port.key, port.host, port.port, port.path, port.slot, port.position
+        )
+        port.accepting.add(age)
+        return self._crew.tell(age, granted, port.listener.fileno())
+
+    # --- on an operator's word -------------------------------------------------------------------
+
+    def command(self, verb: str, name: str) -> str | None:
+        """``stop`` or ``restart`` all servers with a name or an address.
+
+        :returns: what was done; ``None`` when there are none.
+        :raises PassengerError: when it cannot be done.
+        """
+        ports = [p for p in self._listeners.ports.values() if name in (p.name, p.title, p.key)]
+        for port in ports:
+            if port.bound and verb == "stop":
+                raise PassengerError(
+                    f"{port.title} listens on {port.key}, which is in gunicorn's bind: take it out there "
+                    "and reload"
+                )
+        for port in ports:
+            port.paused = verb
+            for age in list(port.accepting):
+                self._crew.tell(age, Pause(0, port.key))
+            self._history.note(verb, f"{port.title} ({port.key})")
+        done = {"stop": "stopped", "restart": "restarted"}[verb]
+        return ", ".join(f"{done} {port.title} ({port.key})" for port in ports) or None
+
+    def _resumes(self, port: Port) -> bool:
+        """Whether workers may accept again: all have stopped, and it was to be a restart."""
+        if port.accepting:
+            return False
+        closed = port.listener.sock is None
+        if port.paused == "stop":
+            if not closed:
+                self._crew.shut(port)
+            return False
+        if closed:
+            try:
+                self._crew.reopen(port)
+            except OSError as error:
+                self._history.note("error", f"{port.title} cannot be opened again: {error}")
+                port.paused = "stop"
+                return False
+        port.paused = ""
+        return True
