@@ -1,4 +1,4 @@
-"""The command line: ``gunicorn-passenger start`` and ``gunicorn-passenger ports``.
+"""The command line: ``gunicorn-passenger start``, ``ports``, ``status``, ``restart`` and ``stop``.
 
 Runs in: a process of its own; ``start`` becomes the gunicorn master. Must never: show a traceback for
 what the user can mend.
@@ -12,18 +12,24 @@ import os
 import sys
 from typing import Any
 
-from gunicorn_passenger import holders
+from gunicorn_passenger import holders, report
 from gunicorn_passenger.allotment import format_ports
 from gunicorn_passenger.errors import PassengerError
 from gunicorn_passenger.settings import settings
 
 _USAGE = """usage: gunicorn-passenger start SCRIPT [gunicorn's options]
        gunicorn-passenger ports [--json]
+       gunicorn-passenger status [--json] [--watch]
+       gunicorn-passenger restart|stop NAME [--app PID|NAME]
 
 start   run an unmodified script (its last line is serve_forever(), app.run() ...) under gunicorn:
         its first listen becomes the server that the web server reaches, on a UNIX socket
         (-b; by default one in the runtime directory)
 ports   list the ports allotted to this account: which are free, which are taken and by whom
+status  show the running applications of this account: master and workers, servers, daemons, ports and
+        recent events
+restart, stop
+        a daemon, or a server, by its name (--app says of which application, where several have one)
 """
 
 
@@ -36,6 +42,10 @@ def main(argv: list[str] | None = None) -> int:
             return _start(arguments[1:])
         if command == "ports":
             return _ports(arguments[1:])
+        if command == "status":
+            return _status(arguments[1:])
+        if command in ("restart", "stop"):
+            return _command(command, arguments[1:])
     except PassengerError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
@@ -75,11 +85,34 @@ def _ports(arguments: list[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
-    report = port_report()
+    found = port_report()
     if options.json:
-        print(json.dumps(report, indent=2))
+        print(json.dumps(found, indent=2))
     else:
-        print("\n".join(_port_lines(report)))
+        print("\n".join(_port_lines(found)))
+    return 0
+
+
+def _status(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="gunicorn-passenger status", description="Show the running applications of this account."
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
+    options = parser.parse_args(arguments)
+    return report.status(options.json, options.watch)
+
+
+def _command(verb: str, arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog=f"gunicorn-passenger {verb}", description=f"{verb.capitalize()} a daemon or a server."
+    )
+    parser.add_argument("name", metavar="NAME", help="as gunicorn-passenger status lists it")
+    parser.add_argument(
+        "--app", default="", metavar="PID|NAME", help="the application, where several have that name"
+    )
+    options = parser.parse_args(arguments)
+    print(report.command(verb, options.name, options.app))
     return 0
 
 

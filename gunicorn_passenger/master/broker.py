@@ -22,7 +22,7 @@ import json
 import os
 import select
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,6 +118,8 @@ class Broker:
         self._links: dict[int, Link] = {}  # by descriptor
         #: what else lives in the broker's loop
         self.parts: list[Part] = []
+        #: answers a daemon's questions for the report on a connected socket (see control.py); gate held
+        self.watch_reports: Callable[[Any], None] | None = None
         self._embryo: Embryo | None = None
         self._gate = native.lock()
         self._gate_taken = False

@@ -16,6 +16,7 @@ from gunicorn_passenger.address import format_sockname, is_unix
 from gunicorn_passenger.errors import SettingError
 from gunicorn_passenger.master import forks
 from gunicorn_passenger.master.broker import Broker
+from gunicorn_passenger.master.control import Control
 from gunicorn_passenger.settings import settings
 
 #: gunicorn's exit status for a configuration that cannot be used.
@@ -59,6 +60,10 @@ def _start(listening: list[Any], cfg: Any, log: Any) -> Broker:
     broker = Broker(log, listening, cfg)
     broker.arbiter = _known[0] if _known else None
     forks.install(broker)
+    control = Control(broker)
+    control.open()
+    broker.add(control)
+    broker.watch_reports = control.watch_reports
     _explain(listening, broker, log, cfg)
     return broker
 

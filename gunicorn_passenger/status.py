@@ -1,0 +1,453 @@
+"""A WSGI application that tells how everything is: to Prometheus, health checks, programs and people.
+
+    from gunicorn_passenger import status
+
+    passenger.listen(9100, status)  # in every worker
+    status.spawn(9100)  # or, in gunicorn.conf.py or the program: in a process of its own
+
+- ``/``: a page for people, which refreshes itself;
+- ``/health``: 200 while a worker serves, 503 while none does;
+- ``/metrics``: in Prometheus' text format, or OpenMetrics where the client asks for it;
+- ``/status.json``: the report that the others are made of.
+
+Runs in: a worker, or a process of its own. Must never: change anything, or trust a name that a program has
+chosen.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+import time
+import types
+from collections.abc import Callable, Iterable, Iterator
+from importlib import resources
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import quote
+
+from gunicorn_passenger.errors import PassengerError
+from gunicorn_passenger.serving.application import application as _application
+
+#: Seconds for which a report is used again.
+FRESH = 0.2
+#: Seconds that the master has for a report.
+PATIENCE = 2.0
+#: Connections that the process of :func:`spawn` serves at a time.
+_CONNECTIONS = 200
+#: Seconds that it finishes what it has when it is told to stop.
+_LEAVE = 2.0
+
+#: Kinds of events that are counted from the start, so that the first is an increase.
+_KINDS = ("crash", "reload", "takeover")
+
+_JSON = "application/json"
+_TEXT = "text/plain; charset=utf-8"
+
+StartResponse = Callable[..., Any]
+
+
+class Unavailable(Exception):
+    """There is no report; the text tells why."""
+
+
+class Answer(NamedTuple):
+    """What is sent."""
+
+    status: str
+    type: str
+    body: bytes
+    more: tuple[tuple[str, str], ...] = ()
+
+
+# --- where the report comes from ---------------------------------------------------------------
+
+
+class Source(Protocol):
+    """Where the report comes from in this process."""
+
+    #: whether this process is one of those that serve, so that it is healthy when it answers at all
+    serves: bool
+
+    def report(self) -> dict[str, Any]:
+        """:raises Unavailable: when there is none."""
+
+
+class _Worker:
+    """In a worker: the master is asked through the channel."""
+
+    serves = True
+
+    def report(self) -> dict[str, Any]:
+        try:
+            return dict(_application.report())
+        except (PassengerError, OSError, ValueError) as error:
+            raise Unavailable(str(error)) from None
+
+
+class _Line:
+    """In a process of its own: the master is asked through a standing line (see ``master/control.py``)."""
+
+    serves = False
+
+    def __init__(self, fd: int) -> None:
+        """:param fd: a connected stream socket; it is owned from now on."""
+        import gevent
+        from gevent import socket as gsocket
+        from gevent.event import Event
+
+        self._sock = gsocket.socket(gsocket.AF_UNIX, gsocket.SOCK_STREAM, fileno=fd)
+        self._answered = Event()
+        self._asked = False
+        self._answer: dict[str, Any] = {}
+        self._lost = False
+        gevent.spawn(self._read)
+
+    def report(self) -> dict[str, Any]:
+        # who comes while a question is out waits for its answer: there is never more than one
+        if not self._asked and not self._lost:
+            self._asked = True
+            self._answered.clear()
+            try:
+                self._sock.sendall(b'{"command":"report"}\n')
+            except OSError:
+                self._lost = True
+        if self._lost or not self._answered.wait(timeout=PATIENCE) or self._lost:
+            raise Unavailable(
+                "the gunicorn master is gone" if self._lost else "the gunicorn master does not answer"
+            )
+        if "report" not in self._answer:
+            raise Unavailable(str(self._answer.get("error", "the gunicorn master has no report")))
+        return dict(self._answer["report"])
+
+    def _read(self) -> None:
+        received = bytearray()
+        while True:
+            try:
+                data = self._sock.recv(1 << 16)
+            except OSError:
+                data = b""
+            if not data:
+                break
+            received += data
+            line, end, rest = received.partition(b"\n")
+            if end:
+                self._answer = json.loads(line)
+                received = rest
+                self._asked = False
+                self._answered.set()
+        self._lost = True
+        self._answered.set()
+
+
+class _Reports:
+    """The report of this process's source, used again for a moment."""
+
+    def __init__(self) -> None:
+        self.source: Source = _Worker()
+        self._report: dict[str, Any] = {}
+        self._at = float("-inf")
+
+    def get(self) -> dict[str, Any]:
+        """:raises Unavailable: when there is none."""
+        if time.monotonic() - self._at > FRESH:
+            report = self.source.report()
+            self._report, self._at = {**report, "now": round(time.time(), 3)}, time.monotonic()
+        return self._report
+
+
+_reports = _Reports()
+
+
+# --- the application ---------------------------------------------------------------------------
+
+
+def application(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+    """The WSGI application; it may be mounted below a prefix (``SCRIPT_NAME``)."""
+    answer = _answer(environ)
+    headers = [
+        ("Content-Type", answer.type),
+        ("Content-Length", str(len(answer.body))),
+        ("Cache-Control", "no-store"),
+        ("X-Content-Type-Options", "nosniff"),
+        ("Referrer-Policy", "no-referrer"),
+        *answer.more,
+    ]
+    start_response(answer.status, headers)
+    return [] if environ["REQUEST_METHOD"] == "HEAD" else [answer.body]
+
+
+def _answer(environ: dict[str, Any]) -> Answer:
+    path = environ.get("PATH_INFO", "")
+    if not path and environ.get("SCRIPT_NAME"):
+        # the page's own addresses are relative to what ends in a slash
+        last = environ["SCRIPT_NAME"].rpartition("/")[2].encode("latin-1")
+        return Answer("308 Permanent Redirect", _TEXT, b"", (("Location", f"./{quote(last)}/"),))
+    answer = _PATHS.get(path or "/")
+    if answer is None:
+        return Answer("404 Not Found", _TEXT, b"There are: /, /health, /metrics, /status.json\n")
+    if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+        return Answer("405 Method Not Allowed", _TEXT, b"GET or HEAD\n", (("Allow", "GET, HEAD"),))
+    try:
+        return answer(environ)
+    except Unavailable as error:
+        return Answer("503 Service Unavailable", _TEXT, f"{error}\n".encode())
+
+
+def _health(_environ: dict[str, Any]) -> Answer:
+    counts: dict[str, int] | None = {"ready": 0, "leaving": 0, "booting": 0}
+    why = ""
+    try:
+        assert counts is not None
+        for worker in _reports.get()["workers"]:
+            # "running": of another worker class, of which no more is known
+            state = "ready" if worker["state"] == "running" else worker["state"]
+            counts[state] = counts.get(state, 0) + 1
+        serves = counts["ready"] + counts["leaving"] > 0
+    except Unavailable as error:
+        counts, why = None, str(error)
+        serves = _reports.source.serves
+    body = {"status": "ok" if serves else "unavailable", "workers": counts} | ({"why": why} if why else {})
+    return Answer("200 OK" if serves else "503 Service Unavailable", _JSON, json.dumps(body).encode() + b"\n")
+
+
+def _status(_environ: dict[str, Any]) -> Answer:
+    return Answer("200 OK", _JSON, json.dumps(_reports.get()).encode() + b"\n")
+
+
+# --- the page ----------------------------------------------------------------------------------
+
+
+def _page(_environ: dict[str, Any]) -> Answer:
+    return _load_page()
+
+
+def _load_page() -> Answer:
+    if not _pages:
+        text = resources.files("gunicorn_passenger").joinpath("status_page.html").read_text("utf-8")
+        policy = (
+            "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'; "
+            f"style-src {_digest(text, 'style')}; script-src {_digest(text, 'script')}"
+        )
+        _pages.append(
+            Answer(
+                "200 OK",
+                "text/html; charset=utf-8",
+                text.encode(),
+                (("Content-Security-Policy", policy),),
+            )
+        )
+    return _pages[0]
+
+
+_pages: list[Answer] = []
+
+
+def _digest(text: str, element: str) -> str:
+    """What a content security policy calls an inline element by (CSP 3, section 2.3.1)."""
+    (inline,) = re.findall(f"<{element}>(.*?)</{element}>", text, re.S)
+    return f"'sha256-{base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()}'"
+
+
+# --- metrics -----------------------------------------------------------------------------------
+
+
+def _metrics(environ: dict[str, Any]) -> Answer:
+    try:
+        from prometheus_client import CollectorRegistry
+        from prometheus_client.exposition import choose_encoder
+    except ImportError:
+        return Answer(
+            "501 Not Implemented", _TEXT, b"/metrics needs: pip install 'gunicorn-passenger[metrics]'\n"
+        )
+    registry = CollectorRegistry()
+    registry.register(_Collector(_families))
+    if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        registry.register(_Collector(_programs_own))
+    encode, content_type = choose_encoder(environ.get("HTTP_ACCEPT", ""))
+    return Answer("200 OK", content_type, encode(registry))
+
+
+class _Collector:
+    """What ``prometheus_client`` calls a collector."""
+
+    def __init__(self, families: Callable[[], Iterable[Any]]) -> None:
+        self.collect = families
+
+
+def _programs_own() -> Iterable[Any]:
+    """What the program itself counts, of all its processes (``prometheus_client``'s multiprocess mode)."""
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    collector: Any = MultiProcessCollector
+    try:
+        return list(collector(CollectorRegistry()).collect())
+    except Exception as error:
+        # a file that is being made, a full disk: the rest is worth having all the same
+        logging.getLogger("gunicorn.error").warning(
+            "gunicorn-passenger: /metrics goes without the program's own: %s: %s", type(error).__name__, error
+        )
+        return []
+
+
+class _Family:
+    """One metric. Samples of the same labels are added up: one that comes twice spoils the whole page."""
+
+    def __init__(self, kind: Any, name: str, text: str, *labels: str) -> None:
+        self._family = kind(f"gunicorn_passenger_{name}", text, labels=labels)
+        self._samples: dict[tuple[str, ...], float] = {}
+
+    def add(self, value: float | None, *labels: str) -> None:
+        """:param value: ``None`` where nobody counts: no sample."""
+        if value is not None:
+            self._samples[labels] = self._samples.get(labels, 0) + value
+
+    def done(self) -> Any:
+        for labels, value in self._samples.items():
+            self._family.add_metric(labels, value)
+        return self._family
+
+
+def _families() -> Iterator[Any]:
+    """The report as metrics. Totals include workers that are gone, so they never go back."""
+    from prometheus_client.core import CounterMetricFamily as Counter
+    from prometheus_client.core import GaugeMetricFamily as Gauge
+
+    up = _Family(Gauge, "up", "Whether the gunicorn master has answered")
+    try:
+        report = _reports.get()
+    except Unavailable:
+        up.add(0)
+        yield up.done()
+        return
+    up.add(1)
+    info = _Family(Gauge, "info", "What runs; always 1", "name", "version")
+    info.add(1, report["name"], report["version"])
+    started = _Family(Gauge, "start_time_seconds", "When the master was started, in Unix time")
+    started.add(report["started"])
+    workers = _Family(Gauge, "workers", "Worker processes", "state")
+    for state in ("booting", "ready", "leaving"):
+        workers.add(0, state)
+    memory = _Family(Gauge, "memory_bytes", "Memory that is resident", "process")
+    memory.add(report["memory"], "master")
+    memory.add(0, "workers")
+    for worker in report["workers"]:
+        workers.add(1, worker["state"])
+        memory.add(worker["memory"], "workers")
+    events = _Family(Counter, "events", "Reloads, crashes, takeovers and other events", "kind")
+    for kind in _KINDS:
+        events.add(0, kind)
+    for kind, count in report["totals"].items():
+        events.add(count, kind)
+    for family in (up, info, started, workers, memory, events):
+        yield family.done()
+    yield from _server_families(report["servers"], Gauge, Counter)
+    yield from _daemon_families(report.get("daemons", []), Gauge, Counter)
+
+
+def _server_families(servers: list[dict[str, Any]], gauge: Any, counter: Any) -> Iterator[Any]:
+    by_key = {
+        "connections": (gauge, "server_connections", "Connections that are open"),
+        "accepted": (counter, "server_accepted", "Connections that were accepted"),
+        "requests": (counter, "server_requests", "Requests that were answered"),
+        "bytes": (counter, "server_sent_bytes", "Bytes that were sent to clients"),
+        "errors": (counter, "server_errors", "Answers of 500 and above, and those that broke off"),
+    }
+    for key, (kind, name, text) in by_key.items():
+        family = _Family(kind, name, text, "server", "address")
+        for server in servers:
+            family.add(server[key], server["name"], server["address"])
+        yield family.done()
+    accepting = _Family(gauge, "server_workers", "Workers that accept connections", "server", "address")
+    for server in servers:
+        accepting.add(len(server["workers"]), server["name"], server["address"])
+    yield accepting.done()
+
+
+def _daemon_families(daemons: list[dict[str, Any]], gauge: Any, counter: Any) -> Iterator[Any]:
+    up = _Family(gauge, "daemon_up", "Whether the daemon runs", "daemon")
+    restarts = _Family(counter, "daemon_restarts", "How often it was started again", "daemon")
+    memory = _Family(gauge, "daemon_memory_bytes", "Memory that is resident", "daemon")
+    for daemon in daemons:
+        up.add(daemon["state"] == "running", daemon["name"])
+        restarts.add(daemon["restarts"], daemon["name"])
+        memory.add(daemon["memory"], daemon["name"])
+    for family in (up, restarts, memory):
+        yield family.done()
+
+
+_PATHS: dict[str, Callable[[dict[str, Any]], Answer]] = {
+    "/": _page,
+    "/health": _health,
+    "/metrics": _metrics,
+    "/status.json": _status,
+}
+
+
+# --- in a process of its own -------------------------------------------------------------------
+
+
+def spawn(listen: Any, *, name: str = "status", **options: Any) -> Any:
+    """Serve this application from a daemon, which answers while all workers are busy or gone.
+
+    Called in ``gunicorn.conf.py`` or in the program; under any worker class.
+
+    :param listen: where, as in ``Server.listen()``: a port, ``"host:port"``, ``"unix:/path"`` or ``"auto"``.
+    :param name: of the daemon.
+    :param options: as in :func:`gunicorn_passenger.spawn`.
+    :raises PassengerError: as there.
+    """
+    from gunicorn_passenger import daemons
+
+    return daemons.spawn(serve, name=name, listen=listen, report=True, **options)
+
+
+def serve() -> None:
+    """What the daemon runs: the sockets of ``LISTEN_FDS``, the report from ``PASSENGER_REPORT_FD``."""
+    import signal
+
+    import gevent
+    from gevent import socket as gsocket
+    from gevent.event import Event
+    from gunicorn.config import Config
+
+    from gunicorn_passenger.http.gateway import Lifecycle
+    from gunicorn_passenger.serving.http import acceptor
+
+    end = Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        gevent.signal_handler(number, end.set)
+    _reports.source = _Line(int(os.environ.pop("PASSENGER_REPORT_FD")))
+    cfg = Config()
+    cfg.set("worker_connections", _CONNECTIONS)
+    log = cfg.logger_class(cfg)
+    accepting = []
+    for fd in range(3, 3 + int(os.environ["LISTEN_FDS"])):
+        sock = gsocket.socket(fileno=fd)
+        sock.setblocking(True)  # gevent's own: for the kernel it does not block
+        accepting.append(acceptor(sock, application, cfg, log, Lifecycle()))
+        accepting[-1].start()
+    end.wait()
+    for one in accepting:
+        one.stop_accepting()
+    with gevent.Timeout(_LEAVE, False):
+        while not all(one.idle() for one in accepting):
+            gevent.sleep(0.02)
+
+
+class _Module(types.ModuleType):
+    """So that ``passenger.listen(9100, status)`` works: the module is the application, too."""
+
+    def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        return application(environ, start_response)
+
+
+# the name that its server has in the report
+_Module.__module__, _Module.__qualname__ = "gunicorn_passenger", "status"
+sys.modules[__name__].__class__ = _Module
