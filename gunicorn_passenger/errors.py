@@ -428,3 +428,83 @@ def in_several_applications(verb: str, name: str, where: list[str]) -> Passenger
 
 def master_silent(pid: int, why: str) -> PassengerError:
     return PassengerError(f"the master with pid {pid} did not answer ({why}); its log may tell why")
+
+
+class DaemonError(PassengerError):
+    """``spawn()`` asked for a daemon that cannot be had."""
+
+
+def bad_daemon(field: str, value: object, why: str) -> SettingError:
+    return SettingError(f"spawn({field}={str(value)[:80]!r}): {why}")
+
+
+def daemon_twice(name: str) -> DaemonError:
+    return DaemonError(
+        f"spawn(name={name!r}): the name is used twice, for two different daemons; give each its own name="
+    )
+
+
+def no_command(name: str, command: str, exists: bool) -> DaemonError:
+    why = "is not executable (chmod +x)" if exists else "does not exist; give its path, or install it"
+    return DaemonError(f"daemon {name!r}: the command {command[:200]!r} {why}")
+
+
+def not_importable(name: str, why: str) -> SettingError:
+    return SettingError(
+        f"spawn({name[:80]}): {why}, and a daemon is an interpreter of its own, which imports its function: "
+        "define it at the top level of a module, and give it what it needs in args="
+    )
+
+
+def no_account(daemon: str, kind: str, name: str) -> DaemonError:
+    return DaemonError(f"daemon {daemon!r}: there is no {kind} {name[:80]!r} on this machine")
+
+
+def other_user(daemon: str, asked: str, account: str) -> DaemonError:
+    return DaemonError(
+        f"daemon {daemon!r}: the application may not run it as {asked[:80]!r}, only as the workers' user {account}; "
+        "call spawn() in gunicorn.conf.py, or leave user= and group= out"
+    )
+
+
+def cannot_become(daemon: str, asked: str, account: str) -> DaemonError:
+    return DaemonError(
+        f"daemon {daemon!r}: a master that runs as {account} cannot run it as {asked} with that group; "
+        "start gunicorn as root, or leave user= and group= out"
+    )
+
+
+def daemon_port_taken(address: str, holder: str) -> PortInUse:
+    return PortInUse(
+        errno.EADDRINUSE,
+        f"{address} is in use by this application itself ({holder}); give the daemon another port",
+    )
+
+
+def too_many_daemons(limit: int) -> DaemonError:
+    return DaemonError(f"this application already has {limit} daemons, which is the limit")
+
+
+def daemon_too_long(name: str, limit: int) -> SettingError:
+    return SettingError(
+        f"daemon {name!r}: its command, arguments and environment have more than {limit} characters, which is the "
+        "limit for one that the application asks for; put them into a file, or call spawn() in gunicorn.conf.py"
+    )
+
+
+def spawn_without_worker(name: str) -> DaemonError:
+    return DaemonError(
+        f"spawn(name={name!r}) was called in a worker that has no channel to the master: run gunicorn with "
+        "-k gunicorn_passenger.Worker, or call spawn() in gunicorn.conf.py, which works with every worker class"
+    )
+
+
+def no_prometheus(why: object) -> str:
+    return f"configure(prometheus=True): the workers' own counters are not added up: {why}"
+
+
+def prometheus_too_early() -> str:
+    return (
+        "configure(prometheus=True): prometheus_client was imported in the master before, so each worker's own "
+        "counters stay its own; import it in the program, not in gunicorn.conf.py"
+    )

@@ -103,10 +103,11 @@ _CHECKS: dict[str, Callable[[object, str], Any]] = {
     "grace_period": _seconds,
     "head_timeout": _timeout,
     "body_timeout": _timeout,
+    "prometheus": _bool,
 }
 
 #: Settings that only the master can act on.
-_OPERATOR_ONLY = frozenset({"grace_period"})
+_OPERATOR_ONLY = frozenset({"grace_period", "prometheus"})
 
 
 class Settings:
@@ -175,6 +176,10 @@ class Settings:
         value = self._in_force("grace_period")
         return DEFAULT_GRACE_PERIOD if value is None else float(value)
 
+    def prometheus(self) -> bool:
+        """Whether what the program itself counts with ``prometheus_client`` is added up for all workers."""
+        return bool(self._in_force("prometheus"))
+
     def timeouts(self) -> Timeouts:
         """Seconds that clients of our servers may take."""
         head, body = self._in_force("head_timeout"), self._in_force("body_timeout")
@@ -234,6 +239,8 @@ def configure(**values: object) -> None:
     :param head_timeout: seconds (default 30) that a client may take for the whole head of a request;
         gunicorn's ``keepalive`` says how long it may be silent between two requests.
     :param body_timeout: seconds (default 60) that a client may be silent inside a request's body.
+    :param prometheus: whether what the program counts with ``prometheus_client`` is added up for all workers
+        (default: no); ``gunicorn.conf.py`` only.
     :raises TypeError: for an unknown name.
     :raises SettingError: (a ``ValueError``) for a value that cannot be used.
     """

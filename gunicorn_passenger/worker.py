@@ -25,7 +25,7 @@ from gunicorn_passenger import errors, hooks, sockets
 from gunicorn_passenger.address import format_sockname
 from gunicorn_passenger.board import PRIMARY_SLOT
 from gunicorn_passenger.errors import PassengerError
-from gunicorn_passenger.master import entry, forks
+from gunicorn_passenger.master import entry, forks, prometheus
 from gunicorn_passenger.serving import interpose
 from gunicorn_passenger.serving.application import Foreign, application
 from gunicorn_passenger.serving.http import Accepting, acceptor
@@ -51,6 +51,7 @@ class Worker(GeventWorker):
     def setup(cls) -> None:
         """gunicorn has read its configuration; with --preload it loads the program next."""
         settings.operator_done()
+        prometheus.directory.prepare()
         application.enter_master()
 
     @classmethod
