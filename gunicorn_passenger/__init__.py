@@ -8,8 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gunicorn_passenger import errors
+from gunicorn_passenger.daemons import Daemon, spawn
 from gunicorn_passenger.errors import (
     AlreadyInstalled,
+    DaemonError,
     ListenError,
     PassengerError,
     PortInUse,
@@ -29,6 +31,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AlreadyInstalled",
+    "Daemon",
+    "DaemonError",
     "ListenError",
     "PassengerError",
     "PortInUse",
@@ -45,6 +49,7 @@ __all__ = [
     "on",
     "serve_forever",
     "servers",
+    "spawn",
 ]
 
 errors.show_in_one_line()

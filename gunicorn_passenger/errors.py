@@ -462,8 +462,8 @@ def no_account(daemon: str, kind: str, name: str) -> DaemonError:
 
 def other_user(daemon: str, asked: str, account: str) -> DaemonError:
     return DaemonError(
-        f"daemon {daemon!r}: the application may not run it as {asked[:80]!r}, only as the workers' user {account}; "
-        "call spawn() in gunicorn.conf.py, or leave user= and group= out"
+        f"daemon {daemon!r}: the application may not run it as {asked[:80]!r}, only as the workers' user "
+        f"{account}; call spawn() in gunicorn.conf.py, or leave user= and group= out"
     )
 
 
@@ -487,15 +487,16 @@ def too_many_daemons(limit: int) -> DaemonError:
 
 def daemon_too_long(name: str, limit: int) -> SettingError:
     return SettingError(
-        f"daemon {name!r}: its command, arguments and environment have more than {limit} characters, which is the "
-        "limit for one that the application asks for; put them into a file, or call spawn() in gunicorn.conf.py"
+        f"daemon {name!r}: its command, arguments and environment have more than {limit} characters, which is "
+        "the limit for one that the application asks for; put them into a file, or call spawn() in "
+        "gunicorn.conf.py"
     )
 
 
 def spawn_without_worker(name: str) -> DaemonError:
     return DaemonError(
-        f"spawn(name={name!r}) was called in a worker that has no channel to the master: run gunicorn with "
-        "-k gunicorn_passenger.Worker, or call spawn() in gunicorn.conf.py, which works with every worker class"
+        f"spawn(name={name!r}) was called in a worker that has no channel to the master: run gunicorn with -k "
+        "gunicorn_passenger.Worker, or call spawn() in gunicorn.conf.py, which works with every worker class"
     )
 
 

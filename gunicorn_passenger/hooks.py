@@ -1,6 +1,10 @@
 """Events of the program, and the package's place in gunicorn's hooks.
 
 Runs in: every process. Must never: swallow or reorder what the user's own hooks do.
+
+``from gunicorn_passenger.hooks import *`` in ``gunicorn.conf.py`` lets the master look after daemons with any
+worker class. The names that this brings are gunicorn's; each of them does no more than to take the package's
+places in all of gunicorn's hooks, so that a hook of the user's own by the same name does no harm.
 """
 
 from __future__ import annotations
@@ -8,6 +12,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
+
+#: what ``import *`` brings to gunicorn.conf.py; the earliest of them that gunicorn calls is enough
+__all__ = ["nworkers_changed", "on_reload", "on_starting", "when_ready"]
 
 EVENTS = ("ready", "listening", "exit")
 
@@ -91,3 +98,32 @@ def _wrap(cfg: Any, name: str, ours: Callable[..., object], first: bool) -> None
         wrapper = single
     wrapper._passenger = True  # type: ignore[attr-defined]
     cfg.set(name, wrapper)
+
+
+# --- gunicorn's hooks, for gunicorn.conf.py ----------------------------------------------------------
+
+
+def nworkers_changed(server: Any, _new_value: int, _old_value: int | None) -> None:
+    """gunicorn has read its configuration, at the start or a reload, or has another number of workers."""
+    _entry().attach_alone(server)
+
+
+def on_starting(server: Any) -> None:
+    _entry().attach_alone(server)
+
+
+def when_ready(server: Any) -> None:
+    if _entry().attach_alone(server):
+        _entry().ready(server)
+
+
+def on_reload(server: Any) -> None:
+    if _entry().attach_alone(server):
+        _entry().reloaded(server)
+
+
+def _entry() -> Any:
+    # needed in the master alone, and it imports this module
+    from gunicorn_passenger.master import entry
+
+    return entry

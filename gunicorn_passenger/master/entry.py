@@ -7,16 +7,20 @@ and from gunicorn's hooks. Must never: let a failure of the broker stop gunicorn
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import suppress
 from typing import Any
 
 from gunicorn.errors import HaltServer
 
 from gunicorn_passenger import hooks, sockets
 from gunicorn_passenger.address import format_sockname, is_unix
-from gunicorn_passenger.errors import SettingError
-from gunicorn_passenger.master import forks
+from gunicorn_passenger.daemon_spec import wishes
+from gunicorn_passenger.errors import PassengerError, SettingError
+from gunicorn_passenger.master import forks, prometheus
 from gunicorn_passenger.master.broker import Broker
 from gunicorn_passenger.master.control import Control
+from gunicorn_passenger.master.daemons import HANDOVER, Daemons
 from gunicorn_passenger.settings import settings
 
 #: gunicorn's exit status for a configuration that cannot be used.
@@ -25,7 +29,8 @@ _CONFIG_ERROR = 1
 
 def attach(cfg: Any) -> None:
     """Take the places in gunicorn's hooks that the broker needs; the user's own hooks stay."""
-    hooks.before(cfg, "when_ready", _know_arbiter)
+    hooks.before(cfg, "when_ready", _ready)
+    hooks.before(cfg, "on_reload", _reloaded)
     hooks.after(cfg, "pre_fork", _arm)
     hooks.before(cfg, "child_exit", _reaped)
     hooks.after(cfg, "pre_exec", _handover)
@@ -44,7 +49,13 @@ def prepare_worker(age: int, listening: list[Any], cfg: Any, log: Any) -> tuple[
     first = forks.current() is None
     try:
         broker = forks.current() or _start(listening, cfg, log)
+        again = broker.cfg is not cfg
         _configure(broker, cfg, log, first)
+        if first:
+            _begin(broker)
+        elif again:
+            # a reload, whose configuration has become ours just now
+            _tell_reload(broker)
         channel, board = broker.prepare(age, listening)
     except (OSError, RuntimeError) as error:
         log.error(
@@ -56,16 +67,33 @@ def prepare_worker(age: int, listening: list[Any], cfg: Any, log: Any) -> tuple[
     return channel, board, broker.primary_of(listening)
 
 
-def _start(listening: list[Any], cfg: Any, log: Any) -> Broker:
-    broker = Broker(log, listening, cfg)
+def _start(listening: list[Any], cfg: Any, log: Any, channels: bool = True) -> Broker:
+    """:param channels: whether the workers are ours, and so have channels; else there are daemons alone."""
+    broker = Broker(log, listening if channels else [], cfg)
     broker.arbiter = _known[0] if _known else None
     forks.install(broker)
     control = Control(broker)
     control.open()
     broker.add(control)
     broker.watch_reports = control.watch_reports
-    _explain(listening, broker, log, cfg)
+    _daemons[:] = [Daemons(broker, channels)]
+    broker.add(_daemons[0])
+    if channels:
+        _explain(listening, broker, log, cfg)
     return broker
+
+
+def _begin(broker: Broker) -> None:
+    """The master is ready, and the broker has its settings.
+
+    :raises HaltServer: when a daemon that gunicorn.conf.py asks for cannot be had.
+    """
+    try:
+        with broker._hold():
+            for part in broker.parts:
+                part.started(broker.arbiter)
+    except PassengerError as error:
+        raise HaltServer(str(error), _CONFIG_ERROR) from None
 
 
 def _configure(broker: Broker, cfg: Any, log: Any, first: bool) -> None:
@@ -84,6 +112,7 @@ def _configure(broker: Broker, cfg: Any, log: Any, first: bool) -> None:
     for sentence in allotment.widening():
         log.warning("gunicorn-passenger: %s", sentence)
     broker.configure(cfg, allotment, grace)
+    prometheus.directory.give(cfg, log)
 
 
 def _explain(listening: list[Any], broker: Broker, log: Any, cfg: Any) -> None:
@@ -132,6 +161,78 @@ def _reachable_by_all(path: str) -> bool:
 
 
 _known: list[Any] = []
+#: the daemons of this master, or in a child of it those of the master that it was forked from
+_daemons: list[Daemons] = []
+
+
+def attach_alone(arbiter: Any) -> bool:
+    """Take the places in gunicorn's hooks, with whatever worker class (see :mod:`gunicorn_passenger.hooks`).
+
+    :returns: whether they were not taken yet.
+    """
+    if getattr(arbiter.cfg.when_ready, "_passenger", False):
+        return False
+    if not _workers_are_ours(arbiter):
+        settings.operator_done()
+    attach(arbiter.cfg)
+    return True
+
+
+def _workers_are_ours(arbiter: Any) -> bool:
+    worker: Any = sys.modules.get("gunicorn_passenger.worker")
+    return worker is not None and issubclass(arbiter.worker_class, worker.Worker)
+
+
+def ready(arbiter: Any) -> None:
+    """gunicorn is ready, and starts its workers next."""
+    _ready(arbiter)
+
+
+def reloaded(arbiter: Any) -> None:
+    """gunicorn has read its configuration again, and starts new workers next."""
+    _reloaded(arbiter)
+
+
+def _ready(arbiter: Any) -> None:
+    _know_arbiter(arbiter)
+    settings.program_paused()
+    wishes.attended = True
+    wishes.done_reading()
+    if wishes.unread or HANDOVER in os.environ:
+        _attend(arbiter)
+
+
+def _attend(arbiter: Any) -> None:
+    """Have a broker for the daemons that the master's own code asks for, before the first worker asks."""
+    try:
+        broker = _start(arbiter.LISTENERS, arbiter.cfg, arbiter.log, _workers_are_ours(arbiter))
+        _configure(broker, arbiter.cfg, arbiter.log, True)
+        _begin(broker)
+    except HaltServer as halt:
+        # gunicorn looks out for it only when it is beyond its start
+        arbiter.halt(reason=halt.reason, exit_status=halt.exit_status)
+    except (OSError, RuntimeError) as error:
+        arbiter.log.error("gunicorn-passenger: the daemons cannot be started (%s)", error)
+
+
+def _reloaded(arbiter: Any) -> None:
+    settings.program_paused()
+    broker = forks.current()
+    if broker is None:
+        wishes.done_reading()
+        return
+    try:
+        _configure(broker, arbiter.cfg, arbiter.log, False)
+        _tell_reload(broker)
+    except (OSError, RuntimeError) as error:
+        arbiter.log.error("gunicorn-passenger: the daemons do not hear of the reload (%s)", error)
+
+
+def _tell_reload(broker: Broker) -> None:
+    wishes.done_reading()
+    with broker._hold():
+        for part in broker.parts:
+            part.reloaded()
 
 
 def _know_arbiter(arbiter: Any) -> None:
@@ -143,12 +244,24 @@ def _know_arbiter(arbiter: Any) -> None:
 
 def _arm(arbiter: Any, _worker: Any) -> None:
     broker = forks.current()
+    if wishes.unread:
+        _refresh(arbiter, broker)
     if broker is not None:
         broker.arbiter = arbiter
         broker.arm()
 
 
+def _refresh(arbiter: Any, broker: Broker | None) -> None:
+    """One of the user's own hooks may have asked for a daemon since."""
+    if broker is None:
+        _attend(arbiter)
+    elif _daemons:
+        with suppress(TimeoutError), broker._hold():
+            _daemons[0].refresh()
+
+
 def _reaped(_arbiter: Any, worker: Any) -> None:
+    prometheus.directory.gone(worker.pid)
     broker = forks.current()
     if broker is not None:
         broker.reaped(worker.age)
@@ -158,9 +271,12 @@ def _finish(_arbiter: Any) -> None:
     broker = forks.current()
     if broker is not None:
         broker.finish()
+    prometheus.directory.finish()
 
 
 def _handover(_arbiter: Any) -> None:
     broker = forks.retired()
     if broker is not None:
+        for daemons in _daemons:
+            daemons.hand_over(broker.arbiter)
         broker.handover()
