@@ -111,6 +111,19 @@ class Leaving(Message):
 
 
 @dataclass(frozen=True)
+class Hand(Message):
+    """A leaving worker gives a connection away that waits for a request: the packet's descriptor.
+
+    Answered by Noted when a sibling has got it, else by Returned.
+    """
+
+    #: which server's it is: the key of a port, or "primary" and the listener's name
+    key: str
+    #: the client's address, as JSON
+    addr: str
+
+
+@dataclass(frozen=True)
 class Ask(Message):
     """What does the application look like? Answered by Told."""
 
@@ -160,6 +173,24 @@ class Granted(Message):
     slot: int = -1
     #: with "each": the how-many-eth of its kind it is
     position: int = 0
+
+
+@dataclass(frozen=True)
+class Heir(Message):
+    """There is a sibling that can take the connections of this worker, which leaves. Not answered."""
+
+
+@dataclass(frozen=True)
+class Returned(Message):
+    """Nobody can take the connection now: the packet's descriptor."""
+
+
+@dataclass(frozen=True)
+class Adopt(Message):
+    """A sibling's connection, which waits for a request: the packet's descriptor. Not answered."""
+
+    key: str
+    addr: str
 
 
 @dataclass(frozen=True)

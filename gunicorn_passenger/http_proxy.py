@@ -116,11 +116,8 @@ def _find_server(name: str) -> Target:
 
     :raises LookupError: when there is none, or it listens nowhere yet.
     """
-    for server in application.servers:
-        if server.name == name and server.address:
-            address = server.address
-            if isinstance(address, tuple):
-                host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
-                return Target(host, address[1])
-            return Target(path=str(address).removeprefix("unix:"))
-    raise LookupError(name)
+    address = application.address_of(name)
+    if isinstance(address, tuple):
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
+        return Target(host, address[1])
+    return Target(path=address.removeprefix("unix:"))

@@ -238,6 +238,10 @@ class Worker(GeventWorker):
             for accepting in self._acceptors:
                 accepting.serve(self.wsgi)
 
+    def primaries(self) -> list[Accepting]:
+        """The acceptors of the primary."""
+        return self._acceptors
+
     def primary_name(self) -> Any:
         """What the primary socket is bound to."""
         return self._primary_name
@@ -293,6 +297,8 @@ class Worker(GeventWorker):
                 return
             self.notify()
             self._write_counts()
+            if application.link.heir:
+                application.hand_over(self._acceptors)
             gevent.sleep(0.1)
 
     def _idle(self) -> bool:

@@ -7,11 +7,14 @@ import pytest
 
 from gunicorn_passenger import channel
 from gunicorn_passenger.channel import (
+    Adopt,
     Ask,
     Close,
     Closed,
     Fault,
     Granted,
+    Hand,
+    Heir,
     Leaving,
     Malformed,
     Message,
@@ -23,6 +26,7 @@ from gunicorn_passenger.channel import (
     Ready,
     Refused,
     Rejected,
+    Returned,
     Spawn,
     Spawned,
     Told,
@@ -41,6 +45,10 @@ EXAMPLES = [
     Ready(0, "app.application"),
     Leaving(0),
     Ask(4),
+    Hand(6, "127.0.0.1:9000", '["127.0.0.1", 5]'),
+    Heir(0),
+    Returned(6),
+    Adopt(0, "primary unix:/a", '""'),
     Spawn(5, "{}"),
     Fault(3, "text"),
     Noted(3, True),

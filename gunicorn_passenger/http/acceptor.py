@@ -72,16 +72,20 @@ class Acceptor:
                 self._watcher.stop()
                 return
 
-    def adopt(self, sock: Any, addr: Any, early: bytes = b"") -> Connection:
+    def adopt(self, sock: Any, addr: Any, early: bytes = b"", begun: bool = False) -> Connection:
         """Serve a connection that somebody else has accepted.
 
         :param sock: a connected :class:`~.client_socket.ClientSocket`.
         :param addr: what ``accept()`` gave.
         :param early: bytes that were read from it before.
+        :param begun: whether it has had requests, and was counted, somewhere else.
         """
         connection = Connection(self, self.gateway, sock, addr, early)
         self._connections.add(connection)
-        self._accepted += 1
+        if begun:
+            connection.fresh = False
+        else:
+            self._accepted += 1
         connection.begin()
         return connection
 
@@ -130,6 +134,22 @@ class Acceptor:
         self.gateway.closing = True
         for connection in list(self._connections):
             connection.hurry()
+
+    def waiting(self) -> list[tuple[Any, Any]]:
+        """Give away the connections that wait for a request.
+
+        :returns: sockets and addresses, the caller's from now on.
+        """
+        given: list[tuple[Any, Any]] = []
+        for connection in list(self._connections):
+            if connection.waits():
+                connection.give_up(lambda sock, addr, _: given.append((sock, addr)))
+        return given
+
+    @property
+    def sockname(self) -> Any:
+        """What it listens on."""
+        return self.gateway.sockname
 
     def pause(self) -> None:
         """Accept nothing more, and leave the listening socket open: it is another process's too."""

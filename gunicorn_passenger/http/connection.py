@@ -861,6 +861,10 @@ class Connection:
         else:
             self._hub.loop.run_callback(self._wake)
 
+    def waits(self) -> bool:
+        """Whether it waits for a request, and is nothing else yet."""
+        return self.leaving is None and self._parked()
+
     def _parked(self) -> bool:
         """Whether the hub alone waits for it. One that was just accepted waits for its greenlet instead."""
         return self.greenlet is None and self._readable is not None and bool(self._readable.active)

@@ -32,9 +32,12 @@ from gunicorn_passenger.address import format_sockname, is_unix
 from gunicorn_passenger.allotment import Allotment
 from gunicorn_passenger.board import Board
 from gunicorn_passenger.channel import (
+    Adopt,
     Ask,
     Close,
     Fault,
+    Hand,
+    Heir,
     Leaving,
     Noted,
     Open,
@@ -42,6 +45,7 @@ from gunicorn_passenger.channel import (
     Ready,
     Refused,
     Rejected,
+    Returned,
     Told,
 )
 from gunicorn_passenger.master import exclusive, reporting
@@ -54,6 +58,8 @@ from gunicorn_passenger.master.reporting import Tally
 _FORK_WAIT = 5.0
 #: How often an undecided close of a listener is looked at again (see Broker._settle), in seconds.
 _SETTLE = 0.05
+#: How long the broker rests after a failure that it did not expect, in seconds.
+_BREATH = 0.1
 #: How many malformed packets of one worker are answered before its channel is closed.
 _MAX_MALFORMED = 100
 #: How many different faults are logged, each once; more come from a worker that makes them up.
@@ -130,6 +136,7 @@ class Broker:
         #: when a part wants to be called again (monotonic seconds)
         self._due: float | None = None
         self._faults: set[str] = set()
+        self._handed = 0  # connections that were passed on, to take turns
         self._halting = 0  # age of the worker whose exit makes gunicorn halt
         self._bind: list[str] | None = None  # gunicorn's setting, while a reload goes without a part of it
         self._undecided = False  # a listener of ours was closed, and it is not known yet why
@@ -292,6 +299,25 @@ class Broker:
         self._wake()
         return ", ".join(found)
 
+    def _hand(self, link: Link, message: Hand, fd: int) -> None:
+        """Pass a connection on to a sibling that serves the same."""
+        port = self.listeners.ports.get(message.key)
+        ages = port.accepting if port is not None else {li.age for li in self._links.values()}
+        heirs = sorted(age for age in ages if age != link.age and self.serving(age) and not self.stopping())
+        self._handed += 1
+        heir = self._link(heirs[self._handed % len(heirs)]) if heirs else None
+        if heir is not None:
+            try:
+                channel.send(heir.sock, Adopt(0, message.key, message.addr), fd)
+            except BlockingIOError:
+                pass  # it has enough to do with those that it got
+            except (channel.Closed, OSError):
+                self._leave(heir)
+            else:
+                self._answer(link, Noted(message.id, False))
+                return
+        self._answer(link, Returned(message.id), fd)
+
     def _tell_report(self, link: Link, ask: Ask) -> None:
         """The report in a file of memory, since a packet has an end."""
         try:
@@ -356,13 +382,29 @@ class Broker:
             os.write(self._wake_write, b".")
 
     def _run(self) -> None:
-        while True:
-            try:
-                self._round()
-            except BaseException:
-                # the table is changed in single steps, so that the next round finds it whole
-                self.log.exception("gunicorn-passenger: the port broker failed and goes on")
-                time.sleep(0.1)
+        try:
+            while True:
+                try:
+                    self._round()
+                except Exception:
+                    # the table is changed in single steps, so that the next round finds it whole
+                    self.log.exception("gunicorn-passenger: the port broker failed and goes on")
+                    time.sleep(_BREATH)
+        except BaseException as error:
+            self.log.error(
+                "gunicorn-passenger: the port broker's thread has died (%r) and is started again", error
+            )
+            time.sleep(_BREATH)
+        finally:
+            self._revive()
+
+    def _revive(self) -> None:
+        """Start the thread again, after its death: with what is really open, and who is really there."""
+        self._running = False
+        with self._gate:
+            self.listeners.rebuild(self._listening)
+            self.history.note("broker", "the thread of the port broker died and was started again")
+        self._start()
 
     def _round(self) -> None:
         poll = native.poll()
@@ -410,7 +452,13 @@ class Broker:
         except (channel.Closed, OSError):
             self._leave(link)
             return
-        if fd is not None:  # no message of a worker brings one
+        if isinstance(message, Hand) and fd is not None:
+            try:
+                self._hand(link, message, fd)
+            finally:
+                os.close(fd)
+            return
+        if fd is not None:  # no other message of a worker brings one
             os.close(fd)
         if isinstance(message, Open):
             self._open(link, message)
@@ -421,9 +469,13 @@ class Broker:
         elif isinstance(message, Ready):
             link.ready = True
             self.primary_name = message.primary or self.primary_name
+            for other in [li for li in self._links.values() if li.leaving]:
+                self._answer(other, Heir(0))
             self._warn_unclaimed()
         elif isinstance(message, Leaving):
             link.leaving = True
+            if any(self.serving(li.age) for li in self._links.values()) and not self.stopping():
+                self._answer(link, Heir(0))
         elif isinstance(message, Ask):
             self._tell_report(link, message)
         elif isinstance(message, Fault):

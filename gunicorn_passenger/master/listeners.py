@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import resource
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -166,6 +167,23 @@ class Listeners:
         free = (n for n in range(1, SLOTS) if n not in self._slots)
         port.slot = next(free, -1)
         self._slots.add(port.slot)
+
+    def rebuild(self, listening: list[Any]) -> None:
+        """Make the table anew: of the listeners that are open, and what is still known of each.
+
+        :param listening: the arbiter's list.
+        """
+        before, self.ports = self.ports, {}
+        known = {id(port.listener): port for port in before.values()}
+        for listener in listening:
+            port = known.pop(id(listener), None)
+            if port is not None:
+                self.ports[port.key] = port
+            elif isinstance(listener, Held) and listener.sock is not None:
+                self.adopt(listener, False, time.monotonic())
+        # those that an operator has stopped are open nowhere
+        self.ports |= {port.key: port for port in known.values() if port.paused}
+        self._slots = {port.slot for port in self.ports.values()}
 
     def described(self) -> str:
         """The run-time ports for the next master: a line each, as :meth:`adopt` needs them."""

@@ -7,7 +7,11 @@ Must never: leave a server half registered; a ``listen()`` that fails leaves no 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from itertools import count
+from time import monotonic
 from typing import Any, NamedTuple
 
 from gevent import socket as gsocket
@@ -16,6 +20,8 @@ from gunicorn_passenger import errors, hooks
 from gunicorn_passenger.address import Auto, SockAddr, Tcp, Unix, format_sockname
 from gunicorn_passenger.allotment import Allotment, account_name, format_ports
 from gunicorn_passenger.board import Board, Counts
+from gunicorn_passenger.http.acceptor import Acceptor
+from gunicorn_passenger.http.client_socket import ClientSocket
 from gunicorn_passenger.http.gateway import Lifecycle
 from gunicorn_passenger.serving import plain
 from gunicorn_passenger.serving.http import Accepting, acceptor, second_server_config
@@ -31,6 +37,9 @@ from gunicorn_passenger.serving.server import (
     WSGIApp,
 )
 from gunicorn_passenger.settings import settings
+
+#: Seconds for which the master's word on other processes' servers is believed.
+_FRESH = 1.0
 
 
 class _ServerInfo(NamedTuple):
@@ -109,6 +118,9 @@ class Application:
         self._counted: list[tuple[int, Accepting]] = []
         self._counts: dict[int, Counts] = {}
         self._leaving = False
+        #: where servers of other processes are: name to addresses, and until when that is believed
+        self._found: dict[str, tuple[tuple[tuple[str, int] | str, ...], float]] = {}
+        self._turns = count()
         self._lifecycle: Any = Lifecycle()
         self._cfg: Any = None
 
@@ -130,6 +142,7 @@ class Application:
         self.link = link
         self.log = worker.log
         self._lifecycle = worker
+        link.adopt = self.adopt
         self._cfg = second_server_config(worker.cfg)
 
     def start(self) -> None:
@@ -429,6 +442,39 @@ class Application:
             gevent.sleep(0.05)
         self.kill(1)
 
+    # --- connections between workers ---------------------------------------------------------------
+
+    def hand_over(self, primaries: Iterable[Accepting]) -> None:
+        """A leaving worker gives connections that wait for a request to a sibling: none has to be closed.
+
+        A request that comes meanwhile waits in the connection.
+        """
+        assert self.link is not None
+        places = [(primary_key(accepting), accepting) for accepting in primaries]
+        places += [(s._lease.key, a) for s, a in self._acceptors.items() if s._lease is not None]
+        for key, accepting in places:
+            for sock, addr in accepting.waiting():
+                if self.link.heir and self.link.hand(key, addr, sock.fileno()):
+                    sock.release()
+                else:
+                    accepting.adopt(sock, addr, begun=True)
+
+    def adopt(self, key: str, addr: Any, fd: int) -> bool:
+        """Take a connection that a sibling has given away.
+
+        :returns: false when nobody here serves it.
+        """
+        accepting = next((a for s, a in self._acceptors.items() if s._lease and s._lease.key == key), None)
+        if accepting is None:
+            accepting = next((a for a in self.worker.primaries() if primary_key(a) == key), None)
+        if not isinstance(accepting, Acceptor):
+            return False
+        with socket.socket(fileno=os.dup(fd)) as probe:
+            family, proto = probe.family, probe.proto
+        os.set_blocking(fd, False)
+        accepting.adopt(ClientSocket(family, socket.SOCK_STREAM, proto, fd), addr, begun=True)
+        return True
+
     # --- counting --------------------------------------------------------------------------------
 
     def count(self, slot: int, accepting: Accepting) -> None:
@@ -460,6 +506,40 @@ class Application:
         kinds = {server.kind for server in self.servers if server.placement == "each"}
         return [*found, *(self._elsewhere(kinds, {i.name for i in found}) if kinds else ())]
 
+    def address_of(self, name: str) -> tuple[str, int] | str:
+        """Where a server of the application can be reached, in whichever process it is.
+
+        :param name: its name; that of an ``"each"`` server without the number means all of them in turn.
+        :raises LookupError: when there is none, or it listens nowhere yet.
+        """
+        for server in self.servers:
+            if server.name == name and server.address:
+                return server.address
+        now = monotonic()
+        found, until = self._found.get(name, ((), 0.0))
+        if now >= until:
+            with suppress(errors.BrokerLost):  # what was known is better than nothing
+                found = tuple(self._places(name))
+            self._found[name] = found, now + _FRESH
+        if not found:
+            self._found.pop(name, None)
+            raise LookupError(name)
+        return found[next(self._turns) % len(found)]
+
+    def _places(self, name: str) -> Iterator[tuple[str, int] | str]:
+        """All addresses under a name, as the master knows them; daemons too."""
+        report = self.report()
+        for entry in [*report["servers"], *report.get("daemons", ())]:
+            known, address = entry["name"], entry["address"]
+            if entry.get("placement") == "each" and name != known:
+                known = known.rpartition(".")[0]
+            if known == name and address and entry["state"] in ("listening", "running"):
+                if address.startswith("unix:"):
+                    yield address
+                else:
+                    host, _, port = address.rpartition(":")
+                    yield host.strip("[]"), int(port)
+
     def _elsewhere(self, kinds: set[str], known: set[str]) -> Iterator[ServerInfo]:
         try:
             servers = self.report()["servers"]
@@ -484,6 +564,11 @@ class Application:
 
     def serves_in_plain_python(self) -> bool:
         return any(isinstance(server, Server) and server.state == LISTENING for server in self.servers)
+
+
+def primary_key(accepting: Accepting) -> str:
+    """What a listener of the primary is called between workers."""
+    return f"primary {format_sockname(accepting.sockname)}"
 
 
 def _where(server: Server | Foreign) -> str:

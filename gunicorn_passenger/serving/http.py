@@ -44,6 +44,10 @@ class Accepting(Protocol):
     def idle(self) -> bool: ...
     def kill(self, timeout: float) -> None: ...
     def counts(self) -> Counts: ...
+    def waiting(self) -> list[tuple[Any, Any]]: ...
+    def adopt(self, sock: Any, addr: Any, early: bytes = b"", begun: bool = False) -> Any: ...
+    @property
+    def sockname(self) -> Any: ...
     def done(self) -> bool: ...
 
 
@@ -158,7 +162,7 @@ class GunicornAcceptor:
         self._handler = handler
         self._accepted = 0
         self._closed = False
-        name = ListenerName(sock.getsockname())
+        name = self._name = ListenerName(sock.getsockname())
         listener = gsocket.socket(sock.family, sock.type, sock.proto, fileno=sock.detach())
         self.server = StreamServer(
             listener,
@@ -195,6 +199,17 @@ class GunicornAcceptor:
 
     def done(self) -> bool:
         return self._closed and self.idle()
+
+    def waiting(self) -> list[tuple[Any, Any]]:
+        """None: gunicorn's handler cannot tell, and TLS has a state of its own."""
+        return []
+
+    def adopt(self, sock: Any, addr: Any, early: bytes = b"", begun: bool = False) -> Any:
+        raise NotImplementedError  # nobody gives such a connection away
+
+    @property
+    def sockname(self) -> Any:
+        return self._name.getsockname()
 
     def counts(self) -> Counts:
         """What it has done so far; bytes and errors are gunicorn's, which does not count them."""

@@ -19,10 +19,13 @@ from gevent.event import AsyncResult
 from gunicorn_passenger import channel, errors, native
 from gunicorn_passenger.address import Address, Auto, SockAddr, Tcp, Unix, format_tcp, resolve
 from gunicorn_passenger.channel import (
+    Adopt,
     Ask,
     Close,
     Fault,
     Granted,
+    Hand,
+    Heir,
     Leaving,
     Message,
     Noted,
@@ -102,6 +105,10 @@ class Link:
         self._numbers = itertools.count(1)
         self._waiting: dict[int, AsyncResult] = {}
         self._leases: dict[int, Lease] = {}
+        #: whether a sibling can take the connections of this worker, which leaves
+        self.heir = False
+        #: takes a sibling's connection: its server's key, the client's address and the descriptor
+        self.adopt: Callable[[str, Any, int], bool] | None = None
         self._pid = os.getpid()
         self._hub = gevent.get_hub()
         self._thread = native.original("_thread", "get_ident")()
@@ -258,19 +265,19 @@ class Link:
             return False
         return True
 
-    def _send(self, message: Message) -> None:
+    def _send(self, message: Message, fd: int | None = None) -> None:
         # a packet goes whole or not at all, so greenlets need no lock
-        channel.send(self._sock, message)
+        channel.send(self._sock, message, fd)
 
-    def _ask(self, ask: Message, label: str) -> tuple[Message, int | None]:
+    def _ask(self, ask: Message, label: str, fd: int | None = None) -> tuple[Message, int | None]:
         if self._lost:
             raise errors.broker_lost(label, self._lost)
-        return self.call(lambda: self._exchange(ask, label))
+        return self.call(lambda: self._exchange(ask, label, fd))
 
-    def _exchange(self, ask: Message, label: str) -> tuple[Message, int | None]:
+    def _exchange(self, ask: Message, label: str, fd: int | None) -> tuple[Message, int | None]:
         result = self._waiting[ask.id] = AsyncResult()
         try:
-            self._send(ask)
+            self._send(ask, fd)
             answer: tuple[Message, int | None] = result.get(timeout=ANSWER_TIMEOUT)
             return answer
         except gevent.Timeout:
@@ -281,6 +288,33 @@ class Link:
             raise errors.broker_lost(label, "has closed the channel") from None
         finally:
             self._waiting.pop(ask.id, None)
+
+    def hand(self, key: str, addr: Any, fd: int) -> bool:
+        """Give a connection that waits for a request to a sibling.
+
+        :param key: see :class:`~gunicorn_passenger.channel.Hand`.
+        :param addr: what ``accept()`` gave.
+        :param fd: remains the caller's.
+        :returns: whether one has it.
+        """
+        try:
+            answer, back = self._ask(Hand(next(self._numbers), key, json.dumps(addr)), "a connection", fd)
+        except errors.BrokerLost:
+            return False
+        if back is not None:
+            os.close(back)  # the caller has it
+            self.heir = False  # until the master says so again
+        return isinstance(answer, Noted)
+
+    def _adopt(self, message: Adopt, fd: int | None) -> None:
+        """A connection of a sibling that leaves."""
+        if fd is None:
+            return
+        addr = json.loads(message.addr)
+        if isinstance(addr, list):
+            addr = tuple(addr)
+        if self.adopt is None or not self.adopt(message.key, addr, fd):
+            os.close(fd)
 
     def _heard(self, message: Granted | Pause, fd: int | None) -> None:
         """The master says of itself what may be accepted."""
@@ -312,6 +346,12 @@ class Link:
                 break
             if isinstance(message, Granted | Pause):
                 self._heard(message, fd)
+                continue
+            if isinstance(message, Heir):
+                self.heir = True
+                continue
+            if isinstance(message, Adopt):
+                self._adopt(message, fd)
                 continue
             if isinstance(message, Rejected):
                 self.log.error("gunicorn-passenger: the master rejected a message: %s", message.text)

@@ -1,0 +1,133 @@
+"""A worker that leaves: what becomes of its connections, and how soon it is gone."""
+
+import os
+import signal
+import socket
+import time
+
+import pytest
+from conftest import Client, descriptors, fetch, pids_answering, wait_for
+
+KEPT = ("--keep-alive", 600, "--graceful-timeout", 600, "--timeout", 600)
+
+
+def two(start, port, *arguments, workers=2):
+    process = start.gunicorn("two_servers", *arguments, workers=workers, env={"P1": port}).wait_ready()
+    pids_answering(process.socket, workers)
+    return process
+
+
+def ask(client, path="/"):
+    client.request("GET", path)
+    answer = client.getresponse()
+    return int(answer.read()), answer.getheader("Connection")
+
+
+@pytest.mark.parametrize("which", ["primary", "second"])
+def test_idle_connections_live_on_in_another_worker(start, port, which):
+    """None is closed, so no request can be lost; and the old worker need not wait for anybody."""
+    process = two(start, port, *KEPT)
+    where = process.socket if which == "primary" else port
+    clients = [Client(where) for _ in range(30)]
+    before = [ask(client)[0] for client in clients]
+    assert set(before) == set(process.workers())
+    socks = [client.sock for client in clients]
+    for _ in range(3):
+        process.hup(2)
+        after = [ask(client) for client in clients]
+        assert {pid for pid, _ in after} <= set(process.workers())
+        assert {connection for _, connection in after} == {"keep-alive"}
+    assert [client.sock for client in clients] == socks  # nobody had to connect again
+    for client in clients:
+        client.close()
+    assert "Traceback" not in process.log()
+
+
+def test_a_connection_that_has_sent_nothing_yet_lives_on_too(start, port):
+    process = two(start, port, *KEPT)
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        wait_for(lambda: accepted(process, sock), "the connection to be accepted")
+        process.hup(2)
+        sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        sock.settimeout(30)
+        assert sock.recv(4096).startswith((b"HTTP/1.0 200", b"HTTP/1.1 200"))
+
+
+def accepted(process, sock):
+    """Whether a worker has the other end."""
+    ends = f":{sock.getpeername()[1]:04X}", f":{sock.getsockname()[1]:04X}"
+    with open("/proc/net/tcp") as file:
+        lines = [line.split() for line in file.readlines()[1:]]
+    inodes = [line[9] for line in lines if line[1].endswith(ends[0]) and line[2].endswith(ends[1])]
+    return any(f"socket:[{inode}]" in descriptors(pid) for pid in process.workers() for inode in inodes)
+
+
+def test_a_request_that_comes_while_the_connection_moves_is_answered(start, port):
+    """Clients that never pause, through reloads: every request has its answer, on the connection or a new one."""
+    process = two(start, port, *KEPT)
+    for _ in range(3):
+        before = set(process.workers())
+        process.signal(signal.SIGHUP)
+        client = Client(port)
+        asked = 0
+        while len(process.workers()) != 2 or before & set(process.workers()):
+            pid, connection = ask(client)
+            asked += 1
+            if connection == "close":
+                client.close()
+        client.close()
+        assert asked
+
+
+def test_no_successor_no_waiting_for_ever(start, port):
+    """The whole application stops: an idle connection is kept for gunicorn's keepalive, and no longer."""
+    process = two(start, port, "--keep-alive", 1, "--graceful-timeout", 600, "--timeout", 600)
+    client = Client(port)
+    ask(client)
+    process.signal(signal.SIGTERM)
+    assert process.wait_end() == 0
+    client.close()
+
+
+def test_ttou_hands_on_as_well(start, port):
+    process = two(start, port, *KEPT)
+    clients = [Client(port) for _ in range(20)]
+    assert {ask(client)[0] for client in clients} == set(process.workers())
+    process.signal(signal.SIGTTOU)
+    wait_for(lambda: len(process.workers()) == 1, "one worker")
+    (left,) = process.workers()
+    assert {ask(client)[0] for client in clients} == {left}
+    for client in clients:
+        client.close()
+
+
+def test_a_worker_that_has_had_its_requests_hands_on_the_others(start, port):
+    process = two(start, port, *KEPT, "--max-requests", 40)
+    clients = [Client(port) for _ in range(20)]
+    first = {ask(client)[0] for client in clients}
+    done = time.monotonic() + 60
+    while first & set(process.workers()) and time.monotonic() < done:
+        for client in clients:
+            _, connection = ask(client)
+            if connection == "close":
+                client.close()
+    assert not first & set(process.workers())
+    for client in clients:
+        ask(client)
+        client.close()
+
+
+def test_a_successor_that_dies_takes_only_its_own(start, port):
+    process = two(start, port, *KEPT)
+    clients = [Client(port) for _ in range(10)]
+    for client in clients:
+        ask(client)
+    process.hup(2)
+    pids = {client: ask(client)[0] for client in clients}
+    victim = pids[clients[0]]
+    os.kill(victim, signal.SIGKILL)
+    for client, pid in pids.items():
+        if pid != victim:
+            assert ask(client)[0] == pid
+        client.close()
+    assert fetch(port)[0] == 200
