@@ -201,7 +201,8 @@ def _warn_unattended() -> None:
         wishes.attended = True
         logging.getLogger("gunicorn.error").error(
             "gunicorn-passenger: spawn() was called, but nothing starts the daemons: add 'from "
-            "gunicorn_passenger.hooks import *' to gunicorn.conf.py, or use -k gunicorn_passenger.Worker"
+            "gunicorn_passenger.hooks import *' to gunicorn.conf.py (and define no nworkers_changed of your "
+            "own), or use -k gunicorn_passenger.Worker"
         )
 
 

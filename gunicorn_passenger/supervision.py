@@ -12,7 +12,6 @@ import os
 import secrets
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -60,24 +59,12 @@ class Supervisor:
         """
         ours, theirs = _socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            # No fork of Python's (it would call what is registered for forks, and the gate is held), no
-            # descriptor but the channel, no terminal whose Ctrl-C it would hear.
-            process = native.original("subprocess", "Popen")(
-                [sys.executable, "-I", "-S", _SUPERVISOR, str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-                cwd="/",
-            )
+            self.pid = _spawn(theirs)
         except BaseException:
             ours.close()
             raise
         finally:
             theirs.close()
-        self.pid = process.pid
-        # gunicorn's master reaps all of its children
-        process.returncode = 0
         ours.setblocking(False)
         self._sock = ours
         self._keys: list[str] = []
@@ -186,6 +173,37 @@ class Supervisor:
         """A daemon is gone, with all of its processes."""
         if key in self._keys:
             self._keys.remove(key)
+
+
+def _spawn(channel: Any) -> int:
+    """Start the supervisor; the caller, or gunicorn's master, reaps it.
+
+    Not by a fork of Python's: it would call what is registered for forks, and the broker's gate is held.
+    ``subprocess`` will not do either: gevent, where it has patched the master, replaces its inner parts.
+    """
+    number = channel.fileno()
+    os.set_inheritable(number, True)
+    actions: list[Any] = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+        # gunicorn's own listeners are inheritable
+        *((os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable() if fd not in (0, 1, 2, number)),
+    ]
+    spawn = native.original("os", "posix_spawn")
+    command = [sys.executable, "-I", "-S", _SUPERVISOR, str(number)]
+    # a session of its own: the Ctrl-C of a terminal is the master's to hear
+    # signals that would end it wait until it has said that they do not
+    mask = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2]
+    return int(spawn(sys.executable, command, os.environ, file_actions=actions, setsid=True, setsigmask=mask))
+
+
+def _inheritable() -> list[int]:
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            if os.get_inheritable(int(name)):
+                found.append(int(name))
+    return found
 
 
 def _marked(marks: set[bytes]) -> set[int]:

@@ -557,6 +557,7 @@ if __name__ == "__main__":
     try:
         # inherited from the master, and no daemon's: whoever has it commands the supervisor
         os.set_inheritable(int(sys.argv[1]), False)
+        os.chdir("/")
         Supervisor(socket.socket(fileno=int(sys.argv[1]))).run()
     except BaseException:
         import traceback

@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from gunicorn_passenger import errors
+from gunicorn_passenger import errors, sockets
 from gunicorn_passenger.channel import Message, Refused, Spawn, Spawned
 from gunicorn_passenger.daemon_spec import MAX_DAEMONS, Identity, Listen, Spec, identity, wishes
 from gunicorn_passenger.errors import DaemonError, PassengerError
@@ -149,6 +149,10 @@ class Daemons:
                 except PassengerError as error:
                     self._refused.add(spec)
                     self._broker.log.error("gunicorn-passenger: %s", error)
+
+    def handed(self) -> list[Any]:
+        """What the sockets that came from the master before are bound to."""
+        return [sockets.sockname(one.sock) for _, _, one in self._handed]
 
     def _want(self, spec: Spec, trusted: bool) -> None:
         """The master's own code wants a daemon, now or still."""
@@ -343,11 +347,16 @@ class Daemons:
         else:
             daemon.state = STOPPED
 
-    def _close(self, sockets: Iterable[Bound]) -> None:
+    def _close(self, bounds: Iterable[Bound]) -> None:
         arbiter = self._broker.arbiter
-        shared = arbiter is not None and (arbiter.reexec_pid or arbiter.master_pid)
-        for one in sockets:
+        shared = arbiter is not None and (arbiter.reexec_pid or self._master_before())
+        for one in bounds:
             one.close(unlink=not shared)
+
+    def _master_before(self) -> bool:
+        """Whether the master that this one came from (USR2) is there; gunicorn itself notices later."""
+        before = self._broker.arbiter.master_pid
+        return bool(before) and os.getppid() == before
 
     def _note(self, daemon: Daemon, text: str) -> None:
         self._broker.history.note("daemon", f"{daemon.spec.name} {text}")
@@ -379,8 +388,7 @@ class Daemons:
     def tick(self, now: float) -> float | None:
         due = []
         if self._waits_for_master:
-            arbiter = self._broker.arbiter
-            if arbiter.master_pid and os.getppid() == arbiter.master_pid:
+            if self._master_before():
                 due.append(now + _LOOK)
             else:
                 self._waits_for_master = False

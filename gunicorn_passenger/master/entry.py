@@ -119,6 +119,7 @@ def _explain(listening: list[Any], broker: Broker, log: Any, cfg: Any) -> None:
     """Say at the start what a reader of the log may not expect."""
     primary = broker.primary_of(listening)
     ours = {sockets.sockname(listener.sock) for listener in listening if listener.sock is not None}
+    ours |= {name for daemons in _daemons for name in daemons.handed()}
     for address in sorted(format_sockname(n) for n in sockets.listening_here().values() if n not in ours):
         log.warning(
             "%s was opened in the master, by a server that the program starts while it is preloaded: its "
