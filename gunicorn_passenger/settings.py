@@ -96,6 +96,15 @@ def _placement(value: object, where: str) -> dict[int, str]:
     return table
 
 
+def _ws_stop(value: object, where: str) -> str:
+    if value not in ("close", "wait"):
+        raise SettingError(
+            f"{where}: {value!r} is neither 'close' (end WebSockets with 1001 when a worker leaves) nor 'wait' "
+            "(let them end by themselves)"
+        )
+    return str(value)
+
+
 _CHECKS: dict[str, Callable[[object, str], Any]] = {
     "auto_install": _bool,
     "ports": parse_ports,
@@ -103,6 +112,7 @@ _CHECKS: dict[str, Callable[[object, str], Any]] = {
     "grace_period": _seconds,
     "head_timeout": _timeout,
     "body_timeout": _timeout,
+    "ws_stop": _ws_stop,
     "prometheus": _bool,
 }
 
@@ -186,6 +196,10 @@ class Settings:
         default = Timeouts()
         return Timeouts(head or default.head, body or default.body)
 
+    def ends_websockets(self) -> bool:
+        """Whether a leaving worker ends the WebSockets that the application speaks."""
+        return bool(self._in_force("ws_stop") != "wait")
+
     def placement(self, port: int, asked: str) -> str:
         return str((self._in_force("placement") or {}).get(port, asked))
 
@@ -239,6 +253,9 @@ def configure(**values: object) -> None:
     :param head_timeout: seconds (default 30) that a client may take for the whole head of a request;
         gunicorn's ``keepalive`` says how long it may be silent between two requests.
     :param body_timeout: seconds (default 60) that a client may be silent inside a request's body.
+    :param ws_stop: what a leaving worker does with WebSockets that the application speaks: ``"close"`` (the
+        default) ends them with 1001 at once, ``"wait"`` lets them end by themselves until gunicorn's
+        ``graceful_timeout``. Those that the proxy carries have an option of their own.
     :param prometheus: whether what the program counts with ``prometheus_client`` is added up for all workers
         (default: no); ``gunicorn.conf.py`` only.
     :raises TypeError: for an unknown name.

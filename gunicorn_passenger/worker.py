@@ -26,7 +26,7 @@ from gunicorn_passenger.address import format_sockname
 from gunicorn_passenger.board import PRIMARY_SLOT
 from gunicorn_passenger.errors import PassengerError
 from gunicorn_passenger.master import entry, forks, prometheus
-from gunicorn_passenger.serving import interpose
+from gunicorn_passenger.serving import courtesy, interpose
 from gunicorn_passenger.serving.application import Foreign, application
 from gunicorn_passenger.serving.http import Accepting, acceptor
 from gunicorn_passenger.serving.link import Link
@@ -35,6 +35,10 @@ from gunicorn_passenger.settings import settings
 
 #: Seconds that a worker which cannot start waits for gunicorn's halt, when a sibling has caused it.
 _HALT_WAIT = 10.0
+
+
+#: How often a leaving worker looks for idle connections of servers that are not ours, in seconds.
+_RELEASE = 0.5
 
 
 class Worker(GeventWorker):
@@ -285,6 +289,8 @@ class Worker(GeventWorker):
             accepting.stop_accepting()
         application.stop_accepting()
         self._interposition.stop_accepting()
+        courtesy.announce()
+        idle_until = time.monotonic() + self.cfg.keepalive
         assert application.link is not None
         application.link.leaving()
         deadline = time.monotonic() + self.cfg.graceful_timeout
@@ -299,6 +305,9 @@ class Worker(GeventWorker):
             self._write_counts()
             if application.link.heir:
                 application.hand_over(self._acceptors)
+            if time.monotonic() >= idle_until and not self._interposition.idle():
+                courtesy.release_idle()
+                idle_until = time.monotonic() + _RELEASE
             gevent.sleep(0.1)
 
     def _idle(self) -> bool:

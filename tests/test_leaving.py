@@ -6,7 +6,8 @@ import socket
 import time
 
 import pytest
-from conftest import Client, descriptors, fetch, pids_answering, wait_for
+import websocket
+from conftest import Client, descriptors, fetch, pids_answering, refused, wait_for
 
 KEPT = ("--keep-alive", 600, "--graceful-timeout", 600, "--timeout", 600)
 
@@ -131,3 +132,145 @@ def test_a_successor_that_dies_takes_only_its_own(start, port):
             assert ask(client)[0] == pid
         client.close()
     assert fetch(port)[0] == 200
+
+
+# --- servers that are not ours -----------------------------------------------------------------------
+
+PYWSGI = """
+    import os
+    import gevent
+    from gevent.pywsgi import WSGIServer
+
+    def answer(environ, start_response):
+        if environ["PATH_INFO"] == "/slow":
+            gevent.sleep(2)
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [str(os.getpid()).encode()]
+
+    application = answer
+    WSGIServer(("127.0.0.1", {port}), answer).start()
+    """
+HTTP_SERVER = """
+    import os
+    import threading
+    import time
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            if self.path == "/slow":
+                time.sleep(2)
+            body = str(os.getpid()).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    def application(environ, start_response):
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [str(os.getpid()).encode()]
+
+    server = ThreadingHTTPServer(("127.0.0.1", {port}), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    """
+PATIENT = ("--keep-alive", 1, "--graceful-timeout", 600, "--timeout", 600)
+
+
+@pytest.mark.parametrize("text", [PYWSGI, HTTP_SERVER], ids=["pywsgi", "http_server"])
+def test_an_unmodified_server_says_close_and_its_idle_connections_hold_nobody(start, port, text):
+    start.write("program.py", text.replace("{port}", str(port)))
+    process = start.gunicorn("program", *PATIENT, workers=1).wait_ready()
+    wait_for(lambda: not refused(port), "the port")
+    idle, busy = Client(port), Client(port)
+    assert ask(idle)[1] != "close"
+    sock = idle.sock
+    (old,) = process.workers()
+    busy.request("GET", "/slow")
+    wait_for(lambda: accepted(process, busy.sock), "the slow request to be accepted")
+    process.signal(signal.SIGHUP)
+    answer = busy.getresponse()
+    assert (answer.getheader("Connection") or "").lower() == "close"
+    assert int(answer.read()) == old
+    # it is gone although a client keeps its connection open
+    wait_for(lambda: old not in process.workers(), "the old worker to be gone")
+    sock.settimeout(30)
+    assert sock.recv(1) == b""
+    idle.close()
+    assert int(fetch(port)[1]) != old
+    assert "[ERROR]" not in process.log()
+
+
+# --- WebSockets --------------------------------------------------------------------------------------
+
+WEBSOCKET = """
+    import os
+    import flask
+    import flask_sock
+    import gunicorn_passenger as passenger
+
+    app = flask.Flask(__name__)
+    sock = flask_sock.Sock(app)
+
+    @sock.route("/ws")
+    def echo(ws):
+        while True:
+            ws.send(ws.receive())
+
+    @app.route("/")
+    def pid():
+        return str(os.getpid())
+
+    passenger.create_server(app).listen({port})
+    application = app
+    """
+
+
+@pytest.mark.parametrize("which", ["primary", "second"])
+def test_websockets_end_with_1001_at_once(start, port, which):
+    start.write("program.py", WEBSOCKET.replace("{port}", str(port)))
+    process = start.gunicorn("program", *KEPT, workers=1).wait_ready()
+    ws = websocket_to(process.socket if which == "primary" else port)
+    ws.send("hello")
+    assert ws.recv() == "hello"
+    (old,) = process.workers()
+    process.signal(signal.SIGHUP)
+    opcode, data = ws.recv_data()
+    assert (opcode, data[:2]) == (websocket.ABNF.OPCODE_CLOSE, b"\x03\xe9")
+    wait_for(lambda: old not in process.workers(), "the old worker to be gone")
+    ws.close()
+    assert "Traceback" not in process.log()
+
+
+def test_a_client_that_does_not_say_goodbye_holds_nobody(start, port):
+    start.write("program.py", WEBSOCKET.replace("{port}", str(port)))
+    process = start.gunicorn("program", *KEPT, workers=1).wait_ready()
+    ws = websocket_to(port)
+    ws.send("hello")
+    assert ws.recv() == "hello"
+    (old,) = process.workers()
+    process.signal(signal.SIGHUP)
+    wait_for(lambda: old not in process.workers(), "the old worker to be gone")
+    ws.shutdown()
+
+
+def test_websockets_may_go_on_by_a_setting(start, port):
+    start.write("program.py", WEBSOCKET.replace("{port}", str(port)))
+    process = start.gunicorn("program", *KEPT, workers=1, env={"PASSENGER_WS_STOP": "wait"}).wait_ready()
+    ws = websocket_to(port)
+    (old,) = process.workers()
+    process.signal(signal.SIGHUP)
+    wait_for(lambda: len(process.workers()) == 2 and int(fetch(port)[1]) != old, "the next worker")
+    for _ in range(3):
+        ws.send("still here")
+        assert ws.recv() == "still here"
+    assert old in process.workers()
+    ws.close()
+    wait_for(lambda: old not in process.workers(), "the old worker to be gone")
+
+
+def websocket_to(where):
+    sock = Client(where)
+    sock.connect()
+    return websocket.create_connection("ws://localhost/ws", socket=sock.sock, timeout=30)

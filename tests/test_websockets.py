@@ -603,7 +603,7 @@ def test_a_graceful_stop_ends_with_websockets_open(start, path):
 
 def test_a_conversation_goes_on_while_the_worker_leaves(start):
     """Within the graceful timeout a client may still finish; then the worker ends without waiting for it."""
-    served = Served(start, 1, "--graceful-timeout", 50)
+    served = Served(start, 1, "--graceful-timeout", 50, PASSENGER_WS_STOP="wait")
     with dial(served["primary"], "/sock") as one, dial(served["second"], "/raw") as other:
         for ws in (one, other):
             ws.send("before")
@@ -620,7 +620,7 @@ def test_a_conversation_goes_on_while_the_worker_leaves(start):
 
 def test_a_reload_with_websockets_open(start):
     """A HUP: the old worker keeps its conversation for the graceful timeout, the new one takes new clients."""
-    served = Served(start, 1, "--graceful-timeout", 50)
+    served = Served(start, 1, "--graceful-timeout", 50, PASSENGER_WS_STOP="wait")
     with dial(served["primary"], "/sock") as ws:
         ws.send("pid")
         old = ws.recv(LIMIT)

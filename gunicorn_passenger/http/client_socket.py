@@ -22,7 +22,7 @@ class ClientSocket(gsocket.socket):
     WebSocket libraries expect; and what two greenlets send does not mix.
     """
 
-    __slots__ = ("_bare", "_turn", "connection", "early", "error", "taken")
+    __slots__ = ("_bare", "_muted", "_turn", "connection", "early", "error", "switched", "taken")
 
     def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
         #: whether it lacks what only those need who wait for it
@@ -48,6 +48,10 @@ class ClientSocket(gsocket.socket):
         #: the :class:`.connection.Connection`, while it has one
         self.connection: Any = None
         self._turn: Any = None
+        #: whether the application has said "101 Switching Protocols" over it; ``None`` before it said
+        #: anything
+        self.switched: bool | None = None
+        self._muted = False
 
     def __getattr__(self, name: str) -> Any:
         """What is not there: gevent's watchers, so far, and whatever the socket below has."""
@@ -95,8 +99,22 @@ class ClientSocket(gsocket.socket):
             self.error = error
             raise
 
+    def send_last(self, data: bytes) -> None:
+        """Send this between two messages of the application, and drop what it sends from then on.
+
+        :raises OSError: when the client is gone.
+        """
+        with self._lock():
+            if not self._muted:
+                super().sendall(data)
+                self._muted = True
+
     def send(self, data: Any, flags: int = 0, timeout: Any = _NOT_GIVEN) -> int:
         self.taken = True
+        if self.switched is None:
+            self._see(data)
+        if self._muted:
+            return memoryview(data).nbytes
         try:
             if timeout is not _NOT_GIVEN:
                 return int(super().send(data, flags, timeout))
@@ -113,8 +131,15 @@ class ClientSocket(gsocket.socket):
             raise
 
     def sendall(self, data: Any, flags: int = 0) -> None:
+        self.taken = True
+        if self.switched is None:
+            self._see(data)
         with self._lock():
-            super().sendall(data, flags)
+            if not self._muted:
+                super().sendall(data, flags)
+
+    def _see(self, data: Any) -> None:
+        self.switched = bytes(memoryview(data).cast("B")[:12]) == b"HTTP/1.1 101"
 
     def _lock(self) -> Any:
         if self._turn is None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import select
 import socket
 import struct
@@ -59,6 +60,12 @@ _LINGER = 10.0
 
 #: Seconds after which it is asked again whether a client is still there that has sent more than was read.
 _LOOK = 0.4
+
+#: A server's Close frame with 1001, "going away" (RFC 6455 sections 5.5.1 and 7.4.1).
+_CLOSE_1001 = b"\x88\x02\x03\xe9"
+#: Seconds that a client has to answer it.
+_GOODBYE = 5.0
+_WEBSOCKET = re.compile(rb"\r\nupgrade:[ \t]*websocket[ \t]*\r\n", re.IGNORECASE)
 
 _READABLE, _WRITABLE = 1, 2
 #: the system's own, which asks without the hub
@@ -842,10 +849,24 @@ class Connection:
         """The worker leaves: a client that has not begun gets as long as an idle one."""
         if self.leaving is not None:
             self.leaving()
+        elif self.sock.switched and self.gateway.ends_websockets and _WEBSOCKET.search(self.head):
+            gevent.spawn(self._end_websocket)
         elif self.fresh and self._parked():
             self._stop_waiting(self, None)
             self._stop_waiting = self.gateway.idle.remove
             self.gateway.idle.add(self)
+
+    def _end_websocket(self) -> None:
+        """The application speaks WebSocket over the connection: say goodbye for it (RFC 6455 section 7.1.1).
+
+        The library that speaks it hears the client's answer, as if the client had ended it.
+        """
+        sock = self.sock
+        with contextlib.suppress(OSError):
+            sock.send_last(_CLOSE_1001)
+            gevent.sleep(_GOODBYE)
+            if sock.connection is self:
+                sock.shutdown(socket.SHUT_RDWR)
 
     def give_up(self, taker: Any) -> None:
         """Give the connection away between two requests: at once when it waits for one.

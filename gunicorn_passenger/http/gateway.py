@@ -77,7 +77,16 @@ class ErrorStream(io.RawIOBase):
 class Gateway:
     """Joins one WSGI application to the connections of one listener."""
 
-    def __init__(self, app: Any, cfg: Any, log: Any, worker: Any, sockname: Any, timeouts: Timeouts) -> None:
+    def __init__(
+        self,
+        app: Any,
+        cfg: Any,
+        log: Any,
+        worker: Any,
+        sockname: Any,
+        timeouts: Timeouts,
+        ends_websockets: bool = True,
+    ) -> None:
         """
         :param app: the WSGI callable; may be replaced while it serves.
         :param cfg: gunicorn's configuration, as it applies to this server.
@@ -91,6 +100,8 @@ class Gateway:
         self.worker = worker
         self.sockname = sockname
         self.keepalive = bool(cfg.keepalive)
+        #: whether a leaving worker ends WebSockets that the application speaks
+        self.ends_websockets = ends_websockets
         #: whether the server accepts no more
         self.closing = False
         #: requests that were passed on, bytes that were sent, answers of 500 and above or that broke off

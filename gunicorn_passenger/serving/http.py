@@ -78,7 +78,7 @@ def acceptor(sock: Any, app: Any, cfg: Any, log: Any, worker: Any) -> Accepting:
         log.debug("%s is served by gunicorn's own handler: %s is set", format_sockname(sockname), reason)
         tls = {"ssl_context": ssl_context(cfg)} if cfg.is_ssl else {}
         return GunicornAcceptor(sock, Handler(app, cfg, log, worker), cfg.worker_connections, share, **tls)
-    gateway = Gateway(app, cfg, log, worker, sockname, settings.timeouts())
+    gateway = Gateway(app, cfg, log, worker, sockname, settings.timeouts(), settings.ends_websockets())
     if gateway.reader.slow_because:
         log.debug(
             "%s: requests are parsed by gunicorn's Python parser: %s",
