@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from typing import Any
 
@@ -435,7 +436,12 @@ class DaemonError(PassengerError):
 
 
 def bad_daemon(field: str, value: object, why: str) -> SettingError:
-    return SettingError(f"spawn({field}={str(value)[:80]!r}): {why}")
+    return SettingError(f"spawn({field}={_without_address(value)!r}): {why}")
+
+
+def _without_address(value: object) -> str:
+    """A value alike in all workers, which are to say the same of it."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))[:80]
 
 
 def daemon_twice(name: str) -> DaemonError:
@@ -451,7 +457,7 @@ def no_command(name: str, command: str, exists: bool) -> DaemonError:
 
 def not_importable(name: str, why: str) -> SettingError:
     return SettingError(
-        f"spawn({name[:80]}): {why}, and a daemon is an interpreter of its own, which imports its function: "
+        f"spawn({_without_address(name)}): {why}, and a daemon is an interpreter of its own, which imports its function: "
         "define it at the top level of a module, and give it what it needs in args="
     )
 
@@ -487,16 +493,17 @@ def too_many_daemons(limit: int) -> DaemonError:
 
 def daemon_too_long(name: str, limit: int) -> SettingError:
     return SettingError(
-        f"daemon {name!r}: its command, arguments and environment have more than {limit} characters, which is "
-        "the limit for one that the application asks for; put them into a file, or call spawn() in "
+        f"daemon {name!r}: its command, arguments and environment have more than {limit} characters, which "
+        "is the limit for one that the application asks for; put them into a file, or call spawn() in "
         "gunicorn.conf.py"
     )
 
 
 def spawn_without_worker(name: str) -> DaemonError:
     return DaemonError(
-        f"spawn(name={name!r}) was called in a worker that has no channel to the master: run gunicorn with -k "
-        "gunicorn_passenger.Worker, or call spawn() in gunicorn.conf.py, which works with every worker class"
+        f"spawn(name={name!r}) was called in a worker that has no channel to the master: run gunicorn with "
+        "-k gunicorn_passenger.Worker, or call spawn() in gunicorn.conf.py, which works with every worker "
+        "class"
     )
 
 

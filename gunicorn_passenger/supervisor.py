@@ -267,8 +267,11 @@ class Supervisor:
             opened += os.pipe()
             opened.append(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
             output, written, failing, failure, null = opened
+            # what is sent to the child waits until it no longer ignores what the supervisor ignores
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             daemon.pid = os.fork()
         except OSError as error:
+            signal.pthread_sigmask(signal.SIG_SETMASK, [])
             for fd in opened:
                 os.close(fd)
             # too many processes or descriptors: as if it had died at once
@@ -279,13 +282,13 @@ class Supervisor:
             return
         if daemon.pid == 0:
             become(daemon, me, null, written, failure)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
         for fd in (written, failure, null):
             os.close(fd)
         os.set_blocking(output, False)
         os.set_blocking(failing, False)
         daemon.output, daemon.failing, daemon.rest = output, failing, b""
         daemon.started = time.monotonic()
-        self.say({"is": "started", "key": daemon.key, "pid": daemon.pid})
 
     def heard_failure(self, daemon: Daemon) -> None:
         """The child has become the program (the pipe closes), or tells why it could not."""
@@ -293,6 +296,8 @@ class Supervisor:
             daemon.failure = os.read(daemon.failing, 4096).decode(errors="replace")
         os.close(daemon.failing)
         daemon.failing = -1
+        if not daemon.failure:
+            self.say({"is": "started", "key": daemon.key, "pid": daemon.pid})
 
     def reap(self) -> None:
         """Take the ends of all children; those that are no daemon's first process were left to us."""
@@ -512,6 +517,7 @@ def become(daemon: Daemon, supervisor: int, null: int, output: int, failure: int
         for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
             with suppress(OSError, ValueError):
                 signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
         wanted = [null, output, output, *daemon.sockets]
         for fd in daemon.sockets:
             os.set_blocking(fd, True)  # whatever the program before has made of it
@@ -543,13 +549,34 @@ def become(daemon: Daemon, supervisor: int, null: int, output: int, failure: int
         what = f"cannot enter its directory {spec['cwd']}"
         os.chdir(spec["cwd"])
         what = f"cannot run {spec['command'][0]}"
-        os.execvpe(spec["command"][0], spec["command"], env)  # noqa: S606 - it is what a daemon is
+        run(spec["command"], env)
     except BaseException as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
         with suppress(OSError):
             os.write(failure, f"{what}: {reason}".encode()[:2000])
     finally:
         os._exit(127)
+
+
+def run(command: list[str], env: dict[str, str]) -> None:
+    """Become the command, looked for as execvp(3) does.
+
+    ``os.execvpe`` imports what it needs for that now, where the daemon's user may not be able to read it.
+
+    :raises OSError: when it cannot be run.
+    """
+    name = command[0]
+    if "/" in name:
+        os.execve(name, command, env)  # noqa: S606 - it is what a daemon is
+    failure: OSError = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    for directory in env.get("PATH", os.defpath).split(":"):
+        try:
+            os.execve(f"{directory or '.'}/{name}", command, env)  # noqa: S606
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except PermissionError as error:
+            failure = error  # another directory may have one that may be run
+    raise failure
 
 
 if __name__ == "__main__":

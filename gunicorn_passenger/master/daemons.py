@@ -102,6 +102,8 @@ class Daemons:
         self._generation = 0
         #: the last worker that was started before the last reload
         self._last_before = 0
+        #: whether all workers have been ready since
+        self._settled = False
         self._begun = False
         self._waits_for_master = False
         self._ended = False
@@ -125,6 +127,7 @@ class Daemons:
 
     def reloaded(self) -> None:
         self._generation += 1
+        self._settled = False
         arbiter = self._broker.arbiter
         workers = dict(arbiter.WORKERS).values() if arbiter is not None else ()
         self._last_before = max((worker.age for worker in workers), default=0)
@@ -416,6 +419,8 @@ class Daemons:
         """
         links = self._broker._links
         settled = all(link.ready for link in links.values()) and (bool(links) or not self._channels)
+        if settled and any(link.age > self._last_before for link in links.values()):
+            self._settled = True
         grace = self._broker.grace
         due = []
         for daemon in [d for d in self._daemons.values() if d.by_workers and d.then != "forget"]:
@@ -574,28 +579,40 @@ class Daemons:
                 raise errors.unix_other_user(item.path, self._broker.allotment.account)
         known = self._daemons.get(spec.name)
         if known is not None and known.then != "forget":
-            self._check_change(known, age, spec)
+            if not known.by_workers:
+                raise errors.daemon_twice(spec.name)
+            if known.spec != spec and not self._may_change(known, age):
+                self._broker.log.warning(
+                    "gunicorn-passenger: worker %s asks for the daemon %s differently than the workers "
+                    "before it; it stays as it is until a reload",
+                    self._broker.pid(age),
+                    spec.name,
+                )
+                spec, who = known.spec, known.who
         daemon = self._settle_spec(known, spec, who, by_workers=True)
         daemon.wanted_by.add(age)
         daemon.unwanted_since = None
         return daemon
 
-    def _check_change(self, known: Daemon, age: int, spec: Spec) -> None:
-        """May this worker have a daemon of that name?
+    def _may_change(self, known: Daemon, age: int) -> bool:
+        """A worker asks for a daemon that others have asked for differently: is its word the newer one?
 
-        :raises errors.DaemonError: when the name is another daemon's.
+        :returns: ``False`` when the program has changed on the disk since its workers have started, and the
+            reload is still to come.
+        :raises errors.DaemonError: when the program uses the name for two daemons.
         """
-        if not known.by_workers:
-            raise errors.daemon_twice(spec.name)
-        if known.spec == spec:
-            return
-        newer = age > self._last_before and known.generation < self._generation
-        if not newer and self._broker.cfg.reload:
+        if age > self._last_before and known.generation < self._generation:
+            newer = True
+        elif self._broker.cfg.reload:
             # gunicorn's --reload starts workers with changed code, one after the other
             newer = age > max(known.wanted_by, default=0)
-        if not newer and (known.wanted_by or age <= self._last_before):
-            raise errors.daemon_twice(spec.name)
-        known.wanted_by.clear()
+        else:
+            newer = not known.wanted_by and age > self._last_before
+        if not newer and (age in known.wanted_by or not self._settled):
+            raise errors.daemon_twice(known.spec.name)
+        if newer:
+            known.wanted_by.clear()
+        return newer
 
     def left(self, age: int) -> None:
         for daemon in self._daemons.values():
