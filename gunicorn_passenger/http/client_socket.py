@@ -125,6 +125,7 @@ class ClientSocket(gsocket.socket):
             with self._lock():
                 while view:
                     view = view[super().send(view, flags) :]
+            self._count(count)
             return count
         except OSError as error:
             self.error = error
@@ -137,6 +138,11 @@ class ClientSocket(gsocket.socket):
         with self._lock():
             if not self._muted:
                 super().sendall(data, flags)
+                self._count(memoryview(data).nbytes)
+
+    def _count(self, count: int) -> None:
+        if self.connection is not None:
+            self.connection.count_sent(count)
 
     def _see(self, data: Any) -> None:
         self.switched = bytes(memoryview(data).cast("B")[:12]) == b"HTTP/1.1 101"

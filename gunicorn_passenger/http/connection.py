@@ -821,6 +821,10 @@ class Connection:
                 gevent.sleep(0)
         return done
 
+    def count_sent(self, count: int) -> None:
+        """Somebody else has sent this to the client."""
+        self.gateway.sent += count
+
     def raw_fileno(self) -> int:
         """The descriptor, for the kernel to send to."""
         return int(self._raw.fileno())

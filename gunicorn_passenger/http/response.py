@@ -480,6 +480,8 @@ class Response:
             if whole:
                 more += b"0\r\n\r\n"
         line = status.encode("latin-1")
+        if status.startswith("5"):
+            connection.gateway.errors += 1
         self.headers_sent = True
         head = b"%b %b\r\n%bConnection: %b\r\n%b\r\n" % (version, line, fields, word, framing)
         if len(more) < _JOIN:

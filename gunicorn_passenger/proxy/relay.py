@@ -103,6 +103,7 @@ def _splice(exchange: Exchange, connection: Any, response: Any) -> None:
                 return
             exchange.moved(count)
             response.sent += count
+            connection.count_sent(count)
             try:
                 pipe.drain(sink, connection.wait_writable)
             except OSError as error:

@@ -84,5 +84,7 @@ def _join(tunnel: Tunnel, exchange: Exchange, client: Any, answer: bytes, status
             if hasattr(client, "context"):  # TLS
                 near, end = bridge(client.recv, client.sendall, client.close)
                 stack.callback(end)
+        if connection is not None:
+            stack.callback(lambda: connection.count_sent(tunnel.bytes_out))
         if not tunnel.closed:
             tunnel.run(near, early, upstream, upstream_early)
