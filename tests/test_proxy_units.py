@@ -7,7 +7,7 @@ import struct
 
 import gevent
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gunicorn_passenger.errors import BadResponse, PoolExhausted
@@ -32,6 +32,7 @@ def frame(size: int, masked: bool) -> bytes:
 SIZES = st.lists(st.sampled_from([0, 1, 2, 124, 125, 126, 127, 128, 129, 300, 65535, 65536]), max_size=6)
 
 
+@settings(deadline=None, derandomize=True)
 @given(SIZES, st.booleans(), st.lists(st.integers(1, 400), min_size=1))
 def test_frames_are_told_apart_however_they_are_cut(sizes, masked, cuts):
     frames = [frame(size, masked) for size in sizes]
@@ -62,6 +63,7 @@ def test_a_close_is_1001_and_masked_towards_the_target():
     assert bytes(byte ^ mask for byte, mask in zip(masked[6:], masked[2:4], strict=True)) == b"\x03\xe9"
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.lists(st.binary(min_size=1, max_size=300), max_size=6), st.integers(1, 50), st.booleans())
 def test_chunks_are_taken_apart_however_they_are_cut(pieces, cut, trailers):
     stream = b"".join(b"%x;a=b\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
