@@ -111,7 +111,9 @@ def spawn(
         if not reading:
             raise
         # gunicorn prints a traceback for whatever else its configuration file raises
-        frame = sys._getframe(1)
+        frame: Any = sys._getframe(1)
+        while frame.f_globals.get("__name__", "").startswith("gunicorn_passenger."):
+            frame = frame.f_back
         where = f"{frame.f_code.co_filename}, line {frame.f_lineno}"
         raise SystemExit(f"Error: {where}: {error}") from None
 

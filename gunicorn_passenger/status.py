@@ -144,6 +144,15 @@ class _Line:
         self._answered.set()
 
 
+class _Nobody:
+    """In a process of its own without a master: :func:`spawn` was called under plain Python."""
+
+    serves = False
+
+    def report(self) -> dict[str, Any]:
+        raise Unavailable("there is no report without gunicorn")
+
+
 class _Reports:
     """The report of this process's source, used again for a moment."""
 
@@ -423,7 +432,8 @@ def serve() -> None:
     end = Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         gevent.signal_handler(number, end.set)
-    _reports.source = _Line(int(os.environ.pop("PASSENGER_REPORT_FD")))
+    line = os.environ.pop("PASSENGER_REPORT_FD", "")
+    _reports.source = _Line(int(line)) if line else _Nobody()
     cfg = Config()
     cfg.set("worker_connections", _CONNECTIONS)
     log = cfg.logger_class(cfg)

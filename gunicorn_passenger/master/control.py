@@ -30,6 +30,7 @@ from typing import Any, Protocol
 from gunicorn_passenger import errors, runtime, sockets
 from gunicorn_passenger.channel import Message
 from gunicorn_passenger.errors import PassengerError
+from gunicorn_passenger.master.parts import History
 
 #: Seconds that a client has for its question and for reading the answer.
 PATIENCE = 5.0
@@ -50,6 +51,7 @@ class Answers(Protocol):
     """What this module asks of the broker."""
 
     log: Any
+    history: History
 
     def report(self) -> dict[str, Any]: ...
     def command(self, verb: str, name: str) -> str: ...
@@ -249,6 +251,9 @@ class Control:
 
     def reloaded(self) -> None:
         """Somebody may have removed the file, or mended what was wrong with the directory."""
+        self._broker.history.note(
+            "reload", "gunicorn has read its configuration again and replaces its workers"
+        )
         if self._file is None or sockets.file_id(self._path) != self._file:
             self._close_listener()
             self.open()

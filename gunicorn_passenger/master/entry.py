@@ -175,6 +175,7 @@ def attach_alone(arbiter: Any) -> bool:
         return False
     if not _workers_are_ours(arbiter):
         settings.operator_done()
+        prometheus.directory.prepare()
     attach(arbiter.cfg)
     return True
 
@@ -196,6 +197,7 @@ def reloaded(arbiter: Any) -> None:
 
 def _ready(arbiter: Any) -> None:
     _know_arbiter(arbiter)
+    prometheus.directory.give(arbiter.cfg, arbiter.log)
     settings.program_paused()
     wishes.attended = True
     wishes.done_reading()
