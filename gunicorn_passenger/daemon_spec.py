@@ -13,8 +13,10 @@ import os
 import pwd
 import shlex
 import shutil
+import socket
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -155,12 +157,23 @@ def _check_listen(item: Listen) -> None:
         or type(item.port) is not int
     ):
         raise errors.bad_daemon("listen", item, "it is no address")
+    if item.kind in ("tcp", "auto") and not _is_numeric(item.host):
+        # the master must not wait for a name server
+        raise errors.bad_daemon("listen", item.host[:100], "it is no numeric address")
     if item.kind == "tcp" and not 1 <= item.port <= 65535:
         raise errors.bad_port(item.port)
     if item.kind == "unix" and (not os.path.isabs(item.path) or "\0" in item.path):
         raise errors.bad_daemon("listen", item.path[:100], "the path of the UNIX socket is not absolute")
     if item.kind not in ("tcp", "auto", "unix"):
         raise errors.bad_daemon("listen", item.kind[:40], "it is an unknown kind of address")
+
+
+def _is_numeric(host: str) -> bool:
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with suppress(OSError, ValueError):
+            socket.inet_pton(family, host)
+            return True
+    return False
 
 
 # --- making one ------------------------------------------------------------------------------------

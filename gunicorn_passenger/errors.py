@@ -457,8 +457,8 @@ def no_command(name: str, command: str, exists: bool) -> DaemonError:
 
 def not_importable(name: str, why: str) -> SettingError:
     return SettingError(
-        f"spawn({_without_address(name)}): {why}, and a daemon is an interpreter of its own, which imports its function: "
-        "define it at the top level of a module, and give it what it needs in args="
+        f"spawn({_without_address(name)}): {why}, and a daemon is an interpreter of its own, which imports "
+        "its function: define it at the top level of a module, and give it what it needs in args="
     )
 
 

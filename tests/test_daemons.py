@@ -880,6 +880,55 @@ def test_a_port_that_the_application_has_itself(start, port):
     assert f"127.0.0.1:{port} is in use by this application itself (its daemon 'a')" in process.log()
 
 
+def test_a_worker_cannot_use_up_the_masters_descriptors(start):
+    """Too many sockets and too many daemons are refused; what is there goes on."""
+    text = (
+        "refused = []\n"
+        "for number in range(80):\n"
+        "    try: spawn('sleep 1000', name=f'd{number}', listen=['auto'] * 16)\n"
+        "    except passenger.PassengerError as error: refused.append(str(error))\n"
+        "first = refused[0]\n"
+    )
+    conf = start.write(
+        "limits.py", "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))\n"
+    )
+    process = start.gunicorn("daemon_app", "-c", conf, workers=1, env={"SPAWN": text}).wait_ready()
+    assert "already holds 128 ports, which is the limit" in fetch(process.socket, "/first")[1]
+    assert len(descriptors(process.pid)) < 256
+    process.wait_log(r"Daemon d\d runs as pid", 8)
+    text = text.replace("listen=['auto'] * 16", "args=[number]")
+    process.stop()
+    process = start.gunicorn("daemon_app", workers=1, env={"SPAWN": text}).wait_ready()
+    assert "already has 64 daemons, which is the limit" in fetch(process.socket, "/first")[1]
+    assert process.stop() == 0
+
+
+def test_what_a_worker_sends_is_no_daemon(start):
+    """Whatever a worker makes up is answered, and the master goes on."""
+    text = (
+        "from gunicorn_passenger.channel import Spawn\n"
+        "from gunicorn_passenger.daemon_spec import make\n"
+        "from gunicorn_passenger.serving.application import application as here\n"
+        "import dataclasses, json\n"
+        "good = json.loads(make(['sleep', '1'], None, 'auto', [], None, None, None, None, 'keep', 1, 1, '', False).pack())\n"
+        "bad = ['', '[]', '{', '[' * 4000, 'null', '{}']\n"
+        "for name, value in [('name', 1), ('name', 'a\\nb'), ('listen', [{}]), ('listen', 7), ('env', [1]), ('command', []),\n"
+        "    ('command', [1]), ('user', 0), ('user', 'root'), ('stop_timeout', 1e9), ('cwd', 'here'), ('extra', 1),\n"
+        "    ('within', 'x'), ('give_up_after', True), ('env', [['A', 'b\\0c']]), ('group', '0'),\n"
+        "    ('listen', [{'kind': 'tcp', 'host': '127.0.0.1', 'port': 1}]),\n"
+        "    ('listen', [{'kind': 'tcp', 'host': 'localhost', 'port': 19999}]),\n"
+        "    ('listen', [{'kind': 'unix', 'path': 'relative'}])]:\n"
+        "    bad.append(json.dumps({**good, name: value}))\n"
+        "answers = sorted({type(here.link.ask(Spawn(0, text), 'it')).__name__ for text in bad})\n"
+    )
+    start.home.chmod(0o777)
+    user = ["--user", "nobody", "--group", "nogroup"] if os.geteuid() == 0 else []
+    process = start.gunicorn("daemon_app", *user, workers=1, env={"SPAWN": text}).wait_ready()
+    assert fetch(process.socket, "/answers")[1] == "['Refused']"
+    assert "runs as pid" not in process.log()
+    assert "Traceback" not in process.log()
+
+
 def test_an_interpreter_that_does_not_exist_is_said_when_it_is_run(site):
     script = site.start.write("script.sh", "#!/no/such/interpreter\n")
     script.chmod(0o755)

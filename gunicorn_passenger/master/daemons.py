@@ -17,6 +17,7 @@ import _socket
 import fcntl
 import json
 import os
+import resource
 import select
 import socket
 import sys
@@ -31,6 +32,7 @@ from gunicorn_passenger.channel import Message, Refused, Spawn, Spawned
 from gunicorn_passenger.daemon_spec import MAX_DAEMONS, Identity, Listen, Spec, identity, wishes
 from gunicorn_passenger.errors import DaemonError, PassengerError
 from gunicorn_passenger.master import proc
+from gunicorn_passenger.master.listeners import MAX_PORTS
 from gunicorn_passenger.supervision import Bound, Supervisor, bound, open_listening, printable
 
 #: Hands the daemons' sockets to the next master (USR2): a list of JSON.
@@ -244,6 +246,10 @@ class Daemons:
 
     def _open_one(self, spec: Spec, want: Any) -> Bound:
         broker = self._broker
+        # a master without a descriptor left could not even start workers
+        limit = min(MAX_PORTS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        if sum(len(daemon.sockets) for daemon in self._daemons.values()) >= limit:
+            raise errors.too_many_ports(limit)
         cfg = broker.cfg
         mode = 0o666 & ~cfg.umask if cfg.umask else 0o600
         one = open_listening(want, spec.within, broker.allotment, cfg.backlog, mode, self._holder)
@@ -631,7 +637,7 @@ class Daemons:
             "address": ", ".join(str(one) for one in daemon.sockets) or None,
             "started": None if daemon.started is None else round(daemon.started, 3),
             "restarts": daemon.restarts,
-            "command": daemon.spec.shown,
+            "command": printable(daemon.spec.shown[:200]),
             "memory": proc.memory(daemon.pid) if daemon.pid else None,
             "user": daemon.who.user,
         }
