@@ -145,7 +145,7 @@ def test_reuse_port_keeps_its_meaning(start):
 
 def test_proxy_protocol_on_the_primary(start):
     process = start.gunicorn("two_servers", "--proxy-protocol", "--proxy-allow-from", "*")
-    wait_for(lambda: os.path.exists(process.socket), "the socket")
+    wait_for(lambda: not refused(process.socket), "the socket")
     client = Client(process.socket)
     client.connect()
     client.sock.sendall(b"PROXY TCP4 192.0.2.1 192.0.2.2 1000 80\r\n")
