@@ -5,7 +5,7 @@ import socket
 import threading
 
 import pytest
-from conftest import Client, fetch, wait_for
+from conftest import Client, fetch, refused, wait_for
 
 from gunicorn_passenger import http_proxy
 from gunicorn_passenger.proxy.fields import RequestFields, request_path
@@ -68,9 +68,7 @@ def connect(path):
 
 
 def wait_listening(process):
-    import os
-
-    wait_for(lambda: os.path.exists(process.socket) and process.log().count("Booting worker"), "the start")
+    wait_for(lambda: not refused(process.socket) and process.log().count("Booting worker"), "the start")
     return process
 
 

@@ -234,7 +234,6 @@ def _reloaded(arbiter: Any) -> None:
 def _tell_reload(broker: Broker) -> None:
     wishes.done_reading()
     with broker._hold():
-        broker.history.note("reload", "gunicorn has read its configuration again")
         for part in broker.parts:
             part.reloaded()
 
