@@ -99,8 +99,8 @@ def _placement(value: object, where: str) -> dict[int, str]:
 def _ws_stop(value: object, where: str) -> str:
     if value not in ("close", "wait"):
         raise SettingError(
-            f"{where}: {value!r} is neither 'close' (end WebSockets with 1001 when a worker leaves) nor 'wait' "
-            "(let them end by themselves)"
+            f"{where}: {value!r} is neither 'close' (end WebSockets with 1001 when a worker leaves) nor "
+            "'wait' (let them end by themselves)"
         )
     return str(value)
 
