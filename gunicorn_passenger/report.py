@@ -77,7 +77,7 @@ def ask(path: str, question: dict[str, Any]) -> dict[str, Any]:
     deadline = time.monotonic() + PATIENCE
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(PATIENCE)
-        sock.connect(path)
+        _connect(sock, path, deadline)
         _, uid, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         if uid != os.geteuid():
             raise PermissionError("another user listens there")
@@ -96,6 +96,18 @@ def ask(path: str, question: dict[str, Any]) -> dict[str, Any]:
     if "error" in answer:
         raise PassengerError(str(answer["error"]))
     return dict(answer)
+
+
+def _connect(sock: socket.socket, path: str, deadline: float) -> None:
+    while True:
+        try:
+            sock.connect(path)
+            return
+        except BlockingIOError:
+            # the queue is full: a socket with a timeout is told so and does not wait (unix(7))
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def _why(error: BaseException) -> str:
@@ -219,11 +231,12 @@ def table(report: dict[str, Any], width: int = _COLUMNS) -> list[str]:
     :param width: columns that a line may have, 80 or more.
     """
     now = time.time()
+    title = (
+        f"{report['name']}  {report['state']} for {_duration(now - report['started'])}, "
+        f"as user {report['user']} (gunicorn-passenger {report['version']})"
+    )
     lines = [
-        _clean(
-            f"{report['name']}  {report['state']} for {_duration(now - report['started'])}, "
-            f"as user {report['user']} (gunicorn-passenger {report['version']})"
-        ),
+        _cut(_clean(title), width),
         "",
         *_columns(
             ["PROCESS", "PID", "STATE", "AGE", "MEMORY"],

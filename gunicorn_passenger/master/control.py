@@ -36,6 +36,7 @@ from gunicorn_passenger.master.parts import History
 PATIENCE = 5.0
 #: How many clients are served at a time; more wait in the backlog.
 MAX_CLIENTS = 16
+_BACKLOG = 64
 #: Bytes of a question.
 MAX_QUESTION = 4096
 #: How many standing lines there may be.
@@ -95,7 +96,7 @@ class Control:
             directory = runtime.ensure()
             runtime.clear(directory)
             path = os.path.join(directory, f"{os.getpid()}.sock")
-            self._listener = sockets.open_unix(path, 0o600, MAX_CLIENTS)
+            self._listener = sockets.open_unix(path, 0o600, _BACKLOG)
         except (PassengerError, OSError) as error:
             self._broker.log.warning("gunicorn-passenger: %s", errors.no_status(error))
             return
