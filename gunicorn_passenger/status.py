@@ -295,14 +295,20 @@ def _programs_own() -> Iterable[Any]:
     from prometheus_client.multiprocess import MultiProcessCollector
 
     collector: Any = MultiProcessCollector
-    try:
-        return list(collector(CollectorRegistry()).collect())
-    except Exception as error:
-        # a file that is being made, a full disk: the rest is worth having all the same
-        logging.getLogger("gunicorn.error").warning(
-            "gunicorn-passenger: /metrics goes without the program's own: %s: %s", type(error).__name__, error
-        )
-        return []
+    for last in (False, True):
+        try:
+            return list(collector(CollectorRegistry()).collect())
+        except Exception as error:
+            if last:
+                # a full disk, a file that is broken: the rest is worth having all the same
+                logging.getLogger("gunicorn.error").warning(
+                    "gunicorn-passenger: /metrics goes without the program's own: %s: %s",
+                    type(error).__name__,
+                    error,
+                )
+            else:
+                time.sleep(0.02)  # a worker may have been making its file
+    return []
 
 
 class _Family:

@@ -1,0 +1,614 @@
+"""The status application: health, metrics, the report, and what the program counts itself, of all workers."""
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import GUNICORN, NO_CONTROL, PROGRAMS, Client, fetch, free_port, wait_for
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from gunicorn_passenger import status
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0 and "CI" not in os.environ, reason="needs root")
+
+
+def get(where, path, method="GET", **headers):
+    """Status, headers, body."""
+    client = Client(where)
+    try:
+        client.request(
+            method, path, headers={name.replace("_", "-"): value for name, value in headers.items()}
+        )
+        response = client.getresponse()
+        return response.status, response.headers, response.read().decode()
+    finally:
+        client.close()
+
+
+def samples(where, path="/metrics", parse=parse_text, **headers):
+    """Each sample of a metrics page: (name, labels as a frozen set) to its value; a name that comes twice fails."""
+    code, _, text = get(where, path, **headers)
+    assert code == 200, text
+    found = {}
+    for family in parse(text):
+        for sample in family.samples:
+            key = (sample.name, frozenset(sample.labels.items()))
+            assert key not in found, key
+            found[key] = sample.value
+    return found
+
+
+def value(found, name, **labels):
+    """The one sample of a name with these labels among its own."""
+    values = [v for (n, own), v in found.items() if n == name and labels.items() <= dict(own).items()]
+    assert len(values) == 1, (name, labels, values)
+    return values[0]
+
+
+def ready(port, workers):
+    """Wait until so many workers are ready."""
+
+    def look():
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            code, _, body = get(port, "/health")
+            return code == 200 and json.loads(body)["workers"]["ready"] == workers
+        return False
+
+    wait_for(look, f"{workers} ready workers")
+
+
+# --- in the workers ----------------------------------------------------------------------------
+
+
+def test_the_module_and_the_function_are_applications(start, port):
+    program = start.write(
+        "both.py",
+        """
+        import gunicorn_passenger as passenger
+        from gunicorn_passenger import status
+        def application(environ, start_response):
+            start_response("200 OK", [("Content-Length", "0")])
+            return [b""]
+        passenger.listen(PORT, status)
+        passenger.create_server(status.application).listen("unix:HOME/s.sock", name="other")
+        """.replace("PORT", str(port)).replace("HOME", str(start.home)),
+    )
+    start.gunicorn("both", "--chdir", program.parent).wait_ready()
+    assert get(port, "/health")[0] == 200
+    assert get(f"{start.home}/s.sock", "/health")[0] == 200
+    report = json.loads(get(port, "/status.json")[2])
+    assert {"gunicorn_passenger.status", "other"} <= {server["name"] for server in report["servers"]}
+
+
+def test_health(start, port):
+    start.gunicorn("status_app", workers=3, env={"P1": port}).wait_ready()
+    ready(port, 3)
+    code, headers, body = get(port, "/health")
+    assert code == 200
+    assert json.loads(body) == {"status": "ok", "workers": {"ready": 3, "leaving": 0, "booting": 0}}
+    assert headers["Content-Type"] == "application/json"
+    assert headers["Cache-Control"] == "no-store"
+    code, headers, empty = get(port, "/health", "HEAD")
+    assert (code, empty) == (200, "")
+    assert int(headers["Content-Length"]) == len(body)
+
+
+def test_what_there_is_not(start, port):
+    start.gunicorn("status_app", workers=1, env={"P1": port}).wait_ready()
+    for path in ("/nothing", "/health/", "/Health", "/..", "//", "/status.json/x"):
+        assert get(port, path)[0] == 404, path
+    for method in ("POST", "PUT", "DELETE", "OPTIONS"):
+        code, headers, _ = get(port, "/health", method)
+        assert code == 405
+        assert headers["Allow"] == "GET, HEAD"
+    assert get(port, "/health?verbose=1")[0] == 200
+
+
+def test_status_json_is_the_report(start, port):
+    process = start.gunicorn("status_app", workers=2, env={"P1": port}).wait_ready()
+    ready(port, 2)
+    code, headers, body = get(port, "/status.json")
+    assert code == 200
+    assert headers["Content-Type"] == "application/json"
+    report = json.loads(body)
+    assert report["pid"] == process.pid
+    assert {worker["pid"] for worker in report["workers"]} == set(process.workers())
+
+
+def test_metrics(start, port):
+    second = free_port()
+    process = start.gunicorn(
+        "status_app", workers=2, env={"P1": port, "P2": second, "NAME": 'a "name" \\ with\ttricks'}
+    ).wait_ready()
+    ready(port, 2)
+    for _ in range(5):
+        fetch(second, "/x")
+    fetch(second, "/500")
+    name = 'a "name" \\ with\ttricks'
+
+    def counted():
+        found = samples(port)
+        return value(found, "gunicorn_passenger_server_requests_total", server=name) == 6 and found
+
+    found = wait_for(counted, "six requests")
+    assert value(found, "gunicorn_passenger_up") == 1
+    assert value(found, "gunicorn_passenger_workers", state="ready") == 2
+    assert value(found, "gunicorn_passenger_workers", state="booting") == 0
+    assert value(found, "gunicorn_passenger_server_accepted_total", server=name) == 6
+    assert value(found, "gunicorn_passenger_server_errors_total", server=name) == 1
+    assert value(found, "gunicorn_passenger_server_sent_bytes_total", server=name) > 600
+    assert (
+        value(found, "gunicorn_passenger_server_connections", server=name, address=f"127.0.0.1:{second}") == 0
+    )
+    assert value(found, "gunicorn_passenger_server_workers", server=name) == 2
+    assert value(found, "gunicorn_passenger_memory_bytes", process="master") > 5e6
+    assert value(found, "gunicorn_passenger_memory_bytes", process="workers") > 1e7
+    assert value(found, "gunicorn_passenger_events_total", kind="reload") == 0
+    assert abs(value(found, "gunicorn_passenger_start_time_seconds") - time.time()) < 100
+    assert value(found, "gunicorn_passenger_info", version="0.1.0") == 1
+    assert "python_info" not in {key for key, _ in found}  # that of one worker among others says nothing
+
+    # the same from each worker, and no step back when workers leave
+    process.hup(2)
+    ready(port, 2)
+    fetch(second, "/x")
+    seen = []
+
+    def again():
+        found = samples(port)
+        seen.append(value(found, "gunicorn_passenger_server_requests_total", server=name))
+        return seen[-1] == 7 and value(found, "gunicorn_passenger_events_total", kind="reload") == 1
+
+    wait_for(again, lambda: f"seven requests and a reload, seen {seen}")
+    assert seen == sorted(seen)
+
+
+def test_metrics_are_negotiated(start, port):
+    start.gunicorn("status_app", workers=1, env={"P1": port}).wait_ready()
+    _, headers, text = get(port, "/metrics")
+    assert headers["Content-Type"].startswith("text/plain; version=")
+    _, headers, text = get(port, "/metrics", Accept="application/openmetrics-text; version=1.0.0")
+    assert headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0")
+    assert text.endswith("# EOF\n")
+    found = samples(port, parse=parse_openmetrics, Accept="application/openmetrics-text; version=1.0.0")
+    assert value(found, "gunicorn_passenger_up") == 1
+
+
+def test_metrics_without_prometheus_client(start, port):
+    start.write("prometheus_client.py", "raise ImportError('as if it was not installed')")
+    process = start.gunicorn(
+        "status_app", workers=1, env={"P1": port, "PYTHONPATH": f"{start.home}:{PROGRAMS}"}
+    ).wait_ready()
+    code, _, text = get(port, "/metrics")
+    assert code == 501
+    assert text == "/metrics needs: pip install 'gunicorn-passenger[metrics]'\n"
+    assert get(port, "/health")[0] == 200
+    assert get(port, "/status.json")[0] == 200
+    assert "Traceback" not in process.log()
+
+
+def test_below_a_prefix(start, port):
+    start.gunicorn("status_app", workers=1, env={"P2": port}).wait_ready()
+    code, headers, _ = get(port, "/ops")
+    assert code == 308
+    assert headers["Location"] == "./ops/"
+    code, _, page = get(port, "/ops/")
+    assert code == 200
+    assert not re.search(r"(?:href|src)=\"/|fetch\(\"/", page)  # all its addresses are relative
+    assert get(port, "/ops/status.json")[0] == 200
+    assert get(port, "/ops/metrics")[0] == 200
+
+
+def test_a_prefix_that_plays_tricks():
+    told = []
+    environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "", "SCRIPT_NAME": "//evil.example/a\r\nb:c"}
+    status.application(environ, lambda *args: told.append(args))
+    assert dict(told[0][1])["Location"] == "./a%0D%0Ab%3Ac/"
+
+
+def test_with_plain_python(start, port):
+    program = start.write(
+        "plain.py",
+        f"""
+        import gunicorn_passenger as passenger
+        from gunicorn_passenger import status
+        passenger.listen({port}, status)
+        passenger.serve_forever()
+        """,
+    )
+    process = start.python(program)
+    wait_for(lambda: answers_health(port), "an answer")
+    assert json.loads(get(port, "/health")[2])["workers"] is None
+    assert get(port, "/status.json")[0] == 503
+    assert value(samples(port), "gunicorn_passenger_up") == 0
+    assert get(port, "/")[0] == 200
+    assert process.stop() == 0
+
+
+def answers_health(port):
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        return get(port, "/health")[0]
+    return None
+
+
+def test_a_report_is_used_again_for_a_moment(monkeypatch):
+    class Source:
+        serves = True
+        asked = 0
+
+        def report(self):
+            self.asked += 1
+            return {"workers": []}
+
+    reports = status._Reports()
+    reports.source = Source()
+    for _ in range(100):
+        reports.get()
+    assert reports.source.asked < 20
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 10)
+    before = reports.source.asked
+    reports.get()
+    assert reports.source.asked == before + 1
+
+
+def test_samples_of_the_same_labels_are_added_up(monkeypatch):
+    """Two servers of one name and address, or a name twice, must not spoil the page."""
+    server = {"name": "x", "address": "a", "connections": 1, "accepted": 2, "requests": None, "bytes": 4,
+              "errors": 5, "workers": [1]}  # fmt: skip
+    report = {
+        "name": "n", "version": "1", "started": 1.0, "memory": None, "totals": {"crash": 2}, "servers": [server] * 2,
+        "workers": [{"state": "odd", "memory": None}],
+        "daemons": [{"name": "d", "state": "failed", "restarts": 3, "memory": None}],
+    }  # fmt: skip
+    monkeypatch.setattr(status._reports, "get", lambda: report)
+    text = status._metrics({}).body.decode()
+    found = {(s.name, frozenset(s.labels.items())): s.value for f in parse_text(text) for s in f.samples}
+    assert value(found, "gunicorn_passenger_server_accepted_total", server="x") == 4
+    assert not [key for key, _ in found if "requests" in key]
+    assert value(found, "gunicorn_passenger_daemon_up", daemon="d") == 0
+    assert value(found, "gunicorn_passenger_daemon_restarts_total", daemon="d") == 3
+    assert value(found, "gunicorn_passenger_events_total", kind="crash") == 2
+
+
+# --- in a process of its own -------------------------------------------------------------------
+
+
+def timed_health(port):
+    before = time.monotonic()
+    code, _, body = get(port, "/health")
+    return code, json.loads(body), time.monotonic() - before
+
+
+def spinning(where, workers):
+    """Have every worker busy with one request for good; the connections."""
+    clients = {}
+
+    def busy():
+        client = Client(where)
+        client.request("GET", "/spin")
+        try:
+            client.sock.settimeout(1)
+            if client.sock.recv(15):
+                clients[len(clients)] = client
+        except TimeoutError:
+            client.close()  # it waits in the queue: nobody is left to accept
+            return len(clients) >= workers
+        return len(clients) >= workers
+
+    wait_for(busy, lambda: f"{workers} busy workers, {len(clients)} are")
+    return list(clients.values())
+
+
+def test_health_from_a_process_of_its_own_while_all_workers_are_blocked(start, port):
+    enough = start.home / "enough"
+    process = start.gunicorn(
+        "status_app", "-t", "300", workers=4, env={"SPAWN": port, "ENOUGH": enough}
+    ).wait_ready()
+    ready(port, 4)
+    clients = spinning(process.socket, 4)
+    try:
+        stuck = Client(process.socket)
+        stuck.request("GET", "/")
+        stuck.sock.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            stuck.getresponse()
+        stuck.close()
+        timed_health(port)
+        times = []
+        for _ in range(20):
+            code, body, seconds = timed_health(port)
+            assert code == 200
+            assert body["workers"]["ready"] == 4
+            times.append(seconds)
+        assert sorted(times)[-2] < 0.1, times  # one may be the machine's own pause
+        report = json.loads(get(port, "/status.json")[2])
+        assert len(report["workers"]) == 4
+        assert get(port, "/")[0] == 200
+        assert value(samples(port), "gunicorn_passenger_daemon_up", daemon="health") == 1
+    finally:
+        enough.touch()
+        for client in clients:
+            client.close()
+    assert process.stop() == 0
+
+
+def test_health_while_no_worker_serves(start, port):
+    """503 from the daemon while the workers boot."""
+    start.write(
+        "slow.py",
+        f"""
+        import os, time
+        while not os.path.exists("{start.home}/go"):
+            time.sleep(0.02)
+        def application(environ, start_response):
+            start_response("200 OK", [("Content-Length", "0")])
+            return [b""]
+        """,
+    )
+    conf = start.write(
+        "g.conf.py",
+        f"""
+        from gunicorn_passenger import status
+        status.spawn({port})
+        """,
+    )
+    process = start.gunicorn("slow", "-c", conf, "--chdir", start.home, workers=2)
+    wait_for(lambda: answers_health(port) == 503, lambda: f"a 503:\n{process.log()}")
+    _, _, body = get(port, "/health")
+    assert json.loads(body) == {"status": "unavailable", "workers": {"ready": 0, "leaving": 0, "booting": 2}}
+    (start.home / "go").touch()
+    ready(port, 2)
+    assert process.stop() == 0
+
+
+@pytest.mark.parametrize("worker", ["sync", "gthread", "gevent"])
+def test_with_other_worker_classes(start, port, worker):
+    conf = start.write(
+        "g.conf.py",
+        f"""
+        from gunicorn_passenger.hooks import *
+        from gunicorn_passenger import status
+        status.spawn({port})
+        """,
+    )
+    start.write(
+        "plain_app.py",
+        """
+        def application(environ, start_response):
+            start_response("200 OK", [("Content-Length", "0")])
+            return [b""]
+        """,
+    )
+    process = start.python(
+        GUNICORN, "-k", worker, "-w", "2", "-c", conf, "-b", f"unix:{start.home}/app.sock", *NO_CONTROL,
+        "--chdir", start.home, "plain_app:application",
+    ).wait_ready()  # fmt: skip
+    ready(port, 2)
+    report = json.loads(get(port, "/status.json")[2])
+    assert {entry["state"] for entry in report["workers"]} == {"running"}
+    assert value(samples(port), "gunicorn_passenger_workers", state="running") == 2
+    done = subprocess.run(
+        [sys.executable, GUNICORN.parent / "gunicorn-passenger", "status", "--json"],
+        env=start.environment, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert json.loads(done.stdout)["applications"][0]["pid"] == process.pid
+    assert process.stop() == 0
+
+
+def test_spawn_where_it_may_not_listen_is_one_line_that_names_the_users_file(start):
+    conf = start.write(
+        "g.conf.py", "from gunicorn_passenger import status\n\nstatus.spawn('nonsense address')\n"
+    )
+    process = start.gunicorn("status_app", "-c", conf)
+    assert process.wait_end() != 0
+    (line,) = process.log().strip().splitlines()
+    assert re.match(rf"Error: {re.escape(str(conf))}, line 3: .*nonsense", line)
+
+
+# --- what the program counts itself ------------------------------------------------------------
+
+
+PROMETHEUS = "import gunicorn_passenger as passenger\npassenger.configure(prometheus=True)\n"
+
+
+def counting(start, port, *arguments, workers=3, conf=PROMETHEUS, **env):
+    path = start.write("prometheus.conf.py", conf)
+    process = start.gunicorn(
+        "status_app", "-c", path, *arguments, workers=workers, env={"P1": port, "COUNT": 1, **env}
+    ).wait_ready()
+    ready(port, workers)
+    return process
+
+
+def directories(start):
+    return sorted(str(path) for path in start.home.glob("run*/prometheus-*"))
+
+
+def hello(port):
+    return value(samples(port), "hello_total")
+
+
+@pytest.mark.parametrize("preload", [[], ["--preload"]])
+def test_one_line_serves_the_programs_counters_whole(start, port, preload):
+    process = counting(start, port, *preload)
+    pids = set()
+    for _ in range(30):
+        pids.add(fetch(process.socket, "/count")[1])
+    assert len(pids) > 1
+    assert {hello(port) for _ in range(12)} == {30}
+    (directory,) = directories(start)
+    assert directory.endswith(f"prometheus-{process.pid}")
+    assert stat.S_IMODE(os.stat(directory).st_mode) == 0o700
+    assert value(samples(port), "alive") == 3
+
+    # a gone worker's counts stay, its gauge of live processes goes
+    victim = process.workers()[0]
+    os.kill(victim, signal.SIGKILL)
+    wait_for(lambda: len(process.workers()) == 3 and victim not in process.workers(), "a new worker")
+    ready(port, 3)
+    wait_for(lambda: value(samples(port), "alive") == 3, "three live ones")
+    assert not [
+        name for name in os.listdir(directory) if name.startswith("gauge_live") and str(victim) in name
+    ]
+    assert hello(port) == 30
+    process.hup(3)
+    ready(port, 3)
+    assert hello(port) == 30
+    wait_for(lambda: value(samples(port), "alive") == 3, "three live ones")
+    assert process.stop() == 0
+    assert directories(start) == []
+
+
+def test_from_the_environment(start, port):
+    process = counting(start, port, conf="", PASSENGER_PROMETHEUS=1)
+    for _ in range(12):
+        fetch(process.socket, "/count")
+    assert hello(port) == 12
+    assert process.stop() == 0
+    assert directories(start) == []
+
+
+def test_a_killed_masters_directory_is_removed_at_the_next_start(start, port):
+    process = counting(start, port)
+    (left,) = directories(start)
+    process.signal(signal.SIGKILL)
+    process.wait_end()
+    wait_for(lambda: not process.session(), "the end of its workers")
+    assert directories(start) == [left]
+    again = counting(start, port)
+    assert [os.path.basename(path) for path in directories(start)] == [f"prometheus-{again.pid}"]
+
+
+def test_after_usr2_the_new_master_has_its_own(start, port):
+    process = counting(start, port, workers=2)
+    process.hup(2)  # gunicorn takes the environment of a reload for the original one
+    ready(port, 2)
+    fetch(process.socket, "/count")
+    process.signal(signal.SIGUSR2)
+    wait_for(lambda: len(directories(start)) == 2, "two directories")
+    new = next(path for path in directories(start) if not path.endswith(f"-{process.pid}"))
+    master = int(new.rpartition("-")[2])
+    process.signal(signal.SIGTERM)
+    process.wait_end()
+    assert directories(start) == [new]
+    ready(port, 2)
+    fetch(process.socket, "/count")
+    assert hello(port) == 1
+    os.kill(master, signal.SIGTERM)
+    wait_for(lambda: not process.session(), "the end")
+    assert directories(start) == []
+
+
+def test_a_directory_of_the_users_own_is_used_and_left(start, port):
+    own = start.home / "own"
+    own.mkdir()
+    process = counting(start, port, PROMETHEUS_MULTIPROC_DIR=own)
+    for _ in range(5):
+        fetch(process.socket, "/count")
+    assert hello(port) == 5
+    assert directories(start) == []
+    victim = process.workers()[0]
+    assert list(own.glob(f"gauge_live*_{victim}.db"))
+    os.kill(victim, signal.SIGKILL)
+    wait_for(lambda: not list(own.glob(f"gauge_live*_{victim}.db")), "the end of its gauges")
+    assert process.stop() == 0
+    assert list(own.glob("counter_*.db"))
+
+
+def test_imported_too_early_is_said(start, port):
+    process = counting(start, port, conf=f"import prometheus_client\n{PROMETHEUS}")
+    process.wait_log(
+        "prometheus_client was imported in the master before, so each worker's own counters stay its own"
+    )
+
+
+def test_switched_on_by_a_reload(start, port):
+    process = counting(start, port, conf="")
+    start.write("prometheus.conf.py", PROMETHEUS)
+    process.hup(3)
+    ready(port, 3)
+    for _ in range(9):
+        fetch(process.socket, "/count")
+    assert hello(port) == 9
+    assert process.stop() == 0
+    assert directories(start) == []
+
+
+def test_not_for_the_program(start, port):
+    start.write(
+        "wrong.py",
+        "import gunicorn_passenger as p\np.configure(prometheus=True)\ndef application(e, s): pass\n",
+    )
+    process = start.gunicorn("wrong", "--chdir", start.home)
+    assert process.wait_end() != 0
+    assert "configure(prometheus=...) is for gunicorn.conf.py: the master acts on it" in process.log()
+
+
+def test_a_file_that_is_broken_costs_the_programs_own_only(start, port):
+    process = counting(start, port)
+    (directory,) = directories(start)
+    with open(f"{directory}/counter_1.db", "wb") as file:
+        # 100 bytes are used, it says, and the first entry would be longer
+        file.write(b"\x64\0\0\0\0\0\0\0" + b"\x7f" * 92)
+    found = samples(port)
+    assert value(found, "gunicorn_passenger_up") == 1
+    process.wait_log("/metrics goes without the program's own: ")
+
+
+@needs_root
+def test_a_master_that_is_root_and_workers_that_are_not(start, port):
+    start.home.chmod(0o777)
+    process = counting(start, port, "-u", "nobody", "-g", "nogroup", "--preload")
+    for _ in range(12):
+        fetch(process.socket, "/count")
+    assert hello(port) == 12
+    (directory,) = directories(start)
+    assert os.path.dirname(directory) == f"{start.home}/run-users"
+    info = os.stat(directory)
+    assert (info.st_uid, stat.S_IMODE(info.st_mode)) == (65534, 0o700)
+    above = os.stat(os.path.dirname(directory))
+    assert (above.st_uid, stat.S_IMODE(above.st_mode)) == (0, 0o711)
+    assert stat.S_IMODE(os.stat(start.home / "run").st_mode) == 0o700
+    assert process.stop() == 0
+    assert directories(start) == []
+
+
+@needs_root
+def test_a_way_that_lets_nobody_through_is_said(start, port):
+    (start.home / "closed").mkdir(mode=0o700)
+    process = counting(start, port, PASSENGER_RUNTIME_DIR=start.home / "closed" / "run")
+    process.wait_log(r"own counters are not added up: .*closed does not let it through \(its mode is 0700\)")
+    assert process.stop() == 0
+
+
+def test_counters_under_sync_workers(start, port):
+    conf = start.write(
+        "g.conf.py",
+        f"""
+        from gunicorn_passenger.hooks import *
+        import gunicorn_passenger as passenger
+        from gunicorn_passenger import status
+        passenger.configure(prometheus=True)
+        status.spawn({port})
+        """,
+    )
+    process = start.python(
+        GUNICORN, "-k", "sync", "-w", "3", "-c", conf, "-b", f"unix:{start.home}/app.sock", *NO_CONTROL, "status_app",
+        env={"COUNT": 1},
+    ).wait_ready()  # fmt: skip
+    ready(port, 3)
+    for _ in range(20):
+        fetch(process.socket, "/count")
+    assert hello(port) == 20
+    assert process.stop() == 0
+    assert directories(start) == []

@@ -1,0 +1,307 @@
+"""The status page, in real Chromium, driven over the DevTools protocol."""
+
+import base64
+import contextlib
+import http.client
+import itertools
+import json
+import os
+import re
+import subprocess
+import urllib.request
+
+import pytest
+from conftest import Client, fetch, free_port, require, wait_for
+from websocket import create_connection
+
+#: Where screenshots are kept for someone to look at; without it they are only taken.
+SHOTS = os.environ.get("PASSENGER_SCREENSHOTS", "")
+
+NAUGHTY = "<img src=x onerror=\"document.title='gotcha'\"><b>bold</b>"
+
+
+class Page:
+    """One tab of a browser."""
+
+    def __init__(self, url):
+        self.socket = create_connection(url, timeout=60, suppress_origin=True)
+        self.numbers = itertools.count(1)
+        self.events = []
+        for domain in ("Page", "Network", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method, **params):
+        number = next(self.numbers)
+        self.socket.send(json.dumps({"id": number, "method": method, "params": params}))
+        while True:
+            message = json.loads(self.socket.recv())
+            if message.get("id") == number:
+                assert "error" not in message, message
+                return message["result"]
+            self.events.append(message)
+
+    def open(self, url, width=1280, height=900, dark=False):
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 500,
+        )
+        scheme = "dark" if dark else "light"
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.call("Page.navigate", url=url)
+        wait_for(
+            lambda: self.run("document.querySelectorAll('#servers tbody tr').length"), "the table of servers"
+        )
+
+    def run(self, expression):
+        """The value of a JavaScript expression."""
+        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def text(self):
+        return self.run("document.body.innerText")
+
+    def requests(self):
+        self.run("1")  # reads what has come
+        return [
+            e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"
+        ]
+
+    def complaints(self):
+        """What the browser's console shows."""
+        self.run("1")
+        return [e for e in self.events if e["method"] in ("Log.entryAdded", "Runtime.exceptionThrown")]
+
+    def shot(self, name):
+        picture = base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"])
+        assert picture.startswith(b"\x89PNG")
+        if SHOTS:
+            with open(f"{SHOTS}/{name}.png", "wb") as file:
+                file.write(picture)
+
+
+@pytest.fixture
+def browser(start):
+    """A headless Chromium of this test's own."""
+    program = start.run(
+        require("chromium"), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
+        "--remote-debugging-port=0", f"--user-data-dir={start.home}/chromium", "--no-first-run",
+        "--disable-background-networking", "about:blank",
+    )  # fmt: skip
+    url = program.wait_log(r"DevTools listening on ws://(\S+?)/").group(1)
+    pages = []
+
+    def new():
+        request = urllib.request.Request(f"http://{url}/json/new?about:blank", method="PUT")
+        with urllib.request.urlopen(request, timeout=60) as response:
+            pages.append(Page(json.load(response)["webSocketDebuggerUrl"]))
+        return pages[-1]
+
+    yield new
+    for page in pages:
+        with contextlib.suppress(Exception):
+            page.socket.close()
+    program.signal(15)
+    program.wait_end()
+    wait_for(lambda: not program.session(), "the browser's processes")
+
+
+@pytest.fixture
+def served(start, port):
+    """An application with the page on ``port``, and a server with a naughty name on ``second``."""
+    second = free_port()
+    process = start.gunicorn(
+        "status_app",
+        "-n",
+        "shop",
+        workers=2,
+        env={"P1": port, "P2": second, "NAME": NAUGHTY, "SPAWN": free_port()},
+    ).wait_ready()
+
+    def complete():
+        report = json.loads(fetch(port, "/status.json")[1])
+        up = [daemon["state"] for daemon in report.get("daemons", [])] == ["running"]
+        return up and [worker["state"] for worker in report["workers"]] == ["ready"] * 2
+
+    def look():
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            return complete()
+
+    wait_for(look, "two workers and a daemon")
+    process.second = second
+    return process
+
+
+def cell(page, column):
+    """A cell of the naughty server's row."""
+    return page.run(
+        "[...document.querySelectorAll('#servers tbody tr')].find(r => r.cells[0].textContent.includes('bold'))"
+        f".querySelector('[data-label=\"{column}\"]').textContent"
+    )
+
+
+def test_page(browser, served, port):
+    page = browser()
+    url = f"http://127.0.0.1:{port}/"
+    page.open(url)
+    text = page.text()
+    for pid in (served.pid, *json_pids(port)):
+        assert str(pid) in text
+    assert "shop" in text
+    assert f"127.0.0.1:{served.second}" in text
+    assert "health" in text  # the daemon
+    assert page.run("document.title") == "shop: running"
+    assert page.run("document.documentElement.lang") == "en"
+
+    # a name with HTML in it is text
+    assert NAUGHTY in text
+    assert page.run("document.querySelectorAll('img, main b').length") == 0
+
+    # it refreshes by itself, and nobody touched it
+    assert cell(page, "Requests") == "0"
+    for _ in range(3):
+        fetch(served.second, "/")
+    page.run("window.untouched = true")
+    wait_for(lambda: cell(page, "Requests") == "3", "three requests on the page")
+    assert page.run("window.untouched") is True
+
+    # nothing but this page and its report is asked for
+    asked = set(page.requests())
+    assert asked - {"data:,"} == {url, f"{url}status.json"}
+    assert page.complaints() == []
+    page.shot("desktop")
+
+
+def json_pids(port):
+    return [worker["pid"] for worker in json.loads(fetch(port, "/status.json")[1])["workers"]]
+
+
+@pytest.mark.parametrize("width", [320, 390, 700, 930, 1280])
+@pytest.mark.parametrize("dark", [False, True])
+def test_nothing_overflows(browser, served, port, width, dark):
+    page = browser()
+    page.open(f"http://127.0.0.1:{port}/", width=width, dark=dark)
+    assert page.run("document.documentElement.scrollWidth") <= width
+    outside = page.run(
+        "[...document.querySelectorAll('main *')].filter(e => e.offsetParent && e.getBoundingClientRect().right > "
+        f"{width} + 0.5 && !e.closest('thead')).map(e => e.outerHTML.slice(0, 200))"
+    )
+    assert outside == []
+    if width < 500:
+        assert (
+            page.run(
+                "Math.min(...[...document.querySelectorAll('td, dd, p')].map(e => parseFloat(getComputedStyle(e).fontSize)))"
+            )
+            >= 13
+        )
+    # what is read stands out from what it stands on (WCAG 2.1, 1.4.3)
+    assert page.run(CONTRAST) == []
+    page.shot(f"{width}-{'dark' if dark else 'light'}")
+
+
+CONTRAST = """
+(() => {
+  const numbers = c => c.match(/[\\d.]+/g).map(Number);
+  const light = c => {
+    const [r, g, b] = numbers(c).map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+    return .2126 * r + .7152 * g + .0722 * b;
+  };
+  const back = e => {
+    for (; e; e = e.parentElement) {
+      const c = getComputedStyle(e).backgroundColor;
+      if (c !== 'rgba(0, 0, 0, 0)') return c;
+    }
+    return 'rgb(255, 255, 255)';
+  };
+  return [...document.querySelectorAll('h1, h2, p, th, td, dt, dd, small, .badge, footer')]
+    .filter(e => e.offsetParent && e.textContent.trim())
+    .map(e => {
+      const [a, b] = [light(getComputedStyle(e).color), light(back(e))].sort((x, y) => y - x);
+      return [e.className, e.textContent.slice(0, 40), (a + .05) / (b + .05)];
+    })
+    .filter(([, , ratio]) => ratio < 4.5);
+})()
+"""
+
+
+def test_for_a_screen_reader(browser, served, port):
+    """Tables stay tables on a narrow screen, every section has a name, changes of state are said."""
+    page = browser()
+    page.open(f"http://127.0.0.1:{port}/", width=390, height=800)
+    nodes = page.call("Accessibility.getFullAXTree")["nodes"]
+    roles = [node.get("role", {}).get("value") for node in nodes if not node.get("ignored")]
+    assert roles.count("table") >= 3
+    assert "row" in roles
+    assert {"cell", "columnheader"} & set(roles)
+    regions = {
+        node["name"]["value"]
+        for node in nodes
+        if node.get("role", {}).get("value") == "region" and node.get("name")
+    }
+    assert {"Servers", "Processes", "Ports", "Recent events"} <= regions
+    assert page.run("document.querySelector('#state').getAttribute('role')") == "status"
+    assert page.run("document.querySelector('#lost').getAttribute('role')") == "alert"
+    assert page.run("document.querySelectorAll('h1').length") == 1
+
+
+def test_says_when_there_is_no_answer_and_recovers(browser, start, port):
+    process = start.gunicorn("status_app", "-n", "shop", workers=1, env={"P1": port}).wait_ready()
+    wait_for(lambda: fetch(port, "/health")[0] == 200, "health")
+    page = browser()
+    page.open(f"http://127.0.0.1:{port}/")
+    assert page.run("document.querySelector('#lost').innerText") == ""
+    assert process.stop() == 0
+    wait_for(
+        lambda: re.match(
+            r"No answer since \d\d:\d\d:\d\d", page.run("document.querySelector('#lost').innerText")
+        ),
+        "the page to say so",
+    )
+    assert "shop" in page.text()
+    page.shot("lost")
+    again = start.gunicorn("status_app", "-n", "shop", workers=1, env={"P1": port}).wait_ready()
+    wait_for(lambda: page.run("document.querySelector('#lost').innerText") == "", "the page to recover")
+    assert str(again.pid) in page.text()
+
+
+def test_below_a_prefix(browser, served, port):
+    page = browser()
+    page.open(f"http://127.0.0.1:{served.second}/ops")
+    assert page.run("location.pathname") == "/ops/"
+    wait_for(lambda: str(served.pid) in page.text(), "the report")
+
+
+def test_the_policy_forbids_what_the_page_does_not_need(browser, served, port):
+    client = Client(port)
+    client.request("GET", "/")
+    response = client.getresponse()
+    body = response.read().decode()
+    client.close()
+    policy = response.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert "frame-ancestors 'none'" in policy
+    assert response.headers["X-Content-Type-Options"] == "nosniff"
+    assert response.headers["Cache-Control"] == "no-store"
+    assert not re.search(r"https?://", body)
+    assert len(body) < 40000
+    page = browser()
+    page.open(f"http://127.0.0.1:{port}/")
+    page.run(
+        "document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.injected = 1'}))"
+    )
+    assert page.run("window.injected") is None
+
+
+def test_without_javascript_there_is_a_way_on(start, port):
+    start.gunicorn("status_app", workers=1, env={"P1": port}).wait_ready()
+    dom = subprocess.run(
+        [require("chromium"), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={start.home}/c",
+         "--virtual-time-budget=3000", "--dump-dom", f"http://127.0.0.1:{port}/"],
+        capture_output=True, text=True, timeout=90,
+    ).stdout  # fmt: skip
+    assert "<noscript>" in dom
+    assert 'href="status.json"' in dom
