@@ -140,7 +140,8 @@ def assert_shown(lines, output):
 
 
 def test_every_example_is_tested():
-    tested = {"seed", "prometheus", "unmodified", "hooks", "proxy"}  # proxy: in test_proxy_peers.py
+    # proxy: in test_proxy_peers.py, status: in test_status_app.py
+    tested = {"seed", "prometheus", "unmodified", "hooks", "proxy", "status"}
     assert {path.name for path in EXAMPLES.iterdir() if any(path.glob("*.py"))} == tested
     for name in tested:
         assert (EXAMPLES / name / "README.md").exists()

@@ -12,9 +12,10 @@ import sys
 import time
 
 import pytest
-from conftest import GUNICORN, NO_CONTROL, PROGRAMS, Client, fetch, free_port, wait_for
+from conftest import GUNICORN, NO_CONTROL, PROGRAMS, Client, fetch, free_port, free_range, wait_for
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
+from test_examples import Example, assert_shown
 
 from gunicorn_passenger import status
 
@@ -612,3 +613,31 @@ def test_counters_under_sync_workers(start, port):
     assert hello(port) == 20
     assert process.stop() == 0
     assert directories(start) == []
+
+
+# --- the example -------------------------------------------------------------------------------
+
+
+def test_example(start):
+    first = free_range(2)
+    example = Example(start, "status", {9100: first, 9101: first + 1})
+    process = example.serve(first)
+    ready(first, 4)
+    already = hello_requests(first)
+    output = example.ask("seq 40")
+    *shown, _ = example.promises("seq 40")
+    assert_shown(shown, output)
+    assert output.count("Hello from worker") == 40
+    assert hello_requests(first) == already + 40
+    ready(first + 1, 4)
+    assert_shown(example.promises("/health"), example.ask("/health"))
+    done = subprocess.run(
+        [sys.executable, GUNICORN.parent / "gunicorn-passenger", "status"],
+        env=start.environment, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert "health" in done.stdout
+    assert process.stop() == 0, process.log()
+
+
+def hello_requests(port):
+    return value(samples(port), "hello_requests_total")

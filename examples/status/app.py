@@ -1,0 +1,23 @@
+"""An application that counts its requests and shows how it is, on a port of its own.
+
+gunicorn -b unix:/tmp/status.sock app
+"""
+
+import os
+
+from prometheus_client import Counter
+
+import gunicorn_passenger as passenger
+from gunicorn_passenger import status
+
+requests = Counter("hello_requests", "Requests answered")
+
+
+def application(environ, start_response):
+    requests.inc()
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [f"Hello from worker {os.getpid()}\n".encode()]
+
+
+# the page, /metrics, /status.json and /health, answered by the workers
+passenger.listen(9100, status)
