@@ -291,12 +291,11 @@ class _Collector:
 
 def _programs_own() -> Iterable[Any]:
     """What the program itself counts, of all its processes (``prometheus_client``'s multiprocess mode)."""
-    from prometheus_client import CollectorRegistry
-    from prometheus_client.multiprocess import MultiProcessCollector
-
-    collector: Any = MultiProcessCollector
     for last in (False, True):
         try:
+            from prometheus_client import CollectorRegistry, multiprocess
+
+            collector: Any = multiprocess.MultiProcessCollector
             return list(collector(CollectorRegistry()).collect())
         except Exception as error:
             if last:

@@ -159,10 +159,12 @@ def test_events_reload_and_crash(start):
     )
     assert kinds["totals"]["reload"] == 1, kinds["events"]
     assert kinds["totals"]["crash"] == sum(event["kind"] == "crash" for event in kinds["events"])
-    assert f"worker {victim}" in "".join(event["text"] for event in kinds["events"])
+    (crash,) = [event["text"] for event in kinds["events"] if event["kind"] == "crash"]
+    # gunicorn may have forgotten the pid already
+    assert re.match(rf"worker ({victim}|number \d+) ", crash)
     text = command(start, "status").stdout
     assert "RECENT EVENTS" in text
-    assert f"worker {victim}" in text
+    assert crash in text
 
 
 def test_counts_of_gone_workers_stay(start, port):
@@ -479,9 +481,11 @@ def test_no_descriptor_for_a_client(start):
     )
     process = start.gunicorn("status_app", "-c", conf, workers=1).wait_ready()
     path = control_socket(start, process)
-    used = [int(fd) for fd in os.listdir(f"/proc/{process.pid}/fd")]
+    used = {int(fd) for fd in os.listdir(f"/proc/{process.pid}/fd")}
     subprocess.run(
-        [require("prlimit"), f"--nofile={max(used) + 1}:", "--pid", str(process.pid)], check=True, timeout=30
+        [require("prlimit"), f"--nofile={min(set(range(1000)) - used)}:", "--pid", str(process.pid)],
+        check=True,
+        timeout=30,
     )
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(30)

@@ -621,7 +621,8 @@ def test_counters_under_sync_workers(start, port):
 def test_example(start):
     first = free_range(2)
     example = Example(start, "status", {9100: first, 9101: first + 1})
-    process = example.serve(first)
+    # not example.serve(): the master has a child for its daemons, too
+    process = example.run(example.command("gunicorn -b")).wait_ready(example.socket)
     ready(first, 4)
     already = hello_requests(first)
     output = example.ask("seq 40")

@@ -7,7 +7,8 @@ from gunicorn_passenger import status
 
 hello = None
 if "COUNT" in os.environ:
-    from prometheus_client import Counter, Gauge
+    # multiprocess: workers of another user may not be able to read where this Python is installed
+    from prometheus_client import Counter, Gauge, multiprocess  # noqa: F401
 
     hello = Counter("hello", "Requests")
     alive = Gauge("alive", "Workers", multiprocess_mode="livesum")
