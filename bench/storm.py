@@ -3,14 +3,16 @@
 Four workers serve a program on a UNIX socket and on ports. A client process makes steady traffic on all of
 them at once: new connections with one request each, keep-alive connections, slow downloads and slow
 uploads, sized and chunked. Then a storm is raised, and after it gunicorn is stopped by ``TERM`` while
-keep-alive clients, downloads and uploads are under way. Every request that was not answered in full is counted.
+keep-alive clients, downloads and uploads are under way. Every request that was not answered in full
+is counted.
 
 The contestants:
 
 - ``ours``: ``gunicorn -k gunicorn_passenger.Worker`` with the primary on the UNIX socket, a server of ours on
   one port and an unmodified ``gevent.pywsgi.WSGIServer`` on another, both opened by the program;
 - ``gevent``: plain ``gunicorn -k gevent`` with two binds, the UNIX socket and a port: the bar;
-- ``reuseport``: plain ``gunicorn -k gevent``, where every worker opens the port by itself with ``SO_REUSEPORT``.
+- ``reuseport``: plain ``gunicorn -k gevent``, where every worker opens the port by itself with
+  ``SO_REUSEPORT``.
 
 The engine is that of the tests (tests/storming.py). The exit status is 0 when ours lost nothing and stopped
 within the graceful timeout, 1 when it did not, 2 when a storm could not be raised.
