@@ -513,6 +513,6 @@ def no_prometheus(why: object) -> str:
 
 def prometheus_too_early() -> str:
     return (
-        "configure(prometheus=True): prometheus_client was imported in the master before, so each worker's own "
-        "counters stay its own; import it in the program, not in gunicorn.conf.py"
+        "configure(prometheus=True): prometheus_client was imported in the master before, so each worker's "
+        "own counters stay its own; import it in the program, not in gunicorn.conf.py"
     )

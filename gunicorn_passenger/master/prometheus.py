@@ -4,9 +4,9 @@ Runs in: the master. Must never: import ``prometheus_client`` (it decides at its
 import it), remove what it has not made, or let anybody but the workers' user at what they count.
 
 Asked for with ``configure(prometheus=True)``. Each worker then keeps its counts in files of one directory,
-``prometheus-<pid of the master>``, and whoever answers ``/metrics`` adds them up. The directory belongs to the
-workers' user alone. A master that is root makes it beside the runtime directory, which lets no other user
-through.
+``prometheus-<pid of the master>``, and whoever answers ``/metrics`` adds them up. The directory belongs to
+the workers' user alone. A master that is root makes it beside the runtime directory, which lets no other
+user through.
 """
 
 from __future__ import annotations
