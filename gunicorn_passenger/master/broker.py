@@ -281,6 +281,7 @@ class Broker:
         found = reporting.report(self, self._links.values(), self.primary_of(self._listening))
         for part in self.parts:
             found |= part.report()
+        found["ports"] = reporting.ports(self, found.get("daemons", ()))
         return found
 
     def command(self, verb: str, name: str) -> str:

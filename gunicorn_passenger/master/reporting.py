@@ -76,7 +76,6 @@ def report(broker: Any, links: Iterable[Any], primary: list[Any]) -> dict[str, A
         "memory": proc.memory(os.getpid()),
         "workers": [_worker(age, pid, by_age.get(age)) for age, pid in sorted(pids.items())],
         "servers": _servers(broker, by_age, pids, primary),
-        "ports": _ports(broker),
         "events": broker.history.list(),
         "totals": dict(broker.history.totals),
     }
@@ -131,9 +130,15 @@ def _servers(
     return found
 
 
-def _ports(broker: Any) -> dict[str, Any]:
+def ports(broker: Any, daemons: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The ports of the application: those of its servers, and of its daemons."""
     allotment = broker.allotment
-    held = {port.port for port in broker.listeners.ports.values() if port.port}
+    held = {p.port for p in broker.listeners.ports.values() if p.port and p.listener.sock is not None}
+    for daemon in daemons:
+        for address in str(daemon.get("address") or "").split(", "):
+            number = address.rpartition(":")[2]
+            if not address.startswith("unix:") and number.isdecimal():
+                held.add(int(number))
     return {
         "limited": allotment.limited,
         "allotted": format_ports(allotment.ports) if allotment.limited else None,
