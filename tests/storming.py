@@ -429,7 +429,7 @@ def hup(site: Site, traffic: Traffic, times: int) -> list[Kill]:
 
 
 def kill_9(site: Site, traffic: Traffic, times: int) -> list[Kill]:
-    """A random worker is killed, again and again."""
+    """A random worker is killed, again and again; every third one is followed by the next at once."""
     dice = random.Random(3)
     done: list[Kill] = []
     while len(done) < times:
@@ -438,10 +438,16 @@ def kill_9(site: Site, traffic: Traffic, times: int) -> list[Kill]:
         if killed is not None:
             done.append(killed)
         wait_for(lambda v=victim: not _alive(v), f"the end of worker {victim}")
-        if len(done) % 3:  # every third is followed by the next at once
+        if len(done) % 3:
             site.settled()
+            wait_for(lambda: _all_serve(site, traffic), site.settling)
         traffic.some()
     return done
+
+
+def _all_serve(site: Site, traffic: Traffic) -> bool:
+    """Whether every worker has answered somewhere."""
+    return set(site.workers()) <= {pid for pids in traffic.workers().values() for pid in pids}
 
 
 def ttin_ttou(site: Site, traffic: Traffic, times: int) -> list[Kill]:
