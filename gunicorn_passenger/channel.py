@@ -78,6 +78,8 @@ class Open(Message):
     placement: str = "shared"
     #: whether the worker counts the server's requests
     counts: bool = True
+    #: whether the worker may have it already, in a program that shares the port with itself (SO_REUSEPORT)
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,20 +109,30 @@ class Ready(Message):
 
 @dataclass(frozen=True)
 class Leaving(Message):
-    """The worker accepts nowhere any more, and finishes what it has. Not answered."""
+    """The worker accepts nowhere any more, and finishes what it has.
+
+    Answered by Noted, after which no connection of a sibling comes.
+    """
 
 
 @dataclass(frozen=True)
 class Hand(Message):
     """A leaving worker gives a connection away that waits for a request: the packet's descriptor.
 
-    Answered by Noted when a sibling has got it, else by Returned.
+    Answered by Noted when a sibling serves it from now on, else by Returned: then it is still the worker's.
     """
 
     #: which server's it is: the key of a port, or "primary" and the listener's name
     key: str
     #: the client's address, as JSON
     addr: str
+
+
+@dataclass(frozen=True)
+class Adopted(Message):
+    """Whether the worker serves the connection that came with the Adopt of this ``id``. Not answered."""
+
+    taken: bool
 
 
 @dataclass(frozen=True)
@@ -182,12 +194,12 @@ class Heir(Message):
 
 @dataclass(frozen=True)
 class Returned(Message):
-    """Nobody can take the connection now: the packet's descriptor."""
+    """Nobody can take the connection now."""
 
 
 @dataclass(frozen=True)
 class Adopt(Message):
-    """A sibling's connection, which waits for a request: the packet's descriptor. Not answered."""
+    """A sibling's connection, which waits for a request: the packet's descriptor. Answered by Adopted."""
 
     key: str
     addr: str
@@ -338,7 +350,8 @@ def receive(sock: Any) -> tuple[Message, int | None]:
         if flags & socket.MSG_TRUNC:
             raise Malformed(f"longer than {MAX_MESSAGE} bytes")
         message = unpack(data)
-        if flags & socket.MSG_CTRUNC or len(fds) > 1:
+        # one that was cut off whole is missing because this process has no room for it (EMFILE)
+        if len(fds) > 1 or (flags & socket.MSG_CTRUNC and fds):
             raise Malformed("more than one descriptor", message.id)
     except BaseException:
         for fd in fds:

@@ -8,6 +8,7 @@ broker's thread must be a thread of the system all the same: the arbiter's loop 
 
 from __future__ import annotations
 
+import select
 from typing import Any
 
 from gevent import monkey
@@ -34,3 +35,10 @@ def lock() -> Any:
 def poll() -> Any:
     """A ``select.poll`` object; it holds no descriptor of its own."""
     return original("select", "poll")()
+
+
+def ready(fd: int) -> bool:
+    """Whether there is something to read, or the end."""
+    waiting = poll()
+    waiting.register(fd, select.POLLIN)
+    return bool(waiting.poll(0))

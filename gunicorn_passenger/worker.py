@@ -95,7 +95,9 @@ class Worker(GeventWorker):
             self._primary_copy = _socket.socket(fileno=os.dup(self.sockets[0].fileno()))
             self._leaving = Event()
             settings.program_runs()
-            application.enter_worker(self, Link(self.channel, self.log))
+            link = Link(self.channel, self.log)
+            link.on_lost = self._lost_master
+            application.enter_worker(self, link)
             self._interposition = interpose.install(application)
             # gunicorn's own GeventWorker.init_process patches and wraps again; the rest is its parent's
             super(GeventWorker, self).init_process()
@@ -260,6 +262,13 @@ class Worker(GeventWorker):
             accepting.stop_accepting()
         return _socket.socket(fileno=os.dup(self._primary_copy.fileno()))
 
+    def _lost_master(self) -> None:
+        """The master has closed the channel: without it this worker could not be told to stop accepting."""
+        if self.booted and self.alive:
+            self.log.error("gunicorn-passenger: the master has closed this worker's channel: it leaves")
+            self.alive = False
+            self._leaving.set()
+
     # --- leaving ---------------------------------------------------------------------------------
 
     def handle_exit(self, sig: int, frame: Any) -> None:
@@ -290,9 +299,17 @@ class Worker(GeventWorker):
         application.stop_accepting()
         self._interposition.stop_accepting()
         courtesy.announce()
-        idle_until = time.monotonic() + self.cfg.keepalive
         assert application.link is not None
         application.link.leaving()
+        handing = gevent.spawn(application.hand_over, self.primaries, float(max(self.cfg.keepalive, 1)))
+        try:
+            self._finish()
+        finally:
+            handing.kill(block=False)
+
+    def _finish(self) -> None:
+        """Wait until nothing is left, within the graceful timeout."""
+        idle_until = time.monotonic() + self.cfg.keepalive
         deadline = time.monotonic() + self.cfg.graceful_timeout
         while not self._idle():
             if time.monotonic() >= deadline:
@@ -303,8 +320,6 @@ class Worker(GeventWorker):
                 return
             self.notify()
             self._write_counts()
-            if application.link.heir:
-                application.hand_over(self._acceptors)
             if time.monotonic() >= idle_until and not self._interposition.idle():
                 courtesy.release_idle()
                 idle_until = time.monotonic() + _RELEASE

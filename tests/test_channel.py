@@ -8,6 +8,7 @@ import pytest
 from gunicorn_passenger import channel
 from gunicorn_passenger.channel import (
     Adopt,
+    Adopted,
     Ask,
     Close,
     Closed,
@@ -47,6 +48,7 @@ EXAMPLES = [
     Ask(4),
     Hand(6, "127.0.0.1:9000", '["127.0.0.1", 5]'),
     Heir(0),
+    Adopted(7, True),
     Returned(6),
     Adopt(0, "primary unix:/a", '""'),
     Spawn(5, "{}"),

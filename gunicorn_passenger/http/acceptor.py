@@ -135,13 +135,20 @@ class Acceptor:
         for connection in list(self._connections):
             connection.hurry()
 
-    def waiting(self) -> list[tuple[Any, Any]]:
-        """Give away the connections that wait for a request.
+    def has_room(self) -> bool:
+        """Whether it may serve another connection."""
+        return len(self._connections) < self._limit and not self.gateway.closing
 
+    def waiting(self, most: int) -> list[tuple[Any, Any]]:
+        """Give away connections that wait for a request.
+
+        :param most: how many at most.
         :returns: sockets and addresses, the caller's from now on.
         """
         given: list[tuple[Any, Any]] = []
         for connection in list(self._connections):
+            if len(given) >= most:
+                break
             if connection.waits():
                 connection.give_up(lambda sock, addr, _: given.append((sock, addr)))
         return given

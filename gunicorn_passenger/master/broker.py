@@ -21,6 +21,7 @@ import fcntl
 import json
 import os
 import select
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -33,6 +34,7 @@ from gunicorn_passenger.allotment import Allotment
 from gunicorn_passenger.board import Board
 from gunicorn_passenger.channel import (
     Adopt,
+    Adopted,
     Ask,
     Close,
     Fault,
@@ -62,11 +64,15 @@ _SETTLE = 0.05
 _BREATH = 0.1
 #: How many malformed packets of one worker are answered before its channel is closed.
 _MAX_MALFORMED = 100
+#: How many messages of a worker that was reaped are still read.
+_LAST_WORDS = 100
 #: How many different faults are logged, each once; more come from a worker that makes them up.
 _MAX_FAULTS = 64
 
 #: Names the listeners that were opened at run time, for the next master (USR2).
 HANDOVER = "PASSENGER_HANDOVER"
+#: Names the servers that an operator has stopped, for the next master.
+STOPPED = "PASSENGER_STOPPED"
 
 
 @dataclass
@@ -76,6 +82,8 @@ class Link:
     age: int
     sock: Any
     board: Board | None = None
+    #: once the arbiter has said it
+    pid: int = 0
     ready: bool = False
     leaving: bool = False
     #: when it was forked (Unix time)
@@ -93,6 +101,33 @@ class Embryo:
     board: Board | None
     #: the next fork is the worker's own
     armed: bool = False
+
+
+def _is_connection(fd: int) -> bool:
+    """Whether a worker's descriptor is a connection, which a sibling could serve."""
+    try:
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            if sock.type & ~(socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) != socket.SOCK_STREAM:
+                return False
+            sock.getpeername()
+    except OSError:
+        return False
+    return True
+
+
+def _is_peer(text: str) -> bool:
+    """Whether a worker's text is an address as ``accept()`` gives one."""
+    try:
+        addr = json.loads(text)
+    except ValueError:
+        return False
+    if isinstance(addr, list):
+        return (
+            len(addr) in (2, 4)
+            and isinstance(addr[0], str)
+            and all(isinstance(part, int) and 0 <= part < 1 << 32 for part in addr[1:])
+        )
+    return addr is None or isinstance(addr, str)
 
 
 def _board() -> Board | None:
@@ -114,6 +149,8 @@ class Broker:
         self.history = History()
         inherited = os.environ.pop(exclusive.HANDOVER, "")
         cfg.env_orig.pop(exclusive.HANDOVER, None)
+        self.listeners.stopped = set(os.environ.pop(STOPPED, "").splitlines())
+        cfg.env_orig.pop(STOPPED, None)
         self.leases = Leases(self.listeners, exclusive.Exclusive(inherited), self.history, self)
         self.tally = Tally()
         self.primary_name = ""
@@ -136,10 +173,13 @@ class Broker:
         #: when a part wants to be called again (monotonic seconds)
         self._due: float | None = None
         self._faults: set[str] = set()
-        self._handed = 0  # connections that were passed on, to take turns
+        self._handed = 0  # connections that were passed on, to number them and to take turns
+        #: connections on their way: number to giver, its question, and heir
+        self._handing: dict[int, tuple[Link, int, Link]] = {}
         self._halting = 0  # age of the worker whose exit makes gunicorn halt
         self._bind: list[str] | None = None  # gunicorn's setting, while a reload goes without a part of it
         self._undecided = False  # a listener of ours was closed, and it is not known yet why
+        self._expelled: set[int] = set()  # ages of workers whose channel was closed, until they are reaped
         self._gone: list[int] = []  # ages of workers that the arbiter has reaped
         # one line each: the key, and after a tab what an "auto" server asked for it as
         lines = [line.partition("\t") for line in os.environ.pop(HANDOVER, "").splitlines()]
@@ -159,7 +199,9 @@ class Broker:
         now = time.monotonic()
         table = self.listeners.ports
         for key in [k for k, p in table.items() if p.bound and p.listener not in listening]:
-            del table[key]  # the reload has taken it out of ``bind``
+            # the reload has taken it out of ``bind``
+            self.listeners.cool(table.pop(key), self._ages())
+            self.tally.forget(key)
         ours = [port.listener for port in table.values()]
         for listener in listening:
             key = format_sockname(sockets.sockname(listener.sock))
@@ -238,6 +280,8 @@ class Broker:
         arbiter = self.arbiter
         arbiter.cfg.env_orig[HANDOVER] = self.listeners.described()
         arbiter.cfg.env_orig[exclusive.HANDOVER] = self.leases.exclusive.hand_over()
+        stopped = [port.key for port in self.listeners.ports.values() if port.paused == "stop"]
+        arbiter.cfg.env_orig[STOPPED] = "\n".join(stopped)
         if arbiter.systemd:
             first, count = 3, len(arbiter.LISTENERS)
             spare = [fcntl.fcntl(li.fileno(), fcntl.F_DUPFD, first + count) for li in arbiter.LISTENERS]
@@ -300,24 +344,40 @@ class Broker:
         self._wake()
         return ", ".join(found)
 
-    def _hand(self, link: Link, message: Hand, fd: int) -> None:
+    def _hand(self, link: Link, message: Hand, fd: int | None) -> None:
         """Pass a connection on to a sibling that serves the same."""
         port = self.listeners.ports.get(message.key)
         ages = port.accepting if port is not None else {li.age for li in self._links.values()}
         heirs = sorted(age for age in ages if age != link.age and self.serving(age) and not self.stopping())
-        self._handed += 1
-        heir = self._link(heirs[self._handed % len(heirs)]) if heirs else None
-        if heir is not None:
+        asked = any(giver is link for giver, _, _ in self._handing.values())
+        if fd is not None and heirs and not asked and _is_connection(fd) and _is_peer(message.addr):
+            self._handed += 1
+            heir = self._link(heirs[self._handed % len(heirs)])
+            assert heir is not None
             try:
-                channel.send(heir.sock, Adopt(0, message.key, message.addr), fd)
-            except BlockingIOError:
-                pass  # it has enough to do with those that it got
-            except (channel.Closed, OSError):
-                self._leave(heir)
+                channel.send(heir.sock, Adopt(self._handed, message.key, message.addr), fd)
+            except (BlockingIOError, channel.Closed, OSError):
+                pass  # it is gone, or has enough to do: both show elsewhere
             else:
-                self._answer(link, Noted(message.id, False))
+                self._handing[self._handed] = link, message.id, heir
                 return
-        self._answer(link, Returned(message.id), fd)
+        self._answer(link, Returned(message.id))
+
+    def _adopted(self, heir: Link, message: Adopted) -> None:
+        """An heir serves the connection that it was sent, or cannot."""
+        giver, number, asked = self._handing.get(message.id, (None, 0, None))
+        if giver is None or asked is not heir:
+            return
+        del self._handing[message.id]
+        self._answer(giver, Noted(number, False) if message.taken else Returned(number))
+
+    def _unhand(self, link: Link) -> None:
+        """A worker is gone: what it was to adopt is still the giver's."""
+        for key, (giver, number, heir) in list(self._handing.items()):
+            if link in (giver, heir):
+                del self._handing[key]
+                if heir is link and giver.sock.fileno() >= 0:
+                    self._answer(giver, Returned(number))
 
     def _tell_report(self, link: Link, ask: Ask) -> None:
         """The report in a file of memory, since a packet has an end."""
@@ -368,6 +428,9 @@ class Broker:
         for part in self.parts:
             part.forked()
         self.parts = []
+        if embryo is not None and embryo.armed:
+            # a worker that outlives the master must not keep the lock of another's
+            self.leases.exclusive.close()
         os.close(self._wake_read)
         os.close(self._wake_write)
         self._wake_read = self._wake_write = -1
@@ -433,12 +496,24 @@ class Broker:
             while self._gone:
                 age = self._gone.pop()
                 for link in [li for li in self._links.values() if li.age == age]:
+                    self._serve_rest(link)
                     self._leave(link)
+                if age in self._expelled:
+                    self._expelled.discard(age)
+                    self.leases.gone(age)
             self._settle()
             self._close_idle()
             now = time.monotonic()
             due = [self.leases.settle(now), *(part.tick(now) for part in self.parts)]
             self._due = min((at for at in due if at is not None), default=None)
+
+    def _serve_rest(self, link: Link) -> None:
+        """A worker was reaped: hear what it had to say at last."""
+        for _ in range(_LAST_WORDS):
+            fd = link.sock.fileno()
+            if self._links.get(fd) is not link or not native.ready(fd):
+                return
+            self._serve(link)
 
     def _serve(self, link: Link) -> None:
         """Answer one packet of a worker."""
@@ -453,11 +528,12 @@ class Broker:
         except (channel.Closed, OSError):
             self._leave(link)
             return
-        if isinstance(message, Hand) and fd is not None:
+        if isinstance(message, Hand):
             try:
                 self._hand(link, message, fd)
             finally:
-                os.close(fd)
+                if fd is not None:
+                    os.close(fd)
             return
         if fd is not None:  # no other message of a worker brings one
             os.close(fd)
@@ -467,14 +543,19 @@ class Broker:
             self.leases.release(link.age, message.key, message.id)
         elif isinstance(message, Paused):
             self.leases.paused(link.age, message.key)
+        elif isinstance(message, Adopted):
+            self._adopted(link, message)
         elif isinstance(message, Ready):
             link.ready = True
+            self.pid(link.age)
             self.primary_name = message.primary or self.primary_name
             for other in [li for li in self._links.values() if li.leaving]:
                 self._answer(other, Heir(0))
             self._warn_unclaimed()
         elif isinstance(message, Leaving):
             link.leaving = True
+            self.leases.leaving(link.age)
+            self._answer(link, Noted(message.id, False))
             if any(self.serving(li.age) for li in self._links.values()) and not self.stopping():
                 self._answer(link, Heir(0))
         elif isinstance(message, Ask):
@@ -519,7 +600,7 @@ class Broker:
                 self.pid(link.age),
                 link.malformed,
             )
-            self._leave(link)
+            self._leave(link, expelled=True)
             return
         self._answer(link, Rejected(error.id, str(error)))
 
@@ -548,6 +629,9 @@ class Broker:
         return int(arbiter.num_workers if arbiter is not None else self.cfg.workers)
 
     # --- what the leases ask ---------------------------------------------------------------------
+
+    def _ages(self) -> list[int]:
+        return [link.age for link in self._links.values()]
 
     def _link(self, age: int) -> Link | None:
         return next((link for link in self._links.values() if link.age == age), None)
@@ -579,11 +663,12 @@ class Broker:
         try:
             channel.send(link.sock, message, fd)
         except (BlockingIOError, channel.Closed, OSError) as error:
-            if isinstance(error, BlockingIOError):
+            silent = isinstance(error, BlockingIOError)
+            if silent:
                 self.log.error(
                     "gunicorn-passenger: worker %s does not read its channel; closing it", self.pid(link.age)
                 )
-            self._leave(link)
+            self._leave(link, expelled=silent)
             return False
         return True
 
@@ -594,20 +679,38 @@ class Broker:
         self._faults.add(text)
         self.log.error("%s", "".join(c if c.isprintable() else " " for c in text))
 
-    def _leave(self, link: Link) -> None:
-        """A worker is gone: close its channel and forget its wishes."""
-        self._links.pop(link.sock.fileno(), None)
+    def _leave(self, link: Link, expelled: bool = False) -> None:
+        """A worker is gone: close its channel and forget its wishes.
+
+        :param expelled: whether it lives, and its channel is closed since it cannot be talked to. It leaves
+            when it sees that, and gunicorn replaces it.
+        """
+        pid = self.pid(link.age)
+        if self._links.pop(link.sock.fileno(), None) is None:
+            return
         link.sock.close()
         self.tally.gone(link.board, self.listeners.ports.values())
-        self.leases.gone(link.age)
+        self._unhand(link)
+        self.listeners.cooled(link.age)
+        if expelled:
+            # it may accept until it hears of it: its leases move when it is reaped
+            self._expelled.add(link.age)
+        else:
+            self.leases.gone(link.age)
         if link.ready and not link.leaving and not self.stopping():
-            self.history.note("crash", f"worker {self.pid(link.age)} is gone without having finished")
+            self.history.note("crash", f"worker {pid} is gone without having finished")
         for part in self.parts:
             part.left(link.age)
 
     def pid(self, age: int) -> object:
         workers = dict(self.arbiter.WORKERS) if self.arbiter is not None else {}
-        return next((pid for pid, worker in workers.items() if worker.age == age), f"number {age}")
+        link = self._link(age)
+        found = next((pid for pid, worker in workers.items() if worker.age == age), None)
+        if link is not None:
+            # the arbiter forgets a worker before its end is told
+            link.pid = found or link.pid
+            found = link.pid
+        return found or f"number {age}"
 
     # --- closing ---------------------------------------------------------------------------------
 
@@ -663,7 +766,9 @@ class Broker:
         ours = not (arbiter.reexec_pid or arbiter.master_pid or arbiter.systemd)
         for key, port in list(self.listeners.ports.items()):
             if isinstance(port.listener, Held):
-                self.listeners.drop(key, unlink=ours)
+                self.leases.dropped(port)
+                self.listeners.drop(key, ours, self._ages())
+        self.leases.stop()
 
     def finish(self) -> None:
         """gunicorn exits: whatever the thread has not closed yet."""
@@ -695,8 +800,8 @@ class Broker:
             self._listening.remove(port.listener)
         arbiter = self.arbiter
         handed_on = arbiter is not None and (arbiter.reexec_pid or arbiter.master_pid)
-        self.listeners.drop(port.key, unlink=not handed_on)
-        self.leases.exclusive.give(port.key)
+        self.leases.dropped(port)
+        self.listeners.drop(port.key, not handed_on, self._ages())
         self.tally.forget(port.key)
         self.log.info("Closed %s: no worker has wanted it for %g s", port.key, self.grace)
 

@@ -53,6 +53,11 @@ class Exclusive:
         with suppress(OSError):
             fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _lock(key, fcntl.F_UNLCK))
 
+    def close(self) -> None:
+        """In a worker: have no part in the locks."""
+        with suppress(OSError):
+            os.close(self._fd)
+
     def hand_over(self) -> str:
         """In the child that becomes the next master: what to put into ``HANDOVER``."""
         os.set_inheritable(self._fd, True)

@@ -13,7 +13,7 @@ A worker gets the listening socket when it may accept, and not before.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from gunicorn_passenger import channel, errors
 from gunicorn_passenger.allotment import Allotment
@@ -25,6 +25,8 @@ from gunicorn_passenger.master.parts import History
 
 #: How often the lock of another master is tried, in seconds.
 _TRY = 0.05
+#: For how many ports a worker may wait.
+_MOST = 64
 
 
 class Crew(Protocol):
@@ -38,6 +40,13 @@ class Crew(Protocol):
 
     def pid(self, age: int) -> object:
         """A worker's pid, for people."""
+
+    def stopping(self) -> bool:
+        """Whether gunicorn stops."""
+
+    @property
+    def log(self) -> Any:
+        """gunicorn's logger."""
 
     def opened(self, port: Port) -> None:
         """A port was opened."""
@@ -59,6 +68,10 @@ class Leases:
         self._crew = crew
         #: workers whose "each" server has found no port free: age and question
         self._waiting: list[tuple[int, Open]] = []
+        #: "one" servers whose port is closed here, and who still accepts there: another master may have it
+        self._ending: dict[str, set[int]] = {}
+        #: sockets of a port that a worker has, and wants once more: key, age and question
+        self._extra: list[tuple[str, int, int]] = []
         #: the last worker that accepted where one may: key to pid
         self._last: dict[str, object] = {}
         #: what the last round allowed and how many workers there are to be
@@ -75,10 +88,10 @@ class Leases:
         self._allotment, self._workers = allotment, workers
         known = set(self._listeners.ports)
         if ask.placement == "each":
-            port = self._listeners.open_each(ask, allotment, workers)
+            self._check_waiting(age, ask)
+            port = self._listeners.open_each(ask, allotment, workers, age)
         elif ask.placement in ("shared", "one"):
             port = self._listeners.open(ask, allotment, same_user)
-            port.placement = ask.placement
         else:
             raise errors.bad_address(ask.placement[:40], "the worker asked for an unknown placement")
         if port is None:
@@ -86,14 +99,38 @@ class Leases:
             return Opened(ask.id, "", granted=False)
         if port.key not in known:
             self._crew.opened(port)
+        elif age in port.wanted_by:
+            return self._again(port, age, ask)
+        if ask.placement != "each":
+            # what a reload changes holds when nobody accepts by the rule of before
+            port.next_placement = ask.placement
+            if not port.accepting:
+                port.placement = ask.placement
         self._wanted(port, age, ask)
-        at_once = port.placement != "one" and not port.paused
+        at_once = port.placement == port.next_placement != "one" and not port.paused
         return Opened(ask.id, port.key, port.host, port.port, port.path, at_once)
+
+    def _again(self, port: Port, age: int, ask: Open) -> Opened:
+        """A worker asks for what it has: right only for a program that shares the port with itself.
+
+        :raises errors.PortInUse: where one socket of the worker's is all that there may be.
+        """
+        if not ask.again or port.placement != "shared" or ask.placement != "shared" or port.paused:
+            raise errors.twice_in_process(port.key)
+        self._extra.append((port.key, age, ask.id))
+        return Opened(ask.id, port.key, port.host, port.port, port.path, True)
+
+    def _check_waiting(self, age: int, ask: Open) -> None:
+        """One wish of a kind for each worker, and not too many."""
+        mine = [other for a, other in self._waiting if a == age]
+        if any((o.host, o.port, o.name) == (ask.host, ask.port, ask.name) for o in mine):
+            raise errors.twice_in_process(f"{ask.host}:{ask.port}")
+        if len(mine) >= _MOST:
+            raise errors.too_many_ports(_MOST)
 
     @staticmethod
     def _wanted(port: Port, age: int, ask: Open) -> None:
         port.wanted_by[age] = ask.id
-        port.accepting.discard(age)
         port.idle_since = None
         port.claimed = True
         port.counts = ask.counts
@@ -105,10 +142,36 @@ class Leases:
         if not key:
             self._waiting = [(a, ask) for a, ask in self._waiting if (a, ask.id) != (age, number)]
             return
+        self._ended(age, key)
         port = self._listeners.ports.get(key)
-        if port is not None:
+        if port is not None and number in (0, port.wanted_by.get(age)):
             port.wanted_by.pop(age, None)
             port.accepting.discard(age)
+
+    def leaving(self, age: int) -> None:
+        """A worker accepts nowhere any more."""
+        self.gone(age)
+
+    def dropped(self, port: Port) -> None:
+        """A port is closed in this master; a worker may accept on it until it hears of it."""
+        self._last.pop(port.key, None)
+        if port.placement == "one" and port.accepting:
+            self._ending[port.key] = set(port.accepting)
+        else:
+            self.exclusive.give(port.key)
+
+    def _ended(self, age: int, key: str) -> None:
+        ages = self._ending.get(key)
+        if ages is not None:
+            ages.discard(age)
+            if not ages:
+                del self._ending[key]
+                self.exclusive.give(key)
+
+    def stop(self) -> None:
+        """gunicorn stops: nobody gets anything any more."""
+        self._waiting.clear()
+        self._extra.clear()
 
     def paused(self, age: int, key: str) -> None:
         """A worker has stopped to accept, as it was told."""
@@ -119,6 +182,8 @@ class Leases:
     def gone(self, age: int) -> None:
         """A worker is gone."""
         self._waiting = [(a, ask) for a, ask in self._waiting if a != age]
+        for key in list(self._ending):
+            self._ended(age, key)
         for port in self._listeners.ports.values():
             port.wanted_by.pop(age, None)
             port.accepting.discard(age)
@@ -129,10 +194,21 @@ class Leases:
         :returns: when to be called again (monotonic seconds), if no message will come.
         """
         due = None
+        if self._crew.stopping():
+            return None
         for age, ask in list(self._waiting):
             self._try_again(age, ask)
+        extra, self._extra = self._extra, []
+        for key, age, number in extra:
+            again = self._listeners.ports.get(key)
+            if again is not None and not again.paused:
+                self._tell(again, age, number)
         for port in list(self._listeners.ports.values()):
+            if not port.accepting and port.placement != "each":
+                port.placement = port.next_placement
             if port.paused and not self._resumes(port):
+                continue
+            if port.placement not in (port.next_placement, "each"):
                 continue
             if port.placement == "one":
                 if not self._give_to_one(port):
@@ -145,8 +221,8 @@ class Leases:
     def _try_again(self, age: int, ask: Open) -> None:
         known = set(self._listeners.ports)
         try:
-            port = self._listeners.open_each(ask, self._allotment, self._workers)
-        except errors.ListenError:
+            port = self._listeners.open_each(ask, self._allotment, self._workers, age, waits=True)
+        except errors.PassengerError:
             return
         if port is not None:
             self._waiting.remove((age, ask))
@@ -164,20 +240,22 @@ class Leases:
             return True
         if not self.exclusive.take(port.key):
             return False
-        age = max(able)
-        if self._grant(port, age):
-            before, pid = self._last.get(port.key), self._crew.pid(age)
-            self._last[port.key] = pid
-            if before is not None:
-                text = f"{port.title} ({port.key}): worker {pid} after worker {before}"
-                self._history.note("takeover", text)
-        return True
+        for age in sorted(able, reverse=True):
+            if self._grant(port, age):
+                before, pid = self._last.get(port.key), self._crew.pid(age)
+                self._last[port.key] = pid
+                if before is not None:
+                    text = f"{port.title} ({port.key}): worker {pid} after worker {before}"
+                    self._history.note("takeover", text)
+                return True
+        return False
 
     def _grant(self, port: Port, age: int) -> bool:
-        granted = Granted(
-            port.wanted_by[age], port.key, port.host, port.port, port.path, port.slot, port.position
-        )
         port.accepting.add(age)
+        return self._tell(port, age, port.wanted_by[age])
+
+    def _tell(self, port: Port, age: int, number: int) -> bool:
+        granted = Granted(number, port.key, port.host, port.port, port.path, port.slot, port.position)
         return self._crew.tell(age, granted, port.listener.fileno())
 
     # --- on an operator's word -------------------------------------------------------------------
@@ -195,6 +273,12 @@ class Leases:
                     f"{port.title} listens on {port.key}, which is in gunicorn's bind: take it out there "
                     "and reload"
                 )
+        for port in ports:
+            if verb == "restart" and port.listener.sock is None:
+                try:
+                    self._crew.reopen(port)
+                except OSError as error:
+                    raise PassengerError(f"{port.title} cannot be opened again: {error}") from None
         for port in ports:
             port.paused = verb
             for age in list(port.accepting):
@@ -217,6 +301,7 @@ class Leases:
                 self._crew.reopen(port)
             except OSError as error:
                 self._history.note("error", f"{port.title} cannot be opened again: {error}")
+                self._crew.log.error("gunicorn-passenger: %s cannot be opened again: %s", port.title, error)
                 port.paused = "stop"
                 return False
         port.paused = ""

@@ -14,7 +14,7 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,6 +91,9 @@ class Port:
     #: workers that want it: age to the number of their Open, in the order in which they asked
     wanted_by: dict[int, int] = field(default_factory=dict)
     placement: str = "shared"
+    #: the placement that was asked for last; it holds when nobody accepts by another
+    next_placement: str = "shared"
+    v6only: bool = False
     #: those of them that may accept
     accepting: set[int] = field(default_factory=set)
     #: with "each": which of its kind it is, from 1
@@ -132,6 +135,10 @@ class Listeners:
         #: ports of "each" servers, by what was asked for -> keys by position
         self._each: dict[str, dict[int, str]] = {}
         self._slots: set[int] = set()
+        #: slots of closed ports, on which these workers have written
+        self._cooling: dict[int, set[int]] = {}
+        #: keys of servers that an operator stopped under the master before
+        self.stopped: set[str] = set()
         self.surrendered: Callable[[], None] = lambda: None
 
     # --- adopting -----------------------------------------------------------------------------
@@ -156,7 +163,8 @@ class Listeners:
         self._add(port)
         if auto.startswith(_EACH):
             label, _, position = auto[len(_EACH) :].rpartition(" ")
-            port.placement, port.position = "each", int(position) if position.isdecimal() else 1
+            port.placement = port.next_placement = "each"
+            port.position = int(position) if position.isdecimal() else 1
             self._each.setdefault(label, {})[port.position] = port.key
         elif auto:
             self._autos[auto] = port.key
@@ -164,9 +172,25 @@ class Listeners:
     def _add(self, port: Port) -> None:
         self.ports[port.key] = port
         # the first is the primary's
-        free = (n for n in range(1, SLOTS) if n not in self._slots)
+        free = (n for n in range(1, SLOTS) if n not in self._slots and n not in self._cooling)
         port.slot = next(free, -1)
         self._slots.add(port.slot)
+        if port.key in self.stopped:
+            self.stopped.discard(port.key)
+            port.paused = "stop"
+
+    def cool(self, port: Port, ages: Iterable[int]) -> None:
+        """A port is closed: nobody counts in its slot before these workers are gone."""
+        self._slots.discard(port.slot)
+        if port.slot > 0:
+            self._cooling[port.slot] = set(ages)
+            self.cooled(-1)
+
+    def cooled(self, age: int) -> None:
+        """A worker is gone."""
+        for ages in self._cooling.values():
+            ages.discard(age)
+        self._cooling = {slot: ages for slot, ages in self._cooling.items() if ages}
 
     def rebuild(self, listening: list[Any]) -> None:
         """Make the table anew: of the listeners that are open, and what is still known of each.
@@ -225,19 +249,26 @@ class Listeners:
             return self._open_tcp(ask, allotment)
         raise errors.bad_address(ask.kind[:40], "the worker asked for an unknown kind of address")
 
-    def open_each(self, ask: Open, allotment: Allotment, workers: int) -> Port | None:
+    def open_each(
+        self, ask: Open, allotment: Allotment, workers: int, age: int, waits: bool = False
+    ) -> Port | None:
         """With the placement "each": a port that no other worker has.
 
         One that a worker has left is used again before another is opened, the lowest first.
 
         :param workers: how many workers there are to be, and so how many such ports.
+        :param age: the worker that asks.
+        :param waits: whether it has asked before.
         :returns: ``None`` when all of them are taken.
         :raises errors.ListenError: when there cannot be as many ports as workers.
         """
         if ask.kind == "unix":
             raise errors.each_on_unix(ask.path)
         label = f"{ask.host}/{ask.port}/{ask.name}"
-        keys = self._each.setdefault(label, {})
+        keys = self._each.get(label, {})
+        for key in keys.values():
+            if age in self.ports[key].wanted_by:
+                raise errors.twice_in_process(key)
         for position in sorted(keys):
             if not self.ports[keys[position]].wanted_by:
                 return self.ports[keys[position]]
@@ -248,11 +279,11 @@ class Listeners:
         except errors.ListenError as error:
             if keys:
                 # there are more workers than at the start: this one waits for another's port
-                self.log.warning("gunicorn-passenger: a worker waits for a port: %s", error)
+                if not waits:
+                    self.log.warning("gunicorn-passenger: a worker waits for a port: %s", error)
                 return None
-            del self._each[label]
             raise
-        port.placement = "each"
+        port.placement = port.next_placement = "each"
         port.position = next(n for n in range(1, workers + 1) if n not in keys)
         self._each.setdefault(label, {})[port.position] = port.key
         return port
@@ -317,6 +348,7 @@ class Listeners:
         port = Port(
             tcp_key(name[0], name[1]), listener, host=name[0], port=name[1], family=family, backlog=backlog
         )
+        port.v6only = ask.v6only
         self._add(port)
         return port
 
@@ -374,7 +406,7 @@ class Listeners:
 
     def _raise_backlog(self, port: Port, backlog: int) -> None:
         """A program that asks for a longer queue gets it; a shorter one would rob its siblings."""
-        if port.backlog and backlog > port.backlog:
+        if port.backlog and backlog > port.backlog and port.listener.sock is not None:
             with suppress(OSError):
                 port.listener.sock.listen(backlog)
                 port.backlog = backlog
@@ -391,16 +423,19 @@ class Listeners:
             port.listener = self._wrap(HeldUnix, port.path, sock.detach())
             port.file = sockets.file_id(port.path)
             return
-        sock = sockets.open_tcp(port.family, port.host, port.port, backlog, False)
+        sock = sockets.open_tcp(port.family, port.host, port.port, backlog, port.v6only)
         cls = HeldTCP6 if port.family == socket.AF_INET6 else HeldTCP
         port.listener = self._wrap(cls, sock.getsockname(), sock.detach())
 
     # --- closing ------------------------------------------------------------------------------
 
-    def drop(self, key: str, unlink: bool) -> None:
-        """Close a port that nobody wants any more."""
+    def drop(self, key: str, unlink: bool, ages: Iterable[int] = ()) -> None:
+        """Close a port that nobody wants any more.
+
+        :param ages: the workers that there are.
+        """
         port = self.ports.pop(key)
-        self._slots.discard(port.slot)
+        self.cool(port, ages)
         self._autos = {label: k for label, k in self._autos.items() if k != key}
         for keys in self._each.values():
             if keys.get(port.position) == key:

@@ -14,6 +14,7 @@ from itertools import count
 from time import monotonic
 from typing import Any, NamedTuple
 
+import gevent
 from gevent import socket as gsocket
 
 from gunicorn_passenger import errors, hooks
@@ -38,6 +39,9 @@ from gunicorn_passenger.serving.server import (
 )
 from gunicorn_passenger.settings import settings
 
+#: How often a leaving worker looks for connections to give away, and when it tries again after a refusal, in
+#: seconds.
+_LOOK, _RETRY = 0.1, 0.5
 #: Seconds for which the master's word on other processes' servers is believed.
 _FRESH = 1.0
 
@@ -118,6 +122,9 @@ class Application:
         self._counted: list[tuple[int, Accepting]] = []
         self._counts: dict[int, Counts] = {}
         self._leaving = False
+        #: whether a connection is on its way to a sibling; those of which nobody knows whether they got there
+        self.handing = False
+        self._undecided: list[Any] = []
         #: where servers of other processes are: name to addresses, and until when that is believed
         self._found: dict[str, tuple[tuple[tuple[str, int] | str, ...], float]] = {}
         self._turns = count()
@@ -225,8 +232,10 @@ class Application:
     def foreign_closed(self, server: Foreign) -> None:
         """An unmodified server has closed its socket."""
         self._forget(server)
-        if not server.key or not self.holds(server.key):
-            self._give_back(server.key, server.lease.number if server.lease is not None else 0)
+        if server.key and not self.holds(server.key):
+            self._give_back(server.key)
+        elif not server.key and server.lease is not None:
+            self._give_back("", server.lease.number)
 
     def _forget(self, server: Server | Foreign) -> None:
         if server in self.servers:
@@ -284,6 +293,7 @@ class Application:
         if lease.key and self.holds(lease.key):
             if grant is not None:
                 os.close(grant.fd)
+            self.link.forget(lease)
             raise errors.twice_in_process(lease.key)
         server._lease = lease
         if grant is not None:
@@ -304,7 +314,8 @@ class Application:
         """The master lets this worker accept."""
         if self._leaving or server.state == CLOSED:
             os.close(grant.fd)
-            self._give_back(grant.key)
+            if server._lease is not None:
+                self._give_back(grant.key, server._lease.number)
             return
         self._take(server, grant)
         if self._accepting:
@@ -426,7 +437,7 @@ class Application:
 
     def idle(self) -> bool:
         """Whether no server of ours has a connection."""
-        return all(accepting.idle() for accepting in (*self._acceptors.values(), *self._draining))
+        return not self.handing and all(a.idle() for a in (*self._acceptors.values(), *self._draining))
 
     def kill(self, timeout: float) -> None:
         for accepting in (*self._acceptors.values(), *self._draining):
@@ -444,36 +455,64 @@ class Application:
 
     # --- connections between workers ---------------------------------------------------------------
 
-    def hand_over(self, primaries: Iterable[Accepting]) -> None:
-        """A leaving worker gives connections that wait for a request to a sibling: none has to be closed.
+    def hand_over(self, primaries: Callable[[], Iterable[Accepting]], keepalive: float) -> None:
+        """A leaving worker gives connections that wait for a request to siblings: none has to be closed.
 
-        A request that comes meanwhile waits in the connection.
+        One after the other, and each is this worker's until a sibling says that it serves it. A request that
+        comes meanwhile waits in the connection. Runs in a greenlet of its own, until it is killed.
+
+        :param keepalive: seconds for which it is tried. Each try lets an idle connection's time begin anew.
         """
-        assert self.link is not None
+        link = self.link
+        assert link is not None
+        until = monotonic() + keepalive
+        later: dict[str, float] = {}
+        while monotonic() < until:
+            for key, accepting in self._places_of(primaries()):
+                while link.heir and monotonic() >= later.get(key, 0.0):
+                    if not self._hand_one(link, key, accepting):
+                        later[key] = monotonic() + _RETRY
+            gevent.sleep(_LOOK)
+
+    def _places_of(self, primaries: Iterable[Accepting]) -> list[tuple[str, Accepting]]:
         places = [(primary_key(accepting), accepting) for accepting in primaries]
-        places += [(s._lease.key, a) for s, a in self._acceptors.items() if s._lease is not None]
-        for key, accepting in places:
-            for sock, addr in accepting.waiting():
-                if self.link.heir and self.link.hand(key, addr, sock.fileno()):
-                    sock.release()
-                else:
-                    accepting.adopt(sock, addr, begun=True)
+        return places + [(s._lease.key, a) for s, a in self._acceptors.items() if s._lease is not None]
 
-    def adopt(self, key: str, addr: Any, fd: int) -> bool:
-        """Take a connection that a sibling has given away.
+    def _hand_one(self, link: Link, key: str, accepting: Accepting) -> bool:
+        """:returns: false when there is none to give, or nobody takes it."""
+        given = accepting.waiting(1)
+        for sock, addr in given:
+            try:
+                self.handing = True
+                taken = link.hand(key, addr, sock.fileno())
+            except errors.BrokerLost:
+                # a sibling may serve it: it must not be read here again
+                link.heir = False
+                self._undecided.append(sock)
+                return False
+            finally:
+                self.handing = False
+            if not taken:
+                accepting.adopt(sock, addr, begun=True)
+                return False
+            sock.release()
+        return bool(given)
 
-        :returns: false when nobody here serves it.
+    def adopt(self, key: str, addr: Any, fd: int) -> Callable[[], object] | None:
+        """Take a connection that a sibling gives away.
+
+        :returns: what begins to serve it; ``None`` when nobody here can.
         """
         accepting = next((a for s, a in self._acceptors.items() if s._lease and s._lease.key == key), None)
         if accepting is None:
             accepting = next((a for a in self.worker.primaries() if primary_key(a) == key), None)
-        if not isinstance(accepting, Acceptor):
-            return False
+        if self._leaving or not isinstance(accepting, Acceptor) or not accepting.has_room():
+            return None
         with socket.socket(fileno=os.dup(fd)) as probe:
             family, proto = probe.family, probe.proto
         os.set_blocking(fd, False)
-        accepting.adopt(ClientSocket(family, socket.SOCK_STREAM, proto, fd), addr, begun=True)
-        return True
+        sock = ClientSocket(family, socket.SOCK_STREAM, proto, fd)
+        return lambda: accepting.adopt(sock, addr, begun=True)
 
     # --- counting --------------------------------------------------------------------------------
 

@@ -198,13 +198,12 @@ class Interposition:
 
     def _pause(self, entry: Leased) -> None:
         """The master stops it, for good or for a moment."""
-        if entry not in self._leased.values():
-            return
-        inert = _nowhere()
-        try:
-            self._swap(entry, inert, STOPPED)
-        finally:
-            inert.close()
+        if entry in self._leased.values():
+            inert = _nowhere()
+            try:
+                self._swap(entry, inert, STOPPED)
+            finally:
+                inert.close()
         assert self.application.link is not None
         self.application.link.paused(entry.server.key)
 
@@ -255,7 +254,13 @@ class Interposition:
         )
         try:
             lease = application.link.open(
-                want, label, placement, min(max(0, backlog), 65535), v6only, counts=False
+                want,
+                label,
+                placement,
+                min(max(0, backlog), 65535),
+                v6only,
+                counts=False,
+                again=_shares_port(sock),
             )
         except errors.BrokerLost as error:
             application.log.error("%s", error)
@@ -263,8 +268,11 @@ class Interposition:
             return Foreign(label, (entry.host, entry.port), "", LOST), _nowhere(), entry.name
         grant = lease.first()
         source = _socket.socket(fileno=grant.fd) if grant is not None else _nowhere()
+        if grant is None:
+            face.install()  # until its turn it has a socket that is none of TCP
         if lease.key and application.holds(lease.key) and not _shares_port(sock):
             source.close()
+            application.link.forget(lease)
             raise errors.twice_in_process(lease.key)
         address = Socket(None, lease.sockname).address
         server = Foreign(label, address, lease.key, LISTENING if lease.key else WAITING, placement)
@@ -309,6 +317,8 @@ class Interposition:
         if entry is not None:
             return entry.name
         if not isinstance(real, tuple) and sock.family in face.INET:
+            if (leased := self.leased(_socket.socket.fileno(sock))) is not None and leased.server.lease:
+                return leased.name
             return self._primary_name or face.PEER[sock.family]
         return real
 

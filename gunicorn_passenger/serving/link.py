@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 import gevent
@@ -20,6 +21,7 @@ from gunicorn_passenger import channel, errors, native
 from gunicorn_passenger.address import Address, Auto, SockAddr, Tcp, Unix, format_tcp, resolve
 from gunicorn_passenger.channel import (
     Adopt,
+    Adopted,
     Ask,
     Close,
     Fault,
@@ -108,7 +110,12 @@ class Link:
         #: whether a sibling can take the connections of this worker, which leaves
         self.heir = False
         #: takes a sibling's connection: its server's key, the client's address and the descriptor
-        self.adopt: Callable[[str, Any, int], bool] | None = None
+        #: Gives the function that begins to serve it, or ``None`` when nobody here does.
+        self.adopt: Callable[[str, Any, int], Callable[[], object] | None] | None = None
+        #: whether this worker leaves
+        self.leaves = False
+        #: called when the master has closed the channel
+        self.on_lost: Callable[[], object] = lambda: None
         self._pid = os.getpid()
         self._hub = gevent.get_hub()
         self._thread = native.original("_thread", "get_ident")()
@@ -134,10 +141,12 @@ class Link:
         v6only: bool = False,
         within: str = "",
         counts: bool = True,
+        again: bool = False,
     ) -> Lease:
         """Ask the master to let this worker accept on an address.
 
         :param counts: whether its requests will be counted.
+        :param again: whether this worker may have it already.
         :returns: what it has answered. The listening socket is in the grant that has come with it
             (:meth:`Lease.first`), or in one that comes later.
         :raises errors.ListenError: when the address is not to be had.
@@ -153,7 +162,7 @@ class Link:
         else:
             raise TypeError(f"{want!r} is not the master's to open")
         label = format_tcp(ask.host, ask.port) if isinstance(want, Tcp) else str(want)
-        ask = dataclasses.replace(ask, placement=placement, counts=counts)
+        ask = dataclasses.replace(ask, placement=placement, counts=counts, again=again)
         lease = self._leases[number] = Lease(number)
         try:
             answer, _ = self._ask(ask, label)
@@ -180,9 +189,13 @@ class Link:
 
         :param number: that of the :class:`Lease`.
         """
-        for known in [n for n, lease in self._leases.items() if n == number or (key and lease.key == key)]:
+        for known in [n for n, le in self._leases.items() if (n == number if number else le.key == key)]:
             del self._leases[known]
         self._tell(Close(number, key))
+
+    def forget(self, lease: Lease) -> None:
+        """What was asked for is not used, and another of this worker's has the same."""
+        self._leases.pop(lease.number, None)
 
     def paused(self, key: str) -> None:
         """The worker has stopped to accept there, and waits for a grant."""
@@ -193,8 +206,10 @@ class Link:
         self._tell(Ready(0, primary))
 
     def leaving(self) -> None:
-        """The worker accepts nowhere any more."""
-        self._tell(Leaving(0))
+        """The worker accepts nowhere any more; when this returns, no connection of a sibling comes."""
+        self.leaves = True
+        with suppress(errors.BrokerLost):
+            self._ask(Leaving(next(self._numbers)), "the worker")
 
     def report(self) -> dict[str, Any]:
         """What the application looks like (see ``master/reporting.py``).
@@ -295,26 +310,42 @@ class Link:
         :param key: see :class:`~gunicorn_passenger.channel.Hand`.
         :param addr: what ``accept()`` gave.
         :param fd: remains the caller's.
-        :returns: whether one has it.
+        :returns: whether one serves it from now on.
+        :raises errors.BrokerLost: when that cannot be known.
         """
-        try:
-            answer, back = self._ask(Hand(next(self._numbers), key, json.dumps(addr)), "a connection", fd)
-        except errors.BrokerLost:
-            return False
-        if back is not None:
-            os.close(back)  # the caller has it
-            self.heir = False  # until the master says so again
+        answer, _ = self._ask(Hand(next(self._numbers), key, json.dumps(addr)), "a connection", fd)
         return isinstance(answer, Noted)
 
     def _adopt(self, message: Adopt, fd: int | None) -> None:
         """A connection of a sibling that leaves."""
-        if fd is None:
+        take = None
+        if fd is not None and self.adopt is not None and not self.leaves:
+            addr = json.loads(message.addr)
+            take = self.adopt(message.key, tuple(addr) if isinstance(addr, list) else addr, fd)
+        if take is not None:
+            try:
+                self._send(Adopted(message.id, True))
+            except (channel.Closed, OSError):
+                take = None
+        if take is not None:
+            take()
             return
-        addr = json.loads(message.addr)
-        if isinstance(addr, list):
-            addr = tuple(addr)
-        if self.adopt is None or not self.adopt(message.key, addr, fd):
+        if fd is not None:
             os.close(fd)
+        with suppress(channel.Closed, OSError):
+            self._send(Adopted(message.id, False))
+
+    def _told(self, message: Granted | Pause | Adopt | Heir, fd: int | None) -> None:
+        """What the master says without having been asked. Nothing of it may end the reader."""
+        try:
+            if isinstance(message, Heir):
+                self.heir = True
+            elif isinstance(message, Adopt):
+                self._adopt(message, fd)
+            else:
+                self._heard(message, fd)
+        except Exception:
+            self.log.exception("gunicorn-passenger: a message of the master's could not be acted on")
 
     def _heard(self, message: Granted | Pause, fd: int | None) -> None:
         """The master says of itself what may be accepted."""
@@ -322,7 +353,15 @@ class Link:
             for lease in list(self._leases.values()):
                 if lease.key == message.key:
                     lease.pause()
-        elif fd is not None:
+        elif fd is None:
+            # this process has no room for it (EMFILE)
+            self.log.error(
+                "gunicorn-passenger: %s cannot be served: no descriptor is left; raise the limit of open "
+                "files (ulimit -n)",
+                message.key,
+            )
+            self.close(message.key, message.id)
+        else:
             lease_of = self._leases.get(message.id)
             if lease_of is None:
                 # it was given back meanwhile
@@ -344,14 +383,8 @@ class Link:
                 continue
             except (channel.Closed, OSError):
                 break
-            if isinstance(message, Granted | Pause):
-                self._heard(message, fd)
-                continue
-            if isinstance(message, Heir):
-                self.heir = True
-                continue
-            if isinstance(message, Adopt):
-                self._adopt(message, fd)
+            if isinstance(message, Granted | Pause | Adopt | Heir):
+                self._told(message, fd)
                 continue
             if isinstance(message, Rejected):
                 self.log.error("gunicorn-passenger: the master rejected a message: %s", message.text)
@@ -365,6 +398,7 @@ class Link:
         self._lost = "has closed the channel"
         for waiting in list(self._waiting.values()):
             waiting.set_exception(errors.broker_lost("the port", self._lost))
+        self.on_lost()
 
 
 def _sockname(answer: Opened | Granted) -> SockAddr | str:
