@@ -333,8 +333,10 @@ class Clients:
                 self.answered[place, what] += 1
                 self.workers[place].add(connection.worker)
                 if connection.must_close:
-                    return
+                    connection.close()
                 self._pause(pause)
+                if connection.must_close:
+                    return
         except ClosedIdle:
             self.closed_idle += 1
             self.requests -= 1  # it is asked again
