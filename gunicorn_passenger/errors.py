@@ -364,6 +364,14 @@ def too_many_ports(limit: int) -> ListenError:
     )
 
 
+def no_descriptor(address: str) -> ListenError:
+    return ListenError(
+        errno.EMFILE,
+        f"{address} is not served by this worker: no descriptor is left for it; raise the limit of open "
+        "files (ulimit -n)",
+    )
+
+
 def broker_lost(address: str, why: str) -> BrokerLost:
     return BrokerLost(
         errno.EPIPE,

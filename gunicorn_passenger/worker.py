@@ -41,6 +41,26 @@ _HALT_WAIT = 10.0
 _RELEASE = 0.5
 
 
+class NoHeartbeat:
+    """Stands for gunicorn's ``WorkerTmp`` where the system has no file for it."""
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+
+    def notify(self) -> None:
+        """Nobody is told."""
+
+    def last_update(self) -> float:
+        return time.monotonic()
+
+    def fileno(self) -> int:
+        """gunicorn only closes it on exec, as it does with the listener that this is."""
+        return int(self._worker.sockets[0].fileno())
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
 class Worker(GeventWorker):
     """``gunicorn -k gunicorn_passenger.Worker``: a gevent worker with second servers."""
 
@@ -69,7 +89,17 @@ class Worker(GeventWorker):
         """Called in the master, just before the fork."""
         self.channel, self.board, primary = entry.prepare_worker(age, sockets, cfg, log)
         self.inherited = sockets
-        super().__init__(age, ppid, list(primary), app, timeout, cfg, log)
+        try:
+            super().__init__(age, ppid, list(primary), app, timeout, cfg, log)
+        except OSError as error:
+            # gunicorn's heartbeat is a file, the last thing that it makes; without one it would end
+            log.error(
+                "A worker starts without a heartbeat, so no timeout ends it when it hangs: the master cannot "
+                "make its file (%s); raise the limit of open files (ulimit -n) or make room, then reload",
+                error,
+            )
+            self.tmp = NoHeartbeat(self)
+            self.worker_connections = cfg.worker_connections
         self._acceptors: list[Accepting] = []
         self._primary_name: Any = None
         #: for an unmodified server that becomes the primary, now or later, once or again
@@ -261,6 +291,11 @@ class Worker(GeventWorker):
         for accepting in self._acceptors:
             accepting.stop_accepting()
         return _socket.socket(fileno=os.dup(self._primary_copy.fileno()))
+
+    def wake(self) -> None:
+        """It has become time to leave, and no signal says so."""
+        if self._leaving is not None:
+            self._leaving.set()
 
     def _lost_master(self) -> None:
         """The master has closed the channel: without it this worker could not be told to stop accepting."""

@@ -55,6 +55,9 @@ class Lifecycle:
     nr = 0
     max_requests = sys.maxsize
 
+    def wake(self) -> None:
+        """It need not be told."""
+
 
 class ErrorStream(io.RawIOBase):
     """``wsgi.errors``: gunicorn's error log, wherever it is written at that moment."""
@@ -190,3 +193,4 @@ class Gateway:
         if self.worker.alive:
             self.log.info("Autorestarting worker after current request.")
             self.worker.alive = False
+            self.worker.wake()

@@ -572,7 +572,8 @@ class Application:
             known, address = entry["name"], entry["address"]
             if entry.get("placement") == "each" and name != known:
                 known = known.rpartition(".")[0]
-            if known == name and address and entry["state"] in ("listening", "running"):
+            served = entry["state"] == "running" or (entry["state"] == "listening" and entry.get("workers"))
+            if known == name and address and served:
                 if address.startswith("unix:"):
                     yield address
                 else:

@@ -92,6 +92,11 @@ class Lease:
         else:
             gevent.spawn(self._granted, grant)
 
+    def fail(self, error: errors.ListenError) -> None:
+        """It cannot be had after all."""
+        if self._granted is None:
+            self._first.set_exception(error)
+
     def pause(self) -> None:
         if self._paused is not None:
             gevent.spawn(self._paused)
@@ -136,7 +141,7 @@ class Link:
         self,
         want: Address,
         name: str,
-        placement: str,
+        placement: str = "shared",
         backlog: int = 0,
         v6only: bool = False,
         within: str = "",
@@ -360,7 +365,10 @@ class Link:
                 "files (ulimit -n)",
                 message.key,
             )
+            wanted = self._leases.get(message.id)
             self.close(message.key, message.id)
+            if wanted is not None:
+                wanted.fail(errors.no_descriptor(message.key))
         else:
             lease_of = self._leases.get(message.id)
             if lease_of is None:
