@@ -63,6 +63,10 @@ def wait_for(condition: Callable[[], Any], what: object = "the condition", timeo
         time.sleep(0.02)
 
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a shell's background job ignores it, and so would all that the tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 #: Abstract UNIX sockets that reserve the ports this test process was given: other test processes of the
 #: machine see them, and they are gone with the process.
 _reserved: dict[int, socket.socket] = {}
@@ -85,9 +89,14 @@ def _reserve(port: int) -> bool:
         return False
     _reserved[port] = token
     if len(_reserved) > _RESERVED:
-        # it has long been used: a server listens there, or its test is over
-        _reserved.pop(next(iter(_reserved))).close()
+        # it has long been used: a server listens there, or its test is over, or somebody keeps the token
+        _reserved.pop(next(iter(_reserved)))
     return True
+
+
+def kept(port: int) -> socket.socket:
+    """What reserves a port that was given out just now, for as long as it is kept."""
+    return _reserved[port]
 
 
 def free_port() -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Process, Starter, descriptors, fetch, free_port, refused, wait_for
+from conftest import Process, Starter, descriptors, fetch, free_port, kept, refused, wait_for
 from upstreams import Upstream, Wire, connect
 
 PROGRAM = """
@@ -219,6 +219,8 @@ class Proxied:
         self, starter: Starter, servers: dict[str, str], before: str, after: str, arguments: tuple[Any, ...]
     ) -> None:
         self.up, self.status = free_port(), free_port()
+        # nobody listens on the first between two tests, and other test processes look for free ports
+        self.reservations = [kept(self.up), kept(self.status)]
         self.home = starter.home
         self.unix = f"{self.home}/up.sock"
         self.ports = {name: free_port() for name in servers if name != "primary"}

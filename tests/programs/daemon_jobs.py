@@ -51,9 +51,12 @@ def family():
 
 def leaves():
     """Goes into the background, as daemons of old did."""
+    read, write = os.pipe()
     if os.fork():
+        os.read(read, 1)  # it is ended when this process has ended: first it says who it is
         os._exit(0)
-    print(f"left behind {os.getpid()}")
+    print(f"left behind {os.getpid()}", flush=True)
+    os.write(write, b".")
     time.sleep(1000)
 
 
