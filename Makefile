@@ -43,7 +43,7 @@ run: $(VENV)/installed
 	@cd examples/seed && exec $(abspath $(BIN))/gunicorn -k gunicorn_passenger.Worker -w 4 --umask 007 -b unix:$(SOCKET) app
 
 test: $(VENV)/tested
-	$(BIN)/python -m pytest -n $(JOBS) $(TESTS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TESTS)
 
 # The same seed each time; RUNS says how long.
 fuzz: $(VENV)/tested
