@@ -36,7 +36,9 @@ def one_input(data: bytes) -> None:
     if len(data) < 4:
         return
     gate, cfg = GATES[data[0] & 1]
-    found = http_model.disagreement(gate, cfg, data[4:], list(data[1:4]))
+    # what is said again means the same: fields that have come before are not parsed
+    times = 3 if data[0] & 2 else 1
+    found = http_model.disagreement(gate, cfg, data[4:] * times, list(data[1:4]))
     if found:
         raise AssertionError(found)
 

@@ -216,6 +216,79 @@ def test_names_with_underscores_are_refused_where_gunicorn_refuses_them(data: by
     assert http_model.disagreement(REFUSING_GATE, REFUSING, data, cuts) == ""
 
 
+#: requests of a client that sends the same fields each time, with one body: some lines come again, too
+again = st.builds(
+    lambda lines, fields, end, b: "".join(
+        f"{line}\r\n{''.join(fields)}{end}{b if method_of(line) != 'GET' else ''}" for line in lines
+    ).encode("latin-1"),
+    st.lists(
+        st.one_of(
+            st.sampled_from(
+                ["GET /a HTTP/1.1", "GET /a?b HTTP/1.1", "POST /%61 HTTP/1.1", "GET /a HTTP/1.0"]
+            ),
+            st.builds(lambda m, t, v: f"{m} {t} {v}", method, target, version),
+        ),
+        min_size=3,
+        max_size=7,
+    ),
+    st.lists(st.one_of(plain_field, plain_field, field), max_size=4),
+    st.sampled_from(["\r\n"] * 8 + ["\n", "X: y\r\n\r\n", "\r\n\r\n"]),
+    st.one_of(st.just(""), body),
+)
+
+
+def method_of(line: str) -> str:
+    return line.partition(" ")[0]
+
+
+@given(again, cuts)
+@EXAMPLES
+def test_fields_that_come_again_mean_what_they_meant(data: bytes, cuts: list[int]) -> None:
+    assert http_model.disagreement(GATE, CFG, data, cuts) == ""
+    assert http_model.disagreement(NARROW_GATE, NARROW, data, cuts) == ""
+    assert http_model.disagreement(REFUSING_GATE, REFUSING, data, cuts) == ""
+
+
+def test_what_is_remembered_is_used_and_bounded() -> None:
+    gate = http_model.gateway(CFG)
+    calls = []
+    parse = gate.reader._parse
+    if parse is None:
+        assert "CI" not in os.environ, "gunicorn_h1c is missing"
+        pytest.skip("gunicorn_h1c is not installed")
+    gate.reader._parse = lambda head: calls.append(head) or parse(head)
+    peer = gate.peer("", None)
+    fields = b"\r\nHost: h\r\nX-A: 1\r\n\r\n"
+
+    def read(line: bytes, fields: bytes = fields) -> dict[str, Any]:
+        environ, length, persist, request = gate.reader.read(line + fields, peer)
+        assert (length, persist, request) == (0, True, None)
+        return environ
+
+    first, second = read(b"GET /a HTTP/1.1"), read(b"GET /a HTTP/1.1")
+    assert len(calls) == 2
+    for _ in range(2):
+        third = read(b"GET /a HTTP/1.1")
+        assert third == second == first
+        assert list(third) == list(second)
+        third["HTTP_X_A"] = third["REMOTE_ADDR"] = "an application may change its own"
+    # the line was read once without its fields, and then not at all
+    assert calls[2:] == [b"GET /a HTTP/1.1\r\n\r\n"]
+    assert read(b"GET /b?c=d HTTP/1.1")["QUERY_STRING"] == "c=d"
+    assert read(b"GET /b HTTP/1.1")["QUERY_STRING"] == ""
+    assert not [line for line in gate.reader._lines if b"?" in line]
+    assert read(b"GET /a HTTP/1.1", fields.replace(b"1", b"2"))["HTTP_X_A"] == "2"
+    assert read(b"GET /a HTTP/1.1")["HTTP_X_A"] == "1"
+    read(b"GET /a HTTP/1.1")
+    for number in range(3 * head_module._REMEMBER):
+        assert read(b"GET /%d HTTP/1.1" % number)["PATH_INFO"] == f"/{number}"
+    read(b"GET /%b HTTP/1.1" % (b"x" * head_module._SHORT))
+    assert 0 < len(gate.reader._lines) <= head_module._REMEMBER
+    assert max(map(len, gate.reader._lines)) <= head_module._SHORT
+    peer.forget()
+    assert read(b"GET /a HTTP/1.1") == first
+
+
 @given(st.binary(max_size=200), cuts)
 @EXAMPLES
 def test_noise(data: bytes, cuts: list[int]) -> None:

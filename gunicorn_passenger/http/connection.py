@@ -184,6 +184,7 @@ class Connection:
         self._expired = False
         self.head = b""
         self.memo = None
+        self.peer.forget()
         self._stop_waiting = deadlines.remove
         deadlines.add(self)
         self._reader().start(self._ready)

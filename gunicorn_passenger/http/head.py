@@ -45,6 +45,10 @@ CHUNKED = -1
 #: How many fields the C parser takes; what has more, or a line longer than it takes, is gunicorn's.
 _C_FIELDS = 100
 
+#: How many first lines are remembered, and how long they may be.
+_REMEMBER = 1000
+_SHORT = 100
+
 #: a field name with an underscore
 _UNDERSCORE = re.compile(rb"\n[^:\n]*_")
 
@@ -114,7 +118,19 @@ class _NoSocket:
 class Peer:
     """What a head is read against: who sent it, and what every environ of its connection holds."""
 
-    __slots__ = ("addr", "base", "host", "name", "port", "scheme", "trusted")
+    __slots__ = (
+        "addr",
+        "base",
+        "fields",
+        "host",
+        "known",
+        "length",
+        "name",
+        "persist",
+        "port",
+        "scheme",
+        "trusted",
+    )
 
     def __init__(self, addr: Any, base: dict[str, Any], trusted: bool) -> None:
         """
@@ -128,6 +144,16 @@ class Peer:
         self.trusted = trusted
         #: the last request's Host and scheme, and what they make of the server's name and port
         self.host = self.scheme = self.name = self.port = ""
+        self.forget()
+
+    def forget(self) -> None:
+        """It pauses: what is remembered of its last request is not worth the memory."""
+        #: The fields of the last request as they came, from the end of its first line on. When they came
+        #: twice: the environ that was made of them, the length of the body and whether the connection is kept.
+        self.fields = b""
+        self.known: dict[str, Any] | None = None
+        self.length = 0
+        self.persist = False
 
     def asked_for(self, host: str, scheme: str) -> None:
         """Split a Host field: most connections send the same with every request."""
@@ -182,6 +208,8 @@ class HeadReader:
             self.slow_because = "the socket's name is no plain path"
         if self.slow_because:
             self._parse = None
+        #: first lines that were accepted: what they set in an environ
+        self._lines: dict[bytes, tuple[str, str, str, str]] = {}
 
     # --- a whole head ----------------------------------------------------------------------------
 
@@ -197,26 +225,31 @@ class HeadReader:
         # One line longer than the limit is not in a head that is shorter than the limit.
         if parse is None or len(head) > self.field_limit:
             return self.read_by_the_book(head, peer)
+        line = head.find(b"\r\n")
+        fields = head[line:]
+        again = fields == peer.fields
+        if again and peer.known is not None:
+            # Most clients send the same fields with every request of a connection, and what was found to be
+            # right about them still is: nothing in them depends on a first line of HTTP/1.1.
+            asked = self._lines.get(head[:line]) or self._asked(head[:line])
+            if asked is not None:
+                environ = peer.known.copy()
+                (
+                    environ["REQUEST_METHOD"],
+                    environ["PATH_INFO"],
+                    environ["QUERY_STRING"],
+                    environ["RAW_URI"],
+                ) = asked
+                return environ, peer.length, peer.persist, None
         try:
-            environ: dict[str, Any] = parse(head)
+            environ = parse(head)
         except Exception:
             # whatever it is, gunicorn's parser says what is wrong, or that nothing is
             return self.read_by_the_book(head, peer)
-        path = environ["PATH_INFO"]
-        query = environ["QUERY_STRING"]
-        uri = f"{path}?{query}" if query else path
-        method = environ["REQUEST_METHOD"]
-        line = head.find(b"\r\n")
-        # method SP uri SP "HTTP/1.1": with one space more, an empty line before it or a lone "?",
-        # the line would be longer than that
+        asked = self._of_line(environ, line)
         if (
-            len(method) + len(uri) + 10 != line
-            or line > self.line_limit > 0
+            asked is None
             or environ.pop("_consumed") != len(head)
-            or path[0] != "/"
-            or path[1:2] == "/"
-            or not uri.isascii()
-            or "#" in uri
             or "HTTP_EXPECT" in environ
             # find() and not "in", which first tries to take the bytes for a number
             or (head.find(b"_") >= 0 and self._minds_underscores(peer) and _UNDERSCORE.search(head))
@@ -238,17 +271,10 @@ class HeadReader:
         ):
             return self.read_by_the_book(head, peer)
 
-        if self.script_name:
-            if not path.startswith(self.script_name):
-                return self.read_by_the_book(head, peer)
-            path = path[len(self.script_name) :]
-        if "%" in path:
-            path = unquote_to_bytes(path).decode("latin-1")
         parsed, environ = environ, peer.base.copy()
         environ.update(parsed)
-        environ["PATH_INFO"] = path
+        method, environ["PATH_INFO"], _, environ["RAW_URI"] = asked
         environ["SCRIPT_NAME"] = self.script_name
-        environ["RAW_URI"] = uri
         if self.unix:
             # gunicorn's way: the Host field names the server where no address does
             host = environ.get("HTTP_HOST")
@@ -273,7 +299,63 @@ class HeadReader:
                 persist = connection == "keep-alive"
         if method == "CONNECT":
             persist = False  # what follows is tunnel data (RFC 9931 section 8)
+        if not again:
+            peer.fields = fields
+            peer.known = None
+        elif environ["SERVER_PROTOCOL"] == "HTTP/1.1":
+            peer.known = environ.copy()
+            peer.length = length
+            peer.persist = persist
         return environ, length, persist, None
+
+    def _of_line(self, parsed: dict[str, Any], line: int) -> tuple[str, str, str, str] | None:
+        """What a first line says, where both parsers are known to agree about it.
+
+        :param parsed: by the C parser.
+        :param line: the length of the line.
+        :returns: method, path without the name of the script, query, and both as they came.
+        """
+        path: str = parsed["PATH_INFO"]
+        query: str = parsed["QUERY_STRING"]
+        uri = f"{path}?{query}" if query else path
+        method: str = parsed["REQUEST_METHOD"]
+        # method SP uri SP "HTTP/1.1": with one space more, an empty line before it or a lone "?",
+        # the line would be longer than that
+        if (
+            len(method) + len(uri) + 10 != line
+            or line > self.line_limit > 0
+            or path[0] != "/"
+            or path[1:2] == "/"
+            or not uri.isascii()
+            or "#" in uri
+        ):
+            return None
+        if self.script_name:
+            if not path.startswith(self.script_name):
+                return None
+            path = path[len(self.script_name) :]
+        if "%" in path:
+            path = unquote_to_bytes(path).decode("latin-1")
+        return method, path, query, uri
+
+    def _asked(self, line: bytes) -> tuple[str, str, str, str] | None:
+        """What the first line of a head says whose fields are known; remembered where it is likely to return.
+
+        :returns: nothing for one that has to be read with its fields.
+        """
+        if not line.endswith(b" HTTP/1.1") or line.startswith(b"CONNECT "):
+            return None
+        try:
+            parsed = self._parse(line + b"\r\n\r\n")
+        except Exception:
+            return None
+        asked = self._of_line(parsed, len(line))
+        # a query is mostly new each time, and may hold what nobody should keep
+        if asked is not None and len(line) <= _SHORT and b"?" not in line:
+            if len(self._lines) >= _REMEMBER:
+                self._lines.clear()
+            self._lines[line] = asked
+        return asked
 
     def _minds_underscores(self, peer: Peer) -> bool:
         """The C parser drops names with an underscore. So does gunicorn, unless told otherwise."""
