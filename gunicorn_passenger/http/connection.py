@@ -46,7 +46,7 @@ from gunicorn_passenger.http.body import NO_BODY, Body, ChunkedBody, LengthBody
 from gunicorn_passenger.http.deadlines import Deadlines
 from gunicorn_passenger.http.gateway import Gateway, HookFailed
 from gunicorn_passenger.http.head import CHUNKED, check_lines
-from gunicorn_passenger.http.response import Response
+from gunicorn_passenger.http.response import RELAYED, Response
 from gunicorn_passenger.http.turn import SAMPLE
 
 #: Bytes that one read of the socket asks for while a head is awaited.
@@ -343,6 +343,8 @@ class Connection:
         environ["wsgi.early_hints"] = response.early_hints
         turn = gateway.turn
         began = 0.0
+        if turn.holding and not (turn.holds or gateway.forwards):
+            turn.let_go()
         if turn.streak or gateway.logs or not worker.nr % SAMPLE:
             began = perf_counter()
             if began > turn.due:
@@ -353,6 +355,8 @@ class Connection:
                 result = gateway.app(environ, response.start_response)
                 if result.__class__ is list or result.__class__ is tuple:
                     response.send_all(result)
+                elif result is RELAYED:
+                    gateway.forwards = True
                 elif isinstance(result, FileWrapper):
                     response.send_file(result, gateway.sendfile)
                 elif result is ALREADY_HANDLED:
@@ -380,7 +384,7 @@ class Connection:
         finally:
             if gateway.after is not None:
                 self._after(request, environ)
-            if began:
+            if began and result is not RELAYED:
                 turn.took(perf_counter() - began)
         return not response.must_close
 

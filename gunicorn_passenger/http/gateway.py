@@ -109,6 +109,8 @@ class Gateway:
         self.closing = False
         #: requests that were passed on, bytes that were sent, answers of 500 and above or that broke off
         self.requests = self.sent = self.errors = 0
+        #: whether its application sends on what other servers answer, and so keeps nobody waiting
+        self.forwards = False
         self.sendfile = cfg.sendfile is not False
         self.after = self._hook("post_request")
         before = self._hook("pre_request")

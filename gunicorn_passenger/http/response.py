@@ -187,6 +187,16 @@ class _Heads:
 _begin = _Heads().begin
 
 
+class _Relayed(tuple[bytes, ...]):
+    """No body is left to be sent."""
+
+    __slots__ = ()
+
+
+#: What an application returns that has had its answer sent by :meth:`Response.relay_whole` and the like.
+RELAYED = _Relayed()
+
+
 class Response:
     """The answer to one request."""
 
@@ -490,6 +500,30 @@ class Response:
             connection.send_two(head, more)
         if whole:
             self.relayed()
+
+    def relay_whole(self, head: Any, wire: bytes, body: bytes) -> None:
+        """Send another server's answer that has come as a whole, at the end of the loop's turn.
+
+        :param head: its ``status``, the ``line`` of code and reason, and the ``lines`` of its fields.
+        :param wire: the head as it is sent when the connection goes on. The request was one of HTTP/1.1 that
+            has no body, and the answer to it may have one.
+        """
+        connection = self._connection
+        gateway = connection.gateway
+        self.status = head.line
+        self.status_code = head.status
+        self._block = head.lines
+        self.response_length = self.sent = len(body)
+        if head.status >= 500:
+            gateway.errors += 1
+        self.headers_sent = True
+        if gateway.closing or not gateway.worker.alive or self.must_close:
+            self.must_close = True
+            wire = wire.removesuffix(b"keep-alive\r\n\r\n") + b"close\r\n\r\n"
+        if len(body) < _JOIN and not self.must_close:
+            gateway.turn.hold(connection, wire + body)
+        else:
+            connection.send_two(wire, body)
 
     @property
     def bodiless(self) -> bool:

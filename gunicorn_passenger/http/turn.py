@@ -49,7 +49,7 @@ class Turn:
 
     def __init__(self, loop: Any) -> None:
         self._loop = loop
-        self._holding: list[Any] = []
+        self.holding: list[Any] = []
         #: how many requests in a row have been quick, and whether answers are held for that
         self.streak = 0
         self.holds = False
@@ -73,25 +73,25 @@ class Turn:
         """
         connection.held = answer
         connection.gateway.sent += len(answer)
-        self._holding.append(connection)
-        if len(self._holding) == 1:
+        self.holding.append(connection)
+        if len(self.holding) == 1:
             self.due = perf_counter() + _LONG
             self._loop.run_callback(self.let_go)
-        elif len(self._holding) >= _MANY:
+        elif len(self.holding) >= _MANY:
             self.let_go()
 
     def let_go(self) -> None:
         """Send what is held."""
-        holding, self._holding = self._holding, []
+        holding, self.holding = self.holding, []
         self.due = inf
         for connection in holding:
             connection.let_go()
 
     def forget(self) -> None:
         """In a forked child: the parent sends it."""
-        for connection in self._holding:
+        for connection in self.holding:
             connection.forget()
-        self._holding.clear()
+        self.holding.clear()
 
 
 _turns: WeakKeyDictionary[Any, Turn] = WeakKeyDictionary()

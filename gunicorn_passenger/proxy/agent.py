@@ -163,7 +163,7 @@ class Pool:
         self._idle: list[Link] = []
         #: those in use, or being made
         self.used = 0
-        #: what is remembered of the last answer's head
+        #: what :func:`~.messages.head_of` remembers of the last answer
         self.memo: Any = None
         self._waiting: deque[Any] = deque()
         #: whether the agent has forgotten it
@@ -223,6 +223,11 @@ class Pool:
             self.used += 1
             return link
         return None
+
+    def kept(self) -> Link | None:
+        """A connection that was kept, if there is one, for a request that is sent at the end of the turn."""
+        with self._lock:
+            return self._take_idle()
 
     def _wait_for(self, ticket: _Ticket) -> Link | None:
         """Wait until another request gives its connection back.

@@ -143,6 +143,9 @@ class OurClient(WsgiClient):
         memo = connection.memo
         if memo is not None and memo[0] == block and memo[1] is keep_case and memo[2] == self.protocol:
             known: RequestFields = memo[3]
+            if known.kept is not None and known.kept.straight and connection.response.req is None:
+                known.kept.known = connection.peer.known
+                known.kept.app = connection.gateway.app
             return known
         fields = RequestFields(self._pairs(block), keep_case, self.protocol)
         connection.memo = block, keep_case, self.protocol, fields

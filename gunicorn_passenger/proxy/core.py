@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from gunicorn_passenger.errors import SettingError
+from gunicorn_passenger.proxy import straight
 from gunicorn_passenger.proxy.events import Events
 from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.passage import Passage
@@ -47,7 +48,20 @@ class Proxy:
         return str(self.route)
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        connection: Any = getattr(environ.get("gunicorn.socket"), "connection", None)
+        if connection is not None and connection.memo is not None:
+            # what is remembered of a connection's last request is there only when nobody stands between it
+            # and the proxy
+            answer: Iterable[bytes] | None = straight.carry(self, connection, environ, start_response)
+            if answer is not None:
+                return answer
         return Passage(self, environ, start_response, None).run()
+
+    def resume(
+        self, environ: dict[str, Any], start_response: Callable[..., Any], *state: Any
+    ) -> Iterable[bytes]:
+        """Carry on what went the straight way so far."""
+        return Passage(self, environ, start_response, None).resume(*state)
 
     def web(
         self, environ: dict[str, Any], start_response: Callable[..., Any], **options: Any

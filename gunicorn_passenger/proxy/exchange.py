@@ -24,7 +24,7 @@ from gunicorn_passenger.errors import (
 from gunicorn_passenger.proxy.agent import Link, Pool
 from gunicorn_passenger.proxy.client import CHUNKED, WsgiClient
 from gunicorn_passenger.proxy.fields import Fields
-from gunicorn_passenger.proxy.messages import HEAD_LIMIT, Chunks, ResponseHead, is_trailer
+from gunicorn_passenger.proxy.messages import HEAD_LIMIT, Chunks, ResponseHead, head_of, is_trailer
 from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.stream import READ, runtime
 
@@ -32,8 +32,6 @@ from gunicorn_passenger.proxy.stream import READ, runtime
 _PIECE = 262144
 #: A body that has arrived with its head and is no longer than this goes up with it in one piece.
 _INLINE = 65536
-#: The longest head of an answer that is remembered.
-_MEMO = 2048
 #: Interim answers that one request may have.
 _INTERIM = 32
 #: Seconds that a target gets to say "100 Continue" before it is sent the body all the same.
@@ -279,6 +277,8 @@ class Exchange:
     left = 0
     #: whether the request asks for another protocol
     switching = False
+    #: what reading the head of the answer has met already
+    _met: BaseException | None = None
 
     def __init__(
         self, pool: Pool, options: Options, method: str, client: WsgiClient, upload: Upload | Nothing
@@ -292,7 +292,17 @@ class Exchange:
 
     # --- the request -----------------------------------------------------------------------------
 
-    def request(self, head: bytes, expect: bool, wait: bool) -> ResponseHead:
+    def resume(self, link: Link, head: bytes, came: bytes, met: BaseException | None) -> ResponseHead:
+        """Go on with a request without a body that was sent: read the head of its answer.
+
+        :param came: what has come of that.
+        :param met: what reading on has met.
+        """
+        link.buf = came
+        self._met = met
+        return self.request(head, False, True, link)
+
+    def request(self, head: bytes, expect: bool, wait: bool, sent: Link | None = None) -> ResponseHead:
         """Send a request and read the head of its answer.
 
         A connection that was kept may be closed by the target at any time. A request that meets that is
@@ -302,6 +312,7 @@ class Exchange:
         :param head: as it is sent.
         :param expect: whether the client waits for "100 Continue" before it sends the body.
         :param wait: whether to wait for a connection when all are in use.
+        :param sent: where it was sent already.
         :raises ProxyError: when there is no answer.
         """
         upload = self.upload
@@ -309,16 +320,19 @@ class Exchange:
         body = b"" if expect else upload.hold()
         fresh = False
         while True:
-            link = self.link = self._take(fresh, wait)
+            link = self.link = sent or self._take(fresh, wait)
             self.connected = True
             untouched = False
             stream = link.stream
-            stream.partly = False
             try:
-                if body or not upload.length:
-                    stream.send_soon(head + body, self._seconds)
+                if sent is not None:
+                    sent = None
                 else:
-                    stream.send(head, self._seconds)
+                    stream.partly = False
+                    if body or not upload.length:
+                        stream.send_soon(head + body, self._seconds)
+                    else:
+                        stream.send(head, self._seconds)
             except TimeoutError:
                 raise UpstreamTimeout(f"it has not read the request for {self._seconds:g} s") from None
             except OSError:
@@ -362,7 +376,7 @@ class Exchange:
                 expect = False
                 self.upload.start(link, self.pool.runtime.concurrent)
                 continue
-            head = self._parsed(data)
+            head = head_of(self.pool, data, self._keep_case)
             if head.status >= 200:
                 break
             if head.status == 101:
@@ -388,17 +402,6 @@ class Exchange:
             self.complete = not head.length
         return head
 
-    def _parsed(self, data: bytes) -> ResponseHead:
-        """Within a second a target's answers often have the same head."""
-        memo = self.pool.memo
-        if memo is not None and memo[0] == data and memo[1] is self._keep_case:
-            known: ResponseHead = memo[2]
-            return known
-        head = ResponseHead(data, self._keep_case)
-        if len(data) < _MEMO:
-            self.pool.memo = data, self._keep_case, head
-        return head
-
     def _receive_head(self, expect: bool) -> bytes | None:
         link = self.link
         data = link.buf
@@ -414,6 +417,9 @@ class Exchange:
                 if not data.startswith(b"HTTP/1."[: len(data)]) or data.count(b"\n") != data.count(b"\r\n"):
                     raise BadResponse(f"it begins with {data[:40]!r}, which is no head of HTTP/1.x")
             try:
+                if self._met is not None:
+                    met, self._met = self._met, None
+                    raise met
                 more = link.stream.answer(_EXPECT if expect else self._seconds, self.client)
             except TimeoutError:
                 self._check_upload()

@@ -118,8 +118,8 @@ class RequestFields:
         self.measured = False
         #: where the request comes from, as some options have it: those, and the :class:`Origin`
         self.origin: tuple[Any, Origin] | None = None
-        #: what is sent of them, as some options have it: those, the target, the text, and the connections
-        self.kept: tuple[Any, Any, bytes, Any] | None = None
+        #: what became of the last request with them: a :class:`~.straight.Way`
+        self.kept: Any = None
         for name, value in pairs:
             low = name.lower()
             if low in ASIDE:

@@ -7,6 +7,7 @@ two ways, or hand on what frames it.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from gunicorn_passenger.errors import BadResponse
 from gunicorn_passenger.proxy.fields import ASIDE, ORIGIN, Fields, without_nominated
@@ -14,6 +15,8 @@ from gunicorn_passenger.proxy.fields import ASIDE, ORIGIN, Fields, without_nomin
 #: Bytes that the head of an answer may have, and the line of a chunk's size, and all trailers.
 HEAD_LIMIT = 65536
 _LINE_LIMIT = 4096
+#: The longest head of an answer that is remembered.
+_MEMO = 2048
 _TRAILER_LIMIT = 65536
 
 # RFC 9112 sections 4 and 5: status-line = HTTP-version SP status-code SP [ reason-phrase ], and many
@@ -42,11 +45,13 @@ class ResponseHead:
         "dated",
         "fields",
         "length",
+        "line",
         "lines",
         "reason",
         "status",
         "upgrade",
         "version",
+        "wire",
     )
 
     def __init__(self, data: bytes, keep_case: bool) -> None:  # noqa: PLR0915 - one pass over all fields
@@ -62,11 +67,14 @@ class ResponseHead:
         self.status = int(status)
         self.version = "1.0" if minor == b"0" else "1.1"
         self.reason = (reason or b"").decode("latin-1").strip(" \t")
+        #: code and reason
+        self.line = f"{self.status} {self.reason}"
         self.length: int | None = None
         self.chunked = False
         self.upgrade = ""
-        #: the fields as they are sent, once that was made
+        #: the fields as they are sent, once that was made, and all of it
         self.lines: bytes | None = None
+        self.wire: bytes | None = None
         self.dated = False
         #: whether the target closes the connection after it (RFC 9112 section 9.3)
         self.close = minor == b"0"
@@ -124,6 +132,23 @@ class ResponseHead:
             if self.length is not None and self.length != int(part):
                 raise BadResponse("it has two Content-Lengths that differ")
             self.length = int(part)
+
+
+def head_of(pool: Any, data: bytes, keep_case: bool) -> ResponseHead:
+    """The head of an answer: within a second a target's answers often have the same.
+
+    :param pool: the connections to that target, with which it is remembered.
+    :param keep_case: whether names keep their letter case.
+    :raises BadResponse: when it is none.
+    """
+    memo = pool.memo
+    if memo is not None and memo[0] == data and memo[1] is keep_case:
+        known: ResponseHead = memo[2]
+        return known
+    head = ResponseHead(data, keep_case)
+    if len(data) < _MEMO:
+        pool.memo = data, keep_case, head
+    return head
 
 
 def _unfolded(data: bytes) -> bytes:

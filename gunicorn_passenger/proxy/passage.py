@@ -27,8 +27,8 @@ from gunicorn_passenger.errors import (
 )
 from gunicorn_passenger.proxy import fields as rules
 from gunicorn_passenger.proxy import rewriting, upgrade
-from gunicorn_passenger.proxy.agent import Pool
-from gunicorn_passenger.proxy.client import CHUNKED, WsgiClient, client_of
+from gunicorn_passenger.proxy.agent import Link, Pool
+from gunicorn_passenger.proxy.client import CHUNKED, OurClient, WsgiClient, client_of
 from gunicorn_passenger.proxy.events import (
     HandlerFailed,
     UpstreamRequest,
@@ -43,6 +43,7 @@ from gunicorn_passenger.proxy.mirror import Copy
 from gunicorn_passenger.proxy.options import TOKEN, Options
 from gunicorn_passenger.proxy.relay import relay, text_of
 from gunicorn_passenger.proxy.routes import Backend, Route
+from gunicorn_passenger.proxy.straight import Way, is_straight
 from gunicorn_passenger.proxy.stream import ClientGone
 from gunicorn_passenger.proxy.target import Target
 
@@ -103,8 +104,27 @@ class Passage:
         :raises AnswerBrokeOff: when the answer cannot be finished.
         :raises ClientDisconnected: when nobody waits for it any more.
         """
+        return self._guarded(self._carry)
+
+    def resume(
+        self,
+        way: Way,
+        fields: RequestFields,
+        link: Link,
+        sent: bytes,
+        came: bytes,
+        met: BaseException | None,
+    ) -> Iterable[bytes]:
+        """Carry on a request that went the straight way so far.
+
+        :param sent: the request, as the target was sent it over ``link``.
+        :param came: what has come of the answer, and what reading on has met.
+        """
+        return self._guarded(self._carry_on, way, fields, link, sent, came, met)
+
+    def _guarded(self, carry: Callable[..., Iterable[bytes]], *arguments: Any) -> Iterable[bytes]:
         try:
-            return self._carry()
+            return carry(*arguments)
         except ProxyError as error:
             return self._fail(error)
         except (ClientGone, ClientDisconnected) as error:
@@ -171,6 +191,24 @@ class Passage:
         if head.status == 101:
             return upgrade.carry(self, head)
         return self._answer(head)
+
+    def _carry_on(
+        self,
+        way: Way,
+        fields: RequestFields,
+        link: Link,
+        sent: bytes,
+        came: bytes,
+        met: BaseException | None,
+    ) -> Iterable[bytes]:
+        assert fields.origin is not None
+        connection = self.environ["gunicorn.socket"].connection
+        self._client = OurClient(self.environ, self._start_response, connection, True)
+        self.options, self.target, self.fields = way.options, way.target, fields
+        self._origin = fields.origin[1]
+        self._path = self._asked = self.environ["RAW_URI"]
+        self.exchange = Exchange(way.pool, way.options, "GET", self._client, NOTHING)
+        return self._answer(self.exchange.resume(link, sent, came, met))
 
     def _find_route(self) -> Route | None:
         """Where the request goes, and with which options."""
@@ -306,11 +344,18 @@ class Passage:
             pool = self._pool(target)
         else:
             kept = fields.kept
-            if kept is None or kept[0] is not options or kept[1] is not target or kept[3].gone:
+            if kept is None or not kept.holds(options, target):
                 text = self._text(self._lines(target, False), False, False)
-                kept = fields.kept = options, target, text, self._pool(target)
-            head += kept[2]
-            pool = kept[3]
+                kept = fields.kept = Way(options, target, text, self._pool(target))
+                route = self._proxy.route
+                kept.straight = (
+                    self._client.pristine
+                    and options is route.options
+                    and route.leads_to(target)
+                    and is_straight(options, target, fields, kept.pool)
+                )
+            head += kept.text
+            pool = kept.pool
         exchange = self.exchange = Exchange(pool, options, method, self._client, upload)
         if fields.upgrade:
             exchange.switching = True

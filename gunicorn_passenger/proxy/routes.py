@@ -119,6 +119,14 @@ class Route:
             return getattr(self._function, "__name__", "a function")
         return str(self._several) if self._several is not None else f"a copy to {self.options.forward}"
 
+    def leads_to(self, target: Target) -> bool:
+        """Whether every request goes there, with its path as it is."""
+        return (
+            self.only is not None
+            and self.only[0].target is target
+            and not (self.table or self.remove or target.server)
+        )
+
     @property
     def nowhere(self) -> bool:
         """Whether requests are copied only."""

@@ -73,6 +73,7 @@ class GeventRuntime:
         self._soon.append((stream, data))
 
     def _send_now(self) -> None:
+        """Called in the hub."""
         soon, self._soon = self._soon, []
         for stream, data in soon:
             stream.send_now(data)
@@ -273,6 +274,25 @@ class GeventStream(Stream):
         self._writable: Any = None
         self._callback: Callable[[], None] | None = None
         self._closed = False
+        #: whether a request is to be sent at the end of the turn
+        self._sending = False
+
+    def ask(self, data: bytes, seconds: float | None, client: Any) -> bytes | None:
+        """Send a request at the end of the loop's turn, and receive what comes next.
+
+        :param seconds: how long to wait for that.
+        :param client: a connection of ours; when its client goes, the wait ends.
+        :returns: nothing when something has come before the request was sent, which then is not.
+        :raises TimeoutError, OSError, ClientGone: as :meth:`recv`.
+        """
+        self.partly = False
+        self._sending = True
+        self.runtime.send_soon(self, data)
+        self.wait(READ, seconds, client)
+        if self._sending:
+            self._closed = True
+            return None
+        return self.recv(ANSWER, seconds, client)
 
     def wait(self, what: int, seconds: float | None = None, client: Any = None) -> None:
         switch = getcurrent().switch
@@ -316,6 +336,7 @@ class GeventStream(Stream):
 
     def send_now(self, data: bytes) -> None:
         """Called in the hub: send what was to be sent soon."""
+        self._sending = False
         if self._closed:
             return
         try:

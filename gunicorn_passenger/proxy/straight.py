@@ -1,0 +1,139 @@
+"""The straight way: a request about which nothing is left to decide, carried without asking anew.
+
+Runs in: a worker, in the request's greenlet. Must never: decide anything. What is not as it was for the
+requests before goes through :class:`~.passage.Passage`, from the start or from where it has got to.
+
+A client mostly sends the same fields again, and one passage has found out what becomes of them: which target,
+which fields it is sent, from which pool its connection comes. When that depends on nothing else, it is noted
+here (:class:`Way`), and the next such request takes a kept connection, is sent, and its answer, where it has
+come as a whole, is sent on. That is the same exchange on the same connections; whatever happens otherwise
+(no connection is free, the answer comes in parts, has a framing of its own, or does not come) is the
+passage's to deal with, which takes over the connection with what has come in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gunicorn_passenger.errors import ProxyError
+from gunicorn_passenger.http.body import NO_BODY
+from gunicorn_passenger.http.response import RELAYED
+from gunicorn_passenger.proxy.agent import Pool
+from gunicorn_passenger.proxy.fields import RequestFields, target_path
+from gunicorn_passenger.proxy.messages import ResponseHead, head_of
+from gunicorn_passenger.proxy.options import Options
+from gunicorn_passenger.proxy.relay import text_of
+from gunicorn_passenger.proxy.target import Target
+
+#: Answers that have no body, whatever they say (RFC 9110 section 6.4.1), or are none.
+_SPECIAL = (101, 204, 304)
+
+
+class Way:
+    """What becomes of the requests with some fields: it is kept with those."""
+
+    __slots__ = ("app", "known", "options", "pool", "straight", "target", "text")
+
+    def __init__(self, options: Options, target: Target, text: bytes, pool: Pool) -> None:
+        """
+        :param text: the fields as the target is sent them, with the empty line.
+        """
+        self.options = options
+        self.target = target
+        self.text = text
+        self.pool = pool
+        #: whether all of it holds for every GET without a body that has the same fields, and which those
+        #: are: the reader's environ of them, which it keeps as long as they come again
+        self.straight = False
+        self.known: dict[str, Any] | None = None
+        #: the application then, which is the proxy and nothing else
+        self.app: Any = None
+
+    def holds(self, options: Options, target: Target) -> bool:
+        return self.options is options and self.target is target and not self.pool.gone
+
+
+def is_straight(options: Options, target: Target, fields: RequestFields, pool: Pool) -> bool:
+    """Whether requests and answers go through as they are, but for the fields of each connection."""
+    return (
+        pool.runtime.concurrent
+        and options.plain_response
+        and fields.valid
+        and not (
+            options.via
+            or options.self_handle_response
+            or options.follow_redirects
+            or options.sticky
+            or options.buffer is not None
+            or options.forward is not None
+            or options.to_proxy
+            or fields.upgrade
+            or fields.expect
+        )
+        and target_path(options, target, "/x?y", "") == "/x?y"
+    )
+
+
+def carry(proxy: Any, connection: Any, environ: dict[str, Any], start_response: Any) -> Any:
+    """Carry a request if it can go the straight way.
+
+    :param proxy: the :class:`~.core.Proxy`.
+    :param connection: the client's :class:`~gunicorn_passenger.http.connection.Connection`.
+    :returns: nothing when nothing has been done, else as a WSGI application.
+    """
+    fields: RequestFields = connection.memo[3]
+    way = fields.kept
+    response = connection.response
+    path: str = environ["RAW_URI"]
+    if (
+        way is None
+        or way.known is None
+        or way.known is not connection.peer.known
+        or way.app is not connection.gateway.app
+        or response.req is not None
+        or response.method != "GET"
+        or connection.body is not NO_BODY
+        or not path.isprintable()
+        or proxy.events.any
+        or way.pool.gone
+    ):
+        return None
+    pool = way.pool
+    link = pool.kept()
+    if link is None:
+        return None
+    sent = b"GET %b HTTP/1.1\r\n%b" % (path.encode("ascii"), way.text)
+    came: bytes | None = b""
+    error: BaseException | None = None
+    try:
+        came = link.stream.ask(sent, way.options.proxy_timeout, connection)
+        if came is None:
+            # something came before the request was sent: nobody asked for it
+            pool.drop(link)
+            return None
+        end = came.find(b"\r\n\r\n") + 4
+        if end > 3:
+            head = head_of(pool, came[:end], way.options.preserve_header_key_case)
+            wire = wire_of(head) if head.wire is None else head.wire
+            if wire and head.length == len(came) - end:
+                pool.give(link)
+                response.relay_whole(head, wire, came[end:])
+                return RELAYED
+    except ProxyError:
+        pass  # the head is bad: who reads it again says so
+    except BaseException as failure:
+        error = failure
+    return proxy.resume(environ, start_response, way, fields, link, sent, came, error)
+
+
+def wire_of(head: ResponseHead) -> bytes:
+    """The head of an answer as most clients are sent it, made once.
+
+    :returns: nothing when its body is not simply so many bytes as it says.
+    """
+    head.wire = b""
+    if head.length is not None and head.dated and not head.close and head.status not in _SPECIAL:
+        head.lines = head.lines or text_of(head.fields, head.status)
+        line = head.line.encode("latin-1")
+        head.wire = b"HTTP/1.1 %b\r\n%bConnection: keep-alive\r\n\r\n" % (line, head.lines)
+    return head.wire
