@@ -149,7 +149,8 @@ class Peer:
     def forget(self) -> None:
         """It pauses: what is remembered of its last request is not worth the memory."""
         #: The fields of the last request as they came, from the end of its first line on. When they came
-        #: twice: the environ that was made of them, the length of the body and whether the connection is kept.
+        #: twice: the environ that was made of them, the length of the body and whether the connection is
+        #: kept.
         self.fields = b""
         self.known: dict[str, Any] | None = None
         self.length = 0
@@ -213,7 +214,9 @@ class HeadReader:
 
     # --- a whole head ----------------------------------------------------------------------------
 
-    def read(self, head: bytes, peer: Peer) -> tuple[dict[str, Any], int, bool, Any]:
+    def read(  # noqa: PLR0915 - the rules of what is read fast, one after the other
+        self, head: bytes, peer: Peer
+    ) -> tuple[dict[str, Any], int, bool, Any]:
         """A head that ends with the first empty line in it.
 
         :returns: the environ (all but what belongs to the body and the response), the length of
