@@ -225,9 +225,14 @@ class Pool:
         return None
 
     def kept(self) -> Link | None:
-        """A connection that was kept, if there is one, for a request that is sent at the end of the turn."""
-        with self._lock:
-            return self._take_idle()
+        """A connection that was kept, if there is one: what :meth:`take` does in a hub when nothing is special."""
+        try:
+            link = self._idle.pop()
+        except IndexError:
+            return None
+        link.idle = False
+        self.used += 1
+        return link
 
     def _wait_for(self, ticket: _Ticket) -> Link | None:
         """Wait until another request gives its connection back.
@@ -264,6 +269,17 @@ class Pool:
         ticket.link = link
         ticket.event.set()
         return True
+
+    def keep(self, link: Link) -> None:
+        """A request is over: what :meth:`give` does in a hub when nothing is special."""
+        if self._waiting or len(self._idle) >= self.agent.max_idle or self._timer is None:
+            self.give(link)
+            return
+        link.reused = link.idle = True
+        link.since = self._clock()
+        self._idle.append(link)
+        self.used -= 1
+        link.stream.rearm()
 
     def give(self, link: Link) -> None:
         """A request is over, and its connection can carry another."""

@@ -102,21 +102,27 @@ def carry(proxy: Any, connection: Any, environ: dict[str, Any], start_response: 
     link = pool.kept()
     if link is None:
         return None
-    sent = b"GET %b HTTP/1.1\r\n%b" % (path.encode("ascii"), way.text)
+    sent = b"GET %b HTTP/1.1\r\n%b" % (path.encode(), way.text)
     came: bytes | None = b""
     error: BaseException | None = None
+    keep_case = way.options.preserve_header_key_case
     try:
         came = link.stream.ask(sent, way.options.proxy_timeout, connection)
         if came is None:
             # something came before the request was sent: nobody asked for it
             pool.drop(link)
             return None
-        end = came.find(b"\r\n\r\n") + 4
-        if end > 3:
-            head = head_of(pool, came[:end], way.options.preserve_header_key_case)
+        memo = pool.memo
+        if memo is not None and came.startswith(memo[0]) and memo[1] is keep_case:
+            # mostly the head of the answer before it
+            end, head = len(memo[0]), memo[2]
+        else:
+            end = came.find(b"\r\n\r\n") + 4
+            head = head_of(pool, came[:end], keep_case) if end > 3 else None
+        if head is not None:
             wire = wire_of(head) if head.wire is None else head.wire
             if wire and head.length == len(came) - end:
-                pool.give(link)
+                pool.keep(link)
                 response.relay_whole(head, wire, came[end:])
                 return RELAYED
     except ProxyError:

@@ -35,6 +35,9 @@ _READY, _LATE, _GONE = "ready", "late", "gone"
 #: Bytes that one read of a head asks for.
 ANSWER = 65536
 
+#: The same, where mostly the whole of a small answer comes.
+_ASKED = 16384
+
 #: Requests up to this size are sent at the end of the loop's turn.
 _SOON = 8192
 
@@ -288,11 +291,28 @@ class GeventStream(Stream):
         self.partly = False
         self._sending = True
         self.runtime.send_soon(self, data)
-        self.wait(READ, seconds, client)
+        if seconds is not None:
+            self.wait(READ, seconds, client)
+        else:
+            # as there, with the calls that a busy proxy can do without
+            switch = getcurrent().switch
+            self._readable.start(switch, _READY)
+            client.watch(switch, _GONE)
+            try:
+                ended = self._hub.switch()
+            finally:
+                self._readable.callback, self._readable.args = self._stray, ()
+                client.unwatch()
+            if ended is not _READY:
+                raise ClientGone
         if self._sending:
             self._closed = True
             return None
-        return self.recv(ANSWER, seconds, client)
+        try:
+            came: bytes = self.sock.recv(_ASKED)
+            return came
+        except BlockingIOError:
+            return self.recv(ANSWER, seconds, client)
 
     def wait(self, what: int, seconds: float | None = None, client: Any = None) -> None:
         switch = getcurrent().switch
