@@ -29,7 +29,7 @@ class Agent:
     def __init__(
         self,
         max_connections: int | None = None,
-        max_idle: int = 100,
+        max_idle: int = 256,
         idle_timeout: float = 30.0,
         connect_timeout: float = 10.0,
         ssl_context: ssl.SSLContext | None = None,
@@ -225,7 +225,7 @@ class Pool:
         return None
 
     def kept(self) -> Link | None:
-        """A connection that was kept, if there is one: what :meth:`take` does in a hub when nothing is special."""
+        """A connection that was kept, if there is one: :meth:`take` in a hub, at its simplest."""
         try:
             link = self._idle.pop()
         except IndexError:
@@ -271,7 +271,7 @@ class Pool:
         return True
 
     def keep(self, link: Link) -> None:
-        """A request is over: what :meth:`give` does in a hub when nothing is special."""
+        """A request is over: :meth:`give` in a hub, at its simplest."""
         if self._waiting or len(self._idle) >= self.agent.max_idle or self._timer is None:
             self.give(link)
             return
