@@ -55,6 +55,7 @@ class Acceptor:
     def serve(self, app: Any) -> None:
         """From now on, serve this."""
         self.gateway.app = app
+        self.gateway.forwards = False
 
     def _accept(self) -> None:
         raw = self._raw

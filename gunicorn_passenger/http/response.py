@@ -514,7 +514,7 @@ class Response:
         self.status_code = head.status
         self._block = head.lines
         self.response_length = self.sent = len(body)
-        if head.status >= 500:
+        if head.line.startswith("5"):
             gateway.errors += 1
         self.headers_sent = True
         if gateway.closing or not gateway.worker.alive or self.must_close:

@@ -275,7 +275,7 @@ class Listeners:
         if len(keys) >= workers:
             return None
         try:
-            port = self._create_each(_family(ask.host), ask, allotment, workers - len(keys))
+            port = self._create_free(_family(ask.host), ask, allotment, workers - len(keys))
         except errors.ListenError as error:
             if keys:
                 # there are more workers than at the start: this one waits for another's port
@@ -288,8 +288,11 @@ class Listeners:
         self._each.setdefault(label, {})[port.position] = port.key
         return port
 
-    def _create_each(self, family: int, ask: Open, allotment: Allotment, needed: int) -> Port:
-        """Open one more of the ports, when there is room for all that are needed."""
+    def _create_free(self, family: int, ask: Open, allotment: Allotment, needed: int = 0) -> Port:
+        """Open the first of the ports in question that nobody has.
+
+        :param needed: how many of them must be free.
+        """
         within = parse_ports(ask.within, "the worker") if ask.within else None
         if ask.kind == "auto" and not allotment.limited and within is None:
             return self._create_tcp(family, ask.host, 0, ask)
@@ -367,25 +370,9 @@ class Listeners:
         label = f"{ask.host}/{ask.name}"
         port = self.ports.get(self._autos.get(label, ""))
         if port is None:
-            port = self._create_auto(family, ask, allotment)
+            port = self._create_free(family, ask, allotment)
             self._autos[label] = port.key
         return port
-
-    def _create_auto(self, family: int, ask: Open, allotment: Allotment) -> Port:
-        within = parse_ports(ask.within, "the worker") if ask.within else None
-        if not allotment.limited and within is None:
-            return self._create_tcp(family, ask.host, 0, ask)
-        ports = allotment.ports if allotment.limited else within or frozenset()
-        if within is not None:
-            ports &= within
-        taken = {p.port for p in self.ports.values()}
-        for number in sorted(ports - taken):
-            allotment.check(number)
-            try:
-                return self._create_tcp(family, ask.host, number, ask)
-            except errors.PortInUse:
-                continue
-        raise errors.no_port_free(format_ports(ports), allotment.sources)
 
     def _open_unix(self, ask: Open, allotment: Allotment, same_user: bool) -> Port:
         port = self.ports.get(f"unix:{ask.path}")

@@ -170,7 +170,7 @@ class Pool:
         self.gone = False
         #: the hub's loop, where there is one, and one timer for all that are idle
         self._loop: Any = waits.hub.loop if waits.concurrent else None
-        self._clock = self._loop.now if self._loop is not None else time.monotonic
+        self.clock = self._loop.now if self._loop is not None else time.monotonic
         self._timer: Any = None
         self._lock = waits.lock()
 
@@ -216,7 +216,7 @@ class Pool:
                 link = self._idle.pop()
             except IndexError:  # another thread was faster
                 return None
-            if self._loop is None and self._clock() - link.since > self.agent.idle_timeout:
+            if self._loop is None and self.clock() - link.since > self.agent.idle_timeout:
                 link.stream.close()
                 continue
             link.idle = False
@@ -272,18 +272,23 @@ class Pool:
 
     def keep(self, link: Link) -> None:
         """A request is over: :meth:`give` in a hub, at its simplest."""
-        if self._waiting or len(self._idle) >= self.agent.max_idle or self._timer is None:
+        if (
+            self._waiting
+            or self._timer is None
+            or link.stream.unsent
+            or len(self._idle) >= self.agent.max_idle
+        ):
             self.give(link)
             return
         link.reused = link.idle = True
-        link.since = self._clock()
+        link.since = self.clock()
         self._idle.append(link)
         self.used -= 1
         link.stream.rearm()
 
     def give(self, link: Link) -> None:
         """A request is over, and its connection can carry another."""
-        if link.buf or not self.agent.max_idle:
+        if link.buf or link.stream.unsent or not self.agent.max_idle:
             self.drop(link)
             return
         link.reused = True
@@ -294,7 +299,7 @@ class Pool:
             if self._waiting and self._call(link):
                 return
             link.idle = True
-            link.since = self._clock()
+            link.since = self.clock()
             self._idle.append(link)
             self.used -= 1
         if self._loop is None:
@@ -325,7 +330,7 @@ class Pool:
 
         Threads have no timers: there it happens when a younger connection is given back.
         """
-        limit = self._clock() - self.agent.idle_timeout + 0.001
+        limit = self.clock() - self.agent.idle_timeout + 0.001
         while self._idle and self._idle[0].since <= limit:
             self.retire(self._idle[0])
 
@@ -339,7 +344,7 @@ class Pool:
         self._timer = None
         self._retire_old()
         if self._idle:
-            self._start_timer(self._idle[0].since + self.agent.idle_timeout - self._clock())
+            self._start_timer(self._idle[0].since + self.agent.idle_timeout - self.clock())
 
     def retire(self, link: Link) -> None:
         """Close a connection that nobody uses."""

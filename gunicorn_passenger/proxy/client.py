@@ -145,7 +145,6 @@ class OurClient(WsgiClient):
             known: RequestFields = memo[3]
             if known.kept is not None and known.kept.straight and connection.response.req is None:
                 known.kept.known = connection.peer.known
-                known.kept.app = connection.gateway.app
             return known
         fields = RequestFields(self._pairs(block), keep_case, self.protocol)
         connection.memo = block, keep_case, self.protocol, fields
@@ -229,6 +228,9 @@ def client_of(environ: dict[str, Any], start_response: Any, proxy: Any) -> WsgiC
         or environ.get("wsgi.input") is not connection.body
     ):
         return WsgiClient(environ, start_response)
-    app = connection.gateway.app
-    pristine = app is proxy or (getattr(type(app), "only_proxy", False) and app.app is proxy)
-    return OurClient(environ, start_response, connection, pristine)
+    return OurClient(environ, start_response, connection, is_all(connection.gateway.app, proxy))
+
+
+def is_all(app: Any, proxy: Any) -> bool:
+    """Whether an application is the proxy and nothing else, which may so take requests as they came in."""
+    return app is proxy or (getattr(type(app), "only_proxy", False) and app.app is proxy)

@@ -417,9 +417,7 @@ class Exchange:
                 if not data.startswith(b"HTTP/1."[: len(data)]) or data.count(b"\n") != data.count(b"\r\n"):
                     raise BadResponse(f"it begins with {data[:40]!r}, which is no head of HTTP/1.x")
             try:
-                if self._met is not None:
-                    met, self._met = self._met, None
-                    raise met
+                self._raise_met()
                 more = link.stream.answer(_EXPECT if expect else self._seconds, self.client)
             except TimeoutError:
                 self._check_upload()
@@ -440,6 +438,11 @@ class Exchange:
                 where = "in the head of its answer" if data else "before it answered"
                 raise UpstreamClosed(f"it closed the connection {where}")
             data = data + more if data else more
+
+    def _raise_met(self) -> None:
+        if self._met is not None:
+            met, self._met = self._met, None
+            raise met
 
     def _check_upload(self) -> None:
         if self.upload.error is not None:

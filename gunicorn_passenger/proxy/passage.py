@@ -114,12 +114,16 @@ class Passage:
         sent: bytes,
         came: bytes,
         met: BaseException | None,
+        began: float,
     ) -> Iterable[bytes]:
         """Carry on a request that went the straight way so far.
 
         :param sent: the request, as the target was sent it over ``link``.
-        :param came: what has come of the answer, and what reading on has met.
+        :param came: what has come of the answer.
+        :param met: what reading on has met.
+        :param began: when the request was sent, by ``time.monotonic()``.
         """
+        self._began = began
         return self._guarded(self._carry_on, way, fields, link, sent, came, met)
 
     def _guarded(self, carry: Callable[..., Iterable[bytes]], *arguments: Any) -> Iterable[bytes]:

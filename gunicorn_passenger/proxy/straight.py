@@ -13,16 +13,19 @@ passage's to deal with, which takes over the connection with what has come in.
 
 from __future__ import annotations
 
+from time import monotonic
 from typing import Any
 
 from gunicorn_passenger.errors import ProxyError
 from gunicorn_passenger.http.body import NO_BODY
 from gunicorn_passenger.http.response import RELAYED
 from gunicorn_passenger.proxy.agent import Pool
+from gunicorn_passenger.proxy.client import is_all
 from gunicorn_passenger.proxy.fields import RequestFields, target_path
 from gunicorn_passenger.proxy.messages import ResponseHead, head_of
 from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.relay import text_of
+from gunicorn_passenger.proxy.stream import SOON
 from gunicorn_passenger.proxy.target import Target
 
 #: Answers that have no body, whatever they say (RFC 9110 section 6.4.1), or are none.
@@ -32,7 +35,7 @@ _SPECIAL = (101, 204, 304)
 class Way:
     """What becomes of the requests with some fields: it is kept with those."""
 
-    __slots__ = ("app", "known", "options", "pool", "straight", "target", "text")
+    __slots__ = ("known", "options", "pool", "straight", "target", "text")
 
     def __init__(self, options: Options, target: Target, text: bytes, pool: Pool) -> None:
         """
@@ -46,8 +49,6 @@ class Way:
         #: are: the reader's environ of them, which it keeps as long as they come again
         self.straight = False
         self.known: dict[str, Any] | None = None
-        #: the application then, which is the proxy and nothing else
-        self.app: Any = None
 
     def holds(self, options: Options, target: Target) -> bool:
         return self.options is options and self.target is target and not self.pool.gone
@@ -57,6 +58,7 @@ def is_straight(options: Options, target: Target, fields: RequestFields, pool: P
     """Whether requests and answers go through as they are, but for the fields of each connection."""
     return (
         pool.runtime.concurrent
+        and not target.tls
         and options.plain_response
         and fields.valid
         and not (
@@ -89,9 +91,10 @@ def carry(proxy: Any, connection: Any, environ: dict[str, Any], start_response: 
         way is None
         or way.known is None
         or way.known is not connection.peer.known
-        or way.app is not connection.gateway.app
+        or not is_all(connection.gateway.app, proxy)
         or response.req is not None
         or response.method != "GET"
+        or environ["SERVER_PROTOCOL"] != "HTTP/1.1"
         or connection.body is not NO_BODY
         or not path.isprintable()
         or proxy.events.any
@@ -99,37 +102,46 @@ def carry(proxy: Any, connection: Any, environ: dict[str, Any], start_response: 
     ):
         return None
     pool = way.pool
-    link = pool.kept()
+    sent = b"GET %b HTTP/1.1\r\n%b" % (path.encode(), way.text)
+    link = pool.kept() if len(sent) <= SOON else None
     if link is None:
         return None
-    sent = b"GET %b HTTP/1.1\r\n%b" % (path.encode(), way.text)
-    came: bytes | None = b""
-    error: BaseException | None = None
-    keep_case = way.options.preserve_header_key_case
+    stream = link.stream
+    if link.since == pool.clock() and not stream.silent():
+        # it was kept in this turn of the loop, and nobody was there yet to hear what came behind the answer
+        pool.drop(link)
+        return None
+    began = monotonic()
+    came = b""
     try:
-        came = link.stream.ask(sent, way.options.proxy_timeout, connection)
-        if came is None:
+        asked = stream.ask(sent, way.options.proxy_timeout, connection)
+        if asked is None:
             # something came before the request was sent: nobody asked for it
             pool.drop(link)
             return None
-        memo = pool.memo
-        if memo is not None and came.startswith(memo[0]) and memo[1] is keep_case:
-            # mostly the head of the answer before it
-            end, head = len(memo[0]), memo[2]
-        else:
-            end = came.find(b"\r\n\r\n") + 4
-            head = head_of(pool, came[:end], keep_case) if end > 3 else None
-        if head is not None:
-            wire = wire_of(head) if head.wire is None else head.wire
-            if wire and head.length == len(came) - end:
-                pool.keep(link)
-                response.relay_whole(head, wire, came[end:])
-                return RELAYED
+        came = asked
+        head, end = _head_of(pool, came, way.options.preserve_header_key_case)
     except ProxyError:
-        pass  # the head is bad: who reads it again says so
-    except BaseException as failure:
-        error = failure
-    return proxy.resume(environ, start_response, way, fields, link, sent, came, error)
+        head = None  # it is bad: who reads it again says so
+    except BaseException as error:
+        return proxy.resume(environ, start_response, way, fields, link, sent, came, error, began)
+    if head is not None and not proxy.events.any:
+        wire = wire_of(head) if head.wire is None else head.wire
+        if wire and head.length == len(came) - end:
+            pool.keep(link)
+            response.relay_whole(head, wire, came[end:])
+            return RELAYED
+    return proxy.resume(environ, start_response, way, fields, link, sent, came, None, began)
+
+
+def _head_of(pool: Pool, came: bytes, keep_case: bool) -> tuple[ResponseHead | None, int]:
+    """The head of an answer, if all of it has come, and where its body begins."""
+    memo = pool.memo
+    if memo is not None and came.startswith(memo[0]) and memo[1] is keep_case:
+        # mostly that of the answer before it
+        return memo[2], len(memo[0])
+    end = came.find(b"\r\n\r\n") + 4
+    return (head_of(pool, came[:end], keep_case) if end > 3 else None), end
 
 
 def wire_of(head: ResponseHead) -> bytes:

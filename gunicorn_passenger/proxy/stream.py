@@ -39,7 +39,7 @@ ANSWER = 65536
 _ASKED = 16384
 
 #: Requests up to this size are sent at the end of the loop's turn.
-_SOON = 8192
+SOON = 8192
 
 #: what a wait is for
 READ, WRITE = 1, 2
@@ -159,6 +159,8 @@ class Stream:
     tls = False
     #: whether a part of what was sent last was taken, and whether sending it failed later
     partly = failed = False
+    #: whether a part of the last request is still to be sent
+    unsent = False
     _poll: Any = None
 
     def recv(self, most: int, seconds: float | None = None, client: Any = None) -> bytes:
@@ -349,7 +351,7 @@ class GeventStream(Stream):
         raise TimeoutError
 
     def send_soon(self, data: bytes, seconds: float | None = None) -> None:
-        if len(data) > _SOON:
+        if len(data) > SOON:
             self.send(data, seconds)
         else:
             self.runtime.send_soon(self, data)
@@ -368,11 +370,13 @@ class GeventStream(Stream):
             return
         if sent < len(data):
             self.partly = sent > 0
+            self.unsent = True
             gevent.spawn(self._send_rest, data[sent:])
 
     def _send_rest(self, data: bytes) -> None:
         try:
             self.send(data)
+            self.unsent = False
         except OSError:
             self.shutdown()
 
