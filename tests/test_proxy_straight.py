@@ -282,7 +282,10 @@ def test_what_nobody_asked_for_is_no_answer(lab, proxy, upstream):
     client.close()
 
 
-def test_what_comes_behind_an_answer_is_none_for_the_next_request_of_the_same_turn(lab, proxy, upstream):
+@pytest.mark.parametrize("asked_first", [False, True])
+def test_what_comes_behind_an_answer_is_none_for_the_next_request_of_the_same_turn(
+    lab, proxy, upstream, asked_first
+):
     """The answer ends just where the proxy stops reading, and more is there behind it."""
     client, target = warm(proxy, upstream, request())
     # a second client, with a connection to the target of its own, which is then closed
@@ -300,8 +303,11 @@ def test_what_comes_behind_an_answer_is_none_for_the_next_request_of_the_same_tu
     assert len(reply) == 16_384
     before = lab.run(TAKEN)
     with stopped(lab):
+        if asked_first:
+            other.send(request("/x", "X-Other: 1"))
         target.send(reply + answer("200 OK", DATE, body=b"not asked for"))
-        other.send(request("/x", "X-Other: 1"))
+        if not asked_first:
+            other.send(request("/x", "X-Other: 1"))
     second = upstream.accept()
     read_request(second)
     second.send(PLAIN)
