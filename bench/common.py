@@ -79,6 +79,10 @@ def make_environment(venv: Path) -> None:
         if why := pip_install(venv, "gunicorn", "gevent", "Flask", "--editable", f"{ROOT}[fast]"):
             raise Failed(f"pip install: {why}")
         stamp.touch()
+    # as an installation does it: compiled at each start, it would take more memory than it has
+    subprocess.run(
+        [venv / "bin" / "python", "-m", "compileall", "-q", ROOT / "gunicorn_passenger"], check=True
+    )
 
 
 def versions(venv: Path) -> dict[str, str]:

@@ -407,10 +407,11 @@ def measure_memory(name: str, venv: Path, seconds: float) -> dict[str, Any]:
     with site(venv) as place, serving(contestant, case, place) as pids, contextlib.ExitStack() as stack:
         before = memory_of(pids[-1])
         idle_connections(place.socket, IDLE_CONNECTIONS, stack)
-        after = memory_of(pids[-1])
         used = exact_cpu_seconds(pids[-1])
         time.sleep(IDLE_SECONDS)
         used = exact_cpu_seconds(pids[-1]) - used
+        # once they have idled: at first, the last of them are as busy as any
+        after = memory_of(pids[-1])
     return {
         "started": asdict(started),
         "burst": asdict(burst),

@@ -16,11 +16,6 @@ from dataclasses import dataclass
 from gunicorn_passenger import errors
 from gunicorn_passenger.errors import SettingError
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pragma: no cover
-    import tomli as tomllib
-
 #: The system's file: account -> ports. Read by the master; never taken from the environment,
 #: or an account could name a file of its own.
 SYSTEM_FILE = "/etc/gunicorn-passenger/ports.toml"
@@ -183,6 +178,11 @@ def system_layer(account: str, uid: int, path: str = SYSTEM_FILE) -> Layer | Non
     text = _read_trusted(path)
     if text is None:
         return None
+    # most machines have no such file, and every worker would carry the reader of it
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -437,6 +437,8 @@ class Wishes:
         :param trusted: whether it is the operator who asks.
         :raises errors.DaemonError: for a name that is used twice.
         """
+        if (spec, trusted) in self._lasting:
+            return  # a hook that gunicorn calls more than once
         known = [*self._read, *self._reading, *(other for other, _ in self._lasting)]
         if any(other.name == spec.name for other in known):
             raise errors.daemon_twice(spec.name)

@@ -83,7 +83,7 @@ def spawn(
     :raises errors.ListenError: when it may not listen there, or cannot.
     """
     if _in_daemon():
-        return Daemon(name or "")
+        return _elsewhere(target, name, listen)
     reading = _called_in("load_config", "gunicorn.app.base")
     try:
         within = "" if reading else application.check_program_allotment(None)
@@ -128,12 +128,27 @@ def _place(spec: Spec, reading: bool) -> Daemon:
         if _called_in("spawn_worker", "gunicorn.arbiter") or _forked_from_master():
             raise errors.spawn_without_worker(spec.name)
         # the program's own code runs in the master with --preload
-        wishes.note_lasting(spec, trusted=not settings._program_runs)
+        try:
+            wishes.note_lasting(spec, trusted=not settings._program_runs)
+        except DaemonError as error:
+            if not wishes.attended:
+                raise
+            # a hook of a master that runs: what leaves it would end gunicorn
+            logging.getLogger("gunicorn.error").error("gunicorn-passenger: %s", error)
     else:
         return _household.spawn(spec)
     if not _hooked:
         _hooked.append(True)
         os.register_at_fork(before=_warn_unattended)
+    return Daemon(spec.name, _known_address(spec))
+
+
+def _elsewhere(target: Any, name: str | None, listen: Any) -> Daemon:
+    """In a daemon that imports the program for its function: nothing is started."""
+    try:
+        spec = make(target, name, listen, [], None, None, None, None, "keep", 10.0, 10, "", False)
+    except (PassengerError, OSError):
+        return Daemon(name or "")
     return Daemon(spec.name, _known_address(spec))
 
 

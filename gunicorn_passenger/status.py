@@ -30,7 +30,7 @@ from importlib import resources
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote
 
-from gunicorn_passenger.errors import PassengerError
+from gunicorn_passenger.errors import PassengerError, SettingError
 from gunicorn_passenger.serving.application import application as _application
 
 #: Seconds for which a report is used again.
@@ -136,7 +136,11 @@ class _Line:
             received += data
             line, end, rest = received.partition(b"\n")
             if end:
-                self._answer = json.loads(line)
+                try:
+                    self._answer = dict(json.loads(line))
+                except (ValueError, TypeError):
+                    # the end of an answer that was not for this process, but for one before it
+                    self._answer = {"error": "the gunicorn master is asked again"}
                 received = rest
                 self._asked = False
                 self._answered.set()
@@ -278,7 +282,11 @@ def _metrics(environ: dict[str, Any]) -> Answer:
     registry.register(_Collector(_families))
     if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
         registry.register(_Collector(_programs_own))
-    encode, content_type = choose_encoder(environ.get("HTTP_ACCEPT", ""))
+    try:
+        encode, content_type = choose_encoder(environ.get("HTTP_ACCEPT", ""))
+    except (TypeError, ValueError):
+        # it does not like every Accept, such as one with an unknown version
+        encode, content_type = choose_encoder("")
     return Answer("200 OK", content_type, encode(registry))
 
 
@@ -386,7 +394,9 @@ def _server_families(servers: list[dict[str, Any]], gauge: Any, counter: Any) ->
 
 def _daemon_families(daemons: list[dict[str, Any]], gauge: Any, counter: Any) -> Iterator[Any]:
     up = _Family(gauge, "daemon_up", "Whether the daemon runs", "daemon")
-    restarts = _Family(counter, "daemon_restarts", "How often it was started again", "daemon")
+    restarts = _Family(
+        counter, "daemon_restarts", "How often it was started again after it had died", "daemon"
+    )
     memory = _Family(gauge, "daemon_memory_bytes", "Memory that is resident", "daemon")
     for daemon in daemons:
         up.add(daemon["state"] == "running", daemon["name"])
@@ -419,6 +429,10 @@ def spawn(listen: Any, *, name: str = "status", **options: Any) -> Any:
     """
     from gunicorn_passenger import daemons
 
+    if listen is None or listen == []:
+        raise SettingError(
+            "status.spawn() needs to know where to listen: a port, 'host:port' or 'unix:/path'"
+        )
     return daemons.spawn(serve, name=name, listen=listen, report=True, **options)
 
 

@@ -9,7 +9,6 @@ import _socket
 import array
 import json
 import os
-import secrets
 import signal
 import socket
 import sys
@@ -86,7 +85,7 @@ class Supervisor:
         :returns: the key under which the supervisor speaks of it.
         :raises OSError: when the supervisor does not listen.
         """
-        key = secrets.token_hex(8)
+        key = os.urandom(8).hex()
         listening = list(listening)
         env = {name: value for name, value in environ.items() if name not in _PRIVATE}
         if who.changes:
@@ -264,13 +263,20 @@ def bound(want: Listen, sock: Any) -> Bound:
 
 
 def open_listening(
-    want: Listen, within: str, allotment: Allotment, backlog: int, mode: int, holder: Callable[[int], str]
+    want: Listen,
+    within: str,
+    allotment: Allotment,
+    backlog: int,
+    mode: int,
+    holder: Callable[[int], str],
+    before: int = 0,
 ) -> Bound:
     """Open a socket for a daemon, after the same rules as one for a server.
 
     :param within: the ports that the program allows itself; empty for all that are allotted.
     :param mode: of a UNIX socket's file.
     :param holder: who in this application holds a port; an empty text for nobody.
+    :param before: the port that an "auto" had last, which it gets again if that can be.
     :raises errors.ListenError: when it may not be had, or cannot be opened.
     """
     if want.kind == "unix":
@@ -283,11 +289,14 @@ def open_listening(
             raise errors.daemon_port_taken(str(want), who)
         return bound(want, sockets.open_tcp(family, want.host, want.port, backlog))
     if not allotment.limited and own is None:
+        if before and not holder(before):
+            with suppress(errors.ListenError):
+                return bound(want, sockets.open_tcp(family, want.host, before, backlog))
         return bound(want, sockets.open_tcp(family, want.host, 0, backlog))
     ports = allotment.ports if allotment.limited else own or frozenset()
     if own is not None:
         ports &= own
-    for number in sorted(ports):
+    for number in sorted(ports, key=lambda number: (number != before, number)):
         allotment.check(number)
         if holder(number):
             continue

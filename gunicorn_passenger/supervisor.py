@@ -43,10 +43,14 @@ STEADY = 10.0
 ORPHANED = 1.0
 #: How often it is looked at whether the processes of a daemon that ends are gone, in seconds.
 _LOOK = 0.05
+#: Seconds after which processes that do not die of SIGKILL are left alone.
+_STUCK = 5.0
 #: Bytes that a line of output may have; a longer one becomes several.
 MAX_LINE = 4096
 #: Bytes of lines in one packet.
 _MAX_BATCH = 16384
+#: Lines that one packet holds: the master logs a packet in one go.
+_MAX_LINES = 100
 #: Reads of what a daemon has left in its pipe: more than a pipe holds.
 _MAX_LAST = 64
 #: Packets that wait for the master to read; with more the daemons' output is left in their pipes.
@@ -84,7 +88,8 @@ class Daemon:
         self.sockets = sockets
         self.report = report
         self.pid = 0
-        self.started = 0.0
+        #: when its first process began and ended (monotonic seconds)
+        self.started = self.ended = 0.0
         #: how the last process ended: a wait status, or what kept it from starting
         self.status: int | None = None
         self.failure = ""
@@ -100,6 +105,8 @@ class Daemon:
         #: when its processes are to be killed, and whether that is all
         self.kill_at: float | None = None
         self.killing = False
+        #: when it is looked at again whether they are gone
+        self.look_at = 0.0
         self.leaving = False
 
     def close(self) -> None:
@@ -181,7 +188,7 @@ class Supervisor:
         for daemon in list(self.daemons.values()):
             if daemon.start_at is not None and now >= daemon.start_at:
                 self.start(daemon)
-            if daemon.kill_at is not None:
+            if daemon.kill_at is not None and now >= daemon.look_at:
                 self.look(daemon, now)
 
     def wait(self) -> float | None:
@@ -277,7 +284,7 @@ class Supervisor:
             # too many processes or descriptors: as if it had died at once
             self.say({"is": "warning", "text": f"no process for a daemon: {error.strerror}"})
             daemon.failure = f"cannot be started: {error.strerror}"
-            daemon.started = time.monotonic()
+            daemon.started = daemon.ended = time.monotonic()
             self.gone(daemon)
             return
         if daemon.pid == 0:
@@ -309,8 +316,11 @@ class Supervisor:
                 return
             if pid == 0:
                 return
+            for each in self.daemons.values():
+                each.look_at = 0.0
             daemon = firsts.get(pid)
             if daemon is not None:
+                daemon.ended = time.monotonic()
                 if daemon.failing >= 0:
                     self.heard_failure(daemon)
                 daemon.status = status
@@ -342,6 +352,7 @@ class Supervisor:
 
     def look(self, daemon: Daemon, now: float) -> None:
         """Are the processes of a daemon that ends gone?"""
+        daemon.look_at = now + _LOOK
         left = members(daemon)
         if not left and (not daemon.pid or daemon.status is not None):
             self.gone(daemon)
@@ -355,11 +366,15 @@ class Supervisor:
             for pid in left:
                 with suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
+            if now >= daemon.kill_at + _STUCK:
+                # it may not be killed by us (sudo), or not at all now (a device)
+                self.say({"is": "stuck", "key": daemon.key, "count": len(left)})
+                self.gone(daemon)
 
     def gone(self, daemon: Daemon) -> None:
         """No process of it is left: forget it, or start it again after a pause."""
         self.read(daemon, last=True)
-        lived = time.monotonic() - daemon.started
+        lived = daemon.ended - daemon.started
         was, daemon.pid, daemon.kill_at = daemon.pid, 0, None
         if daemon.leaving:
             self.forget(daemon, "ended")
@@ -430,7 +445,7 @@ class Supervisor:
             for at in range(0, len(line), MAX_LINE):
                 batch.append(line[at : at + MAX_LINE].decode("utf-8", "backslashreplace"))
                 size += MAX_LINE if len(line) > MAX_LINE else len(line)
-                if size >= _MAX_BATCH:
+                if size >= _MAX_BATCH or len(batch) >= _MAX_LINES:
                     self.say({"is": "lines", "key": daemon.key, "lines": batch})
                     batch, size = [], 0
         if batch:

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+import time
 
 import pytest
 from conftest import (
@@ -26,7 +27,8 @@ from conftest import (
     wait_for,
 )
 
-from gunicorn_passenger.daemon_spec import Spec, identity
+from gunicorn_passenger import supervisor
+from gunicorn_passenger.daemon_spec import Spec, Wishes, identity, make
 from gunicorn_passenger.errors import DaemonError
 
 HEAD = "from gunicorn_passenger.hooks import *\nimport gunicorn_passenger as passenger\nimport daemon_jobs\n"
@@ -437,6 +439,52 @@ def test_stop_and_restart_by_an_operator(site, port):
     assert command(site.start, "stop", "nobody").returncode == 1
 
 
+def test_workers_know_where_a_stopped_one_was(start):
+    """A worker that is started while the daemon is stopped is told its address, and there it is afterwards."""
+    env = {"SPAWN": "jobs = spawn(daemon_jobs.service, listen='auto')"}
+    process = start.gunicorn("daemon_app", workers=2, env=env).wait_ready()
+    pid = pid_of(process, "service")
+    before = fetch(process.socket, "/jobs")[1]
+    port = int(re.search(r"(\d+)\)>$", before).group(1))
+    assert job(port) == f"done work {pid}"
+    assert command(start, "stop", "service").returncode == 0
+    wait_for(lambda: refused(port), "the port to close")
+    workers = workers_of(process)
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    wait_for(lambda: len(set(workers_of(process)) - set(workers)) == 2, "new workers")
+    for _ in range(4):
+        assert fetch(process.socket, "/jobs")[1] == before
+    assert refused(port)
+    assert command(start, "restart", "service").returncode == 0
+    assert job(port) == f"done work {pid_of(process, 'service', 2)}"
+
+
+def test_a_daemon_that_cannot_be_started_leaves_the_others_alone(site):
+    process = site.run(
+        """
+import errno, os
+import gunicorn_passenger.supervision as supervision
+real = supervision.Supervisor.start
+def start(self, spec, *rest):
+    if spec.name == "second" and not os.path.exists("mended"):
+        raise OSError(errno.EMFILE, "Too many open files")
+    return real(self, spec, *rest)
+supervision.Supervisor.start = start
+passenger.spawn("sleep 1000", name="first")
+passenger.spawn("sleep 1000", name="second")
+passenger.spawn("sleep 1000", name="third")
+"""
+    ).wait_ready()
+    first = pid_of(process, "first")
+    process.wait_log("the daemon second cannot be started now: .*Too many open files", 2)
+    (site.start.home / "mended").touch()
+    pid_of(process, "second")
+    pid_of(process, "third")
+    assert starts(process, "first") == 1
+    assert lives(first)
+
+
 def test_a_stopped_one_can_have_its_port_taken(site, port):
     process = site.run(f"passenger.spawn(daemon_jobs.service, name='jobs', listen={port})").wait_ready()
     pid_of(process, "jobs")
@@ -624,8 +672,9 @@ def test_output_comes_line_by_line_under_its_name(site):
     assert re.search(r"\[INFO\] \[talker\] first line", log)
 
 
-def test_a_flood_waits_and_disturbs_nobody(site):
-    process = site.run("passenger.spawn(daemon_jobs.flood)\npassenger.spawn('sleep 1000')").wait_ready()
+@pytest.mark.parametrize("flood", ["daemon_jobs.flood", "'yes xxx', name='flood'"])
+def test_a_flood_waits_and_disturbs_nobody(site, flood):
+    process = site.run(f"passenger.spawn({flood})\npassenger.spawn('sleep 1000')").wait_ready()
     process.wait_log(r"\[flood\] xxx", 20000)
     supervisor = supervisor_of(process)
 
@@ -641,6 +690,55 @@ def test_a_flood_waits_and_disturbs_nobody(site):
     assert memory(process.pid) - before[1] < 8192, "kB more"
     assert "broker hangs" not in process.log()
     assert process.stop() == 0
+
+
+def test_short_lines_come_in_small_packets():
+    """The master logs a packet in one go."""
+    said = []
+    program = supervisor.Supervisor.__new__(supervisor.Supervisor)
+    program.say = said.append
+    program.pass_on(supervisor.Daemon("key", {}, [], None), [b"y"] * 1050)
+    assert [len(packet["lines"]) for packet in said] == [100] * 10 + [50]
+
+
+def test_what_counts_is_how_long_its_first_process_has_lived():
+    """Not how long those took to end that it has left behind."""
+    said = []
+    program = supervisor.Supervisor.__new__(supervisor.Supervisor)
+    program.say, program.daemons = said.append, {}
+    daemon = program.daemons["key"] = supervisor.Daemon("key", {"give_up_after": 2}, [], None)
+    now = time.monotonic()
+    for _ in range(2):
+        daemon.status, daemon.started, daemon.ended = 0, now - 60.0, now - 59.5
+        program.gone(daemon)
+    assert [message["is"] for message in said] == ["died", "died", "failed"]
+    assert said[0]["lived"] == 0.5
+
+
+def test_what_cannot_be_killed_is_left_alone(monkeypatch):
+    said = []
+    program = supervisor.Supervisor.__new__(supervisor.Supervisor)
+    program.say, program.daemons = said.append, {}
+    daemon = program.daemons["key"] = supervisor.Daemon("key", {"give_up_after": 0}, [], None)
+    daemon.pid, daemon.kill_at, daemon.leaving = 1 << 30, 100.0, True
+    monkeypatch.setattr(supervisor, "members", lambda daemon: [1 << 30])
+    program.look(daemon, 100.0)
+    program.look(daemon, 104.0)
+    assert [message["is"] for message in said] == ["killed"]
+    assert program.daemons
+    program.look(daemon, 105.5)
+    assert [(message["is"], message.get("count")) for message in said[1:]] == [("stuck", 1), ("ended", None)]
+    assert not program.daemons
+
+
+def test_a_hook_may_ask_again():
+    wishes = Wishes()
+    spec = make("sleep 1", "one", None, [], None, None, None, None, "keep", 1.0, 1, "", False)
+    for _ in range(2):
+        wishes.note_lasting(spec, True)
+    assert wishes.all() == [(spec, True)]
+    with pytest.raises(DaemonError, match="one"):
+        wishes.note_lasting(dataclasses.replace(spec, stop_timeout=2.0), True)
 
 
 # --- users -------------------------------------------------------------------------------------------

@@ -796,6 +796,29 @@ def test_a_standing_line_that_is_not_read_asks_nothing_more(control):
     assert control._clients == {}
 
 
+def test_each_turn_answers_one_question(control):
+    """However many have come in one piece, and however fast the answers are read."""
+    ours, theirs = socket.socketpair()
+    control.watch_reports(theirs)
+    count = controlling.MAX_QUESTION
+    ours.sendall(b"\n" * count)
+    received = b""
+    turns = 0
+    ours.setblocking(False)
+    while received.count(b"\n") < count:
+        turn(control)
+        turns += 1
+        assert turns < 3 * count
+        with contextlib.suppress(BlockingIOError):
+            received += ours.recv(1 << 20)
+        assert received.count(b"\n") <= turns
+    assert {json.loads(line)["error"] for line in received.splitlines()} == {
+        "a question is one line with a JSON object"
+    }
+    ours.close()
+    turn(control)
+
+
 def test_there_are_only_so_many_standing_lines(control):
     pairs = []
     with pytest.raises(OSError, match="which is the limit"):

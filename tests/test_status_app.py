@@ -1,16 +1,20 @@
 """The status application: health, metrics, the report, and what the program counts itself, of all workers."""
 
 import contextlib
+import fcntl
 import http.client
 import json
 import os
 import re
+import select
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import time
 
+import gevent
 import pytest
 from conftest import GUNICORN, NO_CONTROL, PROGRAMS, Client, fetch, free_port, free_range, wait_for
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
@@ -18,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from test_examples import Example, assert_shown
 
 from gunicorn_passenger import status
+from gunicorn_passenger.master import prometheus
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0 and "CI" not in os.environ, reason="needs root")
 
@@ -33,6 +38,12 @@ def get(where, path, method="GET", **headers):
         return response.status, response.headers, response.read().decode()
     finally:
         client.close()
+
+
+def wait_greenlets(condition):
+    with gevent.Timeout(30):
+        while not condition():
+            gevent.sleep(0.001)
 
 
 def samples(where, path="/metrics", parse=parse_text, **headers):
@@ -184,6 +195,39 @@ def test_metrics_are_negotiated(start, port):
     assert text.endswith("# EOF\n")
     found = samples(port, parse=parse_openmetrics, Accept="application/openmetrics-text; version=1.0.0")
     assert value(found, "gunicorn_passenger_up") == 1
+    # what prometheus_client itself does not understand is answered all the same
+    for odd in (
+        "application/openmetrics-text; version=x",
+        "application/openmetrics-text; version=1.0.0.0; =",
+        ";;",
+    ):
+        status, headers, text = get(port, "/metrics", Accept=odd)
+        assert (status, "gunicorn_passenger_up" in text) == (200, True), odd
+
+
+def test_spawn_needs_to_know_where():
+    for nowhere in (None, []):
+        with pytest.raises(ValueError, match="needs to know where to listen"):
+            status.spawn(nowhere)
+
+
+def test_the_end_of_an_answer_to_somebody_else_is_not_taken_for_one():
+    """The daemon was killed inside an answer, and the next one reads on where it was."""
+    ours, theirs = socket.socketpair()
+    line = status._Line(theirs.detach())
+    asked = gevent.spawn(line.report)
+    wait_greenlets(lambda: select.select([ours], [], [], 0)[0])
+    assert ours.recv(100) == b'{"command":"report"}\n'
+    ours.sendall(b'1234, "state": "ready"}]}}\n')
+    with pytest.raises(status.Unavailable, match="asked again"):
+        asked.get(timeout=30)
+    again = gevent.spawn(line.report)
+    wait_greenlets(lambda: select.select([ours], [], [], 0)[0])
+    ours.sendall(b'{"report": {"pid": 7}}\n')
+    assert again.get(timeout=30) == {"pid": 7}
+    ours.close()
+    with pytest.raises(status.Unavailable, match="gone"):
+        gevent.spawn(line.report).get(timeout=30)
 
 
 def test_metrics_without_prometheus_client(start, port):
@@ -491,6 +535,19 @@ def test_a_killed_masters_directory_is_removed_at_the_next_start(start, port):
     assert directories(start) == [left]
     again = counting(start, port)
     assert [os.path.basename(path) for path in directories(start)] == [f"prometheus-{again.pid}"]
+
+
+def test_a_directory_that_somebody_holds_is_not_removed(home):
+    """Two containers with one runtime directory: the other's pids say nothing here."""
+    path = home / f"prometheus-{1 << 22}"
+    path.mkdir()
+    held = os.open(path, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    prometheus._clear(str(home))
+    assert path.exists()
+    os.close(held)
+    prometheus._clear(str(home))
+    assert not path.exists()
 
 
 def test_after_usr2_the_new_master_has_its_own(start, port):

@@ -688,6 +688,7 @@ class Connection:
         self.sock.early = self.buf = b""
         self.at = 0
         self.sock.taken = True
+        self.memo = None
         self.peer.forget()
         response.took_over(status, fields)
         self.send(answer)

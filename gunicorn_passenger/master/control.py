@@ -73,8 +73,11 @@ class Client:
         return self.deadline is None
 
     def wanted(self) -> int:
-        """What to poll for: an answer goes out before the next question is read."""
-        return select.POLLOUT if self.answer else select.POLLIN
+        """What to poll for: an answer goes out before the next question is read.
+
+        A question that came with the one before waits for the next turn: each turn answers one.
+        """
+        return select.POLLOUT if self.answer or b"\n" in self.received else select.POLLIN
 
 
 class Control:
@@ -135,8 +138,10 @@ class Control:
                 self._accept()
             return
         try:
-            if events & select.POLLOUT:
+            if events & select.POLLOUT and client.answer:
                 self._send(client)
+            elif events & select.POLLOUT:
+                self._answer_next(client)
             elif not self._read(client):
                 self._drop(client)
         except BlockingIOError:
@@ -212,8 +217,6 @@ class Control:
             client.answer = client.answer[sent:]
         if not client.standing:
             self._drop(client)
-        elif client.received:
-            self._answer_next(client)
 
     def _drop(self, client: Client) -> None:
         self._clients.pop(client.sock.fileno(), None)

@@ -14,6 +14,7 @@ them.
 from __future__ import annotations
 
 import _socket
+import errno
 import fcntl
 import json
 import os
@@ -22,7 +23,7 @@ import select
 import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,6 +50,10 @@ _LOOK = 0.1
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 30.0
 _STEADY = 60.0
+#: Seconds after which a start is tried again that failed for want of something.
+_RETRY = 1.0
+#: What the channel to a supervisor says that is gone.
+_LOST = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF)
 #: Seconds that the supervisor has beyond the daemons' own, when gunicorn exits.
 _SPARE = 5.0
 
@@ -66,6 +71,9 @@ class Daemon:
     #: whether workers ask for it; else the operator does, or a program that was preloaded
     by_workers: bool
     sockets: list[Bound] = field(default_factory=list)
+    #: Host, port and path of each of its sockets, also of those that are closed while it is stopped: what
+    #: workers know of it stays true when it is started again.
+    places: list[tuple[str, int, str]] = field(default_factory=list)
     #: the workers that want it, by age
     wanted_by: set[int] = field(default_factory=set)
     #: how many reloads there had been when it was last asked for
@@ -81,6 +89,11 @@ class Daemon:
     restarts: int = 0
     #: what is to become of it once it has ended: "start", "stop" or "forget"
     then: str = ""
+
+    def listens(self, sockets: list[Bound]) -> None:
+        """These are its sockets from now on."""
+        self.sockets = sockets
+        self.places = [(one.host, one.port, one.path) for one in sockets]
 
 
 class Daemons:
@@ -186,21 +199,24 @@ class Daemons:
         held = known.sockets if known is not None else []
         sockets = self._open(spec, held)
         if known is None:
-            known = self._daemons[spec.name] = Daemon(
-                spec, who, by_workers, sockets, generation=self._generation
-            )
+            known = self._daemons[spec.name] = Daemon(spec, who, by_workers, generation=self._generation)
+            known.listens(sockets)
             self._launch(known)
             return known
         spare = [one for one in held if one not in sockets]
-        known.spec, known.who, known.by_workers, known.sockets = spec, who, by_workers, sockets
+        known.spec, known.who, known.by_workers = spec, who, by_workers
+        known.listens(sockets)
         known.generation = self._generation
         self._close(spare)
         self._restart(known, "restarted: it is asked for differently")
         return known
 
-    def _open(self, spec: Spec, held: list[Bound]) -> list[Bound]:
+    def _open(
+        self, spec: Spec, held: list[Bound], places: Sequence[tuple[str, int, str]] = ()
+    ) -> list[Bound]:
         """The sockets of a spec; those that are held already, or came from the master before, are kept.
 
+        :param places: where they were bound before they were closed.
         :raises errors.ListenError: when one is not to be had; then nothing has changed.
         """
         free = list(held)
@@ -214,7 +230,8 @@ class Daemons:
                 else:
                     one = self._take_handed(spec, len(found))
                     if one is None:
-                        one = self._open_one(spec, want)
+                        before = places[len(found)][1] if len(found) < len(places) else 0
+                        one = self._open_one(spec, want, before)
                         self._broker.log.info("Opened %s for the daemon %s", one, spec.name)
                     opened.append(one)
                 found.append(one)
@@ -244,7 +261,7 @@ class Daemons:
                 return one
         return None
 
-    def _open_one(self, spec: Spec, want: Any) -> Bound:
+    def _open_one(self, spec: Spec, want: Any, before: int) -> Bound:
         broker = self._broker
         # a master without a descriptor left could not even start workers
         limit = min(MAX_PORTS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
@@ -252,7 +269,7 @@ class Daemons:
             raise errors.too_many_ports(limit)
         cfg = broker.cfg
         mode = 0o666 & ~cfg.umask if cfg.umask else 0o600
-        one = open_listening(want, spec.within, broker.allotment, cfg.backlog, mode, self._holder)
+        one = open_listening(want, spec.within, broker.allotment, cfg.backlog, mode, self._holder, before)
         if one.path and (cfg.uid, cfg.gid) != (os.geteuid(), os.getegid()):
             # as gunicorn does for its own: the workers are to reach it
             with suppress(OSError):
@@ -289,7 +306,11 @@ class Daemons:
             )
             if report is not None:
                 report.close()
-            self._lose()
+            if self._supervisor is None or error.errno in _LOST:
+                self._lose()
+            else:
+                # no descriptors, for one: the daemons that run are none the worse for it
+                self._again_at = time.monotonic() + _RETRY
             return
         finally:
             if theirs is not None:
@@ -302,7 +323,10 @@ class Daemons:
             return None, None
         try:
             return _socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        except OSError:
+        except OSError as error:
+            self._broker.log.warning(
+                "gunicorn-passenger: the daemon %s gets no reports: %s", daemon.spec.name, error.strerror
+            )
             return None, None
 
     def _watch(self, sock: Any) -> None:
@@ -310,8 +334,10 @@ class Daemons:
         for owner in (self._broker, *self._broker.parts):
             watch = getattr(owner, "watch_reports", None)
             if watch is not None:
-                with suppress(OSError):
+                try:
                     watch(sock)
+                except OSError as error:
+                    self._broker.log.warning("gunicorn-passenger: a daemon gets no reports: %s", error)
                 return
         sock.close()
 
@@ -341,7 +367,7 @@ class Daemons:
         if then == "start":
             if len(daemon.sockets) != len(daemon.spec.listen):
                 try:
-                    daemon.sockets = self._open(daemon.spec, daemon.sockets)
+                    daemon.listens(self._open(daemon.spec, daemon.sockets, daemon.places))
                 except PassengerError as error:
                     daemon.state = FAILED
                     self._broker.log.error("gunicorn-passenger: daemon %s: %s", daemon.spec.name, error)
@@ -486,6 +512,11 @@ class Daemons:
                 "Daemon %s has not ended within %g s: killing %s processes",
                 name, daemon.spec.stop_timeout, message["count"],
             )  # fmt: skip
+        elif what == "stuck":
+            log.error(
+                "Daemon %s: %s processes cannot be ended (another user's, or waiting for a device): they are "
+                "left alone", name, message["count"],
+            )  # fmt: skip
         elif what == "died":
             self._died(daemon, message)
         elif what == "failed":
@@ -570,10 +601,8 @@ class Daemons:
             text = f"the master cannot start what was asked for: {error!r}"
             self._broker.log.error("gunicorn-passenger: worker %s: %s", self._broker.pid(age), text)
             return Refused(number, "daemon", 0, text[:1000])
-        if not daemon.sockets:
-            return Spawned(number, daemon.spec.name)
-        first = daemon.sockets[0]
-        return Spawned(number, daemon.spec.name, first.host, first.port, first.path)
+        # one that is stopped, or given up, will be where it was
+        return Spawned(number, daemon.spec.name, *(daemon.places[0] if daemon.places else ()))
 
     def _asked(self, age: int, spec: Spec) -> Daemon:
         """A worker wants a daemon."""

@@ -11,6 +11,7 @@ user through.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -37,6 +38,7 @@ class Directory:
         #: whether it is ours to own and to remove
         self._ours = False
         self._pid = 0
+        self._held = -1
         self._said: list[str] = []
 
     def prepare(self) -> None:
@@ -69,6 +71,7 @@ class Directory:
             _clear(parent)
             path = os.path.join(parent, f"prometheus-{self._pid}")
             os.mkdir(path, 0o700)
+            self._lock(path)
         except (PassengerError, OSError) as error:
             if _NAME.fullmatch(os.path.basename(os.environ.get(VARIABLE, ""))):
                 del os.environ[VARIABLE]  # that of the master before
@@ -79,6 +82,11 @@ class Directory:
         values = sys.modules.get("prometheus_client.values")
         if values is not None and not getattr(values.ValueClass, "_multiprocess", True):
             self._said.append(errors.prometheus_too_early())
+
+    def _lock(self, path: str) -> None:
+        """Hold it, with the workers, for whom a pid says nothing: other containers have their own."""
+        self._held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def give(self, cfg: Any, log: Any) -> None:
         """The settings are known: give the directory to the workers' user, and say what went wrong."""
@@ -112,7 +120,8 @@ class Directory:
         """gunicorn exits."""
         if self._ours and self._pid == os.getpid():
             shutil.rmtree(self.path, ignore_errors=True)
-            self.path, self._ours = "", False
+            os.close(self._held)
+            self.path, self._ours, self._held = "", False, -1
 
 
 def _clear(parent: str) -> None:
@@ -120,7 +129,23 @@ def _clear(parent: str) -> None:
     for name in os.listdir(parent):
         match = _NAME.fullmatch(name)
         if match and (int(match.group(1)) == os.getpid() or not runtime.lives(int(match.group(1)))):
-            shutil.rmtree(os.path.join(parent, name), ignore_errors=True)
+            path = os.path.join(parent, name)
+            if not _is_held(path):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_held(path: str) -> bool:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 directory = Directory()

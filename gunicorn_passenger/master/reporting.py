@@ -115,7 +115,7 @@ def _servers(
         )
     for port in sorted(broker.listeners.ports.values(), key=lambda p: (p.port, p.key)):
         counts: dict[str, Any] = broker.tally.total(port.key, port.slot, boards)._asdict()
-        if not port.counts:
+        if not port.counts or port.slot < 0:
             counts |= dict.fromkeys(("requests", "bytes", "errors"))
         found.append(
             {

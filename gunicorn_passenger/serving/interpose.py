@@ -39,7 +39,6 @@ from gunicorn_passenger.address import SockAddr, Tcp, format_sockname, format_tc
 from gunicorn_passenger.board import PRIMARY_SLOT, Board, Counts
 from gunicorn_passenger.serving import face
 from gunicorn_passenger.serving.application import Application, Foreign
-from gunicorn_passenger.serving.epolls import replace as _replace_under
 from gunicorn_passenger.serving.link import Grant
 from gunicorn_passenger.serving.server import CLOSED, LISTENING, LOST, STOPPED, WAITING, Socket
 from gunicorn_passenger.settings import settings
@@ -83,6 +82,13 @@ class Leased:
     name: SockAddr
     #: what the program has set on its own socket
     options: list[tuple[int, int, bytes]]
+
+
+def _replace_under(fd: int, source: Any) -> None:
+    """See :func:`~.epolls.replace`, which needs what few workers have a use for."""
+    from gunicorn_passenger.serving import epolls
+
+    epolls.replace(fd, source)
 
 
 class Interposition:
