@@ -143,7 +143,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     for client in server.clients:
         client.sock.close()
     wait_for(server.acceptor.idle)
-    assert server.turn._holding == []
+    assert server.turn.holding == []
 
 
 def test_answers_of_a_turn_leave_together_at_its_end(server: Server) -> None:
@@ -447,7 +447,11 @@ def test_a_forked_child_does_not_send_what_its_parent_sends(server: Server) -> N
             connection = server.held().connection
             pid = os.fork()
             if not pid:
-                os._exit(bool(connection.held or server.turn._holding))
+                left = True
+                try:
+                    left = bool(connection.held or server.turn.holding)
+                finally:
+                    os._exit(left)
             statuses.append(os.waitpid(pid, 0)[1])
 
     for client in server.connect(), server.connect():
