@@ -221,7 +221,7 @@ class Broker:
     def primary_of(listening: list[Any]) -> list[Any]:
         """The listeners of the primary: the UNIX ones, or else the first; none that a program opened."""
         binds = [li for li in listening if not isinstance(li, Held)]
-        return [li for li in binds if is_unix(li.getsockname())] or binds[:1]
+        return [li for li in binds if li.sock is not None and is_unix(li.getsockname())] or binds[:1]
 
     @contextmanager
     def _hold(self) -> Iterator[None]:

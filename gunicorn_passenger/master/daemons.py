@@ -428,12 +428,11 @@ class Daemons:
             else:
                 self._waits_for_master = False
                 self._launch_all()
+        if self._again_at is not None and now >= self._again_at:
+            self._again_at = None
+            self._launch_all()
         if self._again_at is not None:
-            if now >= self._again_at:
-                self._again_at = None
-                self._launch_all()
-            else:
-                due.append(self._again_at)
+            due.append(self._again_at)
         if now < self._rest_until:
             due.append(self._rest_until)
         due.extend(self._drop_unwanted(now))
