@@ -107,8 +107,9 @@ def carry(proxy: Any, connection: Any, environ: dict[str, Any], start_response: 
     if link is None:
         return None
     stream = link.stream
-    if link.since == pool.clock() and not stream.silent():
-        # it was kept in this turn of the loop, and nobody was there yet to hear what came behind the answer
+    if not stream.silent():
+        # it may have been kept in this turn of the loop: then nobody was there yet to hear what came behind
+        # the answer
         pool.drop(link)
         return None
     began = monotonic()
