@@ -3,7 +3,8 @@
     make fuzz                 # bounded: RUNS=50000
     make fuzz RUNS=10000000   # for a night
 
-The first bytes of an input say where the rest is cut into pieces. What is found is written to the
+The first bytes of an input say where the rest is cut into pieces, and whether the client has bound its end of
+the UNIX socket to a name, which may be any bytes. What is found is written to the
 directory given with ``-artifact_prefix``; a case that is fixed goes into ``corpus/``.
 """
 
@@ -38,7 +39,13 @@ def one_input(data: bytes) -> None:
     gate, cfg = GATES[data[0] & 1]
     # what is said again means the same: fields that have come before are not parsed
     times = 3 if data[0] & 2 else 1
-    found = http_model.disagreement(gate, cfg, data[4:] * times, list(data[1:4]))
+    peer: str | bytes = ""
+    stream = data[4:]
+    if data[0] & 4:
+        peer, stream = stream[: data[3]], stream[data[3] :]
+        if data[0] & 8:
+            peer = peer.decode("utf-8", "surrogateescape")  # the name of a file, as accept() gives it
+    found = http_model.disagreement(gate, cfg, stream * times, list(data[1:4]), peer)
     if found:
         raise AssertionError(found)
 

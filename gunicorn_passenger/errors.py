@@ -258,11 +258,11 @@ def no_port_free(allotment: str, where_set: str) -> PortInUse:
 
 
 def not_allotted(port: int, account: str, allotment: str, where_set: str, remedy: str) -> PortNotAllotted:
-    return PortNotAllotted(
-        errno.EACCES,
-        f"port {port} is not allotted to account {account}: the allotment is {allotment} "
-        f"(set by {where_set}); listen on one of those ports, or {remedy}",
-    )
+    if allotment == "none":
+        said = f"no port is allotted to it (set by {where_set}); to allow this one, {remedy}"
+    else:
+        said = f"the allotment is {allotment} (set by {where_set}); listen on one of those ports, or {remedy}"
+    return PortNotAllotted(errno.EACCES, f"port {port} is not allotted to account {account}: {said}")
 
 
 def privileged(port: int, first_free: int, account: str) -> PortNotAllotted:

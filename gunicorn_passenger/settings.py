@@ -210,7 +210,9 @@ class Settings:
         """
         account = account_name(uid)
         allotment = Allotment(account).narrowed(system_layer(account, uid))
-        if text := os.environ.get("PASSENGER_PORTS", "").strip():
+        # Set but empty means no port at all, as configure(ports="") does: PASSENGER_PORTS=$PORTS with PORTS
+        # unset must not open every port.
+        if (text := os.environ.get("PASSENGER_PORTS")) is not None:
             ports = parse_ports(text, "PASSENGER_PORTS")
             allotment = allotment.narrowed(
                 Layer(ports, "PASSENGER_PORTS", "add it to PASSENGER_PORTS and restart")

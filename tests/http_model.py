@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from typing import Any
+from urllib.parse import urlsplit
 
 from gevent import getcurrent
 from gunicorn.config import Config
@@ -18,6 +19,7 @@ from gunicorn.http.unreader import IterUnreader
 from gunicorn.http.wsgi import create
 
 from gunicorn_passenger.http import connection as connection_module
+from gunicorn_passenger.http import head
 from gunicorn_passenger.http.connection import Connection
 from gunicorn_passenger.http.gateway import Gateway, Lifecycle
 from gunicorn_passenger.settings import Timeouts
@@ -119,9 +121,12 @@ def gateway(cfg: Config, app: Any = None, sockname: Any = SOCKNAME) -> Gateway:
     return Gateway(app, cfg, log, Lifecycle(), sockname, Timeouts())
 
 
-def ours(gate: Gateway, pieces: list[bytes]) -> tuple[list[tuple[dict[str, Any], bytes]], Any, bytes]:
+def ours(
+    gate: Gateway, pieces: list[bytes], peer: Any = ""
+) -> tuple[list[tuple[dict[str, Any], bytes]], Any, bytes]:
     """Our connection loop on a stream.
 
+    :param peer: what ``accept()`` gave for the client; on a UNIX socket any bytes that the client chose.
     :returns: environ and body of each request that the application got whole, how it ended, and
         what the client was sent.
     """
@@ -144,7 +149,7 @@ def ours(gate: Gateway, pieces: list[bytes]) -> tuple[list[tuple[dict[str, Any],
     real = connection_module.get_hub
     connection_module.get_hub = lambda: nothing
     try:
-        connection = Connection(_Ended(), gate, _Sock(raw), "")
+        connection = Connection(_Ended(), gate, _Sock(raw), peer)
     finally:
         connection_module.get_hub = real
     refused: list[BaseException] = []
@@ -167,6 +172,8 @@ def theirs(cfg: Config, data: bytes) -> tuple[list[tuple[dict[str, Any], bytes]]
             return got, EOF
         except errors.ParseException as error:
             return got, _status(error)
+        if not _absolute_form(request):
+            return got, 400
         request._expected_100_continue = False  # it would be sent here
         try:
             _, environ = create(request, _Sock(_Raw([])), "", SOCKNAME, cfg)
@@ -184,9 +191,32 @@ def theirs(cfg: Config, data: bytes) -> tuple[list[tuple[dict[str, Any], bytes]]
         if isinstance(reader, LengthReader) and len(body) < int(environ.get("CONTENT_LENGTH", 0)):
             return got, BROKEN
         assert isinstance(reader, LengthReader | ChunkedReader)
+        if environ.get("CONTENT_LENGTH"):
+            environ["CONTENT_LENGTH"] = str(int(environ["CONTENT_LENGTH"]))
         got.append((facts(environ), body))
         if request.should_close() or not _keeps(environ):
             return got, EOF
+
+
+def _absolute_form(request: Any) -> bool:
+    """Where ours is stricter: the host of a target in absolute form counts (RFC 9112 section 3.2.2).
+
+    :returns: whether the target is one that RFC 9110 sections 4.2.1 to 4.2.4 allow.
+    """
+    if request.uri.startswith("/") or "://" not in request.uri:
+        return True
+    parts = urlsplit(request.uri)
+    if (
+        parts.scheme not in ("http", "https")
+        or request.method == "CONNECT"
+        or not head._AUTHORITY.fullmatch(parts.netloc)
+    ):
+        return False
+    request.headers = [
+        ("HOST", parts.netloc),
+        *((name, value) for name, value in request.headers if name != "HOST"),
+    ]
+    return True
 
 
 def _keeps(environ: dict[str, Any]) -> bool:
@@ -221,7 +251,7 @@ def _status(error: BaseException) -> int | None:
     return 400 if isinstance(error, kinds) else None
 
 
-def disagreement(gate: Gateway, cfg: Config, data: bytes, cuts: list[int]) -> str:
+def disagreement(gate: Gateway, cfg: Config, data: bytes, cuts: list[int], peer: Any = "") -> str:
     """Where the two differ on a stream; empty if nowhere.
 
     Ours may refuse earlier what gunicorn would still wait for, or for what it sees first then.
@@ -232,7 +262,7 @@ def disagreement(gate: Gateway, cfg: Config, data: bytes, cuts: list[int]) -> st
         pieces.append(data[at:cut])
         at = cut
     pieces.append(data[at:])
-    mine, my_end, _ = ours(gate, pieces)
+    mine, my_end, _ = ours(gate, pieces, peer)
     other, other_end = theirs(cfg, data)
     if mine != other:
         return f"requests: ours {mine!r}, gunicorn's {other!r}"

@@ -1,5 +1,6 @@
 """The allotment: parsing, layers, the system's file, and what a worker can obtain."""
 
+import errno
 import json
 import os
 import pwd
@@ -21,7 +22,7 @@ from conftest import (
 
 from gunicorn_passenger.allotment import Allotment, Layer, format_ports, parse_ports, system_layer
 from gunicorn_passenger.errors import PortNotAllotted, SettingError
-from gunicorn_passenger.settings import Settings
+from gunicorn_passenger.settings import _CHECKS, Settings
 
 IS_ROOT = os.geteuid() == 0
 
@@ -234,6 +235,51 @@ def test_configuration_and_environment_bound_the_program(start):
     )
     assert status == 500
     assert f"PortNotAllotted: port {c} is not allotted" in text
+
+
+@pytest.mark.parametrize("text", ["", " ", "\t\n"])
+def test_a_variable_that_is_set_but_empty_allots_no_port(monkeypatch, text):
+    """PASSENGER_PORTS=$PORTS with PORTS unset must not allow every port."""
+    monkeypatch.setenv("PASSENGER_PORTS", text)
+    allotment = Settings().operator_allotment(os.geteuid())
+    assert allotment.limited
+    assert allotment.ports == frozenset()
+    with pytest.raises(PortNotAllotted, match="no port is allotted to it"):
+        allotment.check(9000)
+
+
+@pytest.mark.parametrize("name", [name for name in _CHECKS if name != "ports"])
+def test_no_other_variable_that_is_set_but_empty_changes_anything(monkeypatch, name):
+    settings = Settings()
+    with monkeypatch.context() as patch:
+        patch.delenv(f"PASSENGER_{name.upper()}", raising=False)
+        unset = settings._in_force(name)
+    monkeypatch.setenv(f"PASSENGER_{name.upper()}", " ")
+    assert settings._in_force(name) == unset
+    settings.check_environment()
+
+
+def test_an_empty_allotment_opens_nothing(start, port):
+    start.write(
+        "program.py",
+        f"""
+        for place in ({port}, "auto"):
+            try:
+                passenger.create_server(whoami).listen(place)
+            except OSError as error:
+                print("refused:", error.errno, error, flush=True)
+        """,
+    )
+    process = start.gunicorn("anything", workers=1, env={"PASSENGER_PORTS": ""}).wait_ready()
+    process.wait_log(
+        rf"refused: {errno.EACCES} port {port} is not allotted to account \S+: no port is allotted to it "
+        r"\(set by PASSENGER_PORTS\); to allow this one, add it to PASSENGER_PORTS and restart"
+    )
+    process.wait_log(r"refused: \d+ listen\('auto'\) found no free port in the allotment none")
+    assert outcomes(process, port) == ["PortNotAllotted"]
+    process = start.python(COMMAND, "ports", env={"PASSENGER_PORTS": ""})
+    assert process.wait_end() == 0
+    assert "allotted  none  (set by PASSENGER_PORTS)" in process.log()
 
 
 def test_a_reload_takes_a_new_allotment(start):

@@ -82,6 +82,15 @@ target = st.one_of(
             "/a//b",
             "*",
             "http://h:1/p?q",
+            "HTTPS://h",
+            "http://h?q",
+            "http://[::1]:8/p",
+            "http:///p",
+            "http://u@h/p",
+            "http://h:x/",
+            "http://h\\i/",
+            "file:///etc/passwd",
+            "x://h/",
             "h:1",
             "/%2F%00%ff",
             "/#f",
@@ -127,6 +136,7 @@ value = st.one_of(
     st.sampled_from(
         [
             *("0", "1", "3", "5", "+1", "-1", "0x1", "1, 1", "", " 2 ", "²", "99999999999999999999"),
+            *("05", "000", "9223372036854775807", "9223372036854775808", "18446744073709551621", "0" * 5000),
             *("chunked", "Chunked", "gzip", "gzip, chunked", "chunked, chunked", "identity", "x"),
             *(
                 "close",
@@ -156,7 +166,27 @@ plain_field = st.builds(
     st.sampled_from(["0", "3", "5", "chunked", "close", "keep-alive", "https", "a", "/"]),
 )
 size = st.sampled_from(
-    ["3", "003", "a", "A", "0", "0", "-1", "0x3", " 3", "3 ", "3;a=b", '3 ; a="\\" q"', "3;", "3;=", "g", ""]
+    [
+        *(
+            "3",
+            "003",
+            "a",
+            "A",
+            "0",
+            "0",
+            "-1",
+            "0x3",
+            " 3",
+            "3 ",
+            "3;a=b",
+            '3 ; a="\\" q"',
+            "3;",
+            "3;=",
+            "g",
+            "",
+        ),
+        *("7fffffffffffffff", "8000000000000000", "10000000000000003", "f" * 200),
+    ]
 )
 chunk = st.builds(
     lambda s, e, d, f: f"{s}{e}{d}{f}", size, end, st.sampled_from(["abc", "abcdefghij", "", "ab"]), end
@@ -194,6 +224,13 @@ plain_message = st.builds(
 stream = st.lists(st.one_of(plain_message, message), min_size=1, max_size=3).map(
     lambda messages: "".join(messages).encode("latin-1")
 )
+#: what accept() gives for a client: nothing, an address, or the name that a client of a UNIX socket has bound
+peers = st.one_of(
+    st.just(""),
+    st.just(("127.0.0.1", 5)),
+    st.binary(min_size=1, max_size=108),
+    st.binary(min_size=1, max_size=108).map(lambda name: name.decode("utf-8", "surrogateescape")),
+)
 cuts = st.lists(st.integers(0, 120), max_size=6)
 
 
@@ -201,6 +238,18 @@ cuts = st.lists(st.integers(0, 120), max_size=6)
 @EXAMPLES
 def test_streams_mean_what_they_mean_to_gunicorn(data: bytes, cuts: list[int]) -> None:
     assert http_model.disagreement(GATE, CFG, data, cuts) == ""
+
+
+@given(stream, cuts, peers)
+@EXAMPLES
+def test_the_name_of_a_client_changes_nothing(data: bytes, cuts: list[int], peer: Any) -> None:
+    named, _, _ = http_model.ours(GATE, [data], peer)
+    unnamed, _, _ = http_model.ours(GATE, [data], peer if isinstance(peer, tuple) else "")
+    assert named == unnamed
+    for environ, _ in named:
+        assert environ["REMOTE_ADDR"] == ("127.0.0.1" if isinstance(peer, tuple) else "")
+    if not isinstance(peer, tuple):
+        assert http_model.disagreement(GATE, CFG, data, cuts, peer) == ""
 
 
 @given(stream, cuts)
@@ -301,3 +350,87 @@ def test_how_it_is_cut_makes_no_difference(data: bytes, step: int) -> None:
     whole = http_model.ours(GATE, [data])[:2]
     cut = http_model.ours(GATE, [data[at : at + step] for at in range(0, len(data), step)])[:2]
     assert cut[0] == whole[0]
+
+
+# --- the target in absolute form, and lengths ----------------------------------------------------------
+
+
+def read_one(data: bytes) -> tuple[dict[str, Any], bytes]:
+    got, end, _ = http_model.ours(GATE, [data])
+    assert end == http_model.EOF
+    (one,) = got
+    return one
+
+
+@pytest.mark.parametrize(
+    ("target", "host", "name", "port"),
+    [
+        ("http://b/x?y", "b", "b", "80"),
+        ("http://b:81/x?y", "b:81", "b", "81"),
+        ("HTTPS://b.example/x?y", "b.example", "b.example", "80"),
+        ("http://10.0.0.1:5/x?y", "10.0.0.1:5", "10.0.0.1", "5"),
+    ],
+)
+@pytest.mark.parametrize("sent", ["Host: a\r\n", ""])
+def test_the_host_of_a_target_in_absolute_form_counts(
+    target: str, host: str, name: str, port: str, sent: str
+) -> None:
+    """RFC 9112 section 3.2.2: whatever the Host header says."""
+    environ, _ = read_one(f"GET {target} HTTP/1.1\r\n{sent}\r\n".encode())
+    assert environ["HTTP_HOST"] == host
+    assert (environ["SERVER_NAME"], environ["SERVER_PORT"]) == (name, port)
+    assert (environ["PATH_INFO"], environ["QUERY_STRING"]) == ("/x", "y")
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        *("http:///x", "http://", "http://?x", "http://:80/x", "https://user@b/x", "http://user:pass@b/x"),
+        *("file:///etc/passwd", "ftp://b/x", "ws://b/x", "x://b/", "://b/x"),
+        *("http://b:x/", "http://b:123456/", "http://b\\c/", "http://b,c/", "http://[::1/", "http://b c/"),
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "OPTIONS"])
+def test_a_target_in_absolute_form_that_names_no_host_is_refused(target: str, method: str) -> None:
+    """RFC 9110 sections 4.2.1 to 4.2.4."""
+    data = f"{method} {target} HTTP/1.1\r\nHost: a\r\n\r\nGET /next HTTP/1.1\r\nHost: a\r\n\r\n"
+    assert http_model.ours(GATE, [data.encode()])[:2] == ([], 400)
+
+
+@pytest.mark.parametrize("written", ["5", "05", "0" * 30 + "5", "0" * 4000 + "5"])
+def test_a_content_length_is_written_anew_as_a_number(written: str) -> None:
+    environ, body = read_one(f"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {written}\r\n\r\nabcde".encode())
+    assert environ["CONTENT_LENGTH"] == "5"
+    assert body == b"abcde"
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        str(1 << 63),
+        str((1 << 64) + 5),
+        "9" * 23,
+        "9" * 4300,
+        "9" * 4301,
+        "0" * 4401,
+        "-1",
+        "+5",
+        "5 5",
+        "\u0665",
+    ],
+)
+def test_a_content_length_that_no_length_can_be_is_refused(written: str) -> None:
+    data = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %b\r\n\r\nabcde" % written.encode()
+    assert http_model.ours(GATE, [data])[:2] == ([], 400)
+
+
+def test_the_largest_content_length_is_accepted() -> None:
+    """The body that is then missing is the application's to notice."""
+    data = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\nabcde" % ((1 << 63) - 1)
+    assert http_model.ours(GATE, [data])[1] == http_model.BROKEN
+
+
+@pytest.mark.parametrize("size", ["8000000000000000", "10000000000000005", "f" * 100])
+def test_a_chunk_that_no_chunk_can_be_is_refused(size: str) -> None:
+    data = f"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n{size}\r\nabcde".encode()
+    assert http_model.ours(GATE, [data])[:2] == ([], 400)

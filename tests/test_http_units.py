@@ -10,12 +10,14 @@ import gevent
 import http_model
 import pytest
 from gunicorn.config import Config
+from gunicorn.glogging import Logger
 
 from gunicorn_passenger.http import deadlines as deadlines_module
 from gunicorn_passenger.http.access import AccessLog
 from gunicorn_passenger.http.client_socket import ClientSocket
 from gunicorn_passenger.http.deadlines import Deadlines
 from gunicorn_passenger.http.response import InvalidResponseHeader, Response
+from gunicorn_passenger.printable import escape_error_log
 
 
 class Loop:
@@ -205,6 +207,74 @@ def test_other_handlers_get_the_access_log_too(tmp_path: Any) -> None:
             log.access_log.removeHandler(own)
     assert len(records) == 1
     assert (tmp_path / "access.log").read_text().count('"GET / HTTP/1.1" 200 0') == 2
+
+
+#: what a client could put into an access log: a second line, a terminal's commands, text in another order
+HOSTILE = 'a\r\n1.2.3.4 - - "GET" \x1b[2J\x7f\x9b2J \u202e'
+ESCAPED = 'a\\x0d\\x0a1.2.3.4 - - \\"GET\\" \\x1b[2J\\x7f\\x9b2J \\u202e'
+
+
+class OtherLogger(Logger):
+    """A program's own logger, whose values for the line may be others."""
+
+    def atoms(self, *arguments: Any) -> Any:
+        return super().atoms(*arguments)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["our line", "gunicorn's line"])
+def test_what_a_client_says_stays_in_its_line_of_the_access_log(tmp_path: Any, own: bool) -> None:
+    answer, _ = response()
+    answer.start_response("200 OK", [("Content-Length", "0")])
+    cfg = Config()
+    cfg.set("accesslog", str(tmp_path / "access.log"))
+    cfg.set("access_log_format", "%(h)s|%(U)s|%({hostile}e)s")
+    log = cfg.logger_class(cfg) if own else OtherLogger(cfg)
+    try:
+        access = AccessLog(cfg, log)
+        assert access._simple is own
+        environ = {
+            "REQUEST_METHOD": "GET", "RAW_URI": "/", "SERVER_PROTOCOL": "HTTP/1.1",
+            "REMOTE_ADDR": "", "PATH_INFO": HOSTILE, "HOSTILE": HOSTILE,
+        }  # fmt: skip
+        request = type("Request", (), {"headers": [], "method": "GET", "uri": "/"})
+        access.write(answer, lambda: request, environ, 0.1, b"GET / HTTP/1.1\r\n\r\n")
+    finally:
+        for handler in list(log.access_log.handlers):
+            handler.close()
+            log.access_log.removeHandler(handler)
+    assert (tmp_path / "access.log").read_text() == f"|{ESCAPED}|{ESCAPED}\n"
+
+
+def test_what_is_logged_as_an_argument_stays_in_its_line_of_the_error_log(tmp_path: Any) -> None:
+    cfg = Config()
+    cfg.set("errorlog", str(tmp_path / "error.log"))
+    log = cfg.logger_class(cfg)
+    try:
+        escape_error_log(log)
+        escape_error_log(log)
+        log.warning("Invalid request from %s: %d", HOSTILE, 5)
+        log.warning("two\nlines \x1b[2J")
+        try:
+            raise ValueError("\x1b[2J")
+        except ValueError:
+            log.exception("Error handling request %s", "/\n")
+        # an application that borrows gunicorn's handlers has its own lines
+        other = logging.getLogger("of an application")
+        other.propagate = False
+        other.addHandler(log.error_log.handlers[-1])
+        other.warning("%s", "two\nlines")
+    finally:
+        other.removeHandler(log.error_log.handlers[-1])
+        for handler in list(log.error_log.handlers):
+            handler.close()
+            log.error_log.removeHandler(handler)
+    text = (tmp_path / "error.log").read_text()
+    lines = [line.partition("] [WARNING] ")[2] or line for line in text.splitlines()]
+    assert lines[0] == f"Invalid request from {ESCAPED}: 5".replace('\\"', '"')
+    assert lines[1:3] == ["two", "lines \\x1b[2J"]
+    assert "Error handling request /\\x0a" in lines[3]
+    assert lines[4] == "Traceback (most recent call last):"
+    assert lines[-3:] == ["ValueError: \\x1b[2J", "two", "lines"]
 
 
 # --- gunicorn.socket ---------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Runs in: a worker, in its hub. Must never: block.
 from __future__ import annotations
 
 import errno
+import os
 from socket import SOCK_STREAM
 from typing import Any
 
@@ -15,6 +16,7 @@ from gevent import get_hub
 from gunicorn_passenger.board import Counts
 from gunicorn_passenger.http.client_socket import ClientSocket
 from gunicorn_passenger.http.connection import Connection
+from gunicorn_passenger.http.faults import report_fault
 from gunicorn_passenger.http.gateway import Gateway
 
 #: Connections accepted in one turn of the loop by a worker that has no siblings.
@@ -68,26 +70,46 @@ class Acceptor:
                 if error.errno not in _GONE:
                     self._wait_for_room(error)
                 return
-            self.adopt(ClientSocket(self._family, SOCK_STREAM, self._proto, fd), addr)
+            try:
+                self.adopt(self._client_socket(fd), addr)
+            except Exception as error:
+                # gevent would stop this watcher, and the listener would be dead for all clients
+                report_fault("a connection was closed before it was served", error)
             if len(self._connections) >= self._limit:
                 self._watcher.stop()
                 return
 
-    def adopt(self, sock: Any, addr: Any, early: bytes = b"", begun: bool = False) -> Connection:
-        """Serve a connection that somebody else has accepted.
+    def _client_socket(self, fd: int) -> ClientSocket:
+        try:
+            return ClientSocket(self._family, SOCK_STREAM, self._proto, fd)
+        except BaseException:
+            os.close(fd)
+            raise
 
-        :param sock: a connected :class:`~.client_socket.ClientSocket`.
+    def adopt(self, sock: Any, addr: Any, early: bytes = b"", begun: bool = False) -> Connection:
+        """Serve a connection that was accepted here or by a sibling.
+
+        :param sock: a connected :class:`~.client_socket.ClientSocket`; the acceptor owns it, and closes it
+            when this raises.
         :param addr: what ``accept()`` gave.
         :param early: bytes that were read from it before.
         :param begun: whether it has had requests, and was counted, somewhere else.
         """
-        connection = Connection(self, self.gateway, sock, addr, early)
+        try:
+            connection = Connection(self, self.gateway, sock, addr, early)
+        except BaseException:
+            sock.release()
+            raise
         self._connections.add(connection)
         if begun:
             connection.fresh = False
         else:
             self._accepted += 1
-        connection.begin()
+        try:
+            connection.begin()
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     def ended(self, connection: Connection) -> None:

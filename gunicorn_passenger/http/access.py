@@ -1,6 +1,8 @@
 """The access log: what a request leaves in it, and how it gets there.
 
-Runs in: a worker. Must never: change what gunicorn's logger would have written.
+Runs in: a worker. Must never: change what gunicorn's logger would have written, but for characters that
+could forge a line or command a terminal: :class:`EscapedAtoms` is the one place where a value on its way into
+the access log is made safe, and gunicorn's logger uses it, too.
 
 gunicorn's logger makes every atom of every request that a format might ask for, environ and headers
 included, and hands them to ``logging``. Here the format is read once, and only its atoms are made. A
@@ -18,6 +20,8 @@ from datetime import timedelta
 from typing import Any
 
 from gunicorn.glogging import Logger, SafeAtoms
+
+from gunicorn_passenger.printable import printable
 
 #: environ, response, request, seconds, head -> what stands in the line
 Atom = Callable[[dict[str, Any], Any, Any, float, bytes], Any]
@@ -40,7 +44,14 @@ class _Clock:
 
 
 def _escaped(value: Any) -> Any:
-    return value.replace('"', '\\"') if isinstance(value, str) else value
+    return printable(value).replace('"', '\\"') if isinstance(value, str) else value
+
+
+class EscapedAtoms(SafeAtoms):
+    """gunicorn's values for an access log line, with control characters escaped as well as quotes."""
+
+    def __init__(self, atoms: dict[str, Any]) -> None:
+        super().__init__({key: printable(v) if isinstance(v, str) else v for key, v in atoms.items()})
 
 
 def _variable(name: str, default: Any = None) -> Atom:
@@ -74,7 +85,7 @@ class AccessLog:
             type(log).access is Logger.access
             and type(log).atoms is Logger.atoms
             and type(log).now is Logger.now
-            and getattr(log, "atoms_wrapper_class", None) is SafeAtoms
+            and getattr(log, "atoms_wrapper_class", None) in (SafeAtoms, EscapedAtoms)
             and isinstance(self._format, str)
             and not (cfg.logconfig or cfg.logconfig_dict or getattr(cfg, "logconfig_json", None))
         )
@@ -86,6 +97,8 @@ class AccessLog:
                 or getattr(cfg, "logconfig_json", None)
                 or (cfg.syslog and not cfg.disable_redirect_access_to_syslog)
             )
+        if getattr(log, "atoms_wrapper_class", None) is SafeAtoms:
+            log.atoms_wrapper_class = EscapedAtoms
         if self._simple:
             self._atoms = {name: self._atom(name) for name in _NAME.findall(self._format)}
             self._simple = self._tries_out()

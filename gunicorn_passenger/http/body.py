@@ -14,6 +14,7 @@ from gunicorn.http import errors as http_errors
 from gunicorn.http.errors import ChunkMissingTerminator, InvalidChunkSize
 
 from gunicorn_passenger.errors import body_broke_off
+from gunicorn_passenger.http.head import MAX_LENGTH
 
 #: The most that one read of the socket asks for.
 PIECE = 262144
@@ -289,7 +290,10 @@ class ChunkedBody(_Arriving):
             if _HEX.fullmatch(size.rstrip(b" \t") if b";" in line else size):
                 raise InvalidChunkExtension("invalid chunk extension")
             raise InvalidChunkSize(size)
-        return int(found[1], 16)
+        length = int(found[1], 16)
+        if length > MAX_LENGTH:
+            raise InvalidChunkSize(found[1])
+        return length
 
     def _take(self, count: int) -> bytes:
         while self._connection is None or self._connection.buffered() < count:

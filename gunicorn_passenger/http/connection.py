@@ -44,6 +44,7 @@ from gunicorn_passenger.errors import (
 )
 from gunicorn_passenger.http.body import NO_BODY, Body, ChunkedBody, LengthBody
 from gunicorn_passenger.http.deadlines import Deadlines
+from gunicorn_passenger.http.faults import report_fault
 from gunicorn_passenger.http.gateway import Gateway, HookFailed
 from gunicorn_passenger.http.head import CHUNKED, check_lines
 from gunicorn_passenger.http.response import RELAYED, Response
@@ -127,8 +128,10 @@ class Connection:
         self.sock = sock
         sock.connection = self
         self._raw = sock._sock
-        self.addr = addr
-        self.peer = gateway.peer(addr, sock)
+        # A client of a UNIX socket can bind its own end to a name of any bytes. That is not an address, so
+        # it goes no further than here.
+        self.addr = addr if addr.__class__ is tuple else ""
+        self.peer = gateway.peer(self.addr, sock)
         #: bytes that have come in, and how many of them are used up
         self.buf = early
         self.at = 0
@@ -176,7 +179,11 @@ class Connection:
         """Called in the hub when there is something to read."""
         self._readable.stop()
         self._stop_waiting(self, None)
-        _Serving(self._run).switch()
+        try:
+            _Serving(self._run).switch()
+        except Exception as error:
+            report_fault("an idle connection was closed", error)
+            self.close()
 
     def _park(self, deadlines: Deadlines) -> None:
         """Wait for a request without a greenlet."""
@@ -717,18 +724,24 @@ class Connection:
     def _look(self, gone: Any, argument: Any) -> None:
         """Called in the hub: the client has gone, or has sent the next request."""
         self._readable.stop()
-        if self._hung_up(not isinstance(self.addr, tuple)):
-            gone(argument)
-        else:
-            # what it has sent stays there, and hides what comes behind it
-            self._look_again(gone, argument, False)
+        try:
+            if self._hung_up(not isinstance(self.addr, tuple)):
+                gone(argument)
+            else:
+                # what it has sent stays there, and hides what comes behind it
+                self._look_again(gone, argument, False)
+        except Exception as error:
+            report_fault("a client that disconnects will not be noticed before it is sent to", error)
 
     def _look_again(self, gone: Any, argument: Any, body: bool) -> None:
         """Ask from time to time."""
 
         def look() -> None:
-            if self._hung_up(body or not isinstance(self.addr, tuple)):
-                gone(argument)
+            try:
+                if self._hung_up(body or not isinstance(self.addr, tuple)):
+                    gone(argument)
+            except Exception as error:
+                report_fault("a client that disconnects will not be noticed before it is sent to", error)
 
         self._looking = self._hub.loop.timer(_LOOK, _LOOK)
         self._looking.start(look)
@@ -925,6 +938,18 @@ class Connection:
 
     def close(self) -> None:
         """The end, whatever it was doing."""
+        try:
+            self._end()
+        except Exception as error:
+            report_fault("a connection was closed in the middle of its end", error)
+        self._acceptor.ended(self)
+        if self._given:
+            self._taker(self.sock, self.addr, self.buf)
+        else:
+            self.sock.release()
+
+    def _end(self) -> None:
+        """Stop everything that waits for this connection."""
         self._stop_waiting(self, None)
         if self.watched:
             self.gateway.lull.forget(self)
@@ -945,11 +970,6 @@ class Connection:
         self.sock.error = self.sock.connection = self.leaving = self.response = self.greenlet = (
             self._waiting
         ) = self._sending = None
-        self._acceptor.ended(self)
-        if self._given:
-            self._taker(self.sock, self.addr, self.buf)
-        else:
-            self.sock.release()
 
     def _strand(self, watcher: Any, greenlet: Any) -> None:
         """A greenlet of the application still uses the body or the response."""

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 from gevent import get_hub
 
+from gunicorn_passenger.http.faults import report_fault
+
 
 class Waiting(Protocol):
     def expire(self) -> None:
@@ -57,7 +59,11 @@ class Deadlines:
                 self._start(since - limit)
                 return
             del self._since[waiting]
-            waiting.expire()
+            try:
+                waiting.expire()
+            except Exception as error:
+                # the timer stands for all that wait: it has to be started again
+                report_fault("a connection was not closed at its timeout", error)
 
 
 class Quiet(Protocol):
@@ -107,7 +113,10 @@ class Silence:
                 self.forget(connection)
             elif connection.silent <= begun and connection.watched:
                 self.forget(connection)
-                connection.expire()
+                try:
+                    connection.expire()
+                except Exception as error:
+                    report_fault("an idle connection kept its greenlet", error)
         if not self._watched:
             self._timer.close()
             self._timer = None

@@ -159,7 +159,8 @@ class Gateway:
     def peer(self, addr: Any, sock: Any) -> Peer:
         """Whom a connection came from.
 
-        :param addr: what ``accept()`` gave: a tuple, or the name of a UNIX socket, mostly empty.
+        :param addr: a tuple as ``accept()`` gives it, or an empty string for a client of a UNIX socket,
+            which has no address.
         """
         base = self._template.copy()
         base["gunicorn.socket"] = sock
@@ -170,7 +171,7 @@ class Gateway:
             if trusted is None:
                 trusted = self._trusts(addr[0])
         else:
-            base["REMOTE_ADDR"] = addr.decode() if isinstance(addr, bytes) else addr
+            base["REMOTE_ADDR"] = ""
             trusted = True
         return Peer(addr, base, trusted)
 

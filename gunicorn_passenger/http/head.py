@@ -49,6 +49,21 @@ _C_FIELDS = 100
 _REMEMBER = 1000
 _SHORT = 100
 
+#: Bytes that a body, or a chunk of one, may be announced with at most: more does not fit into the signed
+#: 64 bits that web servers and file systems count in, so two parsers could disagree about it.
+MAX_LENGTH = (1 << 63) - 1
+#: as many digits always fit
+_SAFE_DIGITS = 18
+
+#: Host and optional port of a request target in absolute form (RFC 3986 section 3.2). An empty host and user
+#: information must not be accepted for http and https (RFC 9110 sections 4.2.1, 4.2.2 and 4.2.4).
+_AUTHORITY = re.compile(
+    r"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9\-._~!$&'()*+;=]|%[0-9A-Fa-f]{2})+)(?::[0-9]{0,5})?"
+)
+#: what gunicorn before 25 lets through in a target or a value (RFC 9112 section 3.2, RFC 9110 section 5.5)
+_CONTROL_IN_TARGET = re.compile(r"[\x00-\x20\x7f]")
+_CONTROL_IN_VALUE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+
 #: a field name with an underscore
 _UNDERSCORE = re.compile(rb"\n[^:\n]*_")
 
@@ -134,7 +149,7 @@ class Peer:
 
     def __init__(self, addr: Any, base: dict[str, Any], trusted: bool) -> None:
         """
-        :param addr: what ``accept()`` gave.
+        :param addr: a tuple as ``accept()`` gives it, or an empty string for a UNIX socket.
         :param base: what goes into every environ. A key whose value belongs to each request is there with
             ``None``: a dictionary that has its keys is not made larger by setting them.
         :param trusted: whether gunicorn believes its forwarding headers.
@@ -265,7 +280,10 @@ class HeadReader:
                 return self.read_by_the_book(head, peer)
             length = CHUNKED
         elif "CONTENT_LENGTH" in environ:
-            length = int(environ["CONTENT_LENGTH"])
+            digits = environ["CONTENT_LENGTH"]
+            if not 0 < len(digits) <= _SAFE_DIGITS or (digits[0] == "0" and len(digits) > 1):
+                return self.read_by_the_book(head, peer)
+            length = int(digits)
 
         if (
             peer.trusted
@@ -401,6 +419,7 @@ class HeadReader:
             raise InvalidRequestLine(head[:200].decode("latin-1")) from None
         reader = request.body.reader
         length = CHUNKED if isinstance(reader, message.ChunkedReader) else getattr(reader, "length", 0)
+        _check_request(request, length)
         self._before(request)
         request._expected_100_continue = False  # the body asks for it, when it is read
         _, environ = wsgi.create(request, _NoSocket(), peer.addr, self.sockname, self.cfg)
@@ -448,6 +467,40 @@ def check_lines(data: bytearray, seen: int) -> None:
         if at == 0 or data[at - 1] != 13:
             raise InvalidHeader("bare LF as line terminator")
         at = data.find(b"\n", at + 1)
+
+
+def _check_request(request: Any, length: int) -> None:
+    """Refuse what gunicorn's parser lets through, and make the request say one thing.
+
+    :param request: gunicorn's request object; its headers are changed where the RFC says so.
+    :param length: of its body, or ``CHUNKED``.
+    :raises gunicorn.http.errors.ParseException: when the request is refused.
+    """
+    uri = request.uri
+    if _CONTROL_IN_TARGET.search(uri):
+        raise InvalidRequestLine(uri)
+    for name, value in request.headers:
+        if _CONTROL_IN_VALUE.search(value):
+            raise InvalidHeader(name, req=request)
+    if length > MAX_LENGTH:
+        raise InvalidHeader("CONTENT-LENGTH", req=request)
+    if length != CHUNKED:
+        # written anew, so that everyone behind this parser reads the same number
+        request.headers = [
+            (name, str(length) if name == "CONTENT-LENGTH" else value) for name, value in request.headers
+        ]
+    if uri[:1] != "/" and "://" in uri:
+        scheme, _, rest = uri.partition("://")
+        authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+        if (
+            scheme.lower() not in ("http", "https")
+            or request.method == "CONNECT"
+            or not _AUTHORITY.fullmatch(authority)
+        ):
+            raise InvalidRequestLine(uri)
+        # RFC 9112 section 3.2.2: the host of the target counts, and a Host header is ignored
+        others = [(name, value) for name, value in request.headers if name != "HOST"]
+        request.headers = [("HOST", authority), *others]
 
 
 def _closes(connection: str) -> bool:

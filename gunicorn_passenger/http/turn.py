@@ -31,6 +31,8 @@ from weakref import WeakKeyDictionary
 
 from gevent import get_hub
 
+from gunicorn_passenger.http.faults import report_fault
+
 #: Of how many requests one is timed, while there is no streak.
 SAMPLE = 16
 
@@ -85,7 +87,11 @@ class Turn:
         holding, self.holding = self.holding, []
         self.due = inf
         for connection in holding:
-            connection.let_go()
+            try:
+                connection.let_go()
+            except Exception as error:
+                report_fault("a response was not sent", error)
+                connection.close()
 
     def forget(self) -> None:
         """In a forked child: the parent sends it."""

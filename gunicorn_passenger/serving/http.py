@@ -192,7 +192,8 @@ class GunicornAcceptor:
 
     def _handle(self, name: Any, client: Any, addr: Any) -> None:
         self._accepted += 1
-        self._handler.handle(name, client, addr)
+        # the name that a client of a UNIX socket has bound is not an address
+        self._handler.handle(name, client, addr if isinstance(addr, tuple) else "")
 
     def idle(self) -> bool:
         return bool(self.pool.free_count() == self.pool.size)

@@ -1,0 +1,58 @@
+"""Reports errors that no code expected, from the places where the event loop calls us.
+
+Runs in: a worker, or plain Python, in the hub. Must never: raise, or fill the log with one fault.
+
+gevent stops a watcher whose callback raises. A callback that serves many connections therefore catches
+every exception, gives up the one connection that caused it, reports the fault here and goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+from time import monotonic
+from types import TracebackType
+
+log = logging.getLogger("gunicorn.error")
+
+#: Seconds for which a fault that was logged with its traceback is only counted.
+_QUIET = 60.0
+#: How many different faults are told apart; a further one makes the log forget all of them.
+_MAX_FAULTS = 64
+
+
+class _Seen:
+    """One fault: an exception type, raised by one line of code."""
+
+    def __init__(self) -> None:
+        self.until = 0.0
+        self.count = 0
+
+
+_seen: dict[tuple[type, str, int], _Seen] = {}
+
+
+def report_fault(what: str, error: BaseException) -> None:
+    """Log an unexpected error with its traceback; at most once a minute for each line that raises it.
+
+    :param what: what was given up because of it, such as ``"a new connection was closed"``.
+    """
+    place = _origin(error.__traceback__)
+    if (type(error), *place) not in _seen and len(_seen) >= _MAX_FAULTS:
+        _seen.clear()
+    fault = _seen.setdefault((type(error), *place), _Seen())
+    now = monotonic()
+    if now < fault.until:
+        fault.count += 1
+        return
+    more = f" ({fault.count} more like it were not logged)" if fault.count else ""
+    fault.until, fault.count = now + _QUIET, 0
+    log.error("Unexpected error: %s%s", what, more, exc_info=error)
+
+
+def _origin(traceback: TracebackType | None) -> tuple[str, int]:
+    """The file and line that raised."""
+    if traceback is None:
+        return "", 0
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback.tb_frame.f_code.co_filename, traceback.tb_lineno
