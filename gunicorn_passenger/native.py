@@ -1,6 +1,6 @@
 """The system's own threads, locks and poll, whether gevent has patched them or not.
 
-Runs in: the master. Must never: touch a gevent hub.
+Runs in: every process. Must never: touch a gevent hub, or import gevent where nothing has patched the process.
 
 A ``gunicorn.conf.py`` that starts with ``monkey.patch_all()`` patches the master too. There the
 broker's thread must be a thread of the system all the same: the arbiter's loop does not turn a hub.
@@ -8,14 +8,17 @@ broker's thread must be a thread of the system all the same: the arbiter's loop 
 
 from __future__ import annotations
 
+import importlib
 import select
+import sys
 from typing import Any
-
-from gevent import monkey
 
 
 def original(module: str, name: str) -> Any:
     """``module.name`` as it was before gevent patched it."""
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is None:
+        return getattr(importlib.import_module(module), name)
     return monkey.get_original(module, name)
 
 
