@@ -15,55 +15,36 @@ is missed, 2 when a run failed, and 3 when a goal could not be measured, or othe
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import http.client
 import json
 import os
-import shutil
-import signal
 import socket
-import statistics
 import subprocess
-import sys
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from common import (
-    CONNECTIONS,
-    DISTURBED,
-    HELLO,
-    PATIENCE,
-    ROOT,
-    SATURATED,
+from harness import PATIENCE, ROOT, Failed, environment
+from harness.comparison import Comparison, Contestant, Goal, write_record
+from harness.figures import Column, Run, middle, ratio, share, span
+from harness.load import CONNECTIONS, Load, compile_traffic, h2load, measure_load, traffic
+from harness.processes import (
     Command,
-    Failed,
-    Request,
-    busy_seconds,
-    choice,
-    exact_cpu_seconds,
-    family,
-    h2load_command,
-    h2load_report,
-    machine,
-    make_environment,
-    memory_of,
+    free_ports,
+    gunicorn_command,
     pinned,
-    program_version,
-    progress,
     raise_file_limit,
     running,
-    table,
-    timed,
-    two_cores,
-    versions,
+    spoken_line,
     wait_for,
 )
+from harness.program import comparison_parser, run_benchmark
+from harness.requests import HELLO, UnixConnection, fetch, serving
+from harness.site import Kit, Site, kit_of, new_site
+from harness.tables import progress
+from harness.usage import busy_seconds, cpu_seconds, family, memory_of
 
 HERE = ROOT / "bench" / "proxy"
 
@@ -86,163 +67,75 @@ PATTERN = b"".join(number.to_bytes(4, "big") for number in range(1 << 18))
 
 MB, GB = 1 << 20, 1 << 30
 
-
 # --- what is measured -------------------------------------------------------------------------------
 
+SHARES = [
+    share("proxy", "server_load"),
+    share("load and upstream", "generator_load"),
+    share("others", "others"),
+]
+OURS: Column = ("ours is x", lambda runs, every: ratio(every.get("ours"), runs))
+CARRIED = [
+    middle("MB/s", "rate"), span("rate"), middle("CPU s/GB", "cpu", 2), span("cpu", 2),
+    middle("memory, MB more", "growth", 1), span("growth", 1), *SHARES, OURS,
+]  # fmt: skip
 
-@dataclass(frozen=True)
-class Case:
-    title: str
-    #: of the table's columns
-    rate: str = ""
-    cost: str = ""
-    #: by what its cost is divided, in the unit that is counted
-    per: float = 1.0
-    #: the cost's unit, in seconds
-    second: float = 1.0
+
+def small(rate: str, cost: str) -> list[Column]:
+    return [middle(rate, "rate"), span("rate"), middle(cost, "cpu", 1), span("cpu", 1), *SHARES, OURS]
 
 
 CASES = {
-    "hello": Case(f"hello: 12 bytes, {CONNECTIONS} connections", "req/s", "CPU us/req", second=1e-6),
-    "echo": Case(
-        f"echo: messages of 125 bytes over {WEBSOCKETS} WebSockets", "messages/s", "CPU us each", second=1e-6
+    "hello": (f"hello: 12 bytes, {CONNECTIONS} connections", small("req/s", "CPU us/req")),
+    "echo": (f"echo: messages of 125 bytes over {WEBSOCKETS} WebSockets", small("messages/s", "CPU us each")),
+    "down": ("down: answers of 256 MB", CARRIED),
+    "up": ("up: requests with 256 MB", CARRIED),
+    "idle": (
+        f"idle: {IDLE_WEBSOCKETS} WebSockets that carried one message each",
+        [
+            middle("kB each", "memory", 1), span("memory", 1),
+            middle(f"CPU ms in {IDLE_SECONDS:g} s", "cpu", 1), span("cpu", 1), share("others", "others"),
+        ],
     ),
-    "down": Case("down: answers of 256 MB", "MB/s", "CPU s/GB", per=GB / MB),
-    "up": Case("up: requests with 256 MB", "MB/s", "CPU s/GB", per=GB / MB),
-    "idle": Case(f"idle: {IDLE_WEBSOCKETS} WebSockets that carried one message each"),
-}
+}  # fmt: skip
 BODIES = ("down", "up")
 HTTP = ("hello", *BODIES)
 
-
-@dataclass(frozen=True)
-class Run:
-    """What one run of one contestant in one case showed."""
-
-    #: requests or messages per second, or MB/s
-    rate: float
-    #: CPU time of the proxy's processes for each of them, in microseconds, or for a GB, in seconds
-    cpu: float
-    #: shares of their cores that the proxy used, and the load together with the upstream
-    server_load: float
-    generator_load: float
-    #: the share of the two cores that none of them used and that was not idle
-    others: float
-    #: for bodies, MB by which the proxy's resident memory was larger at its peak than after one small request
-    growth: float | None = None
-
-
-@dataclass(frozen=True)
-class Idle:
-    """What idle WebSockets cost: resident kB each, and all of the proxy's CPU time, in milliseconds."""
-
-    memory: float
-    cpu: float
-    #: the share of the two cores that was not idle, apart from the proxy's
-    others: float
-
-
-#: case -> contestant -> its runs, one for each round, or None where one failed
-Runs = dict[str, dict[str, list[Run | Idle | None]]]
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What ours should reach: so many times what a peer has, or without a peer so much."""
-
-    case: str
-    what: str
-    limit: float
-    peer: str | None = None
-    #: whether less is better
-    most: bool = False
-
-    def __str__(self) -> str:
-        names = {"growth": "MB more memory", "memory": "the memory of", "cpu": "ms of CPU time"}
-        text = f"{self.limit:g}" + (" x" if self.peer else "")
-        return " ".join(filter(None, ["at most" if self.most else "", text, names.get(self.what), self.peer]))
-
-
 GOALS = [
-    Goal("hello", "rate", 1.5, "http-proxy"),
-    Goal("hello", "rate", 1.2, "fast-proxy"),
-    Goal("hello", "rate", 0.5, "nginx"),
-    Goal("hello", "rate", 10, "werkzeug"),
-    Goal("echo", "rate", 1, "http-proxy"),
-    Goal("down", "rate", 1.2, "nginx"),
-    Goal("down", "rate", 0.9, "nginx-256k"),
-    Goal("down", "growth", 4, most=True),
-    Goal("up", "rate", 1, "http-proxy"),
-    Goal("up", "growth", 4, most=True),
-    Goal("idle", "memory", 1, "http-proxy", most=True),
+    Goal("hello", 1.5, "http-proxy"),
+    Goal("hello", 1.2, "fast-proxy"),
+    Goal("hello", 0.5, "nginx"),
+    Goal("hello", 10, "werkzeug"),
+    Goal("echo", 1, "http-proxy"),
+    Goal("down", 1.2, "nginx"),
+    Goal("down", 0.9, "nginx-256k"),
+    Goal("down", 4, figure="growth", name="MB more memory", most=True),
+    Goal("up", 1, "http-proxy"),
+    Goal("up", 4, figure="growth", name="MB more memory", most=True),
+    Goal("idle", 1, "http-proxy", figure="memory", name="the memory of", most=True),
     # a server's own heartbeats are allowed: a tick of the system's clock
-    Goal("idle", "cpu", 10, most=True),
+    Goal("idle", 10, figure="cpu", name="ms of CPU time", most=True),
 ]
-
 
 # --- the contestants --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Kit:
-    """What all runs share: the tools, the files and the pair of cores."""
-
-    bin: Path
-    traffic: Path
-    files: Path
-    core: int
-    load_core: int
+def gunicorn_proxy(worker: str, app: str) -> Callable[[Site, str], Command]:
+    return lambda site, target: gunicorn_command(
+        worker, app, site.socket, "--keep-alive", 1000, "--worker-connections", 2 * IDLE_WEBSOCKETS,
+        python=site.kit.bin / "python",
+    )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Site:
-    """Where one proxy runs, and where its upstream is."""
-
-    kit: Kit
-    home: Path
-    port: int
-
-    @property
-    def socket(self) -> Path:
-        return self.home / "s"
-
-    @property
-    def target(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def environment(self) -> dict[str, str]:
-        """This process's environment without anything that would change a contestant."""
-        foreign = ("PASSENGER_", "GUNICORN_", "NODE_", "NGINX")
-        env = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-        return {
-            **env,
-            "BENCH_TARGET": self.target,
-            "NODE_ENV": "production",
-            "PASSENGER_RUNTIME_DIR": str(self.home / "run"),
-            "PYTHONDONTWRITEBYTECODE": "1",
-        }
-
-
-def gunicorn(worker: str, app: str) -> Callable[[Site], Command]:
-    def command(site: Site) -> Command:
-        return [
-            str(site.kit.bin / "gunicorn"), "-k", worker, "-w", "1", "-b", f"unix:{site.socket}",
-            "--umask", "0077", "--keep-alive", "1000", "--worker-connections", str(2 * IDLE_WEBSOCKETS),
-            "--no-control-socket", app,
-        ]  # fmt: skip
-
-    return command
-
-
-def node(script: str, *words: str) -> Callable[[Site], Command]:
-    return lambda site: ["node", str(HERE / script), *words, site.target, str(site.socket)]
+def node(script: str, *words: str) -> Callable[[Site, str], Command]:
+    return lambda site, target: ["node", HERE / script, *words, target, site.socket]
 
 
 #: nginx as a proxy that keeps its connections and carries WebSockets, as its documentation shows.
 NGINX_PROXY = """
     client_max_body_size 0;
     map $http_upgrade $connection_upgrade {{ default upgrade; "" ""; }}
-    upstream target {{ server 127.0.0.1:{port}; keepalive 100; keepalive_requests 1000000000; }}
+    upstream target {{ server {address}; keepalive 100; keepalive_requests 1000000000; }}
     server {{
         listen unix:{socket};
         location / {{
@@ -278,10 +171,8 @@ NGINX_UPSTREAM = """
 
 def nginx_command(home: Path, http: str) -> Command:
     """nginx in one process beside its master, with everything that it writes below a directory."""
-    temporary = "\n".join(
-        f"    {kind}_temp_path {home}/{kind};"
-        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    temporary = "\n".join(f"    {kind}_temp_path {home}/{kind};" for kind in kinds)
     (home / "nginx.conf").write_text(
         f"""{"user root;" if os.geteuid() == 0 else ""}
 daemon off;
@@ -299,301 +190,174 @@ http {{
 }}
 """
     )
-    return ["nginx", "-e", "stderr", "-p", str(home), "-c", str(home / "nginx.conf")]
+    return ["nginx", "-e", "stderr", "-p", home, "-c", home / "nginx.conf"]
 
 
-def nginx(more: str) -> Callable[[Site], Command]:
-    return lambda site: nginx_command(
-        site.home, NGINX_PROXY.format(port=site.port, socket=site.socket, more=more)
-    )
+def nginx_proxy(more: str) -> Callable[[Site, str], Command]:
+    def command(site: Site, target: str) -> Command:
+        address = target.removeprefix("http://")
+        return nginx_command(site.home, NGINX_PROXY.format(address=address, socket=site.socket, more=more))
 
-
-@dataclass(frozen=True)
-class Contestant:
-    title: str
-    command: Callable[[Site], Command]
-    #: The cases that it can serve.
-    cases: tuple[str, ...] = tuple(CASES)
+    return command
 
 
 CONTESTANTS = {
     "ours": Contestant(
         "gunicorn_passenger.http_proxy on gunicorn -k gunicorn_passenger.Worker",
-        gunicorn("gunicorn_passenger.Worker", "ours"),
+        gunicorn_proxy("gunicorn_passenger.Worker", "ours"),
     ),
     "http-proxy": Contestant("node-http-proxy with a keep-alive agent", node("http-proxy.js", "http-proxy")),
     "http-proxy-3": Contestant("http-proxy-3 with a keep-alive agent", node("http-proxy.js", "http-proxy-3")),
     "fast-proxy": Contestant("fast-proxy on undici (no WebSockets)", node("fast-proxy.js"), HTTP),
-    "nginx": Contestant("nginx, default buffers", nginx("")),
-    "nginx-256k": Contestant("nginx, buffers of 256 kB", nginx(NGINX_256K)),
+    "nginx": Contestant("nginx, default buffers", nginx_proxy("")),
+    "nginx-256k": Contestant("nginx, buffers of 256 kB", nginx_proxy(NGINX_256K)),
     "werkzeug": Contestant(
         "Werkzeug's ProxyMiddleware on gunicorn -k gevent (no WebSockets)",
-        gunicorn("gevent", "middleware"),
+        gunicorn_proxy("gevent", "middleware"),
         HTTP,
     ),
 }
 FOR_NODE = ("http-proxy", "http-proxy-3", "fast-proxy")
 FOR_NGINX = ("nginx", "nginx-256k")
 
+PROXIES = Comparison(
+    contestants=CONTESTANTS,
+    tables=CASES,
+    goals=GOALS,
+    goals_title="what ours has, over what the peer has",
+    at_limit="The load and the upstream were at their limit with {}: they may be faster than shown.",
+)
 
 # --- what has to be installed -----------------------------------------------------------------------
 
 
-def require(names: Sequence[str], cases: Sequence[str]) -> None:
-    """See that what comes from the distribution is here, and say at once all that is not."""
+def install_proxies(
+    venv: Path, names: Sequence[str], cases: Sequence[str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Install the contestants for Python and Node; the versions, and what could not be installed, and why."""
+    of_node = [name for name in FOR_NODE if name in names]
     wanted = {"cc": "gcc libc6-dev"}
     if "hello" in cases:
         wanted["h2load"] = "nghttp2-client"
     if {"hello", "down"} & set(cases) or set(FOR_NGINX) & set(names):
         wanted["nginx"] = "nginx-light"
-    if set(FOR_NODE) & set(names):
+    if of_node:
         wanted |= {"node": "nodejs", "npm": "npm"}
-    missing = [program for program in wanted if shutil.which(program) is None]
-    if missing:
-        packages = " ".join(wanted[program] for program in missing)
-        raise Failed(f"there is no {', no '.join(missing)} here: apt-get install {packages}")
+    environment.require_programs(wanted)
+    environment.make_environment(venv)
+    packages = ["gunicorn", "gunicorn_h1c", "gevent", "werkzeug", "gunicorn-passenger"]
+    versions = environment.versions_of(venv, packages, {"h2load": "--version", "nginx": "-v"})
+    if not of_node:
+        return versions, {}
+    why = npm_error()
+    versions["node"] = environment.program_version("node", "-v")
+    for name in (*FOR_NODE, "undici"):
+        with contextlib.suppress(OSError):
+            package = HERE / "node_modules" / name / "package.json"
+            versions[name] = json.loads(package.read_text())["version"]
+    return versions, {name: f"cannot be installed: {why}" for name in of_node if why}
 
 
-def npm_install() -> str:
+def npm_error() -> str:
     """Install what bench/proxy/package-lock.json says; what npm had to say if it failed, else nothing."""
     lock, stamp = HERE / "package-lock.json", HERE / "node_modules" / ".package-lock.json"
     if stamp.exists() and stamp.stat().st_mtime >= lock.stat().st_mtime:
         return ""
     progress("installing the proxies for Node")
-    run = subprocess.run(
-        ["npm", "ci", "--no-audit", "--no-fund", "--loglevel", "error"], cwd=HERE,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-    )  # fmt: skip
-    if run.returncode == 0:
+    why = environment.installation_error(
+        ["npm", "ci", "--no-audit", "--no-fund", "--loglevel", "error"], HERE
+    )
+    if not why:
         stamp.touch()
-        return ""
-    lines = [line.strip() for line in run.stdout.splitlines() if line.strip()]
-    return lines[0] if lines else "npm ci failed"
+    return why
 
 
-def prepare(venv: Path, names: Sequence[str]) -> dict[str, str]:
-    """Install the contestants for Python and Node; which could not be, and why."""
-    make_environment(venv)
-    of_node = [name for name in names if name in FOR_NODE]
-    why = npm_install() if of_node else ""
-    return {name: f"cannot be installed: {why}" for name in of_node if why}
-
-
-def tool_versions(venv: Path, names: Sequence[str]) -> dict[str, str]:
-    installed = versions(venv)
-    python = ["gunicorn", "gunicorn_h1c", "gevent", "werkzeug", "gunicorn-passenger"]
-    found = {name: installed[name] for name in python if name in installed}
-    found["python"] = program_version(str(venv / "bin/python"), "-V")
-    for program, option in (("h2load", "--version"), ("nginx", "-v")):
-        if shutil.which(program):
-            found[program] = program_version(program, option)
-    if set(FOR_NODE) & set(names):
-        found["node"] = program_version("node", "-v").lstrip("v")
-        for name in (*FOR_NODE, "undici"):
-            with contextlib.suppress(OSError):
-                package = HERE / "node_modules" / name / "package.json"
-                found[name] = json.loads(package.read_text())["version"]
-    return found
-
-
-@contextlib.contextmanager
-def kit(venv: Path) -> Iterator[Kit]:
-    """Compile the load, and make the files that an upstream serves."""
-    cores = two_cores()
-    home = Path(tempfile.mkdtemp(prefix="proxy-"))
-    try:
-        traffic, files = home / "traffic", home / "files"
-        subprocess.run(["cc", "-O2", "-o", traffic, HERE / "traffic.c"], check=True)
-        (files / "bench").mkdir(parents=True)
-        (files / "bench" / "pattern").write_bytes(PATTERN)
-        with (files / "bench" / "body").open("wb") as file:
-            file.truncate(BODY)
-        yield Kit(venv / "bin", traffic, files, *cores)
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
-
-
-# --- processes --------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def directory(kit: Kit) -> Iterator[Path]:
-    """A new directory, short enough a name for sockets."""
-    home = Path(tempfile.mkdtemp(dir=kit.traffic.parent, prefix="r"))
-    try:
-        yield home
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
+# --- runs -------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def upstream(kit: Kit, case: str) -> Iterator[tuple[int, list[int]]]:
     """What the proxies carry to: nginx for what it sends, else traffic.c. Its port and its processes."""
-    with directory(kit) as home:
-        log = home / "log"
+    with new_site(kit) as site:
         if case in ("hello", "down"):
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            command = nginx_command(home, NGINX_UPSTREAM.format(port=port, files=kit.files))
+            port = free_ports(1)
+            command = nginx_command(site.home, NGINX_UPSTREAM.format(port=port, files=kit.home))
         else:
-            port, command = 0, [str(kit.traffic), "upstream"]
-        with running(command, kit.load_core, log, home) as process:
-
-            def connect() -> None:
-                nonlocal port
-                if not port and (text := log.read_text()).endswith("\n"):
-                    port = int(text)
-                if not port:
-                    raise OSError("not yet")
-                socket.create_connection(("127.0.0.1", port), PATIENCE).close()
-
-            wait_for(process, connect)
+            port, command = 0, [kit.traffic, "upstream"]
+        with running(command, site.log, kit.load_core, stdout=None if port else subprocess.PIPE) as process:
+            port = port or int(spoken_line(process.stdout, "traffic"))
+            wait_for(
+                process,
+                lambda: not socket.create_connection(("127.0.0.1", port), PATIENCE).close(),
+                "it accepted connections",
+            )
             yield port, family(process.pid)
 
 
-@contextlib.contextmanager
-def serving(contestant: Contestant, kit: Kit, port: int) -> Iterator[tuple[Site, list[int]]]:
-    """Start a proxy and end it again; in between, it answers. Its processes, the worker last."""
-    with directory(kit) as home:
-        site = Site(kit, home, port)
-        log = home / "log"
-        with running(contestant.command(site), kit.core, log, HERE, site.environment()) as process:
-            connection = Request(site.socket)
-            wait_for(process, connection.connect)
-            with contextlib.closing(connection):
-                ask(connection, "GET", "/bench/hello", HELLO)
-                if connection.sock is None:
-                    raise Failed("the proxy closes the connection")
-            yield site, family(process.pid)
-
-
-def ask(connection: Request, method: str, path: str, answer: bytes, body: bytes | None = None) -> None:
-    try:
-        connection.request(method, path, body)
-        response = connection.getresponse()
-        if (response.status, response.read()) != (200, answer):
-            raise Failed(f"{method} {path}: a wrong answer, with status {response.status}")
-    except http.client.HTTPException as error:
-        raise Failed(f"{method} {path}: no answer: {error!r}") from error
-
-
-def check(case: str, site: Site) -> None:
-    """See that a proxy carries what the case is about unchanged, and warm it up."""
-    if case in BODIES:
-        with contextlib.closing(Request(site.socket)) as connection:
-            if case == "down":
-                ask(connection, "GET", "/bench/pattern", PATTERN)
-            else:
-                ask(connection, "POST", "/bench/sum", b"%d" % zlib.adler32(PATTERN), PATTERN)
-    drive(case, site, WARM_UP)
-
-
-def cpu_of(pids: Sequence[int]) -> float:
-    return sum(exact_cpu_seconds(pid) for pid in pids)
-
-
-def cpu_by_thread(pids: Sequence[int]) -> dict[str, float]:
-    """The CPU time of each living thread: one that ends takes its time with it, and may not count."""
-    used = {}
-    for pid in pids:
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                used[task.name] = int((task / "schedstat").read_text().split()[0]) / 1e9
-    return used
-
-
-def resident(pid: int, what: str) -> int:
-    """VmRSS or VmHWM, its peak, in kB."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == what:
-            return int(value.split()[0])
-    raise Failed(f"process {pid} has no {what}")
-
-
-def forget_peak(pid: int) -> None:
-    """The peak of the resident memory is counted from now on; see proc(5)."""
-    Path(f"/proc/{pid}/clear_refs").write_text("5")
-
-
-# --- the load ---------------------------------------------------------------------------------------
-
-
-def drive(case: str, site: Site, seconds: float) -> tuple[float, float, float, float]:
-    """Load a proxy: the requests, messages or MB it carried, in how long; the load's CPU and wall time.
-
-    That every answer was good is checked.
-    """
-    kit = site.kit
+def drive_proxy(case: str, site: Site, seconds: float) -> Load:
+    """Load a proxy, in requests, messages or MB; that every response was good is checked."""
     if case == "hello":
-        command = h2load_command(site.socket, seconds, url="http://localhost/bench/hello")
-        load = h2load_report(*timed(command, kit.load_core, seconds))
-        return load.requests, load.requests / load.rate, load.cpu, load.wall
-    size = WEBSOCKETS if case == "echo" else BODY
-    command = [str(kit.traffic), case, str(site.socket), str(size), str(seconds)]
-    report, cpu, wall = timed(command, kit.load_core, seconds)
-    try:
-        count, took = map(float, report.split())
-    except ValueError:
-        raise Failed(f"{case}: {report.strip() or 'no report'}") from None
-    if not count:
-        raise Failed(f"{case}: nothing was carried")
-    return count * (1 if case == "echo" else BODY / MB), took, cpu, wall
+        return h2load(site, seconds, path="/bench/hello")
+    if case == "echo":
+        return traffic(site, case, WEBSOCKETS, seconds)
+    return traffic(site, case, BODY, seconds, unit=BODY / MB)
 
 
-def measure(contestant: Contestant, case: str, kit: Kit, seconds: float) -> Run | Idle:
+def check_body(case: str, site: Site) -> None:
+    """See that a proxy carries a body unchanged."""
+    with contextlib.closing(UnixConnection(site.socket)) as connection:
+        if case == "down":
+            fetch(connection, "/bench/pattern", PATTERN)
+        else:
+            fetch(connection, "/bench/sum", b"%d" % zlib.adler32(PATTERN), PATTERN)
+
+
+def measure_proxy(kit: Kit, name: str, case: str, seconds: float) -> Run:
     """One run: start, check, warm up, measure, stop."""
-    with upstream(kit, case) as (port, behind), serving(contestant, kit, port) as (site, pids):
-        if case == "idle":
-            return measure_idle(site, pids)
-        before = 0
-        for pid in pids:
-            forget_peak(pid)
-            before += resident(pid, "VmRSS")
-        check(case, site)
-        cores = (kit.core, kit.load_core)
-        busy, used, fed = busy_seconds(cores), cpu_of(pids), cpu_of(behind)
-        carried, took, cpu, wall = drive(case, site, seconds)
-        busy, used, fed = busy_seconds(cores) - busy, cpu_of(pids) - used, cpu_of(behind) - fed
-        peak = sum(resident(pid, "VmHWM") for pid in pids)
-        if family(pids[0]) != pids:
-            raise Failed("a worker died")
-    return Run(
-        rate=carried / took,
-        cpu=used / carried * CASES[case].per / CASES[case].second,
-        server_load=used / wall,
-        generator_load=(cpu + fed) / wall,
-        others=max(0.0, busy - used - cpu - fed) / wall / len(cores),
-        growth=max(0, peak - before) / 1024 if case in BODIES else None,
-    )
+    with upstream(kit, case) as (port, behind), new_site(kit) as site:
+        target = f"http://127.0.0.1:{port}"
+        variables = {"BENCH_TARGET": target, "NODE_ENV": "production"}
+        command = CONTESTANTS[name].command(site, target)
+        with serving(command, site, HERE, "/bench/hello", HELLO, **variables) as pids:
+            if case == "idle":
+                return measure_idle(site, pids)
+            for pid in pids:
+                # the peak of the resident memory is counted from now on; see proc(5)
+                Path(f"/proc/{pid}/clear_refs").write_text("5")
+            before = sum(memory_of(pid, "status")["VmRSS"] for pid in pids)
+            if case in BODIES:
+                check_body(case, site)
+            drive_proxy(case, site, WARM_UP)
+            scale = GB / MB if case in BODIES else 1e6
+            _, run = measure_load(site, pids, lambda: drive_proxy(case, site, seconds), behind, scale)
+            peak = sum(memory_of(pid, "status")["VmHWM"] for pid in pids)
+    return run | {"growth": max(0, peak - before) / 1024 if case in BODIES else None}
 
 
-def measure_idle(site: Site, pids: list[int]) -> Idle:
-    """Memory is compared with that after a first WebSocket, which may have loaded code."""
+def measure_idle(site: Site, pids: list[int]) -> Run:
+    """What idle WebSockets cost: resident kB each, and all of the proxy's CPU time, in milliseconds.
+
+    Memory is compared with that after a first WebSocket, which may have loaded code.
+    """
 
     def memory() -> int:
         time.sleep(REST)
-        return sum(memory_of(pid).rss for pid in pids)
-
-    def spoken(process: subprocess.Popen[str], word: str) -> None:
-        assert process.stdout
-        if (line := process.stdout.readline().strip()) != word:
-            raise Failed(f"idle: {line or 'no report'}")
+        return sum(memory_of(pid)["Rss"] for pid in pids)
 
     @contextlib.contextmanager
     def websockets(count: int) -> Iterator[None]:
         """They are open, and carry messages, before and after."""
         with subprocess.Popen(
-            [str(site.kit.traffic), "idle", str(site.socket), str(count)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=pinned(site.kit.load_core),
+            [site.kit.traffic, "idle", site.socket, str(count)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=pinned(site.kit.load_core),
         ) as process:  # fmt: skip
             try:
-                spoken(process, "open")
-                yield
-                assert process.stdin
-                process.stdin.close()
-                spoken(process, "alive")
+                for word in ("open", "alive"):
+                    if (line := spoken_line(process.stdout, "traffic")) != word:
+                        raise Failed(f"idle: {line}")
+                    if word == "open":
+                        yield
+                        process.stdin.close()
             finally:
                 process.kill()
 
@@ -601,227 +365,30 @@ def measure_idle(site: Site, pids: list[int]) -> Idle:
         pass
     before = memory()
     with websockets(IDLE_WEBSOCKETS):
-        after = memory()
-        cores = (site.kit.core, site.kit.load_core)
-        busy, before_idle, start = busy_seconds(cores), cpu_by_thread(pids), time.monotonic()
+        each = (memory() - before) / IDLE_WEBSOCKETS
+        busy, used, start = busy_seconds(site.kit.cores), cpu_seconds(pids), time.monotonic()
         time.sleep(IDLE_SECONDS)
-        busy, wall = busy_seconds(cores) - busy, time.monotonic() - start
-        used = sum(seconds - before_idle.get(task, 0.0) for task, seconds in cpu_by_thread(pids).items())
-    return Idle((after - before) / IDLE_WEBSOCKETS, 1000 * used, max(0.0, busy - used) / wall / len(cores))
+        busy, wall = busy_seconds(site.kit.cores) - busy, time.monotonic() - start
+        used = cpu_seconds(pids) - used
+    return {"memory": each, "cpu": 1000 * used, "others": max(0.0, busy - used) / wall / len(site.kit.cores)}
 
 
-def measure_all(
-    kit: Kit, names: Sequence[str], cases: Sequence[str], rounds: int, seconds: float
-) -> tuple[Runs, list[str]]:
-    """All rounds, and what failed in them."""
-    runs: Runs = {case: {} for case in cases}
-    failures = []
-    for number in range(1, rounds + 1):
-        for case in cases:
-            for name in names:
-                if case not in CONTESTANTS[name].cases:
-                    continue
-                progress(f"round {number} of {rounds}: {case}, {name}")
-                run = None
-                try:
-                    run = measure(CONTESTANTS[name], case, kit, seconds)
-                except (Failed, OSError) as error:
-                    failures.append(f"{case}, {name}, round {number}: {error}")
-                runs[case].setdefault(name, []).append(run)
-    return runs, failures
-
-
-# --- printing ---------------------------------------------------------------------------------------
-
-
-def numbers(runs: Sequence[Run | Idle | None], what: str) -> list[float]:
-    found = [getattr(run, what) for run in runs if run]
-    return [number for number in found if number is not None]
-
-
-def cells(values: Sequence[float], digits: int) -> list[str]:
-    """The median, and the span."""
-    return [
-        f"{statistics.median(values):.{digits}f}",
-        f"{min(values):.{digits}f}-{max(values):.{digits}f}",
-    ]
-
-
-def report_case(case: str, results: dict[str, list[Run | Idle | None]]) -> None:
-    print(f"\n{CASES[case].title}\n")
-    if case == "idle":
-        columns = [("memory", "kB each", 1), ("cpu", f"CPU ms in {IDLE_SECONDS:g} s", 1)]
-    else:
-        columns = [("rate", CASES[case].rate, 0), ("cpu", CASES[case].cost, 1)]
-    if case in BODIES:
-        columns = [("rate", "MB/s", 0), ("cpu", "CPU s/GB", 2), ("growth", "memory, MB more", 1)]
-    shares = [("others", "others")]
-    if case != "idle":
-        shares = [("server_load", "proxy"), ("generator_load", "load and upstream"), *shares]
-    head = ["contestant"]
-    for _, title, _ in columns:
-        head += [title, "min-max"]
-    head += [title for _, title in shares]
-    if case != "idle":
-        head.append("ours is x")
-    ours = numbers(results.get("ours", []), "rate") if case != "idle" else []
-    rows = []
-    for name, runs in results.items():
-        if not any(runs):
-            rows.append([name, "failed", *["-"] * (len(head) - 2)])
-            continue
-        row = [name]
-        for what, _, digits in columns:
-            row += cells(numbers(runs, what), digits)
-        row += [f"{100 * statistics.median(numbers(runs, what)):.0f} %" for what, _ in shares]
-        if case != "idle":
-            rate = statistics.median(numbers(runs, "rate"))
-            row.append(f"{statistics.median(ours) / rate:.2f}" if ours else "-")
-        rows.append(row)
-    table(head, rows)
-    remark(
-        results,
-        lambda run: isinstance(run, Run) and run.generator_load > SATURATED,
-        "The load and the upstream were at their limit with {}: they may be faster than shown.",
-    )
-    remark(
-        results,
-        lambda run: run.others > DISTURBED,
-        "Others used the cores in runs of {}: the rate is too low, and the CPU time may be too high.",
-    )
-
-
-def remark(
-    results: dict[str, list[Run | Idle | None]], when: Callable[[Run | Idle], bool], text: str
-) -> None:
-    if names := [name for name, runs in results.items() if any(when(run) for run in runs if run)]:
-        print("\n" + text.format(", ".join(names)))
-
-
-def report_goals(runs: Runs) -> tuple[bool, bool]:
-    """Print how ours stands; whether a goal was missed, and whether one is not decided.
-
-    Rates in runs of which half had much company on their cores decide nothing.
-    """
-    print("\nGoals: what ours has, over what the peer has\n")
-    missed = unknown = False
-    rows = []
-    for goal in GOALS:
-        if goal.case not in runs:
-            continue
-        results = runs[goal.case]
-        pairs = [
-            (a, b)
-            for a, b in zip(results.get("ours", []), results.get(goal.peer or "ours", []), strict=False)
-            if a and b
-        ]
-        if not pairs:
-            rows.append([goal.case, str(goal), "-", "-", "not measured"])
-            unknown = True
-            continue
-        mine, theirs = (numbers([pair[i] for pair in pairs], goal.what) for i in (0, 1))
-        reached, each = statistics.median(mine), mine
-        if goal.peer:
-            # memory that did not grow at all is as good as a kB
-            reached /= max(statistics.median(theirs), 1.0)
-            each = [a / max(b, 1.0) for a, b in zip(mine, theirs, strict=True)]
-        good = reached <= goal.limit if goal.most else reached >= goal.limit
-        company = max(statistics.median(numbers([pair[i] for pair in pairs], "others")) for i in (0, 1))
-        verdict = "met" if good else "NOT MET"
-        if goal.what == "rate" and company > DISTURBED:
-            verdict = "undecided"
-        missed = missed or verdict == "NOT MET"
-        unknown = unknown or verdict == "undecided"
-        rows.append([goal.case, str(goal), *cells_of_goal(reached, each), verdict])
-    table(["case", "goal", "reached", "in each round", ""], rows)
-    return missed, unknown
-
-
-def cells_of_goal(reached: float, each: Sequence[float]) -> list[str]:
-    return [f"{reached:.2f}", f"{min(each):.2f}-{max(each):.2f}"]
-
-
-# --- the program ------------------------------------------------------------------------------------
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    contestants, cases = list(CONTESTANTS), list(CASES)
-    parser.add_argument(
-        "--only", metavar="A,B", type=choice(contestants), default=contestants, help=", ".join(contestants)
-    )
-    parser.add_argument(
-        "--case", "--cases", metavar="A,B", dest="cases", type=choice(cases), default=cases,
-        help=", ".join(cases),
-    )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=5, help="how often all take turns (default 5)")
-    parser.add_argument("--seconds", type=float, default=3, help="duration of a run (default 3)")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write all numbers to a file as well")
-    parser.add_argument(
-        "--venv",
-        type=Path,
-        default=ROOT / ".venv-bench",
-        help="the virtual environment (default .venv-bench)",
-    )
-    options = parser.parse_args()
-    if options.rounds < 1 or options.seconds < 0.1:
-        parser.error("--rounds must be at least 1, --seconds at least 0.1")
-    options.venv = options.venv.absolute()
-    return options
-
-
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def end(number: int, frame: object) -> None:
-    """Clean up and end; impatience does not stop that."""
-    for each in ENDING:
-        signal.signal(each, signal.SIG_IGN)
-    sys.exit(128 + number)
-
-
-def main() -> int:
-    options = arguments()
-    for number in ENDING:
-        signal.signal(number, end)
-    try:
-        require(options.only, options.cases)
-        raise_file_limit(4 * IDLE_WEBSOCKETS)
-        absent = prepare(options.venv, options.only)
-        record: dict[str, Any] = {
-            "machine": machine(),
-            "versions": tool_versions(options.venv, options.only),
-            "seconds": options.seconds,
-            "left out": absent,
-        }
-        progress("")
-        print(f"Machine: {record['machine']}")
-        print("Versions: " + ", ".join(f"{name} {version}" for name, version in record["versions"].items()))
-        for name in options.only:
-            print(f"{name}: {absent.get(name) or CONTESTANTS[name].title}")
-        names = [name for name in options.only if name not in absent]
-        with kit(options.venv) as tools:
-            runs, failures = measure_all(tools, names, options.cases, options.rounds, options.seconds)
-        progress("")
-        record["failures"] = failures
-        record["runs"] = {
-            case: {name: [run and asdict(run) for run in some] for name, some in results.items()}
-            for case, results in runs.items()
-        }
-        for case, results in runs.items():
-            report_case(case, results)
-        missed, unknown = report_goals(runs)
-        if failures:
-            print()
-        for text in failures:
-            print(f"FAILED: {text}")
-        if options.json:
-            options.json.write_text(json.dumps(record, indent=1) + "\n")
-        return 2 if failures else 1 if missed else 3 if unknown else 0
-    except (Failed, OSError, subprocess.CalledProcessError) as error:
-        print(f"FAILED: {error}" if isinstance(error, Failed) else f"FAILED: {error!r}", file=sys.stderr)
-        return 2
+def compare_proxies() -> int:
+    options = comparison_parser(__doc__, CONTESTANTS, CASES, seconds=3).parse_args()
+    options.only = options.only or list(CONTESTANTS)
+    raise_file_limit(4 * IDLE_WEBSOCKETS)
+    record = PROXIES.introduce(options, *install_proxies(options.venv, options.only, options.cases))
+    with kit_of(options.venv) as kit:
+        compile_traffic(kit)
+        files = kit.home / "bench"
+        files.mkdir()
+        (files / "pattern").write_bytes(PATTERN)
+        with (files / "body").open("wb") as file:
+            file.truncate(BODY)
+        status = PROXIES.compare(options, record, partial(measure_proxy, kit))
+    write_record(options.json, record)
+    return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_benchmark(compare_proxies)

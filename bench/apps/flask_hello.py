@@ -6,5 +6,5 @@ application = Flask(__name__)
 
 
 @application.get("/")
-def hello() -> str:
+def hello_of_flask() -> str:
     return "Hello World!"

@@ -3,20 +3,20 @@
 LARGE = b"0123456789" * 1024
 
 
-def answer(start_response, body):
+def respond(start_response, body):
     start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(body)))])
     return [body]
 
 
 def hello(environ, start_response):
-    return answer(start_response, b"Hello World!")
+    return respond(start_response, b"Hello World!")
 
 
 def large(environ, start_response):
-    return answer(start_response, LARGE)
+    return respond(start_response, LARGE)
 
 
 def post(environ, start_response):
     """Reads the body and tells its length."""
     body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
-    return answer(start_response, b"%d" % len(body))
+    return respond(start_response, b"%d" % len(body))

@@ -1,0 +1,132 @@
+"""Servers and other processes: how they start and end."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import random
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from . import PATIENCE, Failed, PortTaken
+from .usage import all_processes
+
+#: Seconds that a server has to stop.
+STOPPING = 10.0
+
+Command = Sequence[object]
+
+
+def gunicorn_command(
+    worker: str, app: str, path: Path, *options: object, python: object = sys.executable, workers: int = 1
+) -> Command:
+    return [
+        python, "-m", "gunicorn", "-k", worker, "-w", workers, "-b", f"unix:{path}", "--umask", "0077",
+        "--no-control-socket", *options, app,
+    ]  # fmt: skip
+
+
+def pinned(core: int) -> Callable[[], None]:
+    return lambda: os.sched_setaffinity(0, [core])
+
+
+@contextlib.contextmanager
+def running(
+    command: Command, log: Path, core: int | None = None, stdout: int | None = None, **options: Any
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A server, on one core if it is given; at the end of the block it is gone, with all that it started.
+
+    What fails in the block is reported with the end of the server's log.
+
+    :param options: of :class:`subprocess.Popen`.
+    :raises PortTaken: if the block failed and the log says that a port is in use.
+    """
+
+    def in_child() -> None:
+        if core is not None:
+            os.sched_setaffinity(0, [core])
+        # it ends when the benchmark ends, however that ends (prctl(2), PR_SET_PDEATHSIG)
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [str(word) for word in command], stdin=subprocess.DEVNULL, stdout=stdout or file, stderr=file,
+            start_new_session=True, preexec_fn=in_child, **options,
+        )  # fmt: skip
+    try:
+        yield process
+    except (Failed, OSError) as error:
+        text = log.read_text(errors="replace")
+        lines = [line[:200] for line in text.splitlines() if line.strip()]
+        taken = re.search(r"EADDRINUSE|[Aa]ddress already in use|is in use by", text)
+        kind = PortTaken if taken else Failed
+        raise kind("\n    ".join([str(error), *lines[-5:]])) from error
+    finally:
+        stop_session(process)
+
+
+def stop_session(process: subprocess.Popen[bytes]) -> None:
+    """End a server with all that it started: its session, which tells them from others."""
+    process.terminate()
+    try:
+        process.wait(STOPPING)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for pid, fields in all_processes():
+        if int(fields[3]) == process.pid:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+    if process.stdout:
+        process.stdout.close()
+
+
+def wait_for(process: subprocess.Popen[Any], condition: Callable[[], object], what: str) -> None:
+    """Wait until a condition is met; an :class:`OSError` that it raises means: not yet."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        with contextlib.suppress(OSError):
+            if condition():
+                return
+        if process.poll() is not None:
+            raise Failed(f"the server ended with status {process.returncode} before {what}")
+        if time.monotonic() > deadline:
+            raise Failed(f"waited {PATIENCE:g} s until {what}")
+        time.sleep(0.01)
+
+
+def spoken_line(output: IO[bytes] | None, what: str) -> str:
+    """The next line of a program's standard output."""
+    line = output.readline() if output else b""
+    if not line:
+        raise Failed(f"{what} printed nothing")
+    return line.decode().strip()
+
+
+def free_ports(count: int) -> int:
+    """The first of ``count`` free ports in a row, below the range that the kernel gives to clients."""
+    for _ in range(1000):
+        first = random.randrange(10240, 32000 - count)
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket(socket.AF_INET6)).bind(("::", port))
+            return first
+    raise Failed(f"no {count} free ports in a row")
+
+
+def raise_file_limit(wanted: int) -> None:
+    """Let this program and those that it starts open so many files."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise Failed(f"{wanted} open files are needed, the limit is {hard} (ulimit -Hn)")
+    soft = hard if hard != resource.RLIM_INFINITY else wanted
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 65536), hard))
