@@ -4,23 +4,11 @@ Part 1 boots the same application again and again, each time under a gunicorn of
 
 - ``plain``: ``gunicorn -k gevent``;
 - ``without``: ``gunicorn -k gunicorn_passenger.Worker``, one server;
-- ``with``: the same, and ``passenger.create_server(app).listen(port)``,
+- ``with``: the same, and ``passenger.create_server(app).listen(port)``.
 
-and takes the time from the fork (gunicorn's ``pre_fork``) to ``post_worker_init`` and until the worker
-serves: the event ``"ready"``, or in ``plain`` the first heartbeat of the worker's loop. In the first
-worker the master opens the port; in later ones it is open already. One worker boots at a time.
-
-Part 2 asks the broker for ports from within a worker that serves, while the master is idle and
-while it is reloaded by one HUP after another. Beside it Node's ``cluster`` does the same, under
-both of its scheduling policies: ``server.listen()`` until ``'listening'`` in a cluster worker, while
-the primary is idle and while it forks one worker after another.
-
-The aims: ``listen()`` adds no more than 5 ms to the boot of a worker, and the median of the broker's
-answers, the release included, stays under 2 ms. The exit status is 0 when they are met, 1 when one is
-missed, 2 when a contestant failed, and 3 when the boots were too few or too noisy to tell.
+Part 2 asks the broker for ports from within a worker that serves; beside it Node's ``cluster`` does the same.
+How the times are taken, and the aims: bench/README.md.
 """
-
-from __future__ import annotations
 
 import contextlib
 import importlib.metadata
@@ -34,13 +22,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
+from urllib.parse import urlencode
 
 from harness import APPS, PATIENCE, Failed, PortTaken
 from harness.environment import program_version
-from harness.processes import Command, free_ports, gunicorn_command, running, spoken_line, wait_for
+from harness.limits import free_ports
+from harness.processes import Command, gunicorn_command, running, spoken_line, wait_for
 from harness.program import at_least, exit_status, option_parser, run_benchmark
 from harness.requests import UnixConnection, fetch
 from harness.site import clean_environment, temporary_directory
@@ -50,33 +42,24 @@ from harness.tables import percentile, print_machine, progress, table
 BOOT_AIM = 5.0
 ANSWER_AIM = 2.0
 
-#: Rounds of part 1 below which an interval says nothing.
+#: Part 1: its contestants, the rounds below which an interval says nothing, and the workers that one master
+#: boots, the first and the later ones.
+CONTESTANTS = ("plain", "without", "with")
 FEWEST_ROUNDS = 6
-
-#: Workers that one master boots in part 1: the first and the later ones.
 BOOTS = 4
 
-#: Part 2 is cut into passes, between which the contestants take turns.
-PASSES = 3
-
-#: Workers that one master has in part 2.
+#: Part 2: the states of the master, the workers that it has, the passes, between which the contestants take
+#: turns, and the calls that one request makes while the master is reloaded.
+IDLE, BUSY = "idle", "busy"
 WORKERS = 2
-
-#: Calls that one request makes while the master is reloaded.
+PASSES = 3
 BURST = 5
 
 #: Seconds between two calls of part 2, so that each finds the broker at rest.
 PACE = 0.01
 
-#: The states of part 2.
-IDLE, BUSY = "idle", "busy"
 
-CONTESTANTS = ("plain", "without", "with")
-
-T = TypeVar("T")
-
-
-def again_if_taken(step: Callable[..., T], *arguments: object) -> T:
+def again_if_taken(step: Callable[..., Any], *arguments: object) -> Any:
     """Do a step, and once more (three times at most) when another program has taken a port of it."""
     for _ in range(3):
         try:
@@ -113,13 +96,10 @@ Stamps = dict[str, float]
 def boot_once(contestant: str) -> list[Stamps]:
     """Start one gunicorn and boot its workers one by one; their stamps, by age."""
     worker = "gevent" if contestant == "plain" else "gunicorn_passenger.Worker"
-
-    def command(socket: Path) -> Command:
-        options = ("-c", "boot_conf.py", "--log-level", "warning")
-        return gunicorn_command(worker, "boot_app:application", socket, *options, workers=BOOTS)
-
+    command = partial(gunicorn_command, worker, "boot_app:application")
+    options = ("-c", "boot_conf.py", "--log-level", "warning")
     env = {"BENCH_CONTESTANT": contestant, "BENCH_PORT": free_ports(1)}
-    with started(command, **env) as (process, _, records):
+    with started(lambda path: command(path, *options, workers=BOOTS), **env) as (process, _, records):
         wait_for(process, lambda: len(complete_lines(records)) >= BOOTS, f"{BOOTS} workers were ready")
         stamps = [json.loads(line) for line in complete_lines(records)]
     if [s["age"] for s in stamps] != list(range(1, BOOTS + 1)):
@@ -202,56 +182,40 @@ def spread(values: list[float]) -> str:
 Samples = dict[tuple[str, str, str, str], list[list[float]]]
 
 
-def broker_times(socket: Path, **query: object) -> list[list[float]]:
+def broker_times(socket: Path, port: int, calls: int, **query: object) -> list[list[float]]:
     """Have a worker call; the times of its calls."""
-    words = "&".join(f"{name}={value}" for name, value in query.items())
+    query |= {"port": port, "calls": calls, "pace": PACE}
     with contextlib.closing(UnixConnection(socket)) as connection:
-        return json.loads(fetch(connection, f"/?pace={PACE}&{words}"))
+        return json.loads(fetch(connection, f"/?{urlencode(query)}"))
 
 
 def measure_broker(calls: int) -> tuple[Samples, int]:
     """One pass of part 2 on one gunicorn, and how often it was reloaded."""
-
-    def command(socket: Path) -> Command:
-        options = ("--graceful-timeout", 120, "--timeout", 120, "--log-level", "warning")
-        worker, app = "gunicorn_passenger.Worker", "broker_app:application"
-        return gunicorn_command(worker, app, socket, *options, workers=WORKERS)
-
+    command = partial(gunicorn_command, "gunicorn_passenger.Worker", "broker_app:application")
+    options = ("--graceful-timeout", 120, "--timeout", 120, "--log-level", "warning")
     samples: Samples = {}
     reloads = 0
     count = 4 * calls + 1  # one to hold, and one for each call on a new port
     held = free_ports(count)
     port = held + 1
-    with started(command, PASSENGER_PORTS=f"{held}-{held + count - 1}") as (process, socket, records):
+    env = {"PASSENGER_PORTS": f"{held}-{held + count - 1}"}
+    with started(lambda path: command(path, *options, workers=WORKERS), **env) as (process, path, records):
         wait_for(process, lambda: len(complete_lines(records)) >= WORKERS, "the workers were ready")
         time.sleep(0.3)
-        for state in (IDLE, BUSY):
-            for call in ("ask", "listen"):
-                for port_is in ("open", "new"):
-
-                    def ask(
-                        first: int, some: int, call: str = call, port_is: str = port_is
-                    ) -> list[list[float]]:
-                        return broker_times(
-                            socket, call=call, port_is=port_is, held=held, port=first, calls=some
-                        )
-
-                    if state == IDLE:
-                        times = ask(port, calls)
-                    else:
-                        times, hups = reloading(process, records, ask, port, calls)
-                        reloads += hups
-                    samples["broker", call, port_is, state] = times
-                    port += calls if port_is == "new" else 0
+        for state, call, port_is in product((IDLE, BUSY), ("ask", "listen"), ("open", "new")):
+            ask = partial(broker_times, path, call=call, port_is=port_is, held=held)
+            if state == IDLE:
+                times = ask(port, calls)
+            else:
+                times, hups = reloading(process, records, ask, port, calls)
+                reloads += hups
+            samples["broker", call, port_is, state] = times
+            port += calls if port_is == "new" else 0
     return samples, reloads
 
 
 def reloading(
-    process: subprocess.Popen[bytes],
-    records: Path,
-    ask: Callable[[int, int], list[Any]],
-    port: int,
-    calls: int,
+    process: subprocess.Popen[bytes], records: Path, ask: Callable[..., list[Any]], port: int, calls: int
 ) -> tuple[list[Any], int]:
     """Ask in short requests while one HUP follows another; the times, and the number of HUPs.
 
@@ -291,10 +255,8 @@ def reloading(
 def measure_node(policy: str, node: str, calls: int) -> tuple[Samples, int]:
     """One pass of part 2 on one Node cluster, and how many workers it forked while busy."""
     first = free_ports(calls + 1)
-    bench = {
-        "policy": policy, "held": first, "fresh": first + 1, "calls": calls, "pace": PACE, "churners": 2,
-    }  # fmt: skip
-    with started(lambda _: [node, "cluster.js"], subprocess.PIPE, BENCH=json.dumps(bench)) as (process, *_):
+    bench = json.dumps({"policy": policy, "held": first, "fresh": first + 1, "calls": calls, "pace": PACE})
+    with started(lambda _: [node, "cluster.js"], subprocess.PIPE, BENCH=bench) as (process, *_):
         lock = threading.Timer(PATIENCE + 4 * calls * 10 * PACE, process.kill)
         lock.start()
         try:
@@ -354,11 +316,12 @@ def report_answers(samples: Samples, busy: dict[str, int]) -> list[str]:
 
 def measure_listen() -> int:
     parser = option_parser(__doc__)
-    help_text = "rounds of part 1 (default 15; 6 or more decide)"
-    parser.add_argument("--rounds", type=at_least(1, int), default=15, help=help_text)
-    help_text = "calls of each kind in part 2 (default 300, from 60 to 700)"
-    parser.add_argument("--calls", type=at_least(60, int), default=300, help=help_text)
-    parser.add_argument("--no-node", action="store_true", help="leave out the peer of part 2")
+    add = parser.add_argument
+    add("--rounds", type=at_least(1, int), default=15, help="of part 1 (default 15; 6 or more decide)")
+    add(
+        "--calls", type=at_least(60, int), default=300, help="of each kind in part 2 (default 300, 60 to 700)"
+    )
+    add("--no-node", action="store_true", help="leave out the peer of part 2")
     options = parser.parse_args()
     if options.calls > 700:
         parser.error("--calls must be at most 700: the master holds at most 1024 ports")

@@ -1,19 +1,8 @@
 """Reverse proxies beside each other: requests, WebSocket messages, bodies, and idle WebSockets.
 
-Every contestant runs with one worker on one core; the load and the upstream share another. The clients reach
-it over a UNIX socket, it reaches the upstream over TCP. The contestants take turns, each started afresh for
-every run:
-
-- ``ours``: ``gunicorn -k gunicorn_passenger.Worker`` with ``http_proxy.create_server(...)`` and nothing else;
-- ``http-proxy``, ``http-proxy-3`` (keep-alive agents) and ``fast-proxy`` (undici): proxies for Node;
-- ``nginx``, with the buffers of its defaults, and ``nginx-256k``, with large ones;
-- ``werkzeug``: Werkzeug's ``ProxyMiddleware`` on ``gunicorn -k gevent``.
-
-The program installs those for Python and Node itself. The exit status is 0 when the goals are met, 1 when one
-is missed, 2 when a run failed, and 3 when a goal could not be measured, or other programs disturbed it.
+Every contestant runs with one worker on one core; the load and the upstream share another. They take turns,
+each started afresh for every run. What is measured, and how: bench/README.md.
 """
-
-from __future__ import annotations
 
 import contextlib
 import json
@@ -22,27 +11,20 @@ import socket
 import subprocess
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from harness import PATIENCE, ROOT, Failed, environment
+from harness import ROOT, environment
 from harness.comparison import Comparison, Contestant, Goal, write_record
 from harness.figures import Column, Run, middle, ratio, share, span
-from harness.load import CONNECTIONS, Load, compile_traffic, h2load, measure_load, traffic
-from harness.processes import (
-    Command,
-    free_ports,
-    gunicorn_command,
-    pinned,
-    raise_file_limit,
-    running,
-    spoken_line,
-    wait_for,
-)
+from harness.limits import free_ports, raise_file_limit
+from harness.load import CONNECTIONS, Load, h2load, measure_load, traffic
+from harness.processes import Command, gunicorn_command, pinned, running, spoken_line, wait_for
 from harness.program import comparison_parser, run_benchmark
 from harness.requests import HELLO, UnixConnection, fetch, serving
-from harness.site import Kit, Site, kit_of, new_site
+from harness.site import Site, first_site, new_site
 from harness.tables import progress
 from harness.usage import busy_seconds, cpu_seconds, family, memory_of
 
@@ -69,11 +51,8 @@ MB, GB = 1 << 20, 1 << 30
 
 # --- what is measured -------------------------------------------------------------------------------
 
-SHARES = [
-    share("proxy", "server_load"),
-    share("load and upstream", "generator_load"),
-    share("others", "others"),
-]
+OTHERS = share("others", "others")
+SHARES = [share("proxy", "server_load"), share("load and upstream", "generator_load"), OTHERS]
 OURS: Column = ("ours is x", lambda runs, every: ratio(every.get("ours"), runs))
 CARRIED = [
     middle("MB/s", "rate"), span("rate"), middle("CPU s/GB", "cpu", 2), span("cpu", 2),
@@ -94,7 +73,7 @@ CASES = {
         f"idle: {IDLE_WEBSOCKETS} WebSockets that carried one message each",
         [
             middle("kB each", "memory", 1), span("memory", 1),
-            middle(f"CPU ms in {IDLE_SECONDS:g} s", "cpu", 1), span("cpu", 1), share("others", "others"),
+            middle(f"CPU ms in {IDLE_SECONDS:g} s", "cpu", 1), span("cpu", 1), OTHERS,
         ],
     ),
 }  # fmt: skip
@@ -120,15 +99,13 @@ GOALS = [
 # --- the contestants --------------------------------------------------------------------------------
 
 
-def gunicorn_proxy(worker: str, app: str) -> Callable[[Site, str], Command]:
-    return lambda site, target: gunicorn_command(
-        worker, app, site.socket, "--keep-alive", 1000, "--worker-connections", 2 * IDLE_WEBSOCKETS,
-        python=site.kit.bin / "python",
-    )  # fmt: skip
+def gunicorn_proxy(worker: str, app: str, site: Site, target: str) -> Command:
+    options = ["--keep-alive", 1000, "--worker-connections", 2 * IDLE_WEBSOCKETS]
+    return gunicorn_command(worker, app, site.socket, *options, python=site.bin / "python")
 
 
-def node(script: str, *words: str) -> Callable[[Site, str], Command]:
-    return lambda site, target: ["node", HERE / script, *words, target, site.socket]
+def node_proxy(words: Sequence[str], site: Site, target: str) -> Command:
+    return ["node", *words, target, site.socket]
 
 
 #: nginx as a proxy that keeps its connections and carries WebSockets, as its documentation shows.
@@ -193,27 +170,30 @@ http {{
     return ["nginx", "-e", "stderr", "-p", home, "-c", home / "nginx.conf"]
 
 
-def nginx_proxy(more: str) -> Callable[[Site, str], Command]:
-    def command(site: Site, target: str) -> Command:
-        address = target.removeprefix("http://")
-        return nginx_command(site.home, NGINX_PROXY.format(address=address, socket=site.socket, more=more))
-
-    return command
+def nginx_proxy(more: str, site: Site, target: str) -> Command:
+    address = target.removeprefix("http://")
+    return nginx_command(site.home, NGINX_PROXY.format(address=address, socket=site.socket, more=more))
 
 
 CONTESTANTS = {
     "ours": Contestant(
         "gunicorn_passenger.http_proxy on gunicorn -k gunicorn_passenger.Worker",
-        gunicorn_proxy("gunicorn_passenger.Worker", "ours"),
+        partial(gunicorn_proxy, "gunicorn_passenger.Worker", "ours"),
     ),
-    "http-proxy": Contestant("node-http-proxy with a keep-alive agent", node("http-proxy.js", "http-proxy")),
-    "http-proxy-3": Contestant("http-proxy-3 with a keep-alive agent", node("http-proxy.js", "http-proxy-3")),
-    "fast-proxy": Contestant("fast-proxy on undici (no WebSockets)", node("fast-proxy.js"), HTTP),
-    "nginx": Contestant("nginx, default buffers", nginx_proxy("")),
-    "nginx-256k": Contestant("nginx, buffers of 256 kB", nginx_proxy(NGINX_256K)),
+    "http-proxy": Contestant(
+        "node-http-proxy with a keep-alive agent", partial(node_proxy, ["http-proxy.js", "http-proxy"])
+    ),
+    "http-proxy-3": Contestant(
+        "http-proxy-3 with a keep-alive agent", partial(node_proxy, ["http-proxy.js", "http-proxy-3"])
+    ),
+    "fast-proxy": Contestant(
+        "fast-proxy on undici (no WebSockets)", partial(node_proxy, ["fast-proxy.js"]), HTTP
+    ),
+    "nginx": Contestant("nginx, default buffers", partial(nginx_proxy, "")),
+    "nginx-256k": Contestant("nginx, buffers of 256 kB", partial(nginx_proxy, NGINX_256K)),
     "werkzeug": Contestant(
         "Werkzeug's ProxyMiddleware on gunicorn -k gevent (no WebSockets)",
-        gunicorn_proxy("gevent", "middleware"),
+        partial(gunicorn_proxy, "gevent", "middleware"),
         HTTP,
     ),
 }
@@ -228,13 +208,10 @@ PROXIES = Comparison(
     at_limit="The load and the upstream were at their limit with {}: they may be faster than shown.",
 )
 
-# --- what has to be installed -----------------------------------------------------------------------
 
-
-def install_proxies(
-    venv: Path, names: Sequence[str], cases: Sequence[str]
-) -> tuple[dict[str, str], dict[str, str]]:
+def install_proxies(options: Namespace) -> tuple[dict[str, str], dict[str, str]]:
     """Install the contestants for Python and Node; the versions, and what could not be installed, and why."""
+    venv, names, cases = options.venv, options.only, options.cases
     of_node = [name for name in FOR_NODE if name in names]
     wanted = {"cc": "gcc libc6-dev"}
     if "hello" in cases:
@@ -264,9 +241,8 @@ def npm_error() -> str:
     if stamp.exists() and stamp.stat().st_mtime >= lock.stat().st_mtime:
         return ""
     progress("installing the proxies for Node")
-    why = environment.installation_error(
-        ["npm", "ci", "--no-audit", "--no-fund", "--loglevel", "error"], HERE
-    )
+    command = ["npm", "ci", "--no-audit", "--no-fund", "--loglevel", "error"]
+    why = environment.installation_error(command, HERE)
     if not why:
         stamp.touch()
     return why
@@ -276,20 +252,19 @@ def npm_error() -> str:
 
 
 @contextlib.contextmanager
-def upstream(kit: Kit, case: str) -> Iterator[tuple[int, list[int]]]:
+def upstream(first: Site, case: str) -> Iterator[tuple[int, list[int]]]:
     """What the proxies carry to: nginx for what it sends, else traffic.c. Its port and its processes."""
-    with new_site(kit) as site:
+    with new_site(first) as site:
         if case in ("hello", "down"):
             port = free_ports(1)
-            command = nginx_command(site.home, NGINX_UPSTREAM.format(port=port, files=kit.home))
+            command = nginx_command(site.home, NGINX_UPSTREAM.format(port=port, files=first.home))
         else:
-            port, command = 0, [kit.traffic, "upstream"]
-        with running(command, site.log, kit.load_core, stdout=None if port else subprocess.PIPE) as process:
+            port, command = 0, [first.traffic, "upstream"]
+        with running(command, site.log, first.load_core, stdout=None if port else subprocess.PIPE) as process:
             port = port or int(spoken_line(process.stdout, "traffic"))
+            address = ("127.0.0.1", port)
             wait_for(
-                process,
-                lambda: not socket.create_connection(("127.0.0.1", port), PATIENCE).close(),
-                "it accepted connections",
+                process, lambda: not socket.create_connection(address).close(), "it accepted connections"
             )
             yield port, family(process.pid)
 
@@ -312,9 +287,9 @@ def check_body(case: str, site: Site) -> None:
             fetch(connection, "/bench/sum", b"%d" % zlib.adler32(PATTERN), PATTERN)
 
 
-def measure_proxy(kit: Kit, name: str, case: str, seconds: float) -> Run:
+def measure_proxy(first: Site, name: str, case: str, seconds: float) -> Run:
     """One run: start, check, warm up, measure, stop."""
-    with upstream(kit, case) as (port, behind), new_site(kit) as site:
+    with upstream(first, case) as (port, behind), new_site(first) as site:
         target = f"http://127.0.0.1:{port}"
         variables = {"BENCH_TARGET": target, "NODE_ENV": "production"}
         command = CONTESTANTS[name].command(site, target)
@@ -340,7 +315,7 @@ def measure_idle(site: Site, pids: list[int]) -> Run:
     Memory is compared with that after a first WebSocket, which may have loaded code.
     """
 
-    def memory() -> int:
+    def resident_memory() -> int:
         time.sleep(REST)
         return sum(memory_of(pid)["Rss"] for pid in pids)
 
@@ -348,44 +323,42 @@ def measure_idle(site: Site, pids: list[int]) -> Run:
     def websockets(count: int) -> Iterator[None]:
         """They are open, and carry messages, before and after."""
         with subprocess.Popen(
-            [site.kit.traffic, "idle", site.socket, str(count)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=pinned(site.kit.load_core),
+            [site.traffic, "idle", site.socket, str(count)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=pinned(site.load_core),
         ) as process:  # fmt: skip
             try:
-                for word in ("open", "alive"):
-                    if (line := spoken_line(process.stdout, "traffic")) != word:
-                        raise Failed(f"idle: {line}")
-                    if word == "open":
-                        yield
-                        process.stdin.close()
+                spoken_line(process.stdout, "traffic", "open")
+                yield
+                process.stdin.close()
+                spoken_line(process.stdout, "traffic", "alive")
             finally:
                 process.kill()
 
     with websockets(1):
         pass
-    before = memory()
+    before = resident_memory()
+    cores = (site.core, site.load_core)
     with websockets(IDLE_WEBSOCKETS):
-        each = (memory() - before) / IDLE_WEBSOCKETS
-        busy, used, start = busy_seconds(site.kit.cores), cpu_seconds(pids), time.monotonic()
+        each = (resident_memory() - before) / IDLE_WEBSOCKETS
+        busy, used, start = busy_seconds(cores), cpu_seconds(pids), time.monotonic()
         time.sleep(IDLE_SECONDS)
-        busy, wall = busy_seconds(site.kit.cores) - busy, time.monotonic() - start
+        busy, wall = busy_seconds(cores) - busy, time.monotonic() - start
         used = cpu_seconds(pids) - used
-    return {"memory": each, "cpu": 1000 * used, "others": max(0.0, busy - used) / wall / len(site.kit.cores)}
+    return {"memory": each, "cpu": 1000 * used, "others": max(0.0, busy - used) / wall / len(cores)}
 
 
 def compare_proxies() -> int:
     options = comparison_parser(__doc__, CONTESTANTS, CASES, seconds=3).parse_args()
     options.only = options.only or list(CONTESTANTS)
     raise_file_limit(4 * IDLE_WEBSOCKETS)
-    record = PROXIES.introduce(options, *install_proxies(options.venv, options.only, options.cases))
-    with kit_of(options.venv) as kit:
-        compile_traffic(kit)
-        files = kit.home / "bench"
+    record = PROXIES.introduce(options, *install_proxies(options))
+    with first_site(options.venv) as first:
+        files = first.home / "bench"
         files.mkdir()
         (files / "pattern").write_bytes(PATTERN)
         with (files / "body").open("wb") as file:
             file.truncate(BODY)
-        status = PROXIES.compare(options, record, partial(measure_proxy, kit))
+        status = PROXIES.compare(options, record, partial(measure_proxy, first))
     write_record(options.json, record)
     return status
 

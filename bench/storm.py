@@ -1,24 +1,7 @@
 """What clients lose while workers are reloaded, killed, replaced and upgraded.
 
-Four workers serve a program on a UNIX socket and on ports. A client process makes steady traffic on all of
-them at once: new connections with one request each, keep-alive connections, slow downloads and slow
-uploads, sized and chunked. Then a storm is raised, and after it gunicorn is stopped by ``TERM`` while
-keep-alive clients, downloads and uploads are under way. Every request that was not answered in full
-is counted.
-
-The contestants:
-
-- ``ours``: ``gunicorn -k gunicorn_passenger.Worker`` with the primary on the UNIX socket, a server of ours on
-  one port and an unmodified ``gevent.pywsgi.WSGIServer`` on another, both opened by the program;
-- ``gevent``: plain ``gunicorn -k gevent`` with two binds, the UNIX socket and a port: the bar;
-- ``reuseport``: plain ``gunicorn -k gevent``, where every worker opens the port by itself with
-  ``SO_REUSEPORT``.
-
-The engine is that of the tests (tests/storming.py). The exit status is 0 when ours lost nothing and stopped
-within the graceful timeout, 1 when it did not, 2 when a storm could not be raised.
+The engine is that of the tests (tests/storming.py); the storms and what is counted: bench/README.md.
 """
-
-from __future__ import annotations
 
 import sys
 import time
@@ -28,7 +11,7 @@ from typing import Any
 
 from harness import ROOT
 from harness.comparison import write_record
-from harness.processes import free_ports
+from harness.limits import free_ports
 from harness.program import choice, exit_status, option_parser, run_benchmark
 from harness.site import temporary_directory
 from harness.tables import machine, progress, table
@@ -85,22 +68,6 @@ class Result:
         counts = (report.requests, *map(report.count, KINDS), report.closed_idle, len(self.outcome.allowed))
         return [*start, *map(str, counts), f"{self.outcome.took:.1f}"]
 
-    def facts(self) -> dict[str, Any]:
-        """For ``--json``."""
-        facts: dict[str, Any] = {
-            "storm": self.storm, "times": self.times, "contestant": self.contestant,
-            "seconds": round(self.seconds, 1), "failed": self.failed,
-        }  # fmt: skip
-        if self.outcome is not None:
-            report = self.outcome.report
-            facts |= {
-                "requests": report.requests, "closed_idle": report.closed_idle, "answered": report.answered,
-                "failures": [vars(failure) for failure in report.failures],
-                "allowed": [vars(failure) for failure in self.outcome.allowed],
-                "stop": self.outcome.took, "left": self.outcome.left,
-            }  # fmt: skip
-        return facts
-
 
 def raise_storm(name: str, contestant: str, quick: bool) -> Result:
     """One storm on one contestant, on fresh ports in a directory of its own."""
@@ -156,7 +123,7 @@ def raise_storms() -> int:
                 progress(f"{STORMS[name].title}: {contestant}")
                 results.append(raise_storm(name, contestant, options.quick))
     finally:
-        write_record(options.json, [result.facts() for result in results])
+        write_record(options.json, results)
     return report_storms(results)
 
 

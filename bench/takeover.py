@@ -1,14 +1,10 @@
-"""How soon another worker accepts when the one with the lease is killed, or leaves.
+"""How soon another worker accepts when the one with the lease of a port is killed, or leaves.
 
-    python bench/takeover.py [--times 50] [--workers 4]
-
-One gunicorn with a server of the placement "one". Each time the worker that accepts is found, a client
+One gunicorn has a server of the placement "one". Each time the worker that accepts is found, a client
 begins to ask without a pause (a new connection for each request, which waits as long as it has to), and the
 worker is sent SIGKILL, or SIGTERM. Printed is the time from the signal to the first response by another
 worker, and how many connects were refused or reset.
 """
-
-from __future__ import annotations
 
 import http.client
 import os
@@ -19,7 +15,8 @@ from contextlib import closing
 from pathlib import Path
 
 from harness import APPS, PATIENCE
-from harness.processes import free_ports, gunicorn_command, running, wait_for
+from harness.limits import free_ports
+from harness.processes import gunicorn_command, running, wait_for
 from harness.program import at_least, option_parser, run_benchmark
 from harness.site import clean_environment, temporary_directory
 from harness.tables import percentile

@@ -1,21 +1,9 @@
 """WSGI servers beside each other: requests per second and CPU time per request, over a UNIX socket.
 
-Every contestant serves the same applications with one worker process that is pinned to one core; the load
-comes from ``h2load``, pinned to another, over 32 connections (from ``traffic.c`` where every request has a
-connection of its own). The contestants take turns, each started afresh for every run:
-
-- ``ours``: ``gunicorn -k gunicorn_passenger.Worker``;
-- ``gevent`` and ``pywsgi``: gunicorn's own workers ``gevent`` and ``gevent_pywsgi``;
-- ``uwsgi``, ``granian``, ``bjoern``: servers written in C and Rust;
-- ``bare``: a gevent loop that parses nothing and sends a constant.
-
-With ``--memory`` it measures the memory of ``ours`` and ``gevent`` instead, idle connections included.
-
-The program makes a virtual environment for the servers. The exit status is 0 when the goals are met, 1 when
-one is missed, 2 when a run failed, and 3 when a goal could not be measured, or other programs disturbed it.
+Every contestant serves the same applications with one worker process that is pinned to one core; the load is
+pinned to another. They take turns, each started afresh for every run. What is measured, and how:
+bench/README.md.
 """
-
-from __future__ import annotations
 
 import contextlib
 import os
@@ -23,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,11 +20,12 @@ from typing import Any
 from harness import APPS, Failed, environment
 from harness.comparison import Comparison, Contestant, Goal, write_record
 from harness.figures import Column, Run, middle, numbers, ratio, share, span
-from harness.load import CONNECTIONS, Load, compile_traffic, h2load, measure_load, traffic
-from harness.processes import Command, gunicorn_command, raise_file_limit
+from harness.limits import raise_file_limit
+from harness.load import CONNECTIONS, Load, h2load, measure_load, traffic
+from harness.processes import Command, gunicorn_command
 from harness.program import comparison_parser, run_benchmark
 from harness.requests import HELLO, UnixConnection, fetch, serving
-from harness.site import Kit, Site, kit_of, new_site
+from harness.site import Site, first_site, new_site
 from harness.tables import progress, table
 from harness.usage import cpu_seconds, memory_of
 
@@ -114,15 +103,10 @@ def columns(case: Case) -> list[Column]:
 # --- the contestants --------------------------------------------------------------------------------
 
 
-def gunicorn(worker: str) -> Callable[[Case, Site], Command]:
-    def command(case: Case, site: Site) -> Command:
-        log = ["--access-logfile", site.home / ACCESS_LOG] if case.access_log else []
-        return gunicorn_command(
-            worker, case.app, site.socket, "--keep-alive", 1000, "--worker-connections", 2000, *log,
-            python=site.kit.bin / "python",
-        )  # fmt: skip
-
-    return command
+def gunicorn(worker: str, case: Case, site: Site) -> Command:
+    log = ["--access-logfile", site.home / ACCESS_LOG] if case.access_log else []
+    options = ["--keep-alive", 1000, "--worker-connections", 2000, *log]
+    return gunicorn_command(worker, case.app, site.socket, *options, python=site.bin / "python")
 
 
 def uwsgi(case: Case, site: Site) -> Command:
@@ -130,7 +114,7 @@ def uwsgi(case: Case, site: Site) -> Command:
     protocol = "--http-socket" if case.closing else "--http11-socket"
     log = ["--logto", site.home / ACCESS_LOG] if case.access_log else ["--disable-logging"]
     return [
-        site.kit.bin / "uwsgi", "--home", site.kit.bin.parent, "--module", case.app, "--need-app",
+        site.bin / "uwsgi", "--home", site.bin.parent, "--module", case.app, "--need-app",
         "--die-on-term", protocol, site.socket, "--processes", 1, "--threads", CONNECTIONS, *log,
     ]  # fmt: skip
 
@@ -138,26 +122,32 @@ def uwsgi(case: Case, site: Site) -> Command:
 def granian(case: Case, site: Site) -> Command:
     """Granian writes the access log to its standard output, which is a file here."""
     return [
-        site.kit.bin / "granian", "--interface", "wsgi", "--uds", site.socket, "--workers", 1, "--http", 1,
+        site.bin / "granian", "--interface", "wsgi", "--uds", site.socket, "--workers", 1, "--http", 1,
         "--no-ws", "--blocking-threads", GRANIAN_THREADS, "--backpressure", 128,
         "--access-log" if case.access_log else "--no-access-log", case.app,
     ]  # fmt: skip
 
 
-def script(name: str) -> Callable[[Case, Site], Command]:
-    return lambda case, site: [site.kit.bin / "python", APPS / name, case.app, site.socket]
+def script(name: str, case: Case, site: Site) -> Command:
+    return [site.bin / "python", APPS / name, case.app, site.socket]
 
 
+OURS = "gunicorn_passenger.Worker"
 CONTESTANTS = {
-    "ours": Contestant("gunicorn -k gunicorn_passenger.Worker", gunicorn("gunicorn_passenger.Worker")),
-    "gevent": Contestant("gunicorn -k gevent", gunicorn("gevent")),
-    "pywsgi": Contestant("gunicorn -k gevent_pywsgi", gunicorn("gevent_pywsgi")),
+    "ours": Contestant(f"gunicorn -k {OURS}", partial(gunicorn, OURS)),
+    "gevent": Contestant("gunicorn -k gevent", partial(gunicorn, "gevent")),
+    "pywsgi": Contestant("gunicorn -k gevent_pywsgi", partial(gunicorn, "gevent_pywsgi")),
     "uwsgi": Contestant(f"uWSGI, {CONNECTIONS} threads", uwsgi, package="uwsgi"),
     "granian": Contestant(f"Granian, {GRANIAN_THREADS} threads", granian, package="granian"),
     "bjoern": Contestant(
-        "bjoern (it has no access log)", script("run_bjoern.py"), CASES.keys() - {"accesslog"}, "bjoern"
+        "bjoern (it has no access log)",
+        partial(script, "run_bjoern.py"),
+        CASES.keys() - {"accesslog"},
+        "bjoern",
     ),
-    "bare": Contestant("a bare gevent loop", script("run_bare.py"), ("hello", "large", "connections")),
+    "bare": Contestant(
+        "a bare gevent loop", partial(script, "run_bare.py"), ("hello", "large", "connections")
+    ),
 }
 
 SERVERS = Comparison(
@@ -216,10 +206,10 @@ def serving_case(name: str, case: Case, site: Site) -> contextlib.AbstractContex
     return serving(command, site, APPS, "/", case.response, case.body, case.closing)
 
 
-def measure_server(kit: Kit, name: str, case_name: str, seconds: float) -> Run:
+def measure_server(first: Site, name: str, case_name: str, seconds: float) -> Run:
     """One run: start, warm up, measure, stop."""
     case = CASES[case_name]
-    with new_site(kit) as site:
+    with new_site(first) as site:
         with serving_case(name, case, site) as pids:
             drive_server(case, site, WARM_UP)
             load, run = measure_load(site, pids, lambda: drive_server(case, site, seconds))
@@ -238,10 +228,7 @@ def check_access_log(site: Site, requests: int) -> None:
         raise Failed(f"{requests} requests, but {logged} of them in the access log")
 
 
-# --- memory -----------------------------------------------------------------------------------------
-
-
-def measure_memory(name: str, kit: Kit, seconds: float) -> dict[str, Any]:
+def measure_memory(name: str, first: Site, seconds: float) -> dict[str, Any]:
     """The worker's memory in kB (resident, proportional share, its own): started, after a burst, idle."""
 
     def memory(pids: list[int]) -> dict[str, int]:
@@ -250,11 +237,11 @@ def measure_memory(name: str, kit: Kit, seconds: float) -> dict[str, Any]:
         return {"rss": found["Rss"], "pss": found["Pss"], "uss": own}
 
     case = CASES["hello"]
-    with new_site(kit) as site, serving_case(name, case, site) as pids:
+    with new_site(first) as site, serving_case(name, case, site) as pids:
         started = memory(pids)
         drive_server(case, site, seconds)
         burst = memory(pids)
-    with new_site(kit) as site, serving_case(name, case, site) as pids, contextlib.ExitStack() as stack:
+    with new_site(first) as site, serving_case(name, case, site) as pids, contextlib.ExitStack() as stack:
         before = memory(pids)
         for _ in range(IDLE_CONNECTIONS):
             fetch(stack.enter_context(contextlib.closing(UnixConnection(site.socket))), wanted=HELLO)
@@ -300,14 +287,13 @@ def compare_servers() -> int:
         options, environment.versions_of(options.venv, packages, {"h2load": "--version"}), absent
     )
     status = 0
-    with kit_of(options.venv) as kit:
-        compile_traffic(kit)
+    with first_site(options.venv) as first:
         if options.memory:
             raise_file_limit(2 * IDLE_CONNECTIONS + 100)
-            record["memory"] = {name: measure_memory(name, kit, options.seconds) for name in options.only}
+            record["memory"] = {name: measure_memory(name, first, options.seconds) for name in options.only}
             report_memory(record["memory"])
         else:
-            status = SERVERS.compare(options, record, partial(measure_server, kit))
+            status = SERVERS.compare(options, record, partial(measure_server, first))
     write_record(options.json, record)
     return status
 

@@ -1,7 +1,9 @@
-// server.listen() until 'listening' in a cluster worker.
+// For listen.py: server.listen() until 'listening' in a cluster worker.
 const cluster = require('cluster')
 const http = require('http')
-const { policy, held, fresh, calls, pace, churners } = JSON.parse(process.env.BENCH)
+// the workers that are forked at a time while the primary is busy
+const CHURNERS = 2
+const { policy, held, fresh, calls, pace } = JSON.parse(process.env.BENCH)
 cluster.schedulingPolicy = policy === 'rr' ? cluster.SCHED_RR : cluster.SCHED_NONE
 const now = () => Number(process.hrtime.bigint()) / 1e9
 const sleep = (seconds) => new Promise((resolve) => setTimeout(resolve, seconds * 1000))
@@ -45,7 +47,7 @@ async function primary () {
   const results = []
   for (const state of ['idle', 'busy']) {
     busy = state === 'busy'
-    for (let i = 0; busy && i < churners; i++) churn()
+    for (let i = 0; busy && i < CHURNERS; i++) churn()
     for (const portIs of ['open', 'new']) {
       const answer = new Promise((resolve) => worker.once('message', resolve))
       worker.send({ id: results.length, portIs })

@@ -7,8 +7,9 @@ from plain import respond
 import gunicorn_passenger as passenger
 
 
-def application(environ, start_response):
+def tell_pid(environ, start_response):
     return respond(start_response, b"%d" % os.getpid())
 
 
-passenger.create_server(application).listen(int(os.environ["BENCH_PORT"]), name="one", placement="one")
+application = tell_pid
+passenger.create_server(tell_pid).listen(int(os.environ["BENCH_PORT"]), name="one", placement="one")

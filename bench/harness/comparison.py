@@ -1,7 +1,5 @@
 """Contestants that take turns in every case, and the goals of ours."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -165,4 +163,4 @@ class Comparison:
 def write_record(path: Path | None, record: object) -> None:
     """For ``--json``."""
     if path:
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        path.write_text(json.dumps(record, indent=1, default=vars) + "\n")

@@ -1,7 +1,5 @@
 """The programs and packages that a benchmark needs."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess
@@ -9,7 +7,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from . import ROOT, Failed, processes, tables
+from . import ROOT, Failed
+from .processes import Command
+from .tables import progress
 
 
 def require_programs(wanted: Mapping[str, str], hint: str = "") -> None:
@@ -20,7 +20,7 @@ def require_programs(wanted: Mapping[str, str], hint: str = "") -> None:
         raise Failed(f"there is no {', no '.join(missing)} here: apt-get install {packages}{hint}")
 
 
-def installation_error(command: processes.Command, cwd: Path | None = None) -> str:
+def installation_error(command: Command, cwd: Path | None = None) -> str:
     """Run an installer; what it had to say if it failed, else nothing."""
     run = subprocess.run(
         [str(word) for word in command], cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -33,7 +33,7 @@ def installation_error(command: processes.Command, cwd: Path | None = None) -> s
     return (telling or lines or [f"{command[0]} failed"])[0]
 
 
-def pip(venv: Path, *words: object) -> processes.Command:
+def pip(venv: Path, *words: object) -> Command:
     return [venv / "bin" / "python", "-m", "pip", "--disable-pip-version-check", *words]
 
 
@@ -44,11 +44,11 @@ def make_environment(venv: Path) -> None:
     measure it without.
     """
     if not (venv / "bin" / "python").exists():
-        tables.progress(f"making {venv}")
+        progress(f"making {venv}")
         subprocess.run([sys.executable, "-m", "venv", venv], check=True)
     stamp = venv / "installed"
     if not stamp.exists() or stamp.stat().st_mtime < (ROOT / "setup.cfg").stat().st_mtime:
-        tables.progress("installing gunicorn, gevent, Flask and this project")
+        progress("installing gunicorn, gevent, Flask and this project")
         packages = ["gunicorn", "gevent", "Flask", "--editable", f"{ROOT}[fast]"]
         if why := installation_error(pip(venv, "install", "--quiet", *packages)):
             raise Failed(f"pip install: {why}")
@@ -81,7 +81,3 @@ def versions_of(venv: Path, packages: Sequence[str], programs: Mapping[str, str]
         if shutil.which(program):
             found[program] = program_version(program, option)
     return found
-
-
-def compile_traffic(kit: processes.Kit) -> None:
-    subprocess.run(["cc", "-O2", "-o", kit.traffic, Path(__file__).with_name("traffic.c")], check=True)

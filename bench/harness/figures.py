@@ -1,7 +1,5 @@
 """The figures of runs, and the columns of tables that show them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from statistics import median
 

@@ -1,19 +1,16 @@
 """Load generators, and what a load costs the server and the rest of the machine."""
 
-from __future__ import annotations
-
 import re
 import resource
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from . import PATIENCE, Failed
 from .figures import Run
 from .processes import Command, pinned
-from .site import Kit, Site
+from .site import Site
 from .usage import busy_seconds, cpu_seconds, family
 
 #: The connections of h2load.
@@ -46,7 +43,7 @@ def generate(command: Command, site: Site, seconds: float) -> tuple[str, float, 
         run = subprocess.run(
             [str(word) for word in command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, timeout=PATIENCE + 10 * seconds,
-            preexec_fn=pinned(site.kit.load_core), check=False,
+            preexec_fn=pinned(site.load_core), check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise Failed(f"{command[0]} does not come to an end") from None
@@ -75,17 +72,12 @@ def h2load(site: Site, seconds: float, *options: object, path: str = "/") -> Loa
     return Load(count["done"], count["done"] / float(rate[1]), cpu, wall, float(each[1]), float(each[2]))
 
 
-def compile_traffic(kit: Kit) -> None:
-    source = Path(__file__).with_name("traffic.c")
-    subprocess.run(["cc", "-O2", "-o", kit.traffic, source], check=True)
-
-
 def traffic(site: Site, kind: str, size: int, seconds: float, *words: object, unit: float = 1) -> Load:
     """One of the loads of traffic.c, which checks every response itself.
 
     :param unit: how much each of those carries that it counts.
     """
-    command = [site.kit.traffic, kind, site.socket, size, seconds, *words]
+    command = [site.traffic, kind, site.socket, size, seconds, *words]
     report, cpu, wall = generate(command, site, seconds)
     try:
         count, took = map(float, report.split())
@@ -104,7 +96,7 @@ def measure_load(
     :param behind: the processes of the upstream.
     :param scale: the unit of the CPU time in the table: microseconds.
     """
-    cores = site.kit.cores
+    cores = (site.core, site.load_core)
     busy, used, fed = busy_seconds(cores), cpu_seconds(pids), cpu_seconds(behind)
     load = drive()
     busy, used, fed = busy_seconds(cores) - busy, cpu_seconds(pids) - used, cpu_seconds(behind) - fed

@@ -1,15 +1,10 @@
 """Servers and other processes: how they start and end."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os
-import random
 import re
-import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -104,29 +99,9 @@ def wait_for(process: subprocess.Popen[Any], condition: Callable[[], object], wh
         time.sleep(0.01)
 
 
-def spoken_line(output: IO[bytes] | None, what: str) -> str:
-    """The next line of a program's standard output."""
-    line = output.readline() if output else b""
-    if not line:
-        raise Failed(f"{what} printed nothing")
-    return line.decode().strip()
-
-
-def free_ports(count: int) -> int:
-    """The first of ``count`` free ports in a row, below the range that the kernel gives to clients."""
-    for _ in range(1000):
-        first = random.randrange(10240, 32000 - count)
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            for port in range(first, first + count):
-                stack.enter_context(socket.socket(socket.AF_INET6)).bind(("::", port))
-            return first
-    raise Failed(f"no {count} free ports in a row")
-
-
-def raise_file_limit(wanted: int) -> None:
-    """Let this program and those that it starts open so many files."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < wanted:
-        raise Failed(f"{wanted} open files are needed, the limit is {hard} (ulimit -Hn)")
-    soft = hard if hard != resource.RLIM_INFINITY else wanted
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 65536), hard))
+def spoken_line(output: IO[bytes] | None, what: str, wanted: str = "") -> str:
+    """The next line of a program's standard output, which has to be the one that is wanted."""
+    line = output.readline().decode().strip() if output else ""
+    if line != (wanted or line) or not line:
+        raise Failed(f"{what}: {line or 'no report'}")
+    return line

@@ -1,7 +1,5 @@
 """The command line of a benchmark, the signals that end it, and its exit status."""
 
-from __future__ import annotations
-
 import argparse
 import signal
 import subprocess

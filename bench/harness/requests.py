@@ -1,7 +1,5 @@
 """Requests to a server's UNIX socket, the first of which tells that it serves."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import socket
@@ -58,7 +56,7 @@ def serving(
 ) -> Iterator[list[int]]:  # fmt: skip
     """Start a server on its core and end it again; in between, it answers. Its processes, the worker last."""
     env = clean_environment(site.home, **variables)
-    with running(command, site.log, site.kit.core, cwd=cwd, env=env) as process:
+    with running(command, site.log, site.core, cwd=cwd, env=env) as process:
         with contextlib.closing(UnixConnection(site.socket)) as connection:
             wait_for(process, lambda: not connection.connect(), "it accepted connections")
             fetch(connection, path, wanted, body, closing)

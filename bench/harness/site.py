@@ -1,42 +1,28 @@
 """Where servers run: their directories, programs, cores and environment."""
 
-from __future__ import annotations
-
 import contextlib
 import os
+import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import Failed
 
-
-@dataclass(frozen=True)
-class Kit:
-    """What all runs share: the programs of a virtual environment, a directory and the pair of cores."""
-
-    bin: Path
-    home: Path
-    core: int
-    load_core: int
-
-    @property
-    def cores(self) -> tuple[int, int]:
-        return self.core, self.load_core
-
-    @property
-    def traffic(self) -> Path:
-        """The compiled traffic.c."""
-        return self.home / "traffic"
+SOURCE = Path(__file__).with_name("traffic.c")
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where one server runs: its own new directory."""
+    """A directory in which a server runs, the programs of a virtual environment and the pair of cores."""
 
-    kit: Kit
     home: Path
+    bin: Path
+    core: int
+    load_core: int
+    #: the compiled traffic.c
+    traffic: Path
 
     @property
     def socket(self) -> Path:
@@ -53,19 +39,21 @@ def temporary_directory(parent: Path | None = None) -> tempfile.TemporaryDirecto
 
 
 @contextlib.contextmanager
-def kit_of(venv: Path) -> Iterator[Kit]:
-    """The first core is the server's, the second the load's."""
+def first_site(venv: Path) -> Iterator[Site]:
+    """The site below which those of all runs are made."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise Failed("two cores are needed: one for the server, one for the load")
-    with temporary_directory() as home:
-        yield Kit(venv / "bin", Path(home), *cores[:2])
+    with temporary_directory() as name:
+        home = Path(name)
+        subprocess.run(["cc", "-O2", "-o", home / "traffic", SOURCE], check=True)
+        yield Site(home, venv / "bin", *cores[:2], home / "traffic")
 
 
 @contextlib.contextmanager
-def new_site(kit: Kit) -> Iterator[Site]:
-    with temporary_directory(kit.home) as home:
-        yield Site(kit, Path(home))
+def new_site(first: Site) -> Iterator[Site]:
+    with temporary_directory(first.home) as home:
+        yield replace(first, home=Path(home))
 
 
 def clean_environment(home: Path, **more: object) -> dict[str, str]:

@@ -1,7 +1,5 @@
 """All that is printed: tables, progress, the machine, and the figures in cells."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

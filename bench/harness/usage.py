@@ -1,7 +1,5 @@
 """What processes and other programs use of the machine, as /proc tells it."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import time
