@@ -35,7 +35,7 @@ from harness.limits import free_ports
 from harness.processes import Command, gunicorn_command, running, spoken_line, wait_for
 from harness.program import at_least, exit_status, option_parser, run_benchmark
 from harness.requests import UnixConnection, fetch
-from harness.site import clean_environment, temporary_directory
+from harness.site import temporary_directory
 from harness.tables import percentile, print_machine, progress, table
 
 #: The aims, in milliseconds.
@@ -78,8 +78,8 @@ def started(
         home = Path(name)
         records, socket = home / "records", home / "s"
         records.touch()
-        env = clean_environment(home, BENCH_RECORDS=records, PYTHONPATH=APPS, **variables)
-        with running(command(socket), home / "log", stdout=stdout, cwd=APPS, env=env) as process:
+        variables["BENCH_RECORDS"] = records
+        with running(command(socket), home, APPS, stdout=stdout, **variables) as process:
             yield process, socket, records
 
 

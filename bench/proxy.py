@@ -12,7 +12,7 @@ import subprocess
 import time
 import zlib
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -104,8 +104,8 @@ def gunicorn_proxy(worker: str, app: str, site: Site, target: str) -> Command:
     return gunicorn_command(worker, app, site.socket, *options, python=site.bin / "python")
 
 
-def node_proxy(words: Sequence[str], site: Site, target: str) -> Command:
-    return ["node", *words, target, site.socket]
+def node(*words: str) -> Callable[[Site, str], Command]:
+    return lambda site, target: ["node", *words, target, site.socket]
 
 
 #: nginx as a proxy that keeps its connections and carries WebSockets, as its documentation shows.
@@ -146,27 +146,32 @@ NGINX_UPSTREAM = """
 """
 
 
-def nginx_command(home: Path, http: str) -> Command:
-    """nginx in one process beside its master, with everything that it writes below a directory."""
-    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    temporary = "\n".join(f"    {kind}_temp_path {home}/{kind};" for kind in kinds)
-    (home / "nginx.conf").write_text(
-        f"""{"user root;" if os.geteuid() == 0 else ""}
+#: In one process beside its master, with everything that it writes below a directory.
+NGINX = """{user}
 daemon off;
 worker_processes 1;
-worker_rlimit_nofile {4 * IDLE_WEBSOCKETS};
+worker_rlimit_nofile {files};
 pid {home}/nginx.pid;
 error_log stderr;
-events {{ worker_connections {3 * IDLE_WEBSOCKETS}; }}
+events {{ worker_connections {connections}; }}
 http {{
     access_log off;
     keepalive_timeout 1000s;
     keepalive_requests 1000000000;
-{temporary}
-{http}
+    client_body_temp_path {home}/client_body;
+    proxy_temp_path {home}/proxy;
+    fastcgi_temp_path {home}/fastcgi;
+    uwsgi_temp_path {home}/uwsgi;
+    scgi_temp_path {home}/scgi;
+    {http}
 }}
 """
-    )
+
+
+def nginx_command(home: Path, http: str) -> Command:
+    user = "user root;" if os.geteuid() == 0 else ""
+    limits = {"files": 4 * IDLE_WEBSOCKETS, "connections": 3 * IDLE_WEBSOCKETS}
+    (home / "nginx.conf").write_text(NGINX.format(user=user, home=home, http=http, **limits))
     return ["nginx", "-e", "stderr", "-p", home, "-c", home / "nginx.conf"]
 
 
@@ -180,15 +185,9 @@ CONTESTANTS = {
         "gunicorn_passenger.http_proxy on gunicorn -k gunicorn_passenger.Worker",
         partial(gunicorn_proxy, "gunicorn_passenger.Worker", "ours"),
     ),
-    "http-proxy": Contestant(
-        "node-http-proxy with a keep-alive agent", partial(node_proxy, ["http-proxy.js", "http-proxy"])
-    ),
-    "http-proxy-3": Contestant(
-        "http-proxy-3 with a keep-alive agent", partial(node_proxy, ["http-proxy.js", "http-proxy-3"])
-    ),
-    "fast-proxy": Contestant(
-        "fast-proxy on undici (no WebSockets)", partial(node_proxy, ["fast-proxy.js"]), HTTP
-    ),
+    "http-proxy": Contestant("node-http-proxy with a keep-alive agent", node("http-proxy.js", "http-proxy")),
+    "http-proxy-3": Contestant("http-proxy-3 with a keep-alive agent", node("http-proxy.js", "http-proxy-3")),
+    "fast-proxy": Contestant("fast-proxy on undici (no WebSockets)", node("fast-proxy.js"), HTTP),
     "nginx": Contestant("nginx, default buffers", partial(nginx_proxy, "")),
     "nginx-256k": Contestant("nginx, buffers of 256 kB", partial(nginx_proxy, NGINX_256K)),
     "werkzeug": Contestant(
@@ -260,7 +259,8 @@ def upstream(first: Site, case: str) -> Iterator[tuple[int, list[int]]]:
             command = nginx_command(site.home, NGINX_UPSTREAM.format(port=port, files=first.home))
         else:
             port, command = 0, [first.traffic, "upstream"]
-        with running(command, site.log, first.load_core, stdout=None if port else subprocess.PIPE) as process:
+        stdout = None if port else subprocess.PIPE
+        with running(command, site.home, HERE, first.load_core, stdout) as process:
             port = port or int(spoken_line(process.stdout, "traffic"))
             address = ("127.0.0.1", port)
             wait_for(

@@ -18,7 +18,7 @@ from harness import APPS, PATIENCE
 from harness.limits import free_ports
 from harness.processes import gunicorn_command, running, wait_for
 from harness.program import at_least, option_parser, run_benchmark
-from harness.site import clean_environment, temporary_directory
+from harness.site import temporary_directory
 from harness.tables import percentile
 
 
@@ -53,24 +53,16 @@ def measure_takeovers(port: int, number: int, times: int) -> tuple[list[float], 
 
 def measure_signals() -> int:
     parser = option_parser(__doc__)
-    parser.add_argument(
-        "--times", type=at_least(1, int), default=50, help="takeovers by each signal (default 50)"
-    )
-    parser.add_argument("--workers", type=at_least(2, int), default=4, help="default 4")
+    add = parser.add_argument
+    add("--times", type=at_least(1, int), default=50, help="takeovers by each signal (default 50)")
+    add("--workers", type=at_least(2, int), default=4, help="default 4")
     options = parser.parse_args()
     port = free_ports(1)
+    worker = "gunicorn_passenger.Worker"
     with temporary_directory() as name:
         home = Path(name)
-        command = gunicorn_command(
-            "gunicorn_passenger.Worker",
-            "one_app",
-            home / "s",
-            "--graceful-timeout",
-            30,
-            workers=options.workers,
-        )
-        env = clean_environment(home, BENCH_PORT=port)
-        with running(command, home / "log", cwd=APPS, env=env) as process:
+        command = gunicorn_command(worker, "one_app", home / "s", workers=options.workers)
+        with running(command, home, APPS, BENCH_PORT=port) as process:
             wait_for(process, lambda: accepting_worker(port), "it accepted connections")
             time.sleep(2)
             print(f"{options.workers} workers, {options.times} times; ms until another worker has answered")

@@ -133,21 +133,15 @@ def script(name: str, case: Case, site: Site) -> Command:
 
 
 OURS = "gunicorn_passenger.Worker"
+BJOERN, BARE = partial(script, "run_bjoern.py"), partial(script, "run_bare.py")
 CONTESTANTS = {
     "ours": Contestant(f"gunicorn -k {OURS}", partial(gunicorn, OURS)),
     "gevent": Contestant("gunicorn -k gevent", partial(gunicorn, "gevent")),
     "pywsgi": Contestant("gunicorn -k gevent_pywsgi", partial(gunicorn, "gevent_pywsgi")),
     "uwsgi": Contestant(f"uWSGI, {CONNECTIONS} threads", uwsgi, package="uwsgi"),
     "granian": Contestant(f"Granian, {GRANIAN_THREADS} threads", granian, package="granian"),
-    "bjoern": Contestant(
-        "bjoern (it has no access log)",
-        partial(script, "run_bjoern.py"),
-        CASES.keys() - {"accesslog"},
-        "bjoern",
-    ),
-    "bare": Contestant(
-        "a bare gevent loop", partial(script, "run_bare.py"), ("hello", "large", "connections")
-    ),
+    "bjoern": Contestant("bjoern (it has no access log)", BJOERN, CASES.keys() - {"accesslog"}, "bjoern"),
+    "bare": Contestant("a bare gevent loop", BARE, ("hello", "large", "connections")),
 }
 
 SERVERS = Comparison(
@@ -171,9 +165,8 @@ def install_servers(venv: Path, names: Sequence[str], install: bool) -> dict[str
         for words in (["update"], ["install", "-y", "--no-install-recommends", *packages]):
             if subprocess.run([*root, "apt-get", "-q", *words], stdout=sys.stderr, check=False).returncode:
                 raise Failed(f"apt-get {' '.join(words)} failed")
-    environment.require_programs(
-        {"h2load": "nghttp2-client", "cc": "gcc libc6-dev"}, ", or run this with --install"
-    )
+    wanted = {"h2load": "nghttp2-client", "cc": "gcc libc6-dev"}
+    environment.require_programs(wanted, ", or run this with --install")
     environment.make_environment(venv)
     installed = environment.installed_versions(venv)
     absent = {}
@@ -228,7 +221,7 @@ def check_access_log(site: Site, requests: int) -> None:
         raise Failed(f"{requests} requests, but {logged} of them in the access log")
 
 
-def measure_memory(name: str, first: Site, seconds: float) -> dict[str, Any]:
+def measure_memory(first: Site, name: str, seconds: float) -> dict[str, Any]:
     """The worker's memory in kB (resident, proportional share, its own): started, after a burst, idle."""
 
     def memory(pids: list[int]) -> dict[str, int]:
@@ -236,6 +229,7 @@ def measure_memory(name: str, first: Site, seconds: float) -> dict[str, Any]:
         own = found["Private_Clean"] + found["Private_Dirty"]
         return {"rss": found["Rss"], "pss": found["Pss"], "uss": own}
 
+    progress(f"memory: {name}")
     case = CASES["hello"]
     with new_site(first) as site, serving_case(name, case, site) as pids:
         started = memory(pids)
@@ -254,16 +248,16 @@ def measure_memory(name: str, first: Site, seconds: float) -> dict[str, Any]:
 
 
 def report_memory(results: dict[str, dict[str, Any]]) -> None:
-    def cell(memory: dict[str, int]) -> str:
-        return " / ".join(f"{kb / 1024:.1f}" for kb in memory.values())
-
+    progress()
+    rows, idle = [], []
+    for name, result in results.items():
+        both = (result["started"].values(), result["burst"].values())
+        rows.append([name, *(" / ".join(f"{kb / 1024:.1f}" for kb in memory) for memory in both)])
+        idle.append([name, f"{result['kB per idle connection']:.1f}", f"{result['idle CPU ms']:.1f}"])
     print("\nMemory of the worker, MB: resident / proportional share / its own\n")
-    rows = [[name, cell(result["started"]), cell(result["burst"])] for name, result in results.items()]
     table(["contestant", "after the start", "after a burst of hello"], rows)
     print(f"\n{IDLE_CONNECTIONS} connections that made one request each and idle\n")
-    figures = ("kB per idle connection", "idle CPU ms")
-    rows = [[name, *(f"{result[figure]:.1f}" for figure in figures)] for name, result in results.items()]
-    table(["contestant", "kB each", f"CPU ms in {IDLE_SECONDS:g} s"], rows)
+    table(["contestant", "kB each", f"CPU ms in {IDLE_SECONDS:g} s"], idle)
 
 
 def compare_servers() -> int:
@@ -273,24 +267,15 @@ def compare_servers() -> int:
     options = parser.parse_args()
     options.only = options.only or (["ours", "gevent"] if options.memory else list(CONTESTANTS))
     absent = install_servers(options.venv, options.only, options.install)
-    packages = [
-        "gunicorn",
-        "gunicorn_h1c",
-        "gevent",
-        "flask",
-        "gunicorn-passenger",
-        "uwsgi",
-        "granian",
-        "bjoern",
-    ]
-    record = SERVERS.introduce(
-        options, environment.versions_of(options.venv, packages, {"h2load": "--version"}), absent
-    )
+    packages = ["gunicorn", "gunicorn_h1c", "gevent", "flask", "gunicorn-passenger"]
+    packages += [contestant.package for contestant in CONTESTANTS.values()]
+    versions = environment.versions_of(options.venv, packages, {"h2load": "--version"})
+    record = SERVERS.introduce(options, versions, absent)
     status = 0
     with first_site(options.venv) as first:
         if options.memory:
             raise_file_limit(2 * IDLE_CONNECTIONS + 100)
-            record["memory"] = {name: measure_memory(name, first, options.seconds) for name in options.only}
+            record["memory"] = {name: measure_memory(first, name, options.seconds) for name in options.only}
             report_memory(record["memory"])
         else:
             status = SERVERS.compare(options, record, partial(measure_server, first))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from . import PATIENCE, Failed, PortTaken
+from .site import clean_environment
 from .usage import all_processes
 
 #: Seconds that a server has to stop.
@@ -36,13 +37,18 @@ def pinned(core: int) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def running(
-    command: Command, log: Path, core: int | None = None, stdout: int | None = None, **options: Any
+    command: Command,
+    home: Path,
+    cwd: Path,
+    core: int | None = None,
+    stdout: int | None = None,
+    **variables: object,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A server, on one core if it is given; at the end of the block it is gone, with all that it started.
 
-    What fails in the block is reported with the end of the server's log.
+    What fails in the block is reported with the end of the server's log, which is in ``home``.
 
-    :param options: of :class:`subprocess.Popen`.
+    :param variables: of its environment.
     :raises PortTaken: if the block failed and the log says that a port is in use.
     """
 
@@ -52,10 +58,11 @@ def running(
         # it ends when the benchmark ends, however that ends (prctl(2), PR_SET_PDEATHSIG)
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
+    log = home / "log"
     with log.open("wb") as file:
         process = subprocess.Popen(
             [str(word) for word in command], stdin=subprocess.DEVNULL, stdout=stdout or file, stderr=file,
-            start_new_session=True, preexec_fn=in_child, **options,
+            cwd=cwd, env=clean_environment(home, **variables), start_new_session=True, preexec_fn=in_child,
         )  # fmt: skip
     try:
         yield process

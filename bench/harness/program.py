@@ -40,13 +40,8 @@ def comparison_parser(
     add("--rounds", type=at_least(1, int), default=5, help="how often all take turns (default 5)")
     add("--seconds", type=at_least(0.1, float), default=seconds, help=f"of a run (default {seconds:g})")
     add("--json", metavar="FILE", type=Path, help="write all numbers to a file as well")
-    default = ROOT / ".venv-bench"
-    add(
-        "--venv",
-        type=lambda text: Path(text).absolute(),
-        default=default,
-        help=f"the virtual environment (default {default.name})",
-    )
+    venv = ROOT / ".venv-bench"
+    add("--venv", type=lambda text: Path(text).absolute(), default=venv, help="default .venv-bench")
     return parser
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import PATIENCE, Failed
 from .processes import Command, running, wait_for
-from .site import Site, clean_environment
+from .site import Site
 from .usage import family
 
 #: The response of every contestant to the smallest request.
@@ -55,8 +55,7 @@ def serving(
     closing: bool = False, **variables: object,
 ) -> Iterator[list[int]]:  # fmt: skip
     """Start a server on its core and end it again; in between, it answers. Its processes, the worker last."""
-    env = clean_environment(site.home, **variables)
-    with running(command, site.log, site.core, cwd=cwd, env=env) as process:
+    with running(command, site.home, cwd, site.core, **variables) as process:
         with contextlib.closing(UnixConnection(site.socket)) as connection:
             wait_for(process, lambda: not connection.connect(), "it accepted connections")
             fetch(connection, path, wanted, body, closing)
