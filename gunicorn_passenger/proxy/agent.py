@@ -13,6 +13,7 @@ from typing import Any
 
 from gunicorn_passenger.errors import PoolExhausted, SettingError
 from gunicorn_passenger.proxy.connecting import connect
+from gunicorn_passenger.proxy.log import failed_callback
 from gunicorn_passenger.proxy.stream import Runtime, Stream, runtime
 from gunicorn_passenger.proxy.target import Target
 
@@ -53,6 +54,8 @@ class Agent:
         self.idle_timeout = _seconds("idle_timeout", idle_timeout)
         self.connect_timeout = _seconds("connect_timeout", connect_timeout)
         self._contexts: dict[bool, ssl.SSLContext] = {}
+        #: whether its TLS context was given, so that the option ``secure`` cannot change what it verifies
+        self.has_context = ssl_context is not None
         if ssl_context is not None:
             self._contexts = {True: ssl_context, False: ssl_context}
         self._pools: dict[Any, Pool] = {}
@@ -126,11 +129,15 @@ class Link:
 
     def stray(self) -> None:
         """Called in the hub while nobody reads: was it closed, or does it say what nobody asked for?"""
-        if self.idle:
+        if not self.idle:
+            return
+        try:
             if self.stream.silent():
                 self.stream.rearm()
-            else:
-                self.pool.retire(self)
+                return
+        except Exception as error:
+            failed_callback(f"an unused connection to {self.pool.target}", error)
+        self.pool.retire(self)
 
 
 class _Ticket:
@@ -311,8 +318,10 @@ class Pool:
 
     def drop(self, link: Link) -> None:
         """A request is over, and so is its connection."""
-        link.stream.close()
-        self._free()
+        try:
+            link.stream.close()
+        finally:
+            self._free()
 
     def _free(self) -> None:
         with self._lock:
@@ -340,19 +349,27 @@ class Pool:
 
     def _on_timer(self) -> None:
         """Called in the hub: the connection that is idle for longest may be so for too long."""
-        self._timer.close()
-        self._timer = None
-        self._retire_old()
-        if self._idle:
-            self._start_timer(self._idle[0].since + self.agent.idle_timeout - self.clock())
+        try:
+            self._timer.close()
+            self._timer = None
+            self._retire_old()
+        except Exception as error:
+            failed_callback(f"an unused connection to {self.target}", error)
+        finally:
+            self._timer = None
+            if self._idle:
+                self._start_timer(self._idle[0].since + self.agent.idle_timeout - self.clock())
 
     def retire(self, link: Link) -> None:
-        """Close a connection that nobody uses."""
+        """Close a connection that no request uses; others are not kept from it when that fails."""
         try:
             self._idle.remove(link)
         except ValueError:
             return
-        link.stream.close()
+        try:
+            link.stream.close()
+        except Exception as error:
+            failed_callback(f"an unused connection to {self.target}", error)
 
     def clear(self) -> None:
         for link in list(self._idle):

@@ -11,13 +11,25 @@ between: a ``start_response`` of somebody else, or another ``wsgi.input``, is us
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
+import socket
 from collections.abc import Callable
 from typing import Any
 
 from gunicorn_passenger.errors import BadRequestBody
 from gunicorn_passenger.http.body import NO_BODY
-from gunicorn_passenger.proxy.fields import Fields, Origin, RequestFields, environ_fields
+from gunicorn_passenger.proxy import wire
+from gunicorn_passenger.proxy.fields import (
+    UNKNOWN,
+    Fields,
+    Origin,
+    RequestFields,
+    address_of,
+    environ_fields,
+    number_of_bytes,
+    present_fields,
+)
 from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.stream import runtime
 
@@ -37,8 +49,14 @@ class WsgiClient:
     #: whether no application can have changed the environ
     pristine = False
 
-    def __init__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> None:
+    def __init__(
+        self, environ: dict[str, Any], start_response: Callable[..., Any], carrier: Any = None
+    ) -> None:
+        """
+        :param carrier: our connection that the request has come over, though the proxy may not use it.
+        """
         self.environ = environ
+        self._carrier = carrier
         self.start_response = start_response
         self.method: str = environ["REQUEST_METHOD"]
         self.body = environ["wsgi.input"]
@@ -49,7 +67,24 @@ class WsgiClient:
 
         :param keep_case: whether names keep their letter case.
         """
-        return RequestFields(environ_fields(self.environ), keep_case, self.protocol)
+        fields, own = present_fields(self.environ, self._came())
+        return RequestFields(fields, keep_case, self.protocol, own)
+
+    def _came(self) -> Fields | None:
+        """The headers as the client has sent them; ``None`` when that is not known."""
+        if self._carrier is None:
+            return None
+        head = self._carrier.head
+        found = _STRICT.fullmatch(head, head.find(b"\r\n") + 2)
+        if found is None:
+            return None
+        pairs = []
+        for line in found[1].decode("latin-1").split("\r\n"):
+            name, colon, value = line.partition(":")
+            # names with an underscore can stand for others (gunicorn's header_map)
+            if colon and "_" not in name:
+                pairs.append((name, value.strip(" \t")))
+        return pairs
 
     def length(self) -> int:
         """Of the request's body, in bytes; ``CHUNKED`` when it tells its end by itself.
@@ -65,9 +100,10 @@ class WsgiClient:
             if not environ.get("CONTENT_LENGTH"):
                 raise BadRequestBody("the server does not say where a chunked body ends", 411)
         text = environ.get("CONTENT_LENGTH") or "0"
-        if not (text.isascii() and text.isdigit()):
-            raise BadRequestBody(f"Content-Length {text[:20]!r} is no number of bytes")
-        return int(text)
+        length = number_of_bytes(text)
+        if length is None:
+            raise BadRequestBody(f"Content-Length {text[:20]!r} is not a number of bytes below 2**63")
+        return length
 
     def arrived(self) -> int:
         """Bytes of the body that are there already."""
@@ -76,7 +112,7 @@ class WsgiClient:
     def origin(self, options: Options, host: str | None) -> Origin:
         """Where the request comes from."""
         environ = self.environ
-        address = environ.get("REMOTE_ADDR") or ""
+        address = self._address()
         trusted = (
             self._trusted(address) if options.trusted is None else not address or options.trusts(address)
         )
@@ -87,6 +123,25 @@ class WsgiClient:
     def tunnels(self) -> bool:
         """Whether its connection can become a tunnel."""
         return "gunicorn.socket" in self.environ and bool(runtime().concurrent)
+
+    def _address(self) -> str:
+        """The client's IP address: empty on a UNIX socket, ``unknown`` for any other text.
+
+        The name of a UNIX peer is the client's to choose, down to one that looks like an address.
+        """
+        said = self.environ.get("REMOTE_ADDR") or ""
+        if not said:
+            return ""
+        if self._carrier is not None:
+            addr = self._carrier.peer.addr
+            name = None if isinstance(addr, tuple) else addr
+        else:
+            name = _unix_name(self.environ.get("gunicorn.socket"))
+        address = address_of(said)
+        if name is None:
+            return address
+        # a program may have taken an address from a header that it believes
+        return "" if address == UNKNOWN or said == os.fsdecode(name) else address
 
     def _trusted(self, address: str) -> bool:
         if not address:
@@ -102,7 +157,7 @@ class WsgiClient:
         """An interim answer (RFC 9110 section 15.2); WSGI has a way for 103 at most."""
         hints = self.environ.get("wsgi.early_hints")
         if status == 103 and hints is not None:
-            hints([(name, value) for name, value in fields])
+            hints(wire.checked(list(fields)))
 
     def proceed(self) -> None:
         """The target wants the body: the server says so to the client when the body is read."""
@@ -125,42 +180,31 @@ class OurClient(WsgiClient):
         :param connection: the :class:`~gunicorn_passenger.http.connection.Connection`.
         :param pristine: whether no application can have changed the environ.
         """
-        super().__init__(environ, start_response)
+        super().__init__(environ, start_response, connection)
         self.connection = connection
         self.pristine = pristine
         self._callback: Any = None
         self._uploading = False
 
     def fields(self, keep_case: bool) -> RequestFields:
+        if not self.pristine or self.environ["RAW_URI"][:1] != "/":
+            # with a target in absolute form, the host is not that of the header
+            return super().fields(keep_case)
         connection = self.connection
         head = connection.head
         block = head[head.find(b"\r\n") + 2 :]
-        if not self.pristine:
-            pairs = self._pairs(block)
-            if not _same(pairs, self.environ):
-                pairs = environ_fields(self.environ)
-            return RequestFields(pairs, keep_case, self.protocol)
         memo = connection.memo
         if memo is not None and memo[0] == block and memo[1] is keep_case and memo[2] == self.protocol:
             known: RequestFields = memo[3]
             if known.kept is not None and known.kept.straight and connection.response.req is None:
                 known.kept.known = connection.peer.known
             return known
-        fields = RequestFields(self._pairs(block), keep_case, self.protocol)
+        came = self._came()
+        if came is None:
+            came = environ_fields(self.environ)
+        fields = RequestFields(came, keep_case, self.protocol)
         connection.memo = block, keep_case, self.protocol, fields
         return fields
-
-    def _pairs(self, block: bytes) -> Fields:
-        found = _STRICT.fullmatch(block)
-        if found is None:
-            return environ_fields(self.environ)
-        pairs = []
-        for line in found[1].decode("latin-1").split("\r\n"):
-            name, colon, value = line.partition(":")
-            # names with an underscore can stand for others (gunicorn's header_map)
-            if colon and "_" not in name:
-                pairs.append((name, value.strip(" \t")))
-        return pairs
 
     def length(self) -> int:
         if self.body is NO_BODY:
@@ -179,8 +223,7 @@ class OurClient(WsgiClient):
     def interim(self, status: int, reason: str, fields: Fields) -> None:
         if self.environ["SERVER_PROTOCOL"] == "HTTP/1.0":
             return
-        lines = "".join(f"{name}: {value}\r\n" for name, value in fields)
-        self.connection.send(f"HTTP/1.1 {status} {reason}\r\n{lines}\r\n".encode("latin-1"))
+        self.connection.send(wire.status_line(status, reason) + wire.lines_of(fields) + b"\r\n")
 
     def proceed(self) -> None:
         if getattr(self.body, "expect", False):
@@ -203,16 +246,12 @@ class OurClient(WsgiClient):
             self.connection.watch(*self._callback)
 
 
-def _same(pairs: Fields, environ: dict[str, Any]) -> bool:
-    """Whether an application has left the fields of a request as they came."""
-    came: dict[str, str] = {}
-    for name, value in pairs:
-        key = name.upper().replace("-", "_")
-        if key not in ("CONTENT_TYPE", "CONTENT_LENGTH"):
-            key = "HTTP_" + key
-        came[key] = f"{came[key]},{value}" if key in came else value
-    has = {key: value for key, value in environ.items() if key[:5] == "HTTP_" or key in came}
-    return has == came
+def _unix_name(sock: Any) -> Any:
+    """What the peer of a UNIX socket has bound its own end to; ``None`` on any other socket."""
+    try:
+        return sock.getpeername() if sock.family == socket.AF_UNIX else None
+    except (AttributeError, OSError):
+        return None
 
 
 def client_of(environ: dict[str, Any], start_response: Any, proxy: Any) -> WsgiClient:
@@ -221,13 +260,14 @@ def client_of(environ: dict[str, Any], start_response: Any, proxy: Any) -> WsgiC
     if connection is None:
         return WsgiClient(environ, start_response)
     response: Any = connection.response
+    if response is None:
+        return WsgiClient(environ, start_response)
     if (
-        response is None
-        or response.status is not None
+        response.status is not None
         or getattr(start_response, "__self__", None) is not response
         or environ.get("wsgi.input") is not connection.body
     ):
-        return WsgiClient(environ, start_response)
+        return WsgiClient(environ, start_response, connection)
     return OurClient(environ, start_response, connection, is_all(connection.gateway.app, proxy))
 
 

@@ -6,7 +6,6 @@ answer for a target without a line in the log.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,8 +16,6 @@ from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.passage import Passage
 from gunicorn_passenger.proxy.routes import Route
 from gunicorn_passenger.proxy.target import Target
-
-log = logging.getLogger("gunicorn.error")
 
 
 class Proxy:

@@ -21,6 +21,7 @@ from gunicorn_passenger.errors import (
     UpstreamClosed,
     UpstreamTimeout,
 )
+from gunicorn_passenger.proxy import wire
 from gunicorn_passenger.proxy.agent import Link, Pool
 from gunicorn_passenger.proxy.client import CHUNKED, WsgiClient
 from gunicorn_passenger.proxy.fields import Fields
@@ -207,8 +208,8 @@ class Upload:
 
     def _last_chunk(self) -> bytes:
         trailers = getattr(self._stream, "trailers", None) if self.client.connection is not None else None
-        lines = [f"{name.lower()}: {value}\r\n" for name, value in trailers or () if is_trailer(name)]
-        return b"0\r\n%b\r\n" % "".join(lines).encode("latin-1")
+        lines = wire.lines_of([(name.lower(), value) for name, value in trailers or () if is_trailer(name)])
+        return b"0\r\n%b\r\n" % lines
 
     def stop(self) -> None:
         """The answer was sent: let the client finish, within bounds."""
@@ -408,14 +409,15 @@ class Exchange:
         moved = self.upload.moved
         while True:
             end = data.find(b"\r\n\r\n") + 4
+            if (end if end > 3 else len(data)) > HEAD_LIMIT:
+                raise BadResponse(f"its head has more than {HEAD_LIMIT} bytes")
             if end > 3:
                 link.buf = data[end:]
                 return data[:end]
-            if data:
-                if len(data) > HEAD_LIMIT:
-                    raise BadResponse(f"its head has more than {HEAD_LIMIT} bytes")
-                if not data.startswith(b"HTTP/1."[: len(data)]) or data.count(b"\n") != data.count(b"\r\n"):
-                    raise BadResponse(f"it begins with {data[:40]!r}, which is no head of HTTP/1.x")
+            if data and (
+                not data.startswith(b"HTTP/1."[: len(data)]) or data.count(b"\n") != data.count(b"\r\n")
+            ):
+                raise BadResponse(f"it begins with {data[:40]!r}, which is not a head of HTTP/1.x")
             try:
                 self._raise_met()
                 more = link.stream.answer(_EXPECT if expect else self._seconds, self.client)

@@ -7,10 +7,11 @@ believe what an untrusted client says of its origin.
 from __future__ import annotations
 
 import copy
+import ipaddress
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
-from urllib.parse import quote, unquote_to_bytes, urlsplit
+from urllib.parse import quote, unquote_to_bytes
 
 from gunicorn_passenger.errors import BadRequestBody
 from gunicorn_passenger.proxy.options import APPEND, TOKEN, VALUE, Options
@@ -20,11 +21,13 @@ Fields = list[tuple[str, str]]
 
 #: Fields that are not simply handed on: they speak of one connection (RFC 9110 section 7.6.1), or frame
 #: the message and are written anew from what was parsed (RFC 9112 section 6). "Proxy" is no field at
-#: all: CGI programs take it for the setting of a proxy.
+#: all: CGI programs take it for the setting of a proxy. "HTTP2-Settings" belongs to an upgrade to h2c, which
+#: is never handed on.
 ASIDE = frozenset(
     {
         "connection",
         "content-length",
+        "http2-settings",
         "keep-alive",
         "proxy",
         "te",
@@ -60,10 +63,23 @@ _NOT_TO_NOMINATE = ORIGIN | {
 #: options of Connection that name no field of their own
 _OPTIONS = {"close", "keep-alive", "upgrade", "te", ""}
 
+#: what stands for an address that is not known (RFC 7239 section 6.3)
+UNKNOWN = "unknown"
+
+#: RFC 9112 section 3.2.2, for the schemes that a proxy of HTTP serves
+_ABSOLUTE = re.compile(r"(https?)://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
 _VISIBLE = re.compile(r"[\x21-\x22\x24-\x7e]*")
 # a host, or host and port (RFC 9110 section 7.2)
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s/?#@:\[\]\\,]*)(?::[0-9]*)?")
 _PORT = re.compile(r":([0-9]+)$")
+#: RFC 9110 section 8.6 sets no bound; a length from here on fits no signed 64-bit number, and servers that
+#: compute with such numbers would read another one
+_LENGTHS = 1 << 63
+_DIGITS = len(str(_LENGTHS))
+
+
+class BadTarget(ValueError):
+    """A request has a target that no server may take; the text is for the client."""
 
 
 def protocols(upgrade: str) -> set[str]:
@@ -71,9 +87,25 @@ def protocols(upgrade: str) -> set[str]:
     return {protocol.strip().lower() for protocol in upgrade.split(",")}
 
 
-def without_nominated(fields: Fields, options: set[str]) -> Fields:
-    """Take away the fields that Connection names (RFC 9110 section 7.6.1)."""
-    nominated = options - _OPTIONS - _NOT_TO_NOMINATE
+def number_of_bytes(text: str) -> int | None:
+    """What a ``Content-Length`` says (RFC 9110 section 8.6).
+
+    :returns: a number of bytes below 2**63; ``None`` when the text is not one.
+    """
+    if not (text.isascii() and text.isdigit()):
+        return None
+    digits = text.lstrip("0") or "0"
+    # int() itself refuses thousands of digits with another error
+    number = int(digits) if len(digits) <= _DIGITS else _LENGTHS
+    return number if number < _LENGTHS else None
+
+
+def without_nominated(fields: Fields, options: set[str], own: Collection[str] = ()) -> Fields:
+    """Take away the headers that Connection names (RFC 9110 section 7.6.1).
+
+    :param own: names of headers, in lower case, that the sender of Connection has not written: they stay.
+    """
+    nominated = options - _OPTIONS - _NOT_TO_NOMINATE - set(own)
     if not nominated:
         return fields
     return [field for field in fields if field[0].lower() not in nominated]
@@ -99,11 +131,19 @@ class RequestFields:
         "version",
     )
 
-    def __init__(self, pairs: Iterable[tuple[str, str]], keep_case: bool, protocol: str = "HTTP/1.1") -> None:
+    def __init__(
+        self,
+        pairs: Iterable[tuple[str, str]],
+        keep_case: bool,
+        protocol: str = "HTTP/1.1",
+        own: Collection[str] = (),
+    ) -> None:
         """
         :param pairs: the fields of the request, in their order.
         :param keep_case: whether names keep their letter case; else they are lower case.
         :param protocol: of the request.
+        :param own: names, in lower case, of the headers that the program has written, not the client: the
+            client's ``Connection`` cannot take them away.
         """
         self.version = "1.0" if protocol == "HTTP/1.0" else "1.1"
         fields: Fields = []
@@ -132,7 +172,9 @@ class RequestFields:
                 elif low == "content-length":
                     if not self.measured:
                         self.measured = True
-                        fields.append((name if keep_case else low, value))
+                        # a bad one is refused when the body's length is asked for
+                        length = number_of_bytes(value)
+                        fields.append((name if keep_case else low, value if length is None else str(length)))
                 elif low == "te":
                     self.te_trailers = "trailers" in value.lower()
             elif low == "expect":
@@ -145,7 +187,7 @@ class RequestFields:
         options: set[str] = set()
         if connection:
             options = {token.strip().lower() for token in connection.split(",")}
-            fields = without_nominated(fields, options)
+            fields = without_nominated(fields, options, own)
         if "upgrade" not in options or self.version == "1.0" or "h2c" in protocols(self.upgrade):
             # what is said in HTTP/2 behind the proxy's back would not be under its rules, and HTTP/1.0 knows
             # no upgrades (RFC 9110 section 7.8)
@@ -166,7 +208,7 @@ class RequestFields:
         return other
 
     def with_host(self, host: str, keep_case: bool) -> RequestFields:
-        """The host of an absolute-form target takes the place of any other (RFC 9112 section 3.2.2)."""
+        """The same request for another host."""
         other = self.changed(with_host(self.fields, host, keep_case))
         other.host = host
         other.valid = self.valid and _HOST.fullmatch(host) is not None
@@ -203,7 +245,8 @@ class Origin:
 
     def __init__(self, address: str, scheme: str, own_scheme: str, host: str | None, trusted: bool) -> None:
         """
-        :param address: the peer's; empty on a UNIX socket, whose peers are on this machine.
+        :param address: the peer's, as :func:`address_of` has it; empty on a UNIX socket, whose peers are on
+            this machine.
         :param scheme: ``http`` or ``https``, as a trusted peer says.
         :param own_scheme: that of the connection itself.
         :param host: the host and port that it asked for.
@@ -319,19 +362,31 @@ def with_via(fields: Fields, options: Options, version: str) -> Fields:
     return [*fields, ("Via" if options.preserve_header_key_case else "via", value)]
 
 
-def environ_fields(environ: dict[str, Any]) -> Fields:
+def address_of(text: str) -> str:
+    """An IP address in its usual form, or ``unknown`` (RFC 7239 section 6.3) for what is not one.
+
+    :param text: ``REMOTE_ADDR``, which a server or a program may have taken from anywhere.
+    """
+    try:
+        # an IPv6 zone means something on this machine only, and may be any text
+        return str(ipaddress.ip_address(text.partition("%")[0]))
+    except ValueError:
+        return UNKNOWN
+
+
+def environ_fields(environ: dict[str, Any], known: Collection[str] = ()) -> Fields:
     """The header fields of a WSGI request: their order, letter case and repetition is lost.
 
+    :param known: keys of the environ that are left out.
     :raises BadRequestBody: when one of them cannot be sent.
     """
     fields = []
     for key, value in environ.items():
-        if key[:5] == "HTTP_" and isinstance(value, str):
+        if key[:5] == "HTTP_" and isinstance(value, str) and key not in known:
             fields.append((key[5:].replace("_", "-").title(), value))
-    if environ.get("CONTENT_TYPE"):
-        fields.append(("Content-Type", environ["CONTENT_TYPE"]))
-    if environ.get("CONTENT_LENGTH"):
-        fields.append(("Content-Length", environ["CONTENT_LENGTH"]))
+    for key, name in ("CONTENT_TYPE", "Content-Type"), ("CONTENT_LENGTH", "Content-Length"):
+        if environ.get(key) and key not in known:
+            fields.append((name, environ[key]))
     for name, value in fields:
         # an application, or a server that is not ours, has had them
         if not TOKEN.fullmatch(name) or not VALUE.fullmatch(value):
@@ -339,35 +394,96 @@ def environ_fields(environ: dict[str, Any]) -> Fields:
     return fields
 
 
-def request_path(environ: dict[str, Any], pristine: bool = False) -> tuple[str, str, str]:
+def present_fields(environ: dict[str, Any], came: Fields | None) -> tuple[Fields, set[str]]:
+    """The headers of a WSGI request as the program has left them, in the client's order where that is known.
+
+    :param came: the headers as the client has sent them; ``None`` when the server does not tell.
+    :returns: the headers; and the names, in lower case, of those that the client has not sent so. When the
+        server does not tell what the client has sent, that may be any of them.
+    :raises BadRequestBody: when one of them cannot be sent.
+    """
+    if came is None:
+        fields = environ_fields(environ)
+        return fields, {name.lower() for name, _ in fields}
+    joined: dict[str, str] = {}
+    for name, value in came:
+        key = _key(name)
+        joined[key] = f"{joined[key]},{value}" if key in joined else value
+    has = {key: value for key, value in environ.items() if key[:5] == "HTTP_" or key in joined}
+    if has == joined:
+        return came, set()
+    same = {key for key, value in joined.items() if has.get(key) == value}
+    written = {_key(name): (name, value) for name, value in environ_fields(environ, same)}
+    own = {name.lower() for name, _ in written.values()}
+    fields = []
+    for name, value in came:
+        key = _key(name)
+        if key in same:
+            fields.append((name, value))
+        elif key in written:
+            fields.append((name, written.pop(key)[1]))
+    return fields + list(written.values()), own
+
+
+def _key(name: str) -> str:
+    """Where a header is in an environ."""
+    key = name.upper().replace("-", "_")
+    return key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else "HTTP_" + key
+
+
+def request_path(environ: dict[str, Any], pristine: bool = False) -> tuple[str, str]:
     """What the client asked for: path and query as it wrote them.
+
+    A target in absolute form has a host, too. It is not asked here for which host the request is: the server
+    has put that into ``HTTP_HOST`` (RFC 9112 section 3.2.2), and a program may have put another one there.
 
     An application that mounts the proxy somewhere has moved a part of the path to ``SCRIPT_NAME``, or has
     changed ``PATH_INFO`` or ``QUERY_STRING``: what it has left in these is what counts.
 
     :param pristine: whether the proxy is all of the application.
-    :returns: path and query; and what stands before them in an absolute-form target, such as
-        ``http://host``, and the host in that (RFC 9112 section 3.2.2).
+    :returns: path and query; and the scheme of a target in absolute form, in lower case.
+    :raises BadTarget: for a target that is none of the forms of RFC 9112 section 3.2, or has no host, user
+        information or another scheme (RFC 9110 sections 4.2.1 to 4.2.4).
     """
     raw = environ.get("RAW_URI") or environ.get("REQUEST_URI") or ""
     if pristine and raw[:1] == "/" and _VISIBLE.fullmatch(raw):
-        return raw, "", ""
-    before = host = ""
-    if raw[:1] != "/" and "://" in raw:
-        parts = urlsplit(raw)
-        host = parts.netloc.rpartition("@")[2]
-        before = f"{parts.scheme}://{host}"
-        raw = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        if environ["REQUEST_METHOD"] == "OPTIONS" and not parts.path and not parts.query:
-            raw = "*"  # RFC 9112 section 3.2.4
-    if raw == "*" and environ["REQUEST_METHOD"] == "OPTIONS":
-        return raw, before, host
+        return raw, ""
+    scheme = ""
+    method = environ["REQUEST_METHOD"]
+    if raw and raw[0] != "/" and method != "CONNECT" and not (raw == "*" and method == "OPTIONS"):
+        scheme, rest = _absolute(raw)
+        # RFC 9112 section 3.2.4
+        raw = "*" if method == "OPTIONS" and not rest else "/" + rest.removeprefix("/")
+    if raw == "*" and method == "OPTIONS":
+        return raw, scheme
     raw = raw.partition("#")[0]
     if not pristine or raw[:1] != "/":
         raw = _inside(environ, raw)
     if not _VISIBLE.fullmatch(raw):
         raw = quote(raw.encode("latin-1", "replace"), safe="/%?:@!$&'()*+,;=~-._[]\"<>\\^`{|}")
-    return raw, before, host
+    return raw, scheme
+
+
+def _absolute(raw: str) -> tuple[str, str]:
+    """A target in absolute form: its scheme, and what follows the host, but for a fragment.
+
+    :raises BadTarget: when it is not one of http or https with a host and without a user.
+    """
+    found = _ABSOLUTE.fullmatch(raw)
+    if found is None:
+        raise BadTarget("The request's target is neither a path nor a URL of http or https.")
+    scheme, authority, rest = found.groups()
+    if "@" in authority:
+        raise BadTarget("The request's target has user information, which RFC 9110 section 4.2.4 forbids.")
+    port = _PORT.search(authority)
+    if (
+        not authority
+        or authority[0] == ":"
+        or not _HOST.fullmatch(authority)
+        or (port and not 0 < int(port[1].lstrip("0")[:6] or "0") < 65536)
+    ):
+        raise BadTarget("The request's target has no valid host.")
+    return scheme.lower(), rest.partition("#")[0]
 
 
 def _inside(environ: dict[str, Any], raw: str) -> str:

@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from gunicorn_passenger.errors import BadResponse
-from gunicorn_passenger.proxy.fields import ASIDE, ORIGIN, Fields, without_nominated
+from gunicorn_passenger.proxy.fields import ASIDE, ORIGIN, Fields, number_of_bytes, without_nominated
 
 #: Bytes that the head of an answer may have, and the line of a chunk's size, and all trailers.
 HEAD_LIMIT = 65536
@@ -97,6 +97,9 @@ class ResponseHead:
                     codings = value if codings is None else f"{codings},{value}"
                 elif low == "upgrade":
                     self.upgrade = f"{self.upgrade}, {value}" if self.upgrade else value
+                    if self.status == 426:
+                        # what the client has to upgrade to (RFC 9110 section 15.5.22)
+                        fields.append((name if keep_case else low, value))
                 elif low == "trailer":
                     fields.append((name if keep_case else low, value))
             elif colon and low[:6] != "proxy-":
@@ -127,11 +130,12 @@ class ResponseHead:
     def _take_length(self, value: str) -> None:
         # one number, which may be repeated (RFC 9110 section 8.6)
         for part in [part.strip(" \t") for part in value.split(",")]:
-            if not (part.isascii() and part.isdigit() and len(part) < 19):
-                raise BadResponse(f"its Content-Length {value[:40]!r} is no number")
-            if self.length is not None and self.length != int(part):
+            length = number_of_bytes(part)
+            if length is None:
+                raise BadResponse(f"its Content-Length {value[:40]!r} is not a number of bytes below 2**63")
+            if self.length is not None and self.length != length:
                 raise BadResponse("it has two Content-Lengths that differ")
-            self.length = int(part)
+            self.length = length
 
 
 def head_of(pool: Any, data: bytes, keep_case: bool) -> ResponseHead:
@@ -237,9 +241,9 @@ class Chunks:
             self.finished = True
             return at + 2
         end = buf.find(b"\r\n\r\n", at)
+        if (end + 4 if end >= 0 else len(buf)) - at > _TRAILER_LIMIT:
+            raise BadResponse(f"its trailers have more than {_TRAILER_LIMIT} bytes")
         if end < 0:
-            if len(buf) - at > _TRAILER_LIMIT:
-                raise BadResponse("its trailers are endless")
             return at
         section = buf[at : end + 2]
         if not _FIELDS.fullmatch(section):

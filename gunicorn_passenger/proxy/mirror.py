@@ -6,18 +6,16 @@ delay or break the request that it copies.
 
 from __future__ import annotations
 
-import logging
 import queue
 from typing import Any
 
 from gunicorn_passenger.errors import ProxyError
 from gunicorn_passenger.proxy.agent import Pool
 from gunicorn_passenger.proxy.client import CHUNKED
+from gunicorn_passenger.proxy.log import failed_callback, log
 from gunicorn_passenger.proxy.messages import HEAD_LIMIT
 from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.target import Target
-
-log = logging.getLogger("gunicorn.error")
 
 #: Copies that are under way at a time, in each worker; what comes on top is not copied.
 _COPIES = 256
@@ -138,6 +136,8 @@ class Copy:
         except (ProxyError, OSError) as error:
             if not self._given_up:
                 log.warning("proxy: %s: a request was not copied: %s", self._target, error)
+        except Exception as error:
+            failed_callback(f"the copy of a request to {self._target}", error)
         finally:
             self._give_up()
             _under_way.discard(self)

@@ -84,6 +84,11 @@ class Options:
         object.__setattr__(self, name, _CHECKS[name](name, value))
 
     def _derive(self) -> None:
+        if not self.secure and self.agent.has_context:
+            raise SettingError(
+                "secure=False has no effect on an agent with an ssl_context of its own: leave secure out "
+                "and set check_hostname and verify_mode of that context"
+            )
         set_fields = {name.lower(): (name, value) for name, value in self.headers.items()}
         if self.auth is not None:
             credentials = base64.b64encode(self.auth.encode()).decode()
@@ -113,7 +118,10 @@ class Options:
                 merged._set(name, value)
             except SettingError as error:
                 raise SettingError(f"{where}: {error}") from None
-        merged._derive()
+        try:
+            merged._derive()
+        except SettingError as error:
+            raise SettingError(f"{where}: {error}") from None
         return merged
 
     def trusts(self, address: str) -> bool:

@@ -7,7 +7,6 @@ anything that was not checked, or leave a connection in use behind.
 from __future__ import annotations
 
 import errno
-import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -26,7 +25,7 @@ from gunicorn_passenger.errors import (
     UpstreamTimeout,
 )
 from gunicorn_passenger.proxy import fields as rules
-from gunicorn_passenger.proxy import rewriting, upgrade
+from gunicorn_passenger.proxy import rewriting, upgrade, wire
 from gunicorn_passenger.proxy.agent import Link, Pool
 from gunicorn_passenger.proxy.client import CHUNKED, OurClient, WsgiClient, client_of
 from gunicorn_passenger.proxy.events import (
@@ -38,6 +37,7 @@ from gunicorn_passenger.proxy.events import (
 )
 from gunicorn_passenger.proxy.exchange import NOTHING, Exchange, Nothing, Upload
 from gunicorn_passenger.proxy.fields import Fields, Origin, RequestFields
+from gunicorn_passenger.proxy.log import log, shown
 from gunicorn_passenger.proxy.messages import ResponseHead
 from gunicorn_passenger.proxy.mirror import Copy
 from gunicorn_passenger.proxy.options import TOKEN, Options
@@ -46,8 +46,6 @@ from gunicorn_passenger.proxy.routes import Backend, Route
 from gunicorn_passenger.proxy.straight import Way, is_straight
 from gunicorn_passenger.proxy.stream import ClientGone
 from gunicorn_passenger.proxy.target import Target
-
-log = logging.getLogger("gunicorn.error")
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 #: Fields of a request that stay with the origin that they were meant for.
@@ -133,7 +131,7 @@ class Passage:
             return self._fail(error)
         except (ClientGone, ClientDisconnected) as error:
             raise self._client_gone(error) from None
-        except HandlerFailed as error:
+        except (HandlerFailed, wire.Unsendable) as error:
             return self._handler_failed(error)
         except BaseException:
             self._end(broken=True)
@@ -151,9 +149,10 @@ class Passage:
         keep_case = options.preserve_header_key_case
         method = client.method
         fields = client.fields(keep_case)
-        self._path, before, host = rules.request_path(environ, client.pristine)
-        if host:
-            fields = fields.with_host(host, keep_case)
+        try:
+            self._path, scheme = rules.request_path(environ, client.pristine)
+        except rules.BadTarget as error:
+            return self.say(400, str(error))
         if (
             method in ("OPTIONS", "TRACE", "CONNECT")
             or fields.upgrade
@@ -165,6 +164,8 @@ class Passage:
             if method in ("OPTIONS", "TRACE"):
                 fields = fields.one_hop_less()
         length = client.length()
+        if length and _is_websocket(fields):
+            return self.say(400, "A WebSocket request has no body.")
         self.fields = fields
         known = fields.origin
         if known is not None and known[0] is options:
@@ -172,14 +173,15 @@ class Passage:
         else:
             self._origin = client.origin(options, fields.host)
             fields.origin = options, self._origin
-        if options.to_proxy and not before and fields.host:
-            before = f"{self._origin.scheme}://{fields.host}"
+        before = ""
+        if options.to_proxy and fields.host:
+            before = f"{scheme or self._origin.scheme}://{fields.host}"
         if route.remove:
             self._remove_prefix(route.remove)
 
         if length or options.forward is not None:
             self._upload = Upload(client, length, options)
-        if options.buffer is not None:
+        if options.buffer is not None and not _is_websocket(fields):
             self._replace_body(self._proxy.buffer_for(options))
         if options.forward is not None:
             self._upload.copy = self._copy(method, before)
@@ -338,8 +340,11 @@ class Passage:
                 self._replace_body(asked.body)
         self._asked = path
         upload = self._upload
+        if upload.length and _is_websocket(fields):
+            # a target that ignores such a body takes it for the next request
+            raise HandlerFailed("proxy_req_ws: a WebSocket request has no body")
         expect = fields.expect and upload.length != 0 and self.environ.get("SERVER_PROTOCOL") != "HTTP/1.0"
-        head = f"{method} {path} HTTP/1.1\r\n".encode("latin-1")
+        head = wire.request_line(method, path)
         if lines is not None or expect or upload.replaced or upload.length < 0 or options.sticky or foreign:
             if lines is None:
                 head += self._text(self._lines(target, foreign), expect, False)
@@ -405,8 +410,7 @@ class Passage:
             own.append(("Connection", ", ".join(connection)))
         if not keep_case:
             own = [(name.lower(), value) for name, value in own]
-        text = "".join([f"{name}: {value}\r\n" for name, value in lines + own])
-        return f"{text}\r\n".encode("latin-1")
+        return wire.lines_of(lines + own) + b"\r\n"
 
     def _replace_body(self, body: Any) -> None:
         upload = self._upload
@@ -448,8 +452,7 @@ class Passage:
                 ("transfer-encoding", "chunked") if length == CHUNKED else ("content-length", str(length))
             )
             lines.append(framing)
-        text = "".join(f"{name}: {value}\r\n" for name, value in lines)
-        head = f"{method} {path} HTTP/1.1\r\n{text}connection: close\r\n\r\n".encode("latin-1")
+        head = wire.request_line(method, path) + wire.lines_of([*lines, ("connection", "close")]) + b"\r\n"
         copy = Copy(target, self._pool(target), head, length, options)
         copy.start()
         return copy
@@ -581,13 +584,13 @@ class Passage:
 
     def _hand_on(self, status: int, reason: str, fields: Fields, body: Iterator[bytes]) -> Iterable[bytes]:
         """Send the answer the way of WSGI."""
-        drop = {"trailer"}
+        drop = {"trailer", "upgrade"}  # WSGI leaves what speaks of the connection to the server
         if str(self.environ.get("SERVER_SOFTWARE", "")).startswith("gunicorn"):
             drop |= {"date", "server"}  # it writes its own
         if status == 204:
             drop.add("content-length")
-        fields = [field for field in fields if field[0].lower() not in drop]
-        self._start_response(f"{status} {reason or 'Unknown'}", fields)
+        fields = wire.checked([field for field in fields if field[0].lower() not in drop])
+        self._start_response(wire.status_text(status, reason or "Unknown"), fields)
         self._started = True
         return _Answer(self, body)
 
@@ -670,7 +673,7 @@ class Passage:
         self._end(broken=True)
         error.target = error.target or self.target
         error.elapsed = time.monotonic() - self._began
-        line = (
+        line = shown(
             f"proxy: {error.target if error.target is not None else self._proxy}: {error.reason} "
             f"after {error.elapsed:.3f} s ({self.environ['REQUEST_METHOD']} {self._shown_path()})"
         )
@@ -705,7 +708,7 @@ class Passage:
     def _shown_path(self) -> str:
         return (self._path or quote(self.environ.get("PATH_INFO", ""), encoding="latin-1"))[:200]
 
-    def _handler_failed(self, error: HandlerFailed) -> Iterable[bytes]:
+    def _handler_failed(self, error: HandlerFailed | wire.Unsendable) -> Iterable[bytes]:
         self._end(broken=True)
         log.error(
             "proxy: %s (%s %s): 500",
@@ -750,11 +753,20 @@ def _changed(response: UpstreamResponse, head: ResponseHead) -> Fields:
     fields = [
         (name, value)
         for name, value in checked(response.headers, "proxy_res")
-        if name.lower() not in rules.ASIDE or name.lower() == "trailer"
+        if name.lower() not in rules.ASIDE
+        or name.lower() == "trailer"
+        or (name.lower() == "upgrade" and status == 426)
     ]
     if head.length is not None:
         fields.append(("content-length", str(head.length)))
     return fields
+
+
+def _is_websocket(fields: RequestFields) -> bool:
+    """Whether a request asks for a WebSocket, whose request has no body (RFC 6455 section 4.1)."""
+    return bool(fields.upgrade) and any(
+        protocol.partition("/")[0] == "websocket" for protocol in rules.protocols(fields.upgrade)
+    )
 
 
 class _Answer:

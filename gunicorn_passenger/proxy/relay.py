@@ -13,7 +13,7 @@ import gevent
 from werkzeug.http import http_date
 
 from gunicorn_passenger.errors import ClientDisconnected
-from gunicorn_passenger.proxy import splice
+from gunicorn_passenger.proxy import splice, wire
 from gunicorn_passenger.proxy.events import HandlerFailed
 from gunicorn_passenger.proxy.exchange import Exchange
 from gunicorn_passenger.proxy.fields import Fields
@@ -27,7 +27,10 @@ def text_of(fields: Fields, status: int) -> bytes:
     if status == 204:
         # RFC 9110 section 8.6: no Content-Length with 204
         fields = [field for field in fields if field[0].lower() != "content-length"]
-    return "".join([f"{name}: {value}\r\n" for name, value in fields]).encode("latin-1")
+    elif status == 426 and any(name.lower() == "upgrade" for name, _ in fields):
+        # RFC 9110 section 7.8: a sender of Upgrade names it in Connection
+        fields = [*fields, ("connection", "upgrade")]
+    return wire.lines_of(fields)
 
 
 def relay(
@@ -52,8 +55,8 @@ def relay(
     if status == 204:
         length = None
     if not dated:
-        lines += f"date: {http_date()}\r\n".encode()  # RFC 9110 section 6.6.1
-    line = f"{status} {reason}"
+        lines += wire.lines_of([("date", http_date())])  # RFC 9110 section 6.6.1
+    line = wire.status_text(status, reason)
     first = exchange.receive(wait=False) if body is None else b""
     response.sent = len(first)
     unread = not exchange.upload.begun
@@ -74,8 +77,7 @@ def relay(
     if length is not None and response.sent < length and not response.bodiless:
         raise HandlerFailed("proxy_res: a handler has read a part of the body")
     if chunked:
-        trailers = "".join(f"{name}: {value}\r\n" for name, value in exchange.trailers)
-        connection.send(b"0\r\n%b\r\n" % trailers.encode("latin-1"))
+        connection.send(b"0\r\n%b\r\n" % wire.lines_of(exchange.trailers))
     response.relayed()
 
 

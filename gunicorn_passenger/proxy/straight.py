@@ -27,6 +27,7 @@ from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.relay import text_of
 from gunicorn_passenger.proxy.stream import SOON
 from gunicorn_passenger.proxy.target import Target
+from gunicorn_passenger.proxy.wire import status_line
 
 #: Answers that have no body, whatever they say (RFC 9110 section 6.4.1), or are none.
 _SPECIAL = (101, 204, 304)
@@ -153,6 +154,6 @@ def wire_of(head: ResponseHead) -> bytes:
     head.wire = b""
     if head.length is not None and head.dated and not head.close and head.status not in _SPECIAL:
         head.lines = head.lines or text_of(head.fields, head.status)
-        line = head.line.encode("latin-1")
-        head.wire = b"HTTP/1.1 %b\r\n%bConnection: keep-alive\r\n\r\n" % (line, head.lines)
+        line = status_line(head.status, head.reason)
+        head.wire = line + head.lines + b"Connection: keep-alive\r\n\r\n"
     return head.wire

@@ -28,6 +28,7 @@ from gevent._hub_local import get_hub_if_exists
 from gevent.event import Event as GeventEvent
 
 from gunicorn_passenger.http.deadlines import Deadlines
+from gunicorn_passenger.proxy.log import failed_callback
 
 #: what a wait ends with
 _READY, _LATE, _GONE = "ready", "late", "gone"
@@ -79,7 +80,13 @@ class GeventRuntime:
         """Called in the hub."""
         soon, self._soon = self._soon, []
         for stream, data in soon:
-            stream.send_now(data)
+            try:
+                stream.send_now(data)
+            except Exception as error:
+                # the others are still to be sent; whoever reads this one hears that it has ended
+                failed_callback("a connection to a target", error)
+                stream.failed = True
+                stream.shutdown()
 
     def deadlines(self, seconds: float) -> Deadlines:
         """The deadlines of one duration."""
@@ -208,6 +215,8 @@ class Stream:
     def silent(self) -> bool:
         """Whether nothing has come, not even the end: so a kept connection has to be."""
         if self._poll is None:
+            if self.sock.fileno() < 0:
+                return False  # it is closed
             self._poll = _poll()
             self._poll.register(self.sock.fileno(), select.POLLIN)
         return not self._poll.poll(0)
@@ -259,8 +268,11 @@ class _Late:
         self._switch = switch
 
     def expire(self) -> None:
-        """Called in the hub by the deadline."""
-        self._switch(_LATE)
+        """Called in the hub by the deadline, which others share."""
+        try:
+            self._switch(_LATE)
+        except Exception as error:
+            failed_callback("a connection to a target", error)
 
 
 class GeventStream(Stream):
@@ -379,12 +391,19 @@ class GeventStream(Stream):
             self.unsent = False
         except OSError:
             self.shutdown()
+        except Exception as error:
+            failed_callback("a connection to a target", error)
+            self.shutdown()
 
     def _stray(self) -> None:
         """Called in the hub: something has come while nobody reads."""
-        self._readable.stop()
-        if self._callback is not None:
-            self._callback()
+        try:
+            self._readable.stop()
+            if self._callback is not None:
+                self._callback()
+        except Exception as error:
+            failed_callback("a connection to a target", error)
+            self.close()
 
     def watch(self, callback: Callable[[], None] | None) -> None:
         self._callback = callback
@@ -396,7 +415,9 @@ class GeventStream(Stream):
     def close(self) -> None:
         self._closed = True
         self._callback = None
-        self._readable.close()
-        if self._writable is not None:
-            self._writable.close()
-        self.sock.close()
+        try:
+            self._readable.close()
+            if self._writable is not None:
+                self._writable.close()
+        finally:
+            self.sock.close()

@@ -131,8 +131,10 @@ class TlsStream(Stream):
         self.below.shutdown(how)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self._tls.unwrap()
-        with contextlib.suppress(OSError, ValueError):
-            self.sock.send(self._outgoing.read())
-        self.below.close()
+        try:
+            with contextlib.suppress(OSError, ValueError):
+                self._tls.unwrap()
+            with contextlib.suppress(OSError, ValueError):
+                self.sock.send(self._outgoing.read())
+        finally:
+            self.below.close()

@@ -21,6 +21,7 @@ from typing import Any
 import gevent
 from gevent import get_hub, getcurrent
 
+from gunicorn_passenger.proxy.log import failed_callback
 from gunicorn_passenger.proxy.stream import GeventStream, runtime
 
 #: Bytes that one read asks for.
@@ -168,19 +169,20 @@ class _Way:
     def _on_readable(self) -> None:
         try:
             data = self._recv(_PIECE)
+            if not data:
+                self.ended = True
+                self._readable.stop()
+                if not self._pending:
+                    self._pass_end()
+            elif not self._dropping:
+                self._tunnel.stirred = True
+                self._pass(data)
         except BlockingIOError:
             return
         except OSError:
             self._tunnel.close()
-            return
-        if not data:
-            self.ended = True
-            self._readable.stop()
-            if not self._pending:
-                self._pass_end()
-        elif not self._dropping:
-            self._tunnel.stirred = True
-            self._pass(data)
+        except Exception as error:
+            self._tunnel.failed(error)
 
     def _pass(self, data: bytes) -> None:
         if self._frames is not None:
@@ -215,18 +217,19 @@ class _Way:
     def _on_room(self) -> None:
         try:
             self._pending = self._pending[self._send(self._pending) :]
+            self._tunnel.stirred = True
+            if not self._pending:
+                self._room.stop()
+                if self.ended:
+                    self._pass_end()
+                else:
+                    self._readable.start(self._on_readable)
         except BlockingIOError:
             return
         except OSError:
             self._tunnel.close()
-            return
-        self._tunnel.stirred = True
-        if not self._pending:
-            self._room.stop()
-            if self.ended:
-                self._pass_end()
-            else:
-                self._readable.start(self._on_readable)
+        except Exception as error:
+            self._tunnel.failed(error)
 
     def _pass_end(self) -> None:
         """The source sends no more (a half-close), and the sink hears of it."""
@@ -248,9 +251,11 @@ class _Way:
             self._write(self._farewell)
 
     def close(self) -> None:
-        self._readable.stop()
-        if self._room is not None:
-            self._room.close()
+        try:
+            self._readable.stop()
+        finally:
+            if self._room is not None:
+                self._room.close()
 
 
 class Tunnel:
@@ -332,11 +337,12 @@ class Tunnel:
         finally:
             self._greenlet = None
             self.close()
-            for watcher in watchers:
-                watcher.close()
-            for sock in client, upstream:
-                with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
+            with contextlib.ExitStack() as stack:
+                # all of them, also when one fails
+                for sock in client, upstream:
+                    stack.callback(_shut, sock)
+                for watcher in watchers:
+                    stack.callback(watcher.close)
 
     def way_ended(self) -> None:
         """One direction is over."""
@@ -352,40 +358,54 @@ class Tunnel:
             quiet = 0 if self.stirred else quiet + 1
             self.stirred = False
             if quiet >= 4:
-                self.close()
+                self.close()  # it raises nothing
 
         self._timer.start(look)
 
     def leave(self) -> None:
-        """Called in the hub: the worker leaves."""
+        """Called in the hub: the worker leaves, and so do its other tunnels."""
         if self.closed or not self._websocket or self._ws_stop != "close":
             return
-        self._down.say_farewell(masked=False)
-        if not self.closed:
-            self._up.say_farewell(masked=True)
-        if not self.closed:
-            if self._timer is not None:
-                self._timer.close()
-            self._timer = get_hub().loop.timer(_CLOSING)
-            self._timer.start(self.close)
+        try:
+            self._down.say_farewell(masked=False)
+            if not self.closed:
+                self._up.say_farewell(masked=True)
+            if not self.closed:
+                if self._timer is not None:
+                    self._timer.close()
+                self._timer = get_hub().loop.timer(_CLOSING)
+                self._timer.start(self.close)
+        except Exception as error:
+            self.failed(error)
+
+    def failed(self, error: Exception) -> None:
+        """Called in the hub: what nothing here expects has happened in a callback."""
+        failed_callback(f"the tunnel to {self.target}", error)
+        self.close()
 
     def close(self) -> None:
-        """End it, in both directions; harmless when repeated."""
+        """End it, in both directions; harmless when repeated. It raises nothing."""
         if self.closed:
             return
         self.closed = True
-        if self._timer is not None:
-            self._timer.close()
-            self._timer = None
-        for way in self._up, self._down:
-            if way is not None:
-                way.close()
+        timer, self._timer = self._timer, None
+        for part in timer, self._up, self._down:
+            try:
+                if part is not None:
+                    part.close()
+            except Exception as error:
+                failed_callback(f"the tunnel to {self.target}", error)
         if self._greenlet is not None:
             get_hub().loop.run_callback(self._wake, self._greenlet)
 
     def _wake(self, greenlet: Any) -> None:
         if self._greenlet is greenlet:
             greenlet.switch()
+
+
+def _shut(sock: Any) -> None:
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def bridge(recv: Any, send: Any, close: Any) -> tuple[Any, Any]:
@@ -404,6 +424,9 @@ def bridge(recv: Any, send: Any, close: Any) -> tuple[Any, Any]:
                 inner.send(data)
         except OSError:
             inner.shutdown()
+        except Exception as error:
+            failed_callback("one side of a tunnel with TLS", error)
+            inner.shutdown()
         else:
             inner.shutdown(socket.SHUT_WR)
 
@@ -413,15 +436,22 @@ def bridge(recv: Any, send: Any, close: Any) -> tuple[Any, Any]:
                 send(data)
         except OSError:
             inner.shutdown()
+        except Exception as error:
+            failed_callback("one side of a tunnel with TLS", error)
+            inner.shutdown()
         else:
             close()
 
     tasks = [gevent.spawn(inward), gevent.spawn(outward)]
 
     def end() -> None:
-        gevent.joinall(tasks[1:], timeout=_CLOSING)
-        gevent.killall(tasks)
-        inner.close()
-        near.close()
+        try:
+            gevent.joinall(tasks[1:], timeout=_CLOSING)
+            gevent.killall(tasks)
+        finally:
+            try:
+                inner.close()
+            finally:
+                near.close()
 
     return near, end

@@ -15,6 +15,7 @@ from gunicorn.workers.base_async import ALREADY_HANDLED
 
 from gunicorn_passenger.errors import BadResponse
 from gunicorn_passenger.proxy import fields as rules
+from gunicorn_passenger.proxy import wire
 from gunicorn_passenger.proxy.exchange import Exchange
 from gunicorn_passenger.proxy.messages import ResponseHead
 from gunicorn_passenger.proxy.tunnel import Tunnel, bridge
@@ -40,18 +41,19 @@ def carry(passage: Passage, head: ResponseHead) -> Iterable[bytes]:
     fields = head.fields
     if options.via:
         fields = rules.with_via(fields, options, head.version)
-    lines = "".join(f"{name}: {value}\r\n" for name, value in fields)
-    answer = (
-        f"HTTP/1.1 101 {head.reason or 'Switching Protocols'}\r\n"
-        f"{lines}Connection: Upgrade\r\nUpgrade: {head.upgrade}\r\n\r\n"
-    ).encode("latin-1")
+    lines = wire.lines_of(fields)
+    answer = b"%b%b%b\r\n" % (
+        wire.status_line(101, head.reason or "Switching Protocols"),
+        lines,
+        wire.lines_of([("Connection", "Upgrade"), ("Upgrade", head.upgrade)]),
+    )
 
     tunnel = Tunnel(
         passage.target, passage.werkzeug_request, options.ws_timeout, options.ws_stop, "websocket" in agreed
     )
     passage.events.emit("open", tunnel)
     try:
-        _join(tunnel, exchange, client, answer, f"101 {head.reason}", lines)
+        _join(tunnel, exchange, client, answer, f"101 {head.reason}", lines.decode("latin-1"))
     finally:
         passage.tunnel_over(tunnel)
     return () if getattr(client, "connection", None) is not None else ALREADY_HANDLED
