@@ -66,6 +66,9 @@ _OPTIONS = {"close", "keep-alive", "upgrade", "te", ""}
 #: what stands for an address that is not known (RFC 7239 section 6.3)
 UNKNOWN = "unknown"
 
+#: headers whose keys in an environ have no prefix
+_CONTENT = ("CONTENT_TYPE", "CONTENT_LENGTH")
+
 #: RFC 9112 section 3.2.2, for the schemes that a proxy of HTTP serves
 _ABSOLUTE = re.compile(r"(https?)://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
 _VISIBLE = re.compile(r"[\x21-\x22\x24-\x7e]*")
@@ -410,6 +413,9 @@ def present_fields(environ: dict[str, Any], came: Fields | None) -> tuple[Fields
         key = _key(name)
         joined[key] = f"{joined[key]},{value}" if key in joined else value
     has = {key: value for key, value in environ.items() if key[:5] == "HTTP_" or key in joined}
+    for key in _CONTENT:
+        if key not in joined and environ.get(key):
+            has[key] = environ[key]
     if has == joined:
         return came, set()
     same = {key for key, value in joined.items() if has.get(key) == value}
@@ -428,7 +434,7 @@ def present_fields(environ: dict[str, Any], came: Fields | None) -> tuple[Fields
 def _key(name: str) -> str:
     """Where a header is in an environ."""
     key = name.upper().replace("-", "_")
-    return key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else "HTTP_" + key
+    return key if key in _CONTENT else "HTTP_" + key
 
 
 def request_path(environ: dict[str, Any], pristine: bool = False) -> tuple[str, str]:
