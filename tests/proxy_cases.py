@@ -491,10 +491,11 @@ DIFFERENCES = [
         "an absolute target of another host", "nginx node", "request fields",
         "go by the field Host; the target has precedence (RFC 9112 section 3.2.2)",
         "an absolute target of another host",
+        sometimes=True,
     ),
     differ(
-        "an absolute target with a user", "nginx", REFUSED,
-        "refuses it; here the user is dropped (RFC 9110 section 4.2.4)", "an absolute target with a user",
+        "an absolute target with a user", "node", REFUSED,
+        "hands the request on; here, as in nginx, 400 (RFC 9110 section 4.2.4)", "an absolute target with a user",
     ),
     differ(
         "fields that Connection names", "nginx node", "request fields, request connection, response connection",
@@ -520,6 +521,11 @@ DIFFERENCES = [
         "Upgrade that Connection does not name", "nginx node", "request fields, request connection",
         "nginx makes an upgrade of it, node-http-proxy hands it on; here it ends (RFC 9110 section 7.8)",
         "Upgrade that Connection does not name",
+    ),
+    differ(
+        "a WebSocket request with a body", "nginx", REFUSED,
+        "hands it on; here 400, for a target that ignores the body takes it for another request (RFC 6455 section 4.1)",
+        "an upgrade with POST",
     ),
     differ(
         "Expect: 100-continue of nginx", "nginx", f"interim, request fields, kept, {UNREAD}",
