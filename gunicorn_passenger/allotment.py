@@ -34,21 +34,30 @@ def parse_ports(value: object, where: str) -> Ports:
     :raises SettingError: says which part cannot be read.
     """
     if isinstance(value, int) and not isinstance(value, bool):
-        return _range(str(value), str(value), where, 1)
+        return frozenset(_range(str(value), str(value), where, 1))
     if isinstance(value, str):
         if not value.strip():
             return frozenset()
         parts = value.split(",")
-        return frozenset().union(*(_range(p, value, where, i) for i, p in enumerate(parts, 1)))
+        ranges = sorted({_range(p, value, where, i) for i, p in enumerate(parts, 1)}, key=_ends)
+        found: list[int] = []
+        for each in ranges:
+            # ranges that overlap are counted once: a worker may send many
+            found.extend(range(max(each.start, found[-1] + 1 if found else 0), each.stop))
+        return frozenset(found)
     if isinstance(value, Iterable) and not isinstance(value, bytes | dict):
         return frozenset().union(*(parse_ports(item, where) for item in value))
     raise SettingError(f"{where}: {value!r} is no set of ports; write it as '9000-9019,9100'")
 
 
-def _range(part: str, whole: str, where: str, index: int) -> Ports:
+def _ends(ports: range) -> tuple[int, int]:
+    return ports.start, ports.stop
+
+
+def _range(part: str, whole: str, where: str, index: int) -> range:
     first, dash, last = (p.strip() for p in part.partition("-"))
     ends = (first, last) if dash else (first, first)
-    if not all(e.isascii() and e.isdigit() for e in ends):
+    if not all(e.isascii() and e.isdigit() and len(e) <= 20 for e in ends):
         raise SettingError(
             f"{where}: cannot read {part.strip()!r} (item {index} of {whole!r}) as a port or a range; "
             "write ports as '9000-9019,9100'"
@@ -58,7 +67,7 @@ def _range(part: str, whole: str, where: str, index: int) -> Ports:
         raise SettingError(f"{where}: {part.strip()!r} (item {index} of {whole!r}) is outside 1-65535")
     if low > high:
         raise SettingError(f"{where}: {part.strip()!r} (item {index} of {whole!r}) runs backwards")
-    return frozenset(range(low, high + 1))
+    return range(low, high + 1)
 
 
 def format_ports(ports: Iterable[int]) -> str:

@@ -18,6 +18,8 @@ SLOTS = 64
 #: Where the primary is counted.
 PRIMARY_SLOT = 0
 _FIELDS = 5
+#: The largest count: what a JSON number and a Prometheus sample hold exactly. A worker can write more.
+_LIMIT = (1 << 53) - 1
 
 
 class Counts(NamedTuple):
@@ -35,7 +37,7 @@ class Counts(NamedTuple):
     errors: int = 0
 
     def plus(self, other: Counts) -> Counts:
-        return Counts(*(a + b for a, b in zip(self, other, strict=True)))
+        return Counts(*(min(a + b, _LIMIT) for a, b in zip(self, other, strict=True)))
 
 
 class Board:
@@ -53,13 +55,13 @@ class Board:
         if 0 <= slot < SLOTS:
             at = slot * _FIELDS
             for offset, value in enumerate(counts):
-                self._words[at + offset] = value
+                self._words[at + offset] = min(max(value, 0), _LIMIT)
 
     def read(self, slot: int) -> Counts:
         if not 0 <= slot < SLOTS:
             return Counts()
         at = slot * _FIELDS
-        return Counts(*self._words[at : at + _FIELDS])
+        return Counts(*(min(value, _LIMIT) for value in self._words[at : at + _FIELDS]))
 
     def close(self) -> None:
         self._words.release()

@@ -22,13 +22,18 @@ import json
 import os
 import socket
 import types
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 VERSION = 1
 MAX_MESSAGE = 16384
 MAX_TEXT = 4096
-_MAX_FDS = 4
+#: Characters of a key: a UNIX path or a host with a port, and what else names a listener.
+MAX_KEY = 300
+#: Room for all descriptors that one message can have (SCM_MAX_FD, unix(7)): the kernel itself would close
+#: those that find none, and closing may wait (see master/descriptors.py).
+ROOM = socket.CMSG_SPACE(253 * array.array("i").itemsize)
 
 
 class Malformed(Exception):
@@ -329,21 +334,18 @@ def send(sock: Any, message: Message, fd: int | None = None) -> None:
         raise Closed from None
 
 
-def receive(sock: Any) -> tuple[Message, int | None]:
+def receive(sock: Any, close: Callable[[int], object] = os.close) -> tuple[Message, int | None]:
     """Receive one message and the descriptor that came with it, which the caller owns.
 
+    :param close: closes descriptors that are not to be had.
     :raises Closed: the other end is gone.
     :raises Malformed: the packet was no message; its descriptors are closed.
     """
-    room = socket.CMSG_SPACE(_MAX_FDS * array.array("i").itemsize)
     try:
-        data, ancillary, flags, _ = sock.recvmsg(MAX_MESSAGE, room, socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, flags, _ = sock.recvmsg(MAX_MESSAGE, ROOM, socket.MSG_CMSG_CLOEXEC)
     except ConnectionResetError:
         raise Closed from None
-    fds = array.array("i")
-    for level, kind, payload in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    fds = sent(ancillary)
     try:
         if not data:
             raise Closed
@@ -355,6 +357,15 @@ def receive(sock: Any) -> tuple[Message, int | None]:
             raise Malformed("more than one descriptor", message.id)
     except BaseException:
         for fd in fds:
-            os.close(fd)
+            close(fd)
         raise
     return message, fds[0] if fds else None
+
+
+def sent(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
+    """The descriptors in what ``recvmsg`` has received beside the data; they are the caller's to close."""
+    fds = array.array("i")
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    return list(fds)

@@ -16,6 +16,7 @@ from gunicorn_passenger import holders, report
 from gunicorn_passenger.allotment import format_ports
 from gunicorn_passenger.errors import PassengerError
 from gunicorn_passenger.settings import settings
+from gunicorn_passenger.text import printable
 
 _USAGE = """usage: gunicorn-passenger start SCRIPT [gunicorn's options]
        gunicorn-passenger ports [--json]
@@ -89,7 +90,8 @@ def _ports(arguments: list[str]) -> int:
     if options.json:
         print(json.dumps(found, indent=2))
     else:
-        print("\n".join(_port_lines(found)))
+        # the processes that hold ports are other users', who choose their names
+        print("\n".join(printable(line) for line in _port_lines(found)))
     return 0
 
 

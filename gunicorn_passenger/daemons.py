@@ -271,18 +271,18 @@ class Household:
 
     def _listen(self) -> None:
         """The thread that prints what the daemons write."""
-        from gunicorn_passenger.supervision import printable
+        from gunicorn_passenger.text import printable
 
         while (message := self._supervisor.receive()) is not None:
             name = self._names.get(message.get("key", ""), "")
-            lines = [printable(line) for line in message.get("lines", ())]
+            lines = message.get("lines", [])
             if message["is"] == "died":
                 lines = [f"{message['how']}; it is started again"] if "pause" in message else [message["how"]]
             elif message["is"] == "failed":
                 lines = ["it is not started again: it has died quickly too often"]
             for line in lines:
                 with suppress(OSError, ValueError):
-                    os.write(2, f"[{name}] {line}\n".encode("utf-8", "backslashreplace"))
+                    os.write(2, f"[{name}] {printable(line.rstrip(chr(13)), keep=chr(9))}\n".encode())
 
     def _end(self) -> None:
         """End them now, and wait a little: their ports are to be free when the program is over."""

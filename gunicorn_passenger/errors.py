@@ -364,6 +364,20 @@ def too_many_ports(limit: int) -> ListenError:
     )
 
 
+def too_many_ports_of_worker(limit: int) -> ListenError:
+    return ListenError(
+        errno.ENOBUFS, f"one worker may have {limit} ports, and this one has them; close some servers"
+    )
+
+
+def server_name_too_long(name: str, limit: int) -> ListenError:
+    return ListenError(
+        errno.EINVAL,
+        f"a server's name may have {limit} characters, and {name[:40]!r}... has {len(name)}; give it a "
+        "shorter one with listen(..., name=...)",
+    )
+
+
 def no_descriptor(address: str) -> ListenError:
     return ListenError(
         errno.EMFILE,

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from gunicorn_passenger import errors, runtime
 from gunicorn_passenger.allotment import account_name
 from gunicorn_passenger.errors import PassengerError
+from gunicorn_passenger.text import printable
 
 #: Seconds that a master has for its answer.
 PATIENCE = 3.0
@@ -91,10 +92,10 @@ def ask(path: str, question: dict[str, Any]) -> dict[str, Any]:
             received += data
     try:
         answer = json.loads(received)
-    except ValueError:
-        raise ConnectionError("the answer is no JSON") from None
+    except (ValueError, RecursionError):
+        raise ConnectionError("the answer is not JSON") from None
     if "error" in answer:
-        raise PassengerError(str(answer["error"]))
+        raise PassengerError(printable(str(answer["error"])))
     return dict(answer)
 
 
@@ -140,7 +141,7 @@ def command(verb: str, name: str, app: str = "") -> str:
     if len(chosen) > 1:
         raise errors.in_several_applications(verb, name, [_label(a) for a in chosen])
     try:
-        return str(ask(chosen[0].socket, {"command": verb, "name": name})["done"])
+        return printable(str(ask(chosen[0].socket, {"command": verb, "name": name})["done"]))
     except (OSError, KeyError) as error:
         raise errors.master_silent(chosen[0].pid, _why(error)) from None
 
@@ -152,7 +153,7 @@ def _names(application: Application) -> set[str]:
 
 
 def _label(application: Application) -> str:
-    return f"{application.name or '?'} (pid {application.pid})"
+    return printable(f"{application.name or '?'} (pid {application.pid})")
 
 
 # --- showing -----------------------------------------------------------------------------------
@@ -219,7 +220,7 @@ def _screen(account: str, running: list[Application]) -> list[str]:
         if lines:
             lines += ["", "-" * width]
         if application.report is None:
-            lines.append(_clean(f"pid {application.pid}: {application.error}"))
+            lines.append(printable(f"pid {application.pid}: {application.error}"))
         else:
             lines += table(application.report, width)
     return lines
@@ -236,7 +237,7 @@ def table(report: dict[str, Any], width: int = _COLUMNS) -> list[str]:
         f"as user {report['user']} (gunicorn-passenger {report['version']})"
     )
     lines = [
-        _cut(_clean(title), width),
+        _cut(printable(title), width),
         "",
         *_columns(
             ["PROCESS", "PID", "STATE", "AGE", "MEMORY"],
@@ -322,7 +323,7 @@ def _ports(ports: dict[str, Any]) -> list[str]:
 
 def _event(event: dict[str, Any], now: float, width: int) -> str:
     form = "%H:%M:%S" if now - event["time"] < 43200 else "%d %b %H:%M"
-    return _cut(_clean(f"{time.strftime(form, time.localtime(event['time']))}  {event['text']}"), width)
+    return _cut(printable(f"{time.strftime(form, time.localtime(event['time']))}  {event['text']}"), width)
 
 
 # --- text --------------------------------------------------------------------------------------
@@ -340,7 +341,7 @@ def _columns(
     :param sides: ``<`` or ``>`` for each column.
     :param elastic: the columns that are cut where the line is too long.
     """
-    cells = [list(heads), *([_clean(str(cell)) for cell in row] for row in rows)]
+    cells = [list(heads), *([printable(str(cell)) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
     while sum(widths) + 2 * (len(widths) - 1) > width:
         widest = max(elastic, key=lambda i: widths[i] - len(heads[i]))
@@ -361,11 +362,6 @@ def _cut(text: str, width: int) -> str:
     head = max(0, (width - 1) // 2)
     tail = max(0, width - 1 - head)
     return text[:head] + "…" + (text[-tail:] if tail else "")
-
-
-def _clean(text: str) -> str:
-    """Without what a terminal would obey: names come from programs."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _age(entry: dict[str, Any], now: float) -> str:

@@ -6,35 +6,90 @@ prepared.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
+import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 
 from gunicorn_passenger import sockets
+from gunicorn_passenger.allotment import account_name
 from gunicorn_passenger.errors import SettingError
 
 #: The status socket of a master: its pid.
 SOCKET = re.compile(r"([1-9][0-9]*)\.sock")
 
 
+#: Owners of a directory above the runtime directory that a master of root's can rely on; others could put
+#: another in its place. In a container with user ids of its own, the host's directories belong to the last of
+#: these.
+_OVERFLOW = "/proc/sys/kernel/overflowuid"
+
+
 def directory() -> str:
-    """The path: ``PASSENGER_RUNTIME_DIR``, else below ``XDG_RUNTIME_DIR``, ``/run`` (root) or ``/tmp``."""
+    """The path: ``PASSENGER_RUNTIME_DIR``, else below ``XDG_RUNTIME_DIR``, ``/run`` (root) or ``/tmp``.
+
+    An ``XDG_RUNTIME_DIR`` that belongs to another user (``su`` and ``sudo`` may leave it) is not used.
+    """
     if given := os.environ.get("PASSENGER_RUNTIME_DIR", "").strip():
         return os.path.abspath(given)
-    if xdg := os.environ.get("XDG_RUNTIME_DIR", "").strip():
+    xdg = os.environ.get("XDG_RUNTIME_DIR", "").strip()
+    if xdg and _owner(os.path.realpath(xdg)) in (None, os.geteuid()):
         return os.path.join(os.path.abspath(xdg), "gunicorn-passenger")
     if os.geteuid() == 0 and os.access("/run", os.W_OK):
         return "/run/gunicorn-passenger"
-    return f"/tmp/gunicorn-passenger-{os.geteuid()}"  # noqa: S108 - checked below, mode 0700
+    return _in_tmp()
 
 
-def ensure() -> str:
+def _owner(path: str) -> int | None:
+    try:
+        return os.lstat(path).st_uid
+    except (OSError, ValueError):
+        return None
+
+
+def ensure(warn: Callable[[str], object] = lambda _: None) -> str:
     """Make the runtime directory with mode 0700, or check that it is ours alone.
 
-    :raises SettingError: when it cannot be made, or somebody else owns it or may write into it.
+    Anybody may make ``/tmp/gunicorn-passenger-UID`` first. Then one with a name that cannot be foreseen
+    stands in; the command line finds it.
+
+    :param warn: is told, in one sentence, when that is so.
+    :raises SettingError: when it cannot be made, or another user owns it or may write into it.
     """
-    return _ensure(directory(), 0o700)
+    path = directory()
+    try:
+        return _ensure(path, 0o700)
+    except SettingError as error:
+        if path != _in_tmp() or _owner(path) is None or _is_ours(path):
+            raise
+        other = next(iter(_stand_ins()), "")
+        if not other:
+            try:
+                other = tempfile.mkdtemp(prefix=f"{os.path.basename(path)}-", dir=os.path.dirname(path))
+            except OSError:
+                raise error from None
+        warn(
+            f"the runtime directory {path} was made by {account_name(_owner(path) or 0)} and cannot be trusted: "
+            f"{other} is used instead; set PASSENGER_RUNTIME_DIR to choose one"
+        )
+        return other
+
+
+def _in_tmp() -> str:
+    return f"/tmp/gunicorn-passenger-{os.geteuid()}"  # noqa: S108 - checked where it is used
+
+
+def _stand_ins() -> list[str]:
+    """The directories that stand in for the one in ``/tmp``, by name."""
+    above, name = os.path.split(_in_tmp())
+    ours = re.compile(rf"{re.escape(name)}-[a-z0-9_]{{8}}")  # as tempfile.mkdtemp makes them
+    found = []
+    with suppress(OSError), os.scandir(above) as entries:
+        found = [entry.path for entry in entries if ours.fullmatch(entry.name)]
+    return sorted(path for path in found if _is_ours(path))
 
 
 def ensure_passable() -> str:
@@ -57,25 +112,61 @@ def ensure_passable() -> str:
 
 
 def _ensure(path: str, mode: int) -> str:
+    advice = "set PASSENGER_RUNTIME_DIR to another path"
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        os.mkdir(path, mode)
-        os.chmod(path, mode)  # what the umask took away
-    except FileExistsError:
-        pass
+        made = False
+        with suppress(FileExistsError):
+            os.mkdir(path, mode)
+            made = True
+        # from here on by its descriptor: another user may be able to put something else in its place
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except (NotADirectoryError, FileExistsError):
+        raise SettingError(f"the runtime directory {path} is not a directory; {advice}") from None
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise SettingError(f"the runtime directory {path} is not a directory; {advice}") from None
+        if _owner(path) not in (None, os.geteuid()):
+            raise _not_ours(path) from None
         raise SettingError(
-            f"the runtime directory {path} cannot be made ({error.strerror}); set PASSENGER_RUNTIME_DIR"
+            f"the runtime directory {path} cannot be made ({error.strerror}); {advice}"
         ) from None
-    info = os.lstat(path)
-    if not stat.S_ISDIR(info.st_mode):
-        raise SettingError(f"the runtime directory {path} is no directory; set PASSENGER_RUNTIME_DIR")
-    if info.st_uid != os.geteuid() or info.st_mode & 0o022:
-        raise SettingError(
-            f"the runtime directory {path} must belong to you and be writable by nobody else; "
-            "remove it or set PASSENGER_RUNTIME_DIR"
-        )
+    try:
+        info = os.fstat(fd)
+        if info.st_uid != os.geteuid() or info.st_mode & 0o022:
+            raise _not_ours(path)
+        if os.geteuid() == 0 and (above := _untrusted_above(path)):
+            raise SettingError(
+                f"the runtime directory {path} cannot be used by a master that runs as root: {above} belongs to "
+                f"another user or may be written by others; {advice}"
+            )
+        if made:
+            os.fchmod(fd, mode)  # what the umask took away
+    finally:
+        os.close(fd)
     return path
+
+
+def _not_ours(path: str) -> SettingError:
+    return SettingError(
+        f"the runtime directory {path} must belong to you and be writable by nobody else; "
+        "remove it or set PASSENGER_RUNTIME_DIR"
+    )
+
+
+def _untrusted_above(path: str) -> str:
+    """The first directory above in which another user could put something else in the place of the next
+    one."""
+    owners = {0}
+    with suppress(OSError, ValueError), open(_OVERFLOW, encoding="ascii") as file:
+        owners.add(int(file.read()))
+    above = os.path.realpath(path)
+    while above != os.path.dirname(above):
+        above = os.path.dirname(above)
+        info = os.lstat(above)
+        if info.st_uid not in owners or (info.st_mode & 0o022 and not info.st_mode & stat.S_ISVTX):
+            return above
+    return ""
 
 
 def directories() -> list[str]:
@@ -89,7 +180,7 @@ def directories() -> list[str]:
     if os.environ.get("PASSENGER_RUNTIME_DIR", "").strip():
         places = [directory()]
     else:
-        places = [directory(), f"/run/user/{uid}/gunicorn-passenger", f"/tmp/gunicorn-passenger-{uid}"]  # noqa: S108
+        places = [directory(), f"/run/user/{uid}/gunicorn-passenger", _in_tmp(), *_stand_ins()]
         if uid == 0:
             places.append("/run/gunicorn-passenger")
         places.extend(_set_for_processes(uid))

@@ -37,6 +37,10 @@ _YOUNG = 5.0
 class ScriptApplication(WSGIApplication):
     """gunicorn's application object for a script; gunicorn's options keep their meaning."""
 
+    #: the UNIX socket where ``-b`` is left out, and why it cannot be had
+    _default = ""
+    _no_default: PassengerError | None = None
+
     def init(self, parser: Any, opts: Any, args: list[str]) -> dict[str, Any]:
         # args are what gunicorn's parser left over: "start", "server.py"
         if len(args) != 2:
@@ -50,12 +54,17 @@ class ScriptApplication(WSGIApplication):
             raise ConfigError(f"there is no script {args[1]!r}")
         application.script = True
         name = os.path.splitext(os.path.basename(self.script))[0]
-        path = os.path.join(runtime.ensure(), f"{name}.sock")
+        try:
+            directory, self._no_default = runtime.ensure(), None
+        except PassengerError as error:
+            # -b may name another place, which is not known yet
+            directory, self._no_default = runtime.directory(), error
+        self._default = os.path.join(directory, f"{name}.sock")
         # defaults: gunicorn's own sources of settings override them
         return {
             "default_proc_name": args[1],
             "worker_class": "gunicorn_passenger.Worker",
-            "bind": [f"unix:{path}"],
+            "bind": [f"unix:{self._default}"],
         }
 
     def load_config(self) -> None:
@@ -70,6 +79,8 @@ class ScriptApplication(WSGIApplication):
             raise ConfigError(
                 f"gunicorn-passenger start needs its own worker class, not {worker!r}: leave -k out"
             )
+        if self._no_default is not None and self._default in self.cfg.address:
+            raise ConfigError(f"{self._no_default}; or say where to listen with -b")
         self._refuse_to_steal()
 
     def _refuse_to_steal(self) -> None:

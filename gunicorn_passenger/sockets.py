@@ -11,7 +11,8 @@ import errno
 import os
 import socket
 import stat
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 
 from gunicorn_passenger import errors, holders
 from gunicorn_passenger.address import SockAddr, format_tcp
@@ -56,8 +57,9 @@ def open_unix(path: str, mode: int, backlog: int) -> _socket.socket:
         # threads use: so it is never too open, and what the umask took away is given afterwards.
         os.fchmod(sock.fileno(), mode)
         sock.bind(path)
-        if stat.S_IMODE(os.lstat(path).st_mode) != mode:
-            os.chmod(path, mode)
+        with _own_file(path) as (file, info):
+            if stat.S_IMODE(info.st_mode) != mode:
+                os.chmod(file, mode)
         sock.listen(backlog)
     except OSError as error:
         if sock is not None:
@@ -66,6 +68,51 @@ def open_unix(path: str, mode: int, backlog: int) -> _socket.socket:
             raise
         raise errors.cannot_open(f"unix:{path}", error) from None
     return sock
+
+
+@contextmanager
+def _own_file(path: str) -> Iterator[tuple[str, os.stat_result]]:
+    """The file of a socket that this process has just bound, by a name that nobody can redirect.
+
+    Whoever may write the directory could have put a symbolic link or a hard link to a file of this user's (of
+    root's, even) in its place meanwhile. So the file is opened without following a link, looked at, and then
+    named by its descriptor.
+
+    :raises OSError: (``EPERM``) when it is not a socket of this user's with this one name.
+    """
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISSOCK(info.st_mode) or info.st_uid != os.geteuid() or info.st_nlink != 1:
+            raise PermissionError(errno.EPERM, "another file has taken the place of the socket's own")
+        yield f"/proc/self/fd/{fd}", info
+    finally:
+        os.close(fd)
+
+
+def give(path: str, uid: int, gid: int) -> None:
+    """Give the file of a socket that this process has just bound to another user.
+
+    :raises OSError: when that cannot be, or another file has taken its place.
+    """
+    with _own_file(path) as (file, _):
+        os.chown(file, uid, gid)
+
+
+def remove(path: str, file: tuple[int, int] | None) -> None:
+    """Remove the file of a socket, if it is still the one of ``file`` (see :func:`file_id`).
+
+    Both steps happen in one directory that is held open, so that renaming it meanwhile changes nothing.
+    """
+    with suppress(OSError, ValueError):
+        directory = os.open(os.path.dirname(path) or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            name = os.path.basename(path)
+            info = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            if (info.st_dev, info.st_ino) == file:
+                os.unlink(name, dir_fd=directory)
+        finally:
+            os.close(directory)
 
 
 def file_id(path: str) -> tuple[int, int] | None:
@@ -86,7 +133,7 @@ def _clear_stale(path: str) -> None:
         raise errors.unix_not_a_socket(path)
     if answers(path):
         raise errors.in_use(f"unix:{path}", "another program")
-    os.unlink(path)
+    remove(path, (info.st_dev, info.st_ino))
 
 
 def answers(path: str) -> bool:

@@ -10,6 +10,11 @@
 - ``/metrics``: in Prometheus' text format, or OpenMetrics where the client asks for it;
 - ``/status.json``: the report that the others are made of.
 
+It answers requests for local names and for IP addresses; further host names are set with
+``status(hosts=[...])``, ``status.spawn(hosts=[...])`` or ``PASSENGER_STATUS_HOSTS``. Otherwise any web site
+could read it in the browser of a user of this machine, by a name of its own that it lets point to 127.0.0.1
+(DNS rebinding).
+
 Runs in: a worker, or a process of its own. Must never: change anything, or trust a name that a program has
 chosen.
 """
@@ -18,20 +23,24 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import ipaddress
 import json
 import logging
 import os
 import re
+import socket
 import sys
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator
 from importlib import resources
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, overload
 from urllib.parse import quote
 
+from gunicorn_passenger.address import Tcp, parse
 from gunicorn_passenger.errors import PassengerError, SettingError
 from gunicorn_passenger.serving.application import application as _application
+from gunicorn_passenger.text import printable
 
 #: Seconds for which a report is used again.
 FRESH = 0.2
@@ -176,12 +185,113 @@ class _Reports:
 _reports = _Reports()
 
 
+# --- for which hosts ---------------------------------------------------------------------------
+
+#: Adds to the hosts that requests may name: ``"status.example.org,.internal"``.
+HOSTS = "PASSENGER_STATUS_HOSTS"
+
+_NAME = re.compile(r"[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?(?:\.[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?)*")
+
+
+def _check_hosts(value: object, where: str) -> frozenset[str]:
+    """Read a set of host names.
+
+    :param value: a list of names, or one text with commas; ``".example.org"`` stands for all names below it,
+    ``"*"``
+        for every name.
+    :param where: names the setting in the error.
+    :raises SettingError: says which one cannot be read.
+    """
+    names = value.split(",") if isinstance(value, str) else value
+    if (
+        not isinstance(names, Iterable)
+        or isinstance(names, bytes)
+        or not all(isinstance(n, str) for n in names)
+    ):
+        raise SettingError(f"{where}: {value!r} is not a list of host names, such as ['status.example.org']")
+    found = frozenset(text for name in names if (text := name.strip().lower().rstrip(".")))
+    for name in sorted(found):
+        if name != "*" and not _NAME.fullmatch(name.removeprefix(".")) and not _is_address(name):
+            raise SettingError(
+                f"{where}: {name[:80]!r} is not a host name; write names without a scheme, a port or a path, such as "
+                "'status.example.org', or '.example.org' for all names below it"
+            )
+    return found
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return True
+
+
+#: Read once: a value that cannot be used ends the program with the sentence, and not a request.
+_environment_hosts = _check_hosts(os.environ.get(HOSTS, ""), HOSTS)
+
+
+def _host_allowed(environ: dict[str, Any], hosts: frozenset[str]) -> bool:
+    """Whether a request names a host that this application answers for (RFC 9110, section 7.2).
+
+    A web site can let a name of its own point to this machine, but cannot make a browser send another name,
+    or a mere address.
+    """
+    text = environ.get("HTTP_HOST", "")
+    if not text:
+        return True  # HTTP/1.0; no browser
+    client = environ.get("gunicorn.socket")
+    if getattr(client, "family", None) == socket.AF_UNIX:
+        return True  # no browser connects there; a web server that does has hosts of its own
+    match = re.fullmatch(r"(\[[^\[\]]*\]|[^:\[\]]*)(?::[0-9]*)?", text)
+    host = match.group(1).lower().rstrip(".") if match else ""
+    if _is_address(host) or host == "localhost" or host.endswith(".localhost"):
+        return True
+    if not _NAME.fullmatch(host):
+        return False
+    if "*" in hosts or host in hosts or any(name[0] == "." and host.endswith(name) for name in hosts):
+        return True
+    # the name that a server of this program was asked to listen on
+    wants = (getattr(server, "want", None) for server in _application.servers)
+    return any(isinstance(want, Tcp) and want.host.lower().rstrip(".") == host for want in wants)
+
+
 # --- the application ---------------------------------------------------------------------------
+
+
+class Application:
+    """The WSGI application; it may be mounted below a prefix (``SCRIPT_NAME``)."""
+
+    def __init__(self, hosts: object = ()) -> None:
+        """
+        :param hosts: names that requests may have in their Host header, beside local ones and addresses.
+        :raises SettingError: for what is not a host name.
+        """
+        self._hosts = _check_hosts(hosts, "status(hosts=...)")
+        # the name that its server has in the report
+        self.__module__, self.__qualname__ = "gunicorn_passenger", "status"
+
+    def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        return _respond(environ, start_response, self._hosts)
 
 
 def application(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
     """The WSGI application; it may be mounted below a prefix (``SCRIPT_NAME``)."""
-    answer = _answer(environ)
+    return _respond(environ, start_response, frozenset())
+
+
+def _respond(
+    environ: dict[str, Any], start_response: StartResponse, hosts: frozenset[str]
+) -> Iterable[bytes]:
+    if _host_allowed(environ, hosts | _environment_hosts):
+        answer = _answer(environ)
+    else:
+        host = printable(environ["HTTP_HOST"][:100].encode("latin-1", "replace").decode("utf-8", "replace"))
+        text = (
+            f"The status is not shown to requests for the host {host!r}: call status(hosts=[...]) or "
+            f"status.spawn(hosts=[...]) with this name, or set {HOSTS}, if it is yours.\n"
+        )
+        answer = Answer("403 Forbidden", _TEXT, text.encode())
     headers = [
         ("Content-Type", answer.type),
         ("Content-Length", str(len(answer.body))),
@@ -287,7 +397,22 @@ def _metrics(environ: dict[str, Any]) -> Answer:
     except (TypeError, ValueError):
         # it does not like every Accept, such as one with an unknown version
         encode, content_type = choose_encoder("")
-    return Answer("200 OK", content_type, encode(registry))
+    try:
+        return Answer("200 OK", content_type, encode(registry))
+    except (ValueError, TypeError, ArithmeticError) as error:
+        # a label or a value of the program's own that has no form there, such as a lone surrogate
+        _without_own(error)
+        registry = CollectorRegistry()
+        registry.register(_Collector(_families))
+        return Answer("200 OK", content_type, encode(registry))
+
+
+def _without_own(error: Exception) -> None:
+    logging.getLogger("gunicorn.error").warning(
+        "gunicorn-passenger: /metrics goes without the program's own: %s: %s",
+        type(error).__name__,
+        printable(str(error)[:1000]),
+    )
 
 
 class _Collector:
@@ -308,11 +433,7 @@ def _programs_own() -> Iterable[Any]:
         except Exception as error:
             if last:
                 # a full disk, a file that is broken: the rest is worth having all the same
-                logging.getLogger("gunicorn.error").warning(
-                    "gunicorn-passenger: /metrics goes without the program's own: %s: %s",
-                    type(error).__name__,
-                    error,
-                )
+                _without_own(error)
             else:
                 time.sleep(0.02)  # a worker may have been making its file
     return []
@@ -328,6 +449,7 @@ class _Family:
     def add(self, value: float | None, *labels: str) -> None:
         """:param value: ``None`` where nobody counts: no sample."""
         if value is not None:
+            labels = tuple(printable(label) for label in labels)
             self._samples[labels] = self._samples.get(labels, 0) + value
 
     def done(self) -> Any:
@@ -417,13 +539,16 @@ _PATHS: dict[str, Callable[[dict[str, Any]], Answer]] = {
 # --- in a process of its own -------------------------------------------------------------------
 
 
-def spawn(listen: Any, *, name: str = "status", **options: Any) -> Any:
+def spawn(listen: Any, *, name: str = "status", hosts: object = (), **options: Any) -> Any:
     """Serve this application from a daemon, which answers while all workers are busy or gone.
 
     Called in ``gunicorn.conf.py`` or in the program; under any worker class.
 
     :param listen: where, as in ``Server.listen()``: a port, ``"host:port"``, ``"unix:/path"`` or ``"auto"``.
     :param name: of the daemon.
+    :param hosts: names that requests may have in their Host header, beside local ones, IP addresses and the
+    names in
+        ``listen``; ``".example.org"`` stands for all names below it.
     :param options: as in :func:`gunicorn_passenger.spawn`.
     :raises PassengerError: as there.
     """
@@ -433,11 +558,23 @@ def spawn(listen: Any, *, name: str = "status", **options: Any) -> Any:
         raise SettingError(
             "status.spawn() needs to know where to listen: a port, 'host:port' or 'unix:/path'"
         )
-    return daemons.spawn(serve, name=name, listen=listen, report=True, **options)
+    allowed = sorted(_check_hosts(hosts, "status.spawn(hosts=...)") | _names_in(listen))
+    args = [allowed] if allowed else []
+    return daemons.spawn(serve, name=name, listen=listen, args=args, report=True, **options)
 
 
-def serve() -> None:
-    """What the daemon runs: the sockets of ``LISTEN_FDS``, the report from ``PASSENGER_REPORT_FD``."""
+def _names_in(listen: Any) -> frozenset[str]:
+    """The host names that the daemon is to listen on."""
+    wants = [parse(item) for item in (listen if isinstance(listen, list) else [listen])]
+    names = {want.host.lower().rstrip(".") for want in wants if isinstance(want, Tcp)}
+    return frozenset(name for name in names if _NAME.fullmatch(name) and not _is_address(name))
+
+
+def serve(hosts: Iterable[str] = ()) -> None:
+    """What the daemon runs: the sockets of ``LISTEN_FDS``, the report from ``PASSENGER_REPORT_FD``.
+
+    :param hosts: as in :func:`spawn`.
+    """
     import signal
 
     import gevent
@@ -456,11 +593,12 @@ def serve() -> None:
     cfg = Config()
     cfg.set("worker_connections", _CONNECTIONS)
     log = cfg.logger_class(cfg)
+    app = Application(hosts)
     accepting = []
     for fd in range(3, 3 + int(os.environ["LISTEN_FDS"])):
         sock = gsocket.socket(fileno=fd)
         sock.setblocking(True)  # gevent's own: for the kernel it does not block
-        accepting.append(acceptor(sock, application, cfg, log, Lifecycle()))
+        accepting.append(acceptor(sock, app, cfg, log, Lifecycle()))
         accepting[-1].start()
     end.wait()
     for one in accepting:
@@ -473,7 +611,23 @@ def serve() -> None:
 class _Module(types.ModuleType):
     """So that ``passenger.listen(9100, status)`` works: the module is the application, too."""
 
-    def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+    @overload
+    def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]: ...
+    @overload
+    def __call__(self, *, hosts: object) -> Application: ...
+    def __call__(
+        self,
+        environ: dict[str, Any] | None = None,
+        start_response: StartResponse | None = None,
+        *,
+        hosts: object = None,
+    ) -> Any:
+        """The application itself, or with ``hosts`` one that answers for these, too.
+
+        :raises SettingError: for what is not a host name.
+        """
+        if environ is None or start_response is None:
+            return Application(() if hosts is None else hosts)
         return application(environ, start_response)
 
 

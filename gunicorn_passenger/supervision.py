@@ -38,9 +38,7 @@ _PRIVATE = frozenset(
         "NOTIFY_SOCKET",
         "WATCHDOG_PID",
         "WATCHDOG_USEC",
-        "PASSENGER_HANDOVER",
-        "PASSENGER_EXCLUSIVE",
-        "PASSENGER_DAEMON_SOCKETS",
+        "PASSENGER_UPGRADE",
         "PASSENGER_DAEMON",
         "PASSENGER_DAEMON_KEY",
         "PASSENGER_REPORT_FD",
@@ -217,16 +215,6 @@ def _marked(marks: set[bytes]) -> set[int]:
     return found
 
 
-# --- what people read ------------------------------------------------------------------------------
-
-
-def printable(line: str) -> str:
-    """A line of a daemon's, without what could act on a terminal or look like another line."""
-    if line.isprintable():
-        return line
-    return "".join(c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" for c in line.rstrip("\r"))
-
-
 # --- sockets ---------------------------------------------------------------------------------------
 
 
@@ -249,9 +237,8 @@ class Bound:
     def close(self, unlink: bool) -> None:
         with suppress(OSError):
             self.sock.close()
-        if unlink and self.file is not None and sockets.file_id(self.path) == self.file:
-            with suppress(OSError):
-                os.unlink(self.path)
+        if unlink and self.file is not None:
+            sockets.remove(self.path, self.file)
 
 
 def bound(want: Listen, sock: Any) -> Bound:

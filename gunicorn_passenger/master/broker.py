@@ -17,11 +17,12 @@ How it lives beside the arbiter:
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
+import ipaddress
 import json
 import os
 import select
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,7 +30,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gunicorn_passenger import channel, errors, native, sockets
-from gunicorn_passenger.address import format_sockname, is_unix
+from gunicorn_passenger.address import UNIX_PATH_MAX, format_sockname, is_unix
 from gunicorn_passenger.allotment import Allotment
 from gunicorn_passenger.board import Board
 from gunicorn_passenger.channel import (
@@ -50,11 +51,13 @@ from gunicorn_passenger.channel import (
     Returned,
     Told,
 )
-from gunicorn_passenger.master import exclusive, reporting
+from gunicorn_passenger.master import exclusive, reporting, upgrade
+from gunicorn_passenger.master.descriptors import closer, is_connection
 from gunicorn_passenger.master.leases import Leases
 from gunicorn_passenger.master.listeners import Held, Listeners, Port
 from gunicorn_passenger.master.parts import History, Part
 from gunicorn_passenger.master.reporting import Tally
+from gunicorn_passenger.text import MAX_NAME, printable, printable_all, safe
 
 #: How long a fork waits for the broker to finish what it does, in seconds.
 _FORK_WAIT = 5.0
@@ -62,17 +65,14 @@ _FORK_WAIT = 5.0
 _SETTLE = 0.05
 #: How long the broker rests after a failure that it did not expect, in seconds.
 _BREATH = 0.1
+#: Characters of a client's address, as JSON.
+_MAX_PEER = 1000
 #: How many malformed packets of one worker are answered before its channel is closed.
 _MAX_MALFORMED = 100
 #: How many messages of a worker that was reaped are still read.
 _LAST_WORDS = 100
 #: How many different faults are logged, each once; more come from a worker that makes them up.
 _MAX_FAULTS = 64
-
-#: Names the listeners that were opened at run time, for the next master (USR2).
-HANDOVER = "PASSENGER_HANDOVER"
-#: Names the servers that an operator has stopped, for the next master.
-STOPPED = "PASSENGER_STOPPED"
 
 
 @dataclass
@@ -103,31 +103,50 @@ class Embryo:
     armed: bool = False
 
 
-def _is_connection(fd: int) -> bool:
-    """Whether a worker's descriptor is a connection, which a sibling could serve."""
-    try:
-        with socket.socket(fileno=os.dup(fd)) as sock:
-            if sock.type & ~(socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) != socket.SOCK_STREAM:
-                return False
-            sock.getpeername()
-    except OSError:
-        return False
-    return True
-
-
 def _is_peer(text: str) -> bool:
     """Whether a worker's text is an address as ``accept()`` gives one."""
+    if len(text) > _MAX_PEER:
+        return False
     try:
         addr = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     if isinstance(addr, list):
         return (
             len(addr) in (2, 4)
-            and isinstance(addr[0], str)
-            and all(isinstance(part, int) and 0 <= part < 1 << 32 for part in addr[1:])
+            and _is_ip(addr[0])
+            and all(type(part) is int and 0 <= part < 1 << 32 for part in addr[1:])
         )
     return addr is None or isinstance(addr, str)
+
+
+def _is_ip(text: object) -> bool:
+    if not isinstance(text, str):
+        return False
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_text(ask: Open) -> Open:
+    """What a worker asks for, with texts that can be logged, reported and encoded: the one place that sees to
+    it.
+
+    A host must be numeric (:mod:`.listeners`), so that only a name and a path are free text.
+
+    :raises errors.ListenError: when a name is too long, or a path is not one.
+    """
+    if len(ask.name) > MAX_NAME:
+        raise errors.server_name_too_long(ask.name, MAX_NAME)
+    try:
+        size = len(os.fsencode(ask.path))
+    except UnicodeError:
+        raise errors.bad_address(ask.path[:100], "the path of the UNIX socket cannot be encoded") from None
+    if size > UNIX_PATH_MAX:
+        raise errors.unix_path_too_long(ask.path[:200], UNIX_PATH_MAX)
+    return dataclasses.replace(ask, name=printable(ask.name))
 
 
 def _board() -> Board | None:
@@ -141,17 +160,18 @@ class Broker:
     """All that the master knows of ports and of the workers that want them."""
 
     def __init__(self, log: Any, listening: list[Any], cfg: Any) -> None:
-        self.log = log
+        self.log = safe(log)
         self.cfg = cfg
         self.arbiter: Any = None
-        self.listeners = Listeners(cfg, log)
+        self.listeners = Listeners(cfg, self.log)
         self.listeners.surrendered = self._surrender
         self.history = History()
-        inherited = os.environ.pop(exclusive.HANDOVER, "")
-        cfg.env_orig.pop(exclusive.HANDOVER, None)
-        self.listeners.stopped = set(os.environ.pop(STOPPED, "").splitlines())
-        cfg.env_orig.pop(STOPPED, None)
-        self.leases = Leases(self.listeners, exclusive.Exclusive(inherited), self.history, self)
+        before = upgrade.inherited()
+        upgrade.forget(cfg)
+        ports = before.pop("ports", {})
+        self.listeners.stopped = set(ports.get("stopped", ()))
+        lock = exclusive.Exclusive(before.pop("exclusive", -1))
+        self.leases = Leases(self.listeners, lock, self.history, self)
         self.tally = Tally()
         self.primary_name = ""
         self.started = time.time()
@@ -181,11 +201,7 @@ class Broker:
         self._undecided = False  # a listener of ours was closed, and it is not known yet why
         self._expelled: set[int] = set()  # ages of workers whose channel was closed, until they are reaped
         self._gone: list[int] = []  # ages of workers that the arbiter has reaped
-        # one line each: the key, and after a tab what an "auto" server asked for it as
-        lines = [line.partition("\t") for line in os.environ.pop(HANDOVER, "").splitlines()]
-        handed = {key: auto for key, _, auto in lines}
-        cfg.env_orig.pop(HANDOVER, None)
-        self._adopt(listening, handed)
+        self._adopt(listening, dict(ports.get("open", ())))
 
     # --- called by the arbiter's main thread ----------------------------------------------------
 
@@ -272,16 +288,20 @@ class Broker:
         self._gone.append(age)
         self._wake()
 
-    def handover(self) -> None:
-        """In the child that is about to become the next master: say which listeners are of run time.
+    def export_state(self, lowest: int) -> dict[str, Any]:
+        """In the child that is about to become the next master: what that must know (see :mod:`.upgrade`).
 
-        With systemd's protocol the descriptors must also be numbered from 3 on (sd_listen_fds(3)).
+        :param lowest: the lowest number that a descriptor for it may have.
+        :raises OSError: when this process has no room for it.
         """
+        return {
+            "ports": self.listeners.export_state(),
+            "exclusive": self.leases.exclusive.hand_over(lowest),
+        }
+
+    def number_listeners(self) -> None:
+        """The same child: with systemd's protocol the listeners are numbered from 3 on (sd_listen_fds(3))."""
         arbiter = self.arbiter
-        arbiter.cfg.env_orig[HANDOVER] = self.listeners.described()
-        arbiter.cfg.env_orig[exclusive.HANDOVER] = self.leases.exclusive.hand_over()
-        stopped = [port.key for port in self.listeners.ports.values() if port.paused == "stop"]
-        arbiter.cfg.env_orig[STOPPED] = "\n".join(stopped)
         if arbiter.systemd:
             first, count = 3, len(arbiter.LISTENERS)
             spare = [fcntl.fcntl(li.fileno(), fcntl.F_DUPFD, first + count) for li in arbiter.LISTENERS]
@@ -326,7 +346,9 @@ class Broker:
         for part in self.parts:
             found |= part.report()
         found["ports"] = reporting.ports(self, found.get("daemons", ()))
-        return found
+        # the one place where what leaves in a report is made fit for terminals, pages and UTF-8
+        cleaned: dict[str, Any] = printable_all(found)
+        return cleaned
 
     def command(self, verb: str, name: str) -> str:
         """``"restart"`` or ``"stop"`` the servers or the daemon of a name. Gate held.
@@ -342,7 +364,7 @@ class Broker:
         if not found:
             raise errors.nothing_named(name)
         self._wake()
-        return ", ".join(found)
+        return printable(", ".join(found))
 
     def _hand(self, link: Link, message: Hand, fd: int | None) -> None:
         """Pass a connection on to a sibling that serves the same."""
@@ -350,7 +372,8 @@ class Broker:
         ages = port.accepting if port is not None else {li.age for li in self._links.values()}
         heirs = sorted(age for age in ages if age != link.age and self.serving(age) and not self.stopping())
         asked = any(giver is link for giver, _, _ in self._handing.values())
-        if fd is not None and heirs and not asked and _is_connection(fd) and _is_peer(message.addr):
+        is_client = fd is not None and is_connection(fd) and _is_peer(message.addr)
+        if heirs and not asked and is_client and len(message.key) <= channel.MAX_KEY:
             self._handed += 1
             heir = self._link(heirs[self._handed % len(heirs)])
             assert heir is not None
@@ -389,6 +412,14 @@ class Broker:
         try:
             with os.fdopen(os.dup(fd), "wb") as file:
                 file.write(json.dumps(self.report()).encode())
+        except Exception as error:
+            # the worker that asks has no part in it, and would ask again after a restart
+            self.log.exception("gunicorn-passenger: the report failed")
+            self._answer(
+                link,
+                Refused(ask.id, "listen", getattr(error, "errno", None) or 0, f"no report: {error}"[:1000]),
+            )
+        else:
             self._answer(link, Told(ask.id), fd)
         finally:
             os.close(fd)
@@ -492,7 +523,7 @@ class Broker:
                 elif fd in self._links:
                     self._serve(self._links[fd])
                 elif fd in theirs:
-                    theirs[fd].serve(fd, what)
+                    self._serve_part(theirs[fd], fd, what)
             while self._gone:
                 age = self._gone.pop()
                 for link in [li for li in self._links.values() if li.age == age]:
@@ -507,6 +538,15 @@ class Broker:
             due = [self.leases.settle(now), *(part.tick(now) for part in self.parts)]
             self._due = min((at for at in due if at is not None), default=None)
 
+    def _serve_part(self, part: Part, fd: int, what: int) -> None:
+        """What fails in a part is not the workers' to wait for, who come after it in this round."""
+        try:
+            part.serve(fd, what)
+        except Exception:
+            self.log.exception(
+                "gunicorn-passenger: the port broker failed at %s and goes on", type(part).__name__
+            )
+
     def _serve_rest(self, link: Link) -> None:
         """A worker was reaped: hear what it had to say at last."""
         for _ in range(_LAST_WORDS):
@@ -515,11 +555,10 @@ class Broker:
                 return
             self._serve(link)
 
-    def _serve(self, link: Link) -> None:
-        """Answer one packet of a worker."""
+    def _hear(self, link: Link) -> None:
         fd = None
         try:
-            message, fd = channel.receive(link.sock)
+            message, fd = channel.receive(link.sock, closer.close)
         except BlockingIOError:
             return
         except channel.Malformed as error:
@@ -528,16 +567,42 @@ class Broker:
         except (channel.Closed, OSError):
             self._leave(link)
             return
+        try:
+            self._act(link, message, fd)
+        except Exception:
+            # A mistake of ours that this worker's messages lead to. It would lead to it again and again, and
+            # all other workers need this thread: so it costs the worker its channel.
+            self.log.exception(
+                "gunicorn-passenger: the port broker failed at a %s message of worker %s and closes its "
+                "channel",
+                type(message).__name__,
+                self.pid(link.age),
+            )
+            self._leave(link, expelled=True)
+        finally:
+            if fd is not None:
+                closer.close(fd)
+
+    def _serve(self, link: Link) -> None:
+        """Answer one packet of a worker."""
+        before = closer.slow
+        self._hear(link)
+        if closer.slow > before and closer.full:
+            self.log.error(
+                "gunicorn-passenger: worker %s sends descriptors that cannot be closed at once; closing its "
+                "channel",
+                self.pid(link.age),
+            )
+            self._leave(link, expelled=True)
+
+    def _act(self, link: Link, message: channel.Message, fd: int | None) -> None:
+        """Do what a worker's message says.
+
+        :param fd: the descriptor that came with it, which stays the caller's.
+        """
         if isinstance(message, Hand):
-            try:
-                self._hand(link, message, fd)
-            finally:
-                if fd is not None:
-                    os.close(fd)
-            return
-        if fd is not None:  # no other message of a worker brings one
-            os.close(fd)
-        if isinstance(message, Open):
+            self._hand(link, message, fd)
+        elif isinstance(message, Open):
             self._open(link, message)
         elif isinstance(message, Close):
             self.leases.release(link.age, message.key, message.id)
@@ -548,7 +613,7 @@ class Broker:
         elif isinstance(message, Ready):
             link.ready = True
             self.pid(link.age)
-            self.primary_name = message.primary or self.primary_name
+            self.primary_name = printable(message.primary[:MAX_NAME]) or self.primary_name
             for other in [li for li in self._links.values() if li.leaving]:
                 self._answer(other, Heir(0))
             self._warn_unclaimed()
@@ -610,6 +675,7 @@ class Broker:
             return
         same_user = self.cfg.uid == os.geteuid()
         try:
+            ask = _check_text(ask)
             opened = self.leases.want(link.age, ask, self.allotment, same_user, self._workers())
         except errors.ListenError as error:
             answer = Refused(ask.id, errors.refusal_kind(error), error.errno or 0, str(error)[:1000])
@@ -618,7 +684,7 @@ class Broker:
         except Exception as error:
             # whatever a worker asks for, it is answered
             text = f"the master cannot open what was asked for: {error}"
-            self.log.error("gunicorn-passenger: worker %s: %s", self.pid(link.age), text)
+            self.log.error("gunicorn-passenger: worker %s: %s", self.pid(link.age), text[:1000])
             self._answer(link, Refused(ask.id, "listen", getattr(error, "errno", None) or 0, text[:1000]))
             return
         self._answer(link, opened)
@@ -677,7 +743,7 @@ class Broker:
         if text in self._faults or len(self._faults) >= _MAX_FAULTS:
             return
         self._faults.add(text)
-        self.log.error("%s", "".join(c if c.isprintable() else " " for c in text))
+        self.log.error("%s", " ".join(text.split()))
 
     def _leave(self, link: Link, expelled: bool = False) -> None:
         """A worker is gone: close its channel and forget its wishes.
@@ -688,7 +754,7 @@ class Broker:
         pid = self.pid(link.age)
         if self._links.pop(link.sock.fileno(), None) is None:
             return
-        link.sock.close()
+        closer.close_socket(link.sock)
         self.tally.gone(link.board, self.listeners.ports.values())
         self._unhand(link)
         self.listeners.cooled(link.age)

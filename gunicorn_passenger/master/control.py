@@ -24,12 +24,12 @@ import select
 import socket
 import struct
 import time
-from contextlib import suppress
 from typing import Any, Protocol
 
 from gunicorn_passenger import errors, runtime, sockets
 from gunicorn_passenger.channel import Message
 from gunicorn_passenger.errors import PassengerError
+from gunicorn_passenger.master.descriptors import closer
 from gunicorn_passenger.master.parts import History
 
 #: Seconds that a client has for its question and for reading the answer.
@@ -96,7 +96,7 @@ class Control:
     def open(self) -> None:
         """Make the socket; without one the log says so and the application goes on."""
         try:
-            directory = runtime.ensure()
+            directory = runtime.ensure(lambda text: self._broker.log.warning("gunicorn-passenger: %s", text))
             runtime.clear(directory)
             path = os.path.join(directory, f"{os.getpid()}.sock")
             self._listener = sockets.open_unix(path, 0o600, _BACKLOG)
@@ -187,7 +187,7 @@ class Control:
 
     def _read(self, client: Client) -> bool:
         """:returns: whether the client is still there."""
-        data = client.sock.recv(MAX_QUESTION + 1 - len(client.received))
+        data = closer.receive(client.sock, MAX_QUESTION + 1 - len(client.received))
         if not data:
             return False
         client.received += data
@@ -220,7 +220,7 @@ class Control:
 
     def _drop(self, client: Client) -> None:
         self._clients.pop(client.sock.fileno(), None)
-        client.sock.close()
+        closer.close_socket(client.sock)
 
     # --- questions -------------------------------------------------------------------------------
 
@@ -276,9 +276,8 @@ class Control:
 
     def stop(self) -> None:
         """Remove the file, if it is still ours."""
-        if self._file is not None and sockets.file_id(self._path) == self._file:
-            with suppress(OSError):
-                os.unlink(self._path)
+        if self._file is not None:
+            sockets.remove(self._path, self._file)
         self._close_listener()
 
     def forked(self) -> None:

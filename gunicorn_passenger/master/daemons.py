@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import _socket
 import errno
-import fcntl
-import json
 import os
 import resource
 import select
@@ -32,16 +30,16 @@ from gunicorn_passenger import errors, sockets
 from gunicorn_passenger.channel import Message, Refused, Spawn, Spawned
 from gunicorn_passenger.daemon_spec import MAX_DAEMONS, Identity, Listen, Spec, identity, wishes
 from gunicorn_passenger.errors import DaemonError, PassengerError
-from gunicorn_passenger.master import proc
+from gunicorn_passenger.master import proc, prometheus, upgrade
 from gunicorn_passenger.master.listeners import MAX_PORTS
-from gunicorn_passenger.supervision import Bound, Supervisor, bound, open_listening, printable
-
-#: Hands the daemons' sockets to the next master (USR2): a list of JSON.
-HANDOVER = "PASSENGER_DAEMON_SOCKETS"
+from gunicorn_passenger.supervision import Bound, Supervisor, bound, open_listening
+from gunicorn_passenger.text import printable
 
 #: Lines of output that are logged in one go, and the pause after so many, in seconds. More stay in the
 #: daemon's pipe: a daemon that floods its output waits, and everybody else does not.
 _LINES = 200
+#: Characters of how a daemon has ended, which the supervisor may have from the program itself.
+_MAX_HOW = 500
 _REST = 0.02
 #: How often it is looked at whether the master of before is gone, in seconds.
 _LOOK = 0.1
@@ -122,7 +120,7 @@ class Daemons:
         self._begun = False
         self._waits_for_master = False
         self._ended = False
-        self._handed = _handed(broker.cfg)
+        self._handed = _handed()
         self._handed_since: float | None = None
 
     # --- called by gunicorn's hooks --------------------------------------------------------------
@@ -273,7 +271,7 @@ class Daemons:
         if one.path and (cfg.uid, cfg.gid) != (os.geteuid(), os.getegid()):
             # as gunicorn does for its own: the workers are to reach it
             with suppress(OSError):
-                os.chown(one.path, cfg.uid, cfg.gid, follow_symlinks=False)
+                sockets.give(one.path, cfg.uid, cfg.gid)
         return one
 
     def _holder(self, number: int) -> str:
@@ -299,7 +297,8 @@ class Daemons:
                 self._supervisor = Supervisor()
                 self._supervisor_started = time.monotonic()
             listening = [one.sock for one in daemon.sockets]
-            daemon.key = self._supervisor.start(daemon.spec, daemon.who, listening, os.environ, theirs)
+            environ = prometheus.directory.environment(os.environ)
+            daemon.key = self._supervisor.start(daemon.spec, daemon.who, listening, environ, theirs)
         except OSError as error:
             self._broker.log.error(
                 "gunicorn-passenger: the daemon %s cannot be started now: %s", daemon.spec.name, error
@@ -414,7 +413,14 @@ class Daemons:
                 lines += self._hear(message)
             except BlockingIOError:
                 return
-            except (ValueError, KeyError, TypeError) as error:
+            except (
+                ValueError,
+                LookupError,
+                TypeError,
+                AttributeError,
+                RecursionError,
+                OverflowError,
+            ) as error:
                 self._broker.log.error("gunicorn-passenger: the supervisor said what is nothing: %r", error)
                 self._lose()
                 return
@@ -494,7 +500,7 @@ class Daemons:
         if what == "lines":
             for line in message["lines"]:
                 if line.strip():
-                    log.info("[%s] %s", name, printable(line))
+                    log.info("[%s] %s", name, line.rstrip("\r"))
             return len(message["lines"])
         if what == "started":
             daemon.pid, daemon.started = int(message["pid"]), time.time()
@@ -539,7 +545,7 @@ class Daemons:
 
     def _died(self, daemon: Daemon, message: dict[str, Any]) -> None:
         pause = message.get("pause")
-        how = printable(str(message["how"]))
+        how = printable(str(message["how"]))[:_MAX_HOW]
         daemon.pid, daemon.started = 0, None
         if pause is None:
             self._broker.log.error("Daemon %s %s", daemon.spec.name, how)
@@ -665,7 +671,7 @@ class Daemons:
             "address": ", ".join(str(one) for one in daemon.sockets) or None,
             "started": None if daemon.started is None else round(daemon.started, 3),
             "restarts": daemon.restarts,
-            "command": printable(daemon.spec.shown[:200]),
+            "command": daemon.spec.shown[:200],
             "memory": proc.memory(daemon.pid) if daemon.pid else None,
             "user": daemon.who.user,
         }
@@ -728,18 +734,20 @@ class Daemons:
             for _, _, one in self._handed:
                 one.sock.close()
 
-    def hand_over(self, arbiter: Any) -> None:
-        """In the child that is about to become the next master: pass the sockets on."""
-        entries = []
-        # systemd's protocol has gunicorn's own sockets at 3 and above
-        lowest = 3 + len(arbiter.LISTENERS)
+    def export_state(self, lowest: int) -> list[list[Any]]:
+        """In the child that is about to become the next master: the sockets for it.
+
+        :param lowest: the lowest number that their descriptors may have.
+        :returns: of each: the daemon, which of its sockets, the descriptor, kind, host, port and path.
+        :raises OSError: when this process has no room for them.
+        """
+        entries: list[list[Any]] = []
         for daemon in self._daemons.values():
             for index, one in enumerate(daemon.sockets):
-                number = fcntl.fcntl(one.sock.fileno(), fcntl.F_DUPFD, lowest)
+                number = upgrade.inheritable(one.sock.fileno(), lowest)
                 want = one.want
                 entries.append([daemon.spec.name, index, number, want.kind, want.host, want.port, want.path])
-        if entries:
-            arbiter.cfg.env_orig[HANDOVER] = json.dumps(entries)
+        return entries
 
 
 def _reexec() -> bool:
@@ -752,13 +760,11 @@ def _reexec() -> bool:
     return False
 
 
-def _handed(cfg: Any) -> list[tuple[str, int, Bound]]:
+def _handed() -> list[tuple[str, int, Bound]]:
     """The sockets of the master before: whose, which of its, and the socket."""
-    text = os.environ.pop(HANDOVER, "")
-    cfg.env_orig.pop(HANDOVER, None)
     found = []
     with suppress(ValueError, TypeError):
-        for name, index, number, kind, host, port, path in json.loads(text or "[]"):
+        for name, index, number, kind, host, port, path in upgrade.inherited().pop("daemons", []):
             with suppress(OSError):
                 sock = _socket.socket(fileno=number)
                 os.set_inheritable(number, False)

@@ -17,10 +17,10 @@ from gunicorn_passenger import hooks, sockets
 from gunicorn_passenger.address import format_sockname, is_unix
 from gunicorn_passenger.daemon_spec import wishes
 from gunicorn_passenger.errors import PassengerError, SettingError
-from gunicorn_passenger.master import forks, prometheus
+from gunicorn_passenger.master import forks, prometheus, upgrade
 from gunicorn_passenger.master.broker import Broker
 from gunicorn_passenger.master.control import Control
-from gunicorn_passenger.master.daemons import HANDOVER, Daemons
+from gunicorn_passenger.master.daemons import Daemons
 from gunicorn_passenger.settings import settings
 
 #: gunicorn's exit status for a configuration that cannot be used.
@@ -201,7 +201,8 @@ def _ready(arbiter: Any) -> None:
     settings.program_paused()
     wishes.attended = True
     wishes.done_reading()
-    if wishes.unread or HANDOVER in os.environ:
+    upgrade.forget(arbiter.cfg)
+    if wishes.unread or upgrade.inherited().get("daemons"):
         _attend(arbiter)
 
 
@@ -279,7 +280,20 @@ def _finish(_arbiter: Any) -> None:
 
 def _handover(_arbiter: Any) -> None:
     broker = forks.retired()
-    if broker is not None:
-        for daemons in _daemons:
-            daemons.hand_over(broker.arbiter)
-        broker.handover()
+    if broker is None:
+        return
+    arbiter = broker.arbiter
+    # systemd's protocol has gunicorn's own sockets at 3 and above
+    lowest = 3 + len(arbiter.LISTENERS)
+    try:
+        state = broker.export_state(lowest)
+        state["daemons"] = [entry for daemons in _daemons for entry in daemons.export_state(lowest)]
+        upgrade.hand_over(arbiter.cfg.env_orig, lowest, state)
+    except OSError as error:
+        arbiter.log.error(
+            "gunicorn-passenger: the next master does not learn which servers the program has opened (%s); "
+            "it keeps their ports as if they were in bind, and opens the daemons' anew. Raise the limit of "
+            "open files (ulimit -n)",
+            error,
+        )
+    broker.number_listeners()

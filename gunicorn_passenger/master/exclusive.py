@@ -16,8 +16,7 @@ import struct
 from contextlib import suppress
 from zlib import crc32
 
-#: Hands the file to the next master: the number of the descriptor.
-HANDOVER = "PASSENGER_EXCLUSIVE"
+from gunicorn_passenger.master import upgrade
 
 _NAME = "gunicorn-passenger-exclusive"
 _FLOCK = "hhqqi4x"
@@ -26,18 +25,18 @@ _FLOCK = "hhqqi4x"
 class Exclusive:
     """The locks of one master."""
 
-    def __init__(self, inherited: str = "") -> None:
+    def __init__(self, inherited: int = -1) -> None:
         """
-        :param inherited: the number of a descriptor, from the master before.
+        :param inherited: a descriptor from the master before; negative for none.
         :raises OSError: when the system has no room for the file.
         """
         path = f"/proc/self/fd/{inherited}"
         self._fd = -1
         with suppress(OSError):
-            if inherited.isdecimal() and os.readlink(path).startswith(f"/memfd:{_NAME}"):
+            if inherited >= 0 and os.readlink(path).startswith(f"/memfd:{_NAME}"):
                 # a description of our own: a lock that the two share would exclude neither
                 self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-                os.close(int(inherited))
+                os.close(inherited)
         if self._fd < 0:
             self._fd = os.memfd_create(_NAME)
 
@@ -58,10 +57,13 @@ class Exclusive:
         with suppress(OSError):
             os.close(self._fd)
 
-    def hand_over(self) -> str:
-        """In the child that becomes the next master: what to put into ``HANDOVER``."""
-        os.set_inheritable(self._fd, True)
-        return str(self._fd)
+    def hand_over(self, lowest: int) -> int:
+        """In the child that becomes the next master: a descriptor that it inherits.
+
+        :param lowest: the lowest number that it may have.
+        :raises OSError: when this process has no room for it.
+        """
+        return upgrade.inheritable(self._fd, lowest)
 
 
 def _lock(key: str, kind: int) -> bytes:

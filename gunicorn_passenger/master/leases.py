@@ -22,6 +22,7 @@ from gunicorn_passenger.errors import PassengerError
 from gunicorn_passenger.master.exclusive import Exclusive
 from gunicorn_passenger.master.listeners import Listeners, Port
 from gunicorn_passenger.master.parts import History
+from gunicorn_passenger.text import printable
 
 #: How often the lock of another master is tried, in seconds.
 _TRY = 0.05
@@ -87,6 +88,7 @@ class Leases:
         """
         self._allotment, self._workers = allotment, workers
         known = set(self._listeners.ports)
+        self._listeners.check_share(age)
         if ask.placement == "each":
             self._check_waiting(age, ask)
             port = self._listeners.open_each(ask, allotment, workers, age)
@@ -98,6 +100,7 @@ class Leases:
             self._waiting.append((age, ask))
             return Opened(ask.id, "", granted=False)
         if port.key not in known:
+            port.opened_for = age
             self._crew.opened(port)
         elif age in port.wanted_by:
             return self._again(port, age, ask)
@@ -227,6 +230,7 @@ class Leases:
         if port is not None:
             self._waiting.remove((age, ask))
             if port.key not in known:
+                port.opened_for = age
                 self._crew.opened(port)
             self._wanted(port, age, ask)
 
@@ -266,7 +270,9 @@ class Leases:
         :returns: what was done; ``None`` when there are none.
         :raises PassengerError: when it cannot be done.
         """
-        ports = [p for p in self._listeners.ports.values() if name in (p.name, p.title, p.key)]
+        ports = [
+            p for p in self._listeners.ports.values() if name in (p.name, p.title, p.key, printable(p.key))
+        ]
         for port in ports:
             if port.bound and verb == "stop":
                 raise PassengerError(

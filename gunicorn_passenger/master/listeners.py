@@ -104,6 +104,8 @@ class Port:
     slot: int = -1
     #: whether workers count its requests
     counts: bool = True
+    #: the worker that it was opened for
+    opened_for: int = -1
     #: why nobody may accept, "stop" or "restart", while that is so
     paused: str = ""
 
@@ -209,16 +211,22 @@ class Listeners:
         self.ports |= {port.key: port for port in known.values() if port.paused}
         self._slots = {port.slot for port in self.ports.values()}
 
-    def described(self) -> str:
-        """The run-time ports for the next master: a line each, as :meth:`adopt` needs them."""
+    def export_state(self) -> dict[str, Any]:
+        """The run-time ports for the next master.
+
+        :returns: ``open``: pairs of a key and what an ``"auto"`` or ``"each"`` server asked for it as (see
+            :meth:`adopt`); ``stopped``: keys of servers that an operator has stopped.
+        """
         autos = {key: auto for auto, key in self._autos.items()}
         for label, keys in self._each.items():
             autos |= {key: f"{_EACH}{label} {position}" for position, key in keys.items()}
-        return "\n".join(
-            f"{p.key}\t{autos.get(p.key, '')}"
-            for p in self.ports.values()
-            if not p.bound and p.listener.sock is not None
-        )
+        ports = self.ports.values()
+        return {
+            "open": [
+                [p.key, autos.get(p.key, "")] for p in ports if not p.bound and p.listener.sock is not None
+            ],
+            "stopped": [p.key for p in ports if p.paused == "stop"],
+        }
 
     def _held(self, listener: Any) -> Any:
         """The same socket as a listener of our own class, so that a reload does not close it."""
@@ -359,11 +367,29 @@ class Listeners:
         names = [li.getsockname() for li in self.binds if li.sock is not None and not isinstance(li, Held)]
         return {name[1] for name in names if isinstance(name, tuple)}
 
+    @staticmethod
+    def room() -> int:
+        """How many ports there may be: a master without a descriptor left could not even start workers."""
+        return min(MAX_PORTS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+
     def _check_room(self) -> None:
-        """A master without a descriptor left could not even start workers."""
-        limit = min(MAX_PORTS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        limit = self.room()
         if len(self.ports) >= limit:
             raise errors.too_many_ports(limit)
+
+    def check_share(self, age: int) -> None:
+        """One worker may not have all of the ports: its siblings need some that do not depend on it.
+
+        Those count that were opened for it and that no worker wants any more: they stay for the grace period.
+
+        :param age: the worker that asks for one more.
+        :raises errors.ListenError: when it has as many as one worker may have.
+        """
+        room = self.room()
+        limit = room - room // 4
+        ports = self.ports.values()
+        if sum(age in p.wanted_by or (p.opened_for == age and not p.wanted_by) for p in ports) >= limit:
+            raise errors.too_many_ports_of_worker(limit)
 
     def _open_auto(self, ask: Open, allotment: Allotment) -> Port:
         family = _family(ask.host)
@@ -429,9 +455,8 @@ class Listeners:
                 del keys[port.position]
         self._each = {label: keys for label, keys in self._each.items() if keys}
         port.listener.really_close()
-        if unlink and port.file is not None and sockets.file_id(port.path) == port.file:
-            with suppress(OSError):
-                os.unlink(port.path)
+        if unlink and port.file is not None:
+            sockets.remove(port.path, port.file)
 
 
 def _backlog(ask: Open) -> int:

@@ -13,6 +13,7 @@ from gunicorn_passenger import errors
 from gunicorn_passenger.address import Address, Primary, SockAddr, Tcp, format_sockname, parse
 from gunicorn_passenger.serving.link import Lease
 from gunicorn_passenger.settings import check_placement, settings
+from gunicorn_passenger.text import MAX_NAME
 
 WSGIApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
@@ -135,8 +136,10 @@ class Server:
         if self.state != NEW:
             raise errors.already_listening(self.name, self._label())
         want = parse(address, host)
-        if name is not None and (not isinstance(name, str) or not name.strip() or len(name) > 200):
-            raise errors.SettingError(f"name={name!r}: a server's name is a string of 1 to 200 characters")
+        if name is not None and (not isinstance(name, str) or not name.strip() or len(name) > MAX_NAME):
+            raise errors.SettingError(
+                f"name={name!r}: a server's name is a string of 1 to {MAX_NAME} characters"
+            )
         if isinstance(want, Tcp):
             placement = settings.placement(want.port, placement)
         self.placement = check_placement(placement)
@@ -182,4 +185,4 @@ def default_name(app: object) -> str:
     module = getattr(owner, "__module__", None) or ""
     own = str(getattr(app, "import_name", "") or getattr(app, "name", "") or "")
     text = f"{module}.{getattr(owner, '__qualname__', 'app')}"
-    return f"{text}({own})" if own and own.isprintable() else text
+    return (f"{text}({own})" if own and own.isprintable() else text)[:MAX_NAME]

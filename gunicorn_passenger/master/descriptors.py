@@ -1,0 +1,128 @@
+"""Descriptors that a worker or a daemon has sent: closed without waiting, whatever they are.
+
+Runs in: the master, in the broker's thread. Must never: wait for what a sender can delay.
+
+``close`` can block: for a TCP socket with SO_LINGER and bytes that its client does not take, for a terminal,
+for a file of a network or of a user's own file system. The broker's thread holds the lock that every fork
+waits for. So it closes nothing itself but connected stream sockets that do not linger; all else goes to a
+thread of its own.
+"""
+
+from __future__ import annotations
+
+import _socket
+import os
+import socket
+import stat
+import struct
+from collections import deque
+from contextlib import suppress
+from typing import Any
+
+from gunicorn_passenger import channel, native
+
+_FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
+#: An empty packet looks like the end: the end is there after more of them than the buffer of a sender can
+#: hold.
+_MOST_EMPTY = 1024
+#: How many descriptors may wait to be closed before their senders are not heard any more.
+MOST = 64
+
+
+def is_connection(fd: int) -> bool:
+    """Whether a descriptor is a connected stream socket, which a sibling could serve and ``close`` does not
+    wait for."""
+    try:
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            return False
+        sock = _socket.socket(fileno=fd)
+    except OSError:
+        return False
+    try:
+        if sock.family not in _FAMILIES or sock.type != socket.SOCK_STREAM:
+            return False
+        sock.getpeername()
+        on, seconds = struct.unpack("ii", sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8))
+        return not (on and seconds)
+    except OSError:
+        return False
+    finally:
+        sock.detach()
+
+
+class Closer:
+    """Closes descriptors in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[int] = deque()
+        self._lock = native.lock()
+        self._runs = False
+        #: how many there were that are not closed at once
+        self.slow = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether so many wait that their senders are not to be heard any more."""
+        return len(self._waiting) >= MOST
+
+    def close(self, fd: int) -> None:
+        """Close a descriptor that a worker has sent."""
+        if is_connection(fd):
+            os.close(fd)
+            return
+        with self._lock:
+            self._waiting.append(fd)
+            self.slow += 1
+            if self._runs:
+                return
+            self._runs = True
+        try:
+            native.start_thread(self._run)
+        except RuntimeError:
+            # no thread to be had: rather wait than leak
+            self._run()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._runs = False
+                    return
+                fd = self._waiting[0]
+            with suppress(OSError):
+                os.close(fd)
+            with self._lock:
+                self._waiting.popleft()
+
+    def receive(self, sock: Any, size: int) -> bytes:
+        """Receive bytes from a stream; descriptors that come with them are closed.
+
+        :raises OSError: as ``recv``.
+        """
+        data, ancillary, _, _ = sock.recvmsg(size, channel.ROOM, socket.MSG_CMSG_CLOEXEC)
+        for fd in channel.sent(ancillary):
+            self.close(fd)
+        return bytes(data)
+
+    def close_socket(self, sock: Any) -> None:
+        """Close the master's end of a pair or a client's connection.
+
+        Messages that nobody has read would be thrown away with the descriptors in them, which may wait, too.
+        """
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)  # nothing more can be sent, so the loop ends
+        with suppress(OSError):
+            sock.setblocking(False)
+            empty = 0
+            while empty < _MOST_EMPTY:
+                data, ancillary, _, _ = sock.recvmsg(
+                    channel.MAX_MESSAGE, channel.ROOM, socket.MSG_CMSG_CLOEXEC
+                )
+                for fd in channel.sent(ancillary):
+                    self.close(fd)
+                empty += not data
+        sock.close()
+
+
+#: That of this process.
+closer = Closer()
