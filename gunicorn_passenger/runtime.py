@@ -72,8 +72,8 @@ def ensure(warn: Callable[[str], object] = lambda _: None) -> str:
             except OSError:
                 raise error from None
         warn(
-            f"the runtime directory {path} was made by {account_name(_owner(path) or 0)} and cannot be trusted: "
-            f"{other} is used instead; set PASSENGER_RUNTIME_DIR to choose one"
+            f"the runtime directory {path} was made by {account_name(_owner(path) or 0)} and cannot be "
+            f"trusted: {other} is used instead; set PASSENGER_RUNTIME_DIR to choose one"
         )
         return other
 
@@ -137,8 +137,8 @@ def _ensure(path: str, mode: int) -> str:
             raise _not_ours(path)
         if os.geteuid() == 0 and (above := _untrusted_above(path)):
             raise SettingError(
-                f"the runtime directory {path} cannot be used by a master that runs as root: {above} belongs to "
-                f"another user or may be written by others; {advice}"
+                f"the runtime directory {path} cannot be used by a master that runs as root: {above} belongs "
+                f"to another user or may be written by others; {advice}"
             )
         if made:
             os.fchmod(fd, mode)  # what the umask took away

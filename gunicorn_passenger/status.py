@@ -33,6 +33,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from importlib import resources
 from typing import Any, NamedTuple, Protocol, overload
 from urllib.parse import quote
@@ -213,8 +214,8 @@ def _check_hosts(value: object, where: str) -> frozenset[str]:
     for name in sorted(found):
         if name != "*" and not _NAME.fullmatch(name.removeprefix(".")) and not _is_address(name):
             raise SettingError(
-                f"{where}: {name[:80]!r} is not a host name; write names without a scheme, a port or a path, such as "
-                "'status.example.org', or '.example.org' for all names below it"
+                f"{where}: {name[:80]!r} is not a host name; write names without a scheme, a port or a path, "
+                "such as 'status.example.org', or '.example.org' for all names below it"
             )
     return found
 
@@ -565,7 +566,10 @@ def spawn(listen: Any, *, name: str = "status", hosts: object = (), **options: A
 
 def _names_in(listen: Any) -> frozenset[str]:
     """The host names that the daemon is to listen on."""
-    wants = [parse(item) for item in (listen if isinstance(listen, list) else [listen])]
+    wants = []
+    for item in listen if isinstance(listen, list) else [listen]:
+        with suppress(PassengerError):  # said by daemons.spawn(), with the line of the user's file
+            wants.append(parse(item))
     names = {want.host.lower().rstrip(".") for want in wants if isinstance(want, Tcp)}
     return frozenset(name for name in names if _NAME.fullmatch(name) and not _is_address(name))
 

@@ -147,7 +147,7 @@ def test_metrics(start, port):
     for _ in range(5):
         fetch(second, "/x")
     fetch(second, "/500")
-    name = 'a "name" \\ with\ttricks'
+    name = r'a "name" \ with\x09tricks'  # a tab is not printable
 
     def counted():
         found = samples(port)
@@ -628,7 +628,7 @@ def test_a_file_that_is_broken_costs_the_programs_own_only(start, port):
 
 @needs_root
 def test_a_master_that_is_root_and_workers_that_are_not(start, port):
-    start.home.chmod(0o777)
+    start.home.chmod(0o1777)
     process = counting(start, port, "-u", "nobody", "-g", "nogroup", "--preload")
     for _ in range(12):
         fetch(process.socket, "/count")

@@ -88,7 +88,7 @@ class Leases:
         """
         self._allotment, self._workers = allotment, workers
         known = set(self._listeners.ports)
-        self._listeners.check_share(age)
+        self._listeners.check_share(age, workers)
         if ask.placement == "each":
             self._check_waiting(age, ask)
             port = self._listeners.open_each(ask, allotment, workers, age)

@@ -377,14 +377,17 @@ class Listeners:
         if len(self.ports) >= limit:
             raise errors.too_many_ports(limit)
 
-    def check_share(self, age: int) -> None:
+    def check_share(self, age: int, workers: int) -> None:
         """One worker may not have all of the ports: its siblings need some that do not depend on it.
 
         Those count that were opened for it and that no worker wants any more: they stay for the grace period.
 
         :param age: the worker that asks for one more.
+        :param workers: how many there are to be.
         :raises errors.ListenError: when it has as many as one worker may have.
         """
+        if workers < 2:
+            return
         room = self.room()
         limit = room - room // 4
         ports = self.ports.values()
