@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import signal
 import socket
 import threading
@@ -394,3 +395,44 @@ def test_abstract_unix_socket(start, home):
         process.signal(signal.SIGTERM)
         process.wait_end()
         wait_for(lambda: not process.session(), "the workers to leave")
+
+
+def test_an_upgrade_with_many_servers_and_long_names(start):
+    """What the next master must know has no place in an environment: execve would fail with E2BIG."""
+    start.write(
+        "program.py",
+        """
+        for number in range(600):
+            passenger.create_server(whoami).listen("auto", name=f"{number} " + "\N{GRINNING FACE}" * 190)
+        """,
+    )
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+    def with_room():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, limit), limit))
+
+    process = start.gunicorn("anything", workers=1, preexec_fn=with_room).wait_ready()
+    code = "sorted(s.address[1] for s in passenger.servers() if isinstance(s.address, tuple))"
+    ports = eval(fetch(process.socket, "/eval", "POST", code)[1])
+    assert len(ports) == 600
+    before = set(process.workers())
+    process.signal(signal.SIGUSR2)
+    (second,) = wait_for(lambda: set(process.workers()) - before, "the next master")
+    process.wait_log("Booting worker", count=2)
+    process.signal(signal.SIGTERM)
+    assert process.wait_end() == 0
+    # the next master has the same ports under the same names
+    assert eval(fetch(process.socket, "/eval", "POST", code)[1]) == ports
+    assert not any(
+        name in entry for entry in environment(second) for name in ("PASSENGER_UPGRADE", "GRINNING")
+    )
+    assert all(len(entry) < 20000 for entry in environment(second))
+    os.kill(second, signal.SIGTERM)
+    wait_for(lambda: not process.session(), "the end of all")
+
+
+def environment(pid):
+    """The environment that a process was started with, but for what it must have."""
+    with open(f"/proc/{pid}/environ", "rb") as file:
+        entries = file.read().decode(errors="replace").split("\0")
+    return [entry for entry in entries if not entry.startswith("PASSENGER_UPGRADE=")]

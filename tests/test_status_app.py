@@ -16,12 +16,24 @@ import time
 
 import gevent
 import pytest
-from conftest import GUNICORN, NO_CONTROL, PROGRAMS, Client, fetch, free_port, free_range, wait_for
+from conftest import (
+    GUNICORN,
+    NO_CONTROL,
+    PROGRAMS,
+    Client,
+    fetch,
+    free_port,
+    free_range,
+    refused,
+    require,
+    wait_for,
+)
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from test_examples import Example, assert_shown
 
 from gunicorn_passenger import status
+from gunicorn_passenger.errors import SettingError
 from gunicorn_passenger.master import prometheus
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0 and "CI" not in os.environ, reason="needs root")
@@ -76,6 +88,112 @@ def ready(port, workers):
         return False
 
     wait_for(look, f"{workers} ready workers")
+
+
+# --- for which hosts ---------------------------------------------------------------------------
+
+
+ALLOWED = [
+    "localhost", "LOCALHOST:9100", "localhost.", "shop.localhost", "127.0.0.1", "127.8.9.1:80", "[::1]:9100",
+    "10.1.2.3:9100", "192.0.2.1", "[2001:db8::1]", "",
+]  # fmt: skip
+REFUSED = [
+    "evil.example", "evil.example:9100", "localhost.evil.example", "127.0.0.1.evil.example", "notlocalhost",
+    "[::1", "::1", "a b", "localhost@evil.example", "evil.example/localhost", "[::1].evil.example",
+]  # fmt: skip
+
+
+def asked(app, host, **more):
+    """The status of an answer, and its text."""
+    seen = []
+    environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/", "SCRIPT_NAME": "", "HTTP_HOST": host, **more}
+    body = b"".join(app(environ, lambda code, headers: seen.append(code)))
+    return int(seen[0][:3]), body.decode()
+
+
+@pytest.mark.parametrize("host", ALLOWED)
+def test_hosts_that_are_answered(host):
+    assert asked(status, host)[0] == 200
+
+
+@pytest.mark.parametrize("host", REFUSED)
+@pytest.mark.parametrize("path", ["/", "/health", "/metrics", "/status.json", "/none"])
+def test_hosts_that_are_refused(host, path):
+    code, text = asked(status.application, host, PATH_INFO=path)
+    assert code == 403
+    assert "status(hosts=[...])" in text
+    assert "PASSENGER_STATUS_HOSTS" in text
+    assert len(text.splitlines()) == 1
+
+
+def test_without_a_host():
+    seen = []
+    status({"REQUEST_METHOD": "GET", "PATH_INFO": "/"}, lambda code, headers: seen.append(code))
+    assert seen == ["200 OK"]
+
+
+def test_hosts_that_are_set():
+    app = status(hosts=["Shop.example.org", ".internal"])
+    assert asked(app, "shop.example.org:80")[0] == 200
+    assert asked(app, "a.internal")[0] == 200
+    assert asked(app, "b.a.internal.")[0] == 200
+    assert asked(app, "internal")[0] == 403
+    assert asked(app, "xshop.example.org")[0] == 403
+    assert asked(app, "localhost")[0] == 200
+    assert asked(status(hosts="*"), "evil.example")[0] == 200
+    assert asked(status(), "evil.example")[0] == 403
+
+
+@pytest.mark.parametrize(
+    "hosts", [["http://x"], ["x:80"], ["a b"], 7, [7], b"x", ["x/y"], ["-"], [".", "a..b"]]
+)
+def test_hosts_that_cannot_be_set(hosts):
+    with pytest.raises(
+        SettingError, match=r"status\(hosts=...\): .* (host name|host names), such as|write names"
+    ):
+        status(hosts=hosts)
+
+
+def test_hosts_in_an_answer_are_printable():
+    _, text = asked(status, "a\x1b[31m\xc2\x9b\xe2\x80\xae")
+    assert text.strip().isprintable()
+
+
+def test_hosts_over_each_way_in(start, port):
+    """A port of the workers' and a daemon's; a UNIX socket, where no browser connects; the environment."""
+    start.write(
+        "gunicorn.conf.py",
+        f"from gunicorn_passenger import status\nstatus.spawn(['localhost:{port}'], hosts=['named.example'])\n",
+    )
+    second = free_port()
+    start.write(
+        "own.py",
+        f"""
+        import gunicorn_passenger as passenger
+        from gunicorn_passenger import status
+        passenger.listen({second}, status(hosts=["other.example"]))
+        application = status
+    """,
+    )
+    process = start.gunicorn(
+        "own", "-c", "gunicorn.conf.py", "--chdir", start.home, workers=1,
+        env={"PASSENGER_STATUS_HOSTS": "env.example, .below.example"},
+    ).wait_ready()  # fmt: skip
+    wait_for(lambda: not refused(port), "the daemon")
+    for where, own in ((port, "named.example"), (second, "other.example")):
+        for host, code in (
+            ("evil.example", 403), (own, 200), ("env.example", 200), ("x.below.example", 200), ("127.0.0.1", 200),
+        ):  # fmt: skip
+            assert get(where, "/status.json", Host=host)[0] == code, (where, host)
+    assert get(port, "/health", Host="other.example")[0] == 403
+    assert get(process.socket, "/status.json", Host="evil.example")[0] == 200
+    assert process.stop() == 0
+
+
+def test_hosts_in_the_environment_that_cannot_be_used(start, port):
+    process = start.gunicorn("status_app", workers=1, env={"P1": port, "PASSENGER_STATUS_HOSTS": "http://x"})
+    assert process.wait_end() != 0
+    assert "PASSENGER_STATUS_HOSTS: 'http://x' is not a host name" in process.log()
 
 
 # --- in the workers ----------------------------------------------------------------------------
@@ -642,6 +760,89 @@ def test_a_master_that_is_root_and_workers_that_are_not(start, port):
     assert stat.S_IMODE(os.stat(start.home / "run").st_mode) == 0o700
     assert process.stop() == 0
     assert directories(start) == []
+
+
+def as_nobody(*command):
+    return subprocess.run(
+        [require("setpriv"), "--reuid", "65534", "--regid", "65534", "--clear-groups", *command],
+        check=True, timeout=60,
+    )  # fmt: skip
+
+
+@needs_root
+def test_root_touches_nothing_that_a_worker_has_put_into_the_directory(start, port):
+    """Links to files of root's stay what they are, through a reload, a worker's end and the end of all."""
+    start.home.chmod(0o1777)
+    process = counting(start, port, "-u", "nobody", "-g", "nogroup", "--preload", workers=2)
+    fetch(process.socket, "/count")
+    (directory,) = directories(start)
+    target = start.home / "roots"
+    target.write_text("precious")
+    target.chmod(0o666)  # else the system may not let others make a hard link to it (fs.protected_hardlinks)
+    above = start.home / "others"
+    above.mkdir(mode=0o755)
+    for kind, name in (("-s", "counter_1.db"), ("", "histogram_2.db"), ("-s", "gauge_liveall_7.db")):
+        as_nobody("ln", *([kind] if kind else []), str(target), f"{directory}/{name}")
+    as_nobody("ln", "-s", str(above), f"{directory}/inner")
+    # whatever the master has there under its own name may be another's by now
+    for path in [p for p in os.listdir(directory) if p.endswith(f"_{process.pid}.db")]:
+        as_nobody("rm", f"{directory}/{path}")
+        as_nobody("ln", "-s", str(target), f"{directory}/{path}")
+    victim = process.workers()[0]
+    as_nobody("ln", "-s", str(target), f"{directory}/gauge_liveall_{victim}.db")
+    process.hup(2)
+    process.hup(2)
+    ready(port, 2)
+    for path in (target, above):
+        assert os.stat(path).st_uid == 0
+    assert stat.S_IMODE(os.stat(target).st_mode) == 0o666
+    assert stat.S_IMODE(os.stat(above).st_mode) == 0o755
+    assert target.read_text() == "precious"
+    assert process.stop() == 0
+    assert target.read_text() == "precious"
+    assert above.is_dir()
+    assert directories(start) == []
+    assert os.listdir(start.home / "run-users") == []
+
+
+@needs_root
+def test_a_preloaded_program_counts_where_only_root_may_write(start, port):
+    start.home.chmod(0o1777)
+    process = counting(start, port, "-u", "nobody", "-g", "nogroup", "--preload", workers=2)
+    (own,) = start.home.glob("run-users/prometheus.master-*")
+    (directory,) = directories(start)
+    info = os.stat(own)
+    assert (info.st_uid, stat.S_IMODE(info.st_mode)) == (0, 0o700)
+    shared = [name for name in os.listdir(own) if name.endswith(f"_{process.pid}.db")]
+    assert shared
+    for name in shared:
+        info = os.lstat(f"{directory}/{name}")
+        # the workers read it, and cannot cut it off under the master
+        assert (info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)) == (0, grp_of("nogroup"), 0o640)
+        assert os.path.samestat(info, os.stat(own / name))
+    fetch(process.socket, "/count")
+    assert hello(port) == 1
+    assert process.stop() == 0
+    assert os.listdir(start.home / "run-users") == []
+
+
+def grp_of(name):
+    import grp
+
+    return grp.getgrnam(name).gr_gid
+
+
+def test_what_is_nested_too_deeply_does_not_end_the_master(home):
+    path = home / f"prometheus-{1 << 22}"
+    path.mkdir()
+    at = os.open(path, os.O_RDONLY)
+    for _ in range(1200):
+        os.mkdir("d", dir_fd=at)
+        at, before = os.open("d", os.O_RDONLY, dir_fd=at), at
+        os.close(before)
+    os.close(at)
+    prometheus._clear(str(home))
+    subprocess.run(["rm", "-rf", str(path)], check=True, timeout=60)
 
 
 @needs_root
