@@ -20,12 +20,8 @@ from gunicorn_passenger.errors import SettingError
 
 #: The status socket of a master: its pid.
 SOCKET = re.compile(r"([1-9][0-9]*)\.sock")
-
-
-#: Owners of a directory above the runtime directory that a master of root's can rely on; others could put
-#: another in its place. In a container with user ids of its own, the host's directories belong to the last of
-#: these.
-_OVERFLOW = "/proc/sys/kernel/overflowuid"
+#: How many user ids there are (user_namespaces(7)).
+_ALL_USERS = (1 << 32) - 1
 
 
 def directory() -> str:
@@ -157,9 +153,7 @@ def _not_ours(path: str) -> SettingError:
 def _untrusted_above(path: str) -> str:
     """The first directory above in which another user could put something else in the place of the next
     one."""
-    owners = {0}
-    with suppress(OSError, ValueError), open(_OVERFLOW, encoding="ascii") as file:
-        owners.add(int(file.read()))
+    owners = {0, _unmapped()}
     above = os.path.realpath(path)
     while above != os.path.dirname(above):
         above = os.path.dirname(above)
@@ -167,6 +161,18 @@ def _untrusted_above(path: str) -> str:
         if info.st_uid not in owners or (info.st_mode & 0o022 and not info.st_mode & stat.S_ISVTX):
             return above
     return ""
+
+
+def _unmapped() -> int:
+    """Whose the host's directories are in a container with user ids of its own; root where there are none
+    such."""
+    with suppress(OSError, ValueError):
+        with open("/proc/self/uid_map", encoding="ascii") as file:
+            mapped = sum(int(line.split()[2]) for line in file)
+        if mapped < _ALL_USERS:
+            with open("/proc/sys/kernel/overflowuid", encoding="ascii") as file:
+                return int(file.read())
+    return 0
 
 
 def directories() -> list[str]:

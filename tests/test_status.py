@@ -19,9 +19,10 @@ import pytest
 from conftest import COMMAND, Client, fetch, free_port, pids_answering, refused, require, wait_for
 
 from gunicorn_passenger import report as reporting
-from gunicorn_passenger import runtime
+from gunicorn_passenger import runtime, sockets
 from gunicorn_passenger.errors import PassengerError
 from gunicorn_passenger.master import control as controlling
+from gunicorn_passenger.text import printable
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0 and "CI" not in os.environ, reason="needs root")
 
@@ -140,7 +141,7 @@ def test_status_table(start, port):
     assert re.search(rf"^master +{process.pid} +running +\d+ s +\d+ MB$", text, re.M)
     for pid in process.workers():
         assert re.search(rf"^worker \d+ +{pid} +ready +\d+ s +\d+ MB$", text, re.M)
-    assert re.search(rf"^naughty\?\[31m name +127\.0\.0\.1:{port} +shared .*all 2$", text, re.M)
+    assert re.search(rf"^naughty\\x1b\[31m name +127\.0\.0\.1:{port} +shared .*all 2$", text, re.M)
     assert f"PORTS  allotted {port}; open {port}; free none" in text
     assert "\x1b" not in text
 
@@ -902,7 +903,7 @@ def test_sizes_times_and_numbers():
     assert [reporting._number(n) for n in (None, 0, 1234, 9876543)] == ["-", "0", "1 234", "9 876 543"]
     assert reporting._cut("abcdefghij", 7) == "abc…hij"
     assert reporting._cut("abc", 1) == "…"
-    assert reporting._clean("a\x1b]0;x\x07\nb\u202e") == "a?]0;x??b?"
+    assert printable("a\x1b]0;x\x07\nb\u202e") == r"a\x1b]0;x\x07\x0ab\u202e"
 
 
 @pytest.mark.parametrize("width", [80, 100, 160])
@@ -927,3 +928,153 @@ def test_no_line_is_longer_than_the_terminal(width):
     lines = reporting.table(found, width)
     assert max(map(len, lines)) <= max(width, 110)
     assert max(map(len, lines)) <= width or width == 80
+
+
+# --- directories that other users have made -----------------------------------------------------------
+
+
+SCRIPT = """
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"ok")
+    def log_message(self, *_): pass
+
+HTTPServer(("127.0.0.1", 8000), Handler).serve_forever()
+"""
+
+
+@needs_root
+def test_a_script_starts_although_another_user_has_the_runtime_directory(start, home):
+    """gunicorn-passenger start with -b needs no such directory; without -b it says so."""
+    (home / "run").mkdir(mode=0o755)
+    os.chown(home / "run", 65534, 65534)
+    script = start.write("server.py", SCRIPT)
+    process = start.start_script(script, "-w", "1").wait_ready()
+    process.wait_log("WARNING.*will not find this application.*must belong to you.*set PASSENGER_RUNTIME_DIR")
+    assert process.stop() == 0
+    without = start.python(COMMAND, "start", script)
+    assert without.wait_end() != 0
+    assert "must belong to you and be writable by nobody else" in without.log()
+    assert "or say where to listen with -b" in without.log()
+    assert "Traceback" not in without.log()
+    assert os.listdir(home / "run") == []
+
+
+@pytest.fixture
+def squatted(home, monkeypatch):
+    """What another user has made where this one's runtime directory would be in /tmp."""
+    path = home / f"gunicorn-passenger-{os.geteuid()}"
+    monkeypatch.setattr(runtime, "_in_tmp", lambda: str(path))
+    monkeypatch.setattr(runtime.os, "access", lambda *_: False)
+    for name in ("PASSENGER_RUNTIME_DIR", "XDG_RUNTIME_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    return path
+
+
+def make_another_users(path, what):
+    if what == "directory":
+        path.mkdir(mode=0o755)
+    elif what == "closed":
+        path.mkdir(mode=0o700)
+    elif what == "file":
+        path.write_text("")
+    elif what == "dangling":
+        path.symlink_to("/nowhere")
+    else:
+        path.symlink_to(path.parent)
+    os.chown(path, 65534, 65534, follow_symlinks=False)
+
+
+@needs_root
+@pytest.mark.parametrize("what", ["directory", "closed", "file", "dangling", "link"])
+def test_a_directory_with_a_name_that_cannot_be_foreseen_stands_in(squatted, what):
+    make_another_users(squatted, what)
+    said = []
+    path = runtime.ensure(said.append)
+    assert re.fullmatch(rf"{re.escape(str(squatted))}-[a-z0-9_]{{8}}", path)
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o700
+    assert len(said) == 1
+    assert f"the runtime directory {squatted} was made by nobody and cannot be trusted" in said[0]
+    # the same one again, and the command line finds it
+    assert runtime.ensure() == path
+    assert path in runtime.directories()
+    assert str(squatted) not in runtime.directories()
+
+
+@needs_root
+def test_nobody_can_make_the_one_that_stands_in(squatted):
+    make_another_users(squatted, "directory")
+    evil = squatted.with_name(f"{squatted.name}-aaaaaaaa")
+    make_another_users(evil, "directory")
+    open_to_all = squatted.with_name(f"{squatted.name}-bbbbbbbb")
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    link = squatted.with_name(f"{squatted.name}-cccccccc")
+    link.symlink_to(squatted.parent)
+    assert runtime.ensure() not in {str(evil), str(open_to_all), str(link)}
+
+
+@needs_root
+def test_a_runtime_directory_below_one_of_another_users(home, monkeypatch):
+    """Its owner could put another in its place while root works in it."""
+    theirs = home / "theirs"
+    theirs.mkdir()
+    os.chown(theirs, 65534, 65534)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(theirs))
+    monkeypatch.delenv("PASSENGER_RUNTIME_DIR", raising=False)
+    assert not runtime.directory().startswith(str(theirs))
+    monkeypatch.setenv("PASSENGER_RUNTIME_DIR", str(theirs / "run"))
+    with pytest.raises(PassengerError, match=r"theirs belongs to another user or may be written by others"):
+        runtime.ensure()
+
+
+# --- a socket whose file another user has replaced ----------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["symbolic link", "hard link", "file", "another socket"])
+def test_the_file_of_a_socket_that_was_replaced_is_left_alone(home, what):
+    target = home / "roots"
+    target.write_text("precious")
+    target.chmod(0o640)
+    path = str(home / "s.sock")
+    with contextlib.closing(sockets.open_unix(path, 0o600, 1)):
+        file = sockets.file_id(path)
+        os.unlink(path)
+        if what == "symbolic link":
+            os.symlink(target, path)
+        elif what == "hard link":
+            os.link(target, path)
+        elif what == "file":
+            os.rename(target, path)
+            target = home / "s.sock"
+        else:
+            other = socket.socket(socket.AF_UNIX)
+            other.bind(str(target) + ".sock")
+            os.link(str(target) + ".sock", path)
+            other.close()
+        with pytest.raises(OSError):
+            sockets.give(path, 65534, 65534)
+        with pytest.raises(OSError), sockets._own_file(path):
+            pass
+        sockets.remove(path, file)
+        assert os.path.lexists(path)
+    assert stat.S_IMODE(os.stat(target).st_mode) == 0o640
+    assert os.stat(target).st_uid == os.geteuid()
+
+
+def test_the_file_of_a_socket_is_removed(home):
+    path = str(home / "s.sock")
+    with contextlib.closing(sockets.open_unix(path, 0o600, 1)):
+        file = sockets.file_id(path)
+        sockets.remove(path, None)
+        sockets.remove(path, (file[0], file[1] + 1))
+        assert os.path.lexists(path)
+        sockets.remove(path, file)
+        assert not os.path.lexists(path)
+        sockets.remove(path, file)
+        sockets.remove("nowhere/\0", file)

@@ -22,6 +22,8 @@ from typing import Any
 from gunicorn_passenger import channel, native
 
 _FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
+#: The major number of /dev/null and its like.
+_MEMORY = 1
 #: An empty packet looks like the end: the end is there after more of them than the buffer of a sender can
 #: hold.
 _MOST_EMPTY = 1024
@@ -30,24 +32,52 @@ MOST = 64
 
 
 def is_connection(fd: int) -> bool:
-    """Whether a descriptor is a connected stream socket, which a sibling could serve and ``close`` does not
-    wait for."""
-    try:
-        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-            return False
-        sock = _socket.socket(fileno=fd)
-    except OSError:
+    """Whether a descriptor is a connected stream socket, which a sibling could serve."""
+    sock = _socket_of(fd)
+    if sock is None:
         return False
     try:
-        if sock.family not in _FAMILIES or sock.type != socket.SOCK_STREAM:
+        if sock.family not in _FAMILIES or sock.type != socket.SOCK_STREAM or _lingers(sock):
             return False
         sock.getpeername()
-        on, seconds = struct.unpack("ii", sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8))
-        return not (on and seconds)
     except OSError:
         return False
     finally:
         sock.detach()
+    return True
+
+
+def _closes_at_once(fd: int) -> bool:
+    """Whether ``close`` does not wait: for pipes, the devices of memory(4), and sockets that do not
+    linger."""
+    info = os.fstat(fd)
+    if stat.S_ISFIFO(info.st_mode):
+        return True
+    if stat.S_ISCHR(info.st_mode):
+        return os.major(info.st_rdev) == _MEMORY
+    sock = _socket_of(fd)
+    if sock is None:
+        return False
+    try:
+        return sock.family in _FAMILIES and not _lingers(sock)
+    finally:
+        sock.detach()
+
+
+def _socket_of(fd: int) -> _socket.socket | None:
+    """A socket object for a descriptor, to be detached from it again."""
+    try:
+        return _socket.socket(fileno=fd) if stat.S_ISSOCK(os.fstat(fd).st_mode) else None
+    except OSError:
+        return None
+
+
+def _lingers(sock: _socket.socket) -> bool:
+    try:
+        on, seconds = struct.unpack("ii", sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8))
+    except OSError:
+        return True
+    return bool(on and seconds)
 
 
 class Closer:
@@ -67,7 +97,7 @@ class Closer:
 
     def close(self, fd: int) -> None:
         """Close a descriptor that a worker has sent."""
-        if is_connection(fd):
+        if _closes_at_once(fd):
             os.close(fd)
             return
         with self._lock:
