@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import os
+import select
 import socket
 import struct
 import threading
@@ -146,8 +147,6 @@ def sendable(kind):
     if kind == "file":
         return os.open(__file__, os.O_RDONLY)
     if kind == "epoll":
-        import select
-
         poll = select.epoll()
         fd = os.dup(poll.fileno())
         poll.close()
@@ -405,6 +404,42 @@ def test_a_mistake_of_ours_costs_one_worker_its_channel(workers, monkeypatch):
     (line,) = workers.log.grep("the port broker failed at a Paused message of worker number 1")
     assert "ZeroDivisionError: a mistake of ours" in line
     assert workers.broker._running
+
+
+class Failing:
+    """A part that fails whatever it is asked."""
+
+    def __init__(self, fd):
+        self.fd = fd
+        self.calls = []
+
+    def descriptors(self):
+        return {self.fd: select.POLLIN}
+
+    def __getattr__(self, name):
+        def fail(*_):
+            self.calls.append(name)
+            raise ZeroDivisionError("a mistake of ours")
+
+        return fail
+
+
+def test_a_part_that_fails_keeps_no_worker_waiting(workers):
+    read, write = os.pipe()
+    part = Failing(read)
+    try:
+        os.write(write, b"x")
+        workers.broker.add(part)
+        for number in range(5):
+            assert isinstance(workers.open(1, f"server {number}"), channel.Opened)
+        assert {"serve", "tick"} <= set(part.calls)
+        assert workers.log.grep("the port broker failed at Failing and goes on")
+        assert not workers.log.grep("the port broker failed and goes on")
+    finally:
+        with workers.broker._gate:
+            workers.broker.parts.remove(part)
+        os.close(read)
+        os.close(write)
 
 
 def test_a_report_that_fails_costs_nobody_a_channel(workers, monkeypatch):

@@ -18,8 +18,8 @@ import traceback
 import pytest
 from conftest import COMMAND, Client, fetch, free_port, pids_answering, refused, require, wait_for
 
+from gunicorn_passenger import cli, runtime, sockets
 from gunicorn_passenger import report as reporting
-from gunicorn_passenger import runtime, sockets
 from gunicorn_passenger.errors import PassengerError
 from gunicorn_passenger.master import control as controlling
 from gunicorn_passenger.text import printable
@@ -765,6 +765,38 @@ def test_a_standing_line_has_many_questions_and_only_reports(control):
     assert control._clients == {}
 
 
+def test_descriptors_that_come_with_a_question_are_closed(control):
+    """Also one whose close waits, and those with a question that is never read."""
+    before = len(os.listdir("/proc/self/fd"))
+    ours, theirs = socket.socketpair()
+    control.watch_reports(theirs)
+    for count in (1, 2):
+        read, write = os.pipe()
+        socket.send_fds(ours, [b'{"command": "report"}\n'], [read, write])
+        os.close(read)
+        os.close(write)
+        if count == 1:
+            assert read_line(control, ours)["report"]["pid"] == os.getpid()
+    control._drop(next(iter(control._clients.values())))
+    ours.close()
+    wait_for(lambda: len(os.listdir("/proc/self/fd")) == before, "all descriptors to be closed")
+
+
+def test_a_client_that_leads_to_a_mistake_of_ours_is_given_up(control, monkeypatch):
+    ours, theirs = socket.socketpair()
+    control.watch_reports(theirs)
+
+    def fail(*_):
+        raise ZeroDivisionError("a mistake of ours")
+
+    monkeypatch.setattr(control, "_answer", fail)
+    ours.sendall(b'{"command": "report"}\n')
+    wait_for(lambda: (turn(control), not control._clients)[1], "the end of the client")
+    assert control._broker.log.lines == ["gunicorn-passenger: a client of the status socket is given up"]
+    assert ours.recv(10) == b""
+    ours.close()
+
+
 def read_line_exactly(control, sock):
     received = b""
     deadline = time.monotonic() + 30
@@ -1078,3 +1110,15 @@ def test_the_file_of_a_socket_is_removed(home):
         assert not os.path.lexists(path)
         sockets.remove(path, file)
         sockets.remove("nowhere/\0", file)
+
+
+def test_the_ports_that_other_users_processes_hold_are_printed_without_control_characters(
+    monkeypatch, capsys
+):
+    taken = {"port": 9000, "by": "evil\x1b]0;title\x07\u202e", "pid": 7, "user": "mallory"}
+    found = {"account": "me", "limited": False, "taken": [taken]}
+    monkeypatch.setattr(cli, "port_report", lambda: found)
+    assert cli.main(["ports"]) == 0
+    printed = capsys.readouterr().out
+    assert r"evil\x1b]0;title\x07\u202e" in printed
+    assert all(line.isprintable() for line in printed.splitlines())

@@ -841,8 +841,10 @@ def test_what_is_nested_too_deeply_does_not_end_the_master(home):
         at, before = os.open("d", os.O_RDONLY, dir_fd=at), at
         os.close(before)
     os.close(at)
-    prometheus._clear(str(home))
-    subprocess.run(["rm", "-rf", str(path)], check=True, timeout=60)
+    try:
+        prometheus._clear(str(home))
+    finally:
+        subprocess.run(["rm", "-rf", str(path)], check=True, timeout=60)
 
 
 @needs_root

@@ -63,6 +63,8 @@ from gunicorn_passenger.text import MAX_NAME, printable, printable_all, safe
 _FORK_WAIT = 5.0
 #: How often an undecided close of a listener is looked at again (see Broker._settle), in seconds.
 _SETTLE = 0.05
+#: Seconds after which a part that has failed is called again.
+_TICK_AGAIN = 1.0
 #: How long the broker rests after a failure that it did not expect, in seconds.
 _BREATH = 0.1
 #: Characters of a client's address, as JSON.
@@ -535,7 +537,7 @@ class Broker:
             self._settle()
             self._close_idle()
             now = time.monotonic()
-            due = [self.leases.settle(now), *(part.tick(now) for part in self.parts)]
+            due = [self.leases.settle(now), *(self._tick_part(part, now) for part in self.parts)]
             self._due = min((at for at in due if at is not None), default=None)
 
     def _serve_part(self, part: Part, fd: int, what: int) -> None:
@@ -546,6 +548,16 @@ class Broker:
             self.log.exception(
                 "gunicorn-passenger: the port broker failed at %s and goes on", type(part).__name__
             )
+
+    def _tick_part(self, part: Part, now: float) -> float | None:
+        """What fails in a part is tried again, and not at once: each round would fail."""
+        try:
+            return part.tick(now)
+        except Exception:
+            self.log.exception(
+                "gunicorn-passenger: the port broker failed at %s and goes on", type(part).__name__
+            )
+            return now + _TICK_AGAIN
 
     def _serve_rest(self, link: Link) -> None:
         """A worker was reaped: hear what it had to say at last."""

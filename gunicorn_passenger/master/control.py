@@ -148,6 +148,10 @@ class Control:
             return
         except OSError:
             self._drop(client)
+        except Exception:
+            # a mistake of ours; this client would lead to it again in each round
+            self._broker.log.exception("gunicorn-passenger: a client of the status socket is given up")
+            self._drop(client)
 
     def tick(self, now: float) -> float | None:
         for client in list(self._clients.values()):

@@ -40,6 +40,7 @@ from gunicorn_passenger.channel import (
     Rejected,
     Told,
 )
+from gunicorn_passenger.text import MAX_NAME
 
 #: Seconds that a worker waits for the broker; it answers within milliseconds or it hangs.
 ANSWER_TIMEOUT = 10.0
@@ -150,6 +151,7 @@ class Link:
     ) -> Lease:
         """Ask the master to let this worker accept on an address.
 
+        :param name: of the server; one that was made from the program's own and is too long is cut.
         :param counts: whether its requests will be counted.
         :param again: whether this worker may have it already.
         :returns: what it has answered. The listening socket is in the grant that has come with it
@@ -157,6 +159,7 @@ class Link:
         :raises errors.ListenError: when the address is not to be had.
         """
         number = next(self._numbers)
+        name = name[:MAX_NAME]
         if isinstance(want, Unix):
             ask = Open(number, "unix", path=want.path, name=name, backlog=backlog)
         elif isinstance(want, Tcp | Auto):

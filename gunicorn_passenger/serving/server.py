@@ -13,7 +13,7 @@ from gunicorn_passenger import errors
 from gunicorn_passenger.address import Address, Primary, SockAddr, Tcp, format_sockname, parse
 from gunicorn_passenger.serving.link import Lease
 from gunicorn_passenger.settings import check_placement, settings
-from gunicorn_passenger.text import MAX_NAME
+from gunicorn_passenger.text import MAX_NAME, printable
 
 WSGIApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
@@ -145,7 +145,8 @@ class Server:
         self.placement = check_placement(placement)
         if isinstance(want, Primary) and placement != "shared":
             raise errors.placed_primary(placement)
-        self._name = name
+        # as the master has it, which escapes it, too
+        self._name = None if name is None else printable(name)
         self._want = want
         try:
             self._home.add(self)
@@ -185,4 +186,4 @@ def default_name(app: object) -> str:
     module = getattr(owner, "__module__", None) or ""
     own = str(getattr(app, "import_name", "") or getattr(app, "name", "") or "")
     text = f"{module}.{getattr(owner, '__qualname__', 'app')}"
-    return (f"{text}({own})" if own and own.isprintable() else text)[:MAX_NAME]
+    return printable(f"{text}({own})" if own and own.isprintable() else text)[:MAX_NAME]
