@@ -97,6 +97,7 @@ class Control:
         """Make the socket; without one the log says so and the application goes on."""
         try:
             directory = runtime.ensure(lambda text: self._broker.log.warning("gunicorn-passenger: %s", text))
+            # by path: the directory is this user's alone, and for root so is each one above it
             runtime.clear(directory)
             path = os.path.join(directory, f"{os.getpid()}.sock")
             self._listener = sockets.open_unix(path, 0o600, _BACKLOG)

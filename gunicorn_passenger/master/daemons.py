@@ -177,6 +177,8 @@ class Daemons:
         if known is not None and known.by_workers:
             raise errors.daemon_twice(spec.name)
         if known is None or known.spec != spec:
+            # it only looks, also where the directory is another user's; the daemon's own user runs the
+            # command
             spec.find_command(dict(spec.env).get("PATH", os.environ.get("PATH")))
         who = identity(spec, cfg.uid, cfg.gid, cfg.initgroups, trusted)
         self._settle_spec(known, spec, who, by_workers=False)
@@ -269,7 +271,8 @@ class Daemons:
         mode = 0o666 & ~cfg.umask if cfg.umask else 0o600
         one = open_listening(want, spec.within, broker.allotment, cfg.backlog, mode, self._holder, before)
         if one.path and (cfg.uid, cfg.gid) != (os.geteuid(), os.getegid()):
-            # as gunicorn does for its own: the workers are to reach it
+            # As gunicorn does for its own: the workers are to reach it. The operator has named the path, and
+            # its directory may be another user's all the same: give() follows no link.
             with suppress(OSError):
                 sockets.give(one.path, cfg.uid, cfg.gid)
         return one

@@ -81,7 +81,11 @@ def _lingers(sock: _socket.socket) -> bool:
 
 
 class Closer:
-    """Closes descriptors in a thread of its own."""
+    """Closes descriptors in a thread of its own.
+
+    A child that is forked meanwhile inherits what still waits. Only a worker that sends what is not a
+    client's connection can make that so: connections are closed at once.
+    """
 
     def __init__(self) -> None:
         self._waiting: deque[int] = deque()

@@ -407,6 +407,9 @@ class Listeners:
         port = self.ports.get(f"unix:{ask.path}")
         if port is not None:
             return port
+        # The path is the worker's word: a master with more rights than the worker touches none. One with the
+        # same rights may still work in a directory that others can write: see sockets.open_unix and
+        # sockets.remove.
         if not same_user:
             raise errors.unix_other_user(ask.path, allotment.account)
         if not os.path.isabs(ask.path) or "\0" in ask.path:
