@@ -1,6 +1,7 @@
 """The system's own threads, locks and poll, whether gevent has patched them or not.
 
-Runs in: every process. Must never: touch a gevent hub, or import gevent where nothing has patched the process.
+Runs in: every process. Must never: touch a gevent hub, or import gevent where nothing has patched the
+process.
 
 A ``gunicorn.conf.py`` that starts with ``monkey.patch_all()`` patches the master too. There the
 broker's thread must be a thread of the system all the same: the arbiter's loop does not turn a hub.

@@ -9,7 +9,8 @@ formatting could make text read as something else, and a lone surrogate cannot b
 
 from __future__ import annotations
 
-import traceback
+import copy
+import logging
 from typing import Any
 
 #: Characters of a server's name.
@@ -46,40 +47,32 @@ def printable_all(value: Any) -> Any:
     return value
 
 
-class SafeLog:
-    """gunicorn's logger for the master: each record is one line of printable text, an exception several.
+class EscapingFormatter(logging.Formatter):
+    """The last step of a line on its way into gunicorn's error log: escape what is not printable.
 
-    It is the one place where the master's log lines are escaped, so that the code that logs need not think of
-    it.
+    It wraps the formatter that gunicorn has set up. A record of gunicorn's or ours that has arguments is one
+    line, since a client, a program or a worker may have chosen them. Other records, and tracebacks, keep
+    their lines.
     """
 
-    def __init__(self, log: Any) -> None:
-        """:param log: gunicorn's logger object, whatever its class."""
-        self.log = log
+    def __init__(self, inner: logging.Formatter) -> None:
+        super().__init__()
+        self._inner = inner
 
-    def debug(self, message: str, *args: object) -> None:
-        self.log.debug(_line(message, args))
-
-    def info(self, message: str, *args: object) -> None:
-        self.log.info(_line(message, args))
-
-    def warning(self, message: str, *args: object) -> None:
-        self.log.warning(_line(message, args))
-
-    def error(self, message: str, *args: object) -> None:
-        self.log.error(_line(message, args))
-
-    def exception(self, message: str, *args: object) -> None:
-        """As :meth:`error`, with the exception that is being handled."""
-        trace = "\n".join(printable(line) for line in traceback.format_exc().splitlines())
-        # not its own exception(): that would add the text of the exception as it is
-        self.log.error(f"{_line(message, args)}\n{trace}")
+    def format(self, record: logging.LogRecord) -> str:
+        if record.name == "gunicorn.error" and record.args:
+            record = copy.copy(record)
+            record.msg, record.args = printable(record.getMessage(), keep="\t"), None
+        return printable(self._inner.format(record), keep="\t\n")
 
 
-def safe(log: Any) -> SafeLog:
-    """:class:`SafeLog` of a logger, which may be one already."""
-    return log if isinstance(log, SafeLog) else SafeLog(log)
+def escape_error_log(log: Any) -> None:
+    """Have gunicorn's error log written through :class:`EscapingFormatter`.
 
+    A formatter that is not the standard library's own, such as one that writes JSON, is left alone.
 
-def _line(message: str, args: tuple[object, ...]) -> str:
-    return printable(message % args if args else message, keep="\t")
+    :param log: gunicorn's logger; one without ``error_log`` is left alone, too.
+    """
+    for handler in getattr(getattr(log, "error_log", None), "handlers", ()):
+        if type(handler.formatter) is logging.Formatter:
+            handler.setFormatter(EscapingFormatter(handler.formatter))

@@ -26,7 +26,6 @@ from gunicorn_passenger.address import format_sockname
 from gunicorn_passenger.board import PRIMARY_SLOT
 from gunicorn_passenger.errors import PassengerError
 from gunicorn_passenger.master import entry, forks, prometheus
-from gunicorn_passenger.printable import escape_error_log
 from gunicorn_passenger.serving import courtesy, interpose
 from gunicorn_passenger.serving.application import Foreign, application
 from gunicorn_passenger.serving.http import Accepting, acceptor
@@ -88,7 +87,6 @@ class Worker(GeventWorker):
         self, age: int, ppid: int, sockets: list[Any], app: Any, timeout: float, cfg: Any, log: Any
     ) -> None:
         """Called in the master, just before the fork."""
-        escape_error_log(log)
         self.channel, self.board, primary = entry.prepare_worker(age, sockets, cfg, log)
         self.inherited = sockets
         try:

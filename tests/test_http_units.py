@@ -17,7 +17,7 @@ from gunicorn_passenger.http.access import AccessLog
 from gunicorn_passenger.http.client_socket import ClientSocket
 from gunicorn_passenger.http.deadlines import Deadlines
 from gunicorn_passenger.http.response import InvalidResponseHeader, Response
-from gunicorn_passenger.printable import escape_error_log
+from gunicorn_passenger.text import escape_error_log
 
 
 class Loop:

@@ -21,7 +21,7 @@ from typing import Any
 
 from gunicorn.glogging import Logger, SafeAtoms
 
-from gunicorn_passenger.printable import printable
+from gunicorn_passenger.text import printable
 
 #: environ, response, request, seconds, head -> what stands in the line
 Atom = Callable[[dict[str, Any], Any, Any, float, bytes], Any]

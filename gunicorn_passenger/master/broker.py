@@ -57,7 +57,7 @@ from gunicorn_passenger.master.leases import Leases
 from gunicorn_passenger.master.listeners import Held, Listeners, Port
 from gunicorn_passenger.master.parts import History, Part
 from gunicorn_passenger.master.reporting import Tally
-from gunicorn_passenger.text import MAX_NAME, printable, printable_all, safe
+from gunicorn_passenger.text import MAX_NAME, printable, printable_all
 
 #: How long a fork waits for the broker to finish what it does, in seconds.
 _FORK_WAIT = 5.0
@@ -162,7 +162,7 @@ class Broker:
     """All that the master knows of ports and of the workers that want them."""
 
     def __init__(self, log: Any, listening: list[Any], cfg: Any) -> None:
-        self.log = safe(log)
+        self.log = log
         self.cfg = cfg
         self.arbiter: Any = None
         self.listeners = Listeners(cfg, self.log)

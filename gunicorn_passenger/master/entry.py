@@ -22,6 +22,7 @@ from gunicorn_passenger.master.broker import Broker
 from gunicorn_passenger.master.control import Control
 from gunicorn_passenger.master.daemons import Daemons
 from gunicorn_passenger.settings import settings
+from gunicorn_passenger.text import escape_error_log
 
 #: gunicorn's exit status for a configuration that cannot be used.
 _CONFIG_ERROR = 1
@@ -70,6 +71,7 @@ def prepare_worker(age: int, listening: list[Any], cfg: Any, log: Any) -> tuple[
 def _start(listening: list[Any], cfg: Any, log: Any, channels: bool = True) -> Broker:
     """:param channels: whether the workers are ours, and so have channels; else there are daemons alone."""
     broker = Broker(log, listening if channels else [], cfg)
+    escape_error_log(log)
     broker.arbiter = _known[0] if _known else None
     forks.install(broker)
     control = Control(broker)

@@ -9,26 +9,20 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from gunicorn_passenger.http.faults import report_fault
+from gunicorn_passenger.text import printable
+
 _logger = logging.getLogger("gunicorn.error")
-
-
-def shown(text: str) -> str:
-    """A text that stays on its line: what does not print is written as an escape, such as ``\\n``."""
-    if text.isprintable():
-        return text
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text
-    )
 
 
 class _Log:
     """gunicorn's error log; the arguments may hold what clients, targets and handlers have said."""
 
     def error(self, text: str, *arguments: Any, exc_info: Any = None) -> None:
-        _logger.error("%s", shown(text % arguments), exc_info=exc_info)
+        _logger.error("%s", printable(text % arguments), exc_info=exc_info)
 
     def warning(self, text: str, *arguments: Any) -> None:
-        _logger.warning("%s", shown(text % arguments))
+        _logger.warning("%s", printable(text % arguments))
 
 
 log = _Log()
@@ -39,10 +33,4 @@ def failed_callback(what: str, error: BaseException) -> None:
 
     :param what: the connection that is closed, for the operator.
     """
-    log.error(
-        "proxy: %s is closed after an unexpected error: %s: %s",
-        what,
-        type(error).__name__,
-        error,
-        exc_info=error,
-    )
+    report_fault(f"proxy: {printable(what)} was closed", error)

@@ -37,7 +37,7 @@ from gunicorn_passenger.proxy.events import (
 )
 from gunicorn_passenger.proxy.exchange import NOTHING, Exchange, Nothing, Upload
 from gunicorn_passenger.proxy.fields import Fields, Origin, RequestFields
-from gunicorn_passenger.proxy.log import log, shown
+from gunicorn_passenger.proxy.log import log
 from gunicorn_passenger.proxy.messages import ResponseHead
 from gunicorn_passenger.proxy.mirror import Copy
 from gunicorn_passenger.proxy.options import TOKEN, Options
@@ -46,6 +46,7 @@ from gunicorn_passenger.proxy.routes import Backend, Route
 from gunicorn_passenger.proxy.straight import Way, is_straight
 from gunicorn_passenger.proxy.stream import ClientGone
 from gunicorn_passenger.proxy.target import Target
+from gunicorn_passenger.text import printable
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 #: Fields of a request that stay with the origin that they were meant for.
@@ -673,7 +674,7 @@ class Passage:
         self._end(broken=True)
         error.target = error.target or self.target
         error.elapsed = time.monotonic() - self._began
-        line = shown(
+        line = printable(
             f"proxy: {error.target if error.target is not None else self._proxy}: {error.reason} "
             f"after {error.elapsed:.3f} s ({self.environ['REQUEST_METHOD']} {self._shown_path()})"
         )
