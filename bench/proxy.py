@@ -263,9 +263,7 @@ def upstream(first: Site, case: str) -> Iterator[tuple[int, list[int]]]:
         with running(command, site.home, HERE, first.load_core, stdout) as process:
             port = port or int(spoken_line(process.stdout, "traffic"))
             address = ("127.0.0.1", port)
-            wait_for(
-                process, lambda: not socket.create_connection(address).close(), "it accepted connections"
-            )
+            wait_for(process, lambda: socket.create_connection(address).close(), "it accepted connections")
             yield port, family(process.pid)
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -32,7 +32,7 @@ class Contestant:
     #: of the server; what it is told depends on the benchmark
     command: Callable[..., Command]
     #: the cases that it can serve; without a list, all
-    cases: Sequence[str] | None = None
+    cases: Collection[str] | None = None
     #: what pip installs for it alone
     package: str = ""
 

@@ -93,11 +93,11 @@ def stop_session(process: subprocess.Popen[bytes]) -> None:
 
 
 def wait_for(process: subprocess.Popen[Any], condition: Callable[[], object], what: str) -> None:
-    """Wait until a condition is met; an :class:`OSError` that it raises means: not yet."""
+    """Wait while a condition is ``False`` or raises an :class:`OSError`."""
     deadline = time.monotonic() + PATIENCE
     while True:
         with contextlib.suppress(OSError):
-            if condition():
+            if condition() is not False:
                 return
         if process.poll() is not None:
             raise Failed(f"the server ended with status {process.returncode} before {what}")

@@ -57,7 +57,7 @@ def serving(
     """Start a server on its core and end it again; in between, it answers. Its processes, the worker last."""
     with running(command, site.home, cwd, site.core, **variables) as process:
         with contextlib.closing(UnixConnection(site.socket)) as connection:
-            wait_for(process, lambda: not connection.connect(), "it accepted connections")
+            wait_for(process, connection.connect, "it accepted connections")
             fetch(connection, path, wanted, body, closing)
             if connection.sock is None and not closing:
                 raise Failed("the server closes the connection")
