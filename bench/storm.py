@@ -1,6 +1,6 @@
 """What clients lose while workers are reloaded, killed, replaced and upgraded.
 
-The engine is that of the tests (tests/storming.py); the storms and what is counted: bench/README.md.
+The engine is that of the tests (tests/storm_site.py); the storms and what is counted: bench/README.md.
 """
 
 import sys
@@ -16,10 +16,10 @@ from harness.program import choice, exit_status, option_parser, run_benchmark
 from harness.site import temporary_directory
 from harness.tables import machine, progress, table
 
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
-import storming
-from storm_clients import KINDS
+import storm_site
+from load_clients import KINDS
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Planned:
     """A storm, and how often what it does is done: in full, and with ``--quick``."""
 
     title: str
-    storm: storming.Storm
+    storm: storm_site.Storm
     times: int
     quick: int
     #: of the site
@@ -36,13 +36,13 @@ class Planned:
 
 REPLACING = {"options": ["--max-requests", 100, "--max-requests-jitter", 20]}
 STORMS = {
-    "hup": Planned("HUP", storming.hup, 50, 6),
-    "kill": Planned("kill -9", storming.kill_9, 50, 10),
-    "ttin": Planned("TTIN, TTOU", storming.ttin_ttou, 15, 2),
-    "max_requests": Planned("max_requests=100", storming.max_requests, 100, 12, REPLACING),
-    "usr2-back": Planned("USR2, roll-back", storming.usr2_and_back, 5, 1),
-    "usr2": Planned("USR2, TERM", storming.usr2, 5, 1),
-    "usr2-winch": Planned("USR2, WINCH, QUIT", storming.usr2_winch, 5, 1, {"daemon": True}),
+    "hup": Planned("HUP", storm_site.hup, 50, 6),
+    "kill": Planned("kill -9", storm_site.kill_9, 50, 10),
+    "ttin": Planned("TTIN, TTOU", storm_site.ttin_ttou, 15, 2),
+    "max_requests": Planned("max_requests=100", storm_site.max_requests, 100, 12, REPLACING),
+    "usr2-back": Planned("USR2, roll-back", storm_site.usr2_and_back, 5, 1),
+    "usr2": Planned("USR2, TERM", storm_site.usr2, 5, 1),
+    "usr2-winch": Planned("USR2, WINCH, QUIT", storm_site.usr2_winch, 5, 1, {"daemon": True}),
 }
 
 HEAD = ["storm", "times", "contestant", "requests", *KINDS, "closed idle", "allowed losses", "stop, s"]
@@ -55,7 +55,7 @@ class Result:
     storm: str
     times: int
     contestant: str
-    outcome: storming.Outcome | None = None
+    outcome: storm_site.Outcome | None = None
     #: why there is no outcome
     failed: str = ""
     seconds: float = 0.0
@@ -75,11 +75,11 @@ def raise_storm(name: str, contestant: str, quick: bool) -> Result:
     result = Result(name, plan.quick if quick else plan.times, contestant)
     begun, port = time.monotonic(), free_ports(2)
     with temporary_directory(Path("/tmp")) as home:
-        site = storming.Site(Path(home), (port, port + 1), contestant, **plan.options)
+        site = storm_site.Site(Path(home), (port, port + 1), contestant, **plan.options)
         try:
-            with site, storming.Traffic(site.places) as traffic:
+            with site, storm_site.Traffic(site.places) as traffic:
                 kills = plan.storm(site, traffic, result.times)
-                result.outcome = storming.finish(site, traffic, kills)
+                result.outcome = storm_site.finish(site, traffic, kills)
         except AssertionError as error:
             result.failed = str(error)
     result.seconds = time.monotonic() - begun
@@ -109,7 +109,7 @@ def report_storms(results: list[Result]) -> int:
 
 
 def raise_storms() -> int:
-    known = list(storming.CONTESTANTS)
+    known = list(storm_site.CONTESTANTS)
     parser = option_parser(__doc__)
     parser.add_argument("--only", type=choice(known), default=known, help=", ".join(known))
     parser.add_argument("--storms", type=choice(STORMS), default=list(STORMS), help=", ".join(STORMS))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import atheris
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 
 with atheris.instrument_imports(include=["gunicorn_passenger.http"]):
     import http_model

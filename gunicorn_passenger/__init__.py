@@ -1,33 +1,44 @@
 """gunicorn-passenger: second servers, shared ports and a reverse proxy for programs under gunicorn.
 
-The public face, and nothing else. Runs in: every process.
+The public face, and nothing else. Every name is imported when it is first used (PEP 562), so that the master
+and the command line do not import what only a worker needs.
+
+Runs in: every process. Must never: import anything that imports gevent.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from gunicorn_passenger import errors
-from gunicorn_passenger.daemons import Daemon, spawn
-from gunicorn_passenger.errors import (
-    AlreadyInstalled,
-    DaemonError,
-    ListenError,
-    PassengerError,
-    PortInUse,
-    PortNotAllotted,
-    SettingError,
-    UnknownSetting,
-)
-from gunicorn_passenger.hooks import on
-from gunicorn_passenger.serving.application import ServerInfo, application, create_server
-from gunicorn_passenger.serving.server import Server, WSGIApp
-from gunicorn_passenger.settings import configure
+from gunicorn_passenger._version import __version__
 
 if TYPE_CHECKING:
+    from gunicorn_passenger import http_proxy, status
+    from gunicorn_passenger.config.settings import configure
+    from gunicorn_passenger.daemons.api import Daemon, spawn
+    from gunicorn_passenger.errors import (
+        AlreadyInstalled,
+        DaemonError,
+        ListenError,
+        PassengerError,
+        PortInUse,
+        PortNotAllocated,
+        SettingError,
+        UnknownSetting,
+    )
+    from gunicorn_passenger.serving.events import on
+    from gunicorn_passenger.serving.registry import (
+        ServerInfo,
+        active,
+        create_server,
+        listen,
+        serve_forever,
+        servers,
+    )
+    from gunicorn_passenger.serving.server import Server
     from gunicorn_passenger.worker import Worker
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AlreadyInstalled",
@@ -36,58 +47,63 @@ __all__ = [
     "ListenError",
     "PassengerError",
     "PortInUse",
-    "PortNotAllotted",
+    "PortNotAllocated",
     "Server",
     "ServerInfo",
     "SettingError",
     "UnknownSetting",
     "Worker",
+    "__version__",
     "active",
     "configure",
     "create_server",
+    "http_proxy",
     "listen",
     "on",
     "serve_forever",
     "servers",
     "spawn",
+    "status",
 ]
 
-errors.show_in_one_line()
+#: where a public name is defined; the empty string is a module of the package itself
+_HOME = {
+    "AlreadyInstalled": "errors",
+    "Daemon": "daemons.api",
+    "DaemonError": "errors",
+    "ListenError": "errors",
+    "PassengerError": "errors",
+    "PortInUse": "errors",
+    "PortNotAllocated": "errors",
+    "Server": "serving.server",
+    "ServerInfo": "serving.registry",
+    "SettingError": "errors",
+    "UnknownSetting": "errors",
+    "Worker": "worker",
+    "active": "serving.registry",
+    "configure": "config.settings",
+    "create_server": "serving.registry",
+    "http_proxy": "",
+    "listen": "serving.registry",
+    "on": "serving.events",
+    "serve_forever": "serving.registry",
+    "servers": "serving.registry",
+    "spawn": "daemons.api",
+    "status": "",
+}
 
-
-def listen(address: object, app: WSGIApp, **options: Any) -> Server:
-    """``create_server(app).listen(address, **options)`` in one call; see :meth:`Server.listen`."""
-    return create_server(app).listen(address, **options)
-
-
-def serve_forever() -> None:
-    """Serve until interrupted. Under the worker, which serves anyway, it returns at once.
-
-    With plain ``python``: until Ctrl-C or SIGTERM, finishing what is in hand.
-
-    :raises PassengerError: with plain ``python``, when no server listens.
-    """
-    if application.active:
-        return
-    if not application.serves_in_plain_python():
-        raise PassengerError("serve_forever() has nothing to serve: call listen() on a server first")
-    application.run_here()
-
-
-def active() -> bool:
-    """Whether the program runs under ``gunicorn_passenger.Worker``."""
-    return application.active
-
-
-def servers() -> list[ServerInfo]:
-    """The servers of this application: name, address, placement, state."""
-    return application.list()
+errors.install_excepthook()
 
 
 def __getattr__(name: str) -> Any:
-    # the worker class imports gunicorn's gevent worker, which a plain program need not
-    if name == "Worker":
-        from gunicorn_passenger.worker import Worker
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if not home:
+        return importlib.import_module(f"{__name__}.{name}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    return value
 
-        return Worker
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,11 +12,12 @@ import os
 import sys
 from typing import Any
 
-from gunicorn_passenger import holders, report
-from gunicorn_passenger.allotment import format_ports
+from gunicorn_passenger.config.port_allocation import format_ports
+from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.errors import PassengerError
-from gunicorn_passenger.settings import settings
-from gunicorn_passenger.text import printable
+from gunicorn_passenger.status import control_client
+from gunicorn_passenger.system import port_owner
+from gunicorn_passenger.system.text import printable
 
 _USAGE = """usage: gunicorn-passenger start SCRIPT [gunicorn's options]
        gunicorn-passenger ports [--json]
@@ -26,7 +27,7 @@ _USAGE = """usage: gunicorn-passenger start SCRIPT [gunicorn's options]
 start   run an unmodified script (its last line is serve_forever(), app.run() ...) under gunicorn:
         its first listen becomes the server that the web server reaches, on a UNIX socket
         (-b; by default one in the runtime directory)
-ports   list the ports allotted to this account: which are free, which are taken and by whom
+ports   list the ports allocated to this account: which are free, which are taken and by whom
 status  show the running applications of this account: master and workers, servers, daemons, ports and
         recent events
 restart, stop
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         print(_USAGE, end="")
         return 0
     if command in ("-V", "--version"):
-        from gunicorn_passenger import __version__
+        from gunicorn_passenger._version import __version__
 
         print(f"gunicorn-passenger {__version__}")
         return 0
@@ -73,7 +74,7 @@ def _start(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    from gunicorn_passenger.script import ScriptApplication
+    from gunicorn_passenger.script_runner import ScriptApplication
 
     # gunicorn reads sys.argv, also when it starts itself again on USR2
     ScriptApplication("gunicorn-passenger start SCRIPT [OPTIONS]", prog="gunicorn-passenger").run()
@@ -82,7 +83,7 @@ def _start(arguments: list[str]) -> int:
 
 def _ports(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="gunicorn-passenger ports", description="List the ports allotted to this account."
+        prog="gunicorn-passenger ports", description="List the ports allocated to this account."
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
@@ -102,7 +103,7 @@ def _status(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
     options = parser.parse_args(arguments)
-    return report.status(options.json, options.watch)
+    return control_client.status(options.json, options.watch)
 
 
 def _command(verb: str, arguments: list[str]) -> int:
@@ -114,30 +115,30 @@ def _command(verb: str, arguments: list[str]) -> int:
         "--app", default="", metavar="PID|NAME", help="the application, where several have that name"
     )
     options = parser.parse_args(arguments)
-    print(report.command(verb, options.name, options.app))
+    print(control_client.command(verb, options.name, options.app))
     return 0
 
 
 def port_report() -> dict[str, Any]:
-    """What ``ports`` prints: the account, its allotment, and the ports of it that are taken.
+    """What ``ports`` prints: the account, its port allocation, and the ports of it that are taken.
 
-    Without an allotment, ``taken`` lists the ports that this account's own programs hold.
+    Without a port allocation, ``taken`` lists the ports that this account's own programs hold.
 
     :raises PassengerError: when the system's file or the environment cannot be used.
     """
-    allotment = settings.operator_allotment(os.geteuid())
-    taken = set(holders.listening())
+    allocation = settings.operator_allocation(os.geteuid())
+    taken = set(port_owner.listening())
     mine = {
-        port for port, entries in holders.listening().items() if any(u == os.geteuid() for _, u in entries)
+        port for port, entries in port_owner.listening().items() if any(u == os.geteuid() for _, u in entries)
     }
-    shown = taken & allotment.ports if allotment.limited else mine
-    found = holders.find(shown)
+    shown = taken & allocation.ports if allocation.limited else mine
+    found = port_owner.owners_of(shown)
     return {
-        "account": allotment.account,
-        "limited": allotment.limited,
-        "allotted": format_ports(allotment.ports) if allotment.limited else None,
-        "set_by": [layer.source for layer in allotment.layers],
-        "free": format_ports(allotment.ports - taken) if allotment.limited else None,
+        "account": allocation.account,
+        "limited": allocation.limited,
+        "allocated": format_ports(allocation.ports) if allocation.limited else None,
+        "set_by": [layer.source for layer in allocation.layers],
+        "free": format_ports(allocation.ports - taken) if allocation.limited else None,
         "taken": [
             {"port": port, "by": holder.name or None, "pid": holder.pid, "user": holder.user}
             for port, holder in sorted(found.items())
@@ -148,10 +149,10 @@ def port_report() -> dict[str, Any]:
 def _port_lines(report: dict[str, Any]) -> list[str]:
     lines = [f"account   {report['account']}"]
     if report["limited"]:
-        lines.append(f"allotted  {report['allotted']}  (set by {' and '.join(report['set_by'])})")
+        lines.append(f"allocated  {report['allocated']}  (set by {' and '.join(report['set_by'])})")
         lines.append(f"free      {report['free']}")
     else:
-        lines.append("allotted  no allotment is set: any port that needs no privilege")
+        lines.append("allocated  no port allocation is set: any port that needs no privilege")
     if not report["taken"]:
         lines.append("taken     none")
     for index, entry in enumerate(report["taken"]):

@@ -55,8 +55,8 @@ class ListenError(PassengerError, OSError):
         return type(self), (self.errno, self.strerror or "")
 
 
-class PortNotAllotted(ListenError, PermissionError):
-    """The port is not among those allotted to the account (``EACCES``, so a ``PermissionError``)."""
+class PortNotAllocated(ListenError, PermissionError):
+    """The port is not among those allocated to the account (``EACCES``, so a ``PermissionError``)."""
 
     def __init__(self, code: int = errno.EACCES, text: str = "") -> None:
         super().__init__(code, text)
@@ -69,7 +69,7 @@ class PortInUse(ListenError):
         super().__init__(code, text)
 
 
-class BrokerLost(ListenError):
+class BrokerUnavailable(ListenError):
     """The master's port broker cannot be reached, so no port can be had from it."""
 
     def __init__(self, code: int = errno.EPIPE, text: str = "") -> None:
@@ -101,7 +101,7 @@ class BodyTimeout(PassengerError, TimeoutError):
         return str(self.strerror)
 
 
-class AnswerBrokeOff(PassengerError):
+class TruncatedResponse(PassengerError):
     """The application's answer is shorter than it announced."""
 
 
@@ -155,7 +155,7 @@ class BadRequestBody(ProxyError):
 _python_hooks: list[Any] = []
 
 
-def show_in_one_line() -> None:
+def install_excepthook() -> None:
     """Have Python end a program that dies of a :class:`PassengerError` with its text, not a traceback.
 
     For the master with ``--preload`` and for plain Python; every other exception is shown as before.
@@ -174,7 +174,7 @@ def _one_line(kind: type[BaseException], error: BaseException, traceback: Any) -
 
 #: How a refusal travels from the master to a worker and becomes the same class there.
 REFUSALS: dict[str, type[ListenError]] = {
-    "not_allotted": PortNotAllotted,
+    "not_allocated": PortNotAllocated,
     "in_use": PortInUse,
     "listen": ListenError,
 }
@@ -182,8 +182,8 @@ REFUSALS: dict[str, type[ListenError]] = {
 
 def refusal_kind(error: ListenError) -> str:
     """The name under which ``error`` travels in a ``Refused`` message."""
-    if isinstance(error, PortNotAllotted):
-        return "not_allotted"
+    if isinstance(error, PortNotAllocated):
+        return "not_allocated"
     if isinstance(error, PortInUse):
         return "in_use"
     return "listen"
@@ -221,55 +221,55 @@ def bad_placement(placement: object) -> SettingError:
     )
 
 
-def placed_primary(placement: str) -> SettingError:
+def primary_with_placement(placement: str) -> SettingError:
     return SettingError(
         f"placement {placement!r} is for further servers: the primary is served by all workers; "
         "leave placement out, or listen on a port of its own and put a proxy before it"
     )
 
 
-def each_on_unix(path: str) -> ListenError:
+def each_needs_tcp(path: str) -> ListenError:
     return ListenError(
         errno.EINVAL,
         f"placement 'each' needs a port for each worker, unix:{path} is one; listen on a port or 'auto'",
     )
 
 
-def nothing_named(name: str) -> PassengerError:
+def unknown_name(name: str) -> PassengerError:
     return PassengerError(
         f"there is no server and no daemon {name!r} in this application; gunicorn-passenger status lists them"
     )
 
 
-def too_few_ports(allotment: str, needed: int, free: int, where_set: str) -> ListenError:
+def too_few_ports(allocation: str, needed: int, free: int, where_set: str) -> ListenError:
     return ListenError(
         errno.EADDRINUSE,
         f"placement 'each' needs {needed} more ports, one for each worker, and {free} of "
-        f"{allotment or 'none'} (set by {where_set}) are free; allot more ports or start fewer workers",
+        f"{allocation or 'none'} (set by {where_set}) are free; allocate more ports or start fewer workers",
     )
 
 
-def no_port_free(allotment: str, where_set: str) -> PortInUse:
+def no_port_free(allocation: str, where_set: str) -> PortInUse:
     return PortInUse(
         errno.EADDRINUSE,
-        f"listen('auto') found no free port in the allotment {allotment} (set by {where_set}); "
-        "close a server or allot more ports",
+        f"listen('auto') found no free port in the port allocation {allocation} (set by {where_set}); "
+        "close a server or allocate more ports",
     )
 
 
-def not_allotted(port: int, account: str, allotment: str, where_set: str, remedy: str) -> PortNotAllotted:
-    if allotment == "none":
-        said = f"no port is allotted to it (set by {where_set}); to allow this one, {remedy}"
+def not_allocated(port: int, account: str, allocation: str, where_set: str, remedy: str) -> PortNotAllocated:
+    if allocation == "none":
+        said = f"no port is allocated to it (set by {where_set}); to allow this one, {remedy}"
     else:
-        said = f"the allotment is {allotment} (set by {where_set}); listen on one of those ports, or {remedy}"
-    return PortNotAllotted(errno.EACCES, f"port {port} is not allotted to account {account}: {said}")
+        said = f"the port allocation is {allocation} (set by {where_set}); listen on one of those ports, or {remedy}"
+    return PortNotAllocated(errno.EACCES, f"port {port} is not allocated to account {account}: {said}")
 
 
-def privileged(port: int, first_free: int, account: str) -> PortNotAllotted:
-    return PortNotAllotted(
+def privileged(port: int, first_free: int, account: str) -> PortNotAllocated:
+    return PortNotAllocated(
         errno.EACCES,
-        f"port {port} is privileged (below {first_free}) and no allotment gives it to account {account}; "
-        f"listen on {first_free} or above, or allot it with PASSENGER_PORTS={port} or "
+        f"port {port} is privileged (below {first_free}) and no port allocation gives it to account "
+        f"{account}; listen on {first_free} or above, or allocate it with PASSENGER_PORTS={port} or "
         f"configure(ports='{port}') in gunicorn.conf.py",
     )
 
@@ -281,7 +281,7 @@ def in_use(address: str, holder: str) -> PortInUse:
     )
 
 
-def twice_in_process(address: str) -> PortInUse:
+def duplicate_listen(address: str) -> PortInUse:
     return PortInUse(
         errno.EADDRINUSE,
         f"{address} already has a server in this program; close that one first or listen on another port",
@@ -386,8 +386,8 @@ def no_descriptor(address: str) -> ListenError:
     )
 
 
-def broker_lost(address: str, why: str) -> BrokerLost:
-    return BrokerLost(
+def broker_unavailable(address: str, why: str) -> BrokerUnavailable:
+    return BrokerUnavailable(
         errno.EPIPE,
         f"{address} is not served by this worker: the master's port broker {why}; "
         "the primary is still served, restart gunicorn to get the port back",
@@ -412,17 +412,17 @@ def passenger_twice(first: str) -> AlreadyInstalled:
     )
 
 
-def client_gone(error: OSError) -> ClientDisconnected:
+def client_disconnected(error: OSError) -> ClientDisconnected:
     return ClientDisconnected(error.errno or errno.ECONNABORTED, f"the client has gone: {error.strerror}")
 
 
-def body_broke_off() -> ClientDisconnected:
+def body_incomplete() -> ClientDisconnected:
     return ClientDisconnected(
         errno.ECONNABORTED, "the request's body broke off: its client closed the connection", incomplete=True
     )
 
 
-def no_status(why: object) -> str:
+def status_unavailable(why: object) -> str:
     return f"'gunicorn-passenger status' will not find this application, which is served all the same: {why}"
 
 
@@ -449,7 +449,7 @@ def in_several_applications(verb: str, name: str, where: list[str]) -> Passenger
     )
 
 
-def master_silent(pid: int, why: str) -> PassengerError:
+def master_timeout(pid: int, why: str) -> PassengerError:
     return PassengerError(f"the master with pid {pid} did not answer ({why}); its log may tell why")
 
 
@@ -466,7 +466,7 @@ def _without_address(value: object) -> str:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))[:80]
 
 
-def daemon_twice(name: str) -> DaemonError:
+def duplicate_daemon_name(name: str) -> DaemonError:
     return DaemonError(
         f"spawn(name={name!r}): the name is used twice, for two different daemons; give each its own name="
     )
@@ -495,7 +495,7 @@ def other_user(daemon: str, asked: str, account: str) -> DaemonError:
     )
 
 
-def cannot_become(daemon: str, asked: str, account: str) -> DaemonError:
+def cannot_switch_user(daemon: str, asked: str, account: str) -> DaemonError:
     return DaemonError(
         f"daemon {daemon!r}: a master that runs as {account} cannot run it as {asked} with that group; "
         "start gunicorn as root, or leave user= and group= out"

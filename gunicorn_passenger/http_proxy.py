@@ -19,11 +19,11 @@ from gunicorn_passenger.errors import (
     UpstreamTimeout,
 )
 from gunicorn_passenger.proxy.agent import Agent
-from gunicorn_passenger.proxy.core import Proxy
+from gunicorn_passenger.proxy.handler import Proxy
 from gunicorn_passenger.proxy.middleware import ProxyMiddleware
 from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.target import Target
-from gunicorn_passenger.serving.application import application
+from gunicorn_passenger.serving.registry import registry
 from gunicorn_passenger.serving.server import Server
 
 __all__ = [
@@ -48,7 +48,7 @@ class ProxyServer(Server):
     only_proxy = True
 
     def __init__(self, proxy: Proxy) -> None:
-        super().__init__(proxy, application)
+        super().__init__(proxy, registry)
         self.proxy = proxy
 
     @property
@@ -116,7 +116,7 @@ def _find_server(name: str) -> Target:
 
     :raises LookupError: when there is none, or it listens nowhere yet.
     """
-    address = application.address_of(name)
+    address = registry.resolve_server(name)
     if isinstance(address, tuple):
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
         return Target(host, address[1])

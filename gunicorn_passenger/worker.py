@@ -21,17 +21,20 @@ from gevent.event import Event
 from gunicorn.arbiter import Arbiter
 from gunicorn.workers.ggevent import GeventWorker
 
-from gunicorn_passenger import errors, hooks, sockets
-from gunicorn_passenger.address import format_sockname
-from gunicorn_passenger.board import PRIMARY_SLOT
+from gunicorn_passenger import errors
+from gunicorn_passenger.arbiter import fork_handlers, integration
+from gunicorn_passenger.config.address import format_sockname
+from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.errors import PassengerError
-from gunicorn_passenger.master import entry, forks, prometheus
-from gunicorn_passenger.serving import courtesy, interpose
-from gunicorn_passenger.serving.application import Foreign, application
-from gunicorn_passenger.serving.http import Accepting, acceptor
-from gunicorn_passenger.serving.link import Link
+from gunicorn_passenger.interposition import socket_patch, third_party_drain
+from gunicorn_passenger.ipc.scoreboard import PRIMARY_SLOT
+from gunicorn_passenger.serving import events
+from gunicorn_passenger.serving.acceptors import ListenerHandler, make_acceptor
+from gunicorn_passenger.serving.broker_client import BrokerClient
+from gunicorn_passenger.serving.registry import ThirdPartyServer, registry
 from gunicorn_passenger.serving.server import default_name
-from gunicorn_passenger.settings import settings
+from gunicorn_passenger.status import prometheus_multiproc
+from gunicorn_passenger.system import listening_sockets
 
 #: Seconds that a worker which cannot start waits for gunicorn's halt, when a sibling has caused it.
 _HALT_WAIT = 10.0
@@ -41,7 +44,7 @@ _HALT_WAIT = 10.0
 _RELEASE = 0.5
 
 
-class NoHeartbeat:
+class NullHeartbeat:
     """Stands for gunicorn's ``WorkerTmp`` where the system has no file for it."""
 
     def __init__(self, worker: Any) -> None:
@@ -74,20 +77,20 @@ class Worker(GeventWorker):
     @classmethod
     def setup(cls) -> None:
         """gunicorn has read its configuration; with --preload it loads the program next."""
-        settings.operator_done()
-        prometheus.directory.prepare()
-        application.enter_master()
+        settings.config_file_loaded()
+        prometheus_multiproc.directory.prepare()
+        registry.run_as_master()
 
     @classmethod
     def check_config(cls, cfg: Any, _log: Any) -> None:
         """Called before gunicorn's ``when_ready``."""
-        entry.attach(cfg)
+        integration.install_hooks(cfg)
 
     def __init__(
         self, age: int, ppid: int, sockets: list[Any], app: Any, timeout: float, cfg: Any, log: Any
     ) -> None:
         """Called in the master, just before the fork."""
-        self.channel, self.board, primary = entry.prepare_worker(age, sockets, cfg, log)
+        self.channel, self.board, primary = integration.prepare_worker(age, sockets, cfg, log)
         self.inherited = sockets
         try:
             super().__init__(age, ppid, list(primary), app, timeout, cfg, log)
@@ -98,9 +101,9 @@ class Worker(GeventWorker):
                 "make its file (%s); raise the limit of open files (ulimit -n) or make room, then reload",
                 error,
             )
-            self.tmp = NoHeartbeat(self)
+            self.tmp = NullHeartbeat(self)
             self.worker_connections = cfg.worker_connections
-        self._acceptors: list[Accepting] = []
+        self._acceptors: list[ListenerHandler] = []
         self._primary_name: Any = None
         #: for an unmodified server that becomes the primary, now or later, once or again
         self._primary_copy: Any = None
@@ -124,22 +127,22 @@ class Worker(GeventWorker):
             self._primary_name = self.sockets[0].getsockname()
             self._primary_copy = _socket.socket(fileno=os.dup(self.sockets[0].fileno()))
             self._leaving = Event()
-            settings.program_runs()
-            link = Link(self.channel, self.log)
+            settings.enter_program_scope()
+            link = BrokerClient(self.channel, self.log)
             link.on_lost = self._lost_master
-            application.enter_worker(self, link)
-            self._interposition = interpose.install(application)
+            registry.run_as_worker(self, link)
+            self._interposition = socket_patch.install(registry)
             # gunicorn's own GeventWorker.init_process patches and wraps again; the rest is its parent's
             super(GeventWorker, self).init_process()
         except PassengerError as error:
             self._give_up(error)
         except OSError as error:
-            self._hint_at_strays(error)
+            self._explain_native_bind(error)
             raise
 
     def _take_sockets(self) -> None:
         """Keep the primary's listeners; close the ports, which are asked for, not inherited."""
-        self._inherited = set(sockets.listening_here())
+        self._inherited = set(listening_sockets.own_listeners())
         if self.cfg.reuse_port:
             # gunicorn has just made this worker its own sockets, for every bind
             unix = [s for s in self.sockets if s.FAMILY == gsocket.AF_UNIX]
@@ -153,7 +156,7 @@ class Worker(GeventWorker):
         self.inherited = []
 
     def init_signals(self) -> None:
-        if forks.told_to_leave():
+        if fork_handlers.stop_requested():
             sys.exit(0)
         super().init_signals()
 
@@ -163,16 +166,16 @@ class Worker(GeventWorker):
             super().load_wsgi()
         except SystemExit:
             # a server that turns a refused listen into sys.exit() would be started again for ever
-            if application.refusal is None:
+            if registry.refusal is None:
                 raise
-            raise application.refusal from None
+            raise registry.refusal from None
         self._loaded = self.wsgi
 
     def _give_up(self, error: PassengerError) -> None:
         try:
-            assert application.link is not None
-            halt = application.link.fault(str(error))
-        except errors.BrokerLost:
+            assert registry.link is not None
+            halt = registry.link.fault(str(error))
+        except errors.BrokerUnavailable:
             self.log.error("%s", error)
             halt = True
         if not halt:
@@ -186,7 +189,7 @@ class Worker(GeventWorker):
         # the master halts with this status instead of starting the next worker
         sys.exit(Arbiter.APP_LOAD_ERROR)
 
-    def _hint_at_strays(self, error: OSError) -> None:
+    def _explain_native_bind(self, error: OSError) -> None:
         if error.errno == errno.EADDRINUSE and not self.booted:
             self.log.error(
                 "A server that the program opens does not go through Python's socket module, so the master "
@@ -197,13 +200,13 @@ class Worker(GeventWorker):
 
     def run(self) -> None:
         """Serve until told to leave, then finish what was let in."""
-        application.start()
+        registry.start()
         self._serve_primaries()
-        self._warn_of_strays()
+        self._warn_of_unmanaged_listeners()
         os.register_at_fork(after_in_child=self._forked)
-        assert application.link is not None
-        application.link.ready(self._primary_title())
-        hooks.emit("ready", self, self.log)
+        assert registry.link is not None
+        registry.link.ready(self._primary_title())
+        events.emit("ready", self, self.log)
         while self.alive:
             if os.getpid() != self.pid:
                 # a child that the program has forked: the worker's loop is not its business
@@ -215,9 +218,9 @@ class Worker(GeventWorker):
         if not self._quitting:
             self._leave()
         self._write_counts()
-        hooks.emit("exit", self, self.log)
+        events.emit("exit", self, self.log)
         if self.failure is None:
-            forks.stop_once()
+            fork_handlers.ignore_further_stops()
         # What was let in is served. A server in a thread of its own that is no daemon would keep the
         # interpreter waiting at its end, until the master kills the worker.
         threading._shutdown = lambda: None  # type: ignore[attr-defined]
@@ -228,27 +231,27 @@ class Worker(GeventWorker):
 
     def _primary_title(self) -> str:
         """What people call the primary."""
-        primary = application.primary
+        primary = registry.primary
         if primary is not None:
             return primary.name
         return default_name(self.wsgi)
 
     def _write_counts(self) -> None:
         if self.board is not None and os.getpid() == self.pid:
-            application.write_counts(self.board)
+            registry.write_counts(self.board)
             self._interposition.write_counts(self.board)
 
     def _forked(self) -> None:
         """In a child that the program has forked (multiprocessing, ForkingMixIn): accept nothing."""
         for accepting in self._acceptors:
             accepting.pause()
-        application.pause()
+        registry.pause()
 
     # --- the primary -----------------------------------------------------------------------------
 
     def _serve_primaries(self) -> None:
-        primary = application.primary
-        if isinstance(primary, Foreign):
+        primary = registry.primary
+        if isinstance(primary, ThirdPartyServer):
             if len(self.sockets) > 1:
                 self.log.warning(
                     "%s was captured as the primary and can accept from one socket only: %s is not served",
@@ -262,19 +265,19 @@ class Worker(GeventWorker):
             self.wsgi = primary.app
         for sock in self.sockets:
             sock.setblocking(1)
-            accepting = acceptor(sock, self.wsgi, self.cfg, self.log, self)
-            application.count(PRIMARY_SLOT, accepting)
+            accepting = make_acceptor(sock, self.wsgi, self.cfg, self.log, self)
+            registry.count(PRIMARY_SLOT, accepting)
             accepting.start()
             self._acceptors.append(accepting)
 
-    def serve_primary(self, app: Any) -> None:
+    def set_primary_app(self, app: Any) -> None:
         """From now on the primary is ``app``; without one, what gunicorn loaded."""
         if self.booted:
             self.wsgi = app or self._loaded
             for accepting in self._acceptors:
                 accepting.serve(self.wsgi)
 
-    def primaries(self) -> list[Accepting]:
+    def primaries(self) -> list[ListenerHandler]:
         """The acceptors of the primary."""
         return self._acceptors
 
@@ -286,7 +289,7 @@ class Worker(GeventWorker):
         """The worker's own copies of the primary's listeners."""
         return {sock.fileno() for sock in (*self.sockets, self._primary_copy)}
 
-    def give_primary(self) -> Any:
+    def dup_primary_socket(self) -> Any:
         """A copy of the primary socket for an unmodified server, which accepts from it itself."""
         for accepting in self._acceptors:
             accepting.stop_accepting()
@@ -331,12 +334,12 @@ class Worker(GeventWorker):
         self._primary_copy.close()
         for accepting in self._acceptors:
             accepting.stop_accepting()
-        application.stop_accepting()
+        registry.stop_accepting()
         self._interposition.stop_accepting()
-        courtesy.announce()
-        assert application.link is not None
-        application.link.leaving()
-        handing = gevent.spawn(application.hand_over, self.primaries, float(max(self.cfg.keepalive, 1)))
+        third_party_drain.force_connection_close()
+        assert registry.link is not None
+        registry.link.leaving()
+        handing = gevent.spawn(registry.hand_over, self.primaries, float(max(self.cfg.keepalive, 1)))
         try:
             self._finish()
         finally:
@@ -351,32 +354,32 @@ class Worker(GeventWorker):
                 self.log.warning("Worker graceful timeout (pid:%s)", self.pid)
                 for accepting in self._acceptors:
                     accepting.kill(1)
-                application.kill(1)
+                registry.kill(1)
                 return
             self.notify()
             self._write_counts()
             if time.monotonic() >= idle_until and not self._interposition.idle():
-                courtesy.release_idle()
+                third_party_drain.shutdown_idle_connections()
                 idle_until = time.monotonic() + _RELEASE
             gevent.sleep(0.1)
 
     def _idle(self) -> bool:
         return (
             all(accepting.idle() for accepting in self._acceptors)
-            and application.idle()
+            and registry.idle()
             and bool(self._interposition.idle())
         )
 
     # --- what cannot be reached ------------------------------------------------------------------
 
-    def _warn_of_strays(self) -> None:
+    def _warn_of_unmanaged_listeners(self) -> None:
         if self.cfg.workers < 2:
             return
         own = {format_sockname(self._primary_name)}
-        for server in application.servers:
+        for server in registry.servers:
             if isinstance(server.address, tuple):
                 own.add(format_sockname(server.address))
-        if strays := sorted(set(interpose.strays(self._inherited)) - own):
+        if strays := sorted(set(socket_patch.unmanaged_listeners(self._inherited)) - own):
             self.log.warning(
                 "%s was opened by code that does not go through Python's socket module: the master "
                 "cannot share it, so this worker alone has it (pid:%s)",

@@ -12,8 +12,8 @@ import gevent
 import plain
 
 import gunicorn_passenger as passenger
-from gunicorn_passenger.address import Tcp
-from gunicorn_passenger.serving.application import application as servers
+from gunicorn_passenger.config.address import Tcp
+from gunicorn_passenger.serving.registry import registry as servers
 
 
 @passenger.on("ready")

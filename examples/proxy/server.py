@@ -56,7 +56,7 @@ def shout(ws):
 
 # --- who answers what ------------------------------------------------------------------------------
 
-# "auto" is any free port of those allotted to your account. The table knows the two by their names.
+# "auto" is any free port of those allocated to your account. The table knows the two by their names.
 passenger.create_server(pages).listen("auto", name="pages")
 passenger.create_server(live).listen("auto", name="live")
 

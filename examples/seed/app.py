@@ -31,7 +31,7 @@ def target(environ, start_response):
     return [("request successfully proxied!\n" + json.dumps(headers, indent=2)).encode()]
 
 
-# Port 9000 is opened once, by the gunicorn master, which checks that it is allotted to your account
+# Port 9000 is opened once, by the gunicorn master, which checks that it is allocated to your account
 # and hands the open socket to every worker. So four workers listen on it, where four plain
 # sockets would end in "Address already in use".
 passenger.create_server(target).listen(9000)

@@ -1,8 +1,8 @@
 """The HTTP/1.1 core: from an accepted connection to a WSGI call and back, on gevent.
 
 The way of a request: :mod:`.acceptor` accepts and makes a :mod:`.connection`, which reads a head
-(:mod:`.head`), calls the application through a :mod:`.gateway` with a body (:mod:`.body`) and a
-response (:mod:`.response`), and waits for the next.
+(:mod:`.request_head`), calls the application through a :mod:`.listener_context` with a body (:mod:`.body`)
+and a response (:mod:`.response`), and waits for the next.
 
 Runs in: a worker, or plain Python. Must never: know of the master, or of the other servers.
 """

@@ -13,11 +13,11 @@ from typing import Any
 import gevent
 from gevent import get_hub
 
-from gunicorn_passenger.board import Counts
 from gunicorn_passenger.http.client_socket import ClientSocket
 from gunicorn_passenger.http.connection import Connection
 from gunicorn_passenger.http.faults import report_fault
-from gunicorn_passenger.http.gateway import Gateway
+from gunicorn_passenger.http.listener_context import ListenerContext
+from gunicorn_passenger.ipc.scoreboard import Counters
 
 #: Connections accepted in one turn of the loop by a worker that has no siblings.
 _BURST = 64
@@ -31,7 +31,7 @@ _GONE = {errno.ECONNABORTED, errno.EPROTO, errno.EINTR, errno.EPERM}
 class Acceptor:
     """Accepts on one listening socket; every connection gets a greenlet."""
 
-    def __init__(self, sock: Any, gateway: Gateway, limit: int, share: bool) -> None:
+    def __init__(self, sock: Any, gateway: ListenerContext, limit: int, share: bool) -> None:
         """
         :param sock: a listening gevent socket; the acceptor owns it.
         :param limit: how many connections it serves at a time; more wait in the backlog.
@@ -156,9 +156,9 @@ class Acceptor:
         self._sock.close()
         self.gateway.closing = True
         for connection in list(self._connections):
-            connection.hurry()
+            connection.begin_shutdown()
 
-    def has_room(self) -> bool:
+    def has_capacity(self) -> bool:
         """Whether it may serve another connection."""
         return len(self._connections) < self._limit and not self.gateway.closing
 
@@ -193,10 +193,12 @@ class Acceptor:
         """Whether nothing will change any more."""
         return self.gateway.closing and not self._connections
 
-    def counts(self) -> Counts:
+    def counts(self) -> Counters:
         """What it has done so far."""
         gateway = self.gateway
-        return Counts(len(self._connections), self._accepted, gateway.requests, gateway.sent, gateway.errors)
+        return Counters(
+            len(self._connections), self._accepted, gateway.requests, gateway.sent, gateway.errors
+        )
 
     def kill(self, timeout: float) -> None:
         """End what still runs.

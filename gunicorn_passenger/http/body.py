@@ -13,8 +13,8 @@ from typing import Any
 from gunicorn.http import errors as http_errors
 from gunicorn.http.errors import ChunkMissingTerminator, InvalidChunkSize
 
-from gunicorn_passenger.errors import body_broke_off
-from gunicorn_passenger.http.head import MAX_LENGTH
+from gunicorn_passenger.errors import body_incomplete
+from gunicorn_passenger.http.request_head import MAX_LENGTH
 
 #: The most that one read of the socket asks for.
 PIECE = 262144
@@ -41,7 +41,7 @@ _CHUNK_LINE = re.compile(
 _HEX = re.compile(rb"[0-9A-Fa-f]+")
 
 
-class Body:
+class RequestBody:
     """What all bodies share: the file that PEP 3333 asks for."""
 
     __slots__ = ("_at", "_piece")
@@ -120,7 +120,7 @@ class Body:
                 break
         return lines
 
-    def __iter__(self) -> Body:
+    def __iter__(self) -> RequestBody:
         return self
 
     def __next__(self) -> bytes:
@@ -145,7 +145,7 @@ class Body:
         """The request is over; who still holds the body cannot read the next request with it."""
 
 
-class NoBody(Body):
+class EmptyBody(RequestBody):
     """A request without one. There is nothing in it to tell two of them apart."""
 
     __slots__ = ()
@@ -153,10 +153,10 @@ class NoBody(Body):
     unread = False
 
 
-NO_BODY = NoBody()
+EMPTY_BODY = EmptyBody()
 
 
-class _Arriving(Body):
+class _IncomingBody(RequestBody):
     """A body that comes in over a connection."""
 
     __slots__ = ("_connection", "expect", "failed")
@@ -193,7 +193,7 @@ class _Arriving(Body):
             raise
         if not data:
             self.failed = True
-            raise body_broke_off()
+            raise body_incomplete()
         return data
 
     def end(self) -> None:
@@ -207,13 +207,13 @@ class _Arriving(Body):
         return dropped
 
 
-class LengthBody(_Arriving):
+class LengthBody(_IncomingBody):
     """A body whose length was announced (RFC 9112 section 6.2)."""
 
     __slots__ = ("left", "length")
 
     def __init__(self, connection: Any, length: int, expect: bool) -> None:
-        _Arriving.__init__(self, connection, expect)
+        _IncomingBody.__init__(self, connection, expect)
         self.length = length
         self.left = length
 
@@ -235,7 +235,7 @@ class LengthBody(_Arriving):
         return self.left <= DRAIN and self._drop()
 
 
-class ChunkedBody(_Arriving):
+class ChunkedBody(_IncomingBody):
     """A body sent in chunks (RFC 9112 section 7.1)."""
 
     __slots__ = ("_left", "_line_limit", "_request", "_started", "finished", "trailers")
@@ -245,7 +245,7 @@ class ChunkedBody(_Arriving):
         :param line_limit: bytes of a line with a chunk's size.
         :param request: gives gunicorn's request object, which checks and keeps the trailers.
         """
-        _Arriving.__init__(self, connection, expect)
+        _IncomingBody.__init__(self, connection, expect)
         self._left = 0
         self._started = False
         self._line_limit = line_limit
@@ -258,7 +258,7 @@ class ChunkedBody(_Arriving):
         if self.finished:
             return b""
         if self.failed:
-            raise body_broke_off()
+            raise body_incomplete()
         if not self._left:
             try:
                 self._left = self._next_chunk()

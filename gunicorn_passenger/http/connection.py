@@ -36,19 +36,19 @@ from gunicorn.http.wsgi import FileWrapper
 from gunicorn.workers.base_async import ALREADY_HANDLED
 
 from gunicorn_passenger.errors import (
-    AnswerBrokeOff,
     BodyTimeout,
     ClientDisconnected,
-    body_broke_off,
-    client_gone,
+    TruncatedResponse,
+    body_incomplete,
+    client_disconnected,
 )
-from gunicorn_passenger.http.body import NO_BODY, Body, ChunkedBody, LengthBody
-from gunicorn_passenger.http.deadlines import Deadlines
+from gunicorn_passenger.http.body import EMPTY_BODY, ChunkedBody, LengthBody, RequestBody
 from gunicorn_passenger.http.faults import report_fault
-from gunicorn_passenger.http.gateway import Gateway, HookFailed
-from gunicorn_passenger.http.head import CHUNKED, check_lines
-from gunicorn_passenger.http.response import RELAYED, Response
-from gunicorn_passenger.http.turn import SAMPLE
+from gunicorn_passenger.http.listener_context import HookFailed, ListenerContext
+from gunicorn_passenger.http.request_head import CHUNKED, check_lines
+from gunicorn_passenger.http.response import RESPONSE_SENT, Response
+from gunicorn_passenger.http.timeouts import TimeoutQueue
+from gunicorn_passenger.http.write_coalescing import SAMPLE
 
 #: Bytes that one read of the socket asks for while a head is awaited.
 _READ = 16384
@@ -74,7 +74,7 @@ _poll = monkey.get_original("select", "poll")
 _CLIENT_GONE = {errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ECONNABORTED}
 
 
-class _Serving(gevent.Greenlet):
+class _ConnectionGreenlet(gevent.Greenlet):
     """Serves one connection. gevent would note the stack that spawned it, which is always the same."""
 
     spawning_stack_limit = 0
@@ -116,7 +116,9 @@ class Connection:
         "watched",
     )
 
-    def __init__(self, acceptor: Any, gateway: Gateway, sock: Any, addr: Any, early: bytes = b"") -> None:
+    def __init__(
+        self, acceptor: Any, gateway: ListenerContext, sock: Any, addr: Any, early: bytes = b""
+    ) -> None:
         """
         :param acceptor: is told of the end.
         :param sock: a :class:`~.client_socket.ClientSocket`, owned from now on.
@@ -136,7 +138,7 @@ class Connection:
         self.buf = early
         self.at = 0
         self.head = b""
-        self.body: Body = NO_BODY
+        self.body: RequestBody = EMPTY_BODY
         self.response: Response | None = None
         self._hub = get_hub()
         #: made when it is first waited for: most connections with one request never are
@@ -173,19 +175,19 @@ class Connection:
 
     def begin(self) -> None:
         """Serve it, in a greenlet of its own."""
-        _Serving(self._run).start()
+        _ConnectionGreenlet(self._run).start()
 
     def _ready(self) -> None:
         """Called in the hub when there is something to read."""
         self._readable.stop()
         self._stop_waiting(self, None)
         try:
-            _Serving(self._run).switch()
+            _ConnectionGreenlet(self._run).switch()
         except Exception as error:
             report_fault("an idle connection was closed", error)
             self.close()
 
-    def _park(self, deadlines: Deadlines) -> None:
+    def _park(self, deadlines: TimeoutQueue) -> None:
         """Wait for a request without a greenlet."""
         self.greenlet = self._waiting = None
         self._expired = False
@@ -233,7 +235,7 @@ class Connection:
         self.greenlet = self._waiting = greenlet
         gateway = self.gateway
         read = gateway.reader.read
-        lull = gateway.lull
+        idle_ticker = gateway.idle_ticker
         recv = self._raw.recv
         readable = self._readable
         wait = self._hub.switch
@@ -247,7 +249,7 @@ class Connection:
                 self._park(gateway.heads if self.fresh else gateway.idle)
                 return None
             except OSError as error:
-                raise client_gone(error) from None
+                raise client_disconnected(error) from None
 
         while data:
             end = data.find(b"\r\n\r\n") + 4
@@ -276,7 +278,7 @@ class Connection:
             if length:
                 self._take_body(environ, length, request)
             else:
-                self.body = NO_BODY
+                self.body = EMPTY_BODY
             upgrade = self.buf and not length and "HTTP_UPGRADE" in environ
             if upgrade:
                 # who takes the connection reads from the socket: what came with the request is there, too
@@ -306,9 +308,9 @@ class Connection:
                 readable = self._reader()
             while True:
                 # where a busy connection spends its life
-                self.silent = lull.tick
+                self.silent = idle_ticker.tick
                 if not self.watched:
-                    lull.watch(self)
+                    idle_ticker.watch(self)
                 readable.start(switch)
                 try:
                     wait()
@@ -328,7 +330,7 @@ class Connection:
                 except BlockingIOError:
                     continue  # woken for nothing
                 except OSError as error:
-                    raise client_gone(error) from None
+                    raise client_disconnected(error) from None
                 break
         return False
 
@@ -342,7 +344,7 @@ class Connection:
         worker.nr += 1
         gateway.requests += 1
         if worker.nr >= worker.max_requests:
-            gateway.count_out()
+            gateway.on_max_requests()
         response = self.response = Response(self, environ, request)
         if not (persist and gateway.keepalive):
             response.must_close = True
@@ -362,7 +364,7 @@ class Connection:
                 result = gateway.app(environ, response.start_response)
                 if result.__class__ is list or result.__class__ is tuple:
                     response.send_all(result)
-                elif result is RELAYED:
+                elif result is RESPONSE_SENT:
                     gateway.forwards = True
                 elif isinstance(result, FileWrapper):
                     response.send_file(result, gateway.sendfile)
@@ -391,7 +393,7 @@ class Connection:
         finally:
             if gateway.after is not None:
                 self._after(request, environ)
-            if began and result is not RELAYED:
+            if began and result is not RESPONSE_SENT:
                 turn.took(perf_counter() - began)
         return not response.must_close
 
@@ -461,7 +463,7 @@ class Connection:
     def _unread(self) -> bool:
         """Whether the client may still be sending when the connection ends."""
         body = self.body
-        over = body is NO_BODY or (not body.unread and body.finish())
+        over = body is EMPTY_BODY or (not body.unread and body.finish())
         body.end()
         return not over
 
@@ -496,7 +498,7 @@ class Connection:
             gateway.log.debug("%s", error)
             if error.incomplete and not begun:
                 self._turn_away(400, "Bad Request", "The request's body is not complete.", environ, request)
-        elif isinstance(error, AnswerBrokeOff):
+        elif isinstance(error, TruncatedResponse):
             gateway.log.warning("%s", error)
         elif isinstance(error, BodyTimeout):
             gateway.log.info("%s (%s)", error, self._from())
@@ -540,7 +542,7 @@ class Connection:
         if isinstance(self.addr, tuple):
             # and nothing is waited for, which would end it cleanly first
             self.body.end()
-            self.body = NO_BODY
+            self.body = EMPTY_BODY
             with contextlib.suppress(OSError):
                 self._raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
@@ -584,14 +586,14 @@ class Connection:
                     raise BodyTimeout(self.gateway.bodies.seconds) from None
                 continue
             except OSError as error:
-                raise client_gone(error) from None
+                raise client_disconnected(error) from None
             if self._budget is not None:
                 self._budget -= len(data)
                 if self._budget < 0:
                     raise BodyTimeout(0.0)
             return data
 
-    def drain(self, body: Body, most: int) -> bool:
+    def drain(self, body: RequestBody, most: int) -> bool:
         """Read and drop the rest of a body.
 
         :param most: bytes that it may have on the wire, framing included. All of it has the time of
@@ -638,7 +640,7 @@ class Connection:
                     self._expired = False
                     raise BodyTimeout(heads.seconds)
                 if not more:
-                    raise body_broke_off()
+                    raise body_incomplete()
                 came += more
         finally:
             if self._budget is None:
@@ -657,7 +659,7 @@ class Connection:
                 if self._expired:
                     return b""
             except OSError as error:
-                raise client_gone(error) from None
+                raise client_disconnected(error) from None
 
     def _reader(self) -> Any:
         """The watcher that tells when there is something to read."""
@@ -665,7 +667,7 @@ class Connection:
             self._readable = self._hub.loop.io(self._raw.fileno(), _READABLE)
         return self._readable
 
-    def _wait(self, deadlines: Deadlines | None) -> None:
+    def _wait(self, deadlines: TimeoutQueue | None) -> None:
         """Wait until there is something to read, or until it is too late (``_expired``)."""
         readable = self._reader()
         if readable.active:
@@ -683,7 +685,7 @@ class Connection:
                 deadlines.remove(self, None)
             self._waiting = self.greenlet
 
-    def take_over(self, answer: bytes, status: str, fields: str) -> bytes:
+    def hijack(self, answer: bytes, status: str, fields: str) -> bytes:
         """Another protocol begins, for which the caller works on the socket.
 
         :param answer: the head that says so, and its parts for the hooks and the log.
@@ -697,7 +699,7 @@ class Connection:
         self.sock.taken = True
         self.memo = None
         self.peer.forget()
-        response.took_over(status, fields)
+        response.switch_protocols(status, fields)
         self.send(answer)
         return early
 
@@ -768,7 +770,7 @@ class Connection:
         except BlockingIOError:
             sent = 0
         except OSError as error:
-            raise client_gone(error) from None
+            raise client_disconnected(error) from None
         if sent < len(data):
             self._send_rest(memoryview(data)[sent:])
         self.gateway.sent += len(data)
@@ -794,14 +796,14 @@ class Connection:
             self.gateway.sent -= len(held)  # it was counted when it was held
             self.send(held)
 
-    def send_two(self, head: bytes, body: bytes) -> None:
+    def send_vector(self, head: bytes, body: bytes) -> None:
         """Send two pieces without copying the second."""
         try:
             sent = self._raw.sendmsg((head, body))
         except BlockingIOError:
             sent = 0
         except OSError as error:
-            raise client_gone(error) from None
+            raise client_disconnected(error) from None
         if sent < len(head):
             self._send_rest(memoryview(head)[sent:])
             sent = len(head)
@@ -815,7 +817,7 @@ class Connection:
             except BlockingIOError:
                 self.wait_writable()
             except OSError as error:
-                raise client_gone(error) from None
+                raise client_disconnected(error) from None
 
     def send_file(self, file: int, offset: int, count: int) -> int:
         """Send a part of a file.
@@ -831,7 +833,7 @@ class Connection:
                 continue
             except OSError as error:
                 if error.errno in _CLIENT_GONE:
-                    raise client_gone(error) from None
+                    raise client_disconnected(error) from None
                 raise  # the file's
             if not sent:
                 break
@@ -869,11 +871,11 @@ class Connection:
 
     # --- the end ---------------------------------------------------------------------------------
 
-    def hurry(self) -> None:
+    def begin_shutdown(self) -> None:
         """The worker leaves: a client that has not begun gets as long as an idle one."""
         if self.leaving is not None:
             self.leaving()
-        elif self.sock.switched and self.gateway.ends_websockets and _WEBSOCKET.search(self.head):
+        elif self.sock.switched and self.gateway.closes_websockets_on_exit and _WEBSOCKET.search(self.head):
             gevent.spawn(self._end_websocket)
         elif self.fresh and self._parked():
             self._stop_waiting(self, None)
@@ -952,7 +954,7 @@ class Connection:
         """Stop everything that waits for this connection."""
         self._stop_waiting(self, None)
         if self.watched:
-            self.gateway.lull.forget(self)
+            self.gateway.idle_ticker.forget(self)
         if self.held:  # it was killed
             with contextlib.suppress(OSError):
                 self._raw.send(self.held)
@@ -974,4 +976,4 @@ class Connection:
     def _strand(self, watcher: Any, greenlet: Any) -> None:
         """A greenlet of the application still uses the body or the response."""
         watcher.stop()
-        self._hub.loop.run_callback(greenlet.throw, body_broke_off())
+        self._hub.loop.run_callback(greenlet.throw, body_incomplete())

@@ -20,7 +20,7 @@ _QUIET = 60.0
 _MAX_FAULTS = 64
 
 
-class _Seen:
+class _FaultCount:
     """One fault: an exception type, raised by one line of code."""
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class _Seen:
         self.count = 0
 
 
-_seen: dict[tuple[type, str, int], _Seen] = {}
+_seen: dict[tuple[type, str, int], _FaultCount] = {}
 
 
 def report_fault(what: str, error: BaseException) -> None:
@@ -39,7 +39,7 @@ def report_fault(what: str, error: BaseException) -> None:
     place = _origin(error.__traceback__)
     if (type(error), *place) not in _seen and len(_seen) >= _MAX_FAULTS:
         _seen.clear()
-    fault = _seen.setdefault((type(error), *place), _Seen())
+    fault = _seen.setdefault((type(error), *place), _FaultCount())
     now = monotonic()
     if now < fault.until:
         fault.count += 1

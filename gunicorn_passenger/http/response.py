@@ -19,7 +19,7 @@ from gunicorn import SERVER, util
 from gunicorn.http.errors import InvalidHeader, InvalidHeaderName
 from gunicorn.http.message import TOKEN_RE
 
-from gunicorn_passenger.errors import AnswerBrokeOff
+from gunicorn_passenger.errors import TruncatedResponse
 
 try:
     from gunicorn.http.errors import InvalidResponseHeader, InvalidResponseHeaderName
@@ -45,7 +45,7 @@ _PLAIN, _LENGTH, _UPGRADE, _DROPPED = "plain", "length", "upgrade", "dropped"
 _statuses: dict[str, tuple[int, bool]] = {}
 
 
-class _Field:
+class _HeaderLine:
     """A field of a response, checked and ready to be sent."""
 
     __slots__ = ("kind", "length", "line")
@@ -78,12 +78,12 @@ class _Field:
             self.kind = _DROPPED
 
 
-class _Fields(dict[tuple[str, str], _Field]):
+class _HeaderLineCache(dict[tuple[str, str], _HeaderLine]):
     """The fields that the application has sent: most of them are sent again and again."""
 
-    def __missing__(self, pair: tuple[str, str]) -> _Field:
+    def __missing__(self, pair: tuple[str, str]) -> _HeaderLine:
         name, value = pair
-        field = _Field(name, value)
+        field = _HeaderLine(name, value)
         if len(value) <= _SHORT:
             if len(self) >= _REMEMBER:
                 self.clear()
@@ -91,7 +91,7 @@ class _Fields(dict[tuple[str, str], _Field]):
         return field
 
 
-_fields = _Fields()
+_fields = _HeaderLineCache()
 
 
 def _block_of(headers: Any) -> tuple[bytes, int | None, bool]:
@@ -106,7 +106,7 @@ def _block_of(headers: Any) -> tuple[bytes, int | None, bool]:
         try:
             field = _fields[pair]
         except TypeError:
-            field = _Field(*pair)
+            field = _HeaderLine(*pair)
         if field.kind is not _PLAIN:
             if field.kind is not _LENGTH:
                 if field.kind is _UPGRADE:
@@ -121,7 +121,7 @@ def _block_of(headers: Any) -> tuple[bytes, int | None, bool]:
     return block, length, upgrade
 
 
-class _Blocks(dict[tuple[tuple[str, str], ...], tuple[bytes, "int | None", bool]]):
+class _HeaderBlockCache(dict[tuple[tuple[str, str], ...], tuple[bytes, "int | None", bool]]):
     """All fields of an answer: many applications send the same ones again and again."""
 
     def __missing__(self, headers: tuple[tuple[str, str], ...]) -> tuple[bytes, int | None, bool]:
@@ -135,7 +135,7 @@ class _Blocks(dict[tuple[tuple[str, str], ...], tuple[bytes, "int | None", bool]
         return made
 
 
-_blocks = _Blocks()
+_blocks = _HeaderBlockCache()
 
 
 def _code_of(status: Any) -> tuple[int, bool]:
@@ -155,7 +155,7 @@ def _code_of(status: Any) -> tuple[int, bool]:
     return found
 
 
-class _Heads:
+class _StatusLineCache:
     """The beginnings of heads, made once a second: status line, Server, Date and Connection."""
 
     def __init__(self) -> None:
@@ -184,17 +184,17 @@ class _Heads:
         return head.encode("latin-1")
 
 
-_begin = _Heads().begin
+_begin = _StatusLineCache().begin
 
 
-class _Relayed(tuple[bytes, ...]):
+class _ResponseSent(tuple[bytes, ...]):
     """No body is left to be sent."""
 
     __slots__ = ()
 
 
 #: What an application returns that has had its answer sent by :meth:`Response.relay_whole` and the like.
-RELAYED = _Relayed()
+RESPONSE_SENT = _ResponseSent()
 
 
 class Response:
@@ -295,7 +295,7 @@ class Response:
         lines = [b"HTTP/1.1 103 Early Hints\r\n"]
         for field in headers:
             name, value = (part.decode("latin-1") if isinstance(part, bytes) else part for part in field)
-            lines.append(_Field(name, value).line)
+            lines.append(_HeaderLine(name, value).line)
         lines.append(b"\r\n")
         self._connection.send(b"".join(lines))
 
@@ -378,7 +378,7 @@ class Response:
     def close(self) -> None:
         """The body is over.
 
-        :raises AnswerBrokeOff: when less was written than announced.
+        :raises TruncatedResponse: when less was written than announced.
         """
         if not self.headers_sent:
             if self.status is None:
@@ -388,7 +388,7 @@ class Response:
             self._connection.send(b"0\r\n\r\n")
         length = self.response_length
         if length is not None and self.sent < length and not self._bodiless:
-            raise AnswerBrokeOff(
+            raise TruncatedResponse(
                 f"the application announced {length} bytes and wrote {self.sent}: the connection is closed, "
                 "so that the client does not wait for the rest"
             )
@@ -430,7 +430,7 @@ class Response:
         done = self._connection.send_file(file, offset, count)
         self.sent += done
         if done < count:
-            raise AnswerBrokeOff(f"the file ended {count - done} bytes too soon")
+            raise TruncatedResponse(f"the file ended {count - done} bytes too soon")
         if self.chunked:
             self._connection.send(b"\r\n")
         self.close()
@@ -497,7 +497,7 @@ class Response:
         if len(more) < _JOIN:
             connection.send(head + more)
         else:
-            connection.send_two(head, more)
+            connection.send_vector(head, more)
         if whole:
             self.relayed()
 
@@ -523,7 +523,7 @@ class Response:
         if len(body) < _JOIN and not self.must_close:
             gateway.turn.hold(connection, wire + body)
         else:
-            connection.send_two(wire, body)
+            connection.send_vector(wire, body)
 
     @property
     def bodiless(self) -> bool:
@@ -536,7 +536,7 @@ class Response:
         if not self._bodiless:
             self.response_length = self.sent
 
-    def took_over(self, status: str, fields: str) -> None:
+    def switch_protocols(self, status: str, fields: str) -> None:
         """Another protocol begins after this head, which the caller sends."""
         self.status = status
         self.status_code = int(status[:3])
@@ -588,7 +588,7 @@ class Response:
             else:
                 connection.send(data)
         else:
-            connection.send_two(b"%b%b\r\n" % (begin, self._block), body)
+            connection.send_vector(b"%b%b\r\n" % (begin, self._block), body)
 
 
 def _length(value: str) -> int:

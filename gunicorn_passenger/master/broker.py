@@ -9,7 +9,7 @@ How it lives beside the arbiter:
   from ``Worker.__init__``) and tells the broker of a worker's end (``child_exit``). All else is
   done by the broker's own thread.
 - The thread holds :attr:`Broker._gate` whenever it does anything but wait in ``poll``. A fork takes
-  the gate first (:mod:`.forks`), so a child never inherits a lock that the thread held,
+  the gate first (:mod:`.fork_handlers`), so a child never inherits a lock that the thread held,
   nor a half-changed table. The wait for the gate is bounded: a broker that hangs costs the fork
   some seconds, not its life.
 - In the child, everything of the master is closed; a worker keeps its own end of its own channel.
@@ -29,35 +29,38 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from gunicorn_passenger import channel, errors, native, sockets
-from gunicorn_passenger.address import UNIX_PATH_MAX, format_sockname, is_unix
-from gunicorn_passenger.allotment import Allotment
-from gunicorn_passenger.board import Board
-from gunicorn_passenger.channel import (
-    Adopt,
-    Adopted,
-    Ask,
-    Close,
-    Fault,
-    Hand,
-    Heir,
-    Leaving,
-    Noted,
-    Open,
-    Paused,
-    Ready,
-    Refused,
-    Rejected,
-    Returned,
-    Told,
+from gunicorn_passenger import errors
+from gunicorn_passenger.config.address import UNIX_PATH_MAX, format_sockname, is_unix
+from gunicorn_passenger.config.port_allocation import PortAllocation
+from gunicorn_passenger.ipc import channel
+from gunicorn_passenger.ipc.channel import (
+    AcceptPaused,
+    Acknowledged,
+    AssignConnection,
+    AssignResult,
+    BootFailure,
+    GetReport,
+    OfferConnection,
+    OfferRejected,
+    OpenPort,
+    PacketRejected,
+    ReleasePort,
+    ReportSent,
+    RequestDenied,
+    SuccessorReady,
+    WorkerLeaving,
+    WorkerReady,
 )
-from gunicorn_passenger.master import exclusive, reporting, upgrade
+from gunicorn_passenger.ipc.scoreboard import RetiredCounters, Scoreboard
+from gunicorn_passenger.master import upgrade_lock, upgrade_state
 from gunicorn_passenger.master.descriptors import closer, is_connection
-from gunicorn_passenger.master.leases import Leases
-from gunicorn_passenger.master.listeners import Held, Listeners, Port
-from gunicorn_passenger.master.parts import History, Part
-from gunicorn_passenger.master.reporting import Tally
-from gunicorn_passenger.text import MAX_NAME, printable, printable_all
+from gunicorn_passenger.master.event_log import EventLog
+from gunicorn_passenger.master.listeners import BrokerOwnedListener, Listeners, Port
+from gunicorn_passenger.master.placement import PlacementScheduler
+from gunicorn_passenger.master.service import BrokerService
+from gunicorn_passenger.status import report
+from gunicorn_passenger.system import listening_sockets, unpatched
+from gunicorn_passenger.system.text import MAX_NAME, printable, printable_all
 
 #: How long a fork waits for the broker to finish what it does, in seconds.
 _FORK_WAIT = 5.0
@@ -78,12 +81,12 @@ _MAX_FAULTS = 64
 
 
 @dataclass
-class Link:
+class WorkerChannel:
     """The master's end of one worker's channel."""
 
     age: int
     sock: Any
-    board: Board | None = None
+    board: Scoreboard | None = None
     #: once the arbiter has said it
     pid: int = 0
     ready: bool = False
@@ -94,13 +97,13 @@ class Link:
 
 
 @dataclass
-class Embryo:
+class PendingWorker:
     """A worker between ``Worker.__init__`` and the fork."""
 
     age: int
     ours: Any
     theirs: Any
-    board: Board | None
+    board: Scoreboard | None
     #: the next fork is the worker's own
     armed: bool = False
 
@@ -132,7 +135,7 @@ def _is_ip(text: object) -> bool:
     return True
 
 
-def _check_text(ask: Open) -> Open:
+def _check_text(ask: OpenPort) -> OpenPort:
     """What a worker asks for, with texts that can be logged, reported and encoded: the one place that sees to
     it.
 
@@ -151,9 +154,9 @@ def _check_text(ask: Open) -> Open:
     return dataclasses.replace(ask, name=printable(ask.name))
 
 
-def _board() -> Board | None:
+def _board() -> Scoreboard | None:
     try:
-        return Board()
+        return Scoreboard()
     except (OSError, ValueError):
         return None
 
@@ -166,27 +169,27 @@ class Broker:
         self.cfg = cfg
         self.arbiter: Any = None
         self.listeners = Listeners(cfg, self.log)
-        self.listeners.surrendered = self._surrender
-        self.history = History()
-        before = upgrade.inherited()
-        upgrade.forget(cfg)
+        self.listeners.surrendered = self._on_listener_closed
+        self.history = EventLog()
+        before = upgrade_state.inherited()
+        upgrade_state.forget(cfg)
         ports = before.pop("ports", {})
         self.listeners.stopped = set(ports.get("stopped", ()))
-        lock = exclusive.Exclusive(before.pop("exclusive", -1))
-        self.leases = Leases(self.listeners, lock, self.history, self)
-        self.tally = Tally()
+        lock = upgrade_lock.UpgradeLock(before.pop("exclusive", -1))
+        self.leases = PlacementScheduler(self.listeners, lock, self.history, self)
+        self.tally = RetiredCounters()
         self.primary_name = ""
         self.started = time.time()
-        self.allotment = Allotment("")
+        self.allocation = PortAllocation("")
         self.grace = 10.0
         self._listening = listening
-        self._links: dict[int, Link] = {}  # by descriptor
+        self._links: dict[int, WorkerChannel] = {}  # by descriptor
         #: what else lives in the broker's loop
-        self.parts: list[Part] = []
+        self.parts: list[BrokerService] = []
         #: answers a daemon's questions for the report on a connected socket (see control.py); gate held
         self.watch_reports: Callable[[Any], None] | None = None
-        self._embryo: Embryo | None = None
-        self._gate = native.lock()
+        self._embryo: PendingWorker | None = None
+        self._gate = unpatched.lock()
         self._gate_taken = False
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
@@ -197,7 +200,7 @@ class Broker:
         self._faults: set[str] = set()
         self._handed = 0  # connections that were passed on, to number them and to take turns
         #: connections on their way: number to giver, its question, and heir
-        self._handing: dict[int, tuple[Link, int, Link]] = {}
+        self._handing: dict[int, tuple[WorkerChannel, int, WorkerChannel]] = {}
         self._halting = 0  # age of the worker whose exit makes gunicorn halt
         self._bind: list[str] | None = None  # gunicorn's setting, while a reload goes without a part of it
         self._undecided = False  # a listener of ours was closed, and it is not known yet why
@@ -222,23 +225,27 @@ class Broker:
             self.tally.forget(key)
         ours = [port.listener for port in table.values()]
         for listener in listening:
-            key = format_sockname(sockets.sockname(listener.sock))
+            key = format_sockname(listening_sockets.sockname(listener.sock))
             if listener not in ours and key in handed:
                 self.listeners.adopt(listener, False, now, handed[key])
         listening[:] = [li for li in listening if li.sock.fileno() >= 0]  # adopting has replaced some
         listening.extend(
             p.listener for p in table.values() if p.listener not in listening and p.listener.sock is not None
         )
-        primary = self.primary_of(listening)
+        primary = self.primary_listeners(listening)
         for listener in listening:
-            if listener not in primary and not isinstance(listener, Held) and listener not in ours:
+            if (
+                listener not in primary
+                and not isinstance(listener, BrokerOwnedListener)
+                and listener not in ours
+            ):
                 self.listeners.adopt(listener, True, now)
         self._listening = self.listeners.binds = listening
 
     @staticmethod
-    def primary_of(listening: list[Any]) -> list[Any]:
+    def primary_listeners(listening: list[Any]) -> list[Any]:
         """The listeners of the primary: the UNIX ones, or else the first; none that a program opened."""
-        binds = [li for li in listening if not isinstance(li, Held)]
+        binds = [li for li in listening if not isinstance(li, BrokerOwnedListener)]
         return [li for li in binds if li.sock is not None and is_unix(li.getsockname())] or binds[:1]
 
     @contextmanager
@@ -254,11 +261,11 @@ class Broker:
         finally:
             self._gate.release()
 
-    def configure(self, cfg: Any, allotment: Allotment, grace: float) -> None:
+    def configure(self, cfg: Any, allocation: PortAllocation, grace: float) -> None:
         """Take the settings of the start, or of a reload."""
         with self._hold():
             self.cfg = self.listeners.cfg = cfg
-            self.allotment = allotment
+            self.allocation = allocation
             self.grace = grace
             self._faults.clear()
 
@@ -276,7 +283,7 @@ class Broker:
                 self._restore_bind()
             ours, theirs = channel.pair()
             ours.setblocking(False)
-            self._embryo = Embryo(age, ours, theirs, _board())
+            self._embryo = PendingWorker(age, ours, theirs, _board())
         self._start()
         return theirs, self._embryo.board
 
@@ -291,7 +298,8 @@ class Broker:
         self._wake()
 
     def export_state(self, lowest: int) -> dict[str, Any]:
-        """In the child that is about to become the next master: what that must know (see :mod:`.upgrade`).
+        """In the child that is about to become the next master: what that must know (see
+        :mod:`.upgrade_state`).
 
         :param lowest: the lowest number that a descriptor for it may have.
         :raises OSError: when this process has no room for it.
@@ -325,7 +333,7 @@ class Broker:
             return
         self._running = True
         try:
-            native.start_thread(self._run)
+            unpatched.start_thread(self._run)
         except RuntimeError as error:
             self._running = False
             self.log.error(
@@ -334,7 +342,7 @@ class Broker:
                 error,
             )
 
-    def add(self, part: Part) -> None:
+    def add(self, part: BrokerService) -> None:
         """Look after something more from now on."""
         with self._hold():
             self.parts.append(part)
@@ -343,11 +351,11 @@ class Broker:
     # --- what it all looks like ------------------------------------------------------------------
 
     def report(self) -> dict[str, Any]:
-        """The application as it is now, for people and for programs (see :mod:`.reporting`). Gate held."""
-        found = reporting.report(self, self._links.values(), self.primary_of(self._listening))
+        """The application as it is now, for people and for programs (see :mod:`.report`). Gate held."""
+        found = report.report(self, self._links.values(), self.primary_listeners(self._listening))
         for part in self.parts:
             found |= part.report()
-        found["ports"] = reporting.ports(self, found.get("daemons", ()))
+        found["ports"] = report.ports(self, found.get("daemons", ()))
         # the one place where what leaves in a report is made fit for terminals, pages and UTF-8
         cleaned: dict[str, Any] = printable_all(found)
         return cleaned
@@ -364,11 +372,11 @@ class Broker:
             if done is not None
         ]
         if not found:
-            raise errors.nothing_named(name)
+            raise errors.unknown_name(name)
         self._wake()
         return printable(", ".join(found))
 
-    def _hand(self, link: Link, message: Hand, fd: int | None) -> None:
+    def _hand(self, link: WorkerChannel, message: OfferConnection, fd: int | None) -> None:
         """Pass a connection on to a sibling that serves the same."""
         port = self.listeners.ports.get(message.key)
         ages = port.accepting if port is not None else {li.age for li in self._links.values()}
@@ -380,36 +388,38 @@ class Broker:
             heir = self._link(heirs[self._handed % len(heirs)])
             assert heir is not None
             try:
-                channel.send(heir.sock, Adopt(self._handed, message.key, message.addr), fd)
-            except (BlockingIOError, channel.Closed, OSError):
+                channel.send(heir.sock, AssignConnection(self._handed, message.key, message.addr), fd)
+            except (BlockingIOError, channel.ChannelClosed, OSError):
                 pass  # it is gone, or has enough to do: both show elsewhere
             else:
                 self._handing[self._handed] = link, message.id, heir
                 return
-        self._answer(link, Returned(message.id))
+        self._answer(link, OfferRejected(message.id))
 
-    def _adopted(self, heir: Link, message: Adopted) -> None:
+    def _adopted(self, heir: WorkerChannel, message: AssignResult) -> None:
         """An heir serves the connection that it was sent, or cannot."""
         giver, number, asked = self._handing.get(message.id, (None, 0, None))
         if giver is None or asked is not heir:
             return
         del self._handing[message.id]
-        self._answer(giver, Noted(number, False) if message.taken else Returned(number))
+        self._answer(giver, Acknowledged(number, False) if message.taken else OfferRejected(number))
 
-    def _unhand(self, link: Link) -> None:
+    def _abort_offers(self, link: WorkerChannel) -> None:
         """A worker is gone: what it was to adopt is still the giver's."""
         for key, (giver, number, heir) in list(self._handing.items()):
             if link in (giver, heir):
                 del self._handing[key]
                 if heir is link and giver.sock.fileno() >= 0:
-                    self._answer(giver, Returned(number))
+                    self._answer(giver, OfferRejected(number))
 
-    def _tell_report(self, link: Link, ask: Ask) -> None:
+    def _tell_report(self, link: WorkerChannel, ask: GetReport) -> None:
         """The report in a file of memory, since a packet has an end."""
         try:
             fd = os.memfd_create("gunicorn-passenger-report")
         except OSError as error:
-            self._answer(link, Refused(ask.id, "listen", error.errno or 0, f"no report: {error.strerror}"))
+            self._answer(
+                link, RequestDenied(ask.id, "listen", error.errno or 0, f"no report: {error.strerror}")
+            )
             return
         try:
             with os.fdopen(os.dup(fd), "wb") as file:
@@ -419,10 +429,12 @@ class Broker:
             self.log.exception("gunicorn-passenger: the report failed")
             self._answer(
                 link,
-                Refused(ask.id, "listen", getattr(error, "errno", None) or 0, f"no report: {error}"[:1000]),
+                RequestDenied(
+                    ask.id, "listen", getattr(error, "errno", None) or 0, f"no report: {error}"[:1000]
+                ),
             )
         else:
-            self._answer(link, Told(ask.id), fd)
+            self._answer(link, ReportSent(ask.id), fd)
         finally:
             os.close(fd)
 
@@ -437,7 +449,7 @@ class Broker:
         embryo = self._embryo
         if embryo is not None and embryo.armed:
             embryo.theirs.close()
-            self._links[embryo.ours.fileno()] = Link(embryo.age, embryo.ours, embryo.board)
+            self._links[embryo.ours.fileno()] = WorkerChannel(embryo.age, embryo.ours, embryo.board)
             self._embryo = None
         if self._gate_taken:
             self._gate.release()
@@ -504,7 +516,7 @@ class Broker:
         self._start()
 
     def _round(self) -> None:
-        poll = native.poll()
+        poll = unpatched.poll()
         with self._gate:
             poll.register(self._wake_read, select.POLLIN)
             for fd in self._links:
@@ -540,7 +552,7 @@ class Broker:
             due = [self.leases.settle(now), *(self._tick_part(part, now) for part in self.parts)]
             self._due = min((at for at in due if at is not None), default=None)
 
-    def _serve_part(self, part: Part, fd: int, what: int) -> None:
+    def _serve_part(self, part: BrokerService, fd: int, what: int) -> None:
         """What fails in a part is not the workers' to wait for, who come after it in this round."""
         try:
             part.serve(fd, what)
@@ -549,7 +561,7 @@ class Broker:
                 "gunicorn-passenger: the port broker failed at %s and goes on", type(part).__name__
             )
 
-    def _tick_part(self, part: Part, now: float) -> float | None:
+    def _tick_part(self, part: BrokerService, now: float) -> float | None:
         """What fails in a part is tried again, and not at once: each round would fail."""
         try:
             return part.tick(now)
@@ -559,24 +571,24 @@ class Broker:
             )
             return now + _TICK_AGAIN
 
-    def _serve_rest(self, link: Link) -> None:
+    def _serve_rest(self, link: WorkerChannel) -> None:
         """A worker was reaped: hear what it had to say at last."""
         for _ in range(_LAST_WORDS):
             fd = link.sock.fileno()
-            if self._links.get(fd) is not link or not native.ready(fd):
+            if self._links.get(fd) is not link or not unpatched.is_readable(fd):
                 return
             self._serve(link)
 
-    def _hear(self, link: Link) -> None:
+    def _hear(self, link: WorkerChannel) -> None:
         fd = None
         try:
             message, fd = channel.receive(link.sock, closer.close)
         except BlockingIOError:
             return
-        except channel.Malformed as error:
+        except channel.MalformedPacket as error:
             self._malformed(link, error)
             return
-        except (channel.Closed, OSError):
+        except (channel.ChannelClosed, OSError):
             self._leave(link)
             return
         try:
@@ -595,7 +607,7 @@ class Broker:
             if fd is not None:
                 closer.close(fd)
 
-    def _serve(self, link: Link) -> None:
+    def _serve(self, link: WorkerChannel) -> None:
         """Answer one packet of a worker."""
         before = closer.slow
         self._hear(link)
@@ -607,53 +619,55 @@ class Broker:
             )
             self._leave(link, expelled=True)
 
-    def _act(self, link: Link, message: channel.Message, fd: int | None) -> None:
+    def _act(self, link: WorkerChannel, message: channel.Message, fd: int | None) -> None:
         """Do what a worker's message says.
 
         :param fd: the descriptor that came with it, which stays the caller's.
         """
-        if isinstance(message, Hand):
+        if isinstance(message, OfferConnection):
             self._hand(link, message, fd)
-        elif isinstance(message, Open):
+        elif isinstance(message, OpenPort):
             self._open(link, message)
-        elif isinstance(message, Close):
+        elif isinstance(message, ReleasePort):
             self.leases.release(link.age, message.key, message.id)
-        elif isinstance(message, Paused):
+        elif isinstance(message, AcceptPaused):
             self.leases.paused(link.age, message.key)
-        elif isinstance(message, Adopted):
+        elif isinstance(message, AssignResult):
             self._adopted(link, message)
-        elif isinstance(message, Ready):
+        elif isinstance(message, WorkerReady):
             link.ready = True
             self.pid(link.age)
             self.primary_name = printable(message.primary[:MAX_NAME]) or self.primary_name
             for other in [li for li in self._links.values() if li.leaving]:
-                self._answer(other, Heir(0))
+                self._answer(other, SuccessorReady(0))
             self._warn_unclaimed()
-        elif isinstance(message, Leaving):
+        elif isinstance(message, WorkerLeaving):
             link.leaving = True
             self.leases.leaving(link.age)
-            self._answer(link, Noted(message.id, False))
+            self._answer(link, Acknowledged(message.id, False))
             if any(self.serving(li.age) for li in self._links.values()) and not self.stopping():
-                self._answer(link, Heir(0))
-        elif isinstance(message, Ask):
+                self._answer(link, SuccessorReady(0))
+        elif isinstance(message, GetReport):
             self._tell_report(link, message)
-        elif isinstance(message, Fault):
+        elif isinstance(message, BootFailure):
             if self.stopping():  # what a worker cannot have any more is no news, and nothing to halt for
-                self._answer(link, Noted(message.id, False))
+                self._answer(link, Acknowledged(message.id, False))
                 return
             self._fault(message.text)
             self._halting = self._halting or link.age
-            self._answer(link, Noted(message.id, self._halting == link.age))
+            self._answer(link, Acknowledged(message.id, self._halting == link.age))
         else:
-            self._pass_on(link, message)
+            self._dispatch_to_services(link, message)
 
-    def _pass_on(self, link: Link, message: channel.Message) -> None:
+    def _dispatch_to_services(self, link: WorkerChannel, message: channel.Message) -> None:
         for part in self.parts:
             answer = part.message(link.age, message)
             if answer is not None:
                 self._answer(link, answer)
                 return
-        self._malformed(link, channel.Malformed(f"{type(message).__name__} is the master's", message.id))
+        self._malformed(
+            link, channel.MalformedPacket(f"{type(message).__name__} is the master's", message.id)
+        )
 
     def _warn_unclaimed(self) -> None:
         """Once a program is ready: name the binds that it has left waiting."""
@@ -666,7 +680,7 @@ class Broker:
                     port.key,
                 )
 
-    def _malformed(self, link: Link, error: channel.Malformed) -> None:
+    def _malformed(self, link: WorkerChannel, error: channel.MalformedPacket) -> None:
         link.malformed += 1
         self.log.warning(
             "gunicorn-passenger: worker %s sent a message that is none: %s", self.pid(link.age), error
@@ -679,25 +693,27 @@ class Broker:
             )
             self._leave(link, expelled=True)
             return
-        self._answer(link, Rejected(error.id, str(error)))
+        self._answer(link, PacketRejected(error.id, str(error)))
 
-    def _open(self, link: Link, ask: Open) -> None:
+    def _open(self, link: WorkerChannel, ask: OpenPort) -> None:
         if self.stopping():
-            self._answer(link, Refused(ask.id, "listen", 0, "the application is stopping"))
+            self._answer(link, RequestDenied(ask.id, "listen", 0, "the application is stopping"))
             return
         same_user = self.cfg.uid == os.geteuid()
         try:
             ask = _check_text(ask)
-            opened = self.leases.want(link.age, ask, self.allotment, same_user, self._workers())
+            opened = self.leases.want(link.age, ask, self.allocation, same_user, self._workers())
         except errors.ListenError as error:
-            answer = Refused(ask.id, errors.refusal_kind(error), error.errno or 0, str(error)[:1000])
+            answer = RequestDenied(ask.id, errors.refusal_kind(error), error.errno or 0, str(error)[:1000])
             self._answer(link, answer)
             return
         except Exception as error:
             # whatever a worker asks for, it is answered
             text = f"the master cannot open what was asked for: {error}"
             self.log.error("gunicorn-passenger: worker %s: %s", self.pid(link.age), text[:1000])
-            self._answer(link, Refused(ask.id, "listen", getattr(error, "errno", None) or 0, text[:1000]))
+            self._answer(
+                link, RequestDenied(ask.id, "listen", getattr(error, "errno", None) or 0, text[:1000])
+            )
             return
         self._answer(link, opened)
 
@@ -711,7 +727,7 @@ class Broker:
     def _ages(self) -> list[int]:
         return [link.age for link in self._links.values()]
 
-    def _link(self, age: int) -> Link | None:
+    def _link(self, age: int) -> WorkerChannel | None:
         return next((link for link in self._links.values() if link.age == age), None)
 
     def serving(self, age: int) -> bool:
@@ -729,7 +745,7 @@ class Broker:
     def shut(self, port: Port) -> None:
         with suppress(ValueError):
             self._listening.remove(port.listener)
-        port.listener.really_close()
+        port.listener.close_now()
         self.log.info("Closed %s: it was stopped", port.key)
 
     def reopen(self, port: Port) -> None:
@@ -737,10 +753,10 @@ class Broker:
         self._listening.append(port.listener)
         self.log.info("Opened %s again", port.key)
 
-    def _answer(self, link: Link, message: channel.Message, fd: int | None = None) -> bool:
+    def _answer(self, link: WorkerChannel, message: channel.Message, fd: int | None = None) -> bool:
         try:
             channel.send(link.sock, message, fd)
-        except (BlockingIOError, channel.Closed, OSError) as error:
+        except (BlockingIOError, channel.ChannelClosed, OSError) as error:
             silent = isinstance(error, BlockingIOError)
             if silent:
                 self.log.error(
@@ -757,7 +773,7 @@ class Broker:
         self._faults.add(text)
         self.log.error("%s", " ".join(text.split()))
 
-    def _leave(self, link: Link, expelled: bool = False) -> None:
+    def _leave(self, link: WorkerChannel, expelled: bool = False) -> None:
         """A worker is gone: close its channel and forget its wishes.
 
         :param expelled: whether it lives, and its channel is closed since it cannot be talked to. It leaves
@@ -768,7 +784,7 @@ class Broker:
             return
         closer.close_socket(link.sock)
         self.tally.gone(link.board, self.listeners.ports.values())
-        self._unhand(link)
+        self._abort_offers(link)
         self.listeners.cooled(link.age)
         if expelled:
             # it may accept until it hears of it: its leases move when it is reaped
@@ -792,15 +808,15 @@ class Broker:
 
     # --- closing ---------------------------------------------------------------------------------
 
-    def _surrender(self) -> None:
+    def _on_listener_closed(self) -> None:
         """The arbiter closes a listener of ours: to stop, or since a reload changes ``bind``."""
         arbiter = self.arbiter
         if not self._undecided and arbiter is not None and arbiter.cfg is not self.cfg:
-            self._spare_bind(arbiter.cfg)
+            self._strip_owned_binds(arbiter.cfg)
         self._undecided = True
         self._wake()
 
-    def _spare_bind(self, cfg: Any) -> None:
+    def _strip_owned_binds(self, cfg: Any) -> None:
         """A reload may name a port in ``bind`` that a program has open: gunicorn need not open it again.
 
         It could not, since the workers of before still hold it. So it is taken out of ``bind`` until
@@ -843,7 +859,7 @@ class Broker:
         arbiter = self.arbiter
         ours = not (arbiter.reexec_pid or arbiter.master_pid or arbiter.systemd)
         for key, port in list(self.listeners.ports.items()):
-            if isinstance(port.listener, Held):
+            if isinstance(port.listener, BrokerOwnedListener):
                 self.leases.dropped(port)
                 self.listeners.drop(key, ours, self._ages())
         self.leases.stop()

@@ -19,7 +19,8 @@ from collections import deque
 from contextlib import suppress
 from typing import Any
 
-from gunicorn_passenger import channel, native
+from gunicorn_passenger.ipc import channel
+from gunicorn_passenger.system import unpatched
 
 _FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 #: The major number of /dev/null and its like.
@@ -89,7 +90,7 @@ class Closer:
 
     def __init__(self) -> None:
         self._waiting: deque[int] = deque()
-        self._lock = native.lock()
+        self._lock = unpatched.lock()
         self._runs = False
         #: how many there were that are not closed at once
         self.slow = 0
@@ -111,7 +112,7 @@ class Closer:
                 return
             self._runs = True
         try:
-            native.start_thread(self._run)
+            unpatched.start_thread(self._run)
         except RuntimeError:
             # no thread to be had: rather wait than leak
             self._run()

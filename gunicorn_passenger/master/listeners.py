@@ -1,11 +1,11 @@
 """The ports that the master holds: opening, adopting, handing over, closing.
 
 Runs in: the master, in the broker's thread (or before it starts). Must never: resolve a name,
-wait for anything, or open what the allotment does not name.
+wait for anything, or open what the port allocation does not name.
 
 A port lives in the arbiter's own ``LISTENERS``, so that ``USR2`` hands it to the next master and a
 shutdown closes it. gunicorn also closes every listener there when a reload changes ``bind``; a
-:class:`Held` listener survives that (see :meth:`Held.close`).
+:class:`BrokerOwnedListener` listener survives that (see :meth:`Held.close`).
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from typing import Any
 
 from gunicorn.sock import TCP6Socket, TCPSocket, UnixSocket
 
-from gunicorn_passenger import errors, sockets
-from gunicorn_passenger.address import format_sockname, format_tcp
-from gunicorn_passenger.allotment import Allotment, format_ports, parse_ports
-from gunicorn_passenger.board import SLOTS
-from gunicorn_passenger.channel import Open
+from gunicorn_passenger import errors
+from gunicorn_passenger.config.address import format_sockname, format_tcp
+from gunicorn_passenger.config.port_allocation import PortAllocation, format_ports, parse_ports
+from gunicorn_passenger.ipc.channel import OpenPort
+from gunicorn_passenger.ipc.scoreboard import SLOTS
+from gunicorn_passenger.system import listening_sockets
 
 #: Marks, for the next master, a port of an "each" server.
 _EACH = "each "
@@ -33,12 +34,12 @@ _EACH = "each "
 MAX_PORTS = 1024
 
 
-class Held:
+class BrokerOwnedListener:
     """Mixin for gunicorn's socket classes: a listener that the broker opened.
 
     gunicorn calls ``close()`` in two places: when it stops, and when a reload changes ``bind``. The
     broker must tell them apart, since a port outlives a reload; so ``close()`` only reports, and the
-    broker closes by :meth:`really_close`.
+    broker closes by :meth:`close_now`.
     """
 
     surrendered: Callable[[], None] | None = None
@@ -48,24 +49,24 @@ class Held:
         if self.surrendered is not None and self.sock is not None:
             self.surrendered()
         else:
-            self.really_close()
+            self.close_now()
 
-    def really_close(self) -> None:
+    def close_now(self) -> None:
         sock, self.sock = self.sock, None
         if sock is not None:
             with suppress(OSError):
                 sock.close()
 
 
-class HeldTCP(Held, TCPSocket):
+class BrokerOwnedTCP(BrokerOwnedListener, TCPSocket):
     """A run-time port on IPv4."""
 
 
-class HeldTCP6(Held, TCP6Socket):
+class BrokerOwnedTCP6(BrokerOwnedListener, TCP6Socket):
     """A run-time port on IPv6."""
 
 
-class HeldUnix(Held, UnixSocket):
+class BrokerOwnedUnix(BrokerOwnedListener, UnixSocket):
     """A run-time UNIX socket."""
 
     def getsockname(self) -> tuple[str, str]:
@@ -100,7 +101,7 @@ class Port:
     position: int = 0
     #: what the program calls the server
     name: str = ""
-    #: where workers count what they do (see board.py)
+    #: where workers count what they do (see ipc/scoreboard.py)
     slot: int = -1
     #: whether workers count its requests
     counts: bool = True
@@ -150,10 +151,10 @@ class Listeners:
 
         :param auto: what an ``"auto"`` server of the master before asked for it as.
         """
-        name = sockets.sockname(listener.sock)
+        name = listening_sockets.sockname(listener.sock)
         if not isinstance(name, tuple):
             port = Port(format_sockname(name), listener, path=str(name), family=socket.AF_UNIX, bound=bound)
-            port.file = sockets.file_id(str(name))
+            port.file = listening_sockets.inode_id(str(name))
         else:
             family = socket.AF_INET6 if len(name) == 4 else socket.AF_INET
             port = Port(
@@ -205,7 +206,7 @@ class Listeners:
             port = known.pop(id(listener), None)
             if port is not None:
                 self.ports[port.key] = port
-            elif isinstance(listener, Held) and listener.sock is not None:
+            elif isinstance(listener, BrokerOwnedListener) and listener.sock is not None:
                 self.adopt(listener, False, time.monotonic())
         # those that an operator has stopped are open nowhere
         self.ports |= {port.key: port for port in known.values() if port.paused}
@@ -230,11 +231,15 @@ class Listeners:
 
     def _held(self, listener: Any) -> Any:
         """The same socket as a listener of our own class, so that a reload does not close it."""
-        if isinstance(listener, Held):
+        if isinstance(listener, BrokerOwnedListener):
             return listener
         sock = listener.sock
-        classes = {socket.AF_INET: HeldTCP, socket.AF_INET6: HeldTCP6, socket.AF_UNIX: HeldUnix}
-        name = sockets.sockname(sock)
+        classes = {
+            socket.AF_INET: BrokerOwnedTCP,
+            socket.AF_INET6: BrokerOwnedTCP6,
+            socket.AF_UNIX: BrokerOwnedUnix,
+        }
+        name = listening_sockets.sockname(sock)
         return self._wrap(classes[listener.FAMILY], name, sock.detach())
 
     def _wrap(self, cls: Any, name: Any, fd: int) -> Any:
@@ -244,21 +249,21 @@ class Listeners:
 
     # --- opening ------------------------------------------------------------------------------
 
-    def open(self, ask: Open, allotment: Allotment, same_user: bool) -> Port:
+    def open(self, ask: OpenPort, allocation: PortAllocation, same_user: bool) -> Port:
         """The port that a worker asked for, opened now if it is not open yet.
 
         :raises errors.ListenError: when it may not have it or it cannot be opened.
         """
         if ask.kind == "unix":
-            return self._open_unix(ask, allotment, same_user)
+            return self._open_unix(ask, allocation, same_user)
         if ask.kind == "auto":
-            return self._open_auto(ask, allotment)
+            return self._open_auto(ask, allocation)
         if ask.kind == "tcp":
-            return self._open_tcp(ask, allotment)
+            return self._open_tcp(ask, allocation)
         raise errors.bad_address(ask.kind[:40], "the worker asked for an unknown kind of address")
 
     def open_each(
-        self, ask: Open, allotment: Allotment, workers: int, age: int, waits: bool = False
+        self, ask: OpenPort, allocation: PortAllocation, workers: int, age: int, waits: bool = False
     ) -> Port | None:
         """With the placement "each": a port that no other worker has.
 
@@ -271,19 +276,19 @@ class Listeners:
         :raises errors.ListenError: when there cannot be as many ports as workers.
         """
         if ask.kind == "unix":
-            raise errors.each_on_unix(ask.path)
+            raise errors.each_needs_tcp(ask.path)
         label = f"{ask.host}/{ask.port}/{ask.name}"
         keys = self._each.get(label, {})
         for key in keys.values():
             if age in self.ports[key].wanted_by:
-                raise errors.twice_in_process(key)
+                raise errors.duplicate_listen(key)
         for position in sorted(keys):
             if not self.ports[keys[position]].wanted_by:
                 return self.ports[keys[position]]
         if len(keys) >= workers:
             return None
         try:
-            port = self._create_free(_family(ask.host), ask, allotment, workers - len(keys))
+            port = self._create_free(_family(ask.host), ask, allocation, workers - len(keys))
         except errors.ListenError as error:
             if keys:
                 # there are more workers than at the start: this one waits for another's port
@@ -296,40 +301,40 @@ class Listeners:
         self._each.setdefault(label, {})[port.position] = port.key
         return port
 
-    def _create_free(self, family: int, ask: Open, allotment: Allotment, needed: int = 0) -> Port:
+    def _create_free(self, family: int, ask: OpenPort, allocation: PortAllocation, needed: int = 0) -> Port:
         """Open the first of the ports in question that nobody has.
 
         :param needed: how many of them must be free.
         """
         within = parse_ports(ask.within, "the worker") if ask.within else None
-        if ask.kind == "auto" and not allotment.limited and within is None:
+        if ask.kind == "auto" and not allocation.limited and within is None:
             return self._create_tcp(family, ask.host, 0, ask)
-        if allotment.limited:
-            ports = allotment.ports & within if within is not None else allotment.ports
+        if allocation.limited:
+            ports = allocation.ports & within if within is not None else allocation.ports
         else:
             ports = within if within is not None else frozenset(range(max(ask.port, 1), 65536))
         if ask.kind == "tcp":
-            allotment.check(ask.port)
+            allocation.check(ask.port)
             ports = frozenset(number for number in ports if number >= ask.port)
         taken = {p.port for p in self.ports.values()} | self._primary_ports()
         free = sorted(ports - taken)
         if len(free) < needed:
-            raise errors.too_few_ports(format_ports(ports), needed, len(free), allotment.sources)
+            raise errors.too_few_ports(format_ports(ports), needed, len(free), allocation.sources)
         for number in free:
-            allotment.check(number)
+            allocation.check(number)
             try:
                 return self._create_tcp(family, ask.host, number, ask)
             except errors.PortInUse:
                 continue
-        raise errors.no_port_free(format_ports(ports), allotment.sources)
+        raise errors.no_port_free(format_ports(ports), allocation.sources)
 
-    def _open_tcp(self, ask: Open, allotment: Allotment) -> Port:
+    def _open_tcp(self, ask: OpenPort, allocation: PortAllocation) -> Port:
         family = _family(ask.host)
         if not 1 <= ask.port <= 65535:
             raise errors.bad_port(ask.port)
         port = self.ports.get(tcp_key(ask.host, ask.port)) or self._bound_elsewhere(ask.port)
         if port is None or not port.bound:
-            allotment.check(ask.port)
+            allocation.check(ask.port)
         if port is None:
             port = self._create_tcp(family, ask.host, ask.port, ask)
         self._raise_backlog(port, _backlog(ask))
@@ -339,12 +344,12 @@ class Listeners:
         """The operator's word on the host wins: a port that ``bind`` opened serves any listen on it."""
         return next((p for p in self.ports.values() if p.bound and p.port == number), None)
 
-    def _create_tcp(self, family: int, host: str, number: int, ask: Open) -> Port:
+    def _create_tcp(self, family: int, host: str, number: int, ask: OpenPort) -> Port:
         self._check_room()
         own = next((p for p in self.ports.values() if number and p.port == number), None)
         backlog = max(self.cfg.backlog, _backlog(ask))
         try:
-            sock = sockets.open_tcp(family, host, number, backlog, ask.v6only)
+            sock = listening_sockets.open_tcp(family, host, number, backlog, ask.v6only)
         except errors.PortInUse:
             holder = "this application itself, "
             if own is not None:
@@ -355,7 +360,9 @@ class Listeners:
                 raise
             raise errors.in_use(format_tcp(host, number), holder) from None
         name = sock.getsockname()
-        listener = self._wrap(HeldTCP6 if family == socket.AF_INET6 else HeldTCP, name, sock.detach())
+        listener = self._wrap(
+            BrokerOwnedTCP6 if family == socket.AF_INET6 else BrokerOwnedTCP, name, sock.detach()
+        )
         port = Port(
             tcp_key(name[0], name[1]), listener, host=name[0], port=name[1], family=family, backlog=backlog
         )
@@ -364,7 +371,11 @@ class Listeners:
         return port
 
     def _primary_ports(self) -> set[int]:
-        names = [li.getsockname() for li in self.binds if li.sock is not None and not isinstance(li, Held)]
+        names = [
+            li.getsockname()
+            for li in self.binds
+            if li.sock is not None and not isinstance(li, BrokerOwnedListener)
+        ]
         return {name[1] for name in names if isinstance(name, tuple)}
 
     @staticmethod
@@ -394,16 +405,16 @@ class Listeners:
         if sum(age in p.wanted_by or (p.opened_for == age and not p.wanted_by) for p in ports) >= limit:
             raise errors.too_many_ports_of_worker(limit)
 
-    def _open_auto(self, ask: Open, allotment: Allotment) -> Port:
+    def _open_auto(self, ask: OpenPort, allocation: PortAllocation) -> Port:
         family = _family(ask.host)
         label = f"{ask.host}/{ask.name}"
         port = self.ports.get(self._autos.get(label, ""))
         if port is None:
-            port = self._create_free(family, ask, allotment)
+            port = self._create_free(family, ask, allocation)
             self._autos[label] = port.key
         return port
 
-    def _open_unix(self, ask: Open, allotment: Allotment, same_user: bool) -> Port:
+    def _open_unix(self, ask: OpenPort, allocation: PortAllocation, same_user: bool) -> Port:
         port = self.ports.get(f"unix:{ask.path}")
         if port is not None:
             return port
@@ -411,15 +422,15 @@ class Listeners:
         # same rights may still work in a directory that others can write: see sockets.open_unix and
         # sockets.remove.
         if not same_user:
-            raise errors.unix_other_user(ask.path, allotment.account)
+            raise errors.unix_other_user(ask.path, allocation.account)
         if not os.path.isabs(ask.path) or "\0" in ask.path:
             raise errors.bad_address(ask.path[:100], "the path of the UNIX socket is not absolute")
         self._check_room()
         mode = 0o666 & ~self.cfg.umask if self.cfg.umask else 0o600
-        sock = sockets.open_unix(ask.path, mode, max(self.cfg.backlog, _backlog(ask)))
-        listener = self._wrap(HeldUnix, ask.path, sock.detach())
+        sock = listening_sockets.open_unix(ask.path, mode, max(self.cfg.backlog, _backlog(ask)))
+        listener = self._wrap(BrokerOwnedUnix, ask.path, sock.detach())
         port = Port(f"unix:{ask.path}", listener, path=ask.path, family=socket.AF_UNIX)
-        port.file = sockets.file_id(ask.path)
+        port.file = listening_sockets.inode_id(ask.path)
         self._add(port)
         return port
 
@@ -438,12 +449,12 @@ class Listeners:
         backlog = max(self.cfg.backlog, port.backlog)
         if port.path:
             mode = 0o666 & ~self.cfg.umask if self.cfg.umask else 0o600
-            sock = sockets.open_unix(port.path, mode, backlog)
-            port.listener = self._wrap(HeldUnix, port.path, sock.detach())
-            port.file = sockets.file_id(port.path)
+            sock = listening_sockets.open_unix(port.path, mode, backlog)
+            port.listener = self._wrap(BrokerOwnedUnix, port.path, sock.detach())
+            port.file = listening_sockets.inode_id(port.path)
             return
-        sock = sockets.open_tcp(port.family, port.host, port.port, backlog, port.v6only)
-        cls = HeldTCP6 if port.family == socket.AF_INET6 else HeldTCP
+        sock = listening_sockets.open_tcp(port.family, port.host, port.port, backlog, port.v6only)
+        cls = BrokerOwnedTCP6 if port.family == socket.AF_INET6 else BrokerOwnedTCP
         port.listener = self._wrap(cls, sock.getsockname(), sock.detach())
 
     # --- closing ------------------------------------------------------------------------------
@@ -460,12 +471,12 @@ class Listeners:
             if keys.get(port.position) == key:
                 del keys[port.position]
         self._each = {label: keys for label, keys in self._each.items() if keys}
-        port.listener.really_close()
+        port.listener.close_now()
         if unlink and port.file is not None:
-            sockets.remove(port.path, port.file)
+            listening_sockets.remove(port.path, port.file)
 
 
-def _backlog(ask: Open) -> int:
+def _backlog(ask: OpenPort) -> int:
     return min(max(ask.backlog, 0), 65535)
 
 

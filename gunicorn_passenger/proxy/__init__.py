@@ -1,1 +1,4 @@
-"""The reverse proxy. Knows nothing of the master, of workers, or of where it is mounted."""
+"""The reverse proxy: targets, options, header rewriting, upstream connections, tunnels.
+
+Runs in: a worker or plain Python, wherever it is mounted. Must never: know of the master or of other servers.
+"""

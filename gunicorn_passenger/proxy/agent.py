@@ -12,10 +12,10 @@ from collections import deque
 from typing import Any
 
 from gunicorn_passenger.errors import PoolExhausted, SettingError
-from gunicorn_passenger.proxy.connecting import connect
+from gunicorn_passenger.proxy.dial import connect
 from gunicorn_passenger.proxy.log import failed_callback
-from gunicorn_passenger.proxy.stream import Runtime, Stream, runtime
 from gunicorn_passenger.proxy.target import Target
+from gunicorn_passenger.proxy.upstream_io import Runtime, Stream, runtime
 
 #: Targets whose pools are kept although they are empty.
 _POOLS = 64
@@ -111,7 +111,7 @@ def _seconds(name: str, value: Any) -> float:
     return float(value)
 
 
-class Link:
+class UpstreamConnection:
     """A connection to a target: its stream, and the bytes that were read ahead."""
 
     __slots__ = ("buf", "idle", "pool", "reused", "since", "stream")
@@ -140,14 +140,14 @@ class Link:
         self.pool.retire(self)
 
 
-class _Ticket:
+class _PoolWaiter:
     """A request that waits for a connection."""
 
     __slots__ = ("event", "link")
 
     def __init__(self, event: Any) -> None:
         self.event = event
-        self.link: Link | None = None
+        self.link: UpstreamConnection | None = None
 
 
 class Pool:
@@ -167,10 +167,10 @@ class Pool:
         self._local_address = local_address
         self._context = context
         #: those that nobody uses, the one used last at the end
-        self._idle: list[Link] = []
+        self._idle: list[UpstreamConnection] = []
         #: those in use, or being made
         self.used = 0
-        #: what :func:`~.messages.head_of` remembers of the last answer
+        #: what :func:`~.response_head.parse_response_head` remembers of the last answer
         self.memo: Any = None
         self._waiting: deque[Any] = deque()
         #: whether the agent has forgotten it
@@ -181,7 +181,7 @@ class Pool:
         self._timer: Any = None
         self._lock = waits.lock()
 
-    def take(self, fresh: bool = False, wait: bool = True) -> Link:
+    def take(self, fresh: bool = False, wait: bool = True) -> UpstreamConnection:
         """A connection for one request, to be given back with :meth:`give` or :meth:`drop`.
 
         :param fresh: whether it has to be a new one.
@@ -200,7 +200,7 @@ class Pool:
                 elif not wait:
                     raise PoolExhausted(f"all {most} connections are in use")
                 else:
-                    ticket = _Ticket(self.runtime.event())
+                    ticket = _PoolWaiter(self.runtime.event())
                     self._waiting.append(ticket)
             if ticket is None:
                 self.used += 1
@@ -215,9 +215,9 @@ class Pool:
         except BaseException:
             self._free()
             raise
-        return Link(self, stream)
+        return UpstreamConnection(self, stream)
 
-    def _take_idle(self) -> Link | None:
+    def _take_idle(self) -> UpstreamConnection | None:
         while self._idle:
             try:
                 link = self._idle.pop()
@@ -231,7 +231,7 @@ class Pool:
             return link
         return None
 
-    def kept(self) -> Link | None:
+    def kept(self) -> UpstreamConnection | None:
         """A connection that was kept, if there is one: :meth:`take` in a hub, at its simplest."""
         try:
             link = self._idle.pop()
@@ -241,7 +241,7 @@ class Pool:
         self.used += 1
         return link
 
-    def _wait_for(self, ticket: _Ticket) -> Link | None:
+    def _wait_for(self, ticket: _PoolWaiter) -> UpstreamConnection | None:
         """Wait until another request gives its connection back.
 
         :returns: the connection, or ``None`` when the other has dropped it and its place is free.
@@ -259,7 +259,7 @@ class Pool:
             raise PoolExhausted(f"all {self.agent.max_connections} connections are in use")
         return ticket.link
 
-    def _left(self, ticket: _Ticket) -> bool:
+    def _left(self, ticket: _PoolWaiter) -> bool:
         """Leave the queue; false when the ticket was called just before."""
         try:
             self._waiting.remove(ticket)
@@ -267,7 +267,7 @@ class Pool:
             return False
         return True
 
-    def _call(self, link: Link | None) -> bool:
+    def _call(self, link: UpstreamConnection | None) -> bool:
         """Hand a connection, or the place of one, to the request that waits longest."""
         try:
             ticket = self._waiting.popleft()
@@ -277,7 +277,7 @@ class Pool:
         ticket.event.set()
         return True
 
-    def keep(self, link: Link) -> None:
+    def keep(self, link: UpstreamConnection) -> None:
         """A request is over: :meth:`give` in a hub, at its simplest."""
         if (
             self._waiting
@@ -293,7 +293,7 @@ class Pool:
         self.used -= 1
         link.stream.rearm()
 
-    def give(self, link: Link) -> None:
+    def give(self, link: UpstreamConnection) -> None:
         """A request is over, and its connection can carry another."""
         if link.buf or link.stream.unsent or not self.agent.max_idle:
             self.drop(link)
@@ -316,7 +316,7 @@ class Pool:
         if self._timer is None:
             self._start_timer(self.agent.idle_timeout)
 
-    def drop(self, link: Link) -> None:
+    def drop(self, link: UpstreamConnection) -> None:
         """A request is over, and so is its connection."""
         try:
             link.stream.close()
@@ -360,7 +360,7 @@ class Pool:
             if self._idle:
                 self._start_timer(self._idle[0].since + self.agent.idle_timeout - self.clock())
 
-    def retire(self, link: Link) -> None:
+    def retire(self, link: UpstreamConnection) -> None:
         """Close a connection that no request uses; others are not kept from it when that fails."""
         try:
             self._idle.remove(link)

@@ -13,10 +13,10 @@ from typing import Any
 from werkzeug.datastructures import Headers
 
 from gunicorn_passenger.errors import ClientDisconnected, ProxyError, SettingError
-from gunicorn_passenger.proxy.fields import Fields
 from gunicorn_passenger.proxy.options import VALUE, check_field
-from gunicorn_passenger.proxy.stream import ClientGone
+from gunicorn_passenger.proxy.request_headers import HeaderList
 from gunicorn_passenger.proxy.target import Target
+from gunicorn_passenger.proxy.upstream_io import DownstreamDisconnected
 
 EVENTS = (
     "start",
@@ -78,7 +78,7 @@ class Events:
         for handler in list(self._handlers.get(event, ())):
             try:
                 returned = handler(*arguments)
-            except (ProxyError, ClientDisconnected, ClientGone):
+            except (ProxyError, ClientDisconnected, DownstreamDisconnected):
                 raise  # it has read the answer's body, and the target or the client has failed
             except Exception as error:
                 raise HandlerFailed(f"a handler of {event!r} failed") from error
@@ -90,7 +90,7 @@ class Events:
 class UpstreamRequest:
     """The request as it will be sent."""
 
-    def __init__(self, method: str, path: str, fields: Fields, target: Target) -> None:
+    def __init__(self, method: str, path: str, fields: HeaderList, target: Target) -> None:
         self.method = method
         #: path and query
         self.path = path
@@ -107,7 +107,7 @@ class UpstreamResponse:
     """The answer of a target, before it is sent to the client."""
 
     def __init__(
-        self, status: int, reason: str, fields: Fields, target: Target, body: Iterator[bytes]
+        self, status: int, reason: str, fields: HeaderList, target: Target, body: Iterator[bytes]
     ) -> None:
         self.status_code = status
         self.reason = reason
@@ -123,7 +123,7 @@ class UpstreamResponse:
     def stream(self) -> io.BufferedReader:
         """The body, as it comes in: a file with ``read``, ``read1`` and ``readline``."""
         if self._stream is None:
-            self._stream = io.BufferedReader(_Body(self._body), 65536)
+            self._stream = io.BufferedReader(_ResponseBodyFile(self._body), 65536)
         return self._stream
 
     def left(self) -> Iterator[bytes]:
@@ -140,7 +140,7 @@ class UpstreamResponse:
         return f"{self.status_code} {self.reason}".rstrip() + (" " if not self.reason else "")
 
 
-class _Body(io.RawIOBase):
+class _ResponseBodyFile(io.RawIOBase):
     """Pieces as a file."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
@@ -162,7 +162,7 @@ class _Body(io.RawIOBase):
         return count
 
 
-def checked(headers: Headers, event: str) -> Fields:
+def checked(headers: Headers, event: str) -> HeaderList:
     """The fields that a handler has left.
 
     :raises HandlerFailed: when one of them cannot be sent.

@@ -10,7 +10,7 @@ import logging
 from typing import Any
 
 from gunicorn_passenger.http.faults import report_fault
-from gunicorn_passenger.text import printable
+from gunicorn_passenger.system.text import printable
 
 _logger = logging.getLogger("gunicorn.error")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from gunicorn_passenger.errors import SettingError
 from gunicorn_passenger.proxy.agent import Agent
-from gunicorn_passenger.proxy.core import Proxy
+from gunicorn_passenger.proxy.handler import Proxy
 from gunicorn_passenger.proxy.options import Options, positive
 
 #: what an entry of Werkzeug's table may have

@@ -11,10 +11,10 @@ from typing import Any
 
 from gunicorn_passenger.errors import ProxyError
 from gunicorn_passenger.proxy.agent import Pool
-from gunicorn_passenger.proxy.client import CHUNKED
+from gunicorn_passenger.proxy.downstream import CHUNKED
 from gunicorn_passenger.proxy.log import failed_callback, log
-from gunicorn_passenger.proxy.messages import HEAD_LIMIT
 from gunicorn_passenger.proxy.options import Options
+from gunicorn_passenger.proxy.response_head import HEAD_LIMIT
 from gunicorn_passenger.proxy.target import Target
 
 #: Copies that are under way at a time, in each worker; what comes on top is not copied.
@@ -28,13 +28,13 @@ _SECONDS = 60.0
 _under_way: set[Any] = set()
 
 
-class _Total:
+class _MirrorTotal:
     """Bytes that wait in all copies."""
 
     waiting = 0
 
 
-class Copy:
+class MirroredRequest:
     """One request, copied."""
 
     def __init__(self, target: Target, pool: Pool, head: bytes, length: int, options: Options) -> None:
@@ -66,18 +66,18 @@ class Copy:
         """A piece of the body."""
         if self._given_up or self._ended:
             return
-        if self._waiting > _WAITING or _Total.waiting > _WAITING_IN_ALL:
+        if self._waiting > _WAITING or _MirrorTotal.waiting > _WAITING_IN_ALL:
             self._give_up()
             log.warning("proxy: %s: it is slower than the request, the copy is given up", self._target)
             return
         self._waiting += len(piece)
-        _Total.waiting += len(piece)
+        _MirrorTotal.waiting += len(piece)
         self._pieces.put(piece)
         self._stirred.set()
 
     def _give_up(self) -> None:
         self._given_up = True
-        _Total.waiting -= self._waiting
+        _MirrorTotal.waiting -= self._waiting
         self._waiting = 0
         self._pieces = queue.SimpleQueue()
         self._stirred.set()
@@ -109,7 +109,7 @@ class Copy:
                 continue
             if piece is not None and not self._given_up:
                 self._waiting -= len(piece)
-                _Total.waiting -= len(piece)
+                _MirrorTotal.waiting -= len(piece)
             return piece
 
     def _run(self) -> None:

@@ -40,7 +40,7 @@ class Backend:
         self.failed_until = time.monotonic() + options.fail_timeout
 
 
-class Several:
+class TargetGroup:
     """One or several targets that do the same."""
 
     def __init__(self, targets: list[Target]) -> None:
@@ -92,8 +92,8 @@ class Route:
         #: the part of the path that its requests lose
         self.remove = ""
         self._function: Callable[..., Any] | None = None
-        self._known: dict[Any, Several] = {}
-        self._several: Several | None = None
+        self._known: dict[Any, TargetGroup] = {}
+        self._several: TargetGroup | None = None
         #: the targets of every request, where there is just one
         self.only: list[Backend] | None = None
         if target is None:
@@ -104,11 +104,11 @@ class Route:
         elif isinstance(target, (list, tuple)):
             if not target:
                 raise SettingError("target=[] names no target")
-            self._several = Several([parse_target(one, host) for one in target])
+            self._several = TargetGroup([parse_target(one, host) for one in target])
         elif callable(target) and not isinstance(target, type):
             self._function = target
         else:
-            self._several = Several([parse_target(target, host)])
+            self._several = TargetGroup([parse_target(target, host)])
         if self._several is not None and len(self._several.backends) == 1 and not options.sticky:
             self.only = self._several.backends
 
@@ -191,14 +191,14 @@ class Route:
         route._several = self._remembered(target)
         return route
 
-    def _remembered(self, said: Any) -> Several:
+    def _remembered(self, said: Any) -> TargetGroup:
         key = tuple(said) if isinstance(said, list) else said
         try:
             found = self._known.get(key)
         except TypeError:
             raise SettingError(f"the target function returned {said!r}, which is no target") from None
         if found is None:
-            found = Several([parse_target(one) for one in (key if isinstance(key, tuple) else (key,))])
+            found = TargetGroup([parse_target(one) for one in (key if isinstance(key, tuple) else (key,))])
             if len(self._known) >= _REMEMBER:
                 self._known.clear()
             self._known[key] = found

@@ -16,7 +16,7 @@ from typing import Any
 
 from gevent.lock import Semaphore
 
-from gunicorn_passenger.proxy.stream import ANSWER, GeventStream, Stream
+from gunicorn_passenger.proxy.upstream_io import ANSWER, GeventStream, Stream
 
 
 class TlsStream(Stream):

@@ -22,7 +22,7 @@ import gevent
 from gevent import get_hub, getcurrent
 
 from gunicorn_passenger.proxy.log import failed_callback
-from gunicorn_passenger.proxy.stream import GeventStream, runtime
+from gunicorn_passenger.proxy.upstream_io import GeventStream, runtime
 
 #: Bytes that one read asks for.
 _PIECE = 65536
@@ -33,7 +33,7 @@ _CLOSING = 2.0
 _GOING_AWAY = struct.pack("!H", 1001)
 
 
-class Frames:
+class FrameTracker:
     """Knows where a WebSocket's frames end (RFC 6455 section 5.2)."""
 
     __slots__ = ("_head", "_left")
@@ -117,7 +117,7 @@ def close_frame(masked: bool) -> bytes:
     return b"\x88\x82" + mask + payload
 
 
-class _Way:
+class _TunnelDirection:
     """One direction: from one socket to the other."""
 
     __slots__ = (
@@ -146,7 +146,7 @@ class _Way:
         self._send = sink.send
         self._readable = readable
         self._room: Any = None
-        self._frames = Frames() if websocket else None
+        self._frames = FrameTracker() if websocket else None
         #: what the sink has not taken yet; nothing is read meanwhile
         self._pending: Any = b""
         #: a Close that is to be the last frame
@@ -323,8 +323,8 @@ class Tunnel:
         """
         loop = get_hub().loop
         watchers = loop.io(client.fileno(), 1), loop.io(upstream.fileno(), 1)
-        self._up = _Way(self, client, upstream, watchers[0], self._websocket)
-        self._down = _Way(self, upstream, client, watchers[1], self._websocket)
+        self._up = _TunnelDirection(self, client, upstream, watchers[0], self._websocket)
+        self._down = _TunnelDirection(self, upstream, client, watchers[1], self._websocket)
         self._greenlet = getcurrent()
         try:
             if self._ws_timeout is not None:

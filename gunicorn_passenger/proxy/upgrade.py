@@ -14,17 +14,17 @@ from gevent import get_hub
 from gunicorn.workers.base_async import ALREADY_HANDLED
 
 from gunicorn_passenger.errors import BadResponse
-from gunicorn_passenger.proxy import fields as rules
+from gunicorn_passenger.proxy import request_headers as rules
 from gunicorn_passenger.proxy import wire
-from gunicorn_passenger.proxy.exchange import Exchange
-from gunicorn_passenger.proxy.messages import ResponseHead
+from gunicorn_passenger.proxy.response_head import ResponseHead
+from gunicorn_passenger.proxy.round_trip import RoundTrip
 from gunicorn_passenger.proxy.tunnel import Tunnel, bridge
 
 if TYPE_CHECKING:
-    from gunicorn_passenger.proxy.passage import Passage
+    from gunicorn_passenger.proxy.forward import ForwardedRequest
 
 
-def carry(passage: Passage, head: ResponseHead) -> Iterable[bytes]:
+def carry(passage: ForwardedRequest, head: ResponseHead) -> Iterable[bytes]:
     """Send the 101 to the client, and pass bytes until both sides have had enough."""
     agreed = rules.protocols(head.upgrade)
     if not agreed <= rules.protocols(passage.fields.upgrade) or "" in agreed:
@@ -59,7 +59,7 @@ def carry(passage: Passage, head: ResponseHead) -> Iterable[bytes]:
     return () if getattr(client, "connection", None) is not None else ALREADY_HANDLED
 
 
-def _join(tunnel: Tunnel, exchange: Exchange, client: Any, answer: bytes, status: str, lines: str) -> None:
+def _join(tunnel: Tunnel, exchange: RoundTrip, client: Any, answer: bytes, status: str, lines: str) -> None:
     """Run a tunnel between the two connections, and end that to the target.
 
     :param client: ``gunicorn.socket``.
@@ -76,7 +76,7 @@ def _join(tunnel: Tunnel, exchange: Exchange, client: Any, answer: bytes, status
         near, early = client._sock, b""
         connection = getattr(client, "connection", None)
         if connection is not None:
-            early = connection.take_over(answer, status, lines)
+            early = connection.hijack(answer, status, lines)
             connection.leaving = tunnel.leave
             stack.callback(setattr, connection, "leaving", None)
             if connection.gateway.closing or not connection.gateway.worker.alive:

@@ -1,7 +1,7 @@
 """A server of the program: what ``create_server()`` returns.
 
 Runs in: a worker, plain Python, or the master with ``--preload`` (where it only notes what it is
-to do). Must never: bind a port itself; :mod:`.application` knows where sockets come from.
+to do). Must never: bind a port itself; :mod:`.registry` knows where sockets come from.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypeVar
 
 from gunicorn_passenger import errors
-from gunicorn_passenger.address import Address, Primary, SockAddr, Tcp, format_sockname, parse
-from gunicorn_passenger.serving.link import Lease
-from gunicorn_passenger.settings import check_placement, settings
-from gunicorn_passenger.text import MAX_NAME, printable
+from gunicorn_passenger.config.address import Address, Primary, SockAddr, Tcp, format_sockname, parse
+from gunicorn_passenger.config.settings import check_placement, settings
+from gunicorn_passenger.serving.broker_client import PortLease
+from gunicorn_passenger.system.text import MAX_NAME, printable
 
 WSGIApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
@@ -23,7 +23,7 @@ S = TypeVar("S", bound="Server")
 NEW, WAITING, LISTENING, STOPPED, CLOSED, LOST = "new", "waiting", "listening", "stopped", "closed", "lost"
 
 
-class Socket:
+class ListenAddress:
     """A listening socket of this process, and the key under which the master knows it."""
 
     def __init__(self, sock: Any, sockname: SockAddr | str | None, key: str = "") -> None:
@@ -43,7 +43,7 @@ class Socket:
         return None if self.sockname is None else format_sockname(self.sockname)
 
 
-class Home(Protocol):
+class ServerHost(Protocol):
     """Where a server belongs: the application of this process."""
 
     def add(self, server: Server) -> None: ...
@@ -57,7 +57,7 @@ class Server:
     is a module that gunicorn can load.
     """
 
-    def __init__(self, app: WSGIApp, home: Home) -> None:
+    def __init__(self, app: WSGIApp, home: ServerHost) -> None:
         if not callable(app):
             raise errors.not_callable(app)
         self.app = app
@@ -66,8 +66,8 @@ class Server:
         self.state = NEW
         self._name: str | None = None
         self._want: Address | None = None
-        self._socket: Socket | None = None
-        self._lease: Lease | None = None
+        self._socket: ListenAddress | None = None
+        self._lease: PortLease | None = None
         #: with the placement "each": which of its kind it is, from 1
         self.position = 0
         #: where the worker counts what it does
@@ -120,14 +120,14 @@ class Server:
 
         :param address: ``"passenger"`` (the primary socket, which the web server reaches), a port
             number, ``"host:port"``, ``"[::1]:port"``, ``"unix:/path"``, or ``"auto"`` (any free port
-            of the allotment, one for all workers).
+            of the port allocation, one for all workers).
         :param host: the host for a bare port and for ``"auto"``.
         :param name: names the server in :func:`gunicorn_passenger.servers` and in the log.
         :param placement: ``"shared"``: all workers accept from the one socket. ``"one"``: one worker at a
             time accepts, another when that leaves or dies. ``"each"``: every worker gets a port of its own,
             with a number the next free ones from there.
         :returns: the server itself.
-        :raises errors.ListenError: (an ``OSError``) when it cannot listen there; ``PortNotAllotted``
+        :raises errors.ListenError: (an ``OSError``) when it cannot listen there; ``PortNotAllocated``
             and ``PortInUse`` are kinds of it.
         :raises errors.AlreadyInstalled: when the primary socket has its server.
         """
@@ -144,7 +144,7 @@ class Server:
             placement = settings.placement(want.port, placement)
         self.placement = check_placement(placement)
         if isinstance(want, Primary) and placement != "shared":
-            raise errors.placed_primary(placement)
+            raise errors.primary_with_placement(placement)
         # as the master has it, which escapes it, too
         self._name = None if name is None else printable(name)
         self._want = want
@@ -165,7 +165,7 @@ class Server:
             self.state = CLOSED
             self._socket = None
 
-    def attach(self, sock: Socket | None, state: str) -> None:
+    def attach(self, sock: ListenAddress | None, state: str) -> None:
         """Called by the application when the server's socket is there, or lost."""
         self._socket = sock
         self.state = state

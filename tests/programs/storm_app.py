@@ -16,7 +16,7 @@ import random
 import time
 from urllib.parse import parse_qsl
 
-#: the same bytes as in storm_clients.py, which checks that all of them arrive
+#: the same bytes as in load_clients.py, which checks that all of them arrive
 CONTENT = random.Random(1).randbytes(1 << 20)
 PIECES = 32
 

@@ -1,0 +1,280 @@
+"""What can be set, from where, checked.
+
+Runs in: every process. Must never: act on a setting; others ask this module.
+
+A setting can come from three places, and the process decides which one a ``configure()`` call
+belongs to:
+
+- the *environment* (``PASSENGER_PORTS`` and so on);
+- the *operator*: ``configure()`` in ``gunicorn.conf.py``, run by the master while it reads its
+  configuration, at the start and again at every reload;
+- the *program*: ``configure()`` in the application.
+
+For the ports each place narrows (see :mod:`gunicorn_passenger.config.port_allocation`). For the other
+settings the program overrides the environment, and the environment overrides the operator's file, as
+gunicorn's own ``GUNICORN_CMD_ARGS`` does.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from gunicorn_passenger import errors
+from gunicorn_passenger.config.port_allocation import (
+    AllocationSource,
+    PortAllocation,
+    account_name,
+    parse_ports,
+    system_layer,
+)
+from gunicorn_passenger.errors import SettingError, UnknownSetting
+
+
+class Timeouts(NamedTuple):
+    """Seconds that a client may take."""
+
+    #: from the first byte of a request's head to its last
+    head: float = 30.0
+    #: without a byte, in a request's body
+    body: float = 60.0
+
+
+PLACEMENTS = ("shared", "one", "each")
+
+DEFAULT_GRACE_PERIOD = 10.0
+
+
+def check_placement(value: object) -> str:
+    """:raises SettingError: for an unknown placement."""
+    if value not in PLACEMENTS:
+        raise errors.bad_placement(value)
+    return str(value)
+
+
+def _bool(value: object, where: str) -> bool:
+    if isinstance(value, bool):
+        return value
+    text = str(value).strip().lower()
+    if text in ("1", "true", "yes", "on"):
+        return True
+    if text in ("0", "false", "no", "off"):
+        return False
+    raise SettingError(f"{where}: {value!r} is neither true nor false; write 1 or 0")
+
+
+def _seconds(value: object, where: str) -> float:
+    try:
+        seconds = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise SettingError(f"{where}: {value!r} is no number of seconds") from None
+    if not 0 <= seconds <= 86400:
+        raise SettingError(f"{where}: {value!r} is not between 0 and 86400 seconds")
+    return seconds
+
+
+def _timeout(value: object, where: str) -> float:
+    seconds = _seconds(value, where)
+    if seconds < 0.1:
+        raise SettingError(f"{where}: {value!r}: no client is that fast; it is 0.1 seconds or more")
+    return seconds
+
+
+def _placement(value: object, where: str) -> dict[int, str]:
+    if isinstance(value, str):
+        # the form of the environment: "9000=shared,9100=shared"
+        pairs = [item.partition("=")[::2] for item in value.split(",") if item.strip()]
+    elif isinstance(value, Mapping):
+        pairs = [(str(port), name) for port, name in value.items()]
+    else:
+        raise SettingError(
+            f"{where}: {value!r} is no mapping of ports to placements, such as {{9000: 'shared'}}"
+        )
+    table: dict[int, str] = {}
+    for port, name in pairs:
+        for number in parse_ports(port, where):
+            try:
+                table[number] = check_placement(name.strip() if isinstance(name, str) else name)
+            except SettingError as error:
+                raise SettingError(f"{where}: port {number}: {error}") from None
+    return table
+
+
+def _ws_stop(value: object, where: str) -> str:
+    if value not in ("close", "wait"):
+        raise SettingError(
+            f"{where}: {value!r} is neither 'close' (end WebSockets with 1001 when a worker leaves) nor "
+            "'wait' (let them end by themselves)"
+        )
+    return str(value)
+
+
+_CHECKS: dict[str, Callable[[object, str], Any]] = {
+    "auto_install": _bool,
+    "ports": parse_ports,
+    "placement": _placement,
+    "grace_period": _seconds,
+    "head_timeout": _timeout,
+    "body_timeout": _timeout,
+    "ws_stop": _ws_stop,
+    "prometheus": _bool,
+}
+
+#: Settings that only the master can act on.
+_OPERATOR_ONLY = frozenset({"grace_period", "prometheus"})
+
+
+class Settings:
+    """The settings of this process."""
+
+    def __init__(self) -> None:
+        self.operator: dict[str, Any] = {}
+        self.program: dict[str, Any] = {}
+        #: calls made while gunicorn reads its configuration, until it has read it
+        self._reading: dict[str, Any] = {}
+        #: whether the program runs now (in a worker, or in the master with --preload)
+        self._program_runs = False
+        self._config_module: object = None
+
+    def configure(self, **values: object) -> None:
+        for name in values:
+            if name not in _CHECKS:
+                known = ", ".join(sorted(_CHECKS))
+                raise UnknownSetting(f"configure() has no setting {name!r}; there are: {known}")
+        checked = {name: _CHECKS[name](value, f"configure({name}=...)") for name, value in values.items()}
+        if self._program_runs:
+            for name in sorted(_OPERATOR_ONLY & checked.keys()):
+                raise SettingError(
+                    f"configure({name}=...) is for gunicorn.conf.py: the master acts on it; "
+                    f"set it there or as PASSENGER_{name.upper()}"
+                )
+            self.program.update(checked)
+        else:
+            self._reading.update(checked)
+
+    def config_file_loaded(self) -> None:
+        """gunicorn has read its configuration; what follows is the program (``--preload``)."""
+        module = sys.modules.get("__config__")
+        # A configuration given as python:module is imported once and not run again by a reload:
+        # then what it set stays.
+        if self._reading or module is not self._config_module:
+            self.operator = self._reading
+            self._reading = {}
+        self._config_module = module
+        self._program_runs = True
+
+    def leave_program_scope(self) -> None:
+        """Back in the master's own business; a ``configure()`` now comes from the operator's file."""
+        self._program_runs = False
+
+    def enter_program_scope(self) -> None:
+        """A worker begins to load the program."""
+        self._program_runs = True
+
+    def _in_force(self, name: str) -> Any:
+        # plain python: no master reads a configuration, every call is the program's
+        program = {**self._reading, **self.program}
+        if name in program:
+            return program[name]
+        variable = f"PASSENGER_{name.upper()}"
+        if text := os.environ.get(variable, "").strip():
+            return _CHECKS[name](text, variable)
+        return self.operator.get(name)
+
+    def auto_install(self, default: bool) -> bool:
+        value = self._in_force("auto_install")
+        return default if value is None else bool(value)
+
+    def grace_period(self) -> float:
+        """Seconds that a port stays open after nobody wants it any more."""
+        value = self._in_force("grace_period")
+        return DEFAULT_GRACE_PERIOD if value is None else float(value)
+
+    def prometheus(self) -> bool:
+        """Whether what the program itself counts with ``prometheus_client`` is added up for all workers."""
+        return bool(self._in_force("prometheus"))
+
+    def timeouts(self) -> Timeouts:
+        """Seconds that clients of our servers may take."""
+        head, body = self._in_force("head_timeout"), self._in_force("body_timeout")
+        default = Timeouts()
+        return Timeouts(head or default.head, body or default.body)
+
+    def closes_websockets_on_exit(self) -> bool:
+        """Whether a leaving worker ends the WebSockets that the application speaks."""
+        return bool(self._in_force("ws_stop") != "wait")
+
+    def placement(self, port: int, asked: str) -> str:
+        return str((self._in_force("placement") or {}).get(port, asked))
+
+    def operator_allocation(self, uid: int) -> PortAllocation:
+        """What the master allows: the system's file, the environment, ``gunicorn.conf.py``.
+
+        :raises SettingError: when one of them cannot be used.
+        """
+        account = account_name(uid)
+        allocation = PortAllocation(account).narrowed(system_layer(account, uid))
+        # Set but empty means no port at all, as configure(ports="") does: PASSENGER_PORTS=$PORTS with PORTS
+        # unset must not open every port.
+        if (text := os.environ.get("PASSENGER_PORTS")) is not None:
+            ports = parse_ports(text, "PASSENGER_PORTS")
+            allocation = allocation.narrowed(
+                AllocationSource(ports, "PASSENGER_PORTS", "add it to PASSENGER_PORTS and restart")
+            )
+        if "ports" in self.operator:
+            remedy = "add it to configure(ports=...) in gunicorn.conf.py and reload"
+            allocation = allocation.narrowed(
+                AllocationSource(self.operator["ports"], "configure() in gunicorn.conf.py", remedy)
+            )
+        return allocation
+
+    def program_layer(self) -> AllocationSource | None:
+        """What the program itself narrows the port allocation to."""
+        ports = {**self._reading, **self.program}.get("ports")
+        if ports is None:
+            return None
+        return AllocationSource(
+            ports, "configure() in the application", "add it to configure(ports=...) in the application"
+        )
+
+    def check_environment(self) -> None:
+        """:raises SettingError: for a ``PASSENGER_*`` variable whose value cannot be used."""
+        for name in _CHECKS:
+            self._in_force(name)
+
+
+settings = Settings()
+
+
+def configure(**values: object) -> None:
+    """Set one or more settings, in the application or in ``gunicorn.conf.py``.
+
+    :param auto_install: whether the first server for which anything calls listen becomes the
+        primary (default: on for a script run by ``gunicorn-passenger start``, else off).
+    :param ports: the port allocation, such as ``"9000-9019,9100"``; narrows what the system's file, the
+        environment and ``gunicorn.conf.py`` allow.
+    :param placement: port -> placement, such as ``{9000: "shared"}``.
+    :param grace_period: seconds (default 10) that a port stays open after no worker wants it any
+        more; ``gunicorn.conf.py`` only.
+    :param head_timeout: seconds (default 30) that a client may take for the whole head of a request;
+        gunicorn's ``keepalive`` says how long it may be silent between two requests.
+    :param body_timeout: seconds (default 60) that a client may be silent inside a request's body.
+    :param ws_stop: what a leaving worker does with WebSockets that the application speaks: ``"close"`` (the
+        default) ends them with 1001 at once, ``"wait"`` lets them end by themselves until gunicorn's
+        ``graceful_timeout``. Those that the proxy carries have an option of their own.
+    :param prometheus: whether what the program counts with ``prometheus_client`` is added up for all workers
+        (default: no); ``gunicorn.conf.py`` only.
+    :raises TypeError: for an unknown name.
+    :raises SettingError: (a ``ValueError``) for a value that cannot be used.
+    """
+    try:
+        settings.configure(**values)
+    except (UnknownSetting, SettingError) as error:
+        frame = sys._getframe(1)
+        if frame.f_globals.get("__name__") != "__config__":
+            raise
+        # gunicorn prints a traceback for whatever else its configuration file raises
+        where = f"{frame.f_code.co_filename}, line {frame.f_lineno}"
+        raise SystemExit(f"Error: {where}: {error}") from None

@@ -1,0 +1,199 @@
+"""What is the same for all requests that come in on one listener.
+
+Runs in: a worker, or plain Python. Must never: hold anything of a single request.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+from typing import Any
+
+from gunicorn.http import message
+from gunicorn.http.wsgi import WSGIErrorsWrapper, base_environ
+from gunicorn.workers.base import Worker as GunicornWorker
+
+from gunicorn_passenger.config.settings import Timeouts
+from gunicorn_passenger.http.access_log import AccessLog
+from gunicorn_passenger.http.request_head import ConnectionContext, HeadReader
+from gunicorn_passenger.http.timeouts import IdleTicker, TimeoutQueue
+from gunicorn_passenger.http.write_coalescing import coalescer_for_hub
+
+#: Addresses of peers of which is remembered whether they are trusted.
+_REMEMBER = 4096
+#: Seconds, at least, that a client may pause before its connection gives up its greenlet.
+_LULL = 0.1
+#: Seconds that a client gets to read its answer when the connection ends before its request has.
+_LINGER = 2.0
+
+
+#: What every request sets in its environ.
+_EACH = (
+    "PATH_INFO",
+    "SCRIPT_NAME",
+    "RAW_URI",
+    "SERVER_NAME",
+    "SERVER_PORT",
+    "wsgi.input",
+    "wsgi.early_hints",
+)
+
+
+class HookFailed(Exception):
+    """``pre_request`` has raised."""
+
+    def __init__(self, request: Any) -> None:
+        super().__init__("the pre_request hook failed")
+        self.request = request
+
+
+class StandaloneWorker:
+    """What a gateway asks of the process that it serves in, when that is no worker."""
+
+    alive = True
+    nr = 0
+    max_requests = sys.maxsize
+
+    def wake(self) -> None:
+        """It need not be told."""
+
+
+class ErrorStream(io.RawIOBase):
+    """``wsgi.errors``: gunicorn's error log, wherever it is written at that moment."""
+
+    def __init__(self, cfg: Any) -> None:
+        self._cfg = cfg
+
+    def writable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        """It is the server's, not the application's to close."""
+
+    def write(self, data: Any) -> int:
+        # made anew: the log may have been reopened since
+        WSGIErrorsWrapper(self._cfg).write(data)
+        return len(data)
+
+
+class ListenerContext:
+    """Joins one WSGI application to the connections of one listener."""
+
+    def __init__(
+        self,
+        app: Any,
+        cfg: Any,
+        log: Any,
+        worker: Any,
+        sockname: Any,
+        timeouts: Timeouts,
+        closes_websockets_on_exit: bool = True,
+    ) -> None:
+        """
+        :param app: the WSGI callable; may be replaced while it serves.
+        :param cfg: gunicorn's configuration, as it applies to this server.
+        :param log: gunicorn's logger.
+        :param worker: gunicorn's worker, or a :class:`StandaloneWorker`.
+        :param sockname: the listener's name; a string for a UNIX socket.
+        """
+        self.app = app
+        self.cfg = cfg
+        self.log = log
+        self.worker = worker
+        self.sockname = sockname
+        self.keepalive = bool(cfg.keepalive)
+        #: whether a leaving worker ends WebSockets that the application speaks
+        self.closes_websockets_on_exit = closes_websockets_on_exit
+        #: whether the server accepts no more
+        self.closing = False
+        #: requests that were passed on, bytes that were sent, answers of 500 and above or that broke off
+        self.requests = self.sent = self.errors = 0
+        #: whether its application sends on what other servers answer, and so keeps nobody waiting
+        self.forwards = False
+        self.sendfile = cfg.sendfile is not False
+        self.after = self._hook("post_request")
+        before = self._hook("pre_request")
+        self.reader = HeadReader(
+            cfg,
+            sockname,
+            always_request=bool(before or self.after),
+            before=(lambda request: self._before(before, request)) if before else (lambda request: None),
+        )
+        self.access = AccessLog(cfg, log)
+        #: whether there is an access log
+        self.logs = self.access.enabled
+        # a connection that is idle or has not begun, and what a leaving worker gives it
+        self.idle = TimeoutQueue(cfg.keepalive or 1.0)
+        # how long a connection keeps its greenlet when its client pauses
+        self.idle_ticker = IdleTicker(_LULL)
+        self.heads = TimeoutQueue(timeouts.head)
+        self.bodies = TimeoutQueue(timeouts.body)
+        self.lingering = TimeoutQueue(_LINGER)
+        self.turn = coalescer_for_hub()
+        self._template = base_environ(cfg) | {"wsgi.errors": ErrorStream(cfg), "wsgi.multithread": True}
+        self._template |= dict.fromkeys(_EACH)
+        if isinstance(sockname, tuple):
+            self._template |= {"SERVER_NAME": sockname[0], "SERVER_PORT": str(sockname[1])}
+        self._trusted: dict[str, bool] = {}
+
+    def _hook(self, name: str) -> Any:
+        """A hook of gunicorn's, where it does something: the default of one speaks at debug level."""
+        hook = getattr(self.cfg, name)
+        if hook is type(self.cfg.settings[name]).default and (name != "pre_request" or not self._debugs()):
+            return None
+        return hook
+
+    def _debugs(self) -> bool:
+        logger = getattr(self.log, "error_log", None)
+        if logger is None:
+            return str(self.cfg.loglevel).lower() == "debug"
+        return bool(logger.isEnabledFor(logging.DEBUG))
+
+    def _before(self, hook: Any, request: Any) -> None:
+        try:
+            hook(self.worker, request)
+        except Exception as error:
+            raise HookFailed(request) from error
+
+    def peer(self, addr: Any, sock: Any) -> ConnectionContext:
+        """Whom a connection came from.
+
+        :param addr: a tuple as ``accept()`` gives it, or an empty string for a client of a UNIX socket,
+            which has no address.
+        """
+        base = self._template.copy()
+        base["gunicorn.socket"] = sock
+        if isinstance(addr, tuple):
+            base["REMOTE_ADDR"] = addr[0]
+            base["REMOTE_PORT"] = str(addr[1])
+            trusted = self._trusted.get(addr[0])
+            if trusted is None:
+                trusted = self._trusts(addr[0])
+        else:
+            base["REMOTE_ADDR"] = ""
+            trusted = True
+        return ConnectionContext(addr, base, trusted)
+
+    def _trusts(self, host: str) -> bool:
+        allowed = self.cfg.forwarded_allow_ips
+        check = getattr(message, "_ip_in_allow_list", None)
+        if check is not None:
+            trusted = bool(check(host, allowed, self.cfg.forwarded_allow_networks()))
+        else:
+            trusted = "*" in allowed or host in allowed
+        if len(self._trusted) >= _REMEMBER:
+            self._trusted.clear()
+        self._trusted[host] = trusted
+        return trusted
+
+    def refuse(self, request: Any, sock: Any, addr: Any, error: BaseException) -> None:
+        """gunicorn's answer to a bad request or a failed application, in the logs and to the client."""
+        GunicornWorker.handle_error(self, request, sock, addr, error)
+
+    def on_max_requests(self) -> None:
+        """A worker that is to be replaced after so many requests has had them."""
+        if self.worker.alive:
+            self.log.info("Autorestarting worker after current request.")
+            self.worker.alive = False
+            self.worker.wake()

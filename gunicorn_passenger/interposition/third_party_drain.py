@@ -1,0 +1,100 @@
+"""What a leaving worker tells the clients of servers that are not ours.
+
+Runs in: a worker that leaves. Must never: end a connection that has a request in hand, or cost anything
+before.
+
+Known are gevent's ``pywsgi`` and all that is made of ``http.server`` (``wsgiref``, ``socketserver``'s HTTP
+servers, Werkzeug and Flask). Their next answer says ``Connection: close``; a connection on which they wait
+for a request is found by looking at what its greenlet is doing.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from types import CodeType, FrameType
+from typing import Any
+
+import greenlet
+
+
+def force_connection_close() -> None:
+    """From now on every answer is the last of its connection (RFC 9112 section 9.6)."""
+    pywsgi = sys.modules.get("gevent.pywsgi")
+    if pywsgi is not None:
+        finalize = pywsgi.WSGIHandler.finalize_headers
+
+        def finalize_headers(self: Any) -> None:
+            finalize(self)
+            self.close_connection = True
+            if self.code != 101 and not any(
+                name.lower() == b"connection" for name, _ in self.response_headers
+            ):
+                self.response_headers.append((b"Connection", b"close"))
+
+        pywsgi.WSGIHandler.finalize_headers = finalize_headers
+    server = sys.modules.get("http.server")
+    if server is not None:
+        end = server.BaseHTTPRequestHandler.end_headers
+
+        def end_headers(self: Any) -> None:
+            lines = getattr(self, "_headers_buffer", [])
+            interim = bool(lines) and lines[0].split(b" ")[1:2] in ([b"100"], [b"101"], [b"103"])
+            if not interim and self.request_version != "HTTP/0.9":
+                self.close_connection = True
+                if not any(line.lower().startswith(b"connection:") for line in lines):
+                    self.send_header("Connection", "close")
+            end(self)
+
+        server.BaseHTTPRequestHandler.end_headers = end_headers
+
+
+def shutdown_idle_connections() -> None:
+    """End the connections on which such a server waits for a request.
+
+    It sees the end of what its client sends, as it would if the client had gone.
+    """
+    for sock in list(_idle()):
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_RD)
+
+
+def _idle() -> Iterator[Any]:
+    reading = _codes()
+    for thing in gc.get_objects():
+        if isinstance(thing, greenlet.greenlet) and thing.gr_frame is not None:
+            frame = _beyond_sockets(thing.gr_frame)
+            if frame is not None and frame.f_code in reading:
+                handler = frame.f_locals.get("self")
+                sock = getattr(handler, "socket", None) or getattr(handler, "connection", None)
+                if sock is not None:
+                    yield sock
+
+
+def _codes() -> set[CodeType]:
+    """The functions that wait for a request's first line."""
+    found = set()
+    if (pywsgi := sys.modules.get("gevent.pywsgi")) is not None:
+        found.add(pywsgi.WSGIHandler.read_requestline.__code__)
+    if (server := sys.modules.get("http.server")) is not None:
+        found.add(server.BaseHTTPRequestHandler.handle_one_request.__code__)
+    return found
+
+
+_GEVENT = os.path.join("gevent", "")
+_SOCKETS = ("socket.py", "selectors.py", "ssl.py")
+
+
+def _beyond_sockets(frame: FrameType | None) -> FrameType | None:
+    """The innermost frame that is not gevent's or a socket's."""
+    while frame is not None:
+        name = frame.f_code.co_filename
+        waits = (_GEVENT in name and not name.endswith("pywsgi.py")) or os.path.basename(name) in _SOCKETS
+        if not waits:
+            return frame
+        frame = frame.f_back
+    return None

@@ -1,0 +1,86 @@
+"""What one master tells the next when ``USR2`` upgrades gunicorn: one JSON object, in sections by service.
+
+Runs in: the master, at its start; and the child of the master that is about to become the next one.
+Must never: put anything into the environment that grows with what workers ask for.
+
+The object lies in a file in memory (memfd_create(2)) that the next master inherits; the environment has the
+number of its descriptor. The environment itself would do for a few servers: with many, or long names,
+``execve`` fails with E2BIG, and gunicorn would be without a next master.
+
+Each section is what its service gives: ``"ports"`` (:mod:`.listeners`), ``"exclusive"``
+(:mod:`.upgrade_lock`) and ``"daemons"`` (:mod:`.api`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import MutableMapping
+from contextlib import suppress
+from typing import Any
+
+#: Names the descriptor of the file.
+VARIABLE = "PASSENGER_UPGRADE"
+
+_NAME = "gunicorn-passenger-upgrade"
+#: Raised when a section changes its meaning: what another version has written is not read.
+_VERSION = 1
+#: Bytes of the file; a thousand ports with the longest names have 3 MB.
+_MAX = 64 << 20
+
+_state: list[dict[str, Any]] = []
+
+
+def inherited(environ: MutableMapping[str, str] = os.environ) -> dict[str, Any]:
+    """What the master before has told; empty at a first start. The environment is read once."""
+    if not _state:
+        _state.append(_read(environ.pop(VARIABLE, "")))
+    return _state[0]
+
+
+def forget(cfg: Any) -> None:
+    """Take the variable out of what gunicorn keeps as the original environment, for the programs after this
+    one."""
+    cfg.env_orig.pop(VARIABLE, None)
+
+
+def _read(number: str) -> dict[str, Any]:
+    with suppress(OSError, ValueError, RecursionError):
+        if not (number.isascii() and number.isdecimal() and len(number) < 10):
+            return {}
+        # somebody's own variable must not close a descriptor of somebody else's
+        if not os.readlink(f"/proc/self/fd/{number}").startswith(f"/memfd:{_NAME}"):
+            return {}
+        with os.fdopen(int(number), "rb") as file:
+            file.seek(0)
+            state = json.loads(file.read(_MAX))
+        if isinstance(state, dict) and state.pop("version", None) == _VERSION:
+            return state
+    return {}
+
+
+def hand_over(environ: MutableMapping[str, str], lowest: int, state: dict[str, Any]) -> None:
+    """In the child that becomes the next master: leave it a file with the state, and its number.
+
+    :param environ: what the next master is started with.
+    :param lowest: the lowest number that the descriptor may have.
+    :param state: the sections.
+    :raises OSError: when the system has no room for the file.
+    """
+    fd = os.memfd_create(_NAME)
+    try:
+        with os.fdopen(os.dup(fd), "wb") as file:
+            file.write(json.dumps({"version": _VERSION, **state}, separators=(",", ":")).encode())
+        environ[VARIABLE] = str(inheritable(fd, lowest))
+    finally:
+        os.close(fd)
+
+
+def inheritable(fd: int, lowest: int) -> int:
+    """A copy of a descriptor that the next master inherits.
+
+    :param lowest: the lowest number that it may have.
+    :raises OSError: when this process has no room for it.
+    """
+    return fcntl.fcntl(fd, fcntl.F_DUPFD, lowest)

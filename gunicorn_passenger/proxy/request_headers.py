@@ -1,0 +1,529 @@
+"""Which header fields a proxy hands on to its target, and what it writes itself. Functions without I/O.
+
+Runs in: wherever the proxy is mounted. Must never: let a field of one connection reach another, or
+believe what an untrusted client says of its origin.
+"""
+
+from __future__ import annotations
+
+import copy
+import ipaddress
+import re
+from collections.abc import Collection, Iterable
+from typing import Any
+from urllib.parse import quote, unquote_to_bytes
+
+from gunicorn_passenger.errors import BadRequestBody
+from gunicorn_passenger.proxy.options import APPEND, TOKEN, VALUE, Options
+from gunicorn_passenger.proxy.target import Target
+
+HeaderList = list[tuple[str, str]]
+
+#: Fields that are not simply handed on: they speak of one connection (RFC 9110 section 7.6.1), or frame
+#: the message and are written anew from what was parsed (RFC 9112 section 6). "Proxy" is no field at
+#: all: CGI programs take it for the setting of a proxy. "HTTP2-Settings" belongs to an upgrade to h2c, which
+#: is never handed on.
+ASIDE = frozenset(
+    {
+        "connection",
+        "content-length",
+        "http2-settings",
+        "keep-alive",
+        "proxy",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+
+#: Fields that tell where a request comes from, and whom a server believes it.
+ORIGIN = {
+    "forwarded",
+    "via",
+    "x-forwarded-for",
+    "x-forwarded-host",
+    "x-forwarded-port",
+    "x-forwarded-proto",
+    "x-real-ip",
+}
+
+#: Nobody may take these away by naming them in Connection: they are meant for all recipients (RFC 9110
+#: section 7.6.1), or tell where a request comes from.
+_NOT_TO_NOMINATE = ORIGIN | {
+    "host",
+    "content-length",
+    "content-type",
+    "authorization",
+    "cookie",
+    "cache-control",
+    "set-cookie",
+}
+
+#: options of Connection that name no field of their own
+_OPTIONS = {"close", "keep-alive", "upgrade", "te", ""}
+
+#: what stands for an address that is not known (RFC 7239 section 6.3)
+UNKNOWN = "unknown"
+
+#: headers whose keys in an environ have no prefix
+_CONTENT = ("CONTENT_TYPE", "CONTENT_LENGTH")
+
+#: RFC 9112 section 3.2.2, for the schemes that a proxy of HTTP serves
+_ABSOLUTE = re.compile(r"(https?)://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
+_VISIBLE = re.compile(r"[\x21-\x22\x24-\x7e]*")
+# a host, or host and port (RFC 9110 section 7.2)
+_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s/?#@:\[\]\\,]*)(?::[0-9]*)?")
+_PORT = re.compile(r":([0-9]+)$")
+#: RFC 9110 section 8.6 sets no bound; a length from here on fits no signed 64-bit number, and servers that
+#: compute with such numbers would read another one
+_LENGTHS = 1 << 63
+_DIGITS = len(str(_LENGTHS))
+
+
+class BadTarget(ValueError):
+    """A request has a target that no server may take; the text is for the client."""
+
+
+def protocols(upgrade: str) -> set[str]:
+    """What an Upgrade field names (RFC 9110 section 7.8)."""
+    return {protocol.strip().lower() for protocol in upgrade.split(",")}
+
+
+def number_of_bytes(text: str) -> int | None:
+    """What a ``Content-Length`` says (RFC 9110 section 8.6).
+
+    :returns: a number of bytes below 2**63; ``None`` when the text is not one.
+    """
+    if not (text.isascii() and text.isdigit()):
+        return None
+    digits = text.lstrip("0") or "0"
+    # int() itself refuses thousands of digits with another error
+    number = int(digits) if len(digits) <= _DIGITS else _LENGTHS
+    return number if number < _LENGTHS else None
+
+
+def without_nominated(fields: HeaderList, options: set[str], own: Collection[str] = ()) -> HeaderList:
+    """Take away the headers that Connection names (RFC 9110 section 7.6.1).
+
+    :param own: names of headers, in lower case, that the sender of Connection has not written: they stay.
+    """
+    nominated = options - _OPTIONS - _NOT_TO_NOMINATE - set(own)
+    if not nominated:
+        return fields
+    return [field for field in fields if field[0].lower() not in nominated]
+
+
+class RequestHeaders:
+    """The fields of a client's request that are meant for the target.
+
+    They are not changed once they are made: a client mostly sends the same fields again, and what was
+    made of them is kept with them.
+    """
+
+    __slots__ = (
+        "expect",
+        "fields",
+        "host",
+        "kept",
+        "measured",
+        "origin",
+        "te_trailers",
+        "upgrade",
+        "valid",
+        "version",
+    )
+
+    def __init__(
+        self,
+        pairs: Iterable[tuple[str, str]],
+        keep_case: bool,
+        protocol: str = "HTTP/1.1",
+        own: Collection[str] = (),
+    ) -> None:
+        """
+        :param pairs: the fields of the request, in their order.
+        :param keep_case: whether names keep their letter case; else they are lower case.
+        :param protocol: of the request.
+        :param own: names, in lower case, of the headers that the program has written, not the client: the
+            client's ``Connection`` cannot take them away.
+        """
+        self.version = "1.0" if protocol == "HTTP/1.0" else "1.1"
+        fields: HeaderList = []
+        connection = ""
+        twice = False
+        self.upgrade = ""
+        self.expect = False
+        #: whether the client takes trailers, which its TE says
+        self.te_trailers = False
+        self.host: str | None = None
+        #: whether a Content-Length is among them
+        self.measured = False
+        #: where the request comes from, as some options have it: those, and the :class:`ForwardedInfo`
+        self.origin: tuple[Any, ForwardedInfo] | None = None
+        #: what became of the last request with them: a :class:`~.fast_path.ForwardPlan`
+        self.kept: Any = None
+        for name, value in pairs:
+            low = name.lower()
+            if low in ASIDE:
+                if low == "connection":
+                    connection = f"{connection},{value}" if connection else value
+                elif low == "upgrade":
+                    self.upgrade = f"{self.upgrade}, {value}" if self.upgrade else value
+                elif low == "trailer":
+                    fields.append((name if keep_case else low, value))
+                elif low == "content-length":
+                    if not self.measured:
+                        self.measured = True
+                        # a bad one is refused when the body's length is asked for
+                        length = number_of_bytes(value)
+                        fields.append((name if keep_case else low, value if length is None else str(length)))
+                elif low == "te":
+                    self.te_trailers = "trailers" in value.lower()
+            elif low == "expect":
+                self.expect = value.lower() == "100-continue"
+            elif low[:6] != "proxy-":
+                if low == "host":
+                    twice = self.host is not None
+                    self.host = value
+                fields.append((name if keep_case else low, value))
+        options: set[str] = set()
+        if connection:
+            options = {token.strip().lower() for token in connection.split(",")}
+            fields = without_nominated(fields, options, own)
+        if "upgrade" not in options or self.version == "1.0" or "h2c" in protocols(self.upgrade):
+            # what is said in HTTP/2 behind the proxy's back would not be under its rules, and HTTP/1.0 knows
+            # no upgrades (RFC 9110 section 7.8)
+            self.upgrade = ""
+        #: whether it says, as it must, for which host it is (RFC 9112 section 3.2)
+        self.valid = (
+            self.version == "1.0" if self.host is None else bool(_HOST.fullmatch(self.host)) and not twice
+        )
+        if "te" not in options:
+            self.te_trailers = False  # RFC 9110 section 10.1.4: who sends TE names it there
+        self.fields = fields
+
+    def changed(self, fields: HeaderList) -> RequestHeaders:
+        """The same request with other fields."""
+        other = copy.copy(self)
+        other.fields = fields
+        other.origin = other.kept = None
+        return other
+
+    def with_host(self, host: str, keep_case: bool) -> RequestHeaders:
+        """The same request for another host."""
+        other = self.changed(with_host(self.fields, host, keep_case))
+        other.host = host
+        other.valid = self.valid and _HOST.fullmatch(host) is not None
+        return other
+
+    @property
+    def hops(self) -> int | None:
+        """How often it may be forwarded: its ``Max-Forwards``, where it has one."""
+        found = [value for name, value in self.fields if name.lower() == "max-forwards"]
+        if len(found) != 1 or not (found[0].isascii() and found[0].isdigit() and len(found[0]) < 10):
+            return None
+        return int(found[0])
+
+    def one_hop_less(self) -> RequestHeaders:
+        """The same request for the next server (RFC 9110 section 7.6.2)."""
+        hops = self.hops
+        if hops is None:
+            return self
+        return self.changed(
+            [(n, str(hops - 1) if n.lower() == "max-forwards" else v) for n, v in self.fields]
+        )
+
+    def without_length(self) -> RequestHeaders:
+        """The same request without the announcement of a body."""
+        other = self.changed([field for field in self.fields if field[0].lower() != "content-length"])
+        other.measured = False
+        return other
+
+
+class ForwardedInfo:
+    """Where a request comes from, as far as the proxy knows it."""
+
+    __slots__ = ("address", "host", "own_scheme", "scheme", "trusted")
+
+    def __init__(self, address: str, scheme: str, own_scheme: str, host: str | None, trusted: bool) -> None:
+        """
+        :param address: the peer's, as :func:`resolve_server` has it; empty on a UNIX socket, whose peers are
+            on this machine.
+        :param scheme: ``http`` or ``https``, as a trusted peer says.
+        :param own_scheme: that of the connection itself.
+        :param host: the host and port that it asked for.
+        :param trusted: whether what it says of other origins is believed.
+        """
+        self.address = address or "127.0.0.1"
+        self.scheme = scheme if trusted else own_scheme
+        self.own_scheme = own_scheme
+        self.host = host
+        self.trusted = trusted
+
+
+def upstream_headers(
+    request: RequestHeaders, options: Options, target: Target, origin: ForwardedInfo, foreign: bool = False
+) -> HeaderList:
+    """The fields of the request to the target, but for those that frame it.
+
+    :param request: the client's.
+    :param foreign: whether a redirect has led to another target than the one that the options are for.
+    """
+    fields = request.fields
+    keep_case = options.preserve_header_key_case
+    host = origin.host
+    if options.change_origin or not host:
+        host = target.authority
+        fields = [field for field in fields if field[0].lower() != "host"]
+        fields.insert(0, ("Host" if keep_case else "host", host))
+    if options.xfwd:
+        fields = _x_forwarded(fields, options, origin)
+    if options.forwarded:
+        fields = _forwarded(fields, options, origin)
+    if options.via:
+        fields = with_via(fields, options, request.version)
+    if options.set_fields and not foreign:
+        fields = [field for field in fields if field[0].lower() not in options.set_fields]
+        fields += options.set_fields.values()
+    return fields
+
+
+def with_host(fields: HeaderList, host: str, keep_case: bool) -> HeaderList:
+    """The fields with another Host."""
+    fields = [field for field in fields if field[0].lower() != "host"]
+    fields.insert(0, ("Host" if keep_case else "host", host))
+    return fields
+
+
+def _take(fields: HeaderList, *names: str) -> tuple[HeaderList, dict[str, str]]:
+    """The fields without those, and what they said."""
+    rest = []
+    taken: dict[str, str] = {}
+    for name, value in fields:
+        low = name.lower()
+        if low in names:
+            taken[low] = f"{taken[low]}, {value}" if low in taken else value
+        else:
+            rest.append((name, value))
+    return rest, taken
+
+
+def _x_forwarded(fields: HeaderList, options: Options, origin: ForwardedInfo) -> HeaderList:
+    """``X-Forwarded-*``, behind what a trusted client, such as a web server in front, has written."""
+    appends = origin.trusted and options.xfwd == APPEND
+    scheme = origin.scheme if appends else origin.own_scheme
+    port = _PORT.search(origin.host or "")
+    said = {
+        "X-Forwarded-For": origin.address,
+        "X-Forwarded-Port": port[1] if port else "443" if scheme == "https" else "80",
+        "X-Forwarded-Proto": scheme,
+        "X-Forwarded-Host": origin.host or "",
+    }
+    fields, before = _take(fields, *(name.lower() for name in said))
+    if not appends:
+        before = {}
+    for name, own in said.items():
+        low = name.lower()
+        value = own
+        if low in before:
+            value = before[low] if low == "x-forwarded-host" else f"{before[low]}, {own}"
+        if value:
+            fields.append((name if options.preserve_header_key_case else low, value))
+    return fields
+
+
+def _forwarded(fields: HeaderList, options: Options, origin: ForwardedInfo) -> HeaderList:
+    """RFC 7239's ``Forwarded``."""
+    address = f'"[{origin.address}]"' if ":" in origin.address else origin.address
+    value = f"for={address}"
+    if origin.host:
+        value += ";host=" + (
+            origin.host if re.fullmatch(r"[\w.\-]+", origin.host, re.A) else _quoted(origin.host)
+        )
+    appends = origin.trusted and options.forwarded == APPEND
+    value += f";proto={origin.scheme if appends else origin.own_scheme}"
+    fields, before = _take(fields, "forwarded")
+    if before and appends:
+        value = f"{before['forwarded']}, {value}"
+    return [*fields, ("Forwarded" if options.preserve_header_key_case else "forwarded", value)]
+
+
+def _quoted(text: str) -> str:
+    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+
+
+def with_via(fields: HeaderList, options: Options, version: str) -> HeaderList:
+    """``Via``, behind what is there (RFC 9110 section 7.6.3).
+
+    :param version: in which the message was received.
+    """
+    fields, before = _take(fields, "via")
+    value = f"{version} {options.via}"
+    if before:
+        value = f"{before['via']}, {value}"
+    return [*fields, ("Via" if options.preserve_header_key_case else "via", value)]
+
+
+def resolve_server(text: str) -> str:
+    """An IP address in its usual form, or ``unknown`` (RFC 7239 section 6.3) for what is not one.
+
+    :param text: ``REMOTE_ADDR``, which a server or a program may have taken from anywhere.
+    """
+    try:
+        # an IPv6 zone means something on this machine only, and may be any text
+        return str(ipaddress.ip_address(text.partition("%")[0]))
+    except ValueError:
+        return UNKNOWN
+
+
+def environ_headers(environ: dict[str, Any], known: Collection[str] = ()) -> HeaderList:
+    """The header fields of a WSGI request: their order, letter case and repetition is lost.
+
+    :param known: keys of the environ that are left out.
+    :raises BadRequestBody: when one of them cannot be sent.
+    """
+    fields = []
+    for key, value in environ.items():
+        if key[:5] == "HTTP_" and isinstance(value, str) and key not in known:
+            fields.append((key[5:].replace("_", "-").title(), value))
+    for key, name in ("CONTENT_TYPE", "Content-Type"), ("CONTENT_LENGTH", "Content-Length"):
+        if environ.get(key) and key not in known:
+            fields.append((name, environ[key]))
+    for name, value in fields:
+        # an application, or a server that is not ours, has had them
+        if not TOKEN.fullmatch(name) or not VALUE.fullmatch(value):
+            raise BadRequestBody(f"the request's field {name[:40]!r} holds what no header field may")
+    return fields
+
+
+def present_fields(environ: dict[str, Any], came: HeaderList | None) -> tuple[HeaderList, set[str]]:
+    """The headers of a WSGI request as the program has left them, in the client's order where that is known.
+
+    :param came: the headers as the client has sent them; ``None`` when the server does not tell.
+    :returns: the headers; and the names, in lower case, of those that the client has not sent so. When the
+        server does not tell what the client has sent, that may be any of them.
+    :raises BadRequestBody: when one of them cannot be sent.
+    """
+    if came is None:
+        fields = environ_headers(environ)
+        return fields, {name.lower() for name, _ in fields}
+    joined: dict[str, str] = {}
+    for name, value in came:
+        key = _key(name)
+        joined[key] = f"{joined[key]},{value}" if key in joined else value
+    has = {key: value for key, value in environ.items() if key[:5] == "HTTP_" or key in joined}
+    for key in _CONTENT:
+        if key not in joined and environ.get(key):
+            has[key] = environ[key]
+    if has == joined:
+        return came, set()
+    same = {key for key, value in joined.items() if has.get(key) == value}
+    written = {_key(name): (name, value) for name, value in environ_headers(environ, same)}
+    own = {name.lower() for name, _ in written.values()}
+    fields = []
+    for name, value in came:
+        key = _key(name)
+        if key in same:
+            fields.append((name, value))
+        elif key in written:
+            fields.append((name, written.pop(key)[1]))
+    return fields + list(written.values()), own
+
+
+def _key(name: str) -> str:
+    """Where a header is in an environ."""
+    key = name.upper().replace("-", "_")
+    return key if key in _CONTENT else "HTTP_" + key
+
+
+def request_path(environ: dict[str, Any], pristine: bool = False) -> tuple[str, str]:
+    """What the client asked for: path and query as it wrote them.
+
+    A target in absolute form has a host, too. It is not asked here for which host the request is: the server
+    has put that into ``HTTP_HOST`` (RFC 9112 section 3.2.2), and a program may have put another one there.
+
+    An application that mounts the proxy somewhere has moved a part of the path to ``SCRIPT_NAME``, or has
+    changed ``PATH_INFO`` or ``QUERY_STRING``: what it has left in these is what counts.
+
+    :param pristine: whether the proxy is all of the application.
+    :returns: path and query; and the scheme of a target in absolute form, in lower case.
+    :raises BadTarget: for a target that is none of the forms of RFC 9112 section 3.2, or has no host, user
+        information or another scheme (RFC 9110 sections 4.2.1 to 4.2.4).
+    """
+    raw = environ.get("RAW_URI") or environ.get("REQUEST_URI") or ""
+    if pristine and raw[:1] == "/" and _VISIBLE.fullmatch(raw):
+        return raw, ""
+    scheme = ""
+    method = environ["REQUEST_METHOD"]
+    if raw and raw[0] != "/" and method != "CONNECT" and not (raw == "*" and method == "OPTIONS"):
+        scheme, rest = _absolute(raw)
+        # RFC 9112 section 3.2.4
+        raw = "*" if method == "OPTIONS" and not rest else "/" + rest.removeprefix("/")
+    if raw == "*" and method == "OPTIONS":
+        return raw, scheme
+    raw = raw.partition("#")[0]
+    if not pristine or raw[:1] != "/":
+        raw = _inside(environ, raw)
+    if not _VISIBLE.fullmatch(raw):
+        raw = quote(raw.encode("latin-1", "replace"), safe="/%?:@!$&'()*+,;=~-._[]\"<>\\^`{|}")
+    return raw, scheme
+
+
+def _absolute(raw: str) -> tuple[str, str]:
+    """A target in absolute form: its scheme, and what follows the host, but for a fragment.
+
+    :raises BadTarget: when it is not one of http or https with a host and without a user.
+    """
+    found = _ABSOLUTE.fullmatch(raw)
+    if found is None:
+        raise BadTarget("The request's target is neither a path nor a URL of http or https.")
+    scheme, authority, rest = found.groups()
+    if "@" in authority:
+        raise BadTarget("The request's target has user information, which RFC 9110 section 4.2.4 forbids.")
+    port = _PORT.search(authority)
+    if (
+        not authority
+        or authority[0] == ":"
+        or not _HOST.fullmatch(authority)
+        or (port and not 0 < int(port[1].lstrip("0")[:6] or "0") < 65536)
+    ):
+        raise BadTarget("The request's target has no valid host.")
+    return scheme.lower(), rest.partition("#")[0]
+
+
+def _inside(environ: dict[str, Any], raw: str) -> str:
+    """``PATH_INFO`` and the query, spelt as the client has where nobody has changed them."""
+    mount = environ.get("SCRIPT_NAME", "")
+    path = environ.get("PATH_INFO", "")
+    query = environ.get("QUERY_STRING", "")
+    raw_path, _, raw_query = raw.partition("?")
+    written = unquote_to_bytes(raw_path).decode("latin-1")
+    if written == mount + path and raw_query == query and raw_path.startswith(mount):
+        inside = raw[len(mount) :]
+    else:
+        inside = quote(path.encode("latin-1", "replace"), safe="/:@!$&'()*+,;=~-._")
+        if query:
+            inside += "?" + query
+    return inside if inside[:1] == "/" else "/" + inside
+
+
+def target_path(options: Options, target: Target, asked: str, before: str) -> str:
+    """What the target is asked for.
+
+    :param asked: path and query of the client's request.
+    :param before: what stands before them with ``to_proxy``, such as ``http://host``.
+    """
+    if asked == "*":
+        return asked
+    if options.to_proxy and before and not options.ignore_path:
+        return before + asked
+    if options.prepend_path:
+        base, query = (target.whole if options.ignore_path else target.base), target.query
+    else:
+        base = query = ""
+    path = base if options.ignore_path else base + asked
+    path = path or "/"
+    if query:
+        path += ("&" if "?" in path else "?") + query
+    return path

@@ -1,0 +1,58 @@
+"""What runs, shown to people and programs: the report, the control socket, the status app.
+
+``gunicorn_passenger.status`` is itself a WSGI application, so ``passenger.listen(9100, status)`` works, and
+has ``application`` and ``spawn()``. Everything is imported when it is first used.
+
+Runs in: the master (``report``, ``control_server``, ``prometheus_multiproc``), a worker or a daemon
+(``web``), the command line (``control_client``). Must never: change what it shows.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, overload
+
+if TYPE_CHECKING:
+    from gunicorn_passenger.status.web import StatusApplication, application, spawn
+
+__all__ = ["application", "spawn"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from gunicorn_passenger.status import web
+
+        return getattr(web, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _CallableModule(types.ModuleType):
+    """So that ``passenger.listen(9100, status)`` works: the module is the application, too."""
+
+    @overload
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]: ...
+    @overload
+    def __call__(self, *, hosts: object) -> StatusApplication: ...
+    def __call__(
+        self,
+        environ: dict[str, Any] | None = None,
+        start_response: Callable[..., Any] | None = None,
+        *,
+        hosts: object = None,
+    ) -> Any:
+        """The application itself, or with ``hosts`` one that answers for these names, too.
+
+        :raises SettingError: for a value that is not a host name.
+        """
+        from gunicorn_passenger.status import web
+
+        if environ is None or start_response is None:
+            return web.StatusApplication(() if hosts is None else hosts)
+        return web.application(environ, start_response)
+
+
+# the name that its server has in the report
+_CallableModule.__module__, _CallableModule.__qualname__ = "gunicorn_passenger", "status"
+sys.modules[__name__].__class__ = _CallableModule

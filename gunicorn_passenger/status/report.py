@@ -1,0 +1,134 @@
+"""The report of an application: what ``gunicorn-passenger status`` shows and the status app serves.
+
+Runs in: the master, in the broker's thread. Must never: trust a number that a worker wrote.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+from collections.abc import Iterable
+from typing import Any
+
+from gunicorn_passenger.config.address import format_sockname
+from gunicorn_passenger.config.port_allocation import format_ports
+from gunicorn_passenger.ipc.scoreboard import PRIMARY_KEY, PRIMARY_SLOT
+from gunicorn_passenger.system import procfs
+
+
+def report(broker: Any, links: Iterable[Any], primary: list[Any]) -> dict[str, Any]:
+    """
+    ``version``, ``name``, ``pid``, ``user``, ``started`` (Unix time), ``state`` (``"starting"``,
+    ``"running"``, ``"stopping"``), ``memory`` (bytes resident, of the master alone);
+
+    ``workers``: ``pid``, ``number``, ``started``, ``state`` (``"booting"``, ``"ready"``, ``"leaving"``,
+    ``"running"`` where the worker class is not ours), ``memory``;
+
+    ``servers``: ``name``, ``address``, ``placement``, ``state`` (``"listening"``, ``"stopped"``),
+    ``connections``, ``accepted``, ``requests``, ``bytes``, ``errors`` (the last three ``None`` where nobody
+    counts them), ``workers`` (pids of those that accept);
+
+    ``ports``: ``limited``, ``allocated``, ``open``, ``free`` (texts such as ``"9000-9002"``, or ``None``);
+
+    ``events``: ``time`` (Unix time), ``kind``, ``text``; ``totals``: how many events of each kind there were.
+    """
+    arbiter = broker.arbiter
+    by_age = {link.age: link for link in links}
+    pids = {worker.age: pid for pid, worker in dict(arbiter.WORKERS).items()} if arbiter is not None else {}
+    ready = [link for link in by_age.values() if link.ready]
+    return {
+        "version": _version(),
+        "name": _name(broker),
+        "pid": os.getpid(),
+        "user": _user(),
+        "started": round(broker.started, 3),
+        "state": "stopping" if broker.stopping() else "running" if ready or not by_age else "starting",
+        "memory": procfs.memory(os.getpid()),
+        "workers": [_worker(age, pid, by_age.get(age)) for age, pid in sorted(pids.items())],
+        "servers": _servers(broker, by_age, pids, primary),
+        "events": broker.history.list(),
+        "totals": dict(broker.history.totals),
+    }
+
+
+def _worker(age: int, pid: int, link: Any) -> dict[str, Any]:
+    state = "running"
+    if link is not None:
+        state = "leaving" if link.leaving else "ready" if link.ready else "booting"
+    return {
+        "pid": pid,
+        "number": age,
+        "started": round(link.started, 3) if link is not None else procfs.started(pid),
+        "state": state,
+        "memory": procfs.memory(pid),
+    }
+
+
+def _servers(
+    broker: Any, by_age: dict[int, Any], pids: dict[int, int], primary: list[Any]
+) -> list[dict[str, Any]]:
+    boards = [link.board for link in by_age.values() if link.board is not None]
+    found = []
+    if by_age and primary:
+        total = broker.tally.total(PRIMARY_KEY, PRIMARY_SLOT, boards)
+        serving = [age for age, link in by_age.items() if link.ready and not link.leaving]
+        names = ", ".join(format_sockname(li.sock.getsockname()) for li in primary if li.sock is not None)
+        found.append(
+            {
+                "name": broker.primary_name or "primary",
+                "address": names,
+                "placement": "shared",
+                "state": "listening",
+                **total._asdict(),
+                "workers": sorted(pids[age] for age in serving if age in pids),
+            }
+        )
+    for port in sorted(broker.listeners.ports.values(), key=lambda p: (p.port, p.key)):
+        counts: dict[str, Any] = broker.tally.total(port.key, port.slot, boards)._asdict()
+        if not port.counts or port.slot < 0:
+            counts |= dict.fromkeys(("requests", "bytes", "errors"))
+        found.append(
+            {
+                "name": port.title,
+                "address": port.key,
+                "placement": port.placement,
+                "state": "stopped" if port.paused == "stop" else "listening",
+                **counts,
+                "workers": sorted(pids[age] for age in port.accepting if age in pids),
+            }
+        )
+    return found
+
+
+def ports(broker: Any, daemons: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The ports of the application: those of its servers, and of its daemons."""
+    allocation = broker.allocation
+    held = {p.port for p in broker.listeners.ports.values() if p.port and p.listener.sock is not None}
+    for daemon in daemons:
+        for address in str(daemon.get("address") or "").split(", "):
+            number = address.rpartition(":")[2]
+            if not address.startswith("unix:") and number.isdecimal():
+                held.add(int(number))
+    return {
+        "limited": allocation.limited,
+        "allocated": format_ports(allocation.ports) if allocation.limited else None,
+        "open": format_ports(frozenset(held)),
+        "free": format_ports(allocation.ports - held) if allocation.limited else None,
+    }
+
+
+def _name(broker: Any) -> str:
+    return str(getattr(broker.arbiter, "proc_name", "") or broker.cfg.proc_name)
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
+def _version() -> str:
+    from gunicorn_passenger._version import __version__
+
+    return __version__

@@ -1,0 +1,174 @@
+"""Opening listening sockets, for whoever holds them, and listing those of this process.
+
+Runs in: the master, and plain Python; a worker gets its sockets from the master and only lists.
+Must never: block, or decide whether a port is allowed.
+"""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+
+from gunicorn_passenger import errors
+from gunicorn_passenger.config.address import SockAddr, format_tcp
+from gunicorn_passenger.system import port_owner
+
+
+def open_tcp(family: int, host: str, port: int, backlog: int, v6only: bool = False) -> _socket.socket:
+    """A TCP socket that listens on a numeric host; port 0 lets the kernel choose.
+
+    :raises errors.PortInUse: names the holder, where the system tells.
+    :raises errors.ListenError: for whatever else the kernel refuses.
+    """
+    sock = None
+    label = format_tcp(host, port)
+    try:
+        sock = _socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(v6only))
+        sock.bind((host, port))
+        sock.listen(backlog)
+    except OSError as error:
+        if sock is not None:
+            sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise errors.in_use(label, port_owner.describe_owner(port, host)) from None
+        raise errors.cannot_open(label, error) from None
+    return sock
+
+
+def open_unix(path: str, mode: int, backlog: int) -> _socket.socket:
+    """A UNIX socket that listens at an absolute path; a dead server's file there is replaced.
+
+    :param mode: of the socket's file; who may write it may connect (unix(7)).
+    :raises errors.PortInUse: when somebody listens there.
+    :raises errors.ListenError: when something else stands there, or the kernel refuses.
+    """
+    sock = None
+    try:
+        _clear_stale(path)
+        sock = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        # The file gets the mode of the socket's own inode, less the process's umask, which other
+        # threads use: so it is never too open, and what the umask took away is given afterwards.
+        os.fchmod(sock.fileno(), mode)
+        sock.bind(path)
+        with _own_file(path) as (file, info):
+            if stat.S_IMODE(info.st_mode) != mode:
+                os.chmod(file, mode)
+        sock.listen(backlog)
+    except OSError as error:
+        if sock is not None:
+            sock.close()
+        if isinstance(error, errors.ListenError):
+            raise
+        raise errors.cannot_open(f"unix:{path}", error) from None
+    return sock
+
+
+@contextmanager
+def _own_file(path: str) -> Iterator[tuple[str, os.stat_result]]:
+    """The file of a socket that this process has just bound, by a name that nobody can redirect.
+
+    Whoever may write the directory could have put a symbolic link or a hard link to a file of this user's (of
+    root's, even) in its place meanwhile. So the file is opened without following a link, looked at, and then
+    named by its descriptor.
+
+    :raises OSError: (``EPERM``) when it is not a socket of this user's with this one name.
+    """
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISSOCK(info.st_mode) or info.st_uid != os.geteuid() or info.st_nlink != 1:
+            raise PermissionError(errno.EPERM, "another file has taken the place of the socket's own")
+        yield f"/proc/self/fd/{fd}", info
+    finally:
+        os.close(fd)
+
+
+def give(path: str, uid: int, gid: int) -> None:
+    """Give the file of a socket that this process has just bound to another user.
+
+    :raises OSError: when that cannot be, or another file has taken its place.
+    """
+    with _own_file(path) as (file, _):
+        os.chown(file, uid, gid)
+
+
+def remove(path: str, file: tuple[int, int] | None) -> None:
+    """Remove the file of a socket, if it is still the one of ``file`` (see :func:`inode_id`).
+
+    Both steps happen in one directory that is held open, so that renaming it meanwhile changes nothing.
+    """
+    with suppress(OSError, ValueError):
+        directory = os.open(os.path.dirname(path) or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            name = os.path.basename(path)
+            info = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            if (info.st_dev, info.st_ino) == file:
+                os.unlink(name, dir_fd=directory)
+        finally:
+            os.close(directory)
+
+
+def inode_id(path: str) -> tuple[int, int] | None:
+    """Device and inode of a file, so that only our own is removed later."""
+    try:
+        info = os.lstat(path)
+    except (OSError, ValueError):
+        return None
+    return info.st_dev, info.st_ino
+
+
+def _clear_stale(path: str) -> None:
+    try:
+        info = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(info.st_mode):
+        raise errors.unix_not_a_socket(path)
+    if has_listener(path):
+        raise errors.in_use(f"unix:{path}", "another program")
+    remove(path, (info.st_dev, info.st_ino))
+
+
+def has_listener(path: str) -> bool:
+    """Whether anybody listens on a UNIX socket; asked without waiting.
+
+    A full queue (EAGAIN) is somebody's too; ECONNREFUSED means that nobody is there (connect(2)).
+    """
+    probe = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        probe.setblocking(False)
+        return probe.connect_ex(path) not in (errno.ECONNREFUSED, errno.ENOENT)
+    finally:
+        probe.close()
+
+
+def own_listeners() -> dict[int, SockAddr]:
+    """The TCP sockets of this process that listen: inode -> what it is bound to."""
+    found: dict[int, SockAddr] = {}
+    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []:
+        try:
+            info = os.fstat(int(name))
+            if not stat.S_ISSOCK(info.st_mode):
+                continue
+            sock = _socket.socket(fileno=os.dup(int(name)))
+        except OSError:
+            continue
+        with closing(sock):
+            tcp = sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM
+            if tcp and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                found[info.st_ino] = sock.getsockname()
+    return found
+
+
+def sockname(sock: _socket.socket) -> SockAddr | str:
+    """What a socket is bound to: a tuple, or the path of a UNIX socket."""
+    name: SockAddr | str = sock.getsockname()
+    return name

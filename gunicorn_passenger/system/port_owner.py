@@ -1,0 +1,123 @@
+"""Who holds a port, where the system tells.
+
+Runs in: the master (for an error's text) and the command line. Must never: be needed for a
+decision; another user's processes may hide their descriptors.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import pwd
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+_LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp (proc(5))
+
+
+@dataclass(frozen=True)
+class PortOwner:
+    """A process that has a port open, or just its user where the process is hidden."""
+
+    pid: int | None
+    name: str
+    user: str
+
+    def __str__(self) -> str:
+        if self.pid is None:
+            return f"a program of user {self.user}"
+        return f"{self.name} (pid {self.pid}, user {self.user})"
+
+
+def listening(host: str = "") -> dict[int, list[tuple[int, int]]]:
+    """Port -> (inode, uid) of every TCP socket that listens on this machine.
+
+    :param host: only those that a bind to this numeric host would meet.
+    """
+    table: dict[int, list[tuple[int, int]]] = {}
+    for path in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            with open(path, encoding="ascii") as file:
+                lines = file.read().splitlines()[1:]
+        except OSError:
+            continue
+        for line in lines:
+            fields = line.split()
+            if len(fields) > 9 and fields[3] == _LISTEN:
+                local, _, number = fields[1].rpartition(":")
+                if host and not _meet(host, _host(local)):
+                    continue
+                port = int(number, 16)
+                table.setdefault(port, []).append((int(fields[9]), int(fields[7])))
+    return table
+
+
+def _host(text: str) -> str:
+    """The address of /proc/net/tcp: words of 32 bits in the machine's order, in hexadecimal."""
+    words = [int(text[i : i + 8], 16).to_bytes(4, sys.byteorder) for i in range(0, len(text), 8)]
+    return str(ipaddress.ip_address(b"".join(words)))
+
+
+def _meet(one: str, other: str) -> bool:
+    """Whether two binds to the same port collide: the same host, or one that stands for all (tcp(7))."""
+    a, b = ipaddress.ip_address(one), ipaddress.ip_address(other)
+    if a.version == b.version:
+        return a == b or a.is_unspecified or b.is_unspecified
+    return (a if a.version == 6 else b).is_unspecified  # "::" takes IPv4 as well
+
+
+def _sockets(pid: str) -> Iterator[int]:
+    directory = f"/proc/{pid}/fd"
+    try:
+        numbers = os.listdir(directory)
+    except OSError:
+        return
+    for number in numbers:
+        with suppress(OSError, ValueError):
+            target = os.readlink(f"{directory}/{number}")
+            if target.startswith("socket:["):
+                yield int(target[8:-1])
+
+
+def _name(pid: str) -> str:
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return "a program"
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def owners_of(ports: set[int], host: str = "") -> dict[int, PortOwner]:
+    """The holder of each of ``ports`` that is taken; the lowest pid where several share it."""
+    taken = {port: entries for port, entries in listening(host).items() if port in ports}
+    wanted = {inode: port for port, entries in taken.items() for inode, _ in entries}
+    found: dict[int, PortOwner] = {}
+    if wanted:
+        for pid in sorted((p for p in os.listdir("/proc") if p.isdigit()), key=int):
+            for inode in _sockets(pid):
+                port = wanted.get(inode)
+                if port is not None and port not in found:
+                    found[port] = PortOwner(int(pid), _name(pid), _user(taken[port][0][1]))
+            if len(found) == len(taken):
+                break
+    for port, entries in taken.items():
+        found.setdefault(port, PortOwner(None, "", _user(entries[0][1])))
+    return found
+
+
+def describe_owner(port: int, host: str = "") -> str:
+    """One phrase for an error: ``nginx (pid 17, user www-data)`` or ``another program``."""
+    try:
+        holder = owners_of({port}, host).get(port)
+    except (OSError, ValueError):
+        holder = None
+    return str(holder) if holder else "another program"

@@ -1,0 +1,262 @@
+"""The runtime directory: where sockets live that nobody gave a path.
+
+Runs in: the master and the command line. Must never: use a directory that somebody else could have
+prepared.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+
+from gunicorn_passenger.config.port_allocation import account_name
+from gunicorn_passenger.errors import SettingError
+from gunicorn_passenger.system import listening_sockets
+
+#: The status socket of a master: its pid.
+SOCKET = re.compile(r"([1-9][0-9]*)\.sock")
+#: How many user ids there are (user_namespaces(7)).
+_ALL_USERS = (1 << 32) - 1
+
+
+def directory() -> str:
+    """The path: ``PASSENGER_RUNTIME_DIR``, else below ``XDG_RUNTIME_DIR``, ``/run`` (root) or ``/tmp``.
+
+    An ``XDG_RUNTIME_DIR`` that belongs to another user (``su`` and ``sudo`` may leave it) is not used.
+    """
+    if given := os.environ.get("PASSENGER_RUNTIME_DIR", "").strip():
+        return os.path.abspath(given)
+    xdg = os.environ.get("XDG_RUNTIME_DIR", "").strip()
+    if xdg and _owner(os.path.realpath(xdg)) in (None, os.geteuid()):
+        return os.path.join(os.path.abspath(xdg), "gunicorn-passenger")
+    if os.geteuid() == 0 and os.access("/run", os.W_OK):
+        return "/run/gunicorn-passenger"
+    return _in_tmp()
+
+
+def _owner(path: str) -> int | None:
+    try:
+        return os.lstat(path).st_uid
+    except (OSError, ValueError):
+        return None
+
+
+def ensure(warn: Callable[[str], object] = lambda _: None) -> str:
+    """Make the runtime directory with mode 0700, or check that it is ours alone.
+
+    Anybody may make ``/tmp/gunicorn-passenger-UID`` first. Then one with a name that cannot be foreseen
+    stands in; the command line finds it.
+
+    :param warn: is told, in one sentence, when that is so.
+    :raises SettingError: when it cannot be made, or another user owns it or may write into it.
+    """
+    path = directory()
+    try:
+        return _ensure(path, 0o700)
+    except SettingError as error:
+        if path != _in_tmp() or _owner(path) is None or _is_ours(path):
+            raise
+        other = next(iter(_stand_ins()), "")
+        if not other:
+            try:
+                other = tempfile.mkdtemp(prefix=f"{os.path.basename(path)}-", dir=os.path.dirname(path))
+            except OSError:
+                raise error from None
+        warn(
+            f"the runtime directory {path} was made by {account_name(_owner(path) or 0)} and cannot be "
+            f"trusted: {other} is used instead; set PASSENGER_RUNTIME_DIR to choose one"
+        )
+        return other
+
+
+def _in_tmp() -> str:
+    return f"/tmp/gunicorn-passenger-{os.geteuid()}"  # noqa: S108 - checked where it is used
+
+
+def _stand_ins() -> list[str]:
+    """The directories that stand in for the one in ``/tmp``, by name."""
+    above, name = os.path.split(_in_tmp())
+    ours = re.compile(rf"{re.escape(name)}-[a-z0-9_]{{8}}")  # as tempfile.mkdtemp makes them
+    found = []
+    with suppress(OSError), os.scandir(above) as entries:
+        found = [entry.path for entry in entries if ours.fullmatch(entry.name)]
+    return sorted(path for path in found if _is_ours(path))
+
+
+def ensure_world_traversable() -> str:
+    """Make a directory beside the runtime directory, mode 0711, where other users reach what is theirs.
+
+    For a master that is root and workers that are not: the runtime directory lets nobody through.
+
+    :raises SettingError: as :func:`ensure`, and when a directory above it lets nobody through.
+    """
+    path = _ensure(f"{directory()}-users", 0o711)
+    above = path
+    while above != os.path.dirname(above):
+        if not os.stat(above).st_mode & 0o001:
+            raise SettingError(
+                f"{path} is for the workers' user, and {above} does not let it through (its mode is "
+                f"{stat.S_IMODE(os.stat(above).st_mode):04o}); set PASSENGER_RUNTIME_DIR"
+            )
+        above = os.path.dirname(above)
+    return path
+
+
+def _ensure(path: str, mode: int) -> str:
+    advice = "set PASSENGER_RUNTIME_DIR to another path"
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        made = False
+        with suppress(FileExistsError):
+            os.mkdir(path, mode)
+            made = True
+        # from here on by its descriptor: another user may be able to put something else in its place
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except (NotADirectoryError, FileExistsError):
+        raise SettingError(f"the runtime directory {path} is not a directory; {advice}") from None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise SettingError(f"the runtime directory {path} is not a directory; {advice}") from None
+        if _owner(path) not in (None, os.geteuid()):
+            raise _not_ours(path) from None
+        raise SettingError(
+            f"the runtime directory {path} cannot be made ({error.strerror}); {advice}"
+        ) from None
+    try:
+        info = os.fstat(fd)
+        if info.st_uid != os.geteuid() or info.st_mode & 0o022:
+            raise _not_ours(path)
+        if os.geteuid() == 0 and (above := _untrusted_above(path)):
+            raise SettingError(
+                f"the runtime directory {path} cannot be used by a master that runs as root: {above} belongs "
+                f"to another user or may be written by others; {advice}"
+            )
+        if made:
+            os.fchmod(fd, mode)  # what the umask took away
+    finally:
+        os.close(fd)
+    return path
+
+
+def _not_ours(path: str) -> SettingError:
+    return SettingError(
+        f"the runtime directory {path} must belong to you and be writable by nobody else; "
+        "remove it or set PASSENGER_RUNTIME_DIR"
+    )
+
+
+def _untrusted_above(path: str) -> str:
+    """The first directory above in which another user could put something else in the place of the next
+    one."""
+    owners = {0, _unmapped()}
+    above = os.path.realpath(path)
+    while above != os.path.dirname(above):
+        above = os.path.dirname(above)
+        info = os.lstat(above)
+        if info.st_uid not in owners or (info.st_mode & 0o022 and not info.st_mode & stat.S_ISVTX):
+            return above
+    return ""
+
+
+def _unmapped() -> int:
+    """Whose the host's directories are in a container with user ids of its own; root where there are none
+    such."""
+    with suppress(OSError, ValueError):
+        with open("/proc/self/uid_map", encoding="ascii") as file:
+            mapped = sum(int(line.split()[2]) for line in file)
+        if mapped < _ALL_USERS:
+            with open("/proc/sys/kernel/overflowuid", encoding="ascii") as file:
+                return int(file.read())
+    return 0
+
+
+def directories() -> list[str]:
+    """Where masters of this account may have put their status sockets.
+
+    What is set in the environment may differ between a login and a service, so without a
+    ``PASSENGER_RUNTIME_DIR`` of one's own all the usual places are looked at, and those that processes of
+    this account were started with.
+    """
+    uid = os.geteuid()
+    if os.environ.get("PASSENGER_RUNTIME_DIR", "").strip():
+        places = [directory()]
+    else:
+        places = [directory(), f"/run/user/{uid}/gunicorn-passenger", _in_tmp(), *_stand_ins()]
+        if uid == 0:
+            places.append("/run/gunicorn-passenger")
+        places.extend(_set_for_processes(uid))
+    return [path for path in dict.fromkeys(places) if _is_ours(path)]
+
+
+def _is_ours(path: str) -> bool:
+    """Whether a directory is this account's, and nobody else may put anything into it."""
+    try:
+        info = os.lstat(path)
+    except OSError:
+        return False
+    return stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid() and not info.st_mode & 0o022
+
+
+def _set_for_processes(uid: int) -> list[str]:
+    """What ``PASSENGER_RUNTIME_DIR`` was set to when each process of this account was started."""
+    found = []
+    for pid in os.listdir("/proc"):
+        if not pid.isdigit():
+            continue
+        with suppress(OSError):
+            if os.stat(f"/proc/{pid}").st_uid != uid:
+                continue
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                for entry in file.read().split(b"\0"):
+                    name, _, value = entry.partition(b"=")
+                    if name == b"PASSENGER_RUNTIME_DIR" and value.startswith(b"/"):
+                        found.append(os.path.normpath(os.fsdecode(value)))
+    return found
+
+
+def status_sockets(path: str) -> list[tuple[int, str]]:
+    """The status sockets in a runtime directory: pid and path, by pid."""
+    found = []
+    with suppress(OSError):
+        for name in os.listdir(path):
+            if match := SOCKET.fullmatch(name):
+                found.append((int(match.group(1)), os.path.join(path, name)))
+    return sorted(found)
+
+
+def clear(path: str) -> None:
+    """Remove the status sockets of masters that were killed."""
+    for pid, name in status_sockets(path):
+        remove_if_stale(pid, name)
+
+
+def remove_if_stale(pid: int, path: str) -> bool:
+    """Remove a status socket that nobody listens on and whose master is gone.
+
+    :returns: whether it was one.
+    """
+    with suppress(OSError):
+        if (
+            stat.S_ISSOCK(os.lstat(path).st_mode)
+            and not listening_sockets.has_listener(path)
+            and not pid_exists(pid)
+        ):
+            os.unlink(path)
+            return True
+    return False
+
+
+def pid_exists(pid: int) -> bool:
+    """Whether there is a process with this pid."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True

@@ -1,0 +1,989 @@
+"""The proxy's connections: which are used again, which never, what a lost one means, and that none is left over."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import time
+
+import pytest
+from conftest import fetch, free_port, wait_for
+from proxy_harness import (
+    ALL,
+    OK,
+    PLACES,
+    Message,
+    background,
+    chunk,
+    cut_off,
+    final_of,
+    get,
+    path,
+    proxied,
+    request_of,
+    response_of,
+    wait_read,
+)
+from upstream_sockets import Upstream, connect
+
+SERVERS = {
+    **PLACES,
+    "to_unix": "UNIX",
+    "fresh": "UP, HOST, agent=False",
+    "late": "UP, HOST, proxy_timeout=0.5",
+    "inside_late": "UP, HOST, proxy_timeout=0.5",
+    "few": "UP, HOST, agent=http_proxy.Agent(max_connections=1, connect_timeout=0.5)",
+    "queue": "UP, HOST, agent=http_proxy.Agent(max_connections=1, connect_timeout=60)",
+    "one_idle": "UP, HOST, agent=http_proxy.Agent(max_idle=1)",
+    "short_idle": "UP, HOST, agent=http_proxy.Agent(idle_timeout=0.2)",
+    "hurried": "UP, HOST, agent=http_proxy.Agent(connect_timeout=0.5)",
+    "nowhere": "'http://no-such-host.invalid:80'",
+}
+EVERYWHERE = pytest.mark.parametrize("where", [*PLACES, "to_unix"])
+
+
+@pytest.fixture(scope="module")
+def shared():
+    with proxied(SERVERS) as px:
+        yield px
+
+
+@pytest.fixture
+def px(shared):
+    yield shared
+    fetch(shared.status)
+    shared.quiet()
+
+
+def upstream_for(px, where):
+    return px.unix_upstream() if where == "to_unix" else px.upstream()
+
+
+def name_of(px, where="primary"):
+    return f"unix:{px.unix}" if where == "to_unix" else f"http://127.0.0.1:{px.up}"
+
+
+def asked(client, upstream, request=None, answer=OK):
+    """One exchange on a connection that the proxy makes for it."""
+    client.send(request or get())
+    wire = upstream.accept()
+    request_of(wire)
+    wire.send(answer)
+    assert final_of(client).status == int(answer.split(b" ")[1])
+    return wire
+
+
+@contextlib.contextmanager
+def stopped(pid):
+    """All that is done meanwhile, the process meets at once."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+# --- used again --------------------------------------------------------------------------------------
+
+REUSED = {
+    "length": ("GET", OK),
+    "chunked": ("GET", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"),
+    "head": ("HEAD", b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n"),
+    "204": ("DELETE", b"HTTP/1.1 204 None\r\n\r\n"),
+    "304": ("GET", b"HTTP/1.1 304 Same\r\nContent-Length: 5\r\n\r\n"),
+    "error": ("GET", b"HTTP/1.1 500 Oh\r\nContent-Length: 0\r\n\r\n"),
+    "interim": ("GET", b"HTTP/1.1 103 Hints\r\nLink: x\r\n\r\n" + OK),
+    "keep-alive": ("GET", b"HTTP/1.1 200 OK\r\nConnection: keep-alive\r\nKeep-Alive: timeout=5\r\nContent-Length: 0\r\n\r\n"),
+}  # fmt: skip
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("case", REUSED)
+def test_a_connection_is_used_again_for_any_client(px, where, case):
+    method, answer = REUSED[case]
+    with upstream_for(px, where) as upstream:
+        wire = None
+        for number in range(3):
+            with connect(px[where]) as client:
+                client.send(get(f"/{number}", method=method))
+                wire = wire or upstream.accept()
+                assert request_of(wire).target == f"/{number}"
+                wire.send(answer)
+                assert final_of(client, method).status == int(answer.split(b"HTTP/1.1 ")[-1][:3])
+
+
+@ALL
+def test_a_connection_is_used_again_after_bodies(px, where):
+    with px.upstream() as upstream:
+        wire = None
+        for body, field in (
+            (b"hello", "Content-Length: 5"),
+            (b"3\r\nabc\r\n0\r\n\r\n", "Transfer-Encoding: chunked"),
+        ):
+            with connect(px[where]) as client:
+                client.send(get("/", field, method="POST") + body)
+                wire = wire or upstream.accept()
+                request_of(wire)
+                wire.send(OK)
+                assert response_of(client).body == b"ok"
+
+
+NOT_REUSED = {
+    "said so": b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok",
+    "said so among others": b"HTTP/1.1 200 OK\r\nConnection: x, Close\r\nContent-Length: 2\r\n\r\nok",
+    "said so in a second field": (
+        b"HTTP/1.1 200 OK\r\nConnection: keep-alive\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok"
+    ),
+    "old": b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
+}
+
+
+@ALL
+@pytest.mark.parametrize("case", NOT_REUSED)
+def test_a_connection_that_ends_is_not_used_again(px, where, case):
+    with px.upstream() as upstream, connect(px[where]) as client:
+        wire = asked(client, upstream, answer=NOT_REUSED[case])
+        asked(client, upstream)
+        assert wire.ended()
+
+
+def test_without_an_agent_each_request_has_its_own_connection(px):
+    with px.upstream() as upstream, connect(px["fresh"]) as client:
+        for _ in range(2):
+            client.send(get())
+            wire = upstream.accept()
+            assert request_of(wire).get("connection") == "close"
+            wire.send(OK)
+            assert response_of(client).body == b"ok"
+            assert wire.ended()
+
+
+@ALL
+def test_requests_at_the_same_time_have_connections_of_their_own(px, where):
+    with px.upstream() as upstream, connect(px[where]) as one, connect(px[where]) as two:
+        one.send(get("/one"))
+        first = upstream.accept()
+        assert request_of(first).target == "/one"
+        two.send(get("/two"))
+        second = upstream.accept()
+        assert request_of(second).target == "/two"
+        second.send(OK)
+        assert response_of(two).body == b"ok"
+        first.send(OK)
+        assert response_of(one).body == b"ok"
+
+
+def test_an_idle_connection_is_closed_after_a_time(px):
+    with px.upstream() as upstream, connect(px["short_idle"]) as client:
+        assert asked(client, upstream).ended()
+
+
+def test_no_more_stay_open_than_allowed(px):
+    with px.upstream() as upstream, connect(px["one_idle"]) as one, connect(px["one_idle"]) as two:
+        one.send(get("/one"))
+        first = upstream.accept()
+        two.send(get("/two"))
+        second = upstream.accept()
+        first.send(OK)
+        assert response_of(one).body == b"ok"
+        second.send(OK)
+        assert response_of(two).body == b"ok"
+        request_of(first), request_of(second)
+        assert second.ended()
+        one.send(get("/three"))
+        assert request_of(first).target == "/three"
+
+
+def test_a_request_beyond_the_limit_is_503(px):
+    target = path()
+    with px.upstream() as upstream, connect(px["few"]) as one, connect(px["few"]) as two:
+        one.send(get())
+        wire = upstream.accept()
+        two.send(get(target))
+        answer = response_of(two)
+        assert answer.status == 503
+        assert re.fullmatch("[0-9]+", answer.get("retry-after"))
+        px.one_line(target, rf"proxy: {name_of(px)}: .+ after [\d.]+ s \(GET {target}\): 503")
+        request_of(wire)
+        wire.send(OK)
+        assert response_of(one).body == b"ok"
+        two.send(get("/next"))
+        assert request_of(wire).target == "/next"
+        wire.send(OK)
+        assert response_of(two).body == b"ok"
+
+
+def test_a_request_waits_for_a_connection(px):
+    with px.upstream() as upstream, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(px["queue"])) for _ in range(5)]
+        clients[0].send(get("/0"))
+        wire = upstream.accept()
+        for number, client in enumerate(clients[1:], 1):
+            client.send(get(f"/{number}"))
+        seen = set()
+        for _ in clients:
+            seen.add(request_of(wire).target)
+            wire.send(OK)
+        assert seen == {f"/{n}" for n in range(5)}
+        for client in clients:
+            assert response_of(client).body == b"ok"
+        assert not upstream.connects_within(0.05)
+
+
+def test_a_place_becomes_free_when_its_client_goes_or_its_upstream_fails(px):
+    with px.upstream() as upstream, connect(px["queue"]) as last:
+        with connect(px["queue"]) as one:
+            one.send(get())
+            wire = upstream.accept()
+        assert wire.until(b"\r\n\r\n")
+        assert wire.ended()
+        with connect(px["queue"]) as two:
+            two.send(get())
+            upstream.accept().close()
+            assert response_of(two).status == 502
+        asked(last, upstream)
+
+
+# --- stale -------------------------------------------------------------------------------------------
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("end", ["close", "finish", "reset"])
+# a UNIX socket has no reset
+@pytest.mark.leave_out(lambda where, end: where == "to_unix" and end == "reset")
+def test_a_connection_that_was_closed_while_idle_is_not_used(px, where, method, end):
+    with upstream_for(px, where) as upstream, connect(px[where]) as client:
+        wire = asked(client, upstream)
+        getattr(wire, end)()
+        client.send(get("/next", "Content-Length: 3", method=method) + b"abc")
+        wire = upstream.accept()
+        got = request_of(wire)
+        assert (got.target, got.body) == ("/next", b"abc")
+        wire.send(OK)
+        assert response_of(client).body == b"ok"
+    assert not px.lines("/next")
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("end", ["close", "finish"])
+def test_a_connection_closed_in_the_same_moment_in_which_a_post_comes(px, where, end):
+    """The worker sees both at once; the closed connection could be known, and nothing was sent on it."""
+    with upstream_for(px, where) as upstream, connect(px[where]) as client:
+        wire = asked(client, upstream)
+        with stopped(px.worker):
+            client.send(get("/next", "Content-Length: 3", method="POST") + b"abc")
+            getattr(wire, end)()
+        wire = upstream.accept()
+        assert request_of(wire).body == b"abc"
+        wire.send(OK)
+        assert response_of(client).body == b"ok"
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "DELETE"])
+@pytest.mark.parametrize("end", ["close", "reset"])
+# a UNIX socket has no reset
+@pytest.mark.leave_out(lambda where, end: where == "to_unix" and end == "reset")
+def test_an_idempotent_request_that_met_a_stale_connection_is_sent_once_more(px, where, method, end):
+    target = path()
+    with upstream_for(px, where) as upstream, connect(px[where]) as client:
+        wire = asked(client, upstream)
+        client.send(get(target, method=method))
+        request_of(wire)
+        getattr(wire, end)()
+        again = upstream.accept()
+        got = request_of(again)
+        assert (got.method, got.target) == (method, target)
+        again.send(OK if method != "HEAD" else OK[:-2])
+        assert response_of(client, method).status == 200
+        # and the fresh one is kept
+        client.send(get("/next"))
+        assert request_of(again).target == "/next"
+    assert not px.lines(target)
+
+
+NOT_SAFE = {
+    "post with a body": get("%s", "Content-Length: 3", method="POST") + b"abc",
+    "post without": get("%s", "Content-Length: 0", method="POST"),
+    "patch": get("%s", "Transfer-Encoding: chunked", method="PATCH") + b"3\r\nabc\r\n0\r\n\r\n",
+    "unknown": get("%s", method="FROB"),
+}
+
+
+@ALL
+@pytest.mark.parametrize("case", NOT_SAFE)
+def test_what_is_not_idempotent_is_not_sent_twice(px, where, case):
+    target = path()
+    with px.upstream() as upstream, connect(px[where]) as client:
+        wire = asked(client, upstream)
+        client.send(NOT_SAFE[case].replace(b"%s", target.encode()))
+        request_of(wire)
+        wire.close()
+        assert response_of(client).status == 502
+        assert not upstream.connects_within(0.1)
+    px.one_line(target, rf"proxy: {name_of(px)}: .+ after [\d.]+ s \([A-Z]+ {target}\): 502")
+
+
+@ALL
+def test_never_more_than_one_retry(px, where):
+    target = path()
+    with px.upstream() as upstream, connect(px[where]) as one, connect(px[where]) as two:
+        one.send(get())
+        first = upstream.accept()
+        two.send(get())
+        second = upstream.accept()
+        for wire, client in ((first, one), (second, two)):
+            request_of(wire)
+            wire.send(OK)
+            assert response_of(client).body == b"ok"
+        one.send(get(target))
+        # whichever of the two it is sent on
+        first.sock.setblocking(False)
+
+        def arrived():
+            for wire in (first, second):
+                wire.sock.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    wire.more()
+                    return wire
+            return None
+
+        used = wait_for(arrived, "the request")
+        used.close()
+        again = upstream.accept()  # a fresh one, not the other idle one, which may be as stale
+        assert request_of(again).target == target
+        again.close()
+        assert response_of(one).status == 502
+        assert not upstream.connects_within(0.1)
+        other = second if used is first else first
+        other.sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            assert not other.sock.recv(100)
+    px.one_line(target, r"\): 502")
+
+
+@ALL
+def test_a_fresh_connection_that_is_closed_is_no_stale_one(px, where):
+    target = path()
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(get(target))
+        wire = upstream.accept()
+        request_of(wire)
+        wire.close()
+        assert response_of(client).status == 502
+        assert not upstream.connects_within(0.1)
+    px.one_line(target, rf"proxy: {name_of(px)}: .+ after [\d.]+ s \(GET {target}\): 502")
+
+
+@ALL
+@pytest.mark.parametrize(
+    "part", [b"H", b"HTTP/1.1 200 OK\r\nContent-Le", b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\n"]
+)
+@pytest.mark.parametrize("end", ["close", "reset"])
+def test_a_connection_that_has_begun_to_answer_is_no_stale_one(px, where, part, end):
+    target = path()
+    with px.upstream() as upstream, connect(px[where]) as client:
+        wire = asked(client, upstream)
+        client.send(get(target))
+        request_of(wire)
+        wire.send(part)
+        wait_read(wire)  # a reset would take it away
+        getattr(wire, end)()
+        if upstream.connects_within(0.5):
+            raise AssertionError("it was sent once more")
+        assert final_of(client).status == 502
+    px.one_line(target, r"\): 502")
+
+
+# --- the client goes ---------------------------------------------------------------------------------
+
+
+def leave(client, how):
+    if how == "resets":
+        client.reset()
+    else:
+        client.close()
+
+
+LEAVING = pytest.mark.parametrize(
+    ("where", "how"),
+    [("primary", "closes"), ("second", "closes"), ("second", "resets"), ("inside", "closes"), ("inside", "resets"),
+     ("to_unix", "closes")],
+)  # fmt: skip
+
+
+@LEAVING
+def test_the_client_goes_while_the_answer_is_awaited(px, where, how):
+    with upstream_for(px, where) as upstream:
+        client = connect(px[where]).send(get())
+        wire = upstream.accept()
+        request_of(wire)
+        leave(client, how)
+        assert wire.ended()
+
+
+@LEAVING
+@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
+def test_the_client_goes_inside_the_answer(px, where, how, framing):
+    """While nothing is coming down: nobody would notice by writing."""
+    head = {
+        "length": b"Content-Length: 100\r\n\r\nabc",
+        "chunked": b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n",
+        "close": b"Connection: close\r\n\r\nabc",
+    }[framing]
+    with upstream_for(px, where) as upstream:
+        client = connect(px[where]).send(get())
+        wire = upstream.accept()
+        request_of(wire)
+        wire.send(b"HTTP/1.1 200 OK\r\n" + head)
+        client.until(b"abc")
+        leave(client, how)
+        assert wire.ended()
+
+
+@LEAVING
+def test_the_client_goes_while_it_is_sent_much(px, where, how):
+    with upstream_for(px, where) as upstream:
+        client = connect(px[where]).send(get())
+        wire = upstream.accept()
+        request_of(wire)
+        wire.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        client.head()
+        block = chunk(b"x" * 65536)
+
+        def flood():
+            with pytest.raises(ConnectionError):
+                while True:
+                    wire.send(block)
+
+        with background(flood):
+            client.exactly(1 << 20)
+            leave(client, how)
+
+
+@LEAVING
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_the_client_goes_inside_its_request(px, where, how, framing):
+    field = "Content-Length: 100" if framing == "length" else "Transfer-Encoding: chunked"
+    with upstream_for(px, where) as upstream:
+        client = connect(px[where]).send(get("/", field, method="POST"))
+        wire = upstream.accept()
+        wire.head()
+        client.send(b"abc" if framing == "length" else b"3\r\nabc\r\n")
+        wire.until(b"abc" if framing == "length" else b"abc\r\n")
+        leave(client, how)
+        assert b"0\r\n" not in cut_off(wire)
+
+
+@LEAVING
+def test_the_client_goes_while_both_are_talking(px, where, how):
+    with upstream_for(px, where) as upstream:
+        client = connect(px[where]).send(get("/", "Transfer-Encoding: chunked", method="POST"))
+        wire = upstream.accept()
+        wire.head()
+        wire.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n")
+        client.until(b"abc\r\n")
+        leave(client, how)
+        assert not cut_off(wire)
+
+
+@LEAVING
+def test_the_client_goes_with_a_body_that_nobody_reads(px, where, how):
+    """The upstream reads nothing, so what the client has sent cannot be handed on; it is missed all the same."""
+    with upstream_for(px, where) as upstream:
+        client = connect(px[where]).send(get("/", "Content-Length: 1000000000000", method="POST"))
+        wire = upstream.accept()
+        client.sock.settimeout(0.5)
+        with contextlib.suppress(TimeoutError):
+            while True:
+                client.sock.send(b"x" * 65536)
+        leave(client, how)
+        assert wire.head()
+        cut_off(wire)
+
+
+# --- the upstream goes -------------------------------------------------------------------------------
+
+PARTS = {
+    "length": b"Content-Length: 100\r\n\r\nabc",
+    "length, nothing yet": b"Content-Length: 100\r\n\r\n",
+    "chunked": b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n",
+    "chunked, nothing yet": b"Transfer-Encoding: chunked\r\n\r\n",
+    "inside a chunk": b"Transfer-Encoding: chunked\r\n\r\na\r\nabc",
+    "inside a size": b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n1",
+    "behind a chunk": b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc",
+    "inside the end": b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n",
+    "inside the trailers": b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\nX-A: 1\r\n",
+}
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("end", ["close", "reset"])
+# a UNIX socket has no reset
+@pytest.mark.leave_out(lambda where, end: where == "to_unix" and end == "reset")
+def test_an_answer_that_breaks_off_is_not_taken_for_whole(px, where, part, end):
+    target = path()
+    with upstream_for(px, where) as upstream, connect(px[where]) as client:
+        client.send(get(target))
+        wire = upstream.accept()
+        request_of(wire)
+        wire.send(b"HTTP/1.1 200 OK\r\n" + PARTS[part])
+        head = b"" if "nothing" in part else client.head()
+        getattr(wire, end)()
+        body = cut_off(client)
+        if not head or body.startswith(b"HTTP/1.1"):
+            head, _, body = body.partition(b"\r\n\r\n")
+            head += b"\r\n\r\n"
+        first = Message(head)
+        if "nothing" in part and first.status == 502:
+            return  # the head had not left yet
+        assert first.status == 200
+        assert b"HTTP/1.1" not in body
+        if first.all("content-length"):
+            assert len(body) < int(first.get("content-length"))
+        else:
+            assert first.get("transfer-encoding") == "chunked"
+            assert not body.endswith(b"0\r\n\r\n")
+            assert b"\r\n0\r\n" not in b"\r\n" + body
+    px.one_line(target, rf"proxy: {name_of(px, where)}: .+ after [\d.]+ s \(GET {target}\)")
+
+
+@pytest.mark.parametrize("where", ["second", "inside"])
+@pytest.mark.parametrize("end", ["close", "reset"])
+def test_a_client_of_http_1_0_sees_by_a_reset_that_an_answer_broke_off(px, where, end):
+    """It knows no chunks: a clean end would tell it that the answer is whole."""
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(get(version="1.0"))
+        wire = upstream.accept()
+        request_of(wire)
+        wire.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n")
+        client.until(b"abc")
+        getattr(wire, end)()
+        with pytest.raises(ConnectionResetError):
+            client.rest()
+
+
+@EVERYWHERE
+# a UNIX socket has no reset
+@pytest.mark.leave_out(lambda where: where == "to_unix")
+def test_a_reset_is_no_end_of_a_body_that_ends_with_its_connection(px, where):
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(get())
+        wire = upstream.accept()
+        request_of(wire)
+        wire.send(b"HTTP/1.1 200 OK\r\n\r\nabc")
+        client.until(b"abc\r\n")
+        wire.reset()
+        assert b"0\r\n" not in cut_off(client)
+
+
+@ALL
+@pytest.mark.parametrize(
+    "part", [b"", b"HTT", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n", b"HTTP/1.1 103 X\r\n\r\n"]
+)
+@pytest.mark.parametrize("end", ["close", "reset"])
+def test_an_upstream_that_goes_before_its_answer_is_502(px, where, part, end):
+    target = path()
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(get(target, "Content-Length: 3", method="POST") + b"abc")
+        wire = upstream.accept()
+        request_of(wire)
+        wire.send(part)
+        if part.startswith(b"HTTP/1.1 103"):
+            assert Message(client.head()).status == 103  # or the reset might overtake it
+        getattr(wire, end)()
+        assert response_of(client).status == 502
+        # the client's connection goes on
+        asked(client, upstream, get("/next"))
+    line = px.one_line(target, rf"proxy: {name_of(px)}: .+ after [\d.]+ s \(POST {target}\): 502")
+    assert "Traceback" not in line
+
+
+@ALL
+def test_an_upstream_that_goes_while_the_client_still_sends_is_502(px, where):
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(get("/", "Content-Length: 100", method="POST") + b"abc")
+        wire = upstream.accept()
+        wire.head()
+        wire.exactly(3)
+        wire.reset()
+        assert response_of(client).status == 502
+
+
+# --- never matched with the wrong request ------------------------------------------------------------
+
+POISON = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\nX-Poison: 1\r\n\r\npoison"
+
+SURPLUS = {
+    "length": ("GET", OK + b"surplus"),
+    "an answer": ("GET", OK + POISON),
+    "a byte": ("GET", OK + b"\n"),
+    "a line": ("GET", OK + b"\r\n"),
+    "chunked": (
+        "GET",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n" + POISON,
+    ),
+    "head": ("HEAD", OK),
+    "204": ("GET", b"HTTP/1.1 204 None\r\nContent-Length: 113\r\n\r\n" + POISON),
+    "304": ("GET", b"HTTP/1.1 304 Same\r\n\r\n" + POISON),
+    "interim behind": ("GET", OK + b"HTTP/1.1 100 Continue\r\n\r\n"),
+}
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("case", SURPLUS)
+@pytest.mark.parametrize("split", [False, True])
+def test_surplus_bytes_retire_the_connection(px, where, case, split):
+    method, answer = SURPLUS[case]
+    with upstream_for(px, where) as upstream, connect(px[where]) as client:
+        client.send(get(method=method))
+        wire = upstream.accept()
+        request_of(wire)
+        if split:
+            # the head first, so that the surplus does not come in the same piece
+            head, _, rest = answer.partition(b"\r\n\r\n")
+            whole = {"head": b"", "204": b"", "304": b""}.get(case, b"ok")
+            cut = rest.index(b"ok") + 2 if whole and case != "chunked" else len(b"2\r\nok\r\n0\r\n\r\n")
+            cut = cut if whole else 0
+            wire.send(head + b"\r\n\r\n" + rest[:cut])
+            first = response_of(client, method)
+            wire.send(rest[cut:])
+        else:
+            wire.send(answer)
+            first = response_of(client, method)
+        assert first.status == int(answer.split(b" ")[1])
+        assert b"poison" not in first.body
+        for target in ("/one", "/two"):
+            client.send(get(target))
+            if target == "/one":
+                again = upstream.accept()
+            assert request_of(again).target == target
+            again.send(OK)
+            answer_again = response_of(client)
+            assert (answer_again.body, answer_again.all("x-poison")) == (b"ok", [])
+        cut_off(wire)
+
+
+@EVERYWHERE
+def test_an_answer_that_nobody_asked_for_is_nobodys(px, where):
+    with upstream_for(px, where) as upstream, connect(px[where]) as client:
+        wire = asked(client, upstream)
+        wire.send(POISON)
+        assert asked(client, upstream, get("/next")) is not wire
+        assert wire.ended()
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_an_answer_in_the_same_moment_in_which_a_request_comes_is_nobodys(px, where, method):
+    """The worker sees both at once, whichever it looks at first."""
+    with upstream_for(px, where) as upstream, connect(px[where]) as client:
+        wire = asked(client, upstream)
+        with stopped(px.worker):
+            client.send(get("/next", "Content-Length: 3", method=method) + b"abc")
+            wire.send(POISON)
+        again = upstream.accept()
+        assert request_of(again).target == "/next"
+        again.send(OK)
+        answer = response_of(client)
+        assert (answer.body, answer.all("x-poison")) == (b"ok", [])
+
+
+@ALL
+def test_a_connection_whose_request_was_not_sent_whole_is_not_used_again(px, where):
+    """The upstream answers early, the client goes: what comes next on that connection would be read as body."""
+    with px.upstream() as upstream, connect(px[where]) as other:
+        client = connect(px[where]).send(get("/", "Content-Length: 100", method="POST") + b"abc")
+        wire = upstream.accept()
+        wire.head()
+        wire.exactly(3)
+        wire.send(OK)
+        assert response_of(client).body == b"ok"
+        client.close()
+        assert not cut_off(wire)
+        asked(other, upstream)
+
+
+@ALL
+def test_an_answer_that_its_client_did_not_wait_for_is_nobody_elses(px, where):
+    with px.upstream() as upstream, connect(px[where]) as other:
+        client = connect(px[where]).send(get("/secret"))
+        wire = upstream.accept()
+        request_of(wire)
+        client.close()
+        wire.ended()
+        with contextlib.suppress(OSError):
+            wire.send(POISON)
+        asked(other, upstream)
+
+
+# --- time and refusals -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["late", "inside_late"])
+def test_a_late_answer_is_504(px, where):
+    target = path()
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(get(target))
+        wire = upstream.accept()
+        request_of(wire)
+        assert response_of(client).status == 504
+        assert wire.ended()
+    line = px.one_line(target, rf"proxy: {name_of(px)}: .+ after [\d.]+ s \(GET {target}\): 504")
+    assert 0.5 <= float(re.search(r"after ([\d.]+) s", line)[1]) < 30
+
+
+@pytest.mark.parametrize("where", ["late", "inside_late"])
+@pytest.mark.parametrize("part", [b"HTTP/1.1 200 OK\r\nContent-", b"HTTP/1.1 100 Continue\r\n\r\n"])
+def test_an_answer_that_stops_in_its_head_is_504(px, where, part):
+    target = path()
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(get(target))
+        wire = upstream.accept()
+        request_of(wire)
+        wire.send(part)
+        assert final_of(client).status == 504
+    px.one_line(target, r"\): 504")
+
+
+@pytest.mark.parametrize("where", ["late", "inside_late"])
+@pytest.mark.parametrize("part", ["length", "chunked", "inside a chunk"])
+def test_an_answer_that_stops_in_its_body_is_cut_off(px, where, part):
+    target = path()
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(get(target))
+        wire = upstream.accept()
+        request_of(wire)
+        wire.send(b"HTTP/1.1 200 OK\r\n" + PARTS[part])
+        client.head()
+        rest = cut_off(client)
+        assert b"abc" in rest
+        assert b"0\r\n\r\n" not in rest
+        assert b"HTTP/" not in rest
+        cut_off(wire)
+    px.one_line(target, rf"proxy: {name_of(px)}: .+ after [\d.]+ s \(GET {target}\)")
+
+
+@pytest.mark.parametrize("where", ["late", "inside_late"])
+def test_a_slow_client_is_no_silent_upstream(px, where):
+    """proxy_timeout is about the target: while the body of the request is awaited, its silence is no fault."""
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(get("/", "Content-Length: 3", method="POST"))
+        wire = upstream.accept()
+        wire.head()
+        time.sleep(1)
+        client.send(b"abc")
+        assert wire.exactly(3) == b"abc"
+        wire.send(OK)
+        answer = response_of(client)
+        assert answer.status in (200, 504)  # 504 only if the worker was not run in time
+        assert answer.status == 200
+
+
+@EVERYWHERE
+def test_a_target_that_refuses_is_502(px, where):
+    if os.path.exists(px.unix):
+        os.unlink(px.unix)
+    target = path()
+    with connect(px[where]) as client:
+        client.send(get(target, "Content-Length: 3", method="POST") + b"abc")
+        answer = response_of(client)
+        assert answer.status == 502
+        assert str(px.up) not in answer.body.decode()  # clients are not told what is behind
+        assert "up.sock" not in answer.body.decode()
+        px.one_line(target, rf"proxy: {name_of(px, where)}: .+ after [\d.]+ s \(POST {target}\): 502")
+        # the client's connection goes on
+        with upstream_for(px, where) as upstream:
+            asked(client, upstream)
+
+
+def test_a_stale_unix_socket_refuses(px):
+    target = path()
+    with px.unix_upstream():
+        pass
+    assert os.path.exists(px.unix)
+    with connect(px["to_unix"]) as client:
+        assert response_of(client.send(get(target))).status == 502
+    px.one_line(target, r"\): 502")
+
+
+def test_a_name_that_does_not_resolve_is_502(px):
+    target = path()
+    with connect(px["nowhere"]) as client:
+        client.sock.settimeout(120)
+        assert response_of(client.send(get(target))).status in (502, 504)
+    px.one_line(target, rf"proxy: http://no-such-host.invalid.*: .+ after [\d.]+ s \(GET {target}\): 50[24]")
+
+
+def test_connecting_that_takes_too_long_is_504(px):
+    """A listener whose queue is full does not answer at all."""
+    target = path()
+    with socket.socket() as full, contextlib.ExitStack() as stack:
+        full.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        full.bind(("127.0.0.1", px.up))
+        full.listen(0)
+        for _ in range(20):
+            sock = stack.enter_context(socket.socket())
+            sock.settimeout(0.2)
+            try:
+                sock.connect(("127.0.0.1", px.up))
+            except TimeoutError:
+                break
+        else:
+            raise AssertionError("the queue cannot be filled here")
+        with connect(px["hurried"]) as client:
+            assert response_of(client.send(get(target))).status == 504
+    px.one_line(target, rf"proxy: {name_of(px)}: .+ after [\d.]+ s \(GET {target}\): 504")
+
+
+def test_a_unix_socket_whose_queue_is_full(px):
+    """connect() says EAGAIN at once there; who asks is not to pay for it if there is room a moment later."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(px.unix)
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as stack:
+        listener.bind(px.unix)
+        listener.listen(1)
+        listener.settimeout(30)
+        clients = [stack.enter_context(connect(px["to_unix"])) for _ in range(20)]
+        for client in clients:
+            client.send(get("/crowd"))
+
+        def serve():
+            from upstream_sockets import Wire
+
+            for _ in clients:
+                sock, _ = listener.accept()
+                stack.callback(sock.close)
+                wire = Wire(sock)
+                request_of(wire)
+                wire.send(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok")
+
+        with background(serve):
+            assert [response_of(client).status for client in clients] == [200] * 20
+
+
+# --- nothing is left ---------------------------------------------------------------------------------
+
+
+@EVERYWHERE
+def test_nothing_stays_open(px, where):
+    """Whatever way an exchange ends."""
+    # what was kept of earlier tests goes when it is found closed
+    with connect(px[where]) as client:
+        client.send(get())
+        response_of(client)
+    settled = []
+
+    def count():
+        settled.append((px.sockets(), px.pipes()))
+        return len(settled) > 20 and len(set(settled[-20:])) == 1
+
+    wait_for(count, "the descriptors to settle")
+    sockets, pipes = settled[-1]
+    with upstream_for(px, where) as upstream:
+        for _ in range(5):
+            with connect(px[where]) as client:  # the client goes
+                client.send(get())
+                upstream.accept()
+            with connect(px[where]) as client:  # inside the body
+                client.send(get("/", "Content-Length: 100", method="POST") + b"abc")
+                upstream.accept()
+            with connect(px[where]) as client:  # the upstream goes
+                client.send(get())
+                upstream.accept().close()
+                response_of(client)
+            with connect(px[where]) as client:  # inside the answer
+                client.send(get())
+                wire = upstream.accept()
+                wire.head()
+                wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nabc").close()
+                cut_off(client)
+            with connect(px[where]) as client:  # garbage
+                client.send(get())
+                upstream.accept().send(b"nonsense\r\n\r\n")
+                assert response_of(client).status == 502
+            with connect(px[where]) as client:  # surplus
+                client.send(get())
+                wire = upstream.accept()
+                wire.head()
+                wire.send(POISON + POISON)
+                response_of(client)
+        with connect(px[where]) as client:
+            asked(client, upstream, answer=NOT_REUSED["said so"])
+    with connect(px[where]) as client:
+        for _ in range(5):  # refused
+            client.send(get())
+            assert response_of(client).status == 502
+    wait_for(
+        lambda: px.sockets() <= sockets and px.pipes() <= pipes,
+        lambda: f"{sockets} sockets, {pipes} pipes; now {px.sockets()}, {px.pipes()}",
+    )
+
+
+def test_idle_connections_that_the_upstream_closes_do_not_stay(px):
+    with px.upstream() as upstream, contextlib.ExitStack() as stack:
+        before = px.sockets()
+        clients = [stack.enter_context(connect(px["second"])) for _ in range(20)]
+        wires = []
+        for client in clients:
+            client.send(get())
+            wires.append(upstream.accept())
+        for client, wire in zip(clients, wires, strict=True):
+            request_of(wire)
+            wire.send(OK)
+            response_of(client)
+        for wire in wires:
+            wire.close()
+        for client in clients:
+            client.close()
+        wait_for(lambda: px.sockets() <= before, lambda: f"{before} sockets, now {px.sockets()}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_requests_in_hand_are_finished_on_a_graceful_stop(number):
+    with (
+        proxied(PLACES, "--graceful-timeout", 30, "--keep-alive", 1) as px,
+        px.upstream() as upstream,
+        contextlib.ExitStack() as stack,
+    ):
+        clients = {where: stack.enter_context(connect(px[where])) for where in PLACES}
+        wires = {}
+        for where, client in clients.items():
+            client.send(get(f"/{where}"))
+            wires[where] = upstream.accept()
+            request_of(wires[where])
+            wires[where].send(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nabc")
+            client.until(b"abc")
+        worker = px.worker
+        px.process.signal(number)
+        px.process.wait_log(r"Handling signal: (term|hup)")
+        for where, client in clients.items():
+            wires[where].send(b"def")
+            assert client.exactly(3) == b"def"
+        wait_for(lambda: worker not in px.process.workers(), "the worker's end")
+        for wire in wires.values():
+            assert wire.ended()  # idle ones do not keep it
+        if number == signal.SIGTERM:
+            assert px.process.wait_end() == 0
+        assert "Traceback" not in px.process.log()
+        assert "graceful timeout" not in px.process.log()
+
+
+def test_the_targets_of_another_port_have_connections_of_their_own():
+    other = free_port()
+    with (
+        proxied({"primary": f"lambda request: UP if request.path == '/a' else {other}, HOST"}) as px,
+        px.upstream() as one,
+        Upstream(other) as two,
+        connect(px["primary"]) as client,
+    ):
+        first = asked(client, one, get("/a"))
+        second = asked(client, two, get("/b"))
+        for target, wire in (("/a", first), ("/b", second), ("/a", first)):
+            client.send(get(target))
+            assert request_of(wire).target == target
+            wire.send(OK)
+            assert response_of(client).body == b"ok"

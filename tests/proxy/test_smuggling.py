@@ -1,0 +1,1154 @@
+"""Nothing desynchronises: each message leaves the proxy with one framing, and what can be read in two ways ends here."""
+
+import contextlib
+import re
+import select
+import socket
+
+import h11
+import pytest
+from conftest import fetch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from proxy_harness import (
+    ALL,
+    OK,
+    PLACES,
+    Message,
+    background,
+    chunk,
+    cpu,
+    cut_off,
+    final_of,
+    get,
+    path,
+    proxied,
+    request_of,
+    response_of,
+)
+from upstream_sockets import connect
+
+from gunicorn_passenger import http_proxy
+
+HANDLERS = """
+def change_request(upstream_request, request, options):
+    todo = request.headers.get("X-Do")
+    fields = upstream_request.headers
+    if todo == "path": upstream_request.path = bytes.fromhex(request.headers["X-With"]).decode("latin-1")
+    elif todo == "method": upstream_request.method = bytes.fromhex(request.headers["X-With"]).decode("latin-1")
+    elif todo == "value": fields["X-Made"] = bytes.fromhex(request.headers["X-With"]).decode("latin-1")
+    elif todo == "value past werkzeug":
+        fields._list.append(("X-Made", bytes.fromhex(request.headers["X-With"]).decode("latin-1")))
+    elif todo == "name": fields._list.append((bytes.fromhex(request.headers["X-With"]).decode("latin-1"), "1"))
+    elif todo == "unicode": fields["X-Made"] = "\\u4e2d"
+    elif todo == "field": fields.set(*request.headers["X-With"].split(": "))
+    elif todo == "add": fields.add(*request.headers["X-With"].split(": "))
+    elif todo == "body": upstream_request.body = b"new body"
+    elif todo == "remove": del fields[request.headers["X-With"]]
+
+def change_response(upstream_response, request):
+    todo = request.headers.get("X-Do")
+    fields = upstream_response.headers
+    what = request.headers.get("X-With", "")
+    if todo == "answer reason": upstream_response.reason = bytes.fromhex(what).decode("latin-1")
+    elif todo == "answer status": upstream_response.status_code = int(what)
+    elif todo == "answer value": fields["X-Made"] = bytes.fromhex(what).decode("latin-1")
+    elif todo == "answer value past werkzeug":
+        fields._list.append(("X-Made", bytes.fromhex(what).decode("latin-1")))
+    elif todo == "answer name": fields._list.append((bytes.fromhex(what).decode("latin-1"), "1"))
+    elif todo == "answer field": fields.set(*what.split(": "))
+    elif todo == "answer add": fields.add(*what.split(": "))
+    elif todo == "answer remove": del fields[what]
+
+for name in ("handled", "inside_handled"):
+    P[name].on("proxy_req", change_request)
+    P[name].on("proxy_res", change_response)
+"""
+HANDLED = pytest.mark.parametrize("where", ["handled", "inside_handled"])
+
+
+@pytest.fixture(scope="module")
+def shared():
+    servers = {**PLACES, "handled": "UP, HOST", "inside_handled": "UP, HOST"}
+    with proxied(servers, after=HANDLERS) as px:
+        yield px
+
+
+@pytest.fixture
+def px(shared, request):
+    yield shared
+    fetch(shared.status)
+    # a handler that raises is logged with its traceback
+    if "handled" in request.node.name:
+        shared.mark = len(shared.process.log())
+    shared.quiet()
+
+
+# --- what clients send -------------------------------------------------------------------------------
+
+BODY = b"5\r\nhello\r\n0\r\n\r\n"
+SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: evil\r\n\r\n"
+
+
+@ALL
+@pytest.mark.parametrize("method", ["DELETE", "GET", "OPTIONS", "POST", "PROPFIND", "HEAD"])
+def test_a_chunked_body_keeps_its_framing_whatever_the_method(px, where, method):
+    """node-http-proxy sends a chunked DELETE as Content-Length: 0 with the body behind it."""
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(get("/", "Transfer-Encoding: chunked", method=method) + chunk(SMUGGLED) + b"0\r\n\r\n")
+        wire = upstream.accept()
+        got = request_of(wire)
+        assert (got.get("transfer-encoding"), got.all("content-length"), got.body) == (
+            "chunked",
+            [],
+            SMUGGLED,
+        )
+        wire.send(OK if method != "HEAD" else OK[:-2])
+        assert response_of(client, method).status == 200
+        client.send(get("/next"))
+        assert request_of(wire).target == "/next"
+
+
+@ALL
+@pytest.mark.parametrize("method", ["DELETE", "GET", "OPTIONS", "HEAD"])
+def test_a_sized_body_keeps_its_framing_whatever_the_method(px, where, method):
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(get("/", f"Content-Length: {len(SMUGGLED)}", method=method) + SMUGGLED)
+        wire = upstream.accept()
+        got = request_of(wire)
+        assert (got.get("content-length"), got.body) == (str(len(SMUGGLED)), SMUGGLED), got
+        wire.send(OK if method != "HEAD" else OK[:-2])
+        assert response_of(client, method).status == 200
+        client.send(get("/next"))
+        assert request_of(wire).target == "/next"
+
+
+REFUSED = {
+    "both": b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n" + BODY,
+    "both, swapped": b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n" + BODY,
+    "both, nominated": b"Connection: content-length\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+    + BODY,
+    "two lengths": b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello!",
+    "a list of lengths": b"Content-Length: 5, 6\r\n\r\nhello!",
+    "signed": b"Content-Length: +5\r\n\r\nhello",
+    "negative": b"Content-Length: -5\r\n\r\nhello",
+    "hexadecimal": b"Content-Length: 0x5\r\n\r\nhello",
+    "underscore": b"Content-Length: 1_0\r\n\r\nhello67890",
+    "no number": b"Content-Length: five\r\n\r\nhello",
+    "empty": b"Content-Length: \r\n\r\nhello",
+    "te gzip": b"Transfer-Encoding: gzip\r\n\r\n" + BODY,
+    "te xchunked": b"Transfer-Encoding: xchunked\r\n\r\n" + BODY,
+    "te chunked twice": b"Transfer-Encoding: chunked, chunked\r\n\r\n" + BODY,
+    "te chunked, then identity": b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n" + BODY,
+    "te chunked first": b"Transfer-Encoding: chunked, gzip\r\n\r\n" + BODY,
+    "te with a vertical tab": b"Transfer-Encoding: \x0bchunked\r\n\r\n" + BODY,
+    "te quoted": b'Transfer-Encoding: "chunked"\r\n\r\n' + BODY,
+    "te with a space before the colon": b"Transfer-Encoding : chunked\r\n\r\n" + BODY,
+    "te with a nul": b"Transfer-Encoding: chunked\0\r\n\r\n" + BODY,
+    "te behind a bare lf": b"X-A: 1\nTransfer-Encoding: chunked\r\n\r\n" + BODY,
+    "te behind a bare cr": b"X-A: 1\rTransfer-Encoding: chunked\r\n\r\n" + BODY,
+    "te folded": b"Transfer-Encoding:\r\n chunked\r\n\r\n" + BODY,
+    "length folded": b"Content-Length:\r\n 5\r\n\r\nhello",
+    "a space in a name": b"X A: 1\r\n\r\n",
+    "a nul in a value": b"X-A: a\0b\r\n\r\n",
+    "no colon": b"nonsense\r\n\r\n",
+    "no name": b": value\r\n\r\n",
+    "two hosts": b"Host: other.example\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_could_be_read_in_two_ways_never_reaches_the_upstream(px, case):
+    with px.upstream() as upstream:
+        for where in PLACES:
+            with connect(px[where]) as client:
+                with contextlib.suppress(ConnectionError):
+                    client.send(b"POST /bad HTTP/1.1\r\nHost: x\r\n" + REFUSED[case] + SMUGGLED)
+                got = cut_off(client) if not upstream.connects_within(0.02) else b""
+                if got:
+                    assert re.match(rb"HTTP/1\.1 (400|501|431) ", got), got
+                    assert got.count(b"HTTP/1.1 ") == 1
+        assert not upstream.connects_within(0.1), "it was handed on"
+
+
+@ALL
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"+5\r\nhello\r\n", b"-5\r\nhello\r\n", b"0x5\r\nhello\r\n", b" 5\r\nhello\r\n", b"5_0\r\nhello\r\n", b"\r\nhello\r\n",
+        b"5\nhello\r\n", b"5\r\nhelloXX", b"5;a\nb\r\nhello\r\n", b"g\r\nhello\r\n",
+        b"5\r\nhello\n", b"00000000000000000000000000000000000000005;" + b"x" * 70000 + b"\r\nhello\r\n",
+    ],
+)  # fmt: skip
+def test_a_broken_body_never_reaches_the_upstream_as_a_whole_one(px, where, bad):
+    with px.upstream() as upstream, connect(px[where]) as client:
+        with contextlib.suppress(ConnectionError):
+            client.send(get("/", "Transfer-Encoding: chunked", method="POST") + b"3\r\nabc\r\n" + bad)
+            client.send(b"0\r\n\r\n" + SMUGGLED)
+        arrived = b""
+        if upstream.connects_within(1):
+            arrived = cut_off(upstream.wires[0])
+        assert not arrived.endswith(b"0\r\n\r\n")
+        assert b"smuggled" not in arrived
+        got = cut_off(client)
+        assert not got or re.match(rb"HTTP/1\.1 (400|431|413) ", got), got
+        assert got.count(b"HTTP/1.1 ") <= 1
+
+
+@ALL
+@pytest.mark.parametrize(
+    "trailer",
+    [
+        "Content-Length: 5",
+        "Transfer-Encoding: chunked",
+        "Host: evil",
+        "Connection: close",
+        "Authorization: x",
+        "Cookie: x",
+    ],
+)
+def test_trailers_that_would_change_the_message_are_not_handed_on(px, where, trailer):
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(get("/", "Transfer-Encoding: chunked", method="POST") + b"3\r\nabc\r\n0\r\n")
+        client.send(f"X-Sum: 1\r\n{trailer}\r\n\r\n".encode())
+        wire = upstream.accept()
+        try:
+            got = request_of(wire)
+        except AssertionError as error:
+            assert "the connection ended" in str(error)  # refused, which is right, too
+            assert response_of(client).status == 400
+            return
+        assert trailer.partition(":")[0].lower() not in [name.lower() for name, _ in got.trailers]
+        assert trailer.partition(":")[0].lower() not in set(got.names()) - {
+            "host",
+            "transfer-encoding",
+            "connection",
+        }
+
+
+@ALL
+@pytest.mark.parametrize(
+    "bad", [b"X A: 1", b"nonsense", b"X-A: a\rb", b"X-A: a\0b", b"X-A: 1\nX-B: 2", b": x", b" folded"]
+)
+def test_broken_trailers_of_a_request_are_not_handed_on(px, where, bad):
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(get("/", "Transfer-Encoding: chunked", method="POST") + b"3\r\nabc\r\n0\r\n")
+        client.send(bad + b"\r\n\r\n")
+        wire = upstream.accept()
+        try:
+            got = request_of(wire)
+            assert not got.trailers
+        except AssertionError as error:
+            assert "the connection ended" in str(error)
+
+
+@ALL
+@pytest.mark.parametrize(
+    "target",
+    [
+        "http://[::1/",
+        "http://[foo]/",
+        "http://[]/",
+        "http:///x",
+        "http://a:b/",
+        "http://a:99999/",
+        "http://",
+        "://x/",
+        "foo",
+    ],
+)
+def test_a_target_that_is_no_url_is_400(px, where, target):
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(get(target))
+        if upstream.connects_within(0.3):
+            got = request_of(upstream.wires[0])
+            assert got.target.startswith("/")
+            assert len(got.all("host")) == 1
+            assert re.fullmatch(r"[A-Za-z0-9.:\[\]-]*", got.get("host")), got
+            return
+        assert response_of(client).status == 400
+
+
+@ALL
+def test_an_h2c_upgrade_is_not_carried(px, where):
+    """It would be a tunnel through all that looks at requests; RFC 9113 has given it up."""
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(
+            get(
+                "/", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQCAAAA"
+            )
+        )
+        if upstream.connects_within(1):
+            wire = upstream.wires[0]
+            got = request_of(wire)
+            assert not got.all("upgrade")
+            assert not got.all("http2-settings")
+            wire.send(OK)
+            assert response_of(client).body == b"ok"
+        else:
+            assert response_of(client).status in (400, 501)
+
+
+# --- what upstreams answer ---------------------------------------------------------------------------
+
+POISON = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\nX-Poison: 1\r\n\r\npoison"
+
+START = b"HTTP/1.1 200 OK\r\n"
+BAD_ANSWERS = {
+    "two lengths": START + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\nok!",
+    "a list of lengths": START + b"Content-Length: 2, 3\r\n\r\nok!",
+    "length and chunked": START + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    "chunked and length": START + b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    "negative": START + b"Content-Length: -2\r\n\r\nok",
+    "negative nought": START + b"Content-Length: -0\r\n\r\n",
+    "signed": START + b"Content-Length: +2\r\n\r\nok",
+    "hexadecimal": START + b"Content-Length: 0x2\r\n\r\nok",
+    "underscore": START + b"Content-Length: 0_2\r\n\r\nok",
+    "fraction": START + b"Content-Length: 2.0\r\n\r\nok",
+    "with more": START + b"Content-Length: 2;x\r\n\r\nok",
+    "two words": START + b"Content-Length: 2 2\r\n\r\nok",
+    "no number": START + b"Content-Length: two\r\n\r\nok",
+    "empty length": START + b"Content-Length:\r\n\r\nok",
+    "fullwidth": START + "Content-Length: \uff12\r\n\r\nok".encode(),
+    "superscript": START + b"Content-Length: \xb2\r\n\r\nok",
+    "huge": START + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\nok",
+    "gzip, chunked": START + b"Transfer-Encoding: gzip, chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    "chunked, chunked": START + b"Transfer-Encoding: chunked, chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    "chunked twice": START + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    "chunked first": START + b"Transfer-Encoding: chunked, identity\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    "xchunked": START + b"Transfer-Encoding: xchunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    "vertical tab": START + b"Transfer-Encoding: \x0bchunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    "empty coding": START + b"Transfer-Encoding:\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    "chunked in http/1.0": b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    "space before the colon": START + b"Content-Length : 2\r\n\r\nok",
+    "space in a name": START + b"X Y: 1\r\nContent-Length: 2\r\n\r\nok",
+    "tab before the colon": START + b"X-A\t: 1\r\nContent-Length: 2\r\n\r\nok",
+    "no name": START + b": 1\r\nContent-Length: 2\r\n\r\nok",
+    "no colon": START + b"nonsense\r\nContent-Length: 2\r\n\r\nok",
+    "a name outside ascii": START + b"X-\xe9: 1\r\nContent-Length: 2\r\n\r\nok",
+    "a bracket in a name": START + b"X(A): 1\r\nContent-Length: 2\r\n\r\nok",
+    "nul in a value": START + b"X-A: a\0b\r\nContent-Length: 2\r\n\r\nok",
+    "nul in a name": START + b"X-\0A: b\r\nContent-Length: 2\r\n\r\nok",
+    "bare cr in a value": START + b"X-A: a\rX-B: b\r\nContent-Length: 2\r\n\r\nok",
+    "bare cr before the end": START + b"X-A: a\r\r\nContent-Length: 2\r\n\r\nok",
+    "bare lf in a value": START + b"X-A: a\nX-B: b\r\nContent-Length: 2\r\n\r\nok",
+    "bare lf before the end": START + b"X-A: a\r\n\nContent-Length: 2\r\n\r\nok",
+    "lf alone": b"HTTP/1.1 200 OK\nContent-Length: 2\n\nok",
+    "a fold at the beginning": START + b" X-A: a\r\nContent-Length: 2\r\n\r\nok",
+    "cr in the reason": b"HTTP/1.1 200 O\rK\r\nContent-Length: 2\r\n\r\nok",
+    "nul in the reason": b"HTTP/1.1 200 O\0K\r\nContent-Length: 2\r\n\r\nok",
+    "two digits": b"HTTP/1.1 20 OK\r\nContent-Length: 2\r\n\r\nok",
+    "four digits": b"HTTP/1.1 2000 OK\r\nContent-Length: 2\r\n\r\nok",
+    "letters": b"HTTP/1.1 abc OK\r\nContent-Length: 2\r\n\r\nok",
+    "sign": b"HTTP/1.1 +20 OK\r\nContent-Length: 2\r\n\r\nok",
+    "below 100": b"HTTP/1.1 099 OK\r\nContent-Length: 2\r\n\r\nok",
+    "nought": b"HTTP/1.1 000 OK\r\nContent-Length: 2\r\n\r\nok",
+    "no space": b"HTTP/1.1200 OK\r\nContent-Length: 2\r\n\r\nok",
+    "status with a colon": b"HTTP/1.1 200: OK\r\nContent-Length: 2\r\n\r\nok",
+    "small letters": b"http/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
+    "http/2": b"HTTP/2 200 OK\r\nContent-Length: 2\r\n\r\nok",
+    "http/2.0": b"HTTP/2.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
+    "http/11": b"HTTP/11 200 OK\r\nContent-Length: 2\r\n\r\nok",
+    "a space first": b" HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
+    "icy": b"ICY 200 OK\r\nContent-Length: 2\r\n\r\nok",
+    "http/0.9": b"<html>an old answer</html>\r\n\r\n",
+    "ssh": b"SSH-2.0-OpenSSH_9.6\r\n",
+    "http/2 frames": b"\x00\x00\x12\x04\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x64\x00\x04\x00\x00\xff\xff",
+    "http/2 preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "tls": b"\x15\x03\x01\x00\x02\x02\x46",
+    "a request": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "nothing but lines": b"\r\n\r\n\r\n\r\n",
+    "101 unasked": b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+    "101 behind 103": b"HTTP/1.1 103 X\r\n\r\nHTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n",
+    "bad interim": b"HTTP/1.1 103 X\r\nX Y: 1\r\n\r\n" + OK,
+    "nul in an interim": b"HTTP/1.1 103 X\r\nLink: a\0b\r\n\r\n" + OK,
+    "bad behind an interim": b"HTTP/1.1 103 X\r\n\r\nnonsense\r\n\r\n",
+    "a long name": START + b"X" * 300_000 + b": 1\r\n\r\n",
+    "a long reason": b"HTTP/1.1 200 " + b"K" * 300_000 + b"\r\n\r\n",
+    "a thousand and more fields": START + b"X-A: 1\r\n" * 60_000 + b"Content-Length: 2\r\n\r\nok",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_ANSWERS)
+def test_an_answer_that_is_no_http_is_502(px, case):
+    for where in PLACES:
+        target = path()
+        with px.upstream() as upstream, connect(px[where]) as client:
+            client.send(get(target))
+            wire = upstream.accept()
+            request_of(wire)
+            with contextlib.suppress(OSError):
+                wire.send(BAD_ANSWERS[case] + POISON)
+                wire.finish()
+            answer = final_of(client)
+            assert answer.status == 502, (where, answer)
+            assert b"poison" not in answer.body
+            # the connections: this one is used no more, the client's goes on
+            cut_off(wire)
+            client.send(get("/next"))
+            again = upstream.accept()
+            assert request_of(again).target == "/next"
+            again.send(OK)
+            assert response_of(client).body == b"ok"
+        line = px.one_line(
+            target, rf"proxy: http://127.0.0.1:{px.up}: .+ after [\d.]+ s \(GET {target}\): 502"
+        )
+        assert len(line) < 2000
+        assert line.isprintable()
+
+
+TOLERATED = {
+    "the same length twice": START + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\nok",
+    "the same length in a list": START + b"Content-Length: 2, 2\r\n\r\nok",
+    "obs-fold": START + b"X-A: a\r\n  b\r\nContent-Length: 2\r\n\r\nok",
+    "obs-fold of a length": START + b"Content-Length:\r\n 2\r\n\r\nok",
+    "zeros": START + b"Content-Length: 0002\r\n\r\nok",
+    "an empty line first": b"\r\n" + START + b"Content-Length: 2\r\n\r\nok",
+    "capitals": START + b"TRANSFER-ENCODING: CHUNKED\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    "spaces": START + b"Transfer-Encoding: \t chunked \t\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    "a parameter": START + b"Transfer-Encoding: chunked;q=1\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    "identity": START + b"Transfer-Encoding: identity\r\nContent-Length: 2\r\n\r\nok",
+    "extension": START + b"Transfer-Encoding: chunked\r\n\r\n2;a=b;c=\"d\"\r\nok\r\n0;x\r\n\r\n",
+    "zeros in a size": START + b"Transfer-Encoding: chunked\r\n\r\n0002\r\nok\r\n0000\r\n\r\n",
+    "small letters in a size": START + b"Transfer-Encoding: chunked\r\n\r\na\r\n0123456789\r\n0\r\n\r\n",
+    "a length in an interim": b"HTTP/1.1 103 X\r\nContent-Length: 60\r\n\r\n" + OK,
+    "chunked in an interim": b"HTTP/1.1 103 X\r\nTransfer-Encoding: chunked\r\n\r\n" + OK,
+    "http/1.0": b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
+    "no reason": b"HTTP/1.1 200 \r\nContent-Length: 2\r\n\r\nok",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TOLERATED)
+def test_an_answer_that_is_odd_is_taken_in_one_way_or_not_at_all(px, case):
+    for where in PLACES:
+        with px.upstream() as upstream, connect(px[where]) as client:
+            client.send(get())
+            wire = upstream.accept()
+            request_of(wire)
+            wire.send(TOLERATED[case])
+            wire.finish()
+            answer = client.head()
+            while answer.startswith(b"HTTP/1.1 1"):
+                assert b"content-length" not in answer.lower()
+                assert b"transfer-encoding" not in answer.lower()
+                answer = client.head()
+            assert not re.search(rb"\r\n[ \t]", answer), "a fold was handed on"
+            client.data = answer + client.data
+            seen = response_of(client)
+            if seen.status != 502:
+                assert seen.status == 200
+                assert seen.body in (b"ok", b"0123456789")
+            client.send(get("/next"))
+            again = upstream.accept()
+            assert request_of(again).target == "/next"
+
+
+MUST_WORK = [
+    "capitals",
+    "spaces",
+    "extension",
+    "zeros in a size",
+    "small letters in a size",
+    "http/1.0",
+    "no reason",
+]
+
+
+@ALL
+@pytest.mark.parametrize("case", MUST_WORK)
+def test_an_answer_that_is_right_is_taken(px, where, case):
+    _, seen = px.exchange(get(), TOLERATED[case], where=where)
+    assert (seen.status, seen.body) == (200, b"0123456789" if "small" in case else b"ok")
+
+
+BAD_CHUNKS = {
+    "signed": b"+5\r\nhello\r\n",
+    "negative": b"-5\r\nhello\r\n",
+    "prefix": b"0x5\r\nhello\r\n",
+    "a space first": b" 5\r\nhello\r\n",
+    "a tab first": b"\t5\r\nhello\r\n",
+    "two words": b"5 5\r\nhello\r\n",
+    "underscore": b"0_5\r\nhello\r\n",
+    "empty": b"\r\nhello\r\n",
+    "empty with extension": b";a=b\r\nhello\r\n",
+    "no digit": b"g\r\nhello\r\n",
+    "overflow": b"10000000000000005\r\nhello\r\n",
+    "overflow of signs": b"FFFFFFFFFFFFFFFF\r\nhello\r\n",
+    "long overflow": b"1" + b"0" * 40 + b"5\r\nhello\r\n",
+    "bare lf": b"5\nhello\r\n",
+    "bare cr": b"5\rhello\r\n",
+    "lf in the extension": b"5;a\nb\r\nhello\r\n",
+    "cr in the extension": b"5;a\rb\r\nhello\r\n",
+    "nul in the extension": b"5;a\0b\r\nhello\r\n",
+    "more data": b"5\r\nhello!\r\n",
+    "less data": b"5\r\nhell\r\n",
+    "no line end": b"5\r\nhelloXX",
+    "lf behind the data": b"5\r\nhello\n",
+    "cr behind the data": b"5\r\nhello\rX",
+    "arabic": "\u0665\r\nhello\r\n".encode(),
+    "superscript": b"\xb2\r\nhello\r\n",
+    "endless size": b"0" * 200_000 + b"5\r\nhello\r\n",
+    "endless extension": b"5;" + b"a" * 200_000 + b"\r\nhello\r\n",
+    "bare lf at the end": b"0\r\n\n",
+    "bad trailer": b"0\r\nX A: 1\r\n\r\n",
+    "trailer without a colon": b"0\r\nnonsense\r\n\r\n",
+    "trailer with a bare cr": b"0\r\nX-A: a\rb\r\n\r\n",
+    "trailer with a bare lf": b"0\r\nX-A: a\nX-B: b\r\n\r\n",
+    "trailer with a nul": b"0\r\nX-A: a\0b\r\n\r\n",
+    "folded trailer": b"0\r\nX-A: a\r\n b\r\n\r\n",
+    "endless trailers": b"0\r\n" + b"X-A: b\r\n" * 60_000 + b"\r\n",
+    "a long trailer": b"0\r\nX-A: " + b"b" * 300_000 + b"\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("case", BAD_CHUNKS)
+def test_a_bad_chunk_ends_the_answer_and_is_never_whole(px, case):
+    for where in PLACES:
+        target = path()
+        with px.upstream() as upstream, connect(px[where]) as client:
+            client.send(get(target))
+            wire = upstream.accept()
+            request_of(wire)
+            wire.send(START + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n")
+            client.head()
+            assert client.until(b"abc\r\n") == b"3\r\nabc\r\n"
+            with contextlib.suppress(OSError):
+                wire.send(BAD_CHUNKS[case] + b"0\r\n\r\n" + POISON)
+                wire.finish()
+            rest = cut_off(client)
+            assert not rest.endswith(b"0\r\n\r\n"), (where, rest[:100])
+            assert b"\r\n0\r\n" not in b"\r\n" + rest, (where, rest[:100])
+            assert b"poison" not in rest
+            assert b"HTTP/1.1" not in rest
+            cut_off(wire)
+        px.one_line(target, rf"proxy: http://127.0.0.1:{px.up}: .+ after [\d.]+ s \(GET {target}\)")
+
+
+@ALL
+@pytest.mark.parametrize("case", ["signed", "no digit", "empty", "overflow"])
+def test_a_bad_chunk_together_with_the_head(px, where, case):
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(get())
+        wire = upstream.accept()
+        request_of(wire)
+        wire.send(START + b"Transfer-Encoding: chunked\r\n\r\n" + BAD_CHUNKS[case] + b"0\r\n\r\n" + POISON)
+        head = Message(client.head())
+        if head.status == 502:
+            return
+        rest = cut_off(client)
+        assert not rest.endswith(b"0\r\n\r\n")
+        assert b"poison" not in rest
+        assert b"HTTP/1.1" not in rest
+
+
+@ALL
+@pytest.mark.parametrize(
+    "trailer", [b"Content-Length: 5", b"Transfer-Encoding: chunked", b"Set-Cookie: a=b", b"Connection: x"]
+)
+def test_trailers_of_an_answer_that_would_change_the_message_are_not_handed_on(px, where, trailer):
+    _, seen = px.exchange(
+        get("/", "TE: trailers"),
+        START + b"Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nX-Sum: 1\r\n" + trailer + b"\r\n\r\n",
+        where=where,
+    )
+    assert seen.body == b"ok"
+    name = trailer.partition(b":")[0].decode().lower()
+    assert name not in [key.lower() for key, _ in seen.trailers]
+
+
+@ALL
+@pytest.mark.parametrize("piece", [b"X-Field: value\r\n" * 64, b"x" * 1024], ids=["fields", "one line"])
+def test_a_head_without_end_is_bounded(px, where, piece):
+    target = path()
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(get(target))
+        wire = upstream.accept()
+        request_of(wire)
+        wire.send(START)
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 64 << 20:
+                wire.send(piece)
+                sent += len(piece)
+        assert sent < 64 << 20, "it was taken all"
+        assert response_of(client).status == 502
+    px.one_line(target, r"\): 502")
+
+
+BLANKS = b" " * 60_000
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        START + b"X-A: a" + BLANKS + b"\0\r\n\r\n",
+        START + b"X-A: a" + b"\t" * 60_000 + b"\0\r\n\r\n",
+        START + b"X-A: a\r\n" + b" \r\n" * 20_000 + b"\0\r\n\r\n",
+        START + b"X-A: " + b"a " * 30_000 + b"\r\n\0\r\n\r\n",
+        START + b"Content-Length: " + b"0," * 30_000 + b"x\r\n\r\n",
+        START + b"Connection: " + b"," * 60_000 + b"\r\n\0\r\n\r\n",
+        b"HTTP/1.1 200 " + BLANKS + b"\0\r\n\r\n",
+        START + b"Transfer-Encoding: chunked\r\n\r\n5" + b" " * 3_000 + b"\0\r\n",
+    ],
+    ids=["blanks", "tabs", "folds", "words", "lengths", "options", "reason", "size"],
+)
+def test_an_answer_cannot_keep_the_worker_busy(px, answer):
+    """What a few bytes of an upstream cost is in proportion to them (no regular expression runs wild)."""
+    before = cpu(px.worker)
+    for _ in range(3):
+        with px.upstream() as upstream, connect(px["second"]) as client:
+            client.send(get())
+            wire = upstream.accept()
+            request_of(wire)
+            with contextlib.suppress(OSError):
+                wire.send(answer)
+                wire.finish()
+            cut_off(wire)
+            client.finish()
+            cut_off(client)
+    assert cpu(px.worker) - before < 1.5
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ["Connection: " + "," * 7_000], ["Connection: " + "a," * 3_500], ["X-A: a" + " " * 8_000 + "b"],
+        ["Forwarded: " + "for=a," * 1_000], ["Via: " + "1.1 a, " * 1_000], ["Cookie: " + "a=b; " * 1_500],
+        ["TE: " + "trailers," * 800, "Connection: TE"], ["Upgrade: " + "a," * 3_500, "Connection: upgrade"],
+    ],
+    ids=["commas", "options", "blanks", "forwarded", "via", "cookie", "te", "upgrade"],
+)  # fmt: skip
+def test_a_request_cannot_keep_the_worker_busy(px, fields):
+    before = cpu(px.worker)
+    for _ in range(3):
+        with px.upstream() as upstream, connect(px["second"]) as client:
+            client.send(get("/" + "%41" * 1_000, *fields))
+            if upstream.connects_within(1):
+                upstream.wires[0].close()
+            client.head()
+    assert cpu(px.worker) - before < 1.5
+
+
+@ALL
+@pytest.mark.parametrize(
+    "piece",
+    [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 X\r\nLink: a\r\n\r\n", b"HTTP/1.1 102 X\r\n\r\n"],
+)
+def test_interim_answers_without_end_are_bounded(px, where, piece):
+    target = path()
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(get(target))
+        wire = upstream.accept()
+        request_of(wire)
+
+        def read():
+            try:
+                return final_of(client).status
+            except (AssertionError, ConnectionError) as error:
+                return str(error)
+
+        with background(read) as status:
+            sent = 0
+            with contextlib.suppress(ConnectionError):
+                while sent < 64 << 20:
+                    wire.send(piece * 64)
+                    sent += len(piece) * 64
+            assert sent < 64 << 20, "they were taken all"
+        assert status[0] == 502 or "the connection ended" in str(status[0]), status
+    px.one_line(target, r"proxy: ")
+
+
+@ALL
+def test_trailers_without_end_are_bounded(px, where):
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(get())
+        wire = upstream.accept()
+        request_of(wire)
+        wire.send(START + b"Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n")
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 64 << 20:
+                wire.send(b"X-Field: value\r\n" * 64)
+                sent += 1024
+        assert sent < 64 << 20, "they were taken all"
+        assert not cut_off(client).endswith(b"0\r\n\r\n")
+
+
+@ALL
+def test_a_second_answer_is_never_the_next_ones(px, where):
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(get("/one") + get("/two"))
+        wire = upstream.accept()
+        assert request_of(wire).target == "/one"
+        wire.send(OK + POISON)
+        assert response_of(client).body == b"ok"
+        again = upstream.accept()
+        assert request_of(again).target == "/two"
+        again.send(OK)
+        answer = response_of(client)
+        assert (answer.body, answer.all("x-poison")) == (b"ok", [])
+
+
+@ALL
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_a_body_where_none_may_be_is_never_the_next_answer(px, where, method):
+    status = b"200 OK" if method == "HEAD" else b"304 Not Modified"
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(get("/one", method=method) + get("/two"))
+        wire = upstream.accept()
+        request_of(wire)
+        wire.send(b"HTTP/1.1 " + status + b"\r\nContent-Length: %d\r\n\r\n%s" % (len(POISON), POISON))
+        assert response_of(client, method).status == int(status[:3])
+        again = upstream.accept()
+        assert request_of(again).target == "/two"
+        again.send(OK)
+        assert response_of(client).body == b"ok"
+
+
+# --- what is rewritten -------------------------------------------------------------------------------
+
+EVIL = "a\r\nX-Evil: 1"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("headers", {"X": EVIL}), ("headers", {"X": "a\nb"}), ("headers", {"X": "a\rb"}), ("headers", {"X": "a\0b"}),
+        ("headers", {"X\r\nY": "a"}), ("headers", {"X Y": "a"}), ("headers", {"": "a"}), ("headers", {"X:": "a"}),
+        ("headers", {"X": "\u4e2d"}), ("headers", {"X-\xe9": "a"}), ("headers", {"X": b"a"}), ("headers", {"X": None}),
+        ("headers", {"Content-Length": "5"}), ("headers", {"Transfer-Encoding": "chunked"}),
+        ("host_rewrite", EVIL), ("host_rewrite", "a b"), ("host_rewrite", "a/b"), ("host_rewrite", "user@a"),
+        ("protocol_rewrite", "javascript"), ("protocol_rewrite", "http\r\nX: y"),
+        ("cookie_domain_rewrite", EVIL), ("cookie_domain_rewrite", "a; Secure"), ("cookie_domain_rewrite", {"*": EVIL}),
+        ("cookie_domain_rewrite", {"a": "b;c"}), ("cookie_path_rewrite", "/a\nb"), ("cookie_path_rewrite", {"/": "/;x"}),
+        ("via", EVIL), ("via", "a b"), ("via", "a, 1.1 b"), ("sticky_name", "a\r\nb"), ("sticky_name", "a=b"),
+        ("sticky_name", "a b"), ("auth", 5), ("local_address", "a\r\nb"),
+    ],
+)  # fmt: skip
+def test_options_that_would_break_a_message_are_refused(option, value):
+    with pytest.raises((ValueError, TypeError), match=option):
+        http_proxy.create_server(9000, **{option: value})
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "http://h/a\r\nX: y",
+        "http://h/a b",
+        "http://h\r\nX: y/",
+        "http://h/\n",
+        "http://h/\u4e2d",
+        "http://a b/",
+        "http://h/\0",
+    ],
+)
+def test_targets_that_would_break_a_message_are_refused(target):
+    with pytest.raises(ValueError, match="target"):
+        http_proxy.create_server(target)
+
+
+def asking(todo, what, *fields, method="GET"):
+    return get("/", f"X-Do: {todo}", f"X-With: {what}", *fields, method=method)
+
+
+BROKEN = ["a\r\nX-Evil: 1", "a\nX-Evil: 1", "a\rX-Evil: 1", "a\0b", "\r\n"]
+
+
+@HANDLED
+@pytest.mark.parametrize(
+    ("todo", "value"),
+    [
+        *[("path", "/" + value) for value in BROKEN],
+        ("path", "/a b"), ("path", "/ HTTP/1.1\r\nHost: evil\r\n\r\nGET /evil"), ("path", "/\x7f"), ("path", "/\t"),
+        *[("method", value) for value in BROKEN],
+        ("method", "GET /evil HTTP/1.1\r\n\r\nGET"), ("method", "GET "), ("method", ""), ("method", "G\xc9T"), ("method", "G:T"),
+        *[("value", value) for value in BROKEN],
+        *[("value past werkzeug", value) for value in BROKEN],
+        *[("name", value) for value in BROKEN],
+        ("name", "X Evil"), ("name", ""), ("name", "X:Evil"), ("name", "X-\xc9vil"),
+        ("unicode", ""),
+    ],
+)  # fmt: skip
+def test_a_handler_cannot_break_the_request(px, where, todo, value):
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(asking(todo, value.encode("latin-1").hex()))
+        assert response_of(client).status == 500
+        if upstream.connects_within(0.05):
+            # at most a connection that was made ready before
+            assert not upstream.wires[0].data
+            assert not cut_off(upstream.wires[0])
+
+
+@HANDLED
+@pytest.mark.parametrize("todo", ["field", "add"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        "Content-Length: 3",
+        "Content-Length: 0",
+        "Transfer-Encoding: chunked",
+        "Transfer-Encoding: gzip",
+        "Connection: close",
+    ],
+)
+@pytest.mark.parametrize("framing", ["none", "length", "chunked"])
+def test_a_handler_cannot_break_the_framing_of_a_request(px, where, todo, field, framing):
+    framed = {
+        "none": ([], b""),
+        "length": (["Content-Length: 5"], b"hello"),
+        "chunked": (["Transfer-Encoding: chunked"], b"5\r\nhello\r\n0\r\n\r\n"),
+    }[framing]
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(asking(todo, field, *framed[0], method="POST") + framed[1])
+        if not upstream.connects_within(2):
+            assert response_of(client).status == 500
+            return
+        wire = upstream.wires[0]
+        got = request_of(wire)  # asserts that there is one framing
+        assert got.body == (b"" if framing == "none" else b"hello")
+        wire.send(OK)
+        assert response_of(client).body == b"ok"
+        assert not wire.data
+
+
+@HANDLED
+@pytest.mark.parametrize("framing", ["none", "length", "chunked"])
+@pytest.mark.parametrize("field", ["Content-Length", "Transfer-Encoding", "Host"])
+def test_a_handler_cannot_take_the_framing_away(px, where, framing, field):
+    framed = {
+        "none": ([], b""),
+        "length": (["Content-Length: 5"], b"hello"),
+        "chunked": (["Transfer-Encoding: chunked"], b"5\r\nhello\r\n0\r\n\r\n"),
+    }[framing]
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(asking("remove", field, *framed[0], method="POST") + framed[1])
+        if not upstream.connects_within(2):
+            assert response_of(client).status == 500
+            return
+        got = request_of(upstream.wires[0])
+        assert got.body == (b"" if framing == "none" else b"hello")
+        if field == "Host":
+            assert len(got.all("host")) == 1
+
+
+@HANDLED
+@pytest.mark.parametrize("framing", ["none", "length", "chunked"])
+def test_a_body_of_a_handler_has_its_own_framing(px, where, framing):
+    framed = {
+        "none": ([], b""),
+        "length": (["Content-Length: 5"], b"hello"),
+        "chunked": (["Transfer-Encoding: chunked"], b"5\r\nhello\r\n0\r\n\r\n"),
+    }[framing]
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(asking("body", "", *framed[0], method="POST") + framed[1])
+        wire = upstream.accept()
+        got = request_of(wire)
+        assert (got.get("content-length"), got.body) == ("8", b"new body")
+        wire.send(OK)
+        assert response_of(client).body == b"ok"
+        client.send(get("/next"))
+        assert request_of(wire).target == "/next"
+
+
+@HANDLED
+@pytest.mark.parametrize(
+    ("todo", "value"),
+    [
+        *[("answer reason", value.encode().hex()) for value in BROKEN],
+        ("answer status", "99"), ("answer status", "1000"), ("answer status", "101"), ("answer status", "103"),
+        ("answer status", "-200"),
+        *[("answer value", value.encode().hex()) for value in BROKEN],
+        *[("answer value past werkzeug", value.encode().hex()) for value in BROKEN],
+        *[("answer name", value.encode().hex()) for value in [*BROKEN, "X Evil", ""]],
+    ],
+)  # fmt: skip
+def test_a_handler_cannot_break_the_answer(px, where, todo, value):
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(asking(todo, value))
+        wire = upstream.accept()
+        request_of(wire)
+        wire.send(OK)
+        answer = response_of(client)
+        assert answer.status == 500
+        assert not answer.all("x-evil")
+
+
+@HANDLED
+@pytest.mark.parametrize("todo", ["answer field", "answer add"])
+@pytest.mark.parametrize(
+    "field", ["Content-Length: 3", "Content-Length: 1", "Transfer-Encoding: chunked", "Connection: close"]
+)
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_a_handler_cannot_break_the_framing_of_an_answer(px, where, todo, field, framing):
+    answer = OK if framing == "length" else START + b"Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(asking(todo, field))
+        wire = upstream.accept()
+        request_of(wire)
+        wire.send(answer)
+        try:
+            seen = response_of(client)
+        except AssertionError as error:
+            # told to announce a length that is not: cut off
+            assert "the connection ended" in str(error)
+            return
+        if seen.status == 200 and seen.body == b"ok":
+            client.send(get("/next"))
+            again = wire if not upstream.connects_within(0.02) else upstream.wires[-1]
+            with contextlib.suppress(AssertionError):
+                assert request_of(again).target == "/next"
+                again.send(OK)
+                assert response_of(client).body == b"ok"
+        else:
+            assert seen.status in (500, 502) or cut_off(client) == b"", seen
+
+
+# --- whatever comes ----------------------------------------------------------------------------------
+
+NAMES = st.one_of(
+    st.sampled_from(
+        ["Connection", "Keep-Alive", "TE", "Trailer", "Upgrade", "Proxy-Authorization", "Proxy-Connection", "Proxy",
+         "X-Forwarded-For", "Cookie", "Accept", "Via", "X-A", "x-a", "X-B", "Content-Type", "Authorization", "Forwarded"]
+    ),
+    st.text("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789!#$%&'*+-.^`|~", min_size=1, max_size=20).map("X-".__add__),
+)  # fmt: skip
+VALUES = st.one_of(
+    st.sampled_from(
+        ["", "close", "keep-alive", "x-a", "x-b, close", "chunked", "trailers", "100", 'a, b;c="d"']
+    ),
+    st.text([chr(c) for c in (9, *range(0x20, 0x7F), *range(0x80, 0x100))], max_size=60),
+)
+FIELDS = st.lists(st.tuples(NAMES, VALUES), max_size=12)
+TARGETS = st.text([chr(c) for c in range(0x21, 0x7F) if chr(c) not in "#"], max_size=80).map("/".__add__)
+BODIES = st.one_of(
+    st.none(), st.binary(max_size=200), st.lists(st.binary(min_size=1, max_size=100), max_size=6)
+)
+METHODS = st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "REPORT"])
+
+ENDS_HERE = {
+    "connection", "keep-alive", "te", "upgrade", "proxy-authorization", "proxy-connection", "proxy", "transfer-encoding",
+    "content-length", "proxy-authenticate",
+}  # fmt: skip
+KEPT_ANYWAY = {"host", "authorization", "cookie", "content-type", "cache-control"}
+
+
+def options_of(fields):
+    return {
+        option.strip(" \t").lower()
+        for name, value in fields
+        if name.lower() == "connection"
+        for option in value.split(",")
+    }
+
+
+def handed_on(fields):
+    """What must arrive of it, and what may."""
+    nominated = options_of(fields)
+    stripped = [(name.lower(), value.strip(" \t")) for name, value in fields]
+    may = [(name, value) for name, value in stripped if name not in ENDS_HERE]
+    must = [(name, value) for name, value in may if name not in nominated]
+    return must, [(n, v) for n, v in may if n not in nominated or n in KEPT_ANYWAY]
+
+
+def joined(fields):
+    """As WSGI shows it, which does not tell an empty Content-Type from none."""
+    together = {}
+    for name, value in fields:
+        if (name, value) == ("content-type", ""):
+            continue
+        together.setdefault(name, []).extend(part.strip(" \t") for part in value.split(","))
+    return together
+
+
+def own_fields(fields):
+    skip = {"host", "connection", "te", "content-length", "transfer-encoding", "date", "server", "keep-alive"}
+    return [(name, value) for name, value in fields if name not in skip]
+
+
+def framed(body):
+    """Fields and bytes of a body."""
+    if body is None:
+        return [], b""
+    if isinstance(body, bytes):
+        return [("Content-Length", str(len(body)))], body
+    return [("Transfer-Encoding", "chunked")], b"".join(map(chunk, body)) + b"0\r\n\r\n"
+
+
+def serialize(line, fields, body):
+    own, data = framed(body)
+    lines = [line, *(f"{name}: {value}" for name, value in [*fields, *own])]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + data
+
+
+def whole(body):
+    return b"" if body is None else body if isinstance(body, bytes) else b"".join(body)
+
+
+class Strict:
+    """h11 on one side of a connection."""
+
+    def __init__(self, wire, role):
+        self.wire = wire
+        self.machine = h11.Connection(role)
+
+    def message(self):
+        """The next message: its head's event, and its body. A refusal fails the test."""
+        head, body = None, b""
+        while True:
+            event = self.machine.next_event()
+            if event is h11.NEED_DATA:
+                data = self.wire.sock.recv(65536)
+                self.machine.receive_data(data)
+            elif isinstance(event, (h11.Request, h11.Response)):
+                head = event
+            elif isinstance(event, h11.Data):
+                body += bytes(event.data)
+            elif isinstance(event, h11.EndOfMessage):
+                assert head is not None
+                return head, body
+            elif isinstance(event, h11.ConnectionClosed):
+                raise AssertionError(f"the connection ended after {head}")
+
+
+class Bench:
+    """A client and an upstream that stay for all examples."""
+
+    def __init__(self, px, where, stack):
+        self.px, self.where = px, where
+        self.upstream = stack.enter_context(px.upstream())
+        self.client = None
+        self.wires = []
+        #: whether the last example has gone through
+        self.clean = True
+
+    def ask(self, data):
+        """Send a request; the upstream's end, or ``None`` when the proxy has answered itself."""
+        if self.client is None:
+            self.client = connect(self.px[self.where])
+        self.client.send(data)
+        while True:
+            socks = {wire.sock: wire for wire in self.wires}
+            ready, _, _ = select.select([self.upstream.listener, self.client.sock, *socks], [], [], 20)
+            assert ready, f"nothing happens with {data!r}"
+            if self.upstream.listener in ready:
+                wire = self.upstream.accept()
+                self.wires.append(wire)
+                return wire
+            wire = next((socks[sock] for sock in ready if sock in socks), None)
+            if wire is None:
+                return None
+            with contextlib.suppress(ConnectionError):
+                if wire.sock.recv(1, socket.MSG_PEEK):
+                    return wire
+            wire.sock.close()
+            self.wires.remove(wire)
+
+    def settle(self):
+        """Before an example: nothing of one that failed may reach it."""
+        self.hang_up()
+        if not self.clean:
+            self.forget()
+        self.clean = False
+
+    def forget(self):
+        """Let nothing of an example that failed reach the next."""
+        self.hang_up()
+        for wire in self.wires:
+            wire.sock.close()
+        self.wires.clear()
+
+    def hang_up(self):
+        if self.client is not None:
+            self.client.close()
+            self.client = None
+
+
+RELAXED = settings(
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    database=None,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
+)
+
+
+@pytest.fixture
+def bench(px, where):
+    with contextlib.ExitStack() as stack:
+        made = Bench(px, where, stack)
+        stack.callback(made.hang_up)
+        yield made
+
+
+@ALL
+@RELAXED
+@given(method=METHODS, target=TARGETS, fields=FIELDS, body=BODIES)
+def test_any_request_arrives_with_one_framing_and_nothing_invented(bench, method, target, fields, body):
+    if any(name.lower() == "upgrade" for name, _ in fields) and "upgrade" in options_of(fields):
+        return
+    bench.settle()
+    data = serialize(f"{method} {target} HTTP/1.1", [("Host", "client.example"), *fields], body)
+    wire = bench.ask(data)
+    if wire is None:
+        assert re.match(rb"HTTP/1\.1 (400|431|501) ", bench.client.head()), (method, target, fields)
+        return
+    strict = Strict(wire, h11.SERVER)
+    head, got = strict.message()
+    received = [(bytes(n).decode("latin-1").lower(), bytes(v).decode("latin-1")) for n, v in head.headers]
+    names = [name for name, _ in received]
+    assert head.method == method.encode()
+    assert head.target == target.encode()
+    assert names.count("host") == 1
+    assert ("host", "client.example") in received
+    assert names.count("content-length") + names.count("transfer-encoding") <= 1
+    if body is not None:
+        assert names.count("content-length") + names.count("transfer-encoding") == 1
+    assert got == whole(body)
+    must, may = handed_on(fields)
+    kept = own_fields(received)
+    if bench.where == "inside":
+        kept, must, may = joined(kept), joined(must), joined(may)
+    assert kept in (must, may), (must, may)
+    assert not strict.machine.trailing_data[0]
+    wire.send(OK if method != "HEAD" else OK[:-2])
+    assert final_of(bench.client, method).status == 200
+    bench.clean = True
+
+
+@ALL
+@RELAXED
+@given(status=st.integers(200, 599), reason=VALUES, fields=FIELDS, body=BODIES, old=st.booleans())
+def test_any_answer_arrives_with_one_framing_and_nothing_invented(bench, status, reason, fields, body, old):
+    bench.settle()
+    wire = bench.ask(get(method="GET"))
+    assert wire is not None
+    request_of(wire)
+    if status in (204, 304):
+        body = None
+    elif body is None:
+        body = b""
+    wire.send(serialize(f"HTTP/1.1 {status} {reason}", fields, body))
+    head, got = receive(bench.client)
+    assert head.status_code == status
+    received = [(bytes(n).decode("latin-1").lower(), bytes(v).decode("latin-1")) for n, v in head.headers]
+    names = [name for name, _ in received]
+    assert names.count("content-length") + names.count("transfer-encoding") <= 1
+    assert got == whole(body)
+    must, may = handed_on(fields)
+    assert own_fields(received) in (must, may), (must, may)
+    if "close" in options_of(fields):
+        assert wire.ended()
+        wire.sock.close()
+        bench.wires.remove(wire)
+    bench.clean = True
+
+
+def receive(client):
+    """A response, by h11; what comes behind it is there to be seen."""
+    strict = Strict(client, h11.CLIENT)
+    strict.machine.send(h11.Request(method="GET", target="/", headers=[("Host", "x")]))
+    strict.machine.send(h11.EndOfMessage())
+    message = strict.message()
+    assert not strict.machine.trailing_data[0]
+    return message

@@ -1,0 +1,334 @@
+"""The examples, run as their READMEs say, with what the READMEs promise.
+
+The commands and the expected output are read from the READMEs' code blocks. Two things are changed in
+a copy of the example: the UNIX socket's path, and the port numbers, in README and code alike.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import (
+    PATIENCE,
+    ROOT,
+    descriptors,
+    fetch,
+    free_port,
+    free_range,
+    pids_answering,
+    refused,
+    wait_for,
+)
+
+EXAMPLES = ROOT / "examples"
+
+#: Where the commands that belong to the Python of the tests are.
+BIN = Path(sys.executable).parent
+
+
+def need(condition, what):
+    """Skip a test that cannot run here; in CI everything has to be there."""
+    if not condition:
+        assert not os.environ.get("CI"), f"{what} is missing"
+        pytest.skip(f"needs {what}")
+
+
+class Example:
+    """A copy of an example, in which its port numbers are replaced."""
+
+    def __init__(self, start, name, ports=()):
+        for program in ("bash", "curl"):
+            need(shutil.which(program), program)
+        for command in ("gunicorn", "gunicorn-passenger"):
+            need((BIN / command).exists(), f"the command {command} beside {sys.executable}")
+        for module in re.findall(r"^pip install (.+)$", (EXAMPLES / name / "README.md").read_text(), re.M):
+            for package in module.split():
+                need(importlib.util.find_spec(package), package)
+        self.start = start
+        self.socket = f"{start.home}/app.sock"
+        self.directory = start.home / name
+        self.replaced = {rf"(?<!\d){number}(?!\d)": str(port) for number, port in dict(ports).items()} | {
+            r"/tmp/\w+\.sock": self.socket
+        }
+        shutil.copytree(EXAMPLES / name, self.directory, ignore=shutil.ignore_patterns("__pycache__"))
+        for path in self.directory.iterdir():
+            path.write_text(self.replace(path.read_text()))
+        # each block of code: its language and its text
+        self.blocks = re.findall(
+            r"^```(\w+)\n(.*?)^```$", (self.directory / "README.md").read_text(), re.M | re.S
+        )
+        self.env = {
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "TMPDIR": str(start.home),
+            # an example has to find its own modules, and nobody else's
+            "PYTHONPATH": "",
+        }
+
+    def replace(self, text):
+        for pattern, replacement in self.replaced.items():
+            text = re.sub(pattern, replacement, text)
+        return text
+
+    def command(self, containing):
+        """The one block of commands that contains a string."""
+        found = [text for language, text in self.blocks if language == "sh" and containing in text]
+        assert len(found) == 1, f"{len(found)} blocks with {containing!r}"
+        return found[0]
+
+    def run(self, command, **env):
+        """Start a block of commands, of which the last is the server."""
+        *before, server = command.splitlines()
+        # the server takes the shell's place, so that signals reach it
+        script = "\n".join(["set -e", *before, re.sub(r"^(\w+=\S+ )*", r"\g<0>exec ", server)])
+        return self.start.run("bash", "-c", script, cwd=self.directory, env=self.env | env)
+
+    def serve(self, port=None, **env):
+        """Start what the README says, and wait for it, and for the port in all of its workers."""
+        (server,) = {
+            text for language, text in self.blocks
+            if language == "sh" and re.search(r"^gunicorn", text, re.M)
+        }  # fmt: skip
+        process = self.run(server, **env).wait_ready(self.socket)
+        wait_for(lambda: len(process.workers()) == 4, "four workers")
+        if port is not None:
+            wait_for_sharing(process, port)
+        return process
+
+    def ask(self, containing):
+        """Run a block of commands that ends by itself; its output."""
+        done = subprocess.run(
+            ["bash", "-ec", self.command(containing)],
+            cwd=self.directory, capture_output=True, text=True, timeout=PATIENCE, check=True,
+        )  # fmt: skip
+        return done.stdout
+
+    def promises(self, containing):
+        """The lines of the output that the README shows after the block of commands that has a string."""
+        at = self.blocks.index(("sh", self.command(containing)))
+        language, text = self.blocks[at + 1]
+        assert language == "text"
+        return text.splitlines()
+
+
+def wait_for_sharing(process, port):
+    """Wait until four workers have the one listening socket of a port."""
+    inodes = set()
+    for line in Path("/proc/net/tcp").read_text().splitlines():
+        fields = line.split()
+        if fields[3] == "0A" and fields[1].endswith(f":{port:04X}"):  # TCP_LISTEN
+            inodes.add(fields[9])
+    (inode,) = inodes
+
+    def sharing():
+        return [pid for pid in process.workers() if f"socket:[{inode}]" in descriptors(pid)]
+
+    wait_for(lambda: len(sharing()) == 4, lambda: f"four workers to share port {port}:\n{process.log()}")
+
+
+def assert_shown(lines, output):
+    """Every line is in the output, numbers aside."""
+    for line in lines:
+        pattern = re.sub(r"\d+", r"\\d+", re.escape(line))
+        assert re.search(pattern, output), f"no {line!r} in:\n{output}"
+
+
+def test_every_example_is_tested():
+    # proxy: in test_real_peers.py, status: in test_status_app.py
+    tested = {"seed", "prometheus", "unmodified", "hooks", "proxy", "status"}
+    assert {path.name for path in EXAMPLES.iterdir() if any(path.glob("*.py"))} == tested
+    for name in tested:
+        assert (EXAMPLES / name / "README.md").exists()
+
+
+# --- seed ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["SIGTERM", "Ctrl-C"])
+def test_seed(start, port, ending):
+    example = Example(start, "seed", {9000: port})
+    process = example.serve(port)
+    (opened,) = example.promises("gunicorn -k")
+    assert process.log().count(opened) == 1
+    assert f":{port} " in opened
+    for command in ("curl --unix-socket", f"curl http://localhost:{port}"):
+        output = example.ask(command)
+        assert_shown(example.promises(command), output)
+        headers = json.loads(output.partition("\n")[2])
+        assert headers["user-agent"].startswith("curl/")
+    assert f'"host": "localhost:{port}"' in output
+    if ending == "Ctrl-C":
+        os.killpg(process.pid, signal.SIGINT)  # a terminal signals the workers as well
+        assert process.wait_end() == 0, process.log()
+    else:
+        assert process.stop() == 0, process.log()
+    assert refused(port)
+    assert not os.path.exists(process.socket)
+    # on Ctrl-C gunicorn may complain of a worker that was faster to leave than its own signal
+    log = re.sub(r".* was sent SIGQUIT!", "", process.log()) if ending == "Ctrl-C" else process.log()
+    assert not re.search("WARNING|ERROR|Traceback", log), log
+
+
+def test_seed_survives_its_workers(start, port):
+    example = Example(start, "seed", {9000: port})
+    process = example.serve(port)
+    for pid in process.workers():
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda pid=pid: pid not in process.workers() and len(process.workers()) == 4, "a new worker")
+        assert "request successfully proxied!" in example.ask("curl --unix-socket")
+    process.hup(4)
+    assert "request successfully proxied!" in example.ask("curl --unix-socket")
+    assert process.log().count(f"Opened 127.0.0.1:{port} ") == 1
+
+
+def test_seed_with_plain_python(start, port):
+    first = free_port()
+    example = Example(start, "seed", {9000: port})
+    assert "`python app.py`" in (example.directory / "README.md").read_text()
+    process = start.python("app.py", cwd=example.directory, env=example.env | {"PORT": first}).wait_ready(
+        first
+    )
+    for where in (first, port):
+        status, body = fetch(where)
+        assert status == 200
+        assert body.startswith("request successfully proxied!\n")
+    process.signal(signal.SIGINT)
+    assert process.wait_end() == 0, process.log()
+    assert refused(first)
+    assert refused(port)
+    assert "Traceback" not in process.log(), process.log()
+
+
+# --- prometheus ------------------------------------------------------------------------------
+
+
+def page_count(port):
+    """What a metrics page says."""
+    status, page = fetch(port, "/metrics")
+    assert status == 200
+    return float(re.search(r"^hello_requests_total (\S+)$", page, re.M).group(1))
+
+
+def test_prometheus_counts_for_all_workers(start, port):
+    example = Example(start, "prometheus", {9100: port})
+    process = example.serve(port)
+    assert process.log().count(f"Opened 0.0.0.0:{port} ") == 1
+    already = page_count(port)  # waiting for the start has asked, too
+    output = example.ask("seq 40")
+    *shown, total = example.promises("seq 40")
+    assert_shown(shown, output)
+    assert total == "hello_requests_total 40.0"
+    assert f"hello_requests_total {already + 40}\n" in output
+    assert output.count("Hello from worker") == 40
+    # the same from whichever worker answers
+    assert {page_count(port) for _ in range(20)} == {already + 40}
+
+    for pid in process.workers():
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: process.log().count("Booting worker") == 8, "new workers")
+    # a page asked for while prometheus_client makes a worker's file is a 500
+    wait_for_sharing(process, port)
+    assert page_count(port) == already + 40
+
+
+def test_prometheus_without_the_directory_counts_for_one_worker(start, port):
+    example = Example(start, "prometheus", {9100: port})
+    first, server = example.command("gunicorn -k").splitlines()
+    assert first.startswith("export PROMETHEUS_MULTIPROC_DIR=")
+    example.run(server).wait_ready()
+    pids = pids_answering(example.socket, 4)
+    assert len(pids) == 4
+    seen = set()
+    wait_for(lambda: seen.add(page_count(port)) or len(seen) > 1, lambda: f"two workers' counts, seen {seen}")
+
+
+def test_prometheus_port_from_the_environment(start, port):
+    example = Example(start, "prometheus")
+    assert "`METRICS_PORT`" in (example.directory / "README.md").read_text()
+    example.serve(port, METRICS_PORT=port)
+    assert page_count(port) > 0
+
+
+# --- unmodified ------------------------------------------------------------------------------
+
+
+def test_unmodified_script(start, port):
+    example = Example(start, "unmodified", {5000: port})
+    assert "gunicorn_passenger" not in (example.directory / "server.py").read_text()
+    process = example.serve()
+    output = example.ask("seq 20")
+    assert_shown(example.promises("seq 20"), output)
+    assert len(output.splitlines()) == 20
+    answered = pids_answering(process.socket, 4)
+    assert answered == {f"Hello from process {pid}\n" for pid in process.workers()}
+    assert refused(port)
+    process.wait_log(rf"Running on http://127.0.0.1:{port}")
+    assert process.stop() == 0, process.log()
+    assert not os.path.exists(process.socket)
+
+
+def test_unmodified_script_with_plain_python(start, port):
+    example = Example(start, "unmodified", {5000: port})
+    assert "`python server.py`" in (example.directory / "README.md").read_text()
+    process = start.python("server.py", cwd=example.directory, env=example.env).wait_ready(port)
+    assert fetch(port)[1] == f"Hello from process {process.pid}\n"
+    assert not os.path.exists(example.socket)
+
+
+# --- hooks -----------------------------------------------------------------------------------
+
+
+def hooks_example(start):
+    first = free_range(10)
+    return Example(start, "hooks", {9100: first, 9109: first + 9, 9200: free_port()}), first
+
+
+def test_hooks(start):
+    example, port = hooks_example(start)
+    process = example.serve()
+    output = example.ask("seq 8")
+    assert_shown(example.promises("seq 8"), output)
+    assert output.splitlines()[0] == "Hello"
+    assert len(output.splitlines()) == 9
+    seen = {}
+
+    def all_seen():
+        report = json.loads(fetch(port)[1])
+        seen.setdefault(report["worker"], []).append(report["requests"])
+        return len(seen) == 4
+
+    wait_for(all_seen, lambda: f"four workers, seen {seen}")
+    assert set(seen) == set(process.workers())
+    for counts in seen.values():
+        assert counts == sorted(set(counts))
+    assert process.log().count(f"Opened 127.0.0.1:{port} ") == 1
+    process.hup(4)
+    assert json.loads(fetch(port)[1])["worker"] in process.workers()
+    assert process.stop() == 0, process.log()
+    assert refused(port)
+
+
+def test_hooks_another_port_of_the_allocation(start):
+    example, port = hooks_example(start)
+    example.serve(port + 5, METRICS_PORT=port + 5)
+    assert fetch(port + 5)[0] == 200
+    assert refused(port)
+
+
+def test_hooks_port_outside_the_allocation(start):
+    example, _ = hooks_example(start)
+    command = example.command("METRICS_PORT=")
+    process = example.run(command)
+    assert process.wait_end() != 0
+    shown, allocation = example.promises("METRICS_PORT=")
+    (line,) = [line for line in process.log().splitlines() if "is not allocated" in line]
+    assert shown in line
+    assert allocation in line
+    # no traceback of ours; gunicorn 23 may halt in the midst of a fork, and shows where
+    assert "PortNotAllocated" not in process.log(), process.log()

@@ -1,0 +1,644 @@
+"""The broker against one worker that sends whatever it likes, both in this process."""
+
+import array
+import contextlib
+import gc
+import json
+import logging
+import math
+import os
+import select
+import socket
+import struct
+import threading
+import time
+
+import pytest
+from conftest import free_port, wait_for
+from gunicorn.config import Config
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gunicorn_passenger import errors
+from gunicorn_passenger.config.port_allocation import PortAllocation, parse_ports
+from gunicorn_passenger.ipc import channel, scoreboard
+from gunicorn_passenger.master import broker as broking
+from gunicorn_passenger.master import descriptors, upgrade_state
+from gunicorn_passenger.master.broker import Broker, WorkerChannel
+from gunicorn_passenger.system.text import MAX_NAME, escape_error_log, printable
+
+
+class Log:
+    """gunicorn's logger, as far as the master needs it: its error log is escaped on the way out."""
+
+    def __init__(self):
+        self.lines = lines = []
+
+        class Keep(logging.Handler):
+            def emit(self, record):
+                lines.append(self.format(record))
+
+        self.error_log = logging.Logger("gunicorn.error")
+        handler = Keep()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        self.error_log.addHandler(handler)
+        escape_error_log(self)
+
+    def __getattr__(self, name):
+        return getattr(self.error_log, name)
+
+    def grep(self, text):
+        return [line for line in self.lines if text in line]
+
+
+class Workers:
+    """A broker with workers that are ends of channels in this process."""
+
+    def __init__(self):
+        self.log = Log()
+        self.cfg = Config()
+        self.broker = Broker(self.log, [], self.cfg)
+        self.broker.allocation = PortAllocation("me")
+        self.ends = {}
+        self.number = 0
+
+    def add(self, age, ready=True):
+        ours, theirs = channel.pair()
+        ours.setblocking(False)
+        with self.broker._gate:
+            self.broker._links[ours.fileno()] = WorkerChannel(age, ours, scoreboard.Scoreboard(), ready=ready)
+        self.broker._start()
+        theirs.settimeout(30)
+        self.ends[age] = theirs
+        return theirs
+
+    def ask(self, age, type, /, fd=None, **fields):
+        """Send a message with whatever is in it, and receive the answer."""
+        self.number += 1
+        data = json.dumps({"v": 1, "type": type, "id": self.number, **fields}).encode()
+        return self.exchange(age, data, [] if fd is None else [fd], self.number)
+
+    def exchange(self, age, data, fds=(), number=None):
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        self.ends[age].sendmsg([data], rights)
+        while True:
+            message, fd = channel.receive(self.ends[age])
+            if fd is not None:
+                os.close(fd)
+            # grants come by themselves
+            if isinstance(message, channel.AcceptGranted | channel.SuccessorReady | channel.AssignConnection):
+                continue
+            if number is None or message.id == number:
+                return message
+
+    def open(self, age, name="", **fields):
+        return self.ask(age, "Open", **{"kind": "auto", "host": "127.0.0.1", "name": name, **fields})
+
+    def report(self, age):
+        answer = self.ask(age, "Ask")
+        assert isinstance(answer, channel.ReportSent), answer
+        with self.broker._gate:
+            return self.broker.report()
+
+    def lives(self, age):
+        return any(link.age == age for link in list(self.broker._links.values()))
+
+    def close(self):
+        for end in self.ends.values():
+            end.close()
+        wait_for(lambda: not self.broker._links, "the broker to see that its workers are gone")
+        with self.broker._gate:
+            for key in list(self.broker.listeners.ports):
+                self.broker.listeners.drop(key, True)
+            # the thread ends as if the process did: an exception that nothing catches, and no revival
+            self.broker._revive = lambda: setattr(self.broker, "_running", False)
+            self.broker._round = end_of_thread
+        self.broker._wake()
+        wait_for(lambda: not self.broker._running, "the end of the thread")
+        self.broker.leases.exclusive.close()
+        os.close(self.broker._wake_read)
+        os.close(self.broker._wake_write)
+
+
+def end_of_thread():
+    raise SystemExit
+
+
+@pytest.fixture
+def workers():
+    made = Workers()
+    made.add(1)
+    yield made
+    made.close()
+
+
+def open_descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+def settled(before):
+    """Whether no more descriptors are open than before, now or soon."""
+    wait_for(
+        lambda: open_descriptors() <= before,
+        lambda: [os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")][-10:],
+        10,
+    )
+
+
+# --- descriptors --------------------------------------------------------------------------------------
+
+
+def sendable(kind):
+    """A descriptor of this kind, and what must stay open with it."""
+    if kind == "pipe":
+        read, write = os.pipe()
+        os.close(write)
+        return read
+    if kind == "file":
+        return os.open(__file__, os.O_RDONLY)
+    if kind == "epoll":
+        poll = select.epoll()
+        fd = os.dup(poll.fileno())
+        poll.close()
+        return fd
+    if kind == "memfd":
+        return os.memfd_create("test")
+    if kind == "listening":
+        sock = socket.create_server(("127.0.0.1", 0))
+    elif kind == "udp":
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    elif kind == "seqpacket":
+        sock, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        other.close()
+    elif kind == "netlink":
+        sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)
+    else:
+        sock, other = socket.socketpair()
+        other.close()
+    return sock.detach()
+
+
+KINDS = ["pipe", "file", "epoll", "memfd", "listening", "udp", "seqpacket", "netlink", "pair"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("message", ["Hand", "Ready", "Ask", "Opened", "nonsense"])
+def test_no_descriptor_of_a_worker_stays_open_in_the_master(workers, kind, message):
+    workers.add(2)
+    workers.report(1)
+    before = open_descriptors()
+    for _ in range(20):
+        fd = sendable(kind)
+        data = {"v": 1, "type": message, "id": 1000, "key": "primary", "addr": '["127.0.0.1", 5]'}
+        keep = {"Hand": ("key", "addr"), "Opened": ("key",)}.get(message, ())
+        data = {key: value for key, value in data.items() if key in ("v", "type", "id", *keep)}
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+        workers.ends[1].sendmsg([json.dumps(data).encode()], rights)
+        os.close(fd)
+        if message == "Hand" and kind == "pair":
+            break  # it was passed on: worker 2 has it now
+    workers.report(1) if message != "Hand" else None
+    if not (message == "Hand" and kind == "pair"):
+        settled(before)
+    assert workers.lives(1)
+    assert workers.lives(2)
+
+
+def lingering():
+    """A TCP socket whose ``close`` waits: it lingers, and its client does not take what was sent."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(server.getsockname())
+        sock, _ = server.accept()
+    sock.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sock.send(b"x" * 65536)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 600))
+    return client, sock
+
+
+@pytest.mark.parametrize("how", ["Hand", "Ready", "two", "unread"])
+def test_a_socket_that_lingers_does_not_hold_the_master_up(workers, how):
+    workers.add(2)
+    client, sock = lingering()
+    try:
+        # the broker waits meanwhile, so that the last reference is not this test's to close
+        with workers.broker._gate:
+            if how == "Hand":
+                send_last(
+                    workers.ends[1], {"type": "OfferConnection", "key": "primary", "addr": "null"}, sock
+                )
+            else:
+                send_last(workers.ends[1], {"type": "WorkerReady"}, sock, twice=how == "two")
+            if how == "unread":
+                # it is thrown away with the channel
+                workers.broker._leave(next(li for li in workers.broker._links.values() if li.age == 1))
+        began = time.monotonic()
+        assert "pid" in workers.report(2)
+        assert time.monotonic() - began < 20
+        assert workers.lives(2)
+    finally:
+        # what waits is let go
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+    wait_for(lambda: not descriptors.closer._waiting, "the socket to be closed")
+
+
+def send_last(end, fields, sock, twice=False):
+    """Send a message with a socket that this process has no longer."""
+    data = json.dumps({"v": 1, "id": 7, **fields}).encode()
+    fds = array.array("i", [sock.fileno()] * (2 if twice else 1))
+    end.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
+    sock.close()
+
+
+def test_a_worker_whose_descriptors_cannot_be_closed_loses_its_channel(workers, monkeypatch):
+    workers.add(2)
+    monkeypatch.setattr(descriptors, "MOST", 3)
+    held = [lingering() for _ in range(4)]
+    try:
+        with workers.broker._gate:
+            for _, sock in held:
+                send_last(
+                    workers.ends[1], {"type": "OfferConnection", "key": "primary", "addr": "null"}, sock
+                )
+        wait_for(lambda: not workers.lives(1), "the end of the channel")
+        assert workers.log.grep("sends descriptors that cannot be closed at once; closing its channel")
+        assert workers.lives(2)
+        assert "pid" in workers.report(2)
+    finally:
+        for client, _ in held:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.close()
+    wait_for(lambda: not descriptors.closer._waiting, "the sockets to be closed")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "pair"])
+def test_only_connected_stream_sockets_are_connections(kind):
+    fd = sendable(kind)
+    assert not descriptors.is_connection(fd)
+    os.close(fd)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert descriptors.is_connection(ours.fileno())
+        assert ours.fileno() >= 0
+
+
+# --- what is asked for --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", ["shared", "each"])
+def test_many_ranges_cost_no_memory(workers, placement):
+    import tracemalloc
+
+    within = ("1-65535," * 500)[:4000].rstrip(",-0123456789") + ",1-65535"
+    tracemalloc.start()
+    try:
+        for _ in range(3):
+            workers.open(1, within=within, placement=placement)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 64 << 20
+
+
+@given(st.lists(st.tuples(st.integers(1, 65535), st.integers(0, 300)), max_size=30))
+def test_ranges_are_merged(pairs):
+    ranges = [(low, min(65535, low + more)) for low, more in pairs]
+    text = ",".join(f"{low}-{high}" for low, high in ranges)
+    assert parse_ports(text, "test") == {n for low, high in ranges for n in range(low, high + 1)}
+
+
+def test_a_number_that_is_too_long_is_a_setting_error():
+    with pytest.raises(errors.SettingError, match="cannot read"):
+        parse_ports("9" * 5000, "test")
+
+
+def test_a_name_that_is_too_long_is_refused(workers):
+    answer = workers.open(1, "n" * (MAX_NAME + 1))
+    assert isinstance(answer, channel.RequestDenied)
+    assert f"a server's name may have {MAX_NAME} characters" in answer.text
+    assert "listen(..., name=...)" in answer.text
+    assert isinstance(workers.open(1, "n" * MAX_NAME), channel.PortOpened)
+
+
+def test_one_worker_does_not_get_all_ports(workers, monkeypatch):
+    workers.add(2)
+    workers.cfg.set("workers", 2)
+    monkeypatch.setattr(broking.Listeners, "room", staticmethod(lambda: 8))
+    opened = [workers.open(1, f"server {n}") for n in range(6)]
+    assert all(isinstance(answer, channel.PortOpened) for answer in opened)
+    refused = workers.open(1, "one more")
+    assert refused.text == "one worker may have 6 ports, and this one has them; close some servers"
+    # those that it has given back, and that stay for the grace period, count
+    for answer in opened:
+        workers.ends[1].send(json.dumps({"v": 1, "type": "ReleasePort", "id": 0, "key": answer.key}).encode())
+    assert isinstance(workers.open(1, "one more"), channel.RequestDenied)
+    assert isinstance(workers.open(2, "another's"), channel.PortOpened)
+
+
+NAMES = ["\ud800", "a\udcffb", "two\nlines", "\x1b]0;title\x07", "\u202egnp.exe", "\x9b31m", "\U000e0001"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_with_unprintable_characters_is_escaped_everywhere(workers, name):
+    answer = workers.open(1, name)
+    assert isinstance(answer, channel.PortOpened)
+    workers.ends[1].send(json.dumps({"v": 1, "type": "WorkerReady", "id": 0, "primary": name}).encode())
+    report = workers.report(1)
+    (server,) = [server for server in report["servers"] if server["address"] == answer.key]
+    assert server["name"] == printable(name)
+    assert all(text.isprintable() for text in strings(report))
+    json.dumps(report, ensure_ascii=False).encode()
+    with workers.broker._gate:
+        assert workers.broker.primary_name == printable(name)
+        # the name as it is shown, and as the program has it
+        assert "stopped" in workers.broker.command("stop", server["name"])
+        with pytest.raises(errors.PassengerError):
+            workers.broker.command("stop", name + "x")
+        assert all(text.isprintable() for text in strings(workers.broker.report()))
+    fault = workers.ask(1, "Fault", text=f"it failed: {name}")
+    assert isinstance(fault, channel.Acknowledged)
+    assert all(line.isprintable() for line in workers.log.lines), workers.log.lines
+
+
+def strings(value):
+    if isinstance(value, dict):
+        return [text for pair in value.items() for item in pair for text in strings(item)]
+    if isinstance(value, list):
+        return [text for item in value for text in strings(item)]
+    return [value] if isinstance(value, str) else []
+
+
+@pytest.mark.parametrize("path", ["/tmp/\ud800", "/tmp/" + "x" * 200, "relative", "/tmp/a\0b"])
+def test_a_path_that_is_none_is_refused(workers, path):
+    answer = workers.ask(1, "Open", kind="unix", path=path)
+    assert isinstance(answer, channel.RequestDenied)
+    assert all(line.isprintable() for line in workers.log.lines)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"[" * 16000,
+        b'{"v":1,"type":"OfferConnection","id":1,"key":"primary","addr":"' + b"[" * 4000 + b'"}',
+        b'{"v":1,"type":"SpawnDaemon","id":1,"spec":"' + b"[" * 4000 + b'"}',
+        b'{"v":1,"type":"GetReport","id":' + b"9" * 5000 + b"}",
+        b'{"v":1e999,"type":"GetReport","id":NaN}',
+        b'{"v":1,"type":["Ask"],"id":1}',
+        b'{"v":1,"type":{"a":1},"id":[]}',
+        b'{"v":1,"type":"OpenPort","id":1,"kind":{}}',
+        b'{"v":1,"type":"OpenPort","id":true,"kind":"tcp"}',
+        b"\xff\xfe[",
+        b'"\\ud800"',
+    ],
+)
+def test_json_that_is_hard_to_read(workers, data):
+    workers.add(2)
+    answer = workers.exchange(1, data)
+    assert isinstance(answer, channel.PacketRejected | channel.OfferRejected | channel.RequestDenied)
+    assert workers.lives(1)
+    assert not workers.log.grep("failed")
+
+
+def test_a_mistake_of_ours_costs_one_worker_its_channel(workers, monkeypatch):
+    workers.add(2)
+
+    def fail(*_):
+        raise ZeroDivisionError("a mistake of ours\nERROR forged line")
+
+    monkeypatch.setattr(workers.broker.leases, "paused", fail)
+    for _ in range(3):
+        with contextlib.suppress(OSError):
+            workers.ends[1].send(b'{"v":1,"type":"AcceptPaused","id":0,"key":"x"}')
+    assert workers.ends[1].recv(10) == b""
+    assert isinstance(workers.open(2, "another's"), channel.PortOpened)
+    (line,) = workers.log.grep("the port broker failed at a Paused message of worker number 1")
+    assert "ZeroDivisionError: a mistake of ours" in line
+    assert workers.broker._running
+
+
+class Failing:
+    """A part that fails whatever it is asked."""
+
+    def __init__(self, fd):
+        self.fd = fd
+        self.calls = []
+
+    def descriptors(self):
+        return {self.fd: select.POLLIN}
+
+    def __getattr__(self, name):
+        def fail(*_):
+            self.calls.append(name)
+            raise ZeroDivisionError("a mistake of ours")
+
+        return fail
+
+
+def test_a_part_that_fails_keeps_no_worker_waiting(workers):
+    read, write = os.pipe()
+    part = Failing(read)
+    try:
+        os.write(write, b"x")
+        workers.broker.add(part)
+        for number in range(5):
+            assert isinstance(workers.open(1, f"server {number}"), channel.PortOpened)
+        assert {"serve", "tick"} <= set(part.calls)
+        assert workers.log.grep("the port broker failed at Failing and goes on")
+        assert not workers.log.grep("the port broker failed and goes on")
+    finally:
+        with workers.broker._gate:
+            workers.broker.parts.remove(part)
+        os.close(read)
+        os.close(write)
+
+
+def test_a_report_that_fails_costs_nobody_a_channel(workers, monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError("a mistake of ours")
+
+    monkeypatch.setattr(workers.broker, "report", fail)
+    assert isinstance(workers.ask(1, "Ask"), channel.RequestDenied)
+    assert workers.lives(1)
+
+
+# --- whatever is sent ---------------------------------------------------------------------------------
+
+texts = st.text(st.characters(), max_size=60) | st.sampled_from(
+    ["primary", "auto", "tcp", "unix", "", "127.0.0.1", "[" * 3000]
+)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@st.composite
+def packets(draw):
+    """A packet: bytes, or a message of which some fields are as they should be."""
+    if draw(st.integers(0, 4)) == 0:
+        return draw(st.binary(min_size=1, max_size=200))
+    kind = draw(st.sampled_from(sorted(channel.Message.types)))
+    fields = {"v": 1, "type": kind, "id": draw(st.integers(0, 1000))}
+    import dataclasses
+    from typing import get_type_hints
+
+    hints = get_type_hints(channel.Message.types[kind])
+    right = {str: texts, int: st.integers(-5, 70000), bool: st.booleans()}
+    for field in dataclasses.fields(channel.Message.types[kind]):
+        if field.name != "id":
+            wrong = draw(st.integers(0, 9)) == 0
+            fields[field.name] = draw(values if wrong else right[hints[field.name]])
+    for name in draw(st.lists(st.sampled_from(sorted(fields)), max_size=1)):
+        if draw(st.booleans()):
+            fields[name] = draw(values)
+    if fields.get("kind") == "unix":
+        fields["kind"] = "tcp"  # nothing is to be made on the disk
+    return json.dumps(fields).encode()[: channel.MAX_MESSAGE + 100]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.lists(
+        st.tuples(packets(), st.lists(st.sampled_from([None, *KINDS]), max_size=3)), min_size=1, max_size=6
+    )
+)
+def test_whatever_a_worker_sends_the_broker_goes_on(several):
+    workers = THE_BROKER[0]
+    workers.add(2)
+    before = open_descriptors() - 2  # the two ends of this worker
+    workers.log.lines.clear()
+    end = workers.ends[2]
+    end.setblocking(False)
+    try:
+        for data, kinds in several:
+            fds = [sendable(kind) for kind in kinds if kind is not None]
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            try:
+                end.sendmsg([data], rights)
+            except OSError:
+                pass  # its channel is closed
+            finally:
+                for fd in fds:
+                    os.close(fd)
+    finally:
+        end.close()
+    wait_for(lambda: not workers.lives(2), "the end of the worker")
+    del workers.ends[2]
+    with workers.broker._gate:
+        for key in list(workers.broker.listeners.ports):
+            workers.broker._close_port(workers.broker.listeners.ports[key])
+    assert "pid" in workers.report(1)
+    assert workers.broker._running
+    failed = [line for line in workers.log.lines if "failed" in line or "Traceback" in line]
+    assert not failed, failed
+    assert all(line.isprintable() for line in workers.log.lines), workers.log.lines
+    settled(before)
+
+
+THE_BROKER = []
+
+
+@pytest.fixture(autouse=True, scope="module")
+def the_broker():
+    """The one that the test above uses for all of its examples."""
+    made = Workers()
+    made.add(1)
+    THE_BROKER[:] = [made]
+    yield
+    gc.collect()
+    made.close()
+
+
+# --- numbers ------------------------------------------------------------------------------------------
+
+
+def test_whatever_a_worker_writes_on_its_board_stays_a_number(workers):
+    link = next(iter(workers.broker._links.values()))
+    answer = workers.open(1, "counted")
+    words = link.board._words
+    for index in range(len(words)):
+        words[index] = (1 << 64) - 1
+    for _ in range(3):
+        report = workers.report(1)
+        (server,) = [server for server in report["servers"] if server["address"] == answer.key]
+        assert server["requests"] == scoreboard._LIMIT
+        assert all(0 <= n <= scoreboard._LIMIT and not math.isnan(n) for n in numbers(report))
+    # and what stays of it when the worker is gone
+    workers.add(2)
+    workers.ends.pop(1).close()
+    wait_for(lambda: not workers.lives(1), "its end")
+    assert all(0 <= n <= scoreboard._LIMIT for n in numbers(workers.report(2)["servers"]))
+
+
+def numbers(value):
+    if isinstance(value, dict):
+        return [n for item in value.values() for n in numbers(item)]
+    if isinstance(value, list):
+        return [n for item in value for n in numbers(item)]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+@pytest.mark.parametrize("count", [-1, -(1 << 70), 1 << 64, 1 << 200])
+def test_a_count_that_has_no_place_on_the_board(count):
+    one = scoreboard.Scoreboard()
+    one.write(1, scoreboard.Counters(count, 2, 3, 4, 5))
+    assert 0 <= one.read(1).connections <= scoreboard._LIMIT
+    assert one.read(1).accepted == 2
+    one.close()
+
+
+# --- the next master ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    monkeypatch.setattr(upgrade_state, "_state", [])
+
+
+@pytest.mark.usefixtures("fresh")
+def test_the_state_goes_through_a_file_in_memory():
+    state = {"ports": {"open": [[f"127.0.0.1:{n}", "n" * 2000] for n in range(1024)], "stopped": []}}
+    environ = {}
+    before = open_descriptors()
+    upgrade_state.hand_over(environ, 40, state)
+    (number,) = environ.values()
+    assert int(number) >= 40
+    assert os.get_inheritable(int(number))
+    assert len(number) < 10
+    assert upgrade_state.inherited(environ) == state
+    assert environ == {}
+    assert open_descriptors() == before
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("number", ["", "x", "-1", "1", "99999999999999999999", "0", "³"])
+def test_a_variable_that_is_no_state_is_left_alone(number):
+    before = open_descriptors()
+    assert upgrade_state.inherited({upgrade_state.VARIABLE: number}) == {}
+    assert open_descriptors() == before
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("content", [b"", b"[" * 100000, b"[]", b'{"version": 2, "ports": {}}', b"\xff"])
+def test_a_state_that_cannot_be_read_is_none(content):
+    fd = os.memfd_create(upgrade_state._NAME)
+    os.write(fd, content)
+    assert upgrade_state.inherited({upgrade_state.VARIABLE: str(fd)}) == {}
+    with pytest.raises(OSError):
+        os.fstat(fd)
+
+
+def test_threads_of_the_closer_end():
+    closer = descriptors.Closer()
+    before = open_descriptors()
+    for _ in range(50):
+        closer.close(sendable("pipe"))
+    wait_for(lambda: not closer._runs, "the thread to end")
+    settled(before)
+    assert threading.active_count() < 50
+    assert free_port()

@@ -1,0 +1,351 @@
+"""Parts of the HTTP core by themselves, where a real server could only show them by chance."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from typing import Any
+
+import gevent
+import http_model
+import pytest
+from gunicorn.config import Config
+from gunicorn.glogging import Logger
+
+from gunicorn_passenger.http import timeouts as deadlines_module
+from gunicorn_passenger.http.access_log import AccessLog
+from gunicorn_passenger.http.client_socket import ClientSocket
+from gunicorn_passenger.http.response import InvalidResponseHeader, Response
+from gunicorn_passenger.http.timeouts import TimeoutQueue
+from gunicorn_passenger.system.text import escape_error_log
+
+
+class Loop:
+    """A loop whose time is what the test says."""
+
+    def __init__(self) -> None:
+        self.time = 100.0
+        self.timers: list[Any] = []
+
+    def now(self) -> float:
+        return self.time
+
+    def timer(self, seconds: float) -> Any:
+        timer = Timer(self, self.time + seconds)
+        self.timers.append(timer)
+        return timer
+
+    def advance(self, seconds: float) -> None:
+        end = self.time + seconds
+        while due := sorted((t for t in self.timers if t.when <= end), key=lambda t: t.when):
+            self.time = max(self.time, due[0].when)
+            self.timers.remove(due[0])
+            due[0].callback()
+        self.time = end
+
+
+class Timer:
+    def __init__(self, loop: Loop, when: float) -> None:
+        self.loop, self.when = loop, when
+        self.callback: Any = None
+
+    def start(self, callback: Any) -> None:
+        self.callback = callback
+
+    def close(self) -> None:
+        if self in self.loop.timers:
+            self.loop.timers.remove(self)
+
+
+class Waiting:
+    def __init__(self, loop: Loop, again: TimeoutQueue | None = None) -> None:
+        self.loop, self.again = loop, again
+        self.expired: list[float] = []
+
+    def expire(self) -> None:
+        self.expired.append(self.loop.time)
+        if self.again is not None:
+            again, self.again = self.again, None
+            again.add(self)
+
+
+@pytest.fixture
+def loop(monkeypatch: pytest.MonkeyPatch) -> Loop:
+    loop = Loop()
+    monkeypatch.setattr(deadlines_module, "get_hub", lambda: type("Hub", (), {"loop": loop}))
+    return loop
+
+
+def test_each_wait_has_its_own_deadline_also_when_one_begins_another(loop: Loop) -> None:
+    deadlines = TimeoutQueue(1.0)
+    first, second, third = Waiting(loop, again=deadlines), Waiting(loop), Waiting(loop)
+    deadlines.add(first)
+    loop.advance(0.25)
+    deadlines.add(second)
+    loop.advance(0.25)
+    deadlines.add(third)
+    deadlines.remove(third, None)
+    loop.advance(10)
+    assert [round(at, 2) for at in first.expired] == [101.0, 102.0]
+    assert [round(at, 2) for at in second.expired] == [101.25]
+    assert third.expired == []
+
+
+def test_nobody_waits_no_timer(loop: Loop) -> None:
+    deadlines = TimeoutQueue(1.0)
+    waiting = Waiting(loop)
+    for _ in range(100):
+        deadlines.add(waiting)
+        deadlines.remove(waiting, None)
+    loop.advance(10)
+    assert loop.timers == []
+    assert waiting.expired == []
+
+
+class Wire:
+    """A connection that keeps what it is sent."""
+
+    def __init__(self) -> None:
+        self.gateway = http_model.gateway(Config())
+        self.body = type("Body", (), {"unread": False})
+        self.sent = b""
+
+    def send(self, data: bytes) -> None:
+        self.sent += data
+
+
+def response(protocol: str = "HTTP/1.1", method: str = "GET") -> tuple[Response, Wire]:
+    wire = Wire()
+    return Response(wire, {"SERVER_PROTOCOL": protocol, "REQUEST_METHOD": method}, None), wire
+
+
+def test_a_start_response_that_failed_leaves_nothing() -> None:
+    answer, wire = response()
+    with pytest.raises(InvalidResponseHeader):
+        answer.start_response("101 Switching", [("Connection", "upgrade"), ("X", "a\r\nb")])
+    answer.start_response("200 OK", [("Content-Length", "2")])
+    answer.send_all([b"ok"])
+    assert b"Connection: keep-alive\r\n" in wire.sent
+    assert b"X:" not in wire.sent
+
+
+@pytest.mark.parametrize("value", ["a\r\nb", "a\nb", "a\rb", "a\0", "\x7f", "\u0100"])
+def test_a_bad_field_is_refused_each_time(value: str) -> None:
+    for _ in range(3):
+        answer, _ = response()
+        with pytest.raises(InvalidResponseHeader):
+            answer.start_response("200 OK", [("X-Good", "a"), ("X-Bad", value)])
+
+
+def test_a_last_answer_of_1xx_ends_the_connection() -> None:
+    answer, _ = response()
+    answer.start_response("102 Processing", [])
+    answer.send_all([])
+    assert answer.should_close()
+
+
+def test_hooks_see_the_trailers() -> None:
+    seen: list[Any] = []
+    cfg = Config()
+    cfg.set("post_request", lambda worker, req, environ, resp: seen.append((req.trailers, resp.status)))
+    got, end, _ = http_model.ours(
+        http_model.gateway(cfg),
+        [b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\nX-T: v\r\n\r\n"],
+    )
+    assert len(got) == 1
+    assert end == http_model.EOF
+    assert seen == [([("X-T", "v")], "200 OK")]
+
+
+def test_post_request_after_a_pre_request_that_failed() -> None:
+    seen: list[Any] = []
+
+    def before(worker: Any, req: Any) -> None:
+        if req.path == "/bad":
+            raise RuntimeError("of the hook")
+
+    cfg = Config()
+    cfg.set("pre_request", before)
+    cfg.set(
+        "post_request",
+        lambda worker, req, environ, resp: seen.append((req.path, environ == {}, resp is None)),
+    )
+    got, _, _ = http_model.ours(
+        http_model.gateway(cfg),
+        [b"GET /good HTTP/1.1\r\n\r\nGET /bad HTTP/1.1\r\n\r\nGET /after HTTP/1.1\r\n\r\n"],
+    )
+    assert [environ["PATH_INFO"] for environ, _ in got] == ["/good"]
+    assert seen == [("/good", False, False), ("/bad", True, True)]
+
+
+def test_other_handlers_get_the_access_log_too(tmp_path: Any) -> None:
+    answer, _ = response()
+    answer.start_response("200 OK", [("Content-Length", "0")])
+    cfg = Config()
+    cfg.set("accesslog", str(tmp_path / "access.log"))
+    log = cfg.logger_class(cfg)
+    records: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            records.append(record.getMessage())
+
+    access = AccessLog(cfg, log)
+    environ = {"REQUEST_METHOD": "GET", "RAW_URI": "/", "SERVER_PROTOCOL": "HTTP/1.1", "REMOTE_ADDR": "a"}
+    handler = Handler()
+    logging.getLogger().addHandler(handler)
+    try:
+        access.write(answer, None, environ, 0.1, b"GET / HTTP/1.1\r\n\r\n")
+        assert records == []
+        log.access_log.propagate = True
+        access.write(answer, None, environ, 0.1, b"GET / HTTP/1.1\r\n\r\n")
+    finally:
+        log.access_log.propagate = False
+        logging.getLogger().removeHandler(handler)
+        for own in list(log.access_log.handlers):
+            own.close()
+            log.access_log.removeHandler(own)
+    assert len(records) == 1
+    assert (tmp_path / "access.log").read_text().count('"GET / HTTP/1.1" 200 0') == 2
+
+
+#: what a client could put into an access log: a second line, a terminal's commands, text in another order
+HOSTILE = 'a\r\n1.2.3.4 - - "GET" \x1b[2J\x7f\x9b2J \u202e'
+ESCAPED = 'a\\x0d\\x0a1.2.3.4 - - \\"GET\\" \\x1b[2J\\x7f\\x9b2J \\u202e'
+
+
+class OtherLogger(Logger):
+    """A program's own logger, whose values for the line may be others."""
+
+    def atoms(self, *arguments: Any) -> Any:
+        return super().atoms(*arguments)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["our line", "gunicorn's line"])
+def test_what_a_client_says_stays_in_its_line_of_the_access_log(tmp_path: Any, own: bool) -> None:
+    answer, _ = response()
+    answer.start_response("200 OK", [("Content-Length", "0")])
+    cfg = Config()
+    cfg.set("accesslog", str(tmp_path / "access.log"))
+    cfg.set("access_log_format", "%(h)s|%(U)s|%({hostile}e)s")
+    log = cfg.logger_class(cfg) if own else OtherLogger(cfg)
+    try:
+        access = AccessLog(cfg, log)
+        assert access._simple is own
+        environ = {
+            "REQUEST_METHOD": "GET", "RAW_URI": "/", "SERVER_PROTOCOL": "HTTP/1.1",
+            "REMOTE_ADDR": "", "PATH_INFO": HOSTILE, "HOSTILE": HOSTILE,
+        }  # fmt: skip
+        request = type("Request", (), {"headers": [], "method": "GET", "uri": "/"})
+        access.write(answer, lambda: request, environ, 0.1, b"GET / HTTP/1.1\r\n\r\n")
+    finally:
+        for handler in list(log.access_log.handlers):
+            handler.close()
+            log.access_log.removeHandler(handler)
+    assert (tmp_path / "access.log").read_text() == f"|{ESCAPED}|{ESCAPED}\n"
+
+
+def test_what_is_logged_as_an_argument_stays_in_its_line_of_the_error_log(tmp_path: Any) -> None:
+    cfg = Config()
+    cfg.set("errorlog", str(tmp_path / "error.log"))
+    log = cfg.logger_class(cfg)
+    try:
+        escape_error_log(log)
+        escape_error_log(log)
+        log.warning("Invalid request from %s: %d", HOSTILE, 5)
+        log.warning("two\nlines \x1b[2J")
+        try:
+            raise ValueError("\x1b[2J")
+        except ValueError:
+            log.exception("Error handling request %s", "/\n")
+        # an application that borrows gunicorn's handlers has its own lines
+        other = logging.getLogger("of an application")
+        other.propagate = False
+        other.addHandler(log.error_log.handlers[-1])
+        other.warning("%s", "two\nlines")
+    finally:
+        other.removeHandler(log.error_log.handlers[-1])
+        for handler in list(log.error_log.handlers):
+            handler.close()
+            log.error_log.removeHandler(handler)
+    text = (tmp_path / "error.log").read_text()
+    lines = [line.partition("] [WARNING] ")[2] or line for line in text.splitlines()]
+    assert lines[0] == f"Invalid request from {ESCAPED}: 5".replace('\\"', '"')
+    assert lines[1:3] == ["two", "lines \\x1b[2J"]
+    assert "Error handling request /\\x0a" in lines[3]
+    assert lines[4] == "Traceback (most recent call last):"
+    assert lines[-3:] == ["ValueError: \\x1b[2J", "two", "lines"]
+
+
+# --- gunicorn.socket ---------------------------------------------------------------------------------
+
+
+def connected() -> tuple[ClientSocket, socket.socket]:
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(60)
+    return ClientSocket(ours.family, ours.type, ours.proto, ours.detach()), theirs
+
+
+def test_a_socket_that_nobody_has_used_is_gevents_all_the_same() -> None:
+    sock, client = connected()
+    with client:
+        assert isinstance(sock, gevent.socket.socket)
+        assert (sock.family, sock.type, sock.timeout) == (socket.AF_UNIX, socket.SOCK_STREAM, None)
+        reading = gevent.spawn(sock.recv, 5)
+        gevent.sleep(0)
+        client.sendall(b"hello")
+        assert reading.get(timeout=60) == b"hello"
+        sock.settimeout(0.01)
+        with pytest.raises(TimeoutError):
+            sock.recv(1)
+        sock.release()
+        assert client.recv(1) == b""
+
+
+def test_a_socket_that_is_released_wakes_those_who_wait_for_it() -> None:
+    sock, client = connected()
+    with client:
+
+        def read() -> Any:
+            try:
+                return sock.recv(5)
+            except OSError as error:
+                return error
+
+        reading = gevent.spawn(read)
+        other = gevent.spawn(gevent.socket.wait_read, sock.fileno())
+        gevent.sleep(0)
+        sock.release()
+        assert isinstance(reading.get(timeout=60), OSError)
+        with gevent.Timeout(60):
+            while not other.ready():
+                gevent.sleep(0.01)  # gevent wakes it with whatever else turns the loop
+        assert client.recv(1) == b""
+
+
+@pytest.mark.parametrize("first", ["release", "close", "detach"])
+def test_a_socket_that_has_ended_stays_so(first: str) -> None:
+    sock, client = connected()
+    with client:
+        fd = getattr(sock, first)()
+        if fd is not None:
+            socket.close(fd)
+        assert client.recv(1) == b""
+        with socket.socketpair()[0] as heir:  # which has its descriptor now
+            sock.release()
+            sock.close()
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                sock.recv(1)
+            assert heir.getsockname() is not None
+            assert "closed" in repr(sock)
+
+
+def test_a_file_made_of_a_socket_outlives_its_connection() -> None:
+    sock, client = connected()
+    with client:
+        file = sock.makefile("rb")
+        sock.release()
+        client.sendall(b"line\n")
+        assert file.readline() == b"line\n"
+        file.close()
+        assert client.recv(1) == b""

@@ -1,0 +1,236 @@
+"""Parts of the proxy tried by themselves: frames, chunks, what is sent soon, connections that are waited for."""
+
+from __future__ import annotations
+
+import _socket
+import struct
+
+import gevent
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gunicorn_passenger.errors import BadResponse, PoolExhausted
+from gunicorn_passenger.proxy import agent as agents
+from gunicorn_passenger.proxy.response_head import ChunkedDecoder, ResponseHead
+from gunicorn_passenger.proxy.target import parse_target
+from gunicorn_passenger.proxy.tunnel import FrameTracker, close_frame
+from gunicorn_passenger.proxy.upstream_io import GeventStream, runtime
+
+
+def frame(size: int, masked: bool) -> bytes:
+    mask = 128 if masked else 0
+    if size < 126:
+        head = bytes([0x82, mask | size])
+    elif size < 65536:
+        head = bytes([0x82, mask | 126]) + struct.pack("!H", size)
+    else:
+        head = bytes([0x82, mask | 127]) + struct.pack("!Q", size)
+    return head + (b"mask" if masked else b"") + b"x" * size
+
+
+SIZES = st.lists(st.sampled_from([0, 1, 2, 124, 125, 126, 127, 128, 129, 300, 65535, 65536]), max_size=6)
+
+
+@settings(deadline=None, derandomize=True)
+@given(SIZES, st.booleans(), st.lists(st.integers(1, 400), min_size=1))
+def test_frames_are_told_apart_however_they_are_cut(sizes, masked, cuts):
+    frames = [frame(size, masked) for size in sizes]
+    ends, at = [], 0
+    for one in frames:
+        at += len(one)
+        ends.append(at)
+    stream = b"".join(frames)
+    tracker = FrameTracker()
+    at = number = 0
+    while at < len(stream):
+        data = stream[at : at + cuts[number % len(cuts)]]
+        number += 1
+        inside = tracker.feed(data)
+        if at == 0 or at in ends:
+            assert inside == 0  # nothing had begun
+        else:
+            first = next(end for end in ends if end > at)
+            assert inside == min(first - at, len(data))
+        at += len(data)
+        assert tracker.between == (at in ends)
+
+
+def test_a_close_is_1001_and_masked_towards_the_target():
+    assert close_frame(masked=False) == b"\x88\x02\x03\xe9"
+    masked = close_frame(masked=True)
+    assert masked[:2] == b"\x88\x82"
+    assert bytes(byte ^ mask for byte, mask in zip(masked[6:], masked[2:4], strict=True)) == b"\x03\xe9"
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.lists(st.binary(min_size=1, max_size=300), max_size=6), st.integers(1, 50), st.booleans())
+def test_chunks_are_taken_apart_however_they_are_cut(pieces, cut, trailers):
+    stream = b"".join(b"%x;a=b\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+    stream += b"0\r\n" + (b"X-T: 1\r\nContent-Length: 5\r\n" if trailers else b"") + b"\r\nsurplus"
+    decoder = ChunkedDecoder()
+    body = b""
+    at = 0
+    while not decoder.finished:
+        body += decoder.feed(stream[at : at + cut])
+        at += cut
+    assert body == b"".join(pieces)
+    assert decoder.trailers == ([("X-T", "1")] if trailers else [])
+    assert b"surplus".startswith(decoder.rest)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"-1\r\n", b"0x5\r\n", b" 5\r\n", b"5 \r\n", b"\r\n", b"5\n", b"g\r\n", b"1" * 17 + b"\r\n", b"5\r\nhelloX", b"a" * 5000],
+)  # fmt: skip
+def test_bad_chunks(data):
+    with pytest.raises(BadResponse):
+        ChunkedDecoder().feed(data)
+
+
+def test_a_head_is_not_changed_by_who_reads_it_twice():
+    data = b"HTTP/1.1 200 OK\r\nX: 1\r\nContent-Length: 2, 2\r\n\r\n"
+    head = ResponseHead(data, keep_case=False)
+    assert head.fields == [("x", "1"), ("content-length", "2")]
+    assert (head.length, head.close, head.dated) == (2, False, False)
+
+
+def pair() -> tuple[GeventStream, _socket.socket]:
+    near, far = _socket.socketpair()
+    near.setblocking(False)
+    return GeventStream(near, runtime()), far
+
+
+def test_what_is_sent_soon_is_sent_in_order_at_the_end_of_the_turn():
+    gevent.get_hub()
+    ends = [pair() for _ in range(3)]
+    for stream, _ in ends:
+        stream.send_soon(b"one")
+    for _, far in ends:
+        far.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            far.recv(10)
+    gevent.sleep(0)
+    for stream, far in ends:
+        assert far.recv(10) == b"one"
+        stream.close()
+        far.close()
+
+
+def test_what_does_not_fit_soon_follows():
+    gevent.get_hub()
+    stream, far = pair()
+    full = 0
+    while True:
+        try:
+            full += stream.sock.send(b"x" * 65536)
+        except BlockingIOError:
+            break
+    stream.send_soon(b"the request")
+    gevent.sleep(0)
+    came = b""
+    while len(came) < full + len(b"the request"):
+        came += far.recv(1 << 20)
+        gevent.sleep(0)
+    assert came.endswith(b"xthe request")
+    stream.close()
+    far.close()
+
+
+def test_a_closed_stream_sends_nothing_soon():
+    gevent.get_hub()
+    stream, far = pair()
+    stream.send_soon(b"x")
+    stream.close()
+    gevent.sleep(0)
+    assert far.recv(10) == b""
+    far.close()
+
+
+def test_a_send_that_fails_soon_is_known():
+    gevent.get_hub()
+    stream, far = pair()
+    far.close()
+    stream.send_soon(b"x")
+    gevent.sleep(0)
+    assert stream.failed
+    assert not stream.partly
+    stream.close()
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    """A pool of two connections at most; they lead nowhere."""
+    gevent.get_hub()
+    fars = []
+
+    def connect(target, waits, seconds, local_address, context):
+        stream, far = pair()
+        fars.append(far)
+        return stream
+
+    monkeypatch.setattr(agents, "connect", connect)
+    agent = agents.Agent(max_connections=2, connect_timeout=30)
+    yield agent.pool(parse_target(9), True, None)
+    agent.close()
+    for far in fars:
+        far.close()
+
+
+def test_a_connection_that_is_given_back_goes_to_who_waits_longest(pool):
+    one, two = pool.take(), pool.take()
+    waiting = [gevent.spawn(pool.take), gevent.spawn(pool.take)]
+    gevent.sleep(0)
+    assert pool.used == 2
+    pool.give(one)
+    assert waiting[0].get(timeout=30) is one
+    pool.drop(two)
+    fresh = waiting[1].get(timeout=30)
+    assert fresh is not two
+    assert pool.used == 2
+    pool.give(fresh)
+    pool.give(one)
+    assert pool.used == 0
+
+
+def test_who_is_killed_while_waiting_leaves_no_trace(pool):
+    one, _ = pool.take(), pool.take()
+    waiting = gevent.spawn(pool.take)
+    gevent.sleep(0)
+    waiting.kill()
+    pool.give(one)
+    assert pool.used == 1
+    assert pool.take() is one
+
+
+def test_who_is_killed_when_just_called_gives_the_place_back(pool):
+    one, two = pool.take(), pool.take()
+    waiting = gevent.spawn(pool.take)
+    gevent.sleep(0)
+    pool.give(one)  # it is called, and has not run yet
+    waiting.kill()
+    if waiting.value is one:
+        pool.drop(one)  # it was faster
+    pool.drop(two)
+    assert pool.used == 0
+    assert pool.empty
+
+
+def test_nobody_waits_for_ever(pool):
+    pool.take(), pool.take()
+    pool.agent.connect_timeout = 0.01
+    with pytest.raises(PoolExhausted, match="all 2 connections are in use"):
+        pool.take()
+    assert pool.used == 2
+
+
+def test_a_connection_that_its_target_closes_while_idle_is_closed_here(pool):
+    link = pool.take()
+    pool.give(link)
+    assert not pool.empty
+    link.stream.sock.shutdown(2)
+    for _ in range(100):
+        gevent.sleep(0.01)
+        if pool.empty:
+            break
+    assert pool.empty

@@ -1,0 +1,462 @@
+"""Answers that the loop's turn holds: who gets them when, and that none is lost or comes out of order.
+
+A server, its loop and its clients are in this process, so that a test sees what has been sent while an
+application runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gevent
+import pytest
+from gevent.event import Event
+from gunicorn.config import Config
+
+from gunicorn_passenger.config.settings import Timeouts
+from gunicorn_passenger.http import write_coalescing as turn_module
+from gunicorn_passenger.http.acceptor import Acceptor
+from gunicorn_passenger.http.client_socket import ClientSocket
+from gunicorn_passenger.http.listener_context import ListenerContext, StandaloneWorker
+from gunicorn_passenger.http.write_coalescing import WriteCoalescer, coalescer_for_hub
+
+PATIENCE = 60.0
+#: more than a small buffer takes
+BIG = b"x" * 30000 + b"ok"
+GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
+
+
+def wait_for(condition: Callable[[], Any]) -> Any:
+    """Let the loop run until it is true."""
+    deadline = time.monotonic() + PATIENCE
+    while not (result := condition()):
+        assert time.monotonic() < deadline
+        gevent.sleep(0.001)
+    return result
+
+
+class Client:
+    def __init__(self, sock: socket.socket, connection: Any) -> None:
+        self.sock, self.connection = sock, connection
+        self.came = b""
+        self.ended = False
+
+    def send(self, data: bytes = GET) -> None:
+        self.sock.sendall(data)
+
+    def answered(self) -> bool:
+        """Whether there is something for it that it has not taken, without the loop's help."""
+        return bool(select.select([self.sock], [], [], 0)[0])
+
+    def read(self) -> bytes:
+        with contextlib.suppress(BlockingIOError):
+            while not self.ended:
+                piece = self.sock.recv(65536)
+                self.came += piece
+                self.ended = not piece
+        return self.came
+
+    def until(self, count: int, end: bytes = b"ok") -> list[bytes]:
+        """The bodies of so many answers."""
+        wait_for(lambda: self.read().count(b"HTTP/1.1 200 OK") >= count and self.came.endswith(end))
+        parts, self.came = self.came.split(b"HTTP/1.1 200 OK")[1:], b""
+        assert len(parts) == count
+        return [part.partition(b"\r\n\r\n")[2] for part in parts]
+
+
+class Server:
+    """A gateway whose application is what the test says."""
+
+    def __init__(self) -> None:
+        cfg = Config()
+        self.log = cfg.logger_class(cfg)
+        self.gateway = ListenerContext(self._app, cfg, self.log, StandaloneWorker(), "/s", Timeouts())
+        listener = gevent.socket.socket(socket.AF_UNIX)
+        self.acceptor = Acceptor(listener, self.gateway, 100, False)
+        self.turn = self.gateway.turn
+        self.gateway.idle_ticker.seconds = 600.0  # or what is forgotten would be sent at its end
+        self.calls = 0
+        self.clients: list[Client] = []
+        #: what the application of a request does, and what it returns instead of b"ok"
+        self.act: Callable[[int, dict[str, Any]], Any] = lambda call, environ: None
+
+    def _app(self, environ: dict[str, Any], start_response: Any) -> Any:
+        self.calls += 1
+        result = self.act(self.calls, environ)
+        if result is None:
+            result = [b"ok"]
+        length = sum(map(len, result.pieces if isinstance(result, Result) else result))
+        start_response("200 OK", [("Content-Length", str(length))])
+        return result
+
+    def connect(self, **options: int) -> Client:
+        """A connection that has had a request, and waits for the next."""
+        ours, theirs = socket.socketpair()
+        for name, value in options.items():
+            ours.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
+        theirs.setblocking(False)
+        sock = ClientSocket(ours.family, ours.type, ours.proto, ours.detach())
+        client = Client(theirs, self.acceptor.adopt(sock, ""))
+        self.clients.append(client)
+        act, self.act = self.act, lambda call, environ: None
+        client.send()
+        client.until(1)
+        self.act, self.calls = act, 0
+        return client
+
+    def held(self) -> Client:
+        """Whose answer is held: the loop does not serve clients in the order in which they have sent."""
+        (client,) = [client for client in self.clients if client.connection.held]
+        return client
+
+    def answered(self) -> list[bool]:
+        return [client.answered() for client in self.clients]
+
+
+class Result:
+    """An answer's pieces, with a ``close()``."""
+
+    def __init__(self, *pieces: bytes, close: Callable[[], None] = lambda: None) -> None:
+        self.pieces, self.close = pieces, close
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self.pieces)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server that has been quick for so long that it holds answers."""
+    monkeypatch.setattr(turn_module, "_LEAST", 0.0)
+    monkeypatch.setattr(turn_module, "_MOST", 600.0)
+    monkeypatch.setattr(turn_module, "_LONG", 600.0)
+    monkeypatch.setattr(turn_module, "_turns", {})
+    server = Server()
+    server.turn.streak = turn_module._STREAK
+    server.turn.holds = True
+    yield server
+    for client in server.clients:
+        client.sock.close()
+    wait_for(server.acceptor.idle)
+    assert server.turn.holding == []
+
+
+def test_answers_of_a_turn_leave_together_at_its_end(server: Server) -> None:
+    seen = []
+    server.act = lambda call, environ: seen.append(server.answered())
+    for _ in range(3):
+        server.connect()
+    for turns in range(1, 4):
+        for client in server.clients:
+            client.send()
+        for client in server.clients:
+            assert client.until(1) == [b"ok"]
+        assert seen == [[False] * 3] * 3 * turns
+
+
+def test_nothing_is_held_for_longer_than_until_a_request_begins_too_late(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turn_module, "_LONG", 0.0)
+    seen = []
+    server.act = lambda call, environ: seen.append(sum(server.answered()))
+    for _ in range(3):
+        server.connect()
+    for client in server.clients:
+        client.send()
+    for client in server.clients:
+        client.until(1)
+    assert seen == [0, 1, 2]
+
+
+def test_no_more_answers_are_held_than_so_many(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turn_module, "_MANY", 2)
+    seen = []
+    server.act = lambda call, environ: seen.append(sum(server.answered()))
+    for _ in range(5):
+        server.connect()
+    for client in server.clients:
+        client.send()
+    for client in server.clients:
+        client.until(1)
+    assert seen == [0, 0, 2, 2, 4]
+
+
+@pytest.mark.parametrize("limit", ["slow", "quick"])
+def test_a_request_that_is_not_of_the_kind_ends_it(
+    server: Server, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    seen = []
+
+    def act(call: int, environ: Any) -> None:
+        seen.append(sum(server.answered()))
+        if call == 2:
+            monkeypatch.setattr(turn_module, *(("_MOST", 0.0) if limit == "slow" else ("_LEAST", 600.0)))
+
+    server.act = act
+    for _ in range(4):
+        server.connect()
+    for client in server.clients:
+        client.send()
+    for client in server.clients:
+        client.until(1)
+    assert seen == [0, 0, 2, 3]
+    assert not server.turn.holds
+
+
+def test_a_slow_request_holds_back_only_what_was_finished_before_it(server: Server) -> None:
+    """While it waits for something itself, the turn ends."""
+    for _ in range(3):
+        server.connect()
+    done = Event()
+    server.act = lambda call, environ: done.wait() and None if call == 2 else None
+    for client in server.clients:
+        client.send()
+    wait_for(lambda: sum(server.answered()) == 2)
+    done.set()
+    wait_for(lambda: sum(server.answered()) == 3)
+
+
+def test_the_streak_is_long_and_of_requests_that_are_quick_but_not_too_quick() -> None:
+    for broken in 0.0011, 0.00002:
+        turn = WriteCoalescer(None)
+        for _ in range(199):
+            turn.took(0.0001)
+        assert not turn.holds
+        turn.took(broken)
+        turn.took(0.0001)
+        assert not turn.holds
+        for _ in range(199):
+            turn.took(0.0009)
+        assert turn.holds
+        turn.took(broken)
+        assert not turn.holds
+        turn.took(0.0001)
+        assert not turn.holds
+
+
+def test_all_servers_of_a_loop_share_its_turn(server: Server) -> None:
+    assert Server().turn is server.turn is coalescer_for_hub()
+
+
+def test_a_new_server_finds_its_streak_by_itself(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.turn.took(601.0)
+    assert not server.turn.holds
+    monkeypatch.setattr(turn_module, "_STREAK", 10)
+    client = server.connect()
+
+    def held() -> bool:
+        client.send()
+        client.until(1)
+        return server.turn.holds
+
+    # only some requests are timed as long as there is no streak
+    worker: Any = server.gateway.worker
+    worker.nr = 0
+    assert sum(not held() for _ in range(100)) == turn_module.SAMPLE + 8
+
+
+# --- order -------------------------------------------------------------------------------------------
+
+
+def test_the_next_request_on_a_connection_finds_its_answer_sent(server: Server) -> None:
+    seen = []
+    server.act = lambda call, environ: seen.append(server.answered()) or [b"%dok" % call]
+    client = server.connect()
+    client.send(GET * 3)
+    assert client.until(3) == [b"1ok", b"2ok", b"3ok"]
+    assert seen == [[False], [True], [True]]
+
+
+def test_an_answer_that_ends_its_connection_is_not_held(server: Server) -> None:
+    seen = []
+    server.act = lambda call, environ: seen.append(sum(server.answered()))
+    for _ in range(2):
+        server.connect()
+    for client in server.clients:
+        client.send(b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n")
+    for client in server.clients:
+        client.until(1)
+    assert seen == [0, 1]
+
+
+def test_a_part_of_an_answer_is_not_held(server: Server) -> None:
+    seen = []
+
+    def act(call: int, environ: Any) -> Any:
+        def pieces() -> Iterator[bytes]:
+            yield b"o"
+            seen.append(sum(server.answered()))
+            yield b"k"
+
+        result = Result(b"o", b"k")
+        result.__class__ = type("Pieces", (Result,), {"__iter__": lambda self: pieces()})
+        return result
+
+    server.act = act
+    client = server.connect()
+    client.send()
+    assert client.until(1) == [b"ok"]
+    assert seen == [1]
+
+
+# --- what does not leave at once ---------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_sent_by_the_connections_greenlet(server: Server) -> None:
+    big = [bytes([65 + n]) * 30000 + b"ok" for n in range(3)]
+    server.act = lambda call, environ: [big[call - 1]]
+    client = server.connect(SO_SNDBUF=4096)
+    other = server.connect()
+    for n in range(3):
+        client.send()
+        wait_for(lambda: client.connection._writable and client.connection._writable.active)
+        assert server.calls == n + 1
+        # meanwhile others are served
+        act, server.act = server.act, lambda call, environ: None
+        other.send()
+        other.until(1)
+        server.act, server.calls = act, n + 1
+        assert client.until(1) == [big[n]]
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_what_does_not_fit_is_not_forgotten_while_the_application_closes(server: Server, waits: bool) -> None:
+    done = Event()
+    server.act = lambda call, environ: Result(BIG, close=done.wait if waits else lambda: None)
+    client = server.connect(SO_SNDBUF=4096)
+    client.send()
+    wait_for(lambda: client.connection._stuck or client.connection._sending)
+    assert bool(client.connection._stuck) == waits
+    done.set()
+    assert client.until(1) == [BIG]
+    server.act = lambda call, environ: None
+    client.send()
+    assert client.until(1) == [b"ok"]
+
+
+def test_a_client_that_goes_leaves_nothing(server: Server) -> None:
+    gone = []
+
+    def act(call: int, environ: Any) -> None:
+        if call == 2:
+            gone.append(server.held())
+            gone[0].sock.close()
+
+    for client in server.connect(), server.connect():
+        client.send()
+    server.act = act
+    wait_for(lambda: len(server.acceptor._connections) == 1)
+    (client,) = gone
+    server.clients.remove(client)
+    assert server.clients[0].until(1) == [b"ok"]
+    assert client.connection.held == b""
+
+
+# --- whatever else happens on the connection ---------------------------------------------------------
+
+
+def test_a_client_that_waits_for_its_answer_with_the_rest_of_its_body(server: Server) -> None:
+    server.act = lambda call, environ: [BIG]
+    client = server.connect(SO_SNDBUF=4096)
+    client.send(b"POST / HTTP/1.1\r\nContent-Length: 10\r\n\r\nabc")
+    client.until(1)
+    client.send(b"defghij" + GET)
+    client.until(1)
+
+
+def test_an_upload_that_nobody_reads_to_its_end(server: Server) -> None:
+    server.act = lambda call, environ: environ["wsgi.input"].read(1) and None
+    client = server.connect()
+    client.send(b"POST / HTTP/1.1\r\nContent-Length: 100000\r\n\r\nabc")
+    client.until(1)
+    wait_for(lambda: client.read() == b"" and client.ended)
+
+
+def test_a_client_that_half_closes(server: Server) -> None:
+    client = server.connect()
+    client.send()
+    client.sock.shutdown(socket.SHUT_WR)
+    client.until(1)
+    wait_for(lambda: client.read() == b"" and client.ended)
+
+
+def test_an_application_that_fails_when_it_closes(server: Server) -> None:
+    def fail() -> None:
+        raise RuntimeError("in close()")
+
+    server.act = lambda call, environ: Result(BIG, close=fail)
+    client = server.connect(SO_SNDBUF=4096)
+    client.send()
+    assert client.until(1) == [BIG]
+    wait_for(lambda: client.read() == b"" and client.ended)
+
+
+def test_a_connection_that_is_killed_meanwhile(server: Server) -> None:
+    client = server.connect()
+
+    def act(call: int, environ: Any) -> None:
+        # before the loop comes to the end of the turn
+        gevent.get_hub().loop.run_callback(client.connection.greenlet.throw, gevent.GreenletExit)
+
+    server.act = act
+    client.send()
+    assert client.until(1) == [b"ok"]
+    wait_for(lambda: client.read() == b"" and client.ended)
+
+
+@pytest.mark.parametrize(("own", "pipelined"), [(True, b""), (True, GET), (False, b"")])
+def test_a_connection_that_is_given_away_meanwhile(server: Server, own: bool, pipelined: bytes) -> None:
+    """By the application of its own request, or by that of another."""
+    given = []
+    taken = []
+
+    def take(sock: Any, addr: Any, early: bytes) -> None:
+        taken.append(early)
+        sock.close()
+
+    def act(call: int, environ: Any) -> Any:
+        if own and call == 1:
+            given.append(server.clients[0])
+            given[0].connection.give_up(take)
+        elif call == 2 and not own:
+            given.append(server.held())
+            given[0].connection.give_up(take)
+        return [BIG]
+
+    for client in [server.connect(SO_SNDBUF=4096) for _ in range(1 if own else 2)]:
+        client.send(GET + pipelined)
+    server.act = act
+    for client in server.clients:
+        assert client.until(1) == [BIG]
+    wait_for(lambda: taken)
+    assert taken == [pipelined]
+    wait_for(lambda: given[0].read() == b"" and given[0].ended)
+
+
+def test_a_forked_child_does_not_send_what_its_parent_sends(server: Server) -> None:
+    statuses = []
+
+    def act(call: int, environ: Any) -> None:
+        if call == 2:
+            connection = server.held().connection
+            pid = os.fork()
+            if not pid:
+                left = True
+                try:
+                    left = bool(connection.held or server.turn.holding)
+                finally:
+                    os._exit(left)
+            statuses.append(os.waitpid(pid, 0)[1])
+
+    for client in server.connect(), server.connect():
+        client.send()
+    server.act = act
+    for client in server.clients:
+        assert client.until(1) == [b"ok"]
+    assert statuses == [0]
