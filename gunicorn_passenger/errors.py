@@ -261,7 +261,8 @@ def not_allocated(port: int, account: str, allocation: str, where_set: str, reme
     if allocation == "none":
         said = f"no port is allocated to it (set by {where_set}); to allow this one, {remedy}"
     else:
-        said = f"the port allocation is {allocation} (set by {where_set}); listen on one of those ports, or {remedy}"
+        said = f"the port allocation is {allocation} (set by {where_set}); listen on one of those ports, "
+        said += f"or {remedy}"
     return PortNotAllocated(errno.EACCES, f"port {port} is not allocated to account {account}: {said}")
 
 

@@ -289,7 +289,7 @@ link._sock._sock.send({ask.encode()!r})
 answer = type(link._waiting[77].get(timeout=30)[0]).__name__
 """
     assert fetch(process.socket, "/eval", "POST", code) == (200, "")
-    assert run(process, "answer") == "'Refused'"
+    assert run(process, "answer") == "'RequestDenied'"
     assert "Traceback" not in process.log()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
+BENCH = Path(__file__).resolve().parent.parent.parent / "bench"
 FILES = sorted(path for path in BENCH.rglob("*.py") if "node_modules" not in path.parts)
 
 

@@ -92,10 +92,10 @@ class Workers:
                 return message
 
     def open(self, age, name="", **fields):
-        return self.ask(age, "Open", **{"kind": "auto", "host": "127.0.0.1", "name": name, **fields})
+        return self.ask(age, "OpenPort", **{"kind": "auto", "host": "127.0.0.1", "name": name, **fields})
 
     def report(self, age):
-        answer = self.ask(age, "Ask")
+        answer = self.ask(age, "GetReport")
         assert isinstance(answer, channel.ReportSent), answer
         with self.broker._gate:
             return self.broker.report()
@@ -182,7 +182,7 @@ KINDS = ["pipe", "file", "epoll", "memfd", "listening", "udp", "seqpacket", "net
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("message", ["Hand", "Ready", "Ask", "Opened", "nonsense"])
+@pytest.mark.parametrize("message", ["OfferConnection", "WorkerReady", "GetReport", "PortOpened", "nonsense"])
 def test_no_descriptor_of_a_worker_stays_open_in_the_master(workers, kind, message):
     workers.add(2)
     workers.report(1)
@@ -190,15 +190,15 @@ def test_no_descriptor_of_a_worker_stays_open_in_the_master(workers, kind, messa
     for _ in range(20):
         fd = sendable(kind)
         data = {"v": 1, "type": message, "id": 1000, "key": "primary", "addr": '["127.0.0.1", 5]'}
-        keep = {"Hand": ("key", "addr"), "Opened": ("key",)}.get(message, ())
+        keep = {"OfferConnection": ("key", "addr"), "PortOpened": ("key",)}.get(message, ())
         data = {key: value for key, value in data.items() if key in ("v", "type", "id", *keep)}
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
         workers.ends[1].sendmsg([json.dumps(data).encode()], rights)
         os.close(fd)
-        if message == "Hand" and kind == "pair":
+        if message == "OfferConnection" and kind == "pair":
             break  # it was passed on: worker 2 has it now
-    workers.report(1) if message != "Hand" else None
-    if not (message == "Hand" and kind == "pair"):
+    workers.report(1) if message != "OfferConnection" else None
+    if not (message == "OfferConnection" and kind == "pair"):
         settled(before)
     assert workers.lives(1)
     assert workers.lives(2)
@@ -219,14 +219,14 @@ def lingering():
     return client, sock
 
 
-@pytest.mark.parametrize("how", ["Hand", "Ready", "two", "unread"])
+@pytest.mark.parametrize("how", ["OfferConnection", "WorkerReady", "two", "unread"])
 def test_a_socket_that_lingers_does_not_hold_the_master_up(workers, how):
     workers.add(2)
     client, sock = lingering()
     try:
         # the broker waits meanwhile, so that the last reference is not this test's to close
         with workers.broker._gate:
-            if how == "Hand":
+            if how == "OfferConnection":
                 send_last(
                     workers.ends[1], {"type": "OfferConnection", "key": "primary", "addr": "null"}, sock
                 )
@@ -359,7 +359,7 @@ def test_a_name_with_unprintable_characters_is_escaped_everywhere(workers, name)
         with pytest.raises(errors.PassengerError):
             workers.broker.command("stop", name + "x")
         assert all(text.isprintable() for text in strings(workers.broker.report()))
-    fault = workers.ask(1, "Fault", text=f"it failed: {name}")
+    fault = workers.ask(1, "BootFailure", text=f"it failed: {name}")
     assert isinstance(fault, channel.Acknowledged)
     assert all(line.isprintable() for line in workers.log.lines), workers.log.lines
 
@@ -374,7 +374,7 @@ def strings(value):
 
 @pytest.mark.parametrize("path", ["/tmp/\ud800", "/tmp/" + "x" * 200, "relative", "/tmp/a\0b"])
 def test_a_path_that_is_none_is_refused(workers, path):
-    answer = workers.ask(1, "Open", kind="unix", path=path)
+    answer = workers.ask(1, "OpenPort", kind="unix", path=path)
     assert isinstance(answer, channel.RequestDenied)
     assert all(line.isprintable() for line in workers.log.lines)
 
@@ -387,7 +387,7 @@ def test_a_path_that_is_none_is_refused(workers, path):
         b'{"v":1,"type":"SpawnDaemon","id":1,"spec":"' + b"[" * 4000 + b'"}',
         b'{"v":1,"type":"GetReport","id":' + b"9" * 5000 + b"}",
         b'{"v":1e999,"type":"GetReport","id":NaN}',
-        b'{"v":1,"type":["Ask"],"id":1}',
+        b'{"v":1,"type":["GetReport"],"id":1}',
         b'{"v":1,"type":{"a":1},"id":[]}',
         b'{"v":1,"type":"OpenPort","id":1,"kind":{}}',
         b'{"v":1,"type":"OpenPort","id":true,"kind":"tcp"}',
@@ -415,7 +415,7 @@ def test_a_mistake_of_ours_costs_one_worker_its_channel(workers, monkeypatch):
             workers.ends[1].send(b'{"v":1,"type":"AcceptPaused","id":0,"key":"x"}')
     assert workers.ends[1].recv(10) == b""
     assert isinstance(workers.open(2, "another's"), channel.PortOpened)
-    (line,) = workers.log.grep("the port broker failed at a Paused message of worker number 1")
+    (line,) = workers.log.grep("the port broker failed at a AcceptPaused message of worker number 1")
     assert "ZeroDivisionError: a mistake of ours" in line
     assert workers.broker._running
 
@@ -461,7 +461,7 @@ def test_a_report_that_fails_costs_nobody_a_channel(workers, monkeypatch):
         raise ZeroDivisionError("a mistake of ours")
 
     monkeypatch.setattr(workers.broker, "report", fail)
-    assert isinstance(workers.ask(1, "Ask"), channel.RequestDenied)
+    assert isinstance(workers.ask(1, "GetReport"), channel.RequestDenied)
     assert workers.lives(1)
 
 

@@ -402,13 +402,13 @@ def test_every_callback_of_the_loop_is_known():
                     found.add((file.name, ast.unparse(node.args[0])))
     assert found == {
         ("agent.py", "self._on_timer"),
-        ("exchange.py", "link"),  # not a callback
-        ("exchange.py", "self._run"),
-        ("stream.py", "self._send_now"),
-        ("stream.py", "self._send_rest"),
-        ("stream.py", "self._stray"),
-        ("stream.py", "function"),  # a copy
-        ("stream.py", "switch"),  # a greenlet that waits
+        ("round_trip.py", "link"),  # not a callback
+        ("round_trip.py", "self._run"),
+        ("upstream_io.py", "self._send_now"),
+        ("upstream_io.py", "self._send_rest"),
+        ("upstream_io.py", "self._stray"),
+        ("upstream_io.py", "function"),  # a copy
+        ("upstream_io.py", "switch"),  # a greenlet that waits
         ("tunnel.py", "inward"),
         ("tunnel.py", "look"),
         ("tunnel.py", "outward"),
