@@ -211,8 +211,9 @@ def _read_trusted(path: str) -> str | None:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
-        return None
-    except NotADirectoryError:
+        above = os.path.dirname(path)
+        if os.path.lexists(path) or (os.path.lexists(above) and not os.path.isdir(above)):
+            raise SettingError(f"{path}: leads to a file that is not there; mend or remove it") from None
         return None
     except OSError as error:
         raise SettingError(f"{path}: cannot be read: {error.strerror}") from None

@@ -15,7 +15,7 @@ from gevent import get_hub
 
 from gunicorn_passenger.http.client_socket import ClientSocket
 from gunicorn_passenger.http.connection import Connection
-from gunicorn_passenger.http.faults import report_fault
+from gunicorn_passenger.http.faults import log_from_hub, report_fault
 from gunicorn_passenger.http.listener_context import ListenerContext
 from gunicorn_passenger.ipc.scoreboard import Counters
 
@@ -125,16 +125,16 @@ class Acceptor:
             watcher.start(self._accept)
 
     def _wait_for_room(self, error: OSError) -> None:
+        self._watcher.stop()
+        self._pause = get_hub().loop.timer(_PAUSE)
+        self._pause.start(self._go_on)
         if not self._complained:
             self._complained = True
-            self.gateway.log.error(
+            log_from_hub(
                 "Cannot accept connections: %s; they wait. Raise the limit of open files (ulimit -n) "
                 "or lower --worker-connections",
                 error.strerror,
             )
-        self._watcher.stop()
-        self._pause = get_hub().loop.timer(_PAUSE)
-        self._pause.start(self._go_on)
 
     def _go_on(self) -> None:
         self._pause.close()

@@ -70,6 +70,15 @@ def _last(pairs: Any, name: str) -> Any:
     return found
 
 
+def escape_access_log(log: Any) -> None:
+    """Have the lines that gunicorn's logger itself makes escaped, too: those of TLS, HTTP/2 and bad requests.
+
+    :param log: gunicorn's logger; one with a wrapper of its own is left alone.
+    """
+    if getattr(log, "atoms_wrapper_class", None) is SafeAtoms:
+        log.atoms_wrapper_class = EscapedAtoms
+
+
 class AccessLog:
     """Writes the line of a request."""
 
@@ -97,8 +106,7 @@ class AccessLog:
                 or getattr(cfg, "logconfig_json", None)
                 or (cfg.syslog and not cfg.disable_redirect_access_to_syslog)
             )
-        if getattr(log, "atoms_wrapper_class", None) is SafeAtoms:
-            log.atoms_wrapper_class = EscapedAtoms
+        escape_access_log(log)
         if self._simple:
             self._atoms = {name: self._atom(name) for name in _NAME.findall(self._format)}
             self._simple = self._tries_out()

@@ -19,6 +19,7 @@ from gunicorn_passenger.http.access_log import AccessLog
 from gunicorn_passenger.http.request_head import ConnectionContext, HeadReader
 from gunicorn_passenger.http.timeouts import IdleTicker, TimeoutQueue
 from gunicorn_passenger.http.write_coalescing import coalescer_for_hub
+from gunicorn_passenger.system.text import printable
 
 #: Addresses of peers of which is remembered whether they are trusted.
 _REMEMBER = 4096
@@ -73,7 +74,9 @@ class ErrorStream(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         # made anew: the log may have been reopened since
-        WSGIErrorsWrapper(self._cfg).write(data)
+        text = data.decode("utf-8", "backslashreplace") if isinstance(data, bytes) else str(data)
+        # the application chooses the lines, and a client may have chosen what is in them
+        WSGIErrorsWrapper(self._cfg).write(printable(text, keep="\t\n"))
         return len(data)
 
 

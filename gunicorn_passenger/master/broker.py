@@ -53,7 +53,7 @@ from gunicorn_passenger.ipc.channel import (
 )
 from gunicorn_passenger.ipc.scoreboard import RetiredCounters, Scoreboard
 from gunicorn_passenger.master import upgrade_lock, upgrade_state
-from gunicorn_passenger.master.descriptors import closer, is_connection
+from gunicorn_passenger.master.descriptors import Closer, is_connection
 from gunicorn_passenger.master.event_log import EventLog
 from gunicorn_passenger.master.listeners import BrokerOwnedListener, Listeners, Port
 from gunicorn_passenger.master.placement import PlacementScheduler
@@ -94,6 +94,8 @@ class WorkerChannel:
     #: when it was forked (Unix time)
     started: float = field(default_factory=time.time)
     malformed: int = 0
+    #: closes what the worker sends
+    closer: Closer = field(default_factory=Closer)
 
 
 @dataclass
@@ -582,7 +584,7 @@ class Broker:
     def _hear(self, link: WorkerChannel) -> None:
         fd = None
         try:
-            message, fd = channel.receive(link.sock, closer.close)
+            message, fd = channel.receive(link.sock, link.closer.close)
         except BlockingIOError:
             return
         except channel.MalformedPacket as error:
@@ -605,16 +607,15 @@ class Broker:
             self._leave(link, expelled=True)
         finally:
             if fd is not None:
-                closer.close(fd)
+                link.closer.close(fd)
 
     def _serve(self, link: WorkerChannel) -> None:
         """Answer one packet of a worker."""
-        before = closer.slow
         self._hear(link)
-        if closer.slow > before and closer.full:
+        if link.closer.full:
             self.log.error(
-                "gunicorn-passenger: worker %s sends descriptors that cannot be closed at once; closing its "
-                "channel",
+                "gunicorn-passenger: worker %s sends descriptors faster than the master can close them; "
+                "the master closes its channel",
                 self.pid(link.age),
             )
             self._leave(link, expelled=True)
@@ -782,7 +783,7 @@ class Broker:
         pid = self.pid(link.age)
         if self._links.pop(link.sock.fileno(), None) is None:
             return
-        closer.close_socket(link.sock)
+        link.closer.close_socket(link.sock)
         self.tally.gone(link.board, self.listeners.ports.values())
         self._abort_offers(link)
         self.listeners.cooled(link.age)

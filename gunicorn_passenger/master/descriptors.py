@@ -1,19 +1,20 @@
 """Descriptors that a worker or a daemon has sent: closed without waiting, whatever they are.
 
-Runs in: the master, in the broker's thread. Must never: wait for what a sender can delay.
+Runs in: the master, in the broker's thread. Must never: wait for what a sender can delay, or ask the file
+system of a descriptor for anything.
 
-``close`` can block: for a TCP socket with SO_LINGER and bytes that its client does not take, for a terminal,
-for a file of a network or of a user's own file system. The broker's thread holds the lock that every fork
-waits for. So it closes nothing itself but connected stream sockets that do not linger; all else goes to a
-thread of its own.
+``close`` can block: for a TCP socket with SO_LINGER and bytes that its client does not take, also when it
+lies in the receive queue of another socket; for a terminal; for a file of a network or of a user's own file
+system, of which even ``fstat`` can block or fail. The broker's thread holds the lock that every fork waits
+for. So it closes nothing but pipes; all else goes to closing threads, one for each sender.
 """
 
 from __future__ import annotations
 
 import _socket
+import fcntl
 import os
 import socket
-import stat
 import struct
 from collections import deque
 from contextlib import suppress
@@ -23,12 +24,10 @@ from gunicorn_passenger.ipc import channel
 from gunicorn_passenger.system import unpatched
 
 _FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
-#: The major number of /dev/null and its like.
-_MEMORY = 1
 #: An empty packet looks like the end: the end is there after more of them than the buffer of a sender can
 #: hold.
 _MOST_EMPTY = 1024
-#: How many descriptors may wait to be closed before their senders are not heard any more.
+#: How many descriptors may wait to be closed before their sender is not heard any more.
 MOST = 64
 
 
@@ -48,27 +47,20 @@ def is_connection(fd: int) -> bool:
     return True
 
 
-def _closes_at_once(fd: int) -> bool:
-    """Whether ``close`` does not wait: for pipes, the devices of memory(4), and sockets that do not
-    linger."""
-    info = os.fstat(fd)
-    if stat.S_ISFIFO(info.st_mode):
-        return True
-    if stat.S_ISCHR(info.st_mode):
-        return os.major(info.st_rdev) == _MEMORY
-    sock = _socket_of(fd)
-    if sock is None:
-        return False
+def _is_pipe(fd: int) -> bool:
+    """Whether a descriptor is a pipe, of which a ``close`` never waits."""
     try:
-        return sock.family in _FAMILIES and not _lingers(sock)
-    finally:
-        sock.detach()
+        fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
+    except OSError:
+        return False
+    return True
 
 
 def _socket_of(fd: int) -> _socket.socket | None:
-    """A socket object for a descriptor, to be detached from it again."""
+    """A socket object for a descriptor, to be detached from it again; ``None`` when it is not a socket."""
     try:
-        return _socket.socket(fileno=fd) if stat.S_ISSOCK(os.fstat(fd).st_mode) else None
+        # this asks for the family, the type and the protocol of the socket, and nothing else
+        return _socket.socket(fileno=fd)
     except OSError:
         return None
 
@@ -82,46 +74,49 @@ def _lingers(sock: _socket.socket) -> bool:
 
 
 class Closer:
-    """Closes descriptors in a thread of its own.
-
-    A child that is forked meanwhile inherits what still waits. Only a worker that sends what is not a
-    client's connection can make that so: connections are closed at once.
-    """
+    """Closes the descriptors of one sender, in a thread of its own while there are any."""
 
     def __init__(self) -> None:
         self._waiting: deque[int] = deque()
         self._lock = unpatched.lock()
         self._runs = False
-        #: how many there were that are not closed at once
-        self.slow = 0
 
     @property
     def full(self) -> bool:
-        """Whether so many wait that their senders are not to be heard any more."""
+        """Whether so many wait that their sender is not to be heard any more."""
         return len(self._waiting) >= MOST
 
     def close(self, fd: int) -> None:
-        """Close a descriptor that a worker has sent."""
-        if _closes_at_once(fd):
+        """Close a descriptor that the sender has sent."""
+        if _is_pipe(fd):
             os.close(fd)
             return
         with self._lock:
             self._waiting.append(fd)
-            self.slow += 1
             if self._runs:
                 return
             self._runs = True
+            _busy.add(self)
+        self._start()
+
+    def _start(self) -> None:
         try:
             unpatched.start_thread(self._run)
         except RuntimeError:
-            # no thread to be had: rather wait than leak
+            # there is no thread to be had: rather wait than leak
             self._run()
+
+    def after_fork_in_child(self) -> None:
+        """The child has copies of what still waits: it must not keep a client's connection open."""
+        self._lock = unpatched.lock()
+        self._start()
 
     def _run(self) -> None:
         while True:
             with self._lock:
                 if not self._waiting:
                     self._runs = False
+                    _busy.discard(self)
                     return
                 fd = self._waiting[0]
             with suppress(OSError):
@@ -156,8 +151,16 @@ class Closer:
                 for fd in channel.sent(ancillary):
                     self.close(fd)
                 empty += not data
-        sock.close()
+        self.close(sock.detach())
 
 
-#: That of this process.
-closer = Closer()
+#: the closers that have something to close
+_busy: set[Closer] = set()
+
+
+def _after_fork_in_child() -> None:
+    for closer in list(_busy):
+        closer.after_fork_in_child()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

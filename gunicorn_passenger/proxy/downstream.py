@@ -27,9 +27,9 @@ from gunicorn_passenger.proxy.request_headers import (
     HeaderList,
     RequestHeaders,
     environ_headers,
+    ip_address_of,
     number_of_bytes,
     present_fields,
-    resolve_server,
 )
 from gunicorn_passenger.proxy.upstream_io import runtime
 
@@ -67,7 +67,10 @@ class WsgiDownstream:
 
         :param keep_case: whether names keep their letter case.
         """
-        fields, own = present_fields(self.environ, self._came())
+        fields = present_fields(self.environ, self._came())
+        # An application may have written any of them, also with the value that the client has sent. So none
+        # is taken away because the client's Connection names it.
+        own = set() if self.pristine else {name.lower() for name, _ in fields}
         return RequestHeaders(fields, keep_case, self.protocol, own)
 
     def _came(self) -> HeaderList | None:
@@ -113,9 +116,7 @@ class WsgiDownstream:
         """Where the request comes from."""
         environ = self.environ
         address = self._address()
-        trusted = (
-            self._trusted(address) if options.trusted is None else not address or options.trusts(address)
-        )
+        trusted = self._trusted(address) if options.trusted is None else options.trusts(address)
         scheme = environ.get("wsgi.url_scheme", "http")
         return ForwardedInfo(address, scheme, scheme if self.connection is None else "http", host, trusted)
 
@@ -137,7 +138,7 @@ class WsgiDownstream:
             name = None if isinstance(addr, tuple) else addr
         else:
             name = _unix_name(self.environ.get("gunicorn.socket"))
-        address = resolve_server(said)
+        address = ip_address_of(said)
         if name is None:
             return address
         # a program may have taken an address from a header that it believes

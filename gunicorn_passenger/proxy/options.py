@@ -32,6 +32,9 @@ _REDIRECTS = 21
 #: the directions that forwarded fields can be written in
 APPEND, REPLACE = "append", "replace"
 
+#: stands in ``trusted`` for the clients of a UNIX socket
+UNIX = "unix"
+
 
 @dataclass(frozen=True)
 class Options:
@@ -125,14 +128,19 @@ class Options:
         return merged
 
     def trusts(self, address: str) -> bool:
-        """Whether forwarded fields of this peer are believed, as far as ``trusted`` tells."""
+        """Whether the forwarding headers of this peer are believed, as far as ``trusted`` tells.
+
+        :param address: of the peer; empty on a UNIX socket, for which ``"unix"`` stands in ``trusted``.
+        """
         if self.trusted is True:
             return True
+        if not address:
+            return UNIX in self.trusted
         try:
             ip = ipaddress.ip_address(address)
         except ValueError:
             return False
-        return any(ip in network for network in self.trusted)
+        return any(ip in network for network in self.trusted if network != UNIX)
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -208,12 +216,12 @@ def _trusted(name: str, value: Any) -> Any:
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",")]
     if not isinstance(value, (list, tuple, set, frozenset)):
-        raise SettingError(f"{name}={value!r} is neither '*' nor a list of addresses and networks")
+        raise SettingError(f"{name}={value!r} is neither '*' nor a list of addresses, networks and 'unix'")
     if "*" in value:
         return True
-    networks = []
+    networks: list[Any] = []
     for part in value:
-        if isinstance(part, (ipaddress.IPv4Network, ipaddress.IPv6Network)):
+        if isinstance(part, (ipaddress.IPv4Network, ipaddress.IPv6Network)) or part == UNIX:
             networks.append(part)
             continue
         try:
@@ -221,7 +229,7 @@ def _trusted(name: str, value: Any) -> Any:
                 raise TypeError
             networks.append(ipaddress.ip_network(part))
         except (ValueError, TypeError):
-            raise SettingError(f"{name}: {part!r} is neither an address nor a network") from None
+            raise SettingError(f"{name}: {part!r} is not an address, a network or 'unix'") from None
     return tuple(networks)
 
 

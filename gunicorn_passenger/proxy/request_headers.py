@@ -248,7 +248,7 @@ class ForwardedInfo:
 
     def __init__(self, address: str, scheme: str, own_scheme: str, host: str | None, trusted: bool) -> None:
         """
-        :param address: the peer's, as :func:`resolve_server` has it; empty on a UNIX socket, whose peers are
+        :param address: the peer's, as :func:`ip_address_of` has it; empty on a UNIX socket, whose peers are
             on this machine.
         :param scheme: ``http`` or ``https``, as a trusted peer says.
         :param own_scheme: that of the connection itself.
@@ -365,7 +365,7 @@ def with_via(fields: HeaderList, options: Options, version: str) -> HeaderList:
     return [*fields, ("Via" if options.preserve_header_key_case else "via", value)]
 
 
-def resolve_server(text: str) -> str:
+def ip_address_of(text: str) -> str:
     """An IP address in its usual form, or ``unknown`` (RFC 7239 section 6.3) for what is not one.
 
     :param text: ``REMOTE_ADDR``, which a server or a program may have taken from anywhere.
@@ -397,17 +397,14 @@ def environ_headers(environ: dict[str, Any], known: Collection[str] = ()) -> Hea
     return fields
 
 
-def present_fields(environ: dict[str, Any], came: HeaderList | None) -> tuple[HeaderList, set[str]]:
+def present_fields(environ: dict[str, Any], came: HeaderList | None) -> HeaderList:
     """The headers of a WSGI request as the program has left them, in the client's order where that is known.
 
     :param came: the headers as the client has sent them; ``None`` when the server does not tell.
-    :returns: the headers; and the names, in lower case, of those that the client has not sent so. When the
-        server does not tell what the client has sent, that may be any of them.
     :raises BadRequestBody: when one of them cannot be sent.
     """
     if came is None:
-        fields = environ_headers(environ)
-        return fields, {name.lower() for name, _ in fields}
+        return environ_headers(environ)
     joined: dict[str, str] = {}
     for name, value in came:
         key = _key(name)
@@ -417,18 +414,17 @@ def present_fields(environ: dict[str, Any], came: HeaderList | None) -> tuple[He
         if key not in joined and environ.get(key):
             has[key] = environ[key]
     if has == joined:
-        return came, set()
+        return came
     same = {key for key, value in joined.items() if has.get(key) == value}
     written = {_key(name): (name, value) for name, value in environ_headers(environ, same)}
-    own = {name.lower() for name, _ in written.values()}
-    fields = []
+    headers = []
     for name, value in came:
         key = _key(name)
         if key in same:
-            fields.append((name, value))
+            headers.append((name, value))
         elif key in written:
-            fields.append((name, written.pop(key)[1]))
-    return fields + list(written.values()), own
+            headers.append((name, written.pop(key)[1]))
+    return headers + list(written.values())
 
 
 def _key(name: str) -> str:

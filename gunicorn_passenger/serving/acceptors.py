@@ -21,6 +21,7 @@ from gunicorn.workers.ggevent import GeventWorker
 from gunicorn_passenger.config.address import format_sockname
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.http.acceptor import Acceptor
+from gunicorn_passenger.http.access_log import escape_access_log
 from gunicorn_passenger.http.listener_context import ListenerContext
 from gunicorn_passenger.ipc.scoreboard import Counters
 
@@ -74,6 +75,7 @@ def make_acceptor(sock: Any, app: Any, cfg: Any, log: Any, worker: Any) -> Liste
         :class:`~gunicorn_passenger.http.listener_context.StandaloneWorker`.
     """
     share = cfg.workers > 1
+    escape_access_log(log)
     sockname = sock.getsockname()
     if reason := unsupported_features(cfg):
         log.debug("%s is served by gunicorn's own handler: %s is set", format_sockname(sockname), reason)

@@ -29,7 +29,7 @@ from typing import Any, Protocol
 from gunicorn_passenger import errors
 from gunicorn_passenger.errors import PassengerError
 from gunicorn_passenger.ipc.channel import Message
-from gunicorn_passenger.master.descriptors import closer
+from gunicorn_passenger.master.descriptors import Closer
 from gunicorn_passenger.master.event_log import EventLog
 from gunicorn_passenger.system import listening_sockets, runtime_dir
 
@@ -68,6 +68,8 @@ class ControlConnection:
         self.deadline = deadline
         self.received = bytearray()
         self.answer = memoryview(b"")
+        #: closes descriptors that the client sends, which no question needs
+        self.closer = Closer()
 
     @property
     def standing(self) -> bool:
@@ -195,8 +197,10 @@ class ControlServer:
 
     def _read(self, client: ControlConnection) -> bool:
         """:returns: whether the client is still there."""
-        data = closer.receive(client.sock, MAX_QUESTION + 1 - len(client.received))
+        data = client.closer.receive(client.sock, MAX_QUESTION + 1 - len(client.received))
         if not data:
+            return False
+        if client.closer.full:
             return False
         client.received += data
         self._answer_next(client)
@@ -228,7 +232,7 @@ class ControlServer:
 
     def _drop(self, client: ControlConnection) -> None:
         self._clients.pop(client.sock.fileno(), None)
-        closer.close_socket(client.sock)
+        client.closer.close_socket(client.sock)
 
     # --- questions -------------------------------------------------------------------------------
 

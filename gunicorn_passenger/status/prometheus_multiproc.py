@@ -40,6 +40,8 @@ from gunicorn_passenger.system import runtime_dir
 #: Where ``prometheus_client`` looks.
 VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
+#: What ``prometheus_client`` calls the gauges of live processes.
+_LIVE_MODES = ("liveall", "livemax", "livemin", "livemostrecent", "livesum")
 _NAME = re.compile(r"prometheus(?:\.master)?-([1-9][0-9]*)")
 
 
@@ -166,16 +168,15 @@ class MultiprocDir:
         """A worker is gone: its gauges of live processes go, its counts stay (``mark_process_dead``)."""
         if not self.path or self._pid != os.getpid():
             return
-        theirs = re.compile(rf"gauge_live[a-z]*_{pid}\.db")
         with suppress(OSError):
             where = (
                 self._held if self._ours else os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             )
             try:
-                for name in os.listdir(where):
-                    if theirs.fullmatch(name):
-                        with suppress(OSError):
-                            os.unlink(name, dir_fd=where)
+                # by name: a list of the directory would be as long as its owner likes
+                for mode in _LIVE_MODES:
+                    with suppress(OSError):
+                        os.unlink(f"gauge_{mode}_{pid}.db", dir_fd=where)
             finally:
                 if not self._ours:
                     os.close(where)

@@ -428,10 +428,17 @@ def _programs_own() -> Iterable[Any]:
     """What the program itself counts, of all its processes (``prometheus_client``'s multiprocess mode)."""
     for last in (False, True):
         try:
-            from prometheus_client import CollectorRegistry, multiprocess
+            from prometheus_client import multiprocess
 
+            with os.scandir(os.environ["PROMETHEUS_MULTIPROC_DIR"]) as entries:
+                # a worker's named pipe would keep whatever opens it waiting for ever
+                files = [
+                    entry.path
+                    for entry in entries
+                    if entry.name.endswith(".db") and entry.is_file(follow_symlinks=False)
+                ]
             collector: Any = multiprocess.MultiProcessCollector
-            return list(collector(CollectorRegistry()).collect())
+            return list(collector.merge(files, accumulate=True))
         except Exception as error:
             if last:
                 # a full disk, a file that is broken: the rest is worth having all the same

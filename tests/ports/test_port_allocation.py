@@ -171,6 +171,20 @@ def test_system_file_that_cannot_be_trusted(system_file, tmp_path):
     assert "is not a regular file" in said()
 
 
+@pytest.mark.parametrize("kind", ["file in place of the directory", "dangling directory", "dangling file"])
+def test_a_system_file_that_leads_nowhere_allows_nothing(tmp_path, kind):
+    directory = tmp_path / "etc"
+    if kind == "file in place of the directory":
+        directory.write_text("")
+    elif kind == "dangling directory":
+        directory.symlink_to(tmp_path / "none")
+    else:
+        directory.mkdir()
+        (directory / "ports.toml").symlink_to(tmp_path / "none")
+    with pytest.raises(SettingError):
+        system_layer("alice", 1000, str(directory / "ports.toml"))
+
+
 def test_which_call_belongs_to_whom(monkeypatch):
     """gunicorn.conf.py is the operator's, the application is the program's; a reload starts afresh."""
     monkeypatch.delenv("PASSENGER_PORTS", raising=False)

@@ -219,14 +219,22 @@ def lingering():
     return client, sock
 
 
-@pytest.mark.parametrize("how", ["OfferConnection", "WorkerReady", "two", "unread"])
+@pytest.mark.parametrize("how", ["OfferConnection", "WorkerReady", "two", "unread", "nested"])
 def test_a_socket_that_lingers_does_not_hold_the_master_up(workers, how):
     workers.add(2)
     client, sock = lingering()
     try:
         # the broker waits meanwhile, so that the last reference is not this test's to close
         with workers.broker._gate:
-            if how == "OfferConnection":
+            if how == "nested":
+                # it lies in the queue of a UNIX socket that is sent
+                outer, inner = socket.socketpair()
+                with outer:
+                    send_last(outer, {}, sock)
+                send_last(
+                    workers.ends[1], {"type": "OfferConnection", "key": "primary", "addr": "null"}, inner
+                )
+            elif how == "OfferConnection":
                 send_last(
                     workers.ends[1], {"type": "OfferConnection", "key": "primary", "addr": "null"}, sock
                 )
@@ -243,7 +251,7 @@ def test_a_socket_that_lingers_does_not_hold_the_master_up(workers, how):
         # what waits is let go
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         client.close()
-    wait_for(lambda: not descriptors.closer._waiting, "the socket to be closed")
+    wait_for(lambda: not descriptors._busy, "the socket to be closed")
 
 
 def send_last(end, fields, sock, twice=False):
@@ -265,14 +273,14 @@ def test_a_worker_whose_descriptors_cannot_be_closed_loses_its_channel(workers, 
                     workers.ends[1], {"type": "OfferConnection", "key": "primary", "addr": "null"}, sock
                 )
         wait_for(lambda: not workers.lives(1), "the end of the channel")
-        assert workers.log.grep("sends descriptors that cannot be closed at once; closing its channel")
+        assert workers.log.grep("sends descriptors faster than the master can close them")
         assert workers.lives(2)
         assert "pid" in workers.report(2)
     finally:
         for client, _ in held:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             client.close()
-    wait_for(lambda: not descriptors.closer._waiting, "the sockets to be closed")
+    wait_for(lambda: not descriptors._busy, "the sockets to be closed")
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "pair"])
@@ -633,11 +641,44 @@ def test_a_state_that_cannot_be_read_is_none(content):
         os.fstat(fd)
 
 
+def test_a_child_closes_what_its_parent_has_not_closed_yet():
+    """Or the client of a connection that was handed on would wait for an end that never comes."""
+    closer = descriptors.Closer()
+    ours, theirs = socket.socketpair()
+    with closer._lock:
+        closer._waiting.append(ours.detach())
+        descriptors._busy.add(closer)
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.read(read, 1)
+        os._exit(0)
+    try:
+        closer._run()
+        theirs.settimeout(60)
+        assert theirs.recv(1) == b""
+    finally:
+        os.write(write, b"x")
+        os.waitpid(pid, 0)
+        os.close(read)
+        os.close(write)
+        theirs.close()
+
+
+def test_a_pipe_is_closed_at_once():
+    closer = descriptors.Closer()
+    fd = sendable("pipe")
+    closer.close(fd)
+    with pytest.raises(OSError):
+        os.fstat(fd)
+    assert not closer._runs
+
+
 def test_threads_of_the_closer_end():
     closer = descriptors.Closer()
     before = open_descriptors()
     for _ in range(50):
-        closer.close(sendable("pipe"))
+        closer.close(sendable("udp"))
     wait_for(lambda: not closer._runs, "the thread to end")
     settled(before)
     assert threading.active_count() < 50

@@ -7,6 +7,7 @@ import socket
 from typing import Any
 
 import gevent
+import gevent.socket
 import http_model
 import pytest
 from gunicorn.config import Config
@@ -15,8 +16,10 @@ from gunicorn.glogging import Logger
 from gunicorn_passenger.http import timeouts as deadlines_module
 from gunicorn_passenger.http.access_log import AccessLog
 from gunicorn_passenger.http.client_socket import ClientSocket
+from gunicorn_passenger.http.listener_context import ErrorStream
 from gunicorn_passenger.http.response import InvalidResponseHeader, Response
 from gunicorn_passenger.http.timeouts import TimeoutQueue
+from gunicorn_passenger.serving import acceptors
 from gunicorn_passenger.system.text import escape_error_log
 
 
@@ -275,6 +278,36 @@ def test_what_is_logged_as_an_argument_stays_in_its_line_of_the_error_log(tmp_pa
     assert "Error handling request /\\x0a" in lines[3]
     assert lines[4] == "Traceback (most recent call last):"
     assert lines[-3:] == ["ValueError: \\x1b[2J", "two", "lines"]
+
+
+def test_what_an_application_writes_to_wsgi_errors_commands_no_terminal(tmp_path: Any) -> None:
+    cfg = Config()
+    cfg.set("errorlog", str(tmp_path / "error.log"))
+    log = cfg.logger_class(cfg)
+    stream = ErrorStream(cfg)
+    try:
+        stream.write("two\nlines \x1b[2J\n")
+        stream.write(b"bytes \x9b\xff\n")
+    finally:
+        for handler in list(log.error_log.handlers):
+            handler.close()
+            log.error_log.removeHandler(handler)
+    assert (tmp_path / "error.log").read_text() == "two\nlines \\x1b[2J\nbytes \\x9b\\xff\n"
+
+
+@pytest.mark.parametrize("reason", ["", "TLS"])
+def test_the_access_log_is_escaped_under_gunicorns_own_handler_too(
+    monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    cfg = Config()
+    log = cfg.logger_class(cfg)
+    monkeypatch.setattr(acceptors, "unsupported_features", lambda _: reason)
+    with gevent.socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        made = acceptors.make_acceptor(sock, None, cfg, log, None)
+        made.stop_accepting()
+    assert log.atoms_wrapper_class({"U": HOSTILE})["U"] == ESCAPED
 
 
 # --- gunicorn.socket ---------------------------------------------------------------------------------
