@@ -420,13 +420,13 @@ DIFFERENCES = [
         "Chunked in another letter case",
     ),
     differ(
-        "a broken body", "nginx node", "number of requests",
+        "a malformed body", "nginx node", "number of requests",
         "read the first chunk before they send the head; here the head goes up at once, and the target's connection is closed before the body's end (RFC 9112 section 7.1)",
         "a chunk's size that is none",
         sometimes=True,
     ),
     differ(
-        "repeated fields", "node", "request fields, request order, response fields, response order",
+        "repeated headers", "node", "request fields, request order, response fields, response order",
         "joins them to one, and reverses their order upwards; here number and order stay (RFC 9110 section 5.3)",
         "a field twice", "Cookie twice", "the order of fields", "a field twice in the answer",
         "the order of fields in the answer", "401",
@@ -447,18 +447,18 @@ DIFFERENCES = [
         "a dot in a name", "odd characters in a name",
     ),
     differ(
-        "malformed fields", "nginx", REFUSED,
+        "malformed headers", "nginx", REFUSED,
         "ignores such a line, or takes it as it is; here 400 (RFC 9110 section 5.5, RFC 9112 section 5)",
         "a control character in a value", "no colon", "a line that ends in LF",
     ),
-    differ("a head that is too long", "nginx node", "status", "the same refusal, by other numbers (RFC 6585 section 5)", "a value that is too long", "a target that is too long", sometimes=True),
+    differ("a header section that is too long", "nginx node", "status", "the same refusal, by other numbers (RFC 6585 section 5)", "a value that is too long", "a target that is too long", sometimes=True),
     differ(
         "an empty Host", "nginx node", "number of requests, status, request fields",
         "nginx refuses it; Node and the proxy here send the target's name (RFC 9112 section 3.2); only the ports differ",
         "an empty Host",
     ),
     differ(
-        "a Host that is none", "nginx node", REFUSED,
+        "an invalid Host", "nginx node", REFUSED,
         "nginx takes one with a user, Node one with a path; here 400 (RFC 9112 section 3.2)",
         "a Host with a path", "a Host with a user",
         sometimes=True,
@@ -498,7 +498,7 @@ DIFFERENCES = [
         "hands the request on; here, as in nginx, 400 (RFC 9110 section 4.2.4)", "an absolute target with a user",
     ),
     differ(
-        "fields that Connection names", "nginx node", "request fields, request connection, response connection",
+        "headers that Connection names", "nginx node", "request fields, request connection, response connection",
         "hand them on, node-http-proxy with the Connection field, and even in the answer; here they end, but for Host and X-Forwarded-* (RFC 9110 section 7.6.1)",
         "Connection names a field", "Connection names what is for the other end", "Connection names Host",
         "HTTP2-Settings",
@@ -554,7 +554,7 @@ DIFFERENCES = [
         "an upgrade that is refused", "an upgrade that is refused, kept", "an upgrade that is ignored",
     ),
     differ(
-        "a switch that nobody asked for", "nginx node", "status",
+        "an unsolicited switch of protocols", "nginx node", "status",
         "nginx hands the 101 on, node-http-proxy never answers; here 502 (RFC 9110 section 15.2.2)",
         "a switch that nobody asked for",
     ),
@@ -579,7 +579,7 @@ DIFFERENCES = [
         "HEAD, of no length", "Connection: close in the answer",
     ),
     differ(
-        "hop-by-hop fields of the answer", "nginx node", "response fields, response connection",
+        "hop-by-hop headers of the response", "nginx node", "response fields, response connection",
         "hand on some (nginx) or all (node-http-proxy); here they end (RFC 9110 section 7.6.1)",
         "hop-by-hop fields in the answer",
     ),
@@ -588,24 +588,24 @@ DIFFERENCES = [
         "hand it on; it is for the next client only, which is this proxy (RFC 9110 section 11.7.1)", "407",
     ),
     differ(
-        "folded lines in an answer", "nginx node", "status",
+        "folded lines in a response", "nginx node", "status",
         "502; here the lines are joined, as a proxy may (RFC 9112 section 5.2)", "a folded line in the answer",
     ),
     differ(
-        "X-Accel fields", "nginx", "response fields", "obeys them and keeps them to itself; here they are fields like others",
+        "X-Accel headers", "nginx", "response fields", "obeys them and keeps them to itself; here they are fields like others",
         "fields that nginx obeys",
     ),
     differ(
-        "no reason", "nginx node", "response line",
+        "a missing reason", "nginx node", "response line",
         "Node makes one up, nginx leaves the space out; the space is part of the line (RFC 9112 section 4)",
         "no reason", "no reason and no space", sometimes=True,
     ),
     differ(
-        "an answer without Date", "nginx", "response fields",
+        "a response without Date", "nginx", "response fields",
         "hands it on so; here, as in Node, it is added (RFC 9110 section 6.6.1)", "nothing but a status line",
     ),
     differ(
-        "an empty answer that ends with its connection", "node", "response framing",
+        "an empty response that ends with its connection", "node", "response framing",
         "is given Content-Length: 0; here chunks, for the head does not wait for the body (RFC 9112 section 6.3)", "nothing but a status line",
     ),
     # what is broken
@@ -615,28 +615,28 @@ DIFFERENCES = [
         "garbage", "an answer of HTTP/0.9",
     ),
     differ(
-        "an answer of HTTP/2.0", "nginx node", "status",
+        "a response of HTTP/2.0", "nginx node", "status",
         "is taken for HTTP/1.1; here 502 (RFC 9110 section 2.5)", "an answer of HTTP/2.0",
     ),
     differ(
-        "an answer that is cut off", "node", "response whole, status",
+        "a truncated response", "node", "response whole, status",
         "the client waits for ever, or gets a 502 when the head came with the reset; here its connection ends before the answer does (RFC 9112 section 8)",
         "an answer cut off, of a length", "an answer cut off, in chunks", "an answer cut off by a reset",
         "an answer cut off behind its head", "an answer in chunks cut off behind its head",
         sometimes=True,
     ),
     differ(
-        "chunks that are none", "nginx node", "status, response line, response fields, response body",
+        "malformed chunks", "nginx node", "status, response line, response fields, response body",
         "nginx closes the connection without a word, node-http-proxy puts its 502 on the target's head (and dies, unless the response has a handler of errors); here 502 (RFC 9112 section 7.1)",
         *BROKEN_CHUNKS, sometimes=True,
     ),
     differ(
-        "an answer that is cut off, to HTTP/1.0", "nginx node", "response whole, response body",
+        "a truncated response, to HTTP/1.0", "nginx node", "response whole, response body",
         "nginx ends the connection in order, node-http-proxy not at all; here it is reset, for to the client an end means a whole answer (RFC 9112 section 8)",
         "HTTP/1.0, and the answer is cut off",
     ),
     differ(
-        "answers of two framings", "nginx", "status",
+        "responses of two framings", "nginx", "status",
         "takes one of them; here 502 (RFC 9112 section 6.3)",
         "two lengths in the answer", "a length and chunks in the answer", "a length that is none in the answer",
     ),
@@ -645,22 +645,22 @@ DIFFERENCES = [
         "502; here, as in nginx, it is one (RFC 9110 section 8.6)", "one length twice in the answer",
     ),
     differ(
-        "an answer of another coding", "nginx node", "status",
+        "a response of another coding", "nginx node", "status",
         "take it for one that ends with its connection, and node-http-proxy sends no body; here 502 (RFC 9112 section 6.1)",
         "a coding that is not chunked in the answer",
     ),
     differ(
-        "a malformed field of the answer", "nginx", "status",
+        "a malformed header of the response", "nginx", "status",
         "is dropped; here 502 (RFC 9112 section 5)", "a field without a colon in the answer",
     ),
     differ(
-        "a body behind 204", "node", "status",
+        "a body after 204", "node", "status",
         "502, with the reason of the 204; here the answer, and the target's connection is not used again (RFC 9112 section 6.3)",
         "a body behind 204",
     ),
     # versions
     differ(
-        "the version of the answer", "nginx node", "response line",
+        "the version of the response", "nginx node", "response line",
         "is 1.1; here it is the client's, as gunicorn has it (RFC 9110 section 2.5 would have 1.1)",
         "HTTP/1.0", "HTTP/1.0 without Host", "HTTP/1.0, kept alive", "HTTP/1.0, and the answer is chunked",
         "HTTP/1.0, kept alive, and the answer is chunked", "HTTP/1.0 with a body", "HTTP/1.0, and the answer is cut off",
