@@ -1,4 +1,4 @@
-"""A plain WSGI application. Its second server is started by gunicorn.conf.py."""
+"""A plain WSGI application. gunicorn.conf.py starts its second server."""
 
 
 def application(environ, start_response):

@@ -14,12 +14,12 @@ requests = Counter("hello_requests", "Requests answered")
 
 registry = REGISTRY
 if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-    # Every worker keeps its counts in a file of that directory; this registry adds the files up. Without
-    # it the page shows the counts of the one worker that happens to answer.
+    # Every worker keeps its counts in a file in that directory; this registry adds them up. Without it,
+    # the page shows only the counts of the worker that serves it.
     registry = CollectorRegistry()
     multiprocess.MultiProcessCollector(registry)
 
-# prometheus_client's own server knows nothing of gunicorn. It runs in every worker, and all of them
+# The server of prometheus_client is not written for gunicorn. It runs in every worker, and all workers
 # share the port.
 start_http_server(int(os.environ.get("METRICS_PORT", "9100")), registry=registry)
 

@@ -1,4 +1,4 @@
-"""Says what it is told to the WebSocket, and prints the answers: python client.py hello world"""
+"""Sends its arguments to the WebSocket, and prints the responses: python client.py hello world"""
 
 import sys
 

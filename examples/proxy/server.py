@@ -2,7 +2,7 @@
 
     gunicorn -k gunicorn_passenger.Worker -w 4 -b 127.0.0.1:8000 server
 
-The web server (or the browser) reaches the proxy only. A table of path prefixes says who answers.
+The web server (or the browser) reaches only the proxy. A table of path prefixes selects the application.
 """
 
 import os
@@ -37,7 +37,7 @@ def page():
 
 @pages.get("/whoami")
 def whoami():
-    # X-Forwarded-For and X-Forwarded-Host are what `xfwd=True` below has the proxy write
+    # with `xfwd=True` (below) the proxy writes X-Forwarded-For and X-Forwarded-Host
     headers = flask.request.headers
     return f"{headers['X-Forwarded-For']} asks {headers['X-Forwarded-Host']} for {flask.request.path}\n"
 
@@ -54,9 +54,9 @@ def shout(ws):
         ws.send(f"{ws.receive().upper()}! (process {os.getpid()})")
 
 
-# --- who answers what ------------------------------------------------------------------------------
+# --- which path goes where -------------------------------------------------------------------------
 
-# "auto" is any free port of those allocated to your account. The table knows the two by their names.
+# "auto" is any free port that is allocated to your account. The table refers to the servers by name.
 passenger.create_server(pages).listen("auto", name="pages")
 passenger.create_server(live).listen("auto", name="live")
 
@@ -69,6 +69,6 @@ application = http_proxy.create_server(
     xfwd=True,
 ).listen("passenger")
 
-# Under gunicorn this returns at once: the worker serves.
+# Under gunicorn this returns at once, and the worker serves.
 if __name__ == "__main__":
     passenger.serve_forever()

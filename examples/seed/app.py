@@ -1,7 +1,7 @@
-"""The program of the document that this project comes from, in Python.
+"""Two servers, and a proxy from one to the other.
 
-There, a Node program under Phusion Passenger opens a second server and proxies to it. Here, a Python
-program under gunicorn does the same, with as many workers as you like:
+Passenger's documentation shows a Node program that opens a second server and proxies to it. This Python
+program does the same under gunicorn, with any number of workers:
 
     gunicorn -k gunicorn_passenger.Worker -w 4 -b unix:/tmp/seed.sock app
 """
@@ -11,11 +11,11 @@ import json
 import gunicorn_passenger as passenger
 from gunicorn_passenger import http_proxy
 
-# No implicit capture: without this line (and under `gunicorn-passenger start`) the first server that
-# calls listen() would become the one that the web server reaches, and a second listen() would be an error.
+# Switch auto-install off. Under `gunicorn-passenger start` it is on: the first server that calls listen()
+# would become the one that the web server reaches, and a second listen() would be an error.
 passenger.configure(auto_install=False)
 
-# The server that the web server reaches, on the UNIX socket that gunicorn opened. It carries every
+# The server that the web server reaches, on the UNIX socket that gunicorn opened. It forwards every
 # request to port 9000. gunicorn looks for the name `application`.
 application = http_proxy.create_server(9000, "localhost").listen("passenger")
 
@@ -31,12 +31,12 @@ def target(environ, start_response):
     return [("request successfully proxied!\n" + json.dumps(headers, indent=2)).encode()]
 
 
-# Port 9000 is opened once, by the gunicorn master, which checks that it is allocated to your account
-# and hands the open socket to every worker. So four workers listen on it, where four plain
-# sockets would end in "Address already in use".
+# The gunicorn master opens port 9000 once. It checks that the port is allocated to your account, and
+# shares the open socket with every worker. So four workers listen on it, where the second plain socket
+# would fail with "Address already in use".
 passenger.create_server(target).listen(9000)
 
-# Under gunicorn this returns at once: the worker serves. With plain `python app.py` it serves both
-# until Ctrl-C, the first one on http://127.0.0.1:8000/ (or the port in PORT).
+# Under gunicorn this returns at once, and the worker serves. With plain `python app.py` it serves both
+# servers until Ctrl-C, the first one on http://127.0.0.1:8000/ (or the port in PORT).
 if __name__ == "__main__":
     passenger.serve_forever()

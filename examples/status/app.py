@@ -1,4 +1,4 @@
-"""An application that counts its requests and shows how it is, on a port of its own.
+"""An application that counts its requests, and shows its status on a second port.
 
 gunicorn -b unix:/tmp/status.sock app
 """
@@ -19,5 +19,5 @@ def application(environ, start_response):
     return [f"Hello from worker {os.getpid()}\n".encode()]
 
 
-# the page, /metrics, /status.json and /health, answered by the workers
+# the workers serve the page, /metrics, /status.json and /health
 passenger.listen(9100, status)

@@ -1,4 +1,4 @@
-"""gunicorn reads this by itself."""
+"""gunicorn reads this file by itself when it is started in this directory."""
 
 import gunicorn_passenger as passenger
 from gunicorn_passenger import status
@@ -7,8 +7,8 @@ worker_class = "gunicorn_passenger.Worker"
 workers = 4
 umask = 0o007
 
-# what the program counts with prometheus_client is added up for all workers
+# /metrics sums what the program counts with prometheus_client over all workers
 passenger.configure(prometheus=True)
 
-# the same again from a process of its own, which answers while every worker is busy
+# a process of its own serves the same, and responds while every worker is busy
 status.spawn(9101, name="health")

@@ -1,4 +1,4 @@
-"""An ordinary Flask script, written for `python server.py`. Nothing in it knows of gunicorn."""
+"""An ordinary Flask script, written for `python server.py`. It contains nothing for gunicorn."""
 
 import os
 
