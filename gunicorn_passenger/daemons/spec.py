@@ -36,7 +36,7 @@ MAX_MESSAGE = 4096
 ON_RELOAD = ("keep", "restart")
 
 #: Runs a Python function in an interpreter of its own.
-_CALLING = os.path.join(os.path.dirname(os.path.abspath(__file__)), "daemons/function_runner.py")
+_CALLING = os.path.join(os.path.dirname(os.path.abspath(__file__)), "function_runner.py")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from gunicorn_passenger.config.port_allocation import PortAllocation, format_por
 from gunicorn_passenger.daemons.spec import DaemonListen, DaemonSpec, RunAs
 from gunicorn_passenger.system import listening_sockets, unpatched
 
-_SUPERVISOR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "daemons/supervisor.py")
+_SUPERVISOR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "supervisor.py")
 #: Bytes of a packet of the supervisor's: its lines, with all that JSON may make of them.
 _MAX_PACKET = 1 << 18
 

@@ -27,7 +27,7 @@ from conftest import (
     wait_for,
 )
 
-from gunicorn_passenger.daemons.api import supervisor
+from gunicorn_passenger.daemons import supervisor
 from gunicorn_passenger.daemons.spec import DaemonSpec, RequestedDaemons, build_spec, resolve_run_as
 from gunicorn_passenger.errors import DaemonError
 

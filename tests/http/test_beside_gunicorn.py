@@ -242,6 +242,16 @@ DIFFERENCES = {
         ours="closed",
         section="RFC 9110 7.6.1: Connection is a list; RFC 9112 9.6: close ends it",
     ),
+    "target in absolute form": Difference(
+        gunicorn=["a.test", "a.test", 200, 200, 200],
+        ours=["b.test:81", "b.test", 400, 400, 400],
+        section="RFC 9112 3.2.2: the host of the target counts; RFC 9110 4.2.1 to 4.2.4: what it must have",
+    ),
+    "length with zeros": Difference(
+        gunicorn="0005",
+        ours="5",
+        section="RFC 9110 8.6: one number, for every recipient behind this server",
+    ),
     "large body that nobody reads": Difference(
         gunicorn="goes on",
         ours="closed",
@@ -548,3 +558,25 @@ def test_trailers_are_not_fields(both):
         answer, probe = ask(server.path, chunked(TWO_CHUNKS[:-2] + "X-Trailer: 1\r\n\r\n") + PROBE)
         assert "X-TRAILER" not in json.dumps(answer.json()).upper().replace("-", "_").replace("_", "-")
         assert probe.status == 200
+
+
+def test_target_in_absolute_form(both):
+    def answered(where: str) -> list[Any]:
+        found: list[Any] = []
+        for target in "http://b.test:81/x", "HTTP://b.test/x":
+            (response,) = ask(where, message(f"GET {target} HTTP/1.1", "Host: a.test", "Connection: close"))
+            found.append(response.json()["environ"]["HTTP_HOST"])
+        for target in "http:///x", "http://user@b.test/x", "ftp://b.test/x":
+            (response,) = ask(where, message(f"GET {target} HTTP/1.1", "Host: a.test", "Connection: close"))
+            found.append(response.status)
+        return found
+
+    check("target in absolute form", both, [answered(server.path) for server in both])
+
+
+def test_length_with_zeros(both):
+    def length(where: str) -> Any:
+        (response,) = ask(where, post("Content-Length: 0005", "Connection: close", body="hello"))
+        return response.json()["environ"]["CONTENT_LENGTH"]
+
+    check("length with zeros", both, [length(server.path) for server in both])
