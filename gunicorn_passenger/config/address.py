@@ -9,7 +9,7 @@ import os
 import socket
 from dataclasses import dataclass
 
-from gunicorn_passenger import errors
+from gunicorn_passenger.config import listen_errors
 
 #: Bytes that a UNIX socket path may have: sun_path less its closing NUL (unix(7)).
 UNIX_PATH_MAX = 107
@@ -86,12 +86,12 @@ def parse(address: object, host: str = "127.0.0.1") -> Address:
     :raises errors.ListenError: (``EINVAL``, ``ENAMETOOLONG``) when it is none of these.
     """
     if isinstance(address, bool) or not isinstance(address, int | str | tuple):
-        raise errors.bad_address(address, "it is neither a number nor a string")
+        raise listen_errors.bad_address(address, "it is neither a number nor a string")
     if isinstance(address, int):
         return Tcp(_host(host), _port(address))
     if isinstance(address, tuple):
         if len(address) < 2 or not isinstance(address[0], str):
-            raise errors.bad_address(address, "a tuple must be (host, port)")
+            raise listen_errors.bad_address(address, "a tuple must be (host, port)")
         return Tcp(_host(address[0]), _port(address[1], str(address)))
     text = address.strip()
     if text in ("passenger", "/passenger"):
@@ -109,31 +109,31 @@ def _parse_tcp(text: str, address: object, host: str) -> Tcp:
     if text.startswith("["):
         inner, bracket, rest = text[1:].partition("]")
         if not bracket or not rest.startswith(":"):
-            raise errors.bad_address(address, "an IPv6 address with a port is written [::1]:9000")
+            raise listen_errors.bad_address(address, "an IPv6 address with a port is written [::1]:9000")
         return Tcp(_host(inner), _port(rest[1:], text))
     name, colon, port = text.rpartition(":")
     if not colon:
-        raise errors.bad_address(address, "it has no port")
+        raise listen_errors.bad_address(address, "it has no port")
     if ":" in name:
-        raise errors.bad_address(address, "an IPv6 address with a port is written [::1]:9000")
+        raise listen_errors.bad_address(address, "an IPv6 address with a port is written [::1]:9000")
     return Tcp(_host(name or host), _port(port, text))
 
 
 def _host(host: object) -> str:
     if not isinstance(host, str):
-        raise errors.bad_address(host, "a host is a string")
+        raise listen_errors.bad_address(host, "a host is a string")
     host = host.strip()
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     if not host or "\0" in host or any(c.isspace() for c in host):
-        raise errors.bad_address(host, "the host is empty or has white space in it")
+        raise listen_errors.bad_address(host, "the host is empty or has white space in it")
     try:
         long = len(host) > 253 or any(len(label) > 63 for label in host.split("."))
         host.encode("ascii" if host.isascii() else "idna")
     except UnicodeError as error:
-        raise errors.unresolved(host, error) from None
+        raise listen_errors.unresolved(host, error) from None
     if long:
-        raise errors.unresolved(host[:80], "a label has over 63 characters, or the name over 253")
+        raise listen_errors.unresolved(host[:80], "a label has over 63 characters, or the name over 253")
     return host
 
 
@@ -141,16 +141,16 @@ def _port(port: object, where: str = "") -> int:
     if isinstance(port, str) and port.isascii() and port.isdigit() and len(port) <= 5:
         port = int(port)
     if isinstance(port, bool) or not isinstance(port, int) or not 1 <= port <= 65535:
-        raise errors.bad_port(port, where)
+        raise listen_errors.bad_port(port, where)
     return port
 
 
 def _unix_path(path: str, address: object) -> str:
     if not path or "\0" in path:
-        raise errors.bad_address(address, "the path of the UNIX socket is empty or has a NUL in it")
+        raise listen_errors.bad_address(address, "the path of the UNIX socket is empty or has a NUL in it")
     path = os.path.abspath(path)
     if len(os.fsencode(path)) > UNIX_PATH_MAX:
-        raise errors.unix_path_too_long(path, UNIX_PATH_MAX)
+        raise listen_errors.unix_path_too_long(path, UNIX_PATH_MAX)
     return path
 
 
@@ -172,7 +172,7 @@ def resolve(host: str, port: int, family: int = socket.AF_UNSPEC) -> tuple[int, 
     try:
         found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
-        raise errors.unresolved(host, getattr(error, "strerror", None) or error) from None
+        raise listen_errors.unresolved(host, getattr(error, "strerror", None) or error) from None
     # "localhost" may list ::1 first; a port that was asked for by such a name is expected on IPv4.
     found.sort(key=lambda entry: entry[0] != socket.AF_INET)
     return int(found[0][0]), str(found[0][4][0])

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gunicorn_passenger import errors
+from gunicorn_passenger.config import listen_errors
 from gunicorn_passenger.errors import SettingError
 
 #: The system's file: account -> ports. Read by the master; never taken from the environment,
@@ -132,11 +132,11 @@ class PortAllocation:
         if not self.layers:
             first = first_unprivileged_port()
             if port < first:
-                raise errors.privileged(port, first, self.account)
+                raise listen_errors.privileged(port, first, self.account)
             return
         for layer in self.layers:
             if port not in layer.ports:
-                raise errors.not_allocated(
+                raise listen_errors.not_allocated(
                     port, self.account, format_ports(self.ports), layer.source, layer.remedy
                 )
 

@@ -16,10 +16,11 @@ from typing import Any
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.config.settings import settings
+from gunicorn_passenger.daemons import daemon_errors
 from gunicorn_passenger.daemons.spec import MAX_MESSAGE, DaemonSpec, build_spec, resolve_run_as, wishes
 from gunicorn_passenger.errors import DaemonError, PassengerError
 from gunicorn_passenger.ipc.channel import DaemonSpawned, RequestDenied, SpawnDaemon
-from gunicorn_passenger.serving import standalone
+from gunicorn_passenger.serving import server_errors, standalone
 from gunicorn_passenger.serving.registry import registry
 from gunicorn_passenger.system import unpatched
 
@@ -127,7 +128,7 @@ def _place(spec: DaemonSpec, reading: bool) -> Daemon:
         return _ask_master(spec)
     elif registry.active or _under_gunicorn():
         if _called_in("spawn_worker", "gunicorn.arbiter") or _forked_from_master():
-            raise errors.spawn_without_worker(spec.name)
+            raise daemon_errors.spawn_without_worker(spec.name)
         # the program's own code runs in the master with --preload
         try:
             wishes.note_lasting(spec, trusted=not settings._program_runs)
@@ -158,7 +159,7 @@ def _ask_master(spec: DaemonSpec) -> Daemon:
     spec.find_command(dict(spec.env).get("PATH", os.environ.get("PATH")))
     text = spec.pack()
     if len(text) > MAX_MESSAGE:
-        raise errors.daemon_too_long(spec.name, MAX_MESSAGE)
+        raise daemon_errors.daemon_too_long(spec.name, MAX_MESSAGE)
     link = registry.link
     assert link is not None
     try:
@@ -170,7 +171,7 @@ def _ask_master(spec: DaemonSpec) -> Daemon:
         kind = errors.REFUSALS.get(answer.kind)
         raise kind(answer.errno, answer.text) if kind is not None else DaemonError(answer.text)
     if not isinstance(answer, DaemonSpawned):
-        raise errors.broker_unavailable(
+        raise server_errors.broker_unavailable(
             f"daemon {spec.name!r}", "did not understand this worker (different versions?)"
         )
     if answer.path:
@@ -210,7 +211,7 @@ def _under_gunicorn() -> bool:
 
 def _forked_from_master() -> bool:
     forks: Any = sys.modules.get("gunicorn_passenger.arbiter.fork_handlers")
-    return forks is not None and forks.retired() is not None
+    return forks is not None and forks.parent_broker() is not None
 
 
 def _warn_unattended() -> None:
@@ -244,7 +245,7 @@ class StandaloneDaemons:
         from gunicorn_passenger.daemons.supervisor_client import SupervisorClient, open_daemon_socket
 
         if spec.name in self._names.values():
-            raise errors.duplicate_daemon_name(spec.name)
+            raise daemon_errors.duplicate_daemon_name(spec.name)
         spec.find_command(dict(spec.env).get("PATH", os.environ.get("PATH")))
         who = resolve_run_as(spec, os.geteuid(), os.getegid(), False, True)
         listening: list[Any] = []

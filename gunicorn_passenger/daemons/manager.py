@@ -28,6 +28,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gunicorn_passenger import errors
+from gunicorn_passenger.config import listen_errors
+from gunicorn_passenger.daemons import daemon_errors
 from gunicorn_passenger.daemons.spec import (
     MAX_DAEMONS,
     DaemonListen,
@@ -190,7 +192,7 @@ class DaemonManager:
         cfg = self._broker.cfg
         known = self._daemons.get(spec.name)
         if known is not None and known.by_workers:
-            raise errors.duplicate_daemon_name(spec.name)
+            raise daemon_errors.duplicate_daemon_name(spec.name)
         if known is None or known.spec != spec:
             # it only looks, also where the directory is another user's; the daemon's own user runs the
             # command
@@ -206,7 +208,7 @@ class DaemonManager:
         """Have a daemon run by this spec: a new one, the present one, or the present one changed."""
         if known is None or known.then == "forget":
             if known is None and len(self._daemons) >= MAX_DAEMONS:
-                raise errors.too_many_daemons(MAX_DAEMONS)
+                raise daemon_errors.too_many_daemons(MAX_DAEMONS)
         elif known.spec == spec and known.who == who:
             if self._generation > known.generation:
                 known.generation = self._generation
@@ -284,7 +286,7 @@ class DaemonManager:
         # a master without a descriptor left could not even start workers
         limit = min(MAX_PORTS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
         if sum(len(daemon.sockets) for daemon in self._daemons.values()) >= limit:
-            raise errors.too_many_ports(limit)
+            raise listen_errors.too_many_ports(limit)
         cfg = broker.cfg
         mode = 0o666 & ~cfg.umask if cfg.umask else 0o600
         one = open_daemon_socket(
@@ -639,11 +641,11 @@ class DaemonManager:
         who = resolve_run_as(spec, cfg.uid, cfg.gid, cfg.initgroups, trusted=False)
         for item in spec.listen:
             if item.kind == "unix" and cfg.uid != os.geteuid():
-                raise errors.unix_other_user(item.path, self._broker.allocation.account)
+                raise listen_errors.unix_other_user(item.path, self._broker.allocation.account)
         known = self._daemons.get(spec.name)
         if known is not None and known.then != "forget":
             if not known.by_workers:
-                raise errors.duplicate_daemon_name(spec.name)
+                raise daemon_errors.duplicate_daemon_name(spec.name)
             if known.spec != spec and not self._may_change(known, age):
                 self._broker.log.warning(
                     "gunicorn-passenger: worker %s asks for the daemon %s differently than the workers "
@@ -672,7 +674,7 @@ class DaemonManager:
         else:
             newer = not known.wanted_by and age > self._last_before
         if not newer and (age in known.wanted_by or not self._settled):
-            raise errors.duplicate_daemon_name(known.spec.name)
+            raise daemon_errors.duplicate_daemon_name(known.spec.name)
         if newer:
             known.wanted_by.clear()
         return newer

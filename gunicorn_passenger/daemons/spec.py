@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gunicorn_passenger import errors
-from gunicorn_passenger.config import address
+from gunicorn_passenger.config import address, listen_errors
 from gunicorn_passenger.config.port_allocation import account_name
+from gunicorn_passenger.daemons import daemon_errors
 
 #: How many sockets one daemon may listen on, and how many daemons an application may have.
 MAX_SOCKETS = 16
@@ -107,7 +108,9 @@ class DaemonSpec:
             # as the daemon will see it
             command = os.path.join(self.cwd, command)
         if shutil.which(command, path=path) is None:
-            raise errors.no_command(self.name, self.command[0], os.path.exists(command) and os.sep in command)
+            raise daemon_errors.no_command(
+                self.name, self.command[0], os.path.exists(command) and os.sep in command
+            )
 
 
 def _check(spec: DaemonSpec) -> None:
@@ -120,34 +123,42 @@ def _check(spec: DaemonSpec) -> None:
         ("within", str), ("report", bool), ("give_up_after", int),
     ):  # fmt: skip
         if type(getattr(spec, field)) is not kind:
-            raise errors.bad_daemon(field, getattr(spec, field), f"it is no {kind.__name__}")
+            raise daemon_errors.bad_daemon(field, getattr(spec, field), f"it is no {kind.__name__}")
     name = spec.name
     if not name.strip() or len(name) > MAX_NAME or not name.isprintable() or ":" in name:
-        raise errors.bad_daemon("name", name, f"it is 1 to {MAX_NAME} printable characters and no colon")
+        raise daemon_errors.bad_daemon(
+            "name", name, f"it is 1 to {MAX_NAME} printable characters and no colon"
+        )
     texts = [*spec.command, *(text for pair in spec.env for text in pair), spec.cwd]
     if not spec.command or not all(isinstance(text, str) for text in texts) or not spec.command[0]:
-        raise errors.bad_daemon("target", spec.command, "a command is a string or a list of strings")
+        raise daemon_errors.bad_daemon("target", spec.command, "a command is a string or a list of strings")
     if any("\0" in text for text in texts):
-        raise errors.bad_daemon(
+        raise daemon_errors.bad_daemon(
             "target", name, "a command, its directory and its environment have no NUL in them"
         )
     if any(not variable or "=" in variable for variable, _ in spec.env):
-        raise errors.bad_daemon("env", dict(spec.env), "a variable's name is not empty and has no = in it")
+        raise daemon_errors.bad_daemon(
+            "env", dict(spec.env), "a variable's name is not empty and has no = in it"
+        )
     if not os.path.isabs(spec.cwd):
-        raise errors.bad_daemon("cwd", spec.cwd, "it is no absolute path")
+        raise daemon_errors.bad_daemon("cwd", spec.cwd, "it is no absolute path")
     if spec.on_reload not in ON_RELOAD:
-        raise errors.bad_daemon("on_reload", spec.on_reload, "it is 'keep' or 'restart'")
+        raise daemon_errors.bad_daemon("on_reload", spec.on_reload, "it is 'keep' or 'restart'")
     timeout = spec.stop_timeout
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or math.isnan(timeout):
-        raise errors.bad_daemon("stop_timeout", timeout, "it is no number of seconds")
+        raise daemon_errors.bad_daemon("stop_timeout", timeout, "it is no number of seconds")
     if not 0 <= timeout <= MAX_STOP_TIMEOUT:
-        raise errors.bad_daemon("stop_timeout", timeout, f"it is not from 0 to {MAX_STOP_TIMEOUT:g} seconds")
+        raise daemon_errors.bad_daemon(
+            "stop_timeout", timeout, f"it is not from 0 to {MAX_STOP_TIMEOUT:g} seconds"
+        )
     if not 0 <= spec.give_up_after <= 1_000_000:
-        raise errors.bad_daemon(
+        raise daemon_errors.bad_daemon(
             "give_up_after", spec.give_up_after, "it is a number of deaths, or 0 for never"
         )
     if len(spec.listen) > MAX_SOCKETS:
-        raise errors.bad_daemon("listen", len(spec.listen), f"a daemon has at most {MAX_SOCKETS} sockets")
+        raise daemon_errors.bad_daemon(
+            "listen", len(spec.listen), f"a daemon has at most {MAX_SOCKETS} sockets"
+        )
     for item in spec.listen:
         _check_listen(item)
 
@@ -157,16 +168,18 @@ def _check_listen(item: DaemonListen) -> None:
         not all(isinstance(text, str) for text in (item.kind, item.host, item.path))
         or type(item.port) is not int
     ):
-        raise errors.bad_daemon("listen", item, "it is no address")
+        raise daemon_errors.bad_daemon("listen", item, "it is no address")
     if item.kind in ("tcp", "auto") and not _is_numeric(item.host):
         # the master must not wait for a name server
-        raise errors.bad_daemon("listen", item.host[:100], "it is no numeric address")
+        raise daemon_errors.bad_daemon("listen", item.host[:100], "it is no numeric address")
     if item.kind == "tcp" and not 1 <= item.port <= 65535:
-        raise errors.bad_port(item.port)
+        raise listen_errors.bad_port(item.port)
     if item.kind == "unix" and (not os.path.isabs(item.path) or "\0" in item.path):
-        raise errors.bad_daemon("listen", item.path[:100], "the path of the UNIX socket is not absolute")
+        raise daemon_errors.bad_daemon(
+            "listen", item.path[:100], "the path of the UNIX socket is not absolute"
+        )
     if item.kind not in ("tcp", "auto", "unix"):
-        raise errors.bad_daemon("listen", item.kind[:40], "it is an unknown kind of address")
+        raise daemon_errors.bad_daemon("listen", item.kind[:40], "it is an unknown kind of address")
 
 
 def _is_numeric(host: str) -> bool:
@@ -203,10 +216,10 @@ def build_spec(
     if env is not None and not (
         isinstance(env, Mapping) and all(isinstance(text, str) for pair in env.items() for text in pair)
     ):
-        raise errors.bad_daemon("env", env, "it maps names to strings")
+        raise daemon_errors.bad_daemon("env", env, "it maps names to strings")
     variables = dict(env or {})
     if not isinstance(args, list | tuple):
-        raise errors.bad_daemon("args", args, "it is a list or a tuple")
+        raise daemon_errors.bad_daemon("args", args, "it is a list or a tuple")
     if callable(target):
         called, default = _call(target, args)
         command: tuple[str, ...] = (sys.executable, _CALLING, f"{called['module']}:{called['name']}")
@@ -240,13 +253,15 @@ def _command(target: object) -> list[str]:
         try:
             words = shlex.split(target)
         except ValueError as error:
-            raise errors.bad_daemon("target", target, str(error).lower()) from None
+            raise daemon_errors.bad_daemon("target", target, str(error).lower()) from None
     elif isinstance(target, list | tuple):
         words = _texts(target)
     else:
-        raise errors.bad_daemon("target", target, "it is a command line, a list of strings or a function")
+        raise daemon_errors.bad_daemon(
+            "target", target, "it is a command line, a list of strings or a function"
+        )
     if not words:
-        raise errors.bad_daemon("target", target, "the command is empty")
+        raise daemon_errors.bad_daemon("target", target, "the command is empty")
     return words
 
 
@@ -254,7 +269,7 @@ def _texts(values: Iterable[object]) -> list[str]:
     texts = []
     for value in values:
         if not isinstance(value, str | os.PathLike | int) or isinstance(value, bool):
-            raise errors.bad_daemon("args", value, "a command takes strings, numbers and paths")
+            raise daemon_errors.bad_daemon("args", value, "a command takes strings, numbers and paths")
         texts.append(str(value) if isinstance(value, int) else os.fsdecode(value))
     return texts
 
@@ -264,24 +279,26 @@ def _call(target: Any, args: list[object] | tuple[object, ...]) -> tuple[dict[st
     module = getattr(target, "__module__", None)
     name = getattr(target, "__qualname__", None)
     if not isinstance(module, str) or not isinstance(name, str):
-        raise errors.not_importable(repr(target), "it has no name")
+        raise daemon_errors.not_importable(repr(target), "it has no name")
     if "<" in name:
         what = "it is a lambda" if name.endswith("<lambda>") else "it is defined inside another function"
-        raise errors.not_importable(name, what)
+        raise daemon_errors.not_importable(name, what)
     if getattr(target, "__self__", None) is not None:
-        raise errors.not_importable(name, "it is a method of an object, which exists in this process only")
+        raise daemon_errors.not_importable(
+            name, "it is a method of an object, which exists in this process only"
+        )
     file = ""
     if module in ("__main__", "__config__"):
         owner = getattr(target, "__globals__", None) or vars(sys.modules[module])
         file = owner.get("__file__") or ""
         if not file:
-            raise errors.not_importable(name, "its module is no file")
+            raise daemon_errors.not_importable(name, "its module is no file")
         # a script's own last line must not run again
         module = "__passenger_main__" if module == "__main__" else module
     try:
         json.dumps(args, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
-        raise errors.bad_daemon(
+        raise daemon_errors.bad_daemon(
             "args", args, "a function takes what JSON can carry: texts, numbers, lists"
         ) from None
     path = [] if file == "" else [os.path.dirname(os.path.abspath(file))]
@@ -309,7 +326,7 @@ def _listen(value: object) -> list[DaemonListen]:
 def _one(item: object) -> DaemonListen:
     want = address.parse(item)
     if isinstance(want, address.Primary):
-        raise errors.bad_daemon("listen", item, "the primary socket is the workers'")
+        raise daemon_errors.bad_daemon("listen", item, "the primary socket is the workers'")
     if isinstance(want, address.Unix):
         return DaemonListen("unix", path=want.path)
     if isinstance(want, address.Auto):
@@ -321,7 +338,7 @@ def _path(cwd: object) -> str:
     if cwd is None:
         return os.getcwd()
     if not isinstance(cwd, str | os.PathLike):
-        raise errors.bad_daemon("cwd", cwd, "it is no path")
+        raise daemon_errors.bad_daemon("cwd", cwd, "it is no path")
     return os.fsdecode(cwd)
 
 
@@ -329,7 +346,7 @@ def _account(field: str, value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-        raise errors.bad_daemon(field, value, "it is a name or a number")
+        raise daemon_errors.bad_daemon(field, value, "it is a name or a number")
     return str(value)
 
 
@@ -372,9 +389,9 @@ def resolve_run_as(spec: DaemonSpec, uid: int, gid: int, initgroups: bool, trust
     user, primary = _user(spec, uid)
     group = _group(spec, gid if user == uid or primary is None else primary)
     if not trusted and (user, group) != (uid, gid):
-        raise errors.other_user(spec.name, spec.user or spec.group, account_name(uid))
+        raise daemon_errors.other_user(spec.name, spec.user or spec.group, account_name(uid))
     if (user, group) != (os.geteuid(), os.getegid()) and os.geteuid() != 0:
-        raise errors.cannot_switch_user(spec.name, account_name(user), account_name(os.geteuid()))
+        raise daemon_errors.cannot_switch_user(spec.name, account_name(user), account_name(os.geteuid()))
     groups: tuple[int, ...] = (group,)
     if initgroups or (spec.user and trusted):
         groups = tuple(os.getgrouplist(account_name(user), group))
@@ -389,7 +406,7 @@ def _user(spec: DaemonSpec, uid: int) -> tuple[int, int | None]:
         entry = pwd.getpwuid(int(spec.user)) if spec.user.isdecimal() else pwd.getpwnam(spec.user)
     except (KeyError, OverflowError):
         if not spec.user.isdecimal() or int(spec.user) >= 1 << 32:
-            raise errors.no_account(spec.name, "user", spec.user) from None
+            raise daemon_errors.no_account(spec.name, "user", spec.user) from None
         return int(spec.user), None
     return entry.pw_uid, entry.pw_gid
 
@@ -402,7 +419,7 @@ def _group(spec: DaemonSpec, gid: int) -> int:
     try:
         return grp.getgrnam(spec.group).gr_gid
     except KeyError:
-        raise errors.no_account(spec.name, "group", spec.group) from None
+        raise daemon_errors.no_account(spec.name, "group", spec.group) from None
 
 
 # --- what the master's own code has asked for ------------------------------------------------------
@@ -429,7 +446,7 @@ class RequestedDaemons:
         if module is not self._reading_module:
             self._reading, self._reading_module = [], module
         if any(other.name == spec.name for other in self._reading):
-            raise errors.duplicate_daemon_name(spec.name)
+            raise daemon_errors.duplicate_daemon_name(spec.name)
         self._reading.append(spec)
 
     def note_lasting(self, spec: DaemonSpec, trusted: bool) -> None:
@@ -442,7 +459,7 @@ class RequestedDaemons:
             return  # a hook that gunicorn calls more than once
         known = [*self._read, *self._reading, *(other for other, _ in self._lasting)]
         if any(other.name == spec.name for other in known):
-            raise errors.duplicate_daemon_name(spec.name)
+            raise daemon_errors.duplicate_daemon_name(spec.name)
         self._lasting.append((spec, trusted))
 
     def done_reading(self) -> None:

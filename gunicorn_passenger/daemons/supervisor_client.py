@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from gunicorn_passenger import errors
+from gunicorn_passenger.config import listen_errors
 from gunicorn_passenger.config.address import format_tcp
 from gunicorn_passenger.config.port_allocation import PortAllocation, format_ports, parse_ports
+from gunicorn_passenger.daemons import daemon_errors
 from gunicorn_passenger.daemons.spec import DaemonListen, DaemonSpec, RunAs
 from gunicorn_passenger.system import listening_sockets, unpatched
 
@@ -274,7 +276,7 @@ def open_daemon_socket(
     if want.kind == "tcp":
         allocation.check(want.port)
         if who := holder(want.port):
-            raise errors.daemon_port_taken(str(want), who)
+            raise daemon_errors.daemon_port_taken(str(want), who)
         return daemon_socket(want, listening_sockets.open_tcp(family, want.host, want.port, backlog))
     if not allocation.limited and own is None:
         if before and not holder(before):
@@ -292,4 +294,4 @@ def open_daemon_socket(
             return daemon_socket(want, listening_sockets.open_tcp(family, want.host, number, backlog))
         except errors.PortInUse:
             continue
-    raise errors.no_port_free(format_ports(ports), allocation.sources)
+    raise listen_errors.no_port_free(format_ports(ports), allocation.sources)

@@ -35,6 +35,7 @@ from typing import Any
 from gevent import _socket3
 
 from gunicorn_passenger import errors
+from gunicorn_passenger.config import listen_errors
 from gunicorn_passenger.config.address import SockAddr, Tcp, format_sockname, format_tcp, resolve
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.interposition import inet_facade
@@ -139,7 +140,7 @@ class SocketPatch:
             if entry is None or entry.server.state == CLOSED or _shares_port(sock):
                 continue
             if entry.name[:2] == name[:2]:
-                raise errors.duplicate_listen(format_tcp(numeric, port))
+                raise listen_errors.duplicate_listen(format_tcp(numeric, port))
         self._bound[_inode(fd)] = DeferredBind(numeric, port, name, address)
         return True
 
@@ -285,7 +286,7 @@ class SocketPatch:
         if lease.key and application.holds(lease.key) and not _shares_port(sock):
             source.close()
             application.link.forget(lease)
-            raise errors.duplicate_listen(lease.key)
+            raise listen_errors.duplicate_listen(lease.key)
         address = ListenAddress(None, lease.sockname).address
         server = ThirdPartyServer(label, address, lease.key, LISTENING if lease.key else WAITING, placement)
         server.lease = lease

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gunicorn_passenger import errors
+from gunicorn_passenger.config import listen_errors
 from gunicorn_passenger.config.address import UNIX_PATH_MAX, format_sockname, is_unix
 from gunicorn_passenger.config.port_allocation import PortAllocation
 from gunicorn_passenger.ipc import channel
@@ -58,6 +59,7 @@ from gunicorn_passenger.master.event_log import EventLog
 from gunicorn_passenger.master.listeners import BrokerOwnedListener, Listeners, Port
 from gunicorn_passenger.master.placement import PlacementScheduler
 from gunicorn_passenger.master.service import BrokerService
+from gunicorn_passenger.serving import server_errors
 from gunicorn_passenger.status import report
 from gunicorn_passenger.system import listening_sockets, unpatched
 from gunicorn_passenger.system.text import MAX_NAME, printable, printable_all
@@ -146,13 +148,15 @@ def _check_text(ask: OpenPort) -> OpenPort:
     :raises errors.ListenError: when a name is too long, or a path is not one.
     """
     if len(ask.name) > MAX_NAME:
-        raise errors.server_name_too_long(ask.name, MAX_NAME)
+        raise server_errors.server_name_too_long(ask.name, MAX_NAME)
     try:
         size = len(os.fsencode(ask.path))
     except UnicodeError:
-        raise errors.bad_address(ask.path[:100], "the path of the UNIX socket cannot be encoded") from None
+        raise listen_errors.bad_address(
+            ask.path[:100], "the path of the UNIX socket cannot be encoded"
+        ) from None
     if size > UNIX_PATH_MAX:
-        raise errors.unix_path_too_long(ask.path[:200], UNIX_PATH_MAX)
+        raise listen_errors.unix_path_too_long(ask.path[:200], UNIX_PATH_MAX)
     return dataclasses.replace(ask, name=printable(ask.name))
 
 
@@ -374,7 +378,7 @@ class Broker:
             if done is not None
         ]
         if not found:
-            raise errors.unknown_name(name)
+            raise server_errors.unknown_name(name)
         self._wake()
         return printable(", ".join(found))
 

@@ -22,6 +22,7 @@ from typing import Any
 from gunicorn.sock import TCP6Socket, TCPSocket, UnixSocket
 
 from gunicorn_passenger import errors
+from gunicorn_passenger.config import listen_errors
 from gunicorn_passenger.config.address import format_sockname, format_tcp
 from gunicorn_passenger.config.port_allocation import PortAllocation, format_ports, parse_ports
 from gunicorn_passenger.ipc.channel import OpenPort
@@ -260,7 +261,7 @@ class Listeners:
             return self._open_auto(ask, allocation)
         if ask.kind == "tcp":
             return self._open_tcp(ask, allocation)
-        raise errors.bad_address(ask.kind[:40], "the worker asked for an unknown kind of address")
+        raise listen_errors.bad_address(ask.kind[:40], "the worker asked for an unknown kind of address")
 
     def open_each(
         self, ask: OpenPort, allocation: PortAllocation, workers: int, age: int, waits: bool = False
@@ -276,12 +277,12 @@ class Listeners:
         :raises errors.ListenError: when there cannot be as many ports as workers.
         """
         if ask.kind == "unix":
-            raise errors.each_needs_tcp(ask.path)
+            raise listen_errors.each_needs_tcp(ask.path)
         label = f"{ask.host}/{ask.port}/{ask.name}"
         keys = self._each.get(label, {})
         for key in keys.values():
             if age in self.ports[key].wanted_by:
-                raise errors.duplicate_listen(key)
+                raise listen_errors.duplicate_listen(key)
         for position in sorted(keys):
             if not self.ports[keys[position]].wanted_by:
                 return self.ports[keys[position]]
@@ -319,19 +320,19 @@ class Listeners:
         taken = {p.port for p in self.ports.values()} | self._primary_ports()
         free = sorted(ports - taken)
         if len(free) < needed:
-            raise errors.too_few_ports(format_ports(ports), needed, len(free), allocation.sources)
+            raise listen_errors.too_few_ports(format_ports(ports), needed, len(free), allocation.sources)
         for number in free:
             allocation.check(number)
             try:
                 return self._create_tcp(family, ask.host, number, ask)
             except errors.PortInUse:
                 continue
-        raise errors.no_port_free(format_ports(ports), allocation.sources)
+        raise listen_errors.no_port_free(format_ports(ports), allocation.sources)
 
     def _open_tcp(self, ask: OpenPort, allocation: PortAllocation) -> Port:
         family = _family(ask.host)
         if not 1 <= ask.port <= 65535:
-            raise errors.bad_port(ask.port)
+            raise listen_errors.bad_port(ask.port)
         port = self.ports.get(tcp_key(ask.host, ask.port)) or self._bound_elsewhere(ask.port)
         if port is None or not port.bound:
             allocation.check(ask.port)
@@ -358,7 +359,7 @@ class Listeners:
                 holder += "whose primary it is (gunicorn's bind)"
             else:
                 raise
-            raise errors.in_use(format_tcp(host, number), holder) from None
+            raise listen_errors.in_use(format_tcp(host, number), holder) from None
         name = sock.getsockname()
         listener = self._wrap(
             BrokerOwnedTCP6 if family == socket.AF_INET6 else BrokerOwnedTCP, name, sock.detach()
@@ -386,7 +387,7 @@ class Listeners:
     def _check_room(self) -> None:
         limit = self.room()
         if len(self.ports) >= limit:
-            raise errors.too_many_ports(limit)
+            raise listen_errors.too_many_ports(limit)
 
     def check_share(self, age: int, workers: int) -> None:
         """One worker may not have all of the ports: its siblings need some that do not depend on it.
@@ -403,7 +404,7 @@ class Listeners:
         limit = room - room // 4
         ports = self.ports.values()
         if sum(age in p.wanted_by or (p.opened_for == age and not p.wanted_by) for p in ports) >= limit:
-            raise errors.too_many_ports_of_worker(limit)
+            raise listen_errors.too_many_ports_of_worker(limit)
 
     def _open_auto(self, ask: OpenPort, allocation: PortAllocation) -> Port:
         family = _family(ask.host)
@@ -422,9 +423,9 @@ class Listeners:
         # same rights may still work in a directory that others can write: see sockets.open_unix and
         # sockets.remove.
         if not same_user:
-            raise errors.unix_other_user(ask.path, allocation.account)
+            raise listen_errors.unix_other_user(ask.path, allocation.account)
         if not os.path.isabs(ask.path) or "\0" in ask.path:
-            raise errors.bad_address(ask.path[:100], "the path of the UNIX socket is not absolute")
+            raise listen_errors.bad_address(ask.path[:100], "the path of the UNIX socket is not absolute")
         self._check_room()
         mode = 0o666 & ~self.cfg.umask if self.cfg.umask else 0o600
         sock = listening_sockets.open_unix(ask.path, mode, max(self.cfg.backlog, _backlog(ask)))
@@ -485,4 +486,4 @@ def _family(host: str) -> int:
         with suppress(OSError, ValueError):
             socket.inet_pton(family, host)
             return family
-    raise errors.bad_address(host[:100], "the worker asked for a host that is no numeric address")
+    raise listen_errors.bad_address(host[:100], "the worker asked for a host that is no numeric address")

@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from gunicorn_passenger import errors
+from gunicorn_passenger.config import listen_errors
 from gunicorn_passenger.config.port_allocation import PortAllocation
 from gunicorn_passenger.errors import PassengerError
 from gunicorn_passenger.ipc import channel
@@ -100,7 +101,7 @@ class PlacementScheduler:
         elif ask.placement in ("shared", "one"):
             port = self._listeners.open(ask, allocation, same_user)
         else:
-            raise errors.bad_address(ask.placement[:40], "the worker asked for an unknown placement")
+            raise listen_errors.bad_address(ask.placement[:40], "the worker asked for an unknown placement")
         if port is None:
             self._waiting.append((age, ask))
             return PortOpened(ask.id, "", granted=False)
@@ -124,7 +125,7 @@ class PlacementScheduler:
         :raises errors.PortInUse: where one socket of the worker's is all that there may be.
         """
         if not ask.again or port.placement != "shared" or ask.placement != "shared" or port.paused:
-            raise errors.duplicate_listen(port.key)
+            raise listen_errors.duplicate_listen(port.key)
         self._extra.append((port.key, age, ask.id))
         return PortOpened(ask.id, port.key, port.host, port.port, port.path, True)
 
@@ -132,9 +133,9 @@ class PlacementScheduler:
         """One wish of a kind for each worker, and not too many."""
         mine = [other for a, other in self._waiting if a == age]
         if any((o.host, o.port, o.name) == (ask.host, ask.port, ask.name) for o in mine):
-            raise errors.duplicate_listen(f"{ask.host}:{ask.port}")
+            raise listen_errors.duplicate_listen(f"{ask.host}:{ask.port}")
         if len(mine) >= _MOST:
-            raise errors.too_many_ports(_MOST)
+            raise listen_errors.too_many_ports(_MOST)
 
     @staticmethod
     def _wanted(port: Port, age: int, ask: OpenPort) -> None:

@@ -41,6 +41,7 @@ from gunicorn_passenger.ipc.channel import (
     WorkerLeaving,
     WorkerReady,
 )
+from gunicorn_passenger.serving import server_errors
 from gunicorn_passenger.system import unpatched
 from gunicorn_passenger.system.text import MAX_NAME
 
@@ -180,7 +181,9 @@ class BrokerClient:
                 kind = errors.REFUSALS.get(answer.kind, errors.ListenError)
                 raise kind(answer.errno, answer.text)
             if not isinstance(answer, PortOpened):
-                raise errors.broker_unavailable(label, "did not understand this worker (different versions?)")
+                raise server_errors.broker_unavailable(
+                    label, "did not understand this worker (different versions?)"
+                )
             if answer.key:
                 lease.key, lease.sockname = answer.key, _sockname(answer)
             if answer.granted:
@@ -192,7 +195,7 @@ class BrokerClient:
 
     def _await_grant(self, lease: PortLease, label: str) -> None:
         if not lease._first.wait(timeout=ANSWER_TIMEOUT):
-            raise errors.broker_unavailable(label, f"did not answer within {ANSWER_TIMEOUT:g} s")
+            raise server_errors.broker_unavailable(label, f"did not answer within {ANSWER_TIMEOUT:g} s")
 
     def close(self, key: str, number: int = 0) -> None:
         """The worker no longer accepts on ``key``, or no longer waits for what it asked for.
@@ -228,7 +231,7 @@ class BrokerClient:
         """
         answer, fd = self._ask(GetReport(next(self._numbers)), "the report")
         if not isinstance(answer, ReportSent) or fd is None:
-            raise errors.broker_unavailable("the report", "gave none")
+            raise server_errors.broker_unavailable("the report", "gave none")
         with os.fdopen(fd, "rb") as file:
             file.seek(0)
             found: dict[str, Any] = json.loads(file.read())
@@ -296,7 +299,7 @@ class BrokerClient:
 
     def _ask(self, ask: Message, label: str, fd: int | None = None) -> tuple[Message, int | None]:
         if self._lost:
-            raise errors.broker_unavailable(label, self._lost)
+            raise server_errors.broker_unavailable(label, self._lost)
         return self.call(lambda: self._exchange(ask, label, fd))
 
     def _exchange(self, ask: Message, label: str, fd: int | None) -> tuple[Message, int | None]:
@@ -306,11 +309,13 @@ class BrokerClient:
             answer: tuple[Message, int | None] = result.get(timeout=ANSWER_TIMEOUT)
             return answer
         except gevent.Timeout:
-            raise errors.broker_unavailable(label, f"did not answer within {ANSWER_TIMEOUT:g} s") from None
+            raise server_errors.broker_unavailable(
+                label, f"did not answer within {ANSWER_TIMEOUT:g} s"
+            ) from None
         except (channel.ChannelClosed, OSError) as error:
             if isinstance(error, errors.ListenError):
                 raise
-            raise errors.broker_unavailable(label, "has closed the channel") from None
+            raise server_errors.broker_unavailable(label, "has closed the channel") from None
         finally:
             self._waiting.pop(ask.id, None)
 
@@ -375,7 +380,7 @@ class BrokerClient:
             wanted = self._leases.get(message.id)
             self.close(message.key, message.id)
             if wanted is not None:
-                wanted.fail(errors.no_descriptor(message.key))
+                wanted.fail(server_errors.no_descriptor(message.key))
         else:
             lease_of = self._leases.get(message.id)
             if lease_of is None:
@@ -414,7 +419,7 @@ class BrokerClient:
             return
         self._lost = "has closed the channel"
         for waiting in list(self._waiting.values()):
-            waiting.set_exception(errors.broker_unavailable("the port", self._lost))
+            waiting.set_exception(server_errors.broker_unavailable("the port", self._lost))
         self.on_lost()
 
 

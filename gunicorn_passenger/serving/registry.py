@@ -18,6 +18,7 @@ import gevent
 from gevent import socket as gsocket
 
 from gunicorn_passenger import errors
+from gunicorn_passenger.config import listen_errors
 from gunicorn_passenger.config.address import Auto, SockAddr, Tcp, Unix, format_sockname
 from gunicorn_passenger.config.port_allocation import PortAllocation, account_name, format_ports
 from gunicorn_passenger.config.settings import settings
@@ -25,7 +26,7 @@ from gunicorn_passenger.http.acceptor import Acceptor
 from gunicorn_passenger.http.client_socket import ClientSocket
 from gunicorn_passenger.http.listener_context import StandaloneWorker
 from gunicorn_passenger.ipc.scoreboard import Counters, Scoreboard
-from gunicorn_passenger.serving import events, standalone
+from gunicorn_passenger.serving import events, server_errors, standalone
 from gunicorn_passenger.serving.acceptors import ListenerHandler, make_acceptor, secondary_config
 from gunicorn_passenger.serving.broker_client import AcceptGrant, BrokerClient, PortLease
 from gunicorn_passenger.serving.server import (
@@ -252,7 +253,7 @@ class ServerRegistry:
     def _claim_name(self, server: Server) -> None:
         for other in self.servers:
             if server._name is not None and other is not server and other.name == server._name:
-                raise errors.name_taken(server.name, _where(other))
+                raise server_errors.name_taken(server.name, _where(other))
 
     def install(self, server: Server | ThirdPartyServer, label: str) -> None:
         """Make a server the primary, which there is one of.
@@ -262,8 +263,8 @@ class ServerRegistry:
         """
         if self.primary is not None:
             if settings.auto_install(self.script):
-                raise errors.auto_installed_twice(_where(self.primary), label)
-            raise errors.passenger_twice(self.primary.name)
+                raise server_errors.auto_installed_twice(_where(self.primary), label)
+            raise server_errors.passenger_twice(self.primary.name)
         self.primary = server
 
     # --- sockets ---------------------------------------------------------------------------------
@@ -294,7 +295,7 @@ class ServerRegistry:
             if grant is not None:
                 os.close(grant.fd)
             self.link.forget(lease)
-            raise errors.duplicate_listen(lease.key)
+            raise listen_errors.duplicate_listen(lease.key)
         server._lease = lease
         if grant is not None:
             self._take(server, grant)
@@ -599,7 +600,9 @@ class ServerRegistry:
         :raises errors.BrokerUnavailable: outside a worker, or when the master cannot be reached.
         """
         if self.link is None:
-            raise errors.broker_unavailable("the report", "is that of gunicorn, which does not run here")
+            raise server_errors.broker_unavailable(
+                "the report", "is that of gunicorn, which does not run here"
+            )
         return self.link.report()
 
     def has_standalone_listener(self) -> bool:

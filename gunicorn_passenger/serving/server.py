@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 from gunicorn_passenger import errors
 from gunicorn_passenger.config.address import Address, Primary, SockAddr, Tcp, format_sockname, parse
 from gunicorn_passenger.config.settings import check_placement, settings
+from gunicorn_passenger.serving import server_errors
 from gunicorn_passenger.serving.broker_client import PortLease
 from gunicorn_passenger.system.text import MAX_NAME, printable
 
@@ -59,7 +60,7 @@ class Server:
 
     def __init__(self, app: WSGIApp, home: ServerHost) -> None:
         if not callable(app):
-            raise errors.not_callable(app)
+            raise server_errors.not_callable(app)
         self.app = app
         self._home = home
         self.placement = "shared"
@@ -132,9 +133,9 @@ class Server:
         :raises errors.AlreadyInstalled: when the primary socket has its server.
         """
         if self.state == CLOSED:
-            raise errors.closed_server(self.name)
+            raise server_errors.closed_server(self.name)
         if self.state != NEW:
-            raise errors.already_listening(self.name, self._label())
+            raise server_errors.already_listening(self.name, self._label())
         want = parse(address, host)
         if name is not None and (not isinstance(name, str) or not name.strip() or len(name) > MAX_NAME):
             raise errors.SettingError(
@@ -144,7 +145,7 @@ class Server:
             placement = settings.placement(want.port, placement)
         self.placement = check_placement(placement)
         if isinstance(want, Primary) and placement != "shared":
-            raise errors.primary_with_placement(placement)
+            raise server_errors.primary_with_placement(placement)
         # as the master has it, which escapes it, too
         self._name = None if name is None else printable(name)
         self._want = want

@@ -12,6 +12,7 @@ from typing import Any
 from gevent import socket as gsocket
 
 from gunicorn_passenger import errors
+from gunicorn_passenger.config import listen_errors
 from gunicorn_passenger.config.address import Address, Auto, Tcp, Unix, format_sockname, resolve
 from gunicorn_passenger.config.port_allocation import PortAllocation, format_ports
 from gunicorn_passenger.config.settings import settings
@@ -53,7 +54,7 @@ def _open_tcp(want: Address | None) -> tuple[int, Any]:
                 return family, listening_sockets.open_tcp(family, host, port, _BACKLOG)
             except errors.PortInUse:
                 continue
-        raise errors.no_port_free(format_ports(allocation.ports), allocation.sources)
+        raise listen_errors.no_port_free(format_ports(allocation.ports), allocation.sources)
     return gsocket.AF_INET, listening_sockets.open_tcp(
         gsocket.AF_INET, "127.0.0.1", development_port(), _BACKLOG
     )

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 
 from gunicorn_passenger import errors
+from gunicorn_passenger.config import listen_errors
 from gunicorn_passenger.config.address import SockAddr, format_tcp
 from gunicorn_passenger.system import port_owner
 
@@ -38,8 +39,8 @@ def open_tcp(family: int, host: str, port: int, backlog: int, v6only: bool = Fal
         if sock is not None:
             sock.close()
         if error.errno == errno.EADDRINUSE:
-            raise errors.in_use(label, port_owner.describe_owner(port, host)) from None
-        raise errors.cannot_open(label, error) from None
+            raise listen_errors.in_use(label, port_owner.describe_owner(port, host)) from None
+        raise listen_errors.cannot_open(label, error) from None
     return sock
 
 
@@ -67,7 +68,7 @@ def open_unix(path: str, mode: int, backlog: int) -> _socket.socket:
             sock.close()
         if isinstance(error, errors.ListenError):
             raise
-        raise errors.cannot_open(f"unix:{path}", error) from None
+        raise listen_errors.cannot_open(f"unix:{path}", error) from None
     return sock
 
 
@@ -131,9 +132,9 @@ def _clear_stale(path: str) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(info.st_mode):
-        raise errors.unix_not_a_socket(path)
+        raise listen_errors.unix_not_a_socket(path)
     if has_listener(path):
-        raise errors.in_use(f"unix:{path}", "another program")
+        raise listen_errors.in_use(f"unix:{path}", "another program")
     remove(path, (info.st_dev, info.st_ino))
 
 

@@ -465,12 +465,12 @@ def test_a_daemon_that_cannot_be_started_leaves_the_others_alone(site):
         """
 import errno, os
 import gunicorn_passenger.daemons.supervisor_client as supervision
-real = supervision.Supervisor.start
+real = supervision.SupervisorClient.start
 def start(self, spec, *rest):
     if spec.name == "second" and not os.path.exists("mended"):
         raise OSError(errno.EMFILE, "Too many open files")
     return real(self, spec, *rest)
-supervision.Supervisor.start = start
+supervision.SupervisorClient.start = start
 passenger.spawn("sleep 1000", name="first")
 passenger.spawn("sleep 1000", name="second")
 passenger.spawn("sleep 1000", name="third")
@@ -721,7 +721,7 @@ def test_what_cannot_be_killed_is_left_alone(monkeypatch):
     program.say, program.daemons = said.append, {}
     daemon = program.daemons["key"] = supervisor.SupervisedProcess("key", {"give_up_after": 0}, [], None)
     daemon.pid, daemon.kill_at, daemon.leaving = 1 << 30, 100.0, True
-    monkeypatch.setattr(supervisor, "members", lambda daemon: [1 << 30])
+    monkeypatch.setattr(supervisor, "processes_of", lambda daemon: [1 << 30])
     program.look(daemon, 100.0)
     program.look(daemon, 104.0)
     assert [message["is"] for message in said] == ["killed"]
@@ -800,7 +800,7 @@ def test_a_unix_socket_of_a_daemon_is_not_for_workers_of_another_user(start):
         env={"SPAWN": f"spawn('sleep 9', listen='unix:{start.home}/x.sock')"},
     )
     assert process.wait_end() != 0
-    assert "cannot be opened for workers that run as nobody" in process.log()
+    assert "cannot be opened: the workers run as nobody" in process.log()
 
 
 @ROOT_ONLY
@@ -914,8 +914,8 @@ BAD = [
     ("'sleep 9', give_up_after=-1", "it is a number of deaths"),
     ("'sleep 9', env={'A': 1}", "it maps names to strings"),
     ("'sleep 9', env={'A=B': 'c'}", "has no = in it"),
-    ("'sleep 9', user='no-such-user'", "there is no user 'no-such-user' on this machine"),
-    ("'sleep 9', group='no-such-group'", "there is no group 'no-such-group' on this machine"),
+    ("'sleep 9', user='no-such-user'", "this machine has no user 'no-such-user'"),
+    ("'sleep 9', group='no-such-group'", "this machine has no group 'no-such-group'"),
 ]
 
 

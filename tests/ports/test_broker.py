@@ -7,7 +7,7 @@ import pytest
 from conftest import NO_CONTROL, answers, descriptors, fetch, pids_answering, refused, wait_for
 
 #: In a worker: its end of the channel.
-LINK = "__import__('gunicorn_passenger.serving.registry').serving.application.application.link"
+LINK = "__import__('gunicorn_passenger.serving.registry').serving.registry.registry.link"
 
 
 def run(process, code):

@@ -251,7 +251,7 @@ def test_configuration_and_environment_bound_the_program(start):
         process.socket,
         "/eval",
         "POST",
-        f"__import__('gunicorn_passenger.serving.registry').serving.application.application.link.open("
+        f"__import__('gunicorn_passenger.serving.registry').serving.registry.registry.link.open("
         f"__import__('gunicorn_passenger.config.address').address.Tcp('127.0.0.1', {c}), 'x')",
     )
     assert status == 500
@@ -354,7 +354,7 @@ def test_root_master_with_workers_of_nobody(start, home):
     assert outcomes(process, low + 1, 22, 8080) == ["PortNotAllocated"] * 3
     status, text = fetch(process.socket, "/eval", "POST", f"passenger.listen('unix:{home}/x.sock', whoami)")
     assert status == 500
-    assert "cannot be opened for workers that run as nobody by a master that runs as another user" in text
+    assert "cannot be opened: the workers run as nobody, but the master runs as another user" in text
     assert "account nobody" in fetch(process.socket, "/eval", "POST", "passenger.listen(22, whoami)")[1]
     process.hup(2)
     assert len(pids_answering(low, 2)) == 2
@@ -376,7 +376,7 @@ def test_a_master_without_the_right_to_bind_low_says_so(start, home):
     ).wait_ready()  # fmt: skip
     status, text = fetch(process.socket, "/eval", "POST", "passenger.listen(81, whoami)")
     assert status == 500
-    assert "cannot listen on 127.0.0.1:81: Permission denied; the master may not bind it" in text
+    assert "cannot listen on 127.0.0.1:81: Permission denied; the master has no permission to bind it" in text
 
 
 @needs_root

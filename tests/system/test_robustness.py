@@ -27,7 +27,7 @@ from conftest import (
 )
 
 #: In a worker: its end of the channel.
-LINK = "__import__('gunicorn_passenger.serving.registry').serving.application.application.link"
+LINK = "__import__('gunicorn_passenger.serving.registry').serving.registry.registry.link"
 
 #: In a worker: whether it gets a port of the master, which it gives back.
 GETS = "(lambda server: (server.listening, server.close())[0])(passenger.listen('auto', whoami))"

@@ -339,7 +339,10 @@ def test_one_worker_does_not_get_all_ports(workers, monkeypatch):
     opened = [workers.open(1, f"server {n}") for n in range(6)]
     assert all(isinstance(answer, channel.PortOpened) for answer in opened)
     refused = workers.open(1, "one more")
-    assert refused.text == "one worker may have 6 ports, and this one has them; close some servers"
+    assert (
+        refused.text
+        == "this worker already has 6 ports, which is the limit for one worker; close some servers"
+    )
     # those that it has given back, and that stay for the grace period, count
     for answer in opened:
         workers.ends[1].send(json.dumps({"v": 1, "type": "ReleasePort", "id": 0, "key": answer.key}).encode())

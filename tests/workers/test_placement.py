@@ -334,7 +334,7 @@ def test_a_name_that_there_is_not(start, port):
     placed(start, port, "shared", workers=1)
     status, text = command(start, "restart", "nothing")
     assert status == 1
-    assert "there is no server and no daemon 'nothing'" in text
+    assert "this application has no server or daemon 'nothing'" in text
 
 
 def test_a_connect_finds_an_open_socket_before_anybody_accepts(start, port):

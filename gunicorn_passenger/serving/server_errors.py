@@ -1,0 +1,100 @@
+"""The errors of a program's servers: how it made them, and what the master could not do for them.
+
+Process: a worker and the master. Never: raise; a function here returns the error to raise.
+
+Each text is one line and says what happened, where, and what to do.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from gunicorn_passenger.errors import (
+    AlreadyInstalled,
+    BrokerUnavailable,
+    ListenError,
+    NotCallable,
+    PassengerError,
+    SettingError,
+)
+
+
+def primary_with_placement(placement: str) -> SettingError:
+    return SettingError(
+        f"placement {placement!r} is not for the primary, which all workers serve; "
+        "leave placement out, or listen on a separate port and put a proxy in front of it"
+    )
+
+
+def unknown_name(name: str) -> PassengerError:
+    return PassengerError(
+        f"this application has no server or daemon {name!r}; 'gunicorn-passenger status' lists them"
+    )
+
+
+def closed_server(name: str) -> ListenError:
+    return ListenError(
+        errno.EBADF, f"server {name!r} is closed and cannot listen again; make a new one with create_server()"
+    )
+
+
+def already_listening(name: str, address: str) -> ListenError:
+    return ListenError(
+        errno.EINVAL,
+        f"server {name!r} already listens on {address}; to move it, call close() and make a new server",
+    )
+
+
+def name_taken(name: str, address: str) -> ListenError:
+    return ListenError(
+        errno.EINVAL, f"a server named {name!r} already listens on {address}; give each server its own name"
+    )
+
+
+def not_callable(app: object) -> NotCallable:
+    return NotCallable(
+        f"create_server() takes a WSGI application, which is callable; {app!r} is not: "
+        "pass a function app(environ, start_response) or a framework's application object"
+    )
+
+
+def server_name_too_long(name: str, limit: int) -> ListenError:
+    return ListenError(
+        errno.EINVAL,
+        f"the server name {name[:40]!r}... has {len(name)} characters, but {limit} are allowed; give the "
+        "server a shorter name with listen(..., name=...)",
+    )
+
+
+def no_descriptor(address: str) -> ListenError:
+    return ListenError(
+        errno.EMFILE,
+        f"{address} is not served by this worker: it has no file descriptor left; raise the limit of "
+        "open files (ulimit -n)",
+    )
+
+
+def broker_unavailable(address: str, why: str) -> BrokerUnavailable:
+    return BrokerUnavailable(
+        errno.EPIPE,
+        f"{address} is not served by this worker: the master's port broker {why}; "
+        "the primary socket is still served; restart gunicorn to get the port back",
+    )
+
+
+def auto_installed_twice(first: str, second: str) -> AlreadyInstalled:
+    return AlreadyInstalled(
+        f"listen() was called a second time (on {second}), which auto-install mode does not allow: the first "
+        f"server (on {first}) was installed on the primary socket, which the web server reaches, and has no "
+        "port of its own. To run several servers, first call passenger.configure(auto_install=False), then "
+        "listen('passenger') on the server that the web server should reach; every other listen() then gets "
+        "its port from the gunicorn master"
+    )
+
+
+def passenger_twice(first: str) -> AlreadyInstalled:
+    return AlreadyInstalled(
+        f"listen('passenger') was called a second time, but server {first!r} already has the primary socket. "
+        "Let this server listen on a port (listen(9000)) and reach it through "
+        "http_proxy.create_server(9000, 'localhost').listen('passenger'), or close() the first server"
+    )
