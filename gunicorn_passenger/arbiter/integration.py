@@ -17,7 +17,7 @@ from gunicorn_passenger.arbiter import fork_handlers, hook_chain
 from gunicorn_passenger.config.address import format_sockname, is_unix
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.daemons.manager import DaemonManager
-from gunicorn_passenger.daemons.spec import wishes
+from gunicorn_passenger.daemons.requested import requested_daemons
 from gunicorn_passenger.errors import PassengerError, SettingError
 from gunicorn_passenger.master import upgrade_state
 from gunicorn_passenger.master.broker import Broker
@@ -80,7 +80,7 @@ def _start(listening: list[Any], cfg: Any, log: Any, channels: bool = True) -> B
     control.open()
     broker.add(control)
     broker.watch_reports = control.watch_reports
-    _daemons[:] = [DaemonManager(broker, channels)]
+    _daemons[:] = [DaemonManager(broker, channels, prometheus_multiproc.directory.environment)]
     broker.add(_daemons[0])
     if channels:
         _explain(listening, broker, log, cfg)
@@ -123,7 +123,7 @@ def _explain(listening: list[Any], broker: Broker, log: Any, cfg: Any) -> None:
     """Say at the start what a reader of the log may not expect."""
     primary = broker.primary_listeners(listening)
     ours = {listening_sockets.sockname(listener.sock) for listener in listening if listener.sock is not None}
-    ours |= {name for daemons in _daemons for name in daemons.handed()}
+    ours |= {name for daemons in _daemons for name in daemons.inherited()}
     for address in sorted(
         format_sockname(n) for n in listening_sockets.own_listeners().values() if n not in ours
     ):
@@ -205,10 +205,10 @@ def _ready(arbiter: Any) -> None:
     _know_arbiter(arbiter)
     prometheus_multiproc.directory.give(arbiter.cfg, arbiter.log)
     settings.leave_program_scope()
-    wishes.attended = True
-    wishes.done_reading()
+    requested_daemons.handled = True
+    requested_daemons.commit_config()
     upgrade_state.forget(arbiter.cfg)
-    if wishes.unread or upgrade_state.inherited().get("daemons"):
+    if requested_daemons.pending or upgrade_state.inherited().get("daemons"):
         _attend(arbiter)
 
 
@@ -229,7 +229,7 @@ def _reloaded(arbiter: Any) -> None:
     settings.leave_program_scope()
     broker = fork_handlers.current_broker()
     if broker is None:
-        wishes.done_reading()
+        requested_daemons.commit_config()
         return
     try:
         _configure(broker, arbiter.cfg, arbiter.log, False)
@@ -239,7 +239,7 @@ def _reloaded(arbiter: Any) -> None:
 
 
 def _tell_reload(broker: Broker) -> None:
-    wishes.done_reading()
+    requested_daemons.commit_config()
     with broker._hold():
         for part in broker.parts:
             part.reloaded()
@@ -254,7 +254,7 @@ def _know_arbiter(arbiter: Any) -> None:
 
 def _arm(arbiter: Any, _worker: Any) -> None:
     broker = fork_handlers.current_broker()
-    if wishes.unread:
+    if requested_daemons.pending:
         _refresh(arbiter, broker)
     if broker is not None:
         broker.arbiter = arbiter

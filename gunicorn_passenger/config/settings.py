@@ -1,18 +1,17 @@
-"""What can be set, from where, checked.
+"""The settings: which there are, where each comes from, and whether its value is valid.
 
-Runs in: every process. Must never: act on a setting; others ask this module.
+Process: every process. Never: act on a setting; other modules ask this one.
 
-A setting can come from three places, and the process decides which one a ``configure()`` call
-belongs to:
+A setting can come from three places. The process decides to which of them a ``configure()`` call belongs:
 
 - the *environment* (``PASSENGER_PORTS`` and so on);
 - the *operator*: ``configure()`` in ``gunicorn.conf.py``, run by the master while it reads its
   configuration, at the start and again at every reload;
 - the *program*: ``configure()`` in the application.
 
-For the ports each place narrows (see :mod:`gunicorn_passenger.config.port_allocation`). For the other
-settings the program overrides the environment, and the environment overrides the operator's file, as
-gunicorn's own ``GUNICORN_CMD_ARGS`` does.
+For ``ports`` each place narrows the port allocation (see :mod:`gunicorn_passenger.config.port_allocation`).
+For the other settings the program overrides the environment, and the environment overrides
+``gunicorn.conf.py``, as gunicorn's own ``GUNICORN_CMD_ARGS`` does.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from gunicorn_passenger import errors
+from gunicorn_passenger.config.host_names import parse_host_names
 from gunicorn_passenger.config.port_allocation import (
     AllocationSource,
     PortAllocation,
@@ -30,15 +29,15 @@ from gunicorn_passenger.config.port_allocation import (
     parse_ports,
     system_layer,
 )
-from gunicorn_passenger.errors import SettingError, UnknownSetting
+from gunicorn_passenger.errors import PassengerError, SettingError, UnknownSetting
 
 
 class Timeouts(NamedTuple):
-    """Seconds that a client may take."""
+    """Seconds that a client may take (``head_timeout``, ``body_timeout``)."""
 
-    #: from the first byte of a request's head to its last
+    #: from the first byte of the request line to the end of the headers
     head: float = 30.0
-    #: without a byte, in a request's body
+    #: without a byte, in a request body
     body: float = 60.0
 
 
@@ -50,7 +49,10 @@ DEFAULT_GRACE_PERIOD = 10.0
 def check_placement(value: object) -> str:
     """:raises SettingError: for an unknown placement."""
     if value not in PLACEMENTS:
-        raise errors.bad_placement(value)
+        raise SettingError(
+            f"placement {value!r} is unknown; use 'shared' (all workers accept from the one socket), "
+            "'one' (one worker at a time) or 'each' (every worker has a port of its own)"
+        )
     return str(value)
 
 
@@ -62,35 +64,35 @@ def _bool(value: object, where: str) -> bool:
         return True
     if text in ("0", "false", "no", "off"):
         return False
-    raise SettingError(f"{where}: {value!r} is neither true nor false; write 1 or 0")
+    raise SettingError(f"{where}: {value!r} is neither true nor false; use 1 or 0")
 
 
 def _seconds(value: object, where: str) -> float:
     try:
         seconds = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        raise SettingError(f"{where}: {value!r} is no number of seconds") from None
+        raise SettingError(f"{where}: {value!r} is not a number of seconds") from None
     if not 0 <= seconds <= 86400:
-        raise SettingError(f"{where}: {value!r} is not between 0 and 86400 seconds")
+        raise SettingError(f"{where}: {value!r} is out of range; use 0 to 86400 seconds")
     return seconds
 
 
 def _timeout(value: object, where: str) -> float:
     seconds = _seconds(value, where)
     if seconds < 0.1:
-        raise SettingError(f"{where}: {value!r}: no client is that fast; it is 0.1 seconds or more")
+        raise SettingError(f"{where}: {value!r} is too short for any client; use 0.1 seconds or more")
     return seconds
 
 
 def _placement(value: object, where: str) -> dict[int, str]:
     if isinstance(value, str):
-        # the form of the environment: "9000=shared,9100=shared"
+        # as in the environment: "9000=shared,9100=shared"
         pairs = [item.partition("=")[::2] for item in value.split(",") if item.strip()]
     elif isinstance(value, Mapping):
         pairs = [(str(port), name) for port, name in value.items()]
     else:
         raise SettingError(
-            f"{where}: {value!r} is no mapping of ports to placements, such as {{9000: 'shared'}}"
+            f"{where}: {value!r} is not a mapping of ports to placements, such as {{9000: 'shared'}}"
         )
     table: dict[int, str] = {}
     for port, name in pairs:
@@ -105,8 +107,8 @@ def _placement(value: object, where: str) -> dict[int, str]:
 def _ws_stop(value: object, where: str) -> str:
     if value not in ("close", "wait"):
         raise SettingError(
-            f"{where}: {value!r} is neither 'close' (end WebSockets with 1001 when a worker leaves) nor "
-            "'wait' (let them end by themselves)"
+            f"{where}: {value!r} is neither 'close' (close WebSockets with code 1001 when a worker exits) "
+            "nor 'wait' (let them end by themselves)"
         )
     return str(value)
 
@@ -120,6 +122,7 @@ _CHECKS: dict[str, Callable[[object, str], Any]] = {
     "body_timeout": _timeout,
     "ws_stop": _ws_stop,
     "prometheus": _bool,
+    "status_hosts": parse_host_names,
 }
 
 #: Settings that only the master can act on.
@@ -132,10 +135,10 @@ class Settings:
     def __init__(self) -> None:
         self.operator: dict[str, Any] = {}
         self.program: dict[str, Any] = {}
-        #: calls made while gunicorn reads its configuration, until it has read it
+        #: what configure() was given while gunicorn reads its configuration
         self._reading: dict[str, Any] = {}
         #: whether the program runs now (in a worker, or in the master with --preload)
-        self._program_runs = False
+        self.in_program = False
         self._config_module: object = None
 
     def configure(self, **values: object) -> None:
@@ -144,7 +147,7 @@ class Settings:
                 known = ", ".join(sorted(_CHECKS))
                 raise UnknownSetting(f"configure() has no setting {name!r}; there are: {known}")
         checked = {name: _CHECKS[name](value, f"configure({name}=...)") for name, value in values.items()}
-        if self._program_runs:
+        if self.in_program:
             for name in sorted(_OPERATOR_ONLY & checked.keys()):
                 raise SettingError(
                     f"configure({name}=...) is for gunicorn.conf.py: the master acts on it; "
@@ -155,26 +158,26 @@ class Settings:
             self._reading.update(checked)
 
     def config_file_loaded(self) -> None:
-        """gunicorn has read its configuration; what follows is the program (``--preload``)."""
+        """gunicorn has read its configuration; what runs next is the program (``--preload``)."""
         module = sys.modules.get("__config__")
-        # A configuration given as python:module is imported once and not run again by a reload:
-        # then what it set stays.
+        # A configuration given as python:module is imported once, and a reload does not run it again:
+        # then its settings stay.
         if self._reading or module is not self._config_module:
             self.operator = self._reading
             self._reading = {}
         self._config_module = module
-        self._program_runs = True
+        self.in_program = True
 
     def leave_program_scope(self) -> None:
-        """Back in the master's own business; a ``configure()`` now comes from the operator's file."""
-        self._program_runs = False
+        """The master continues; a ``configure()`` call now comes from ``gunicorn.conf.py``."""
+        self.in_program = False
 
     def enter_program_scope(self) -> None:
         """A worker begins to load the program."""
-        self._program_runs = True
+        self.in_program = True
 
-    def _in_force(self, name: str) -> Any:
-        # plain python: no master reads a configuration, every call is the program's
+    def _effective(self, name: str) -> Any:
+        # with plain python no master reads a configuration: every call is the program's
         program = {**self._reading, **self.program}
         if name in program:
             return program[name]
@@ -184,35 +187,39 @@ class Settings:
         return self.operator.get(name)
 
     def auto_install(self, default: bool) -> bool:
-        value = self._in_force("auto_install")
+        value = self._effective("auto_install")
         return default if value is None else bool(value)
 
     def grace_period(self) -> float:
-        """Seconds that a port stays open after nobody wants it any more."""
-        value = self._in_force("grace_period")
+        """Seconds that a port stays open after the last worker has released it."""
+        value = self._effective("grace_period")
         return DEFAULT_GRACE_PERIOD if value is None else float(value)
 
     def prometheus(self) -> bool:
-        """Whether what the program itself counts with ``prometheus_client`` is added up for all workers."""
-        return bool(self._in_force("prometheus"))
+        """Whether the program's own ``prometheus_client`` metrics are added up over all workers."""
+        return bool(self._effective("prometheus"))
 
     def timeouts(self) -> Timeouts:
-        """Seconds that clients of our servers may take."""
-        head, body = self._in_force("head_timeout"), self._in_force("body_timeout")
+        """Seconds that the clients of our servers may take."""
+        head, body = self._effective("head_timeout"), self._effective("body_timeout")
         default = Timeouts()
         return Timeouts(head or default.head, body or default.body)
 
     def closes_websockets_on_exit(self) -> bool:
-        """Whether a leaving worker ends the WebSockets that the application speaks."""
-        return bool(self._in_force("ws_stop") != "wait")
+        """Whether a worker that exits closes the application's WebSockets."""
+        return bool(self._effective("ws_stop") != "wait")
+
+    def status_hosts(self) -> frozenset[str]:
+        """Host names that the status application serves, beside local names and addresses."""
+        return frozenset(self._effective("status_hosts") or ())
 
     def placement(self, port: int, asked: str) -> str:
-        return str((self._in_force("placement") or {}).get(port, asked))
+        return str((self._effective("placement") or {}).get(port, asked))
 
     def operator_allocation(self, uid: int) -> PortAllocation:
-        """What the master allows: the system's file, the environment, ``gunicorn.conf.py``.
+        """The port allocation of the master: the system's file, the environment, ``gunicorn.conf.py``.
 
-        :raises SettingError: when one of them cannot be used.
+        :raises SettingError: when one of them has a value that cannot be used.
         """
         account = account_name(uid)
         allocation = PortAllocation(account).narrowed(system_layer(account, uid))
@@ -231,7 +238,7 @@ class Settings:
         return allocation
 
     def program_layer(self) -> AllocationSource | None:
-        """What the program itself narrows the port allocation to."""
+        """The ports that the program limits itself to; ``None`` without such a setting."""
         ports = {**self._reading, **self.program}.get("ports")
         if ports is None:
             return None
@@ -242,7 +249,7 @@ class Settings:
     def check_environment(self) -> None:
         """:raises SettingError: for a ``PASSENGER_*`` variable whose value cannot be used."""
         for name in _CHECKS:
-            self._in_force(name)
+            self._effective(name)
 
 
 settings = Settings()
@@ -251,30 +258,37 @@ settings = Settings()
 def configure(**values: object) -> None:
     """Set one or more settings, in the application or in ``gunicorn.conf.py``.
 
-    :param auto_install: whether the first server for which anything calls listen becomes the
-        primary (default: on for a script run by ``gunicorn-passenger start``, else off).
-    :param ports: the port allocation, such as ``"9000-9019,9100"``; narrows what the system's file, the
-        environment and ``gunicorn.conf.py`` allow.
+    :param auto_install: whether the first server that listens becomes the primary (default: on for a
+        script run by ``gunicorn-passenger start``, otherwise off).
+    :param ports: the port allocation, such as ``"9000-9019,9100"``. It can only narrow what the system's
+        file, the environment and ``gunicorn.conf.py`` allow.
     :param placement: port -> placement, such as ``{9000: "shared"}``.
-    :param grace_period: seconds (default 10) that a port stays open after no worker wants it any
-        more; ``gunicorn.conf.py`` only.
-    :param head_timeout: seconds (default 30) that a client may take for the whole head of a request;
-        gunicorn's ``keepalive`` says how long it may be silent between two requests.
-    :param body_timeout: seconds (default 60) that a client may be silent inside a request's body.
-    :param ws_stop: what a leaving worker does with WebSockets that the application speaks: ``"close"`` (the
-        default) ends them with 1001 at once, ``"wait"`` lets them end by themselves until gunicorn's
-        ``graceful_timeout``. Those that the proxy carries have an option of their own.
-    :param prometheus: whether what the program counts with ``prometheus_client`` is added up for all workers
+    :param grace_period: seconds (default 10) that a port stays open after the last worker has released it;
+        ``gunicorn.conf.py`` only.
+    :param head_timeout: seconds (default 30) that a client may take to send the request line and the headers;
+        gunicorn's ``keepalive`` limits the pause between two requests.
+    :param body_timeout: seconds (default 60) that a client may pause inside a request body.
+    :param ws_stop: what a worker that exits does with the application's WebSockets: ``"close"`` (the default)
+        closes them with code 1001 at once, ``"wait"`` lets them end by themselves until gunicorn's
+        ``graceful_timeout``. Proxied WebSockets have an option of their own.
+    :param prometheus: whether the program's own ``prometheus_client`` metrics are added up over all workers
         (default: no); ``gunicorn.conf.py`` only.
+    :param status_hosts: host names that the status application serves beside local names and IP addresses,
+        such as ``["status.example.org", ".internal"]``.
     :raises TypeError: for an unknown name.
     :raises SettingError: (a ``ValueError``) for a value that cannot be used.
     """
     try:
         settings.configure(**values)
     except (UnknownSetting, SettingError) as error:
-        frame = sys._getframe(1)
-        if frame.f_globals.get("__name__") != "__config__":
+        if sys._getframe(1).f_globals.get("__name__") != "__config__":
             raise
-        # gunicorn prints a traceback for whatever else its configuration file raises
-        where = f"{frame.f_code.co_filename}, line {frame.f_lineno}"
-        raise SystemExit(f"Error: {where}: {error}") from None
+        raise config_file_error(error) from None
+
+
+def config_file_error(error: PassengerError) -> SystemExit:
+    """What to raise for an error in ``gunicorn.conf.py``: gunicorn shows others with a traceback."""
+    frame: Any = sys._getframe(1)
+    while frame.f_globals.get("__name__", "").startswith("gunicorn_passenger."):
+        frame = frame.f_back
+    return SystemExit(f"Error: {frame.f_code.co_filename}, line {frame.f_lineno}: {error}")

@@ -1,5 +1,6 @@
 """``spawn()``: processes that live as long as the application, and the supervisor that is their parent.
 
-Runs in: whatever calls ``spawn()``, the master (``manager``), the supervisor's own process, a daemon
-(``function_runner``).
+Process: each that calls ``spawn()`` (``api``, ``spec``, ``run_as``), the master (``requested``, ``manager``,
+``sockets``, ``lifecycle``, ``supervisor_client``), plain Python (``standalone``), the supervisor
+(``supervisor``), a daemon (``function_runner``). Never: a process that outlives the application.
 """

@@ -1,18 +1,18 @@
-"""A daemon that is a Python function: imports it in an interpreter of its own, and calls it.
+"""A daemon that is a Python function: imports the function in a new interpreter, and calls it.
 
-Runs in: a daemon, which the supervisor starts by this file's path. Must never: import anything of the
-package; the program does that if it wants to.
+Process: a daemon, which the supervisor starts by this file's path. Never: import anything of the package;
+only the program does, if it needs to.
 
-What to call is in ``PASSENGER_CALL``, a JSON object: ``module``, ``file`` (for what cannot be imported by
-its name: a script, or gunicorn.conf.py), ``name``, ``args``, and ``path``, which comes before the
-interpreter's own ``sys.path``.
+``PASSENGER_CALL`` names the function in a JSON object: ``module``, ``file`` (of a module that cannot be
+imported by its name: a script, or gunicorn.conf.py), ``name``, ``args``, and ``path``, which is put before
+the interpreter's own ``sys.path``.
 """
 
 from __future__ import annotations
 
 import sys
 
-# the first entry is the directory of this file, which is none of the program's
+# the first entry is the directory of this file, which the program must not import from
 del sys.path[0]
 
 import functools  # noqa: E402
@@ -31,14 +31,14 @@ def main() -> None:
     sys.path[:0] = call["path"]
     sys.argv = [call["file"] or call["module"]]
     for stream in (sys.stdout, sys.stderr):
-        # a line goes to gunicorn's log when it is complete, not when some kilobytes are
+        # a line appears in gunicorn's log when it is complete, not after some kilobytes
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     function = functools.reduce(getattr, call["name"].split("."), load(call["module"], call["file"]))
     function(*call["args"])
 
 
 def load(module: str, file: str) -> Any:
-    """The module of the function; from its file where it has no name to be imported by."""
+    """The function's module; from its file where it cannot be imported by its name."""
     if not file:
         return importlib.import_module(module)
     spec = importlib.util.spec_from_file_location(module, file)

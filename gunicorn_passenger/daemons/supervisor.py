@@ -1,19 +1,19 @@
-"""The supervisor: starts the daemons of one application, restarts them, and ends them with the master.
+"""The supervisor: starts the daemons of one application, restarts them, and stops them with the master.
 
-Runs in: a process of its own, which the master starts by this file's path (``python -I -S
-daemons/supervisor.py FD``), so that it imports neither gevent nor the program. Must never: outlive the
-master, keep more than a bounded amount of a daemon's output, or import anything but the standard library.
+Process: the supervisor, which the master starts by this file's path (``python -I -S daemons/supervisor.py
+FD``), so that it imports neither gevent nor the program. Never: outlive the master, keep an unlimited amount
+of a daemon's output, or import anything but the standard library. This file is over 500 lines because an
+isolated interpreter (``-I``) cannot import a module beside it.
 
-Facts and rules:
-
-- The channel (descriptor ``FD``, ``SOCK_SEQPACKET``) carries JSON objects, one to a packet. The master's end
-  closes when the master is gone, however it went: then every daemon is ended and the supervisor exits.
-- A daemon is a session of its own (setsid(2)). It gets ``SIGKILL`` when the supervisor dies
-  (``PR_SET_PDEATHSIG``, prctl(2)), so that nobody is left without a supervisor.
-- The supervisor is a "child subreaper" (prctl(2)): a process that a daemon has started and left becomes the
-  supervisor's child, and not init's. So all that came of the daemons is below the supervisor in the tree of
-  processes, and a pid found there cannot have become another's.
-- Listening sockets are handed over as sd_listen_fds(3) says: from descriptor 3 on, with ``LISTEN_FDS``,
+- The channel (descriptor ``FD``, ``SOCK_SEQPACKET``) carries JSON objects, one in a packet: commands from the
+  master, events to it. The master's end closes when the master exits or is killed: then the supervisor stops
+  every daemon and exits.
+- A daemon has a session of its own (setsid(2)). The kernel kills it when the supervisor dies
+  (``PR_SET_PDEATHSIG``, prctl(2)), so no daemon runs without a supervisor.
+- The supervisor is a "child subreaper" (prctl(2)): it becomes the parent of processes whose own parent exits.
+  So all processes of the daemons are below the supervisor in the process tree, and a pid found there cannot
+  have been reused by another program.
+- A daemon gets its listening sockets as in sd_listen_fds(3): from descriptor 3 on, with ``LISTEN_FDS``,
   ``LISTEN_FDNAMES`` and ``LISTEN_PID``, the daemon's own pid.
 """
 
@@ -34,28 +34,28 @@ from collections import deque
 from contextlib import suppress
 from typing import Any
 
-#: The pause before a daemon is started again, in seconds; doubled for each quick death in a row.
+#: The pause before a daemon is started again, in seconds; doubled for each quick exit in a row.
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 30.0
-#: A daemon that has lived as long, in seconds, has not died quickly: the pauses begin anew.
+#: A daemon that has lived for so many seconds did not exit quickly: the next pause is the first one again.
 STEADY = 10.0
-#: Seconds that a daemon has to end when the master is gone.
-ORPHANED = 1.0
-#: How often it is looked at whether the processes of a daemon that ends are gone, in seconds.
-_LOOK = 0.05
-#: Seconds after which processes that do not die of SIGKILL are left alone.
+#: Seconds that a daemon has to stop after the master has exited.
+MASTER_EXIT_TIMEOUT = 1.0
+#: How often the supervisor checks whether the processes of a stopping daemon have exited, in seconds.
+_CHECK_INTERVAL = 0.05
+#: Seconds after which the supervisor leaves processes alone that SIGKILL does not end.
 _STUCK = 5.0
-#: Bytes that a line of output may have; a longer one becomes several.
+#: Bytes of a line of output; a longer line becomes several.
 MAX_LINE = 4096
 #: Bytes of lines in one packet.
-_MAX_BATCH = 16384
-#: Lines that one packet holds: the master logs a packet in one go.
+_MAX_OUTPUT = 16384
+#: Lines in one packet, which the master logs at a time.
 _MAX_LINES = 100
-#: Reads of what a daemon has left in its pipe: more than a pipe holds.
-_MAX_LAST = 64
-#: Packets that wait for the master to read; with more the daemons' output is left in their pipes.
-_MAX_WAITING = 16
-#: Bytes in a packet of the master, and descriptors that come with it.
+#: Reads of the rest in a daemon's pipe: more than a pipe holds.
+_MAX_FINAL_READS = 64
+#: Packets that wait for the master; with more of them the daemons' output stays in their pipes.
+_MAX_UNSENT = 16
+#: Bytes in a command of the master, and descriptors that come with it.
 _MAX_PACKET = 4096
 _MAX_FDS = 64
 
@@ -74,13 +74,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class SupervisedProcess:
-    """One daemon and its present process."""
+    """One daemon and its current process."""
 
     def __init__(self, key: str, spec: dict[str, Any], sockets: list[int], report: int | None) -> None:
         """
         :param key: the master's name for this daemon, in the environment of all its processes.
         :param spec: ``command``, ``env``, ``cwd``, ``ids`` (uid, gid, groups; or nothing), ``names`` (of the
-            sockets), ``stop_timeout`` (seconds), ``give_up_after`` (quick deaths in a row).
+            sockets), ``stop_timeout`` (seconds), ``give_up_after`` (quick exits in a row).
         """
         self.key = key
         self.mark = f"PASSENGER_DAEMON_KEY={key}".encode()
@@ -88,26 +88,24 @@ class SupervisedProcess:
         self.sockets = sockets
         self.report = report
         self.pid = 0
-        #: when its first process began and ended (monotonic seconds)
+        #: when its first process started and exited (monotonic seconds)
         self.started = self.ended = 0.0
-        #: how the last process ended: a wait status, or what kept it from starting
+        #: how the last process exited: a wait status, or why it could not start
         self.status: int | None = None
         self.failure = ""
-        self.deaths = 0
-        #: what the child says when it cannot become the program
-        self.failing = -1
+        self.quick_exits = 0
+        #: the pipe on which the child reports that it cannot run the program
+        self.failure_pipe = -1
         self.output = -1
-        self.rest = b""
-        #: all that its processes have written last, while they end
-        self.draining: list[int] = []
-        #: when it is to be started (monotonic seconds)
+        self.partial_line = b""
+        #: when it is started next (monotonic seconds)
         self.start_at: float | None = None
-        #: when its processes are to be killed, and whether that is all
+        #: when its processes are killed, and whether that has begun
         self.kill_at: float | None = None
         self.killing = False
-        #: when it is looked at again whether they are gone
-        self.look_at = 0.0
-        self.leaving = False
+        #: when the supervisor checks again whether they have exited
+        self.check_at = 0.0
+        self.stopped_for_good = False
 
     def close(self) -> None:
         for fd in self.sockets:
@@ -118,14 +116,14 @@ class SupervisedProcess:
 
 
 class Supervisor:
-    """All daemons, and the loop that looks after them."""
+    """All daemons, and the loop that serves them."""
 
     def __init__(self, channel: socket.socket) -> None:
         self.channel = channel
         self.daemons: dict[str, SupervisedProcess] = {}
-        self.waiting: deque[bytes] = deque()
-        self.ending = False
-        self.orphaned = False
+        self.unsent: deque[bytes] = deque()
+        self.stopping = False
+        self.master_exited = False
         self._wake_read, self._wake_write = os.pipe()
         for fd in (self._wake_read, self._wake_write):
             os.set_blocking(fd, False)
@@ -134,7 +132,7 @@ class Supervisor:
     def run(self) -> None:
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        # Whoever stops a whole group of processes stops the master too, which then ends the supervisor.
+        # A signal to the whole process group also stops the master, which then stops the supervisor.
         for number in (
             signal.SIGINT,
             signal.SIGTERM,
@@ -148,61 +146,66 @@ class Supervisor:
         try:
             _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         except OSError as error:
-            self.say({"is": "warning", "text": f"processes that leave their daemon are not found: {error}"})
-        while not (self.ending and not self.daemons):
+            self.send_event(
+                {
+                    "event": "warning",
+                    "text": f"processes that a daemon leaves behind cannot be found: {error}",
+                }
+            )
+        while not (self.stopping and not self.daemons):
             self.round()
-        self.sweep()
-        while self.waiting and not self.orphaned:
+        self.kill_stragglers()
+        while self.unsent and not self.master_exited:
             select.select([], [self.channel], [], 1.0)
             self.flush()
 
     def round(self) -> None:
-        """Wait for something to happen, and see to it."""
+        """Wait for events, and handle them."""
         poll = select.poll()
         poll.register(self._wake_read, select.POLLIN)
-        if not self.orphaned:
-            poll.register(self.channel, select.POLLIN | (select.POLLOUT if self.waiting else 0))
+        if not self.master_exited:
+            poll.register(self.channel, select.POLLIN | (select.POLLOUT if self.unsent else 0))
         pipes: dict[int, SupervisedProcess] = {}
         for daemon in self.daemons.values():
-            if daemon.failing >= 0:
-                poll.register(daemon.failing, select.POLLIN)
-                pipes[daemon.failing] = daemon
-            # output that the master does not take stays in the pipe, and its writer waits
-            if daemon.output >= 0 and len(self.waiting) < _MAX_WAITING:
+            if daemon.failure_pipe >= 0:
+                poll.register(daemon.failure_pipe, select.POLLIN)
+                pipes[daemon.failure_pipe] = daemon
+            # output that the master does not read stays in the pipe, and the daemon blocks
+            if daemon.output >= 0 and len(self.unsent) < _MAX_UNSENT:
                 poll.register(daemon.output, select.POLLIN)
                 pipes[daemon.output] = daemon
-        for fd, what in poll.poll(self.wait()):
+        for fd, what in poll.poll(self.timeout()):
             if fd == self._wake_read:
                 with suppress(BlockingIOError):
                     os.read(fd, 4096)
             elif fd == self.channel.fileno():
                 if what & (select.POLLIN | select.POLLHUP | select.POLLERR):
-                    self.hear()
-            elif fd in pipes and fd == pipes[fd].failing:
-                self.heard_failure(pipes[fd])
+                    self.read_command()
+            elif fd in pipes and fd == pipes[fd].failure_pipe:
+                self.read_failure(pipes[fd])
             elif fd in pipes and fd == pipes[fd].output:
-                self.read(pipes[fd])
-        self.reap()
+                self.read_output(pipes[fd])
+        self.reap_children()
         self.flush()
         now = time.monotonic()
         for daemon in list(self.daemons.values()):
             if daemon.start_at is not None and now >= daemon.start_at:
                 self.start(daemon)
-            if daemon.kill_at is not None and now >= daemon.look_at:
-                self.look(daemon, now)
+            if daemon.kill_at is not None and now >= daemon.check_at:
+                self.check_exited(daemon, now)
 
-    def wait(self) -> float | None:
-        """Milliseconds until the next thing is due."""
+    def timeout(self) -> float | None:
+        """Milliseconds until the next timer expires."""
         due = [d.start_at for d in self.daemons.values() if d.start_at is not None]
         wait = max(0.0, min(due) - time.monotonic()) if due else None
         if any(d.kill_at is not None for d in self.daemons.values()):
-            wait = min(_LOOK, _LOOK if wait is None else wait)
+            wait = min(_CHECK_INTERVAL, _CHECK_INTERVAL if wait is None else wait)
         return None if wait is None else wait * 1000 + 1
 
     # --- the master ------------------------------------------------------------------------------
 
-    def hear(self) -> None:
-        """Do what the master says."""
+    def read_command(self) -> None:
+        """Read and execute a command of the master."""
         room = socket.CMSG_SPACE(_MAX_FDS * array.array("i").itemsize)
         try:
             data, ancillary, _, _ = self.channel.recvmsg(_MAX_PACKET, room, socket.MSG_CMSG_CLOEXEC)
@@ -215,21 +218,23 @@ class Supervisor:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
         if not data:
-            self.orphan()
+            self.on_master_exit()
             return
         message = json.loads(data)
-        verb, daemon = message["do"], self.daemons.get(message.get("key", ""))
+        verb, daemon = message["command"], self.daemons.get(message.get("key", ""))
         if verb == "start":
-            self.add(message, list(fds))
-        elif verb == "end":
-            self.ending = True
+            self.add_daemon(message, list(fds))
+        elif verb == "stop_all":
+            self.stopping = True
             for each in list(self.daemons.values()):
-                self.end(each, each.spec["stop_timeout"])
-        elif daemon is not None:  # "stop"; else it has ended meanwhile, and the master will hear of it
-            self.end(daemon, daemon.spec["stop_timeout"])
+                self.stop(each, each.spec["stop_timeout"])
+        elif (
+            daemon is not None
+        ):  # "stop"; otherwise it has stopped already, and the master will read the event
+            self.stop(daemon, daemon.spec["stop_timeout"])
 
-    def add(self, message: dict[str, Any], fds: list[int]) -> None:
-        """A new daemon: the first descriptor is a file with its spec, then its sockets, then for reports."""
+    def add_daemon(self, message: dict[str, Any], fds: list[int]) -> None:
+        """A new daemon. The descriptors: a file with its spec, its sockets, and a socket for reports."""
         with open(fds[0], "rb") as file:
             file.seek(0)
             spec = json.load(file)
@@ -238,29 +243,32 @@ class Supervisor:
         daemon = self.daemons[message["key"]] = SupervisedProcess(message["key"], spec, sockets, report)
         daemon.start_at = time.monotonic()
 
-    def orphan(self) -> None:
-        """The master is gone: end everything, quickly."""
-        self.orphaned = self.ending = True
-        self.waiting.clear()
+    def on_master_exit(self) -> None:
+        """The master has exited: stop everything, quickly."""
+        self.master_exited = self.stopping = True
+        self.unsent.clear()
         for daemon in list(self.daemons.values()):
-            self.end(daemon, min(ORPHANED, daemon.spec["stop_timeout"]))
+            self.stop(daemon, min(MASTER_EXIT_TIMEOUT, daemon.spec["stop_timeout"]))
 
-    def say(self, message: dict[str, Any]) -> None:
-        if not self.orphaned:
-            self.waiting.append(json.dumps(message, separators=(",", ":")).encode())
+    def send_event(self, message: dict[str, Any]) -> None:
+        if not self.master_exited:
+            self.unsent.append(json.dumps(message, separators=(",", ":")).encode())
+
+    def warn(self, text: str) -> None:
+        self.send_event({"event": "warning", "text": text})
 
     def flush(self) -> None:
-        while self.waiting and not self.orphaned:
+        while self.unsent and not self.master_exited:
             try:
-                self.channel.send(self.waiting[0], socket.MSG_NOSIGNAL)
+                self.channel.send(self.unsent[0], socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 return
             except OSError as error:
                 if error.errno == errno.ENOBUFS:
                     return
-                self.orphan()
+                self.on_master_exit()
                 return
-            self.waiting.popleft()
+            self.unsent.popleft()
 
     # --- life ------------------------------------------------------------------------------------
 
@@ -274,18 +282,20 @@ class Supervisor:
             opened += os.pipe()
             opened.append(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
             output, written, failing, failure, null = opened
-            # what is sent to the child waits until it no longer ignores what the supervisor ignores
+            # signals to the child wait until it has restored the handlers that the supervisor ignores
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             daemon.pid = os.fork()
         except OSError as error:
             signal.pthread_sigmask(signal.SIG_SETMASK, [])
             for fd in opened:
                 os.close(fd)
-            # too many processes or descriptors: as if it had died at once
-            self.say({"is": "warning", "text": f"no process for a daemon: {error.strerror}"})
+            # too many processes or descriptors: treated as an immediate exit
+            self.send_event(
+                {"event": "warning", "text": f"cannot start a process for a daemon: {error.strerror}"}
+            )
             daemon.failure = f"cannot be started: {error.strerror}"
             daemon.started = daemon.ended = time.monotonic()
-            self.gone(daemon)
+            self.on_all_exited(daemon)
             return
         if daemon.pid == 0:
             exec_daemon(daemon, me, null, written, failure)
@@ -294,20 +304,20 @@ class Supervisor:
             os.close(fd)
         os.set_blocking(output, False)
         os.set_blocking(failing, False)
-        daemon.output, daemon.failing, daemon.rest = output, failing, b""
+        daemon.output, daemon.failure_pipe, daemon.partial_line = output, failing, b""
         daemon.started = time.monotonic()
 
-    def heard_failure(self, daemon: SupervisedProcess) -> None:
-        """The child has become the program (the pipe closes), or tells why it could not."""
+    def read_failure(self, daemon: SupervisedProcess) -> None:
+        """The child runs the program (the pipe closes), or reports why it cannot."""
         with suppress(BlockingIOError):
-            daemon.failure = os.read(daemon.failing, 4096).decode(errors="replace")
-        os.close(daemon.failing)
-        daemon.failing = -1
+            daemon.failure = os.read(daemon.failure_pipe, 4096).decode(errors="replace")
+        os.close(daemon.failure_pipe)
+        daemon.failure_pipe = -1
         if not daemon.failure:
-            self.say({"is": "started", "key": daemon.key, "pid": daemon.pid})
+            self.send_event({"event": "started", "key": daemon.key, "pid": daemon.pid})
 
-    def reap(self) -> None:
-        """Take the ends of all children; those that are no daemon's first process were left to us."""
+    def reap_children(self) -> None:
+        """Reap all children; those that are not the first process of a daemon were left behind by one."""
         firsts = {daemon.pid: daemon for daemon in self.daemons.values() if daemon.pid}
         while True:
             try:
@@ -317,145 +327,145 @@ class Supervisor:
             if pid == 0:
                 return
             for each in self.daemons.values():
-                each.look_at = 0.0
+                each.check_at = 0.0
             daemon = firsts.get(pid)
             if daemon is not None:
                 daemon.ended = time.monotonic()
-                if daemon.failing >= 0:
-                    self.heard_failure(daemon)
+                if daemon.failure_pipe >= 0:
+                    self.read_failure(daemon)
                 daemon.status = status
                 if daemon.kill_at is None:
-                    # the others of its processes go with it
+                    # its other processes are stopped, too
                     left = processes_of(daemon)
                     if left and not daemon.failure:
-                        self.say({"is": "left", "key": daemon.key, "count": len(left)})
-                    self.end(daemon, daemon.spec["stop_timeout"], leaving=False)
+                        self.send_event({"event": "leftover", "key": daemon.key, "count": len(left)})
+                    self.stop(daemon, daemon.spec["stop_timeout"], for_good=False)
 
-    def end(self, daemon: SupervisedProcess, timeout: float, leaving: bool = True) -> None:
-        """Tell all processes of a daemon to end, and kill what is left after ``timeout`` seconds.
+    def stop(self, daemon: SupervisedProcess, timeout: float, for_good: bool = True) -> None:
+        """Send SIGTERM to all processes of a daemon, and kill those that are left after ``timeout`` seconds.
 
-        :param leaving: for good; else it is started again afterwards.
+        :param for_good: otherwise it is started again afterwards.
         """
-        daemon.leaving = daemon.leaving or leaving
+        daemon.stopped_for_good = daemon.stopped_for_good or for_good
         daemon.start_at = None
         deadline = time.monotonic() + timeout
-        if daemon.kill_at is not None:  # it ends already
+        if daemon.kill_at is not None:  # it is stopping already
             daemon.kill_at = min(daemon.kill_at, deadline)
             return
         daemon.kill_at, daemon.killing = deadline, False
         for pid in processes_of(daemon):
             with suppress(OSError):
                 os.kill(pid, signal.SIGTERM)
-                # one that is stopped (SIGSTOP) would not hear of it
+                # a process under SIGSTOP would not receive it
                 os.kill(pid, signal.SIGCONT)
-        self.look(daemon, time.monotonic())
+        self.check_exited(daemon, time.monotonic())
 
-    def look(self, daemon: SupervisedProcess, now: float) -> None:
-        """Are the processes of a daemon that ends gone?"""
-        daemon.look_at = now + _LOOK
+    def check_exited(self, daemon: SupervisedProcess, now: float) -> None:
+        """Check whether the processes of a stopping daemon have exited."""
+        daemon.check_at = now + _CHECK_INTERVAL
         left = processes_of(daemon)
         if not left and (not daemon.pid or daemon.status is not None):
-            self.gone(daemon)
+            self.on_all_exited(daemon)
             return
         assert daemon.kill_at is not None
         if now >= daemon.kill_at:
             if left and not daemon.killing:
                 daemon.killing = True
-                self.say({"is": "killed", "key": daemon.key, "count": len(left)})
-            # again and again: it may have started another meanwhile
+                self.send_event({"event": "killing", "key": daemon.key, "count": len(left)})
+            # repeatedly: one of them may have started another meanwhile
             for pid in left:
                 with suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
             if now >= daemon.kill_at + _STUCK:
-                # it may not be killed by us (sudo), or not at all now (a device)
-                self.say({"is": "stuck", "key": daemon.key, "count": len(left)})
-                self.gone(daemon)
+                # another user's process (sudo), or one that waits for a device
+                self.send_event({"event": "stuck", "key": daemon.key, "count": len(left)})
+                self.on_all_exited(daemon)
 
-    def gone(self, daemon: SupervisedProcess) -> None:
-        """No process of it is left: forget it, or start it again after a pause."""
-        self.read(daemon, last=True)
+    def on_all_exited(self, daemon: SupervisedProcess) -> None:
+        """All its processes have exited: remove the daemon, or start it again after a pause."""
+        self.read_output(daemon, last=True)
         lived = daemon.ended - daemon.started
         was, daemon.pid, daemon.kill_at = daemon.pid, 0, None
-        if daemon.leaving:
-            self.forget(daemon, "ended")
+        if daemon.stopped_for_good:
+            self.remove(daemon, "stopped")
             return
-        daemon.deaths = daemon.deaths + 1 if lived < STEADY else 1
+        daemon.quick_exits = daemon.quick_exits + 1 if lived < STEADY else 1
         limit = daemon.spec["give_up_after"]
         died = {
-            "is": "died",
+            "event": "exited",
             "key": daemon.key,
             "pid": was,
             "how": describe_exit(daemon),
             "lived": round(lived, 3),
         }
-        if limit and daemon.deaths >= limit and lived < STEADY:
-            self.say(died)
-            self.forget(daemon, "failed", deaths=daemon.deaths)
+        if limit and daemon.quick_exits >= limit and lived < STEADY:
+            self.send_event(died)
+            self.remove(daemon, "given_up", deaths=daemon.quick_exits)
             return
-        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(daemon.deaths - 1, 20))
-        self.say({**died, "pause": pause})
+        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(daemon.quick_exits - 1, 20))
+        self.send_event({**died, "pause": pause})
         daemon.start_at = time.monotonic() + pause
 
-    def forget(self, daemon: SupervisedProcess, what: str, **facts: int) -> None:
+    def remove(self, daemon: SupervisedProcess, what: str, **facts: int) -> None:
         daemon.close()
         del self.daemons[daemon.key]
-        self.say({"is": what, "key": daemon.key, **facts})
+        self.send_event({"event": what, "key": daemon.key, **facts})
 
-    def sweep(self) -> None:
-        """Kill whatever else came of the daemons; there is nobody left who would."""
+    def kill_stragglers(self) -> None:
+        """Kill all processes that the daemons have left behind, before the supervisor exits."""
         deadline = time.monotonic() + 5.0
         while (left := descendants()) and time.monotonic() < deadline:
             for pid in left:
                 with suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
-            self.reap()
+            self.reap_children()
             time.sleep(0.01)
 
     # --- output ----------------------------------------------------------------------------------
 
-    def read(self, daemon: SupervisedProcess, last: bool = False) -> None:
-        """Pass on the lines that are complete, and at the end the rest.
+    def read_output(self, daemon: SupervisedProcess, last: bool = False) -> None:
+        """Forward the complete lines of output, and at the end of it the rest.
 
-        :param last: its processes are gone: take all that is there, and close the pipe.
+        :param last: its processes have exited: read all of the output, and close the pipe.
         """
-        for _ in range(_MAX_LAST):
+        for _ in range(_MAX_FINAL_READS):
             if daemon.output < 0:
                 break
             try:
-                data = os.read(daemon.output, _MAX_BATCH)
+                data = os.read(daemon.output, _MAX_OUTPUT)
             except BlockingIOError:
                 break
-            daemon.rest += data
+            daemon.partial_line += data
             if not data:
                 self.close_output(daemon)
-            *lines, daemon.rest = daemon.rest.split(b"\n")
-            while len(daemon.rest) > MAX_LINE:
-                lines.append(daemon.rest[:MAX_LINE])
-                daemon.rest = daemon.rest[MAX_LINE:]
-            if not data and daemon.rest:
-                lines.append(daemon.rest)
-                daemon.rest = b""
-            self.pass_on(daemon, lines)
+            *lines, daemon.partial_line = daemon.partial_line.split(b"\n")
+            while len(daemon.partial_line) > MAX_LINE:
+                lines.append(daemon.partial_line[:MAX_LINE])
+                daemon.partial_line = daemon.partial_line[MAX_LINE:]
+            if not data and daemon.partial_line:
+                lines.append(daemon.partial_line)
+                daemon.partial_line = b""
+            self.forward_lines(daemon, lines)
             if not last:
                 return
         if last and daemon.output >= 0:
             self.close_output(daemon)
-            self.pass_on(daemon, [daemon.rest] if daemon.rest else [])
-            daemon.rest = b""
+            self.forward_lines(daemon, [daemon.partial_line] if daemon.partial_line else [])
+            daemon.partial_line = b""
 
-    def pass_on(self, daemon: SupervisedProcess, lines: list[bytes]) -> None:
-        """As few packets as possible; a long line becomes several."""
+    def forward_lines(self, daemon: SupervisedProcess, lines: list[bytes]) -> None:
+        """Send lines in as few packets as possible; a long line becomes several."""
         batch: list[str] = []
         size = 0
         for line in lines:
             for at in range(0, len(line), MAX_LINE):
                 batch.append(line[at : at + MAX_LINE].decode("utf-8", "backslashreplace"))
                 size += MAX_LINE if len(line) > MAX_LINE else len(line)
-                if size >= _MAX_BATCH or len(batch) >= _MAX_LINES:
-                    self.say({"is": "lines", "key": daemon.key, "lines": batch})
+                if size >= _MAX_OUTPUT or len(batch) >= _MAX_LINES:
+                    self.send_event({"event": "output", "key": daemon.key, "lines": batch})
                     batch, size = [], 0
         if batch:
-            self.say({"is": "lines", "key": daemon.key, "lines": batch})
+            self.send_event({"event": "output", "key": daemon.key, "lines": batch})
 
     def close_output(self, daemon: SupervisedProcess) -> None:
         os.close(daemon.output)
@@ -463,17 +473,17 @@ class Supervisor:
 
 
 def describe_exit(daemon: SupervisedProcess) -> str:
-    """How its first process ended, for people."""
+    """How its first process exited, for the log."""
     if daemon.failure:
         return daemon.failure
     if daemon.status is None:
-        return "ended"
+        return "exited"
     if os.WIFSIGNALED(daemon.status):
         number = os.WTERMSIG(daemon.status)
         try:
-            return f"was ended by {signal.Signals(number).name}"
+            return f"was killed by {signal.Signals(number).name}"
         except ValueError:
-            return f"was ended by signal {number}"
+            return f"was killed by signal {number}"
     return f"exited with status {os.WEXITSTATUS(daemon.status)}"
 
 
@@ -481,7 +491,7 @@ def describe_exit(daemon: SupervisedProcess) -> str:
 
 
 def descendants() -> dict[int, tuple[int, int]]:
-    """All processes below the supervisor that live: pid -> (parent, session)."""
+    """All running processes below the supervisor: pid -> (parent, session)."""
     table: dict[int, tuple[int, int]] = {}
     dead = set()
     for name in os.listdir("/proc"):
@@ -504,7 +514,7 @@ def descendants() -> dict[int, tuple[int, int]]:
 
 
 def processes_of(daemon: SupervisedProcess) -> list[int]:
-    """The processes that came of a daemon: of its session, with its mark in their environment, or below."""
+    """The processes of a daemon: of its session, with its mark in their environment, or below these."""
     below = descendants()
     found = set()
     for pid, (_, session) in below.items():
@@ -529,7 +539,7 @@ def _marked(pid: int, mark: bytes) -> bool:
 
 
 def exec_daemon(daemon: SupervisedProcess, supervisor: int, null: int, output: int, failure: int) -> None:
-    """In the child: become the program, or say why not, and exit."""
+    """In the child: execute the program, or report why that fails and exit."""
     what = "cannot be started"
     spec = daemon.spec
     try:
@@ -541,7 +551,7 @@ def exec_daemon(daemon: SupervisedProcess, supervisor: int, null: int, output: i
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         wanted = [null, output, output, *daemon.sockets]
         for fd in daemon.sockets:
-            os.set_blocking(fd, True)  # whatever the program before has made of it
+            os.set_blocking(fd, True)  # whatever an earlier program has set
         env = spec["env"]
         env["PASSENGER_DAEMON_KEY"] = daemon.key
         if daemon.sockets:
@@ -551,7 +561,7 @@ def exec_daemon(daemon: SupervisedProcess, supervisor: int, null: int, output: i
         if daemon.report is not None:
             env["PASSENGER_REPORT_FD"] = str(len(wanted))
             wanted.append(daemon.report)
-        # out of the way first: the numbers of some are the places of others
+        # first to high numbers: a source may have the number of another's target
         spare = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, len(wanted)) for fd in wanted]
         failure = fcntl.fcntl(failure, fcntl.F_DUPFD_CLOEXEC, len(wanted))
         for place, fd in enumerate(spare):
@@ -563,7 +573,7 @@ def exec_daemon(daemon: SupervisedProcess, supervisor: int, null: int, output: i
             os.setresgid(gid, gid, gid)
             os.setresuid(uid, uid, uid)
         what = "cannot be started"
-        # after the change of user, which clears it
+        # after the change of user, which would clear it
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != supervisor:
             os._exit(0)
@@ -580,15 +590,15 @@ def exec_daemon(daemon: SupervisedProcess, supervisor: int, null: int, output: i
 
 
 def run(command: list[str], env: dict[str, str]) -> None:
-    """Become the command, looked for as execvp(3) does.
+    """Execute the command, found in ``PATH`` as by execvp(3).
 
-    ``os.execvpe`` imports what it needs for that now, where the daemon's user may not be able to read it.
+    ``os.execvpe`` would import modules only now, when the daemon's user may not be able to read them.
 
     :raises OSError: when it cannot be run.
     """
     name = command[0]
     if "/" in name:
-        os.execve(name, command, env)  # noqa: S606 - it is what a daemon is
+        os.execve(name, command, env)  # noqa: S606 - the operator or the program has named the command
     failure: OSError = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     for directory in env.get("PATH", os.defpath).split(":"):
         try:
@@ -596,14 +606,14 @@ def run(command: list[str], env: dict[str, str]) -> None:
         except (FileNotFoundError, NotADirectoryError):
             continue
         except PermissionError as error:
-            failure = error  # another directory may have one that may be run
+            failure = error  # another directory may have an executable one
     raise failure
 
 
 if __name__ == "__main__":
-    # By whatever the supervisor ends, its status is 0: gunicorn takes others for those of a worker.
+    # The exit status is always 0: gunicorn takes any other for that of a worker.
     try:
-        # inherited from the master, and no daemon's: whoever has it commands the supervisor
+        # not for the daemons: a process with this descriptor can command the supervisor
         os.set_inheritable(int(sys.argv[1]), False)
         os.chdir("/")
         Supervisor(socket.socket(fileno=int(sys.argv[1]))).run()

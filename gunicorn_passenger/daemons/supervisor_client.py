@@ -1,6 +1,6 @@
-"""The other end of the supervisor: starting it, talking to it, and what a daemon is given.
+"""The client of the supervisor: starts it, sends it commands, reads its events; and a daemon's sockets.
 
-Runs in: the master, and plain Python. Must never: block, or leave a daemon behind that has no supervisor.
+Process: the master, and plain Python. Never: block, or leave a daemon behind without a supervisor.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from gunicorn_passenger.config import listen_errors
 from gunicorn_passenger.config.address import format_tcp
 from gunicorn_passenger.config.port_allocation import PortAllocation, format_ports, parse_ports
 from gunicorn_passenger.daemons import daemon_errors
-from gunicorn_passenger.daemons.spec import DaemonListen, DaemonSpec, RunAs
-from gunicorn_passenger.system import listening_sockets, unpatched
+from gunicorn_passenger.daemons.run_as import RunAs
+from gunicorn_passenger.daemons.spec import DaemonListen, DaemonSpec
+from gunicorn_passenger.system import listening_sockets, procfs, unpatched
 
 _SUPERVISOR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "supervisor.py")
-#: Bytes of a packet of the supervisor's: its lines, with all that JSON may make of them.
+#: Bytes of an event: lines of output, each character as the longest JSON escape.
 _MAX_PACKET = 1 << 18
 
-#: What is gunicorn's, systemd's and our own, and no daemon's.
+#: Variables of gunicorn's, systemd's and our own that a daemon does not get.
 _PRIVATE = frozenset(
     {
         "GUNICORN_PID",
@@ -51,7 +52,7 @@ _PRIVATE = frozenset(
 
 
 class SupervisorClient:
-    """The supervisor's process, and the channel to it. It ends when the channel closes."""
+    """The supervisor's process, and the channel to it. The supervisor exits when the channel closes."""
 
     def __init__(self) -> None:
         """
@@ -75,51 +76,51 @@ class SupervisorClient:
     def start(
         self,
         spec: DaemonSpec,
-        who: RunAs,
+        run_as: RunAs,
         listening: Iterable[Any],
         environ: Mapping[str, str],
         report: Any = None,
     ) -> str:
-        """Start a daemon, and keep it alive from now on.
+        """Start a daemon, which the supervisor restarts from now on.
 
-        :param report: an end of a pair that the daemon is given.
-        :returns: the key under which the supervisor speaks of it.
-        :raises OSError: when the supervisor does not listen.
+        :param report: a socket that the daemon gets for reports.
+        :returns: the daemon's key in the supervisor's events.
+        :raises OSError: when the supervisor does not read its channel.
         """
         key = os.urandom(8).hex()
         listening = list(listening)
         env = {name: value for name, value in environ.items() if name not in _PRIVATE}
-        if who.changes:
-            env |= who.environment()
+        if run_as.changes:
+            env |= run_as.environment()
         env |= dict(spec.env)
         env["PASSENGER_DAEMON"] = spec.name
-        facts = {
+        settings = {
             "command": spec.command,
             "env": env,
             "cwd": spec.cwd,
-            "ids": [who.uid, who.gid, who.groups] if who.changes else [],
+            "ids": [run_as.uid, run_as.gid, run_as.groups] if run_as.changes else [],
             "names": [spec.name for _ in listening],
             "stop_timeout": spec.stop_timeout,
             "give_up_after": spec.give_up_after,
         }
         with os.fdopen(os.memfd_create("gunicorn-passenger-daemon"), "wb") as file:
-            # in a file, since an environment may be longer than a packet
-            file.write(json.dumps(facts).encode("utf-8", "surrogateescape"))
+            # in a file: an environment may be longer than a packet
+            file.write(json.dumps(settings).encode("utf-8", "surrogateescape"))
             file.flush()
             fds = [file.fileno(), *(sock.fileno() for sock in listening)]
             if report is not None:
                 fds.append(report.fileno())
-            self._send({"do": "start", "key": key}, fds)
+            self._send({"command": "start", "key": key}, fds)
         self._keys.append(key)
         return key
 
     def stop(self, key: str) -> None:
-        """End a daemon; the supervisor says when it is gone."""
-        self._send({"do": "stop", "key": key})
+        """Stop a daemon; the event ``stopped`` follows."""
+        self._send({"command": "stop", "key": key})
 
-    def end(self) -> None:
-        """End all daemons; then the supervisor exits."""
-        self._send({"do": "end"})
+    def stop_all(self) -> None:
+        """Stop all daemons; then the supervisor exits."""
+        self._send({"command": "stop_all"})
 
     def _send(self, message: dict[str, str], fds: Iterable[int] = ()) -> None:
         numbers = array.array("i", fds)
@@ -127,10 +128,10 @@ class SupervisorClient:
         self._sock.sendmsg([json.dumps(message).encode()], ancillary, socket.MSG_NOSIGNAL)
 
     def receive(self) -> dict[str, Any] | None:
-        """What the supervisor says next.
+        """The supervisor's next event.
 
-        :returns: ``None`` when it is gone.
-        :raises BlockingIOError: when it says nothing.
+        :returns: ``None`` when the supervisor has exited.
+        :raises BlockingIOError: when there is no event.
         """
         try:
             data = self._sock.recv(_MAX_PACKET)
@@ -145,20 +146,20 @@ class SupervisorClient:
         self._sock.setblocking(flag)
 
     def close(self) -> None:
-        """In the parent this ends everything; in a forked child it is the child's copy alone."""
+        """In the parent this stops everything; in a forked child it closes only the child's copy."""
         self._sock.close()
 
-    def clear(self) -> int:
-        """The supervisor is dead, its daemons with it: kill what they have left.
+    def kill_orphans(self) -> int:
+        """The supervisor has died, and its daemons with it: kill the processes that they left behind.
 
-        :returns: how many processes there were.
+        :returns: the number of these processes.
         """
         self._sock.close()
         with suppress(OSError):
             os.kill(self.pid, signal.SIGKILL)
         marks = {f"PASSENGER_DAEMON_KEY={key}".encode() for key in self._keys}
         found: set[int] = set()
-        # a process that sees its siblings die may just be starting another
+        # one of them may start another while its siblings die
         for _ in range(3):
             left = _marked(marks)
             for pid in left:
@@ -170,7 +171,7 @@ class SupervisorClient:
         return len(found)
 
     def forget(self, key: str) -> None:
-        """A daemon is gone, with all of its processes."""
+        """A daemon has stopped, with all of its processes."""
         if key in self._keys:
             self._keys.remove(key)
 
@@ -178,8 +179,8 @@ class SupervisorClient:
 def _spawn(channel: Any) -> int:
     """Start the supervisor; the caller, or gunicorn's master, reaps it.
 
-    Not by a fork of Python's: it would call what is registered for forks, and the broker's gate is held.
-    ``subprocess`` will not do either: gevent, where it has patched the master, replaces its inner parts.
+    Not with ``os.fork``, which would call the registered fork handlers while the broker is locked, and not
+    with ``subprocess``, parts of which gevent replaces where it has patched the master.
     """
     number = channel.fileno()
     os.set_inheritable(number, True)
@@ -187,35 +188,29 @@ def _spawn(channel: Any) -> int:
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
         (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
         # gunicorn's own listeners are inheritable
-        *((os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable() if fd not in (0, 1, 2, number)),
+        *(
+            (os.POSIX_SPAWN_CLOSE, fd)
+            for fd in procfs.own_descriptors()
+            if _is_inheritable(fd) and fd not in (0, 1, 2, number)
+        ),
     ]
     spawn = unpatched.unpatched("os", "posix_spawn")
     command = [sys.executable, "-I", "-S", _SUPERVISOR, str(number)]
-    # a session of its own: the Ctrl-C of a terminal is the master's to hear
-    # signals that would end it wait until it has said that they do not
+    # a session of its own: Ctrl-C in a terminal is for the master
+    # these signals wait until the supervisor ignores them
     mask = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2]
     return int(spawn(sys.executable, command, os.environ, file_actions=actions, setsid=True, setsigmask=mask))
 
 
-def _inheritable() -> list[int]:
-    found = []
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError):
-            if os.get_inheritable(int(name)):
-                found.append(int(name))
-    return found
+def _is_inheritable(fd: int) -> bool:
+    with suppress(OSError):
+        return os.get_inheritable(fd)
+    return False
 
 
 def _marked(marks: set[bytes]) -> set[int]:
-    """The processes that live and have one of the marks in their environment."""
-    found = set()
-    for name in os.listdir("/proc"):
-        if not name.isdecimal():
-            continue
-        with suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:
-            if marks & set(file.read(1 << 20).split(b"\0")):
-                found.add(int(name))
-    return found
+    """The processes with one of the marks in their environment."""
+    return {pid for pid in procfs.pids() if marks.intersection(procfs.environment(pid))}
 
 
 # --- sockets ---------------------------------------------------------------------------------------
@@ -223,11 +218,11 @@ def _marked(marks: set[bytes]) -> set[int]:
 
 @dataclass
 class DaemonSocket:
-    """A listening socket of a daemon, held for it."""
+    """A listening socket of a daemon, which the master holds."""
 
     want: DaemonListen
     sock: Any
-    #: what it is bound to
+    #: the address that it is bound to
     host: str = ""
     port: int = 0
     path: str = ""
@@ -261,13 +256,13 @@ def open_daemon_socket(
     holder: Callable[[int], str],
     before: int = 0,
 ) -> DaemonSocket:
-    """Open a socket for a daemon, after the same rules as one for a server.
+    """Open a socket for a daemon, by the same rules as one for a server.
 
-    :param within: the ports that the program allows itself; empty for all that are allocated.
+    :param within: the ports that the program limits itself to; empty for all allocated ports.
     :param mode: of a UNIX socket's file.
-    :param holder: who in this application holds a port; an empty text for nobody.
-    :param before: the port that an "auto" had last, which it gets again if that can be.
-    :raises errors.ListenError: when it may not be had, or cannot be opened.
+    :param holder: names the daemon or server of this application that has a port; empty for none.
+    :param before: the port that "auto" had last, and gets again if possible.
+    :raises errors.ListenError: when the port is not allocated, or cannot be opened.
     """
     if want.kind == "unix":
         return daemon_socket(want, listening_sockets.open_unix(want.path, mode, backlog))
@@ -275,8 +270,8 @@ def open_daemon_socket(
     family = socket.AF_INET6 if ":" in want.host else socket.AF_INET
     if want.kind == "tcp":
         allocation.check(want.port)
-        if who := holder(want.port):
-            raise daemon_errors.daemon_port_taken(str(want), who)
+        if user := holder(want.port):
+            raise daemon_errors.daemon_port_taken(str(want), user)
         return daemon_socket(want, listening_sockets.open_tcp(family, want.host, want.port, backlog))
     if not allocation.limited and own is None:
         if before and not holder(before):

@@ -28,7 +28,9 @@ from conftest import (
 )
 
 from gunicorn_passenger.daemons import supervisor
-from gunicorn_passenger.daemons.spec import DaemonSpec, RequestedDaemons, build_spec, resolve_run_as
+from gunicorn_passenger.daemons.requested import RequestedDaemons
+from gunicorn_passenger.daemons.run_as import resolve_run_as
+from gunicorn_passenger.daemons.spec import DaemonSpec, SpawnArguments, build_spec
 from gunicorn_passenger.errors import DaemonError
 
 HEAD = "from gunicorn_passenger.hooks import *\nimport gunicorn_passenger as passenger\nimport daemon_jobs\n"
@@ -299,8 +301,8 @@ def test_one_that_no_worker_wants_any_more_is_stopped(start, home, port):
     pid, other = pid_of(process, "jobs"), pid_of(process, "sleep")
     start.write("wants.py", "spawn('sleep 1000')\n")
     hup(process)
-    process.wait_log("Stopping the daemon jobs: no worker has wanted it for 1 s")
-    process.wait_log("Daemon jobs has ended")
+    process.wait_log("Stopping the daemon jobs: no worker has used it for 1 s")
+    process.wait_log("Daemon jobs has stopped")
     gone(pid)
     wait_for(lambda: refused(port), "the port to close")
     assert lives(other)
@@ -315,7 +317,7 @@ def test_workers_that_ask_differently_after_a_reload(start):
     start.write("wants.py", "spawn('sleep 2000', name='it')\n")
     os.kill(workers_of(process)[0], signal.SIGTERM)
     # the program has changed, and the reload is still to come
-    process.wait_log(r"WARNING.*worker \d+ asks for the daemon it differently than the workers before it")
+    process.wait_log(r"WARNING.*worker \d+ requests the daemon it with other arguments than earlier workers")
     assert len(pids_answering(process.socket, 2)) == 2
     assert lives(pid)
     hup(process)
@@ -373,7 +375,7 @@ def test_a_reload_that_cannot_be_had_leaves_the_daemon_as_it_was(site):
     site.configure("passenger.spawn('/no/such/command', name='it')")
     hup(process)
     process.wait_log(
-        r"ERROR.*daemon 'it': the command '/no/such/command' does not exist.*; it stays as it was"
+        r"ERROR.*daemon 'it': the command '/no/such/command' does not exist.*; the daemon is unchanged"
     )
     assert lives(pid)
     assert process.log().count("/no/such/command") == 1
@@ -385,7 +387,7 @@ def test_a_reload_that_cannot_be_had_leaves_the_daemon_as_it_was(site):
 def test_a_dead_daemon_is_started_again(site, port):
     process = site.run(f"passenger.spawn(daemon_jobs.service, name='jobs', listen={port})").wait_ready()
     os.kill(pid_of(process, "jobs"), signal.SIGKILL)
-    process.wait_log(r"Daemon jobs was ended by SIGKILL; it is started again in 0.1 s")
+    process.wait_log(r"Daemon jobs was killed by SIGKILL; it is started again in 0.1 s")
     assert job(port) == f"done work {pid_of(process, 'jobs', 2)}"
     assert daemons(site.start, process)["jobs"]["restarts"] == 1
 
@@ -395,7 +397,7 @@ def test_pauses_grow_and_it_is_given_up(site, port):
         f"passenger.spawn(['sh', '-c', 'exit 3'], name='quick', listen={port}, give_up_after=5)"
     ).wait_ready()
     process.wait_log(
-        r"Daemon quick is given up: it has died 5 times in a row within seconds; .*restart quick"
+        r"Daemon quick is not started again: it has exited 5 times in a row within seconds; .*restart quick"
     )
     pauses = re.findall(
         r"Daemon quick exited with status 3; it is started again in ([\d.]+) s", process.log()
@@ -407,7 +409,7 @@ def test_pauses_grow_and_it_is_given_up(site, port):
     done = command(site.start, "restart", "quick")
     assert done.returncode == 0, done
     pid_of(process, "quick", 6)
-    process.wait_log("Daemon quick is given up", 2)
+    process.wait_log("Daemon quick is not started again", 2)
     hup(process)
     pid_of(process, "quick", 11)  # a reload gives it another chance
     assert answers(process.socket)
@@ -416,9 +418,11 @@ def test_pauses_grow_and_it_is_given_up(site, port):
 def test_one_that_goes_into_the_background_is_told_not_to(site):
     process = site.run("passenger.spawn(daemon_jobs.leaves, name='old', give_up_after=2)").wait_ready()
     left = int(process.wait_log(r"\[old\] left behind (\d+)").group(1))
-    process.wait_log("Daemon old: its first process has ended and left 1 others.*must stay in the foreground")
+    process.wait_log(
+        "Daemon old: its first process has exited, but 1 other processes are left.*must stay in the foreground"
+    )
     gone(left)
-    process.wait_log("Daemon old is given up")
+    process.wait_log("Daemon old is not started again")
 
 
 def test_stop_and_restart_by_an_operator(site, port):
@@ -467,7 +471,7 @@ import errno, os
 import gunicorn_passenger.daemons.supervisor_client as supervision
 real = supervision.SupervisorClient.start
 def start(self, spec, *rest):
-    if spec.name == "second" and not os.path.exists("mended"):
+    if spec.name == "second" and not os.path.exists("corrected"):
         raise OSError(errno.EMFILE, "Too many open files")
     return real(self, spec, *rest)
 supervision.SupervisorClient.start = start
@@ -478,7 +482,7 @@ passenger.spawn("sleep 1000", name="third")
     ).wait_ready()
     first = pid_of(process, "first")
     process.wait_log("the daemon second cannot be started now: .*Too many open files", 2)
-    (site.start.home / "mended").touch()
+    (site.start.home / "corrected").touch()
     pid_of(process, "second")
     pid_of(process, "third")
     assert starts(process, "first") == 1
@@ -508,7 +512,7 @@ def test_one_that_ignores_sigterm_is_killed_with_all_of_its_processes(site):
     assert process.stop() == 0
     assert not lives(pid)
     assert not lives(child)
-    assert "Daemon stubborn has not ended within 0.5 s: killing 2 processes" in process.log()
+    assert "Daemon stubborn has not stopped within 0.5 s (stop_timeout): killing 2 processes" in process.log()
 
 
 @pytest.mark.parametrize("bare", [False, True], ids=["marked", "unmarked"])
@@ -557,7 +561,7 @@ def test_a_killed_supervisor_takes_all_with_it_and_all_are_started_again(site, p
     supervisor = supervisor_of(process)
     os.kill(supervisor, signal.SIGKILL)
     process.wait_log(
-        rf"ERROR.*the supervisor of the daemons \(pid {supervisor}\) is gone; it and they are started"
+        rf"ERROR.*the supervisor of the daemons \(pid {supervisor}\) has exited; the master starts it"
     )
     assert job(port) == f"done work {pid_of(process, 'jobs', 2)}"
     pid_of(process, "family", 2)
@@ -597,7 +601,7 @@ def test_an_upgrade_hands_the_sockets_over_and_starts_when_the_old_one_is_gone(s
     )
     new = int((start.home / "pid.2").read_text())
     try:
-        process.wait_log(r"Daemons wait until the master of before \(pid \d+\) is gone")
+        process.wait_log(r"Daemons are started when the previous master \(pid \d+\) has exited")
         process.wait_log("Booting worker", 4)
         assert job(port) == f"done work {first}"
         assert starts(process, "jobs") == 1
@@ -663,7 +667,7 @@ def test_an_upgrade_that_wants_no_daemon_closes_the_ports(site, start, port):
 
 def test_output_comes_line_by_line_under_its_name(site):
     process = site.run("passenger.spawn(daemon_jobs.talk, name='talker', give_up_after=1)").wait_ready()
-    process.wait_log("Daemon talker is given up")
+    process.wait_log("Daemon talker is not started again")
     log = process.log()
     lines = [line.partition("[talker] ")[2] for line in log.splitlines() if "[talker] " in line]
     assert lines[:4] == ["first line", "to stderr", "in two parts", r"\x1b[31mred\x1b[0m\xff"]
@@ -696,8 +700,8 @@ def test_short_lines_come_in_small_packets():
     """The master logs a packet in one go."""
     said = []
     program = supervisor.Supervisor.__new__(supervisor.Supervisor)
-    program.say = said.append
-    program.pass_on(supervisor.SupervisedProcess("key", {}, [], None), [b"y"] * 1050)
+    program.send_event = said.append
+    program.forward_lines(supervisor.SupervisedProcess("key", {}, [], None), [b"y"] * 1050)
     assert [len(packet["lines"]) for packet in said] == [100] * 10 + [50]
 
 
@@ -705,40 +709,43 @@ def test_what_counts_is_how_long_its_first_process_has_lived():
     """Not how long those took to end that it has left behind."""
     said = []
     program = supervisor.Supervisor.__new__(supervisor.Supervisor)
-    program.say, program.daemons = said.append, {}
+    program.send_event, program.daemons = said.append, {}
     daemon = program.daemons["key"] = supervisor.SupervisedProcess("key", {"give_up_after": 2}, [], None)
     now = time.monotonic()
     for _ in range(2):
         daemon.status, daemon.started, daemon.ended = 0, now - 60.0, now - 59.5
-        program.gone(daemon)
-    assert [message["is"] for message in said] == ["died", "died", "failed"]
+        program.on_all_exited(daemon)
+    assert [message["event"] for message in said] == ["exited", "exited", "given_up"]
     assert said[0]["lived"] == 0.5
 
 
 def test_what_cannot_be_killed_is_left_alone(monkeypatch):
     said = []
     program = supervisor.Supervisor.__new__(supervisor.Supervisor)
-    program.say, program.daemons = said.append, {}
+    program.send_event, program.daemons = said.append, {}
     daemon = program.daemons["key"] = supervisor.SupervisedProcess("key", {"give_up_after": 0}, [], None)
-    daemon.pid, daemon.kill_at, daemon.leaving = 1 << 30, 100.0, True
+    daemon.pid, daemon.kill_at, daemon.stopped_for_good = 1 << 30, 100.0, True
     monkeypatch.setattr(supervisor, "processes_of", lambda daemon: [1 << 30])
-    program.look(daemon, 100.0)
-    program.look(daemon, 104.0)
-    assert [message["is"] for message in said] == ["killed"]
+    program.check_exited(daemon, 100.0)
+    program.check_exited(daemon, 104.0)
+    assert [message["event"] for message in said] == ["killing"]
     assert program.daemons
-    program.look(daemon, 105.5)
-    assert [(message["is"], message.get("count")) for message in said[1:]] == [("stuck", 1), ("ended", None)]
+    program.check_exited(daemon, 105.5)
+    assert [(message["event"], message.get("count")) for message in said[1:]] == [
+        ("stuck", 1),
+        ("stopped", None),
+    ]
     assert not program.daemons
 
 
 def test_a_hook_may_ask_again():
-    wishes = RequestedDaemons()
-    spec = build_spec("sleep 1", "one", None, [], None, None, None, None, "keep", 1.0, 1, "", False)
+    requested = RequestedDaemons()
+    spec = build_spec(SpawnArguments(target="sleep 1", name="one"))
     for _ in range(2):
-        wishes.note_lasting(spec, True)
-    assert wishes.all() == [(spec, True)]
+        requested.add_persistent(spec, True)
+    assert requested.all() == [(spec, True)]
     with pytest.raises(DaemonError, match="one"):
-        wishes.note_lasting(dataclasses.replace(spec, stop_timeout=2.0), True)
+        requested.add_persistent(dataclasses.replace(spec, stop_timeout=2.0), True)
 
 
 # --- users -------------------------------------------------------------------------------------------
@@ -897,23 +904,23 @@ BAD = [
     ("'no-such-command-at-all'", "the command 'no-such-command-at-all' does not exist"),
     ("'/etc/passwd'", "the command '/etc/passwd' is not executable (chmod +x)"),
     ("'sleep 9', listen=1", "port 1 is not allocated to account"),
-    ("'sleep 9', listen='passenger'", "the primary socket is the workers'"),
+    ("'sleep 9', listen='passenger'", "the primary socket belongs to the workers"),
     ("'sleep 9', listen='nowhere'", "cannot listen on 'nowhere': it has no port"),
     ("''", "the command is empty"),
     ("'sh \"'", "no closing quotation"),
-    ("3", "it is a command line, a list of strings or a function"),
+    ("3", "use a command line, a list of strings or a function"),
     ("lambda: 1", "it is a lambda"),
     ("(lambda: [f for f in [lambda: 1]])()[0]", "it is a lambda"),
     ("__import__('functools').partial(print, 1)", "it has no name"),
-    ("daemon_jobs.sleep, args=[object()]", "a function takes what JSON can carry"),
-    ("'sleep 9', name='a:b'", "printable characters and no colon"),
-    ("'sleep 9', name=7", "it is no str"),
-    ("'sleep 9', on_reload='sometimes'", "it is 'keep' or 'restart'"),
-    ("'sleep 9', stop_timeout=-1", "it is not from 0 to 3600 seconds"),
-    ("'sleep 9', stop_timeout='x'", "it is no number of seconds"),
-    ("'sleep 9', give_up_after=-1", "it is a number of deaths"),
-    ("'sleep 9', env={'A': 1}", "it maps names to strings"),
-    ("'sleep 9', env={'A=B': 'c'}", "has no = in it"),
+    ("daemon_jobs.sleep, args=[object()]", "use JSON values for a function"),
+    ("'sleep 9', name='a:b'", "printable characters without a colon"),
+    ("'sleep 9', name=7", "it is not a str"),
+    ("'sleep 9', on_reload='sometimes'", "use 'keep' or 'restart'"),
+    ("'sleep 9', stop_timeout=-1", "use 0 to 3600 seconds"),
+    ("'sleep 9', stop_timeout='x'", "it is not a number of seconds"),
+    ("'sleep 9', give_up_after=-1", "use a number of exits in a row"),
+    ("'sleep 9', env={'A': 1}", "use a mapping of names to strings"),
+    ("'sleep 9', env={'A=B': 'c'}", "is empty or contains ="),
     ("'sleep 9', user='no-such-user'", "this machine has no user 'no-such-user'"),
     ("'sleep 9', group='no-such-group'", "this machine has no group 'no-such-group'"),
 ]
@@ -1036,7 +1043,7 @@ def test_an_interpreter_that_does_not_exist_is_said_when_it_is_run(site):
     process.wait_log(
         r"Daemon script.sh cannot run .*script.sh: No such file or directory; it is started again"
     )
-    process.wait_log("Daemon script.sh is given up")
+    process.wait_log("Daemon script.sh is not started again")
 
 
 def test_a_directory_that_is_gone_is_said(site):

@@ -1,0 +1,94 @@
+"""The daemons of a program that runs with plain ``python``: children of its process, which end with it.
+
+Process: plain Python. Never: run under gunicorn.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from contextlib import suppress
+from typing import Any
+
+from gunicorn_passenger.daemons import daemon_errors
+from gunicorn_passenger.daemons.run_as import resolve_run_as
+from gunicorn_passenger.daemons.spec import DaemonSpec
+from gunicorn_passenger.daemons.supervisor_client import DaemonSocket, SupervisorClient, open_daemon_socket
+from gunicorn_passenger.serving import standalone
+from gunicorn_passenger.system import unpatched
+from gunicorn_passenger.system.text import printable
+
+
+class StandaloneDaemons:
+    """The daemons of this process."""
+
+    def __init__(self) -> None:
+        self._supervisor: Any = None
+        self._sockets: list[DaemonSocket] = []
+        #: names by the supervisor's key
+        self._names: dict[str, str] = {}
+
+    def spawn(self, spec: DaemonSpec) -> tuple[str, int] | str | None:
+        """Start a daemon.
+
+        :returns: the address of its first socket.
+        :raises PassengerError: when it cannot be started.
+        """
+        if spec.name in self._names.values():
+            raise daemon_errors.duplicate_daemon_name(spec.name)
+        spec.find_command(dict(spec.env).get("PATH", os.environ.get("PATH")))
+        run_as = resolve_run_as(spec, os.geteuid(), os.getegid(), False, True)
+        listening: list[DaemonSocket] = []
+        try:
+            for item in spec.listen:
+                listening.append(
+                    open_daemon_socket(
+                        item, spec.within, standalone._allocation(), standalone._BACKLOG, 0o600, lambda _: ""
+                    )
+                )
+            if self._supervisor is None:
+                self._supervisor = SupervisorClient()
+                self._supervisor.set_blocking(True)
+                atexit.register(self._stop)
+                os.register_at_fork(after_in_child=self._forked)
+                unpatched.start_thread(self._print_output)
+            key = self._supervisor.start(spec, run_as, [one.sock for one in listening], os.environ)
+        except BaseException:
+            for one in listening:
+                one.close(unlink=True)
+            raise
+        self._names[key] = spec.name
+        self._sockets += listening
+        first = listening[0] if listening else None
+        return None if first is None else str(first) if first.path else (first.host, first.port)
+
+    def _print_output(self) -> None:
+        """The thread that prints the daemons' output to standard error."""
+        while (event := self._supervisor.receive()) is not None:
+            name = self._names.get(event.get("key", ""), "")
+            lines = event.get("lines", [])
+            if event["event"] == "exited":
+                lines = [f"{event['how']}; it is started again"] if "pause" in event else [event["how"]]
+            elif event["event"] == "given_up":
+                lines = ["it is not started again: it has exited too often within seconds"]
+            for line in lines:
+                with suppress(OSError, ValueError):
+                    os.write(2, f"[{name}] {printable(line.rstrip(chr(13)), keep=chr(9))}\n".encode())
+
+    def _stop(self) -> None:
+        """Stop the daemons and wait for the supervisor: their ports are free when the program has exited."""
+        with suppress(OSError):
+            self._supervisor.stop_all()
+        for one in self._sockets:
+            one.close(unlink=True)
+        with suppress(OSError, ChildProcessError):
+            unpatched.unpatched("os", "waitpid")(self._supervisor.pid, 0)
+
+    def _forked(self) -> None:
+        atexit.unregister(self._stop)
+        self._supervisor.close()
+        for one in self._sockets:
+            one.close(unlink=False)
+
+
+standalone_daemons = StandaloneDaemons()
