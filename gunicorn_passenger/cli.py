@@ -1,7 +1,7 @@
 """The command line: ``gunicorn-passenger start``, ``ports``, ``status``, ``restart`` and ``stop``.
 
-Runs in: a process of its own; ``start`` becomes the gunicorn master. Must never: show a traceback for
-what the user can mend.
+Process: the command line; ``start`` becomes the gunicorn master. Never: show a traceback for an error that
+the user can correct.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from gunicorn_passenger.config.port_allocation import format_ports
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.errors import PassengerError
-from gunicorn_passenger.status import control_client
+from gunicorn_passenger.status import control_client, terminal
 from gunicorn_passenger.system import port_owner
 from gunicorn_passenger.system.text import printable
 
@@ -25,13 +25,14 @@ _USAGE = """usage: gunicorn-passenger start SCRIPT [gunicorn's options]
        gunicorn-passenger restart|stop NAME [--app PID|NAME]
 
 start   run an unmodified script (its last line is serve_forever(), app.run() ...) under gunicorn:
-        its first listen becomes the server that the web server reaches, on a UNIX socket
-        (-b; by default one in the runtime directory)
-ports   list the ports allocated to this account: which are free, which are taken and by whom
+        the first server that listens becomes the one that the web server reaches, on a UNIX socket
+        (-b; by default a socket in the runtime directory)
+ports   list the ports allocated to this account: which are free, and which process holds each of the others
 status  show the running applications of this account: master and workers, servers, daemons, ports and
         recent events
 restart, stop
-        a daemon, or a server, by its name (--app says of which application, where several have one)
+        restart or stop a daemon or a server, by its name (--app chooses the application where several
+        have one of that name)
 """
 
 
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"gunicorn-passenger {__version__}")
         return 0
-    problem = f"there is no command {command!r}\n" if command else ""
+    problem = f"Error: unknown command {command!r}\n" if command else ""
     print(problem + _USAGE, end="", file=sys.stderr)
     return 2
 
@@ -70,7 +71,7 @@ def _start(arguments: list[str]) -> int:
         return 0
     if not arguments or arguments[0].startswith("-"):
         print(
-            "Error: start takes the script first: gunicorn-passenger start server.py [gunicorn's options]",
+            "Error: start needs the script first: gunicorn-passenger start server.py [gunicorn's options]",
             file=sys.stderr,
         )
         return 2
@@ -91,7 +92,7 @@ def _ports(arguments: list[str]) -> int:
     if options.json:
         print(json.dumps(found, indent=2))
     else:
-        # the processes that hold ports are other users', who choose their names
+        # other users choose the names of the processes that hold ports
         print("\n".join(printable(line) for line in _port_lines(found)))
     return 0
 
@@ -101,18 +102,18 @@ def _status(arguments: list[str]) -> int:
         prog="gunicorn-passenger status", description="Show the running applications of this account."
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
+    parser.add_argument("--watch", action="store_true", help="update every second, until Ctrl-C")
     options = parser.parse_args(arguments)
-    return control_client.status(options.json, options.watch)
+    return terminal.status(options.json, options.watch)
 
 
 def _command(verb: str, arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog=f"gunicorn-passenger {verb}", description=f"{verb.capitalize()} a daemon or a server."
     )
-    parser.add_argument("name", metavar="NAME", help="as gunicorn-passenger status lists it")
+    parser.add_argument("name", metavar="NAME", help="as 'gunicorn-passenger status' lists it")
     parser.add_argument(
-        "--app", default="", metavar="PID|NAME", help="the application, where several have that name"
+        "--app", default="", metavar="PID|NAME", help="the application, where several use that name"
     )
     options = parser.parse_args(arguments)
     print(control_client.command(verb, options.name, options.app))
@@ -120,17 +121,16 @@ def _command(verb: str, arguments: list[str]) -> int:
 
 
 def port_report() -> dict[str, Any]:
-    """What ``ports`` prints: the account, its port allocation, and the ports of it that are taken.
+    """What ``ports`` prints: the account, its port allocation, and which of those ports are taken.
 
     Without a port allocation, ``taken`` lists the ports that this account's own programs hold.
 
-    :raises PassengerError: when the system's file or the environment cannot be used.
+    :raises PassengerError: when the system's file or the environment has a value that cannot be used.
     """
     allocation = settings.operator_allocation(os.geteuid())
-    taken = set(port_owner.listening())
-    mine = {
-        port for port, entries in port_owner.listening().items() if any(u == os.geteuid() for _, u in entries)
-    }
+    listening = port_owner.listening()
+    taken = set(listening)
+    mine = {port for port, entries in listening.items() if any(u == os.geteuid() for _, u in entries)}
     shown = taken & allocation.ports if allocation.limited else mine
     found = port_owner.owners_of(shown)
     return {
@@ -140,24 +140,24 @@ def port_report() -> dict[str, Any]:
         "set_by": [layer.source for layer in allocation.layers],
         "free": format_ports(allocation.ports - taken) if allocation.limited else None,
         "taken": [
-            {"port": port, "by": holder.name or None, "pid": holder.pid, "user": holder.user}
-            for port, holder in sorted(found.items())
+            {"port": port, "by": owner.name or None, "pid": owner.pid, "user": owner.user}
+            for port, owner in sorted(found.items())
         ],
     }
 
 
 def _port_lines(report: dict[str, Any]) -> list[str]:
-    lines = [f"account   {report['account']}"]
+    lines = [f"account    {report['account']}"]
     if report["limited"]:
         lines.append(f"allocated  {report['allocated']}  (set by {' and '.join(report['set_by'])})")
-        lines.append(f"free      {report['free']}")
+        lines.append(f"free       {report['free']}")
     else:
-        lines.append("allocated  no port allocation is set: any port that needs no privilege")
+        lines.append("allocated  no port allocation is set: any unprivileged port is allowed")
     if not report["taken"]:
-        lines.append("taken     none")
+        lines.append("taken      none")
     for index, entry in enumerate(report["taken"]):
-        who = f"{entry['by']} (pid {entry['pid']}, user {entry['user']})" if entry["pid"] else entry["user"]
-        lines.append(f"{'taken' if index == 0 else '':8}  {entry['port']}  by {who}")
+        owner = f"{entry['by']} (pid {entry['pid']}, user {entry['user']})" if entry["pid"] else entry["user"]
+        lines.append(f"{'taken' if index == 0 else '':9}  {entry['port']}  by {owner}")
     return lines
 
 

@@ -1,8 +1,9 @@
-"""Every error of the package, with its text in one place.
+"""The classes of the package's errors, and how the master's refusals travel to a worker.
 
-Runs in: every process. Must never: import anything else of the package.
+Process: every process. Never: import anything else of the package.
 
-Texts are one line each and say what happened, why, and what to do.
+The texts are beside the code that raises the errors, or in a module of its subsystem:
+``config/listen_errors.py``, ``serving/server_errors.py``, ``daemons/daemon_errors.py``.
 """
 
 from __future__ import annotations
@@ -21,19 +22,23 @@ class SettingError(PassengerError, ValueError):
 
 
 class UnknownSetting(PassengerError, TypeError):
-    """``configure()`` was given a name that is no setting."""
+    """``configure()`` was given a name that is not a setting."""
 
 
 class NotCallable(PassengerError, TypeError):
-    """``create_server()`` was given something that is no WSGI application."""
+    """``create_server()`` was given something that is not a WSGI application."""
 
 
 class AlreadyInstalled(PassengerError):
-    """The primary socket has its server already."""
+    """The primary socket already has a server."""
 
 
 class ScriptError(PassengerError):
     """A script run by ``gunicorn-passenger start`` cannot be served."""
+
+
+class DaemonError(PassengerError):
+    """``spawn()`` asked for a daemon that the master cannot start."""
 
 
 class ListenError(PassengerError, OSError):
@@ -54,7 +59,7 @@ class ListenError(PassengerError, OSError):
 
 
 class PortNotAllocated(ListenError, PermissionError):
-    """The port is not among those allocated to the account (``EACCES``, so a ``PermissionError``)."""
+    """The port is not allocated to the account (``EACCES``, so also a ``PermissionError``)."""
 
     def __init__(self, code: int = errno.EACCES, text: str = "") -> None:
         super().__init__(code, text)
@@ -68,21 +73,21 @@ class PortInUse(ListenError):
 
 
 class BrokerUnavailable(ListenError):
-    """The master's port broker cannot be reached, so no port can be had from it."""
+    """The worker cannot reach the master's port broker, and so cannot get a port."""
 
     def __init__(self, code: int = errno.EPIPE, text: str = "") -> None:
         super().__init__(code, text)
 
 
 class ClientDisconnected(PassengerError, ConnectionAbortedError):
-    """The client has gone: what it sends broke off, or what it is sent does not reach it.
+    """The client has closed the connection, before its request or its response was complete.
 
-    Also an ``OSError``, which is what programs expect of ``wsgi.input`` and ``write()``.
+    Also an ``OSError``, which programs expect from ``wsgi.input`` and ``write()``.
     """
 
     def __init__(self, code: int, text: str, incomplete: bool = False) -> None:
         super().__init__(code, text)
-        #: whether a body broke off, so that the client may still hear an answer
+        #: whether a request body is incomplete; then the client may still read a response
         self.incomplete = incomplete
 
     def __str__(self) -> str:
@@ -90,23 +95,23 @@ class ClientDisconnected(PassengerError, ConnectionAbortedError):
 
 
 class BodyTimeout(PassengerError, TimeoutError):
-    """A client began to send a body and sends nothing any more."""
+    """A client stopped sending in the middle of a request body."""
 
     def __init__(self, seconds: float) -> None:
-        super().__init__(errno.ETIMEDOUT, f"the request's body came to a stop: nothing for {seconds:g} s")
+        super().__init__(errno.ETIMEDOUT, f"the client sent nothing of its request body for {seconds:g} s")
 
     def __str__(self) -> str:
         return str(self.strerror)
 
 
 class TruncatedResponse(PassengerError):
-    """The application's answer is shorter than it announced."""
+    """The application's response is shorter than its Content-Length."""
 
 
 class ProxyError(PassengerError):
-    """A proxied request that got no answer from its target."""
+    """A proxied request that got no response from its target."""
 
-    #: the status of the answer that the client gets
+    #: the status of the response that the client gets
     status_code = 502
 
     def __init__(self, reason: str) -> None:
@@ -119,58 +124,59 @@ class ProxyError(PassengerError):
 
 
 class UpstreamRefused(ProxyError):
-    """No connection to the target could be made (502)."""
+    """The proxy could not connect to the target (502)."""
 
 
 class UpstreamClosed(ProxyError):
-    """The target closed the connection before it had answered (502)."""
+    """The target closed the connection before it had responded (502)."""
 
 
 class BadResponse(ProxyError):
-    """What the target answered is no HTTP, or could be read in two ways (502)."""
+    """The target's response is not HTTP, or is ambiguous (502)."""
 
 
 class UpstreamTimeout(ProxyError):
-    """The target took too long to accept the connection or to answer (504)."""
+    """The target took too long to accept the connection or to respond (504)."""
 
     status_code = 504
 
 
 class PoolExhausted(ProxyError):
-    """All connections that may be made to the target are in use (503)."""
+    """The pool has no free connection to the target and may not open another (503)."""
 
     status_code = 503
 
 
 class BadRequestBody(ProxyError):
-    """The client's request breaks off or is malformed (400), or is silent for too long (408)."""
+    """The client's request is incomplete or malformed (400), or the client paused for too long (408)."""
 
     def __init__(self, reason: str, status_code: int = 400) -> None:
         super().__init__(reason)
         self.status_code = status_code
 
 
-_python_hooks: list[Any] = []
-
-
 def install_excepthook() -> None:
-    """Have Python end a program that dies of a :class:`PassengerError` with its text, not a traceback.
+    """Show an uncaught :class:`PassengerError` as its text, without a traceback.
 
-    For the master with ``--preload`` and for plain Python; every other exception is shown as before.
+    For the master with ``--preload`` and for plain Python. Other exceptions are shown as before.
     """
-    if not _python_hooks:
-        _python_hooks.append(sys.excepthook)
-        sys.excepthook = _one_line
+    if sys.excepthook is _one_line:
+        return
+    global _next_excepthook
+    _next_excepthook, sys.excepthook = sys.excepthook, _one_line
+
+
+_next_excepthook: Any = sys.__excepthook__
 
 
 def _one_line(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
     if isinstance(error, PassengerError):
         print(f"Error: {error}", file=sys.stderr)
     else:
-        _python_hooks[0](kind, error, traceback)
+        _next_excepthook(kind, error, traceback)
 
 
-#: How a refusal travels from the master to a worker and becomes the same class there.
+#: The kind in a ``RequestDenied`` message -> the class that the worker raises.
 REFUSALS: dict[str, type[ListenError]] = {
     "not_allocated": PortNotAllocated,
     "in_use": PortInUse,
@@ -179,7 +185,7 @@ REFUSALS: dict[str, type[ListenError]] = {
 
 
 def refusal_kind(error: ListenError) -> str:
-    """The name under which ``error`` travels in a ``Refused`` message."""
+    """The kind of ``error`` in a ``RequestDenied`` message."""
     if isinstance(error, PortNotAllocated):
         return "not_allocated"
     if isinstance(error, PortInUse):
@@ -187,67 +193,15 @@ def refusal_kind(error: ListenError) -> str:
     return "listen"
 
 
-# --- texts -----------------------------------------------------------------------------------
-
-
-def bad_placement(placement: object) -> SettingError:
-    return SettingError(
-        f"placement {placement!r} is unknown; use 'shared' (all workers accept from the one socket), "
-        "'one' (one worker at a time) or 'each' (every worker has a port of its own)"
-    )
-
-
 def client_disconnected(error: OSError) -> ClientDisconnected:
-    return ClientDisconnected(error.errno or errno.ECONNABORTED, f"the client has gone: {error.strerror}")
+    return ClientDisconnected(
+        error.errno or errno.ECONNABORTED, f"the client closed the connection: {error.strerror}"
+    )
 
 
 def body_incomplete() -> ClientDisconnected:
     return ClientDisconnected(
-        errno.ECONNABORTED, "the request's body broke off: its client closed the connection", incomplete=True
-    )
-
-
-def status_unavailable(why: object) -> str:
-    return f"'gunicorn-passenger status' will not find this application, which is served all the same: {why}"
-
-
-def nothing_runs(account: str) -> PassengerError:
-    return PassengerError(f"nothing of account {account} runs under gunicorn-passenger")
-
-
-def no_such_application(app: str, running: list[str]) -> PassengerError:
-    return PassengerError(
-        f"--app {app}: no such application runs; there are: {', '.join(running)} (a name or a pid will do)"
-    )
-
-
-def in_no_application(name: str) -> PassengerError:
-    return PassengerError(
-        f"no application has a server or a daemon {name!r}; gunicorn-passenger status lists them"
-    )
-
-
-def in_several_applications(verb: str, name: str, where: list[str]) -> PassengerError:
-    return PassengerError(
-        f"{name!r} is in several applications: {', '.join(where)}; say which: "
-        f"gunicorn-passenger {verb} {name} --app PID"
-    )
-
-
-def master_timeout(pid: int, why: str) -> PassengerError:
-    return PassengerError(f"the master with pid {pid} did not answer ({why}); its log may tell why")
-
-
-class DaemonError(PassengerError):
-    """``spawn()`` asked for a daemon that cannot be had."""
-
-
-def no_prometheus(why: object) -> str:
-    return f"configure(prometheus=True): the workers' own counters are not added up: {why}"
-
-
-def prometheus_too_early() -> str:
-    return (
-        "configure(prometheus=True): prometheus_client was imported in the master before, so each worker's "
-        "own counters stay its own; import it in the program, not in gunicorn.conf.py"
+        errno.ECONNABORTED,
+        "the request body is incomplete: the client closed the connection",
+        incomplete=True,
     )

@@ -1,4 +1,4 @@
-"""What can be configured: addresses, the ports allocated to the account, settings.
+"""Configuration: addresses, host names, the port allocation, settings, and the errors of listening.
 
-Runs in: every process. Must never: open a socket or act on a setting.
+Process: every process. Never: open a socket or act on a setting.
 """

@@ -1,6 +1,6 @@
-"""Where a server may be asked to listen: parsing and resolving of addresses.
+"""Addresses of servers and daemons: parsing, formatting, resolving.
 
-Runs in: every process. Must never: open a socket.
+Process: every process. Never: open a socket.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from gunicorn_passenger.config import listen_errors
 
-#: Bytes that a UNIX socket path may have: sun_path less its closing NUL (unix(7)).
+#: Bytes that a UNIX socket path may have: sun_path without the closing NUL (unix(7)).
 UNIX_PATH_MAX = 107
 
 #: What ``getsockname()`` returns: (host, port), or (host, port, flow, scope) for IPv6.
@@ -71,19 +71,19 @@ def is_unix(name: object) -> bool:
 
 
 def format_sockname(name: SockAddr | str | bytes) -> str:
-    """The printed form of what a listening socket is bound to; abstract names begin with ``@`` (unix(7))."""
+    """The printed form of a listening socket's name; abstract names begin with ``@`` (unix(7))."""
     if isinstance(name, bytes):
         return "unix:" + name.decode("utf-8", "backslashreplace").replace("\0", "@")
     return f"unix:{name}" if isinstance(name, str) else format_tcp(name[0], name[1])
 
 
 def parse(address: object, host: str = "127.0.0.1") -> Address:
-    """Parse what ``listen()`` was given.
+    """Parse the address that ``listen()`` was given.
 
     :param address: ``"passenger"``, ``"/passenger"``, a port number, ``"host:port"``,
         ``"[::1]:port"``, ``(host, port)``, ``"unix:/path"`` or ``"auto"``.
     :param host: the host for a bare port and for ``"auto"``.
-    :raises errors.ListenError: (``EINVAL``, ``ENAMETOOLONG``) when it is none of these.
+    :raises errors.ListenError: (``EINVAL``, ``ENAMETOOLONG``) when the address is invalid.
     """
     if isinstance(address, bool) or not isinstance(address, int | str | tuple):
         raise listen_errors.bad_address(address, "it is neither a number nor a string")
@@ -126,14 +126,16 @@ def _host(host: object) -> str:
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     if not host or "\0" in host or any(c.isspace() for c in host):
-        raise listen_errors.bad_address(host, "the host is empty or has white space in it")
+        raise listen_errors.bad_address(host, "the host is empty or contains white space")
     try:
         long = len(host) > 253 or any(len(label) > 63 for label in host.split("."))
         host.encode("ascii" if host.isascii() else "idna")
     except UnicodeError as error:
         raise listen_errors.unresolved(host, error) from None
     if long:
-        raise listen_errors.unresolved(host[:80], "a label has over 63 characters, or the name over 253")
+        raise listen_errors.unresolved(
+            host[:80], "a label has more than 63 characters, or the name more than 253"
+        )
     return host
 
 
@@ -147,7 +149,7 @@ def _port(port: object, where: str = "") -> int:
 
 def _unix_path(path: str, address: object) -> str:
     if not path or "\0" in path:
-        raise listen_errors.bad_address(address, "the path of the UNIX socket is empty or has a NUL in it")
+        raise listen_errors.bad_address(address, "the path of the UNIX socket is empty or contains a NUL")
     path = os.path.abspath(path)
     if len(os.fsencode(path)) > UNIX_PATH_MAX:
         raise listen_errors.unix_path_too_long(path, UNIX_PATH_MAX)
@@ -157,9 +159,9 @@ def _unix_path(path: str, address: object) -> str:
 def resolve(host: str, port: int, family: int = socket.AF_UNSPEC) -> tuple[int, str]:
     """Turn a host name into a numeric address to bind.
 
-    Done by whoever asks for a port, so that the master never waits for a name server.
+    The worker does this, so that the master never waits for a name server.
 
-    :param family: restrict the answer to this address family.
+    :param family: restrict the result to this address family.
     :returns: the address family and the numeric host.
     :raises errors.ListenError: (``EADDRNOTAVAIL``) when the name does not resolve.
     """
@@ -173,6 +175,6 @@ def resolve(host: str, port: int, family: int = socket.AF_UNSPEC) -> tuple[int, 
         found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         raise listen_errors.unresolved(host, getattr(error, "strerror", None) or error) from None
-    # "localhost" may list ::1 first; a port that was asked for by such a name is expected on IPv4.
+    # "localhost" may resolve to ::1 first, but clients expect such a port on IPv4
     found.sort(key=lambda entry: entry[0] != socket.AF_INET)
     return int(found[0][0]), str(found[0][4][0])

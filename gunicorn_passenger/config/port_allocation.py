@@ -1,7 +1,7 @@
-"""Which ports an account may listen on: the layers of the port allocation and the system's file.
+"""The port allocation: which ports an account may listen on, from which sources.
 
-Runs in: the master, which decides; a worker and the command line, which read.
-Must never: open a port, or let a layer widen what an earlier one gave.
+Process: the master, which decides; a worker and the command line, which only read. Never: open a port, or let
+a source widen what an earlier one allows.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def parse_ports(value: object, where: str) -> Ports:
         ranges = sorted({_range(p, value, where, i) for i, p in enumerate(parts, 1)}, key=_ends)
         found: list[int] = []
         for each in ranges:
-            # ranges that overlap are counted once: a worker may send many
+            # overlapping ranges count once: a worker may send many of them
             found.extend(range(max(each.start, found[-1] + 1 if found else 0), each.stop))
         return frozenset(found)
     if isinstance(value, Iterable) and not isinstance(value, bytes | dict):
         return frozenset().union(*(parse_ports(item, where) for item in value))
-    raise SettingError(f"{where}: {value!r} is no set of ports; write it as '9000-9019,9100'")
+    raise SettingError(f"{where}: {value!r} is not a set of ports; write it as '9000-9019,9100'")
 
 
 def _ends(ports: range) -> tuple[int, int]:
@@ -83,7 +83,7 @@ def format_ports(ports: Iterable[int]) -> str:
 
 @dataclass(frozen=True)
 class AllocationSource:
-    """One place where ports are set, and how the reader changes it."""
+    """One source of the port allocation, and how the operator changes it."""
 
     ports: Ports
     source: str
@@ -92,10 +92,10 @@ class AllocationSource:
 
 @dataclass(frozen=True)
 class PortAllocation:
-    """What an account may listen on: the intersection of all layers.
+    """The ports that an account may listen on: the intersection of all sources.
 
-    Layers stand from the strongest (the system's file) to the weakest (the program); each can
-    narrow what the ones before it gave, none can widen it.
+    The sources are in order, from the strongest (the system's file) to the weakest (the program). Each can
+    narrow what the previous ones allow, and none can widen it.
     """
 
     account: str
@@ -103,7 +103,7 @@ class PortAllocation:
 
     @property
     def limited(self) -> bool:
-        """Whether any layer is set."""
+        """Whether any source is set."""
         return bool(self.layers)
 
     @property
@@ -118,14 +118,14 @@ class PortAllocation:
         return " and ".join(layer.source for layer in self.layers) or "nothing"
 
     def narrowed(self, layer: AllocationSource | None) -> PortAllocation:
-        """This port allocation with one more layer."""
+        """This port allocation with one more source."""
         return PortAllocation(self.account, (*self.layers, layer)) if layer else self
 
     def check(self, port: int) -> None:
         """Refuse a port that is not allocated.
 
-        Without a port allocation every port is allowed that any user of this machine may bind, so
-        never a privileged one, whoever the master runs as.
+        Without a port allocation, every unprivileged port is allowed. A privileged port is not, even where
+        the master runs as root.
 
         :raises errors.PortNotAllocated: names the port, the port allocation, where it was set, what to do.
         """
@@ -141,14 +141,14 @@ class PortAllocation:
                 )
 
     def ineffective_ports(self) -> list[str]:
-        """One sentence for each layer that asks for more than an earlier one gives."""
+        """One sentence for each source that names ports which an earlier one does not allow."""
         found = []
         for index, layer in enumerate(self.layers[1:], 1):
             given = frozenset.intersection(*(earlier.ports for earlier in self.layers[:index]))
             if beyond := layer.ports - given:
                 found.append(
                     f"{layer.source} names ports {format_ports(beyond)}, which {self.layers[0].source} does "
-                    f"not allocate to account {self.account}; they stay refused"
+                    f"not allocate to account {self.account}; these ports are refused"
                 )
         return found
 
@@ -163,7 +163,7 @@ def first_unprivileged_port() -> int:
 
 
 def account_name(uid: int) -> str:
-    """The account's name, or its number where the system knows no name."""
+    """The account's name, or its number where the system has no name for it."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -179,7 +179,7 @@ def system_layer(account: str, uid: int, path: str = SYSTEM_FILE) -> AllocationS
         alice = "9000-9019,9100"
         bob = ["9200-9209", 9300]
 
-    Where the file exists, an account that it does not name has no ports.
+    An account that is not in an existing file has no ports.
 
     :returns: ``None`` where there is no such file.
     :raises SettingError: when root does not own it, others may write it, or it cannot be read.
@@ -187,7 +187,7 @@ def system_layer(account: str, uid: int, path: str = SYSTEM_FILE) -> AllocationS
     text = _read_trusted(path)
     if text is None:
         return None
-    # most machines have no such file, and every worker would carry the reader of it
+    # imported late: most machines have no such file, and every worker would keep the parser in memory
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -224,11 +224,12 @@ def _read_trusted(path: str) -> str | None:
     with open(fd, "rb") as file:
         if info.st_uid != 0:
             raise SettingError(
-                f"{path}: is owned by {account_name(info.st_uid)}, it must be root's (chown root {path})"
+                f"{path}: is owned by {account_name(info.st_uid)}, but must be owned by root "
+                f"(chown root {path})"
             )
         if info.st_mode & 0o022:
             raise SettingError(
-                f"{path}: has mode {stat.S_IMODE(info.st_mode):04o}, nobody but root may write it "
+                f"{path}: has mode {stat.S_IMODE(info.st_mode):04o}, but only root may write it "
                 f"(chmod go-w {path})"
             )
         if info.st_size > _MAX_SYSTEM_FILE:

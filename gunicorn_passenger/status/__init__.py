@@ -1,10 +1,11 @@
-"""What runs, shown to people and programs: the report, the control socket, the status app.
+"""Shows what runs, to people and programs: the report, the control socket, the status application.
 
 ``gunicorn_passenger.status`` is itself a WSGI application, so ``passenger.listen(9100, status)`` works, and
-has ``application`` and ``spawn()``. Everything is imported when it is first used.
+has ``application`` and ``spawn()``. Both are imported on first use.
 
-Runs in: the master (``report``, ``control_server``, ``prometheus_multiproc``), a worker or a daemon
-(``web``), the command line (``control_client``). Must never: change what it shows.
+Process: the master (``report``, ``control_server``, ``prometheus_multiproc``), a worker or the status daemon
+(``web``, ``sources``, ``metrics``), the command line (``control_client``, ``terminal``). Never: change what
+it shows.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _CallableModule(types.ModuleType):
-    """So that ``passenger.listen(9100, status)`` works: the module is the application, too."""
+    """Makes the module itself a WSGI application, for ``passenger.listen(9100, status)``."""
 
     @overload
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]: ...
@@ -42,7 +43,7 @@ class _CallableModule(types.ModuleType):
         *,
         hosts: object = None,
     ) -> Any:
-        """The application itself, or with ``hosts`` one that answers for these names, too.
+        """The application itself, or with ``hosts`` one that also serves these names.
 
         :raises SettingError: for a value that is not a host name.
         """

@@ -1,17 +1,17 @@
-"""The socket that tells what runs, and takes an operator's word: ``<runtime directory>/<pid>.sock``.
+"""The control socket of a master, ``<runtime directory>/<pid>.sock``: sends the report, takes commands.
 
-Runs in: the master, in the broker's thread. Must never: wait for a client, or answer another user.
+Process: the master, in the broker's thread. Never: wait for a client, or respond to another user.
 
-The protocol: a line of JSON in, a line of JSON out.
+The protocol: a request is a line of JSON, and so is its response.
 
-- ``{"command": "report"}`` is answered by ``{"report": {...}}`` (its keys: :mod:`.report`);
-- ``{"command": "restart" | "stop", "name": "..."}`` by ``{"done": "what was done"}``;
-- whatever cannot be done by ``{"error": "why"}``.
+- ``{"command": "report"}``: ``{"report": {...}}`` (its keys: :mod:`.report`);
+- ``{"command": "restart" | "stop", "name": "..."}``: ``{"done": "what the master did"}``;
+- a request that fails: ``{"error": "why"}``.
 
-A connection to the socket has one question, and :data:`PATIENCE` seconds. A standing line
-(:meth:`Control.watch_reports`) has as many as it likes, for reports only. The socket's mode is 0600 from the
-moment it exists, its directory is the user's alone, and the kernel says who connects (``SO_PEERCRED``,
-unix(7)): this user and root, nobody else.
+A connection to the socket has one request, and :data:`PATIENCE` seconds. A persistent connection
+(:meth:`ControlServer.watch_reports`) has any number of them, for reports only. The socket has the mode 0600
+from the moment it exists, only this user may enter its directory, and the kernel says which user connects
+(``SO_PEERCRED``, unix(7)): only this user and root may.
 """
 
 from __future__ import annotations
@@ -22,35 +22,34 @@ import json
 import os
 import select
 import socket
-import struct
 import time
 from typing import Any, Protocol
 
-from gunicorn_passenger import errors
 from gunicorn_passenger.errors import PassengerError
 from gunicorn_passenger.ipc.channel import Message
 from gunicorn_passenger.master.descriptors import Closer
 from gunicorn_passenger.master.event_log import EventLog
 from gunicorn_passenger.system import listening_sockets, runtime_dir
+from gunicorn_passenger.system.peer_credentials import peercred
 
-#: Seconds that a client has for its question and for reading the answer.
+#: Seconds that a client has for sending its request and for reading the response.
 PATIENCE = 5.0
 #: How many clients are served at a time; more wait in the backlog.
 MAX_CLIENTS = 16
 _BACKLOG = 64
-#: Bytes of a question.
-MAX_QUESTION = 4096
-#: How many standing lines there may be.
-MAX_LINES = 64
-#: Seconds without accepting when the system has no descriptor for a client.
+#: Bytes of a request.
+MAX_REQUEST = 4096
+#: Limit of persistent connections.
+MAX_PERSISTENT = 64
+#: Seconds without accepting after the process has run out of descriptors.
 _PAUSE = 1.0
 
-#: The client has gone before it was accepted.
+#: The client closed its connection before it was accepted.
 _GONE = {errno.ECONNABORTED, errno.EAGAIN, errno.EINTR, errno.EPROTO}
 
 
 class ControlBackend(Protocol):
-    """What this module asks of the broker."""
+    """What this module needs of the broker."""
 
     log: Any
     history: EventLog
@@ -60,27 +59,27 @@ class ControlBackend(Protocol):
 
 
 class ControlConnection:
-    """One connection, and what of its question and its answer is there."""
+    """One connection, with what it has received of a request and not yet sent of a response."""
 
     def __init__(self, sock: Any, deadline: float | None) -> None:
-        """:param deadline: monotonic seconds; ``None`` for a standing line."""
+        """:param deadline: monotonic seconds; ``None`` for a persistent connection."""
         self.sock = sock
         self.deadline = deadline
         self.received = bytearray()
-        self.answer = memoryview(b"")
-        #: closes descriptors that the client sends, which no question needs
+        self.response = memoryview(b"")
+        #: closes descriptors that the client sends, which no request needs
         self.closer = Closer()
 
     @property
-    def standing(self) -> bool:
+    def persistent(self) -> bool:
         return self.deadline is None
 
     def wanted(self) -> int:
-        """What to poll for: an answer goes out before the next question is read.
+        """What to poll for: a response is sent before the next request is read.
 
-        A question that came with the one before waits for the next turn: each turn answers one.
+        Each round of the loop serves one request of a client; a second one waits for the next round.
         """
-        return select.POLLOUT if self.answer or b"\n" in self.received else select.POLLIN
+        return select.POLLOUT if self.response or b"\n" in self.received else select.POLLIN
 
 
 class ControlServer:
@@ -94,34 +93,40 @@ class ControlServer:
         self._clients: dict[int, ControlConnection] = {}  # by descriptor
         #: until when nothing is accepted (monotonic seconds)
         self._paused_until = 0.0
-        self._complained = False
+        self._logged_pause = False
 
     def open(self) -> None:
-        """Make the socket; without one the log says so and the application goes on."""
+        """Make the socket; when that fails, the log says so and the application runs without one."""
         try:
             directory = runtime_dir.ensure(
                 lambda text: self._broker.log.warning("gunicorn-passenger: %s", text)
             )
-            # by path: the directory is this user's alone, and for root so is each one above it
+            # by path: only this user may write the directory, and for root also each one above it
             runtime_dir.clear(directory)
             path = os.path.join(directory, f"{os.getpid()}.sock")
             self._listener = listening_sockets.open_unix(path, 0o600, _BACKLOG)
         except (PassengerError, OSError) as error:
-            self._broker.log.warning("gunicorn-passenger: %s", errors.status_unavailable(error))
+            self._broker.log.warning(
+                "gunicorn-passenger: 'gunicorn-passenger status' will not find this application, which runs "
+                "all the same: %s",
+                error,
+            )
             return
         self._listener.setblocking(False)
         self._path = path
         self._file = listening_sockets.inode_id(path)
 
     def watch_reports(self, sock: Any) -> None:
-        """Answer on a connected stream socket for as long as it is open: reports and nothing else.
+        """Send reports, and nothing else, on a connected stream socket for as long as it is open.
 
-        :param sock: one end of a pair, for a daemon of ours; it is owned from now on. Gate held.
-        :raises OSError: when there are too many.
+        Called with the broker locked.
+
+        :param sock: one end of a pair, for a daemon of ours; this object closes it.
+        :raises OSError: when there are too many of them.
         """
-        if sum(client.standing for client in self._clients.values()) >= MAX_LINES:
+        if sum(client.persistent for client in self._clients.values()) >= MAX_PERSISTENT:
             sock.close()
-            raise OSError(errno.EMFILE, f"the master answers {MAX_LINES} standing lines, which is the limit")
+            raise OSError(errno.EMFILE, f"{MAX_PERSISTENT} daemons already get reports, which is the limit")
         sock.setblocking(False)
         self._clients[sock.fileno()] = ControlConnection(sock, None)
 
@@ -134,8 +139,8 @@ class ControlServer:
         return wanted
 
     def _accepts(self, now: float) -> bool:
-        passing = sum(not client.standing for client in self._clients.values())
-        return passing < MAX_CLIENTS and now >= self._paused_until
+        transient = sum(not client.persistent for client in self._clients.values())
+        return transient < MAX_CLIENTS and now >= self._paused_until
 
     def serve(self, fd: int, events: int) -> None:
         client = self._clients.get(fd)
@@ -144,10 +149,10 @@ class ControlServer:
                 self._accept()
             return
         try:
-            if events & select.POLLOUT and client.answer:
+            if events & select.POLLOUT and client.response:
                 self._send(client)
             elif events & select.POLLOUT:
-                self._answer_next(client)
+                self._serve_next(client)
             elif not self._read(client):
                 self._drop(client)
         except BlockingIOError:
@@ -155,8 +160,10 @@ class ControlServer:
         except OSError:
             self._drop(client)
         except Exception:
-            # a mistake of ours; this client would lead to it again in each round
-            self._broker.log.exception("gunicorn-passenger: a client of the status socket is given up")
+            # a bug of ours; this client would raise it again in each round
+            self._broker.log.exception(
+                "gunicorn-passenger: closing a client of the control socket after an internal error"
+            )
             self._drop(client)
 
     def tick(self, now: float) -> float | None:
@@ -187,70 +194,70 @@ class ControlServer:
     def _pause(self, error: OSError) -> None:
         # the connection stays in the backlog, so the listener would be ready again at once
         self._paused_until = time.monotonic() + _PAUSE
-        if not self._complained:
-            self._complained = True
+        if not self._logged_pause:
+            self._logged_pause = True
             self._broker.log.error(
-                "gunicorn-passenger: the status socket cannot accept: %s; raise the limit of open files "
-                "(ulimit -n)",
+                "gunicorn-passenger: the control socket cannot accept connections: %s; raise the limit of "
+                "open files (ulimit -n)",
                 error.strerror,
             )
 
     def _read(self, client: ControlConnection) -> bool:
-        """:returns: whether the client is still there."""
-        data = client.closer.receive(client.sock, MAX_QUESTION + 1 - len(client.received))
+        """:returns: whether the client is still connected."""
+        data = client.closer.receive(client.sock, MAX_REQUEST + 1 - len(client.received))
         if not data:
             return False
         if client.closer.full:
             return False
         client.received += data
-        self._answer_next(client)
+        self._serve_next(client)
         return True
 
-    def _answer_next(self, client: ControlConnection) -> None:
-        """Answer the question that is whole, if one is."""
+    def _serve_next(self, client: ControlConnection) -> None:
+        """Respond to the next complete request, if there is one."""
         line, end, rest = client.received.partition(b"\n")
         if end:
             client.received = rest
-            answer = self._answer(bytes(line), client)
-        elif len(client.received) > MAX_QUESTION:
+            response = self._respond(bytes(line), client)
+        elif len(client.received) > MAX_REQUEST:
             client.received.clear()
-            answer = {"error": f"the question is longer than {MAX_QUESTION} bytes"}
+            response = {"error": f"the request is longer than {MAX_REQUEST} bytes"}
         else:
             return
-        client.answer = memoryview(json.dumps(answer, separators=(",", ":")).encode() + b"\n")
+        client.response = memoryview(json.dumps(response, separators=(",", ":")).encode() + b"\n")
         self._send(client)
 
     def _send(self, client: ControlConnection) -> None:
-        while client.answer:
+        while client.response:
             try:
-                sent = client.sock.send(client.answer, socket.MSG_NOSIGNAL)
+                sent = client.sock.send(client.response, socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 return
-            client.answer = client.answer[sent:]
-        if not client.standing:
+            client.response = client.response[sent:]
+        if not client.persistent:
             self._drop(client)
 
     def _drop(self, client: ControlConnection) -> None:
         self._clients.pop(client.sock.fileno(), None)
         client.closer.close_socket(client.sock)
 
-    # --- questions -------------------------------------------------------------------------------
+    # --- requests -------------------------------------------------------------------------------
 
-    def _answer(self, line: bytes, client: ControlConnection) -> dict[str, Any]:
+    def _respond(self, line: bytes, client: ControlConnection) -> dict[str, Any]:
         try:
-            question = json.loads(line)
+            request = json.loads(line)
         except (ValueError, RecursionError):
-            question = None
-        if not isinstance(question, dict):
-            return {"error": "a question is one line with a JSON object"}
-        verb, name = question.get("command"), question.get("name")
+            request = None
+        if not isinstance(request, dict):
+            return {"error": "a request is one line with a JSON object"}
+        verb, name = request.get("command"), request.get("name")
         try:
             if verb == "report":
                 return {"report": self._broker.report()}
             if verb not in ("restart", "stop"):
-                return {"error": "there is no such command; there are: report, restart, stop"}
-            if client.standing:
-                return {"error": f"{verb} is not for this line, which is for reports"}
+                return {"error": "unknown command; use report, restart or stop"}
+            if client.persistent:
+                return {"error": f"{verb} is not allowed on this connection, which is for reports"}
             if not isinstance(name, str) or not name:
                 return {"error": f"{verb} needs a name"}
             return {"done": self._broker.command(verb, name)}
@@ -258,15 +265,15 @@ class ControlServer:
             return {"error": str(error)}
         except Exception:
             self._broker.log.exception("gunicorn-passenger: %s failed", verb)
-            return {"error": f"the master failed at {verb}; its log tells why"}
+            return {"error": f"{verb} failed in the master; see its error log"}
 
-    # --- the other occasions of a part -----------------------------------------------------------
+    # --- the other events of a service -----------------------------------------------------------
 
     def started(self, arbiter: Any) -> None:
         pass
 
     def reloaded(self) -> None:
-        """Somebody may have removed the file, or mended what was wrong with the directory."""
+        """Open the socket again where its file was removed, or its directory was not usable."""
         self._broker.history.note(
             "reload", "gunicorn has read its configuration again and replaces its workers"
         )
@@ -287,7 +294,7 @@ class ControlServer:
         return None
 
     def stop(self) -> None:
-        """Remove the file, if it is still ours."""
+        """Remove the socket's file, if it is still our own."""
         if self._file is not None:
             listening_sockets.remove(self._path, self._file)
         self._close_listener()
@@ -305,9 +312,8 @@ class ControlServer:
 
 
 def _may_ask(sock: Any) -> bool:
-    """Whether the kernel says that it is this user who connects, or root."""
+    """Whether the client runs as this user or as root, according to the kernel."""
     try:
-        _, uid, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return peercred(sock).uid in (os.geteuid(), 0)
     except OSError:
         return False
-    return uid in (os.geteuid(), 0)

@@ -1,24 +1,22 @@
-"""``prometheus_client``'s multiprocess mode, set up and cleaned for a program that counts in several workers.
+"""Sets up and cleans the directory of ``prometheus_client``'s multiprocess mode, for a program's own metrics.
 
-Runs in: the master. Must never: import ``prometheus_client`` (it decides at its import, and the program is to
-import it), remove what it has not made, or let anybody but the workers' user at what they count.
+Process: the master. Never: import ``prometheus_client`` (it chooses its mode when the program imports it),
+remove a directory that it has not made, or let another user than the workers' own read their counters.
 
-Asked for with ``configure(prometheus=True)``. Each worker then keeps its counts in files of one directory,
-``prometheus-<pid of the master>``, and whoever answers ``/metrics`` adds them up. The directory belongs to
-the workers' user alone. A master that is root makes it beside the runtime directory, which lets no other
-user through.
+Switched on with ``configure(prometheus=True)``. Each worker then keeps its counters in files of one
+directory, ``prometheus-<pid of the master>``, and the process that serves ``/metrics`` adds them up. Only
+the workers' user may enter the directory. A master that is root makes it beside the runtime directory, which
+other users may not enter.
 
 Where the master is root and the workers are not, the workers may put anything into their directory: links to
 files of root's, or a name that the program would open in the master (``--preload``), where it runs as root.
 So such a master
 
-- gives the directory away once, through its descriptor, while it is still empty;
-- counts in a second directory of its own, ``prometheus.master-<pid>``, whose files the workers get as hard
-links:
-  they can read them and not change them;
-- touches what is in the workers' directory by ``link`` and ``unlink`` relative to its descriptor alone, which
-follow
-  no link and change no file.
+- changes the owner of the directory once, through its descriptor, while it is still empty;
+- counts in a second directory of its own, ``prometheus.master-<pid>``, to whose files the workers get hard
+  links: they can read them, but not change them;
+- changes the workers' directory only with ``link`` and ``unlink`` relative to its descriptor, which neither
+  follow a link nor change a file.
 """
 
 from __future__ import annotations
@@ -32,7 +30,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from gunicorn_passenger import errors
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.errors import PassengerError, SettingError
 from gunicorn_passenger.system import runtime_dir
@@ -46,28 +43,30 @@ _NAME = re.compile(r"prometheus(?:\.master)?-([1-9][0-9]*)")
 
 
 class MultiprocDir:
-    """The directory of this master, if one was asked for."""
+    """The directory of this master, if the setting is on."""
 
     def __init__(self) -> None:
-        #: where the workers count; empty when they do not
+        #: where the workers keep their counters; empty when the setting is off
         self.path = ""
-        #: where a master counts that is root, when the workers are not; else the same
+        #: where a master counts that is root while its workers are not; otherwise the same path
         self._masters = ""
-        #: whether it is ours to own and to remove
+        #: whether this master has made it, and removes it
         self._ours = False
         self._pid = 0
         self._held = -1
         self._held_masters = -1
-        #: whether the workers' user has the directory, and all that is in it
+        #: whether the workers' user owns the directory
         self._given = False
-        self._said: list[str] = []
+        self._warnings: list[str] = []
+        #: whether :meth:`_forked` is registered
+        self._registered = False
 
     def prepare(self) -> None:
-        """gunicorn has read its configuration; what comes next may import the program (``--preload``)."""
+        """gunicorn has read its configuration, and may import the program next (``--preload``)."""
         try:
             wanted = settings.prometheus()
         except SettingError:
-            return  # it is said when all settings are looked at
+            return  # raised when all settings are checked
         if not wanted:
             self._let_go()
         elif not self.path or self._pid != os.getpid():
@@ -76,7 +75,7 @@ class MultiprocDir:
             os.environ[VARIABLE] = self._masters
 
     def _let_go(self) -> None:
-        """A reload has switched it off: workers that are there go on, the next ones count for themselves."""
+        """A reload has switched it off: running workers continue, and new ones count only for themselves."""
         if self._ours and os.environ.get(VARIABLE) == self._masters:
             del os.environ[VARIABLE]
 
@@ -85,7 +84,7 @@ class MultiprocDir:
         try:
             parent = runtime_dir.ensure_world_traversable() if os.geteuid() == 0 else runtime_dir.ensure()
             given = os.environ.get(VARIABLE, "")
-            # what the master before (USR2) has handed on is its own
+            # the previous master's directory (USR2) belongs to that master
             if given and not (os.path.dirname(given) == parent and _NAME.fullmatch(os.path.basename(given))):
                 self.path, self._ours = given, False
                 return
@@ -93,23 +92,26 @@ class MultiprocDir:
             path = masters = os.path.join(parent, f"prometheus-{self._pid}")
             self._held = _make(path)
             if os.geteuid() == 0:
-                # as whom the workers run is not known yet
+                # the workers' user is not known yet
                 masters = os.path.join(parent, f"prometheus.master-{self._pid}")
                 self._held_masters = _make(masters)
         except (PassengerError, OSError) as error:
             self._close()
             if _NAME.fullmatch(os.path.basename(os.environ.get(VARIABLE, ""))):
-                del os.environ[VARIABLE]  # that of the master before
-            self._said.append(errors.no_prometheus(error))
+                del os.environ[VARIABLE]  # the previous master's
+            self._warnings.append(_not_added_up(error))
             return
         self.path, self._masters, self._ours, self._given = path, masters, True, False
         os.environ[VARIABLE] = masters
-        if not _hooked:
-            _hooked.append(True)
-            os.register_at_fork(after_in_child=_in_child)
+        if not self._registered:
+            self._registered = True
+            os.register_at_fork(after_in_child=self._forked)
         values = sys.modules.get("prometheus_client.values")
         if values is not None and not getattr(values.ValueClass, "_multiprocess", True):
-            self._said.append(errors.prometheus_too_early())
+            self._warnings.append(
+                "configure(prometheus=True): prometheus_client was imported in the master too early, so the "
+                "workers' own counters are not added up; import it in the program, not in gunicorn.conf.py"
+            )
 
     def _close(self) -> None:
         for fd in (self._held, self._held_masters):
@@ -118,9 +120,9 @@ class MultiprocDir:
         self._held = self._held_masters = -1
 
     def give(self, cfg: Any, log: Any) -> None:
-        """The settings are known: give the directory to the workers' user, and say what went wrong."""
-        while self._said:
-            log.warning("gunicorn-passenger: %s", self._said.pop(0))
+        """The settings are known: give the directory to the workers' user, and log the warnings."""
+        while self._warnings:
+            log.warning("gunicorn-passenger: %s", self._warnings.pop(0))
         given = os.environ.get(VARIABLE, "")
         if self._ours and given and given != self._masters:  # gunicorn's ``raw_env``
             self.finish()
@@ -129,27 +131,27 @@ class MultiprocDir:
             return
         try:
             if not self._given:
-                # it is empty, and nobody but root could have reached it
+                # it is empty, and only root could have entered it
                 os.fchown(self._held, cfg.uid, cfg.gid)
                 self._given = True
             self._share(cfg)
         except OSError as error:
-            log.warning("gunicorn-passenger: %s", errors.no_prometheus(error))
+            log.warning("gunicorn-passenger: %s", _not_added_up(error))
 
     def _share(self, cfg: Any) -> None:
-        """Let the workers read what the master itself counts: a program that was preloaded.
+        """Let the workers read the counters of the master itself, where the program was preloaded.
 
-        :raises OSError: when the system has no room.
+        :raises OSError: when the disk is full.
         """
         for name in os.listdir(self._held_masters):
-            # nobody but root can have made it: the master's own directory lets nobody in
+            # only root can have made it: other users may not enter the master's own directory
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._held_masters)
             try:
                 os.fchown(fd, -1, cfg.gid)
                 os.fchmod(fd, 0o640)
             finally:
                 os.close(fd)
-            # whatever a worker has put there under this name is the workers' own to lose
+            # a file that a worker has put there under this name is replaced
             with suppress(FileNotFoundError, IsADirectoryError, PermissionError):
                 os.unlink(name, dir_fd=self._held)
             with suppress(FileExistsError):
@@ -158,14 +160,14 @@ class MultiprocDir:
                 )
 
     def environment(self, environ: Mapping[str, str]) -> dict[str, str]:
-        """What a process of the workers' user is given in place of the master's own environment."""
+        """The master's environment, as a process of the workers' user gets it."""
         found = dict(environ)
         if self._ours and found.get(VARIABLE) == self._masters:
             found[VARIABLE] = self.path
         return found
 
     def gone(self, pid: int) -> None:
-        """A worker is gone: its gauges of live processes go, its counts stay (``mark_process_dead``)."""
+        """A worker has exited: remove its live gauges and keep its counters (``mark_process_dead``)."""
         if not self.path or self._pid != os.getpid():
             return
         with suppress(OSError):
@@ -181,8 +183,16 @@ class MultiprocDir:
                 if not self._ours:
                     os.close(where)
 
+    def _forked(self) -> None:
+        """A child of the master counts in the workers' directory, and holds the lock of that one only."""
+        if self._ours and os.environ.get(VARIABLE) == self._masters:
+            os.environ[VARIABLE] = self.path
+        if self._held_masters >= 0:
+            os.close(self._held_masters)
+            self._held_masters = -1
+
     def finish(self) -> None:
-        """gunicorn exits."""
+        """gunicorn exits: remove the directories."""
         if self._ours and self._pid == os.getpid():
             for path in {self.path, self._masters}:
                 _remove(path)
@@ -190,23 +200,10 @@ class MultiprocDir:
             self.path, self._masters, self._ours = "", "", False
 
 
-_hooked: list[bool] = []
-
-
-def _in_child() -> None:
-    """A child of the master counts where the workers do; it holds their directory (flock(2)), not the
-    master's."""
-    if directory._ours and os.environ.get(VARIABLE) == directory._masters:
-        os.environ[VARIABLE] = directory.path
-    if directory._held_masters >= 0:
-        os.close(directory._held_masters)
-        directory._held_masters = -1
-
-
 def _make(path: str) -> int:
-    """Make a directory, and hold it with the workers, for whom a pid says nothing: containers have their own.
+    """Make a directory and lock it (flock(2)): containers have their own pids, so a pid alone says nothing.
 
-    :raises OSError: when it cannot be.
+    :raises OSError: when that fails.
     """
     os.mkdir(path, 0o700)
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -215,9 +212,9 @@ def _make(path: str) -> int:
 
 
 def _remove(path: str) -> None:
-    """Remove a directory with all that workers have put into it.
+    """Remove a directory with everything that workers have put into it.
 
-    ``rmtree`` follows no link and goes from descriptor to descriptor; one that is nested too deeply for it
+    ``rmtree`` does not follow links and works with descriptors. A directory that is nested too deeply for it
     stays.
     """
     with suppress(RecursionError):
@@ -225,7 +222,7 @@ def _remove(path: str) -> None:
 
 
 def _clear(parent: str) -> None:
-    """Remove what masters have left that were killed, and one that had this process's pid."""
+    """Remove the directories of masters that were killed, and of one that had this process's pid."""
     for name in os.listdir(parent):
         match = _NAME.fullmatch(name)
         if match and (int(match.group(1)) == os.getpid() or not runtime_dir.pid_exists(int(match.group(1)))):
@@ -246,6 +243,10 @@ def _is_held(path: str) -> bool:
     finally:
         os.close(fd)
     return False
+
+
+def _not_added_up(error: Exception) -> str:
+    return f"configure(prometheus=True): the workers' own counters are not added up: {error}"
 
 
 directory = MultiprocDir()

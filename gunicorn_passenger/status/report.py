@@ -1,17 +1,17 @@
-"""The report of an application: what ``gunicorn-passenger status`` shows and the status app serves.
+"""The report of an application: what ``gunicorn-passenger status`` shows and the status application serves.
 
-Runs in: the master, in the broker's thread. Must never: trust a number that a worker wrote.
+Process: the master, in the broker's thread. Never: trust a number that a worker wrote.
 """
 
 from __future__ import annotations
 
 import os
-import pwd
 from collections.abc import Iterable
 from typing import Any
 
+from gunicorn_passenger._version import __version__
 from gunicorn_passenger.config.address import format_sockname
-from gunicorn_passenger.config.port_allocation import format_ports
+from gunicorn_passenger.config.port_allocation import account_name, format_ports
 from gunicorn_passenger.ipc.scoreboard import PRIMARY_KEY, PRIMARY_SLOT
 from gunicorn_passenger.system import procfs
 
@@ -25,8 +25,8 @@ def report(broker: Any, links: Iterable[Any], primary: list[Any]) -> dict[str, A
     ``"running"`` where the worker class is not ours), ``memory``;
 
     ``servers``: ``name``, ``address``, ``placement``, ``state`` (``"listening"``, ``"stopped"``),
-    ``connections``, ``accepted``, ``requests``, ``bytes``, ``errors`` (the last three ``None`` where nobody
-    counts them), ``workers`` (pids of those that accept);
+    ``connections``, ``accepted``, ``requests``, ``bytes``, ``errors`` (the last three ``None`` where they are
+    not counted), ``workers`` (pids of those that accept);
 
     ``ports``: ``limited``, ``allocated``, ``open``, ``free`` (texts such as ``"9000-9002"``, or ``None``);
 
@@ -37,10 +37,10 @@ def report(broker: Any, links: Iterable[Any], primary: list[Any]) -> dict[str, A
     pids = {worker.age: pid for pid, worker in dict(arbiter.WORKERS).items()} if arbiter is not None else {}
     ready = [link for link in by_age.values() if link.ready]
     return {
-        "version": _version(),
+        "version": __version__,
         "name": _name(broker),
         "pid": os.getpid(),
-        "user": _user(),
+        "user": account_name(os.geteuid()),
         "started": round(broker.started, 3),
         "state": "stopping" if broker.stopping() else "running" if ready or not by_age else "starting",
         "memory": procfs.memory(os.getpid()),
@@ -119,16 +119,3 @@ def ports(broker: Any, daemons: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 def _name(broker: Any) -> str:
     return str(getattr(broker.arbiter, "proc_name", "") or broker.cfg.proc_name)
-
-
-def _user() -> str:
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return str(os.geteuid())
-
-
-def _version() -> str:
-    from gunicorn_passenger._version import __version__
-
-    return __version__

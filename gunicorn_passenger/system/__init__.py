@@ -1,4 +1,4 @@
-"""What the operating system knows: sockets, owners of ports, /proc, the runtime directory, printable text.
+"""The operating system: sockets, owners of ports, /proc, the runtime directory, printable text.
 
-Runs in: every process. Must never: import any other part of the package but ``config`` and ``errors``.
+Process: every process. Never: import another part of the package than ``config`` and ``errors``.
 """

@@ -1,7 +1,7 @@
-"""Opening listening sockets, for whoever holds them, and listing those of this process.
+"""Opens listening sockets, removes their files, and lists the listening sockets of this process.
 
-Runs in: the master, and plain Python; a worker gets its sockets from the master and only lists.
-Must never: block, or decide whether a port is allowed.
+Process: the master, and plain Python; a worker gets its sockets from the master and only lists them. Never:
+block, or decide whether a port is allowed.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from contextlib import closing, contextmanager, suppress
 from gunicorn_passenger import errors
 from gunicorn_passenger.config import listen_errors
 from gunicorn_passenger.config.address import SockAddr, format_tcp
-from gunicorn_passenger.system import port_owner
+from gunicorn_passenger.system import port_owner, procfs
 
 
 def open_tcp(family: int, host: str, port: int, backlog: int, v6only: bool = False) -> _socket.socket:
     """A TCP socket that listens on a numeric host; port 0 lets the kernel choose.
 
-    :raises errors.PortInUse: names the holder, where the system tells.
-    :raises errors.ListenError: for whatever else the kernel refuses.
+    :raises errors.PortInUse: names the process that has the port, where the system tells.
+    :raises errors.ListenError: when the kernel refuses for another reason.
     """
     sock = None
     label = format_tcp(host, port)
@@ -45,18 +45,18 @@ def open_tcp(family: int, host: str, port: int, backlog: int, v6only: bool = Fal
 
 
 def open_unix(path: str, mode: int, backlog: int) -> _socket.socket:
-    """A UNIX socket that listens at an absolute path; a dead server's file there is replaced.
+    """A UNIX socket that listens at an absolute path; the file of a server that has exited is replaced.
 
-    :param mode: of the socket's file; who may write it may connect (unix(7)).
-    :raises errors.PortInUse: when somebody listens there.
-    :raises errors.ListenError: when something else stands there, or the kernel refuses.
+    :param mode: of the socket's file; a user who may write the file may connect (unix(7)).
+    :raises errors.PortInUse: when another socket listens there.
+    :raises errors.ListenError: when there is a file that is not a socket, or the kernel refuses.
     """
     sock = None
     try:
         _clear_stale(path)
         sock = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        # The file gets the mode of the socket's own inode, less the process's umask, which other
-        # threads use: so it is never too open, and what the umask took away is given afterwards.
+        # The file gets the mode of the socket's own inode without the bits of the process's umask, which
+        # other threads use: so it is never too open, and the missing bits are set afterwards.
         os.fchmod(sock.fileno(), mode)
         sock.bind(path)
         with _own_file(path) as (file, info):
@@ -74,19 +74,19 @@ def open_unix(path: str, mode: int, backlog: int) -> _socket.socket:
 
 @contextmanager
 def _own_file(path: str) -> Iterator[tuple[str, os.stat_result]]:
-    """The file of a socket that this process has just bound, by a name that nobody can redirect.
+    """The file of a socket that this process has just bound, by a name that no other user can redirect.
 
-    Whoever may write the directory could have put a symbolic link or a hard link to a file of this user's (of
-    root's, even) in its place meanwhile. So the file is opened without following a link, looked at, and then
-    named by its descriptor.
+    A user who may write the directory could have replaced the file with a symbolic or hard link to a file of
+    this user's, or of root's. So the file is opened without following a link, checked, and then named by its
+    descriptor.
 
-    :raises OSError: (``EPERM``) when it is not a socket of this user's with this one name.
+    :raises OSError: (``EPERM``) when it is not a socket of this user's with this name only.
     """
     fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         info = os.fstat(fd)
         if not stat.S_ISSOCK(info.st_mode) or info.st_uid != os.geteuid() or info.st_nlink != 1:
-            raise PermissionError(errno.EPERM, "another file has taken the place of the socket's own")
+            raise PermissionError(errno.EPERM, "the socket's file was replaced by another file")
         yield f"/proc/self/fd/{fd}", info
     finally:
         os.close(fd)
@@ -95,7 +95,7 @@ def _own_file(path: str) -> Iterator[tuple[str, os.stat_result]]:
 def give(path: str, uid: int, gid: int) -> None:
     """Give the file of a socket that this process has just bound to another user.
 
-    :raises OSError: when that cannot be, or another file has taken its place.
+    :raises OSError: when the system refuses, or the file was replaced.
     """
     with _own_file(path) as (file, _):
         os.chown(file, uid, gid)
@@ -104,7 +104,7 @@ def give(path: str, uid: int, gid: int) -> None:
 def remove(path: str, file: tuple[int, int] | None) -> None:
     """Remove the file of a socket, if it is still the one of ``file`` (see :func:`inode_id`).
 
-    Both steps happen in one directory that is held open, so that renaming it meanwhile changes nothing.
+    Both steps use one open directory, so renaming it meanwhile has no effect.
     """
     with suppress(OSError, ValueError):
         directory = os.open(os.path.dirname(path) or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -139,9 +139,9 @@ def _clear_stale(path: str) -> None:
 
 
 def has_listener(path: str) -> bool:
-    """Whether anybody listens on a UNIX socket; asked without waiting.
+    """Whether a process listens on a UNIX socket; never waits.
 
-    A full queue (EAGAIN) is somebody's too; ECONNREFUSED means that nobody is there (connect(2)).
+    A full backlog (EAGAIN) also has a listener; ECONNREFUSED means that there is none (connect(2)).
     """
     probe = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -152,14 +152,14 @@ def has_listener(path: str) -> bool:
 
 
 def own_listeners() -> dict[int, SockAddr]:
-    """The TCP sockets of this process that listen: inode -> what it is bound to."""
+    """The listening TCP sockets of this process: inode -> address."""
     found: dict[int, SockAddr] = {}
-    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []:
+    for fd in procfs.own_descriptors():
         try:
-            info = os.fstat(int(name))
+            info = os.fstat(fd)
             if not stat.S_ISSOCK(info.st_mode):
                 continue
-            sock = _socket.socket(fileno=os.dup(int(name)))
+            sock = _socket.socket(fileno=os.dup(fd))
         except OSError:
             continue
         with closing(sock):
@@ -170,6 +170,6 @@ def own_listeners() -> dict[int, SockAddr]:
 
 
 def sockname(sock: _socket.socket) -> SockAddr | str:
-    """What a socket is bound to: a tuple, or the path of a UNIX socket."""
+    """The address of a socket: a tuple, or the path of a UNIX socket."""
     name: SockAddr | str = sock.getsockname()
     return name

@@ -1,25 +1,27 @@
-"""Who holds a port, where the system tells.
+"""Which process holds a port, where the system tells.
 
-Runs in: the master (for an error's text) and the command line. Must never: be needed for a
-decision; another user's processes may hide their descriptors.
+Process: the master (for the text of an error) and the command line. Never: decide anything; the kernel may
+hide the descriptors of another user's processes.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import os
-import pwd
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+
+from gunicorn_passenger.config.port_allocation import account_name
+from gunicorn_passenger.system import procfs
 
 _LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp (proc(5))
 
 
 @dataclass(frozen=True)
 class PortOwner:
-    """A process that has a port open, or just its user where the process is hidden."""
+    """The process that holds a port, or only its user where the kernel hides the process."""
 
     pid: int | None
     name: str
@@ -34,7 +36,7 @@ class PortOwner:
 def listening(host: str = "") -> dict[int, list[tuple[int, int]]]:
     """Port -> (inode, uid) of every TCP socket that listens on this machine.
 
-    :param host: only those that a bind to this numeric host would meet.
+    :param host: only sockets that a bind to this numeric host would collide with.
     """
     table: dict[int, list[tuple[int, int]]] = {}
     for path in ("/proc/net/tcp", "/proc/net/tcp6"):
@@ -47,7 +49,7 @@ def listening(host: str = "") -> dict[int, list[tuple[int, int]]]:
             fields = line.split()
             if len(fields) > 9 and fields[3] == _LISTEN:
                 local, _, number = fields[1].rpartition(":")
-                if host and not _meet(host, _host(local)):
+                if host and not _collide(host, _host(local)):
                     continue
                 port = int(number, 16)
                 table.setdefault(port, []).append((int(fields[9]), int(fields[7])))
@@ -60,15 +62,15 @@ def _host(text: str) -> str:
     return str(ipaddress.ip_address(b"".join(words)))
 
 
-def _meet(one: str, other: str) -> bool:
-    """Whether two binds to the same port collide: the same host, or one that stands for all (tcp(7))."""
+def _collide(one: str, other: str) -> bool:
+    """Whether two binds to the same port collide: equal hosts, or one of them is unspecified (tcp(7))."""
     a, b = ipaddress.ip_address(one), ipaddress.ip_address(other)
     if a.version == b.version:
         return a == b or a.is_unspecified or b.is_unspecified
     return (a if a.version == 6 else b).is_unspecified  # "::" takes IPv4 as well
 
 
-def _sockets(pid: str) -> Iterator[int]:
+def _sockets(pid: int) -> Iterator[int]:
     directory = f"/proc/{pid}/fd"
     try:
         numbers = os.listdir(directory)
@@ -81,7 +83,7 @@ def _sockets(pid: str) -> Iterator[int]:
                 yield int(target[8:-1])
 
 
-def _name(pid: str) -> str:
+def _name(pid: int) -> str:
     try:
         with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
             return file.read().strip()
@@ -89,35 +91,28 @@ def _name(pid: str) -> str:
         return "a program"
 
 
-def _user(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
-
-
 def owners_of(ports: set[int], host: str = "") -> dict[int, PortOwner]:
-    """The holder of each of ``ports`` that is taken; the lowest pid where several share it."""
+    """The owner of each of ``ports`` that is taken; the lowest pid where several processes share it."""
     taken = {port: entries for port, entries in listening(host).items() if port in ports}
     wanted = {inode: port for port, entries in taken.items() for inode, _ in entries}
     found: dict[int, PortOwner] = {}
     if wanted:
-        for pid in sorted((p for p in os.listdir("/proc") if p.isdigit()), key=int):
+        for pid in sorted(procfs.pids()):
             for inode in _sockets(pid):
                 port = wanted.get(inode)
                 if port is not None and port not in found:
-                    found[port] = PortOwner(int(pid), _name(pid), _user(taken[port][0][1]))
+                    found[port] = PortOwner(pid, _name(pid), account_name(taken[port][0][1]))
             if len(found) == len(taken):
                 break
     for port, entries in taken.items():
-        found.setdefault(port, PortOwner(None, "", _user(entries[0][1])))
+        found.setdefault(port, PortOwner(None, "", account_name(entries[0][1])))
     return found
 
 
 def describe_owner(port: int, host: str = "") -> str:
     """One phrase for an error: ``nginx (pid 17, user www-data)`` or ``another program``."""
     try:
-        holder = owners_of({port}, host).get(port)
+        owner = owners_of({port}, host).get(port)
     except (OSError, ValueError):
-        holder = None
-    return str(holder) if holder else "another program"
+        owner = None
+    return str(owner) if owner else "another program"

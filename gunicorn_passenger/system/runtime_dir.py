@@ -1,7 +1,6 @@
-"""The runtime directory: where sockets live that nobody gave a path.
+"""The runtime directory: for sockets without a configured path.
 
-Runs in: the master and the command line. Must never: use a directory that somebody else could have
-prepared.
+Process: the master and the command line. Never: use a directory that another user could have prepared.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from contextlib import suppress
 
 from gunicorn_passenger.config.port_allocation import account_name
 from gunicorn_passenger.errors import SettingError
-from gunicorn_passenger.system import listening_sockets
+from gunicorn_passenger.system import listening_sockets, procfs
 
 #: The status socket of a master: its pid.
 SOCKET = re.compile(r"([1-9][0-9]*)\.sock")
-#: How many user ids there are (user_namespaces(7)).
+#: The number of user ids (user_namespaces(7)).
 _ALL_USERS = (1 << 32) - 1
 
 
@@ -47,13 +46,13 @@ def _owner(path: str) -> int | None:
 
 
 def ensure(warn: Callable[[str], object] = lambda _: None) -> str:
-    """Make the runtime directory with mode 0700, or check that it is ours alone.
+    """Make the runtime directory with mode 0700, or check that only this user may use it.
 
-    Anybody may make ``/tmp/gunicorn-passenger-UID`` first. Then one with a name that cannot be foreseen
-    stands in; the command line finds it.
+    Another user may have made ``/tmp/gunicorn-passenger-UID`` first. Then a directory with an unpredictable
+    name is used instead, which the command line finds.
 
-    :param warn: is told, in one sentence, when that is so.
-    :raises SettingError: when it cannot be made, or another user owns it or may write into it.
+    :param warn: called with one sentence in that case.
+    :raises SettingError: when it cannot be made, or another user owns it or may write to it.
     """
     path = directory()
     try:
@@ -68,8 +67,8 @@ def ensure(warn: Callable[[str], object] = lambda _: None) -> str:
             except OSError:
                 raise error from None
         warn(
-            f"the runtime directory {path} was made by {account_name(_owner(path) or 0)} and cannot be "
-            f"trusted: {other} is used instead; set PASSENGER_RUNTIME_DIR to choose one"
+            f"the runtime directory {path} belongs to {account_name(_owner(path) or 0)} and cannot be "
+            f"trusted: {other} is used instead; set PASSENGER_RUNTIME_DIR to choose another"
         )
         return other
 
@@ -79,7 +78,7 @@ def _in_tmp() -> str:
 
 
 def _stand_ins() -> list[str]:
-    """The directories that stand in for the one in ``/tmp``, by name."""
+    """The substitutes for the directory in ``/tmp``, by name."""
     above, name = os.path.split(_in_tmp())
     ours = re.compile(rf"{re.escape(name)}-[a-z0-9_]{{8}}")  # as tempfile.mkdtemp makes them
     found = []
@@ -89,19 +88,19 @@ def _stand_ins() -> list[str]:
 
 
 def ensure_world_traversable() -> str:
-    """Make a directory beside the runtime directory, mode 0711, where other users reach what is theirs.
+    """Make a directory beside the runtime directory, mode 0711, through which other users reach their files.
 
-    For a master that is root and workers that are not: the runtime directory lets nobody through.
+    For a master that is root and workers that are not, since only root may enter the runtime directory.
 
-    :raises SettingError: as :func:`ensure`, and when a directory above it lets nobody through.
+    :raises SettingError: as :func:`ensure`, and when other users may not enter a directory above it.
     """
     path = _ensure(f"{directory()}-users", 0o711)
     above = path
     while above != os.path.dirname(above):
         if not os.stat(above).st_mode & 0o001:
             raise SettingError(
-                f"{path} is for the workers' user, and {above} does not let it through (its mode is "
-                f"{stat.S_IMODE(os.stat(above).st_mode):04o}); set PASSENGER_RUNTIME_DIR"
+                f"the workers' user needs {path}, but may not enter {above} (its mode is "
+                f"{stat.S_IMODE(os.stat(above).st_mode):04o}); set PASSENGER_RUNTIME_DIR to another path"
             )
         above = os.path.dirname(above)
     return path
@@ -115,7 +114,7 @@ def _ensure(path: str, mode: int) -> str:
         with suppress(FileExistsError):
             os.mkdir(path, mode)
             made = True
-        # from here on by its descriptor: another user may be able to put something else in its place
+        # from here on by its descriptor: another user may be able to replace the path
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except (NotADirectoryError, FileExistsError):
         raise SettingError(f"the runtime directory {path} is not a directory; {advice}") from None
@@ -134,10 +133,10 @@ def _ensure(path: str, mode: int) -> str:
         if os.geteuid() == 0 and (above := _untrusted_above(path)):
             raise SettingError(
                 f"the runtime directory {path} cannot be used by a master that runs as root: {above} belongs "
-                f"to another user or may be written by others; {advice}"
+                f"to another user, or others may write to it; {advice}"
             )
         if made:
-            os.fchmod(fd, mode)  # what the umask took away
+            os.fchmod(fd, mode)  # without the effect of the umask
     finally:
         os.close(fd)
     return path
@@ -145,14 +144,13 @@ def _ensure(path: str, mode: int) -> str:
 
 def _not_ours(path: str) -> SettingError:
     return SettingError(
-        f"the runtime directory {path} must belong to you and be writable by nobody else; "
-        "remove it or set PASSENGER_RUNTIME_DIR"
+        f"the runtime directory {path} must belong to you, and only you may write to it; remove it or set "
+        "PASSENGER_RUNTIME_DIR to another path"
     )
 
 
 def _untrusted_above(path: str) -> str:
-    """The first directory above in which another user could put something else in the place of the next
-    one."""
+    """The first directory above in which another user could replace the next one."""
     owners = {0, _unmapped()}
     above = os.path.realpath(path)
     while above != os.path.dirname(above):
@@ -164,8 +162,7 @@ def _untrusted_above(path: str) -> str:
 
 
 def _unmapped() -> int:
-    """Whose the host's directories are in a container with user ids of its own; root where there are none
-    such."""
+    """The owner of the host's directories in a container with user ids of its own; otherwise root."""
     with suppress(OSError, ValueError):
         with open("/proc/self/uid_map", encoding="ascii") as file:
             mapped = sum(int(line.split()[2]) for line in file)
@@ -178,9 +175,8 @@ def _unmapped() -> int:
 def directories() -> list[str]:
     """Where masters of this account may have put their status sockets.
 
-    What is set in the environment may differ between a login and a service, so without a
-    ``PASSENGER_RUNTIME_DIR`` of one's own all the usual places are looked at, and those that processes of
-    this account were started with.
+    The environment of a login may differ from that of a service. So without a ``PASSENGER_RUNTIME_DIR`` these
+    are all usual places, and those in the environment of each process of this account.
     """
     uid = os.geteuid()
     if os.environ.get("PASSENGER_RUNTIME_DIR", "").strip():
@@ -194,7 +190,7 @@ def directories() -> list[str]:
 
 
 def _is_ours(path: str) -> bool:
-    """Whether a directory is this account's, and nobody else may put anything into it."""
+    """Whether a directory belongs to this account, and only this account may write to it."""
     try:
         info = os.lstat(path)
     except OSError:
@@ -203,19 +199,13 @@ def _is_ours(path: str) -> bool:
 
 
 def _set_for_processes(uid: int) -> list[str]:
-    """What ``PASSENGER_RUNTIME_DIR`` was set to when each process of this account was started."""
+    """The values of ``PASSENGER_RUNTIME_DIR`` that processes of this account were started with."""
     found = []
-    for pid in os.listdir("/proc"):
-        if not pid.isdigit():
-            continue
-        with suppress(OSError):
-            if os.stat(f"/proc/{pid}").st_uid != uid:
-                continue
-            with open(f"/proc/{pid}/environ", "rb") as file:
-                for entry in file.read().split(b"\0"):
-                    name, _, value = entry.partition(b"=")
-                    if name == b"PASSENGER_RUNTIME_DIR" and value.startswith(b"/"):
-                        found.append(os.path.normpath(os.fsdecode(value)))
+    for pid in procfs.pids():
+        for entry in procfs.environment(pid) if procfs.owner(pid) == uid else ():
+            name, _, value = entry.partition(b"=")
+            if name == b"PASSENGER_RUNTIME_DIR" and value.startswith(b"/"):
+                found.append(os.path.normpath(os.fsdecode(value)))
     return found
 
 
@@ -236,9 +226,9 @@ def clear(path: str) -> None:
 
 
 def remove_if_stale(pid: int, path: str) -> bool:
-    """Remove a status socket that nobody listens on and whose master is gone.
+    """Remove a status socket without a listener whose master does not run any more.
 
-    :returns: whether it was one.
+    :returns: whether it was removed.
     """
     with suppress(OSError):
         if (

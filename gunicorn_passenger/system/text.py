@@ -1,6 +1,6 @@
-"""Text that came from outside: names that programs choose, output of daemons, names of processes.
+"""Escapes text from outside: names that programs choose, output of daemons, names of processes.
 
-Runs in: every process. Must never: change text that is printable already.
+Process: every process. Never: change text that is already printable.
 
 A worker, a daemon or another user chooses such text, and an operator reads it in a terminal, in the log or on
 a page. Control characters could steer a terminal, a line break could forge a log line, bidirectional
@@ -20,7 +20,7 @@ MAX_NAME = 200
 def printable(text: str, keep: str = "") -> str:
     """The text with an escape in place of each character that is not printable.
 
-    :param keep: characters that stay all the same, such as a tab.
+    :param keep: characters that are not escaped, such as a tab.
 
     ``str.isprintable`` is false for control characters (C0 and C1), format characters (the bidirectional ones
     included), surrogates, and every kind of white space but the space.
@@ -50,8 +50,8 @@ def printable_all(value: Any) -> Any:
 class EscapingFormatter(logging.Formatter):
     """The last step of a line on its way into gunicorn's error log: escape what is not printable.
 
-    It wraps the formatter that gunicorn has set up. A record of gunicorn's or ours that has arguments is one
-    line, since a client, a program or a worker may have chosen them. Other records, and tracebacks, keep
+    It wraps gunicorn's own formatter. A record of gunicorn's or ours with arguments becomes one line, since a
+    client, a program or a worker may have chosen them. Other records, and tracebacks, keep
     their lines.
     """
 
@@ -67,7 +67,7 @@ class EscapingFormatter(logging.Formatter):
 
 
 def escape_error_log(log: Any) -> None:
-    """Have gunicorn's error log written through :class:`EscapingFormatter`.
+    """Write gunicorn's error log through :class:`EscapingFormatter`.
 
     A formatter that is not the standard library's own, such as one that writes JSON, is left alone.
 

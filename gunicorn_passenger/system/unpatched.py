@@ -1,10 +1,9 @@
-"""The system's own threads, locks and poll, whether gevent has patched them or not.
+"""The system's own threads, locks and poll, also where gevent has patched them.
 
-Runs in: every process. Must never: touch a gevent hub, or import gevent where nothing has patched the
-process.
+Process: every process. Never: touch a gevent hub, or import gevent where nothing has patched the process.
 
-A ``gunicorn.conf.py`` that starts with ``monkey.patch_all()`` patches the master too. There the
-broker's thread must be a thread of the system all the same: the arbiter's loop does not turn a hub.
+A ``gunicorn.conf.py`` that starts with ``monkey.patch_all()`` patches the master too. The
+broker's thread must be a thread of the system there, too: the arbiter's loop does not run a hub.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ def unpatched(module: str, name: str) -> Any:
 def start_thread(function: Any) -> None:
     """Run ``function()`` in a thread of the system.
 
-    :raises RuntimeError: when the system gives no thread.
+    :raises RuntimeError: when the system cannot start a thread.
     """
     unpatched("_thread", "start_new_thread")(function, ())
 
@@ -42,7 +41,7 @@ def poll() -> Any:
 
 
 def is_readable(fd: int) -> bool:
-    """Whether there is something to read, or the end."""
+    """Whether data can be read, or the end of the stream."""
     waiting = poll()
     waiting.register(fd, select.POLLIN)
     return bool(waiting.poll(0))

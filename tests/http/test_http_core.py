@@ -104,7 +104,7 @@ def test_a_body_that_stops_is_answered_408(served):
         with connected(where) as sock:
             sock.sendall(b"POST /read HTTP/1.1\r\n" + head)
             assert everything(sock).startswith(b"HTTP/1.1 408 Request Timeout\r\n")
-    process.wait_log(r"INFO\] the request's body came to a stop: nothing for 1 s", 2)
+    process.wait_log(r"INFO\] the client sent nothing of its request body for 1 s", 2)
     assert "Traceback" not in process.log()
 
 

@@ -60,7 +60,7 @@ def fails(process, pattern, lines=1):
         ("s = passenger.create_server(whoami)\ns.close()\ns.listen(9000)", "is closed and cannot listen again"),
         ("s = passenger.create_server(whoami).listen('auto')\ns.listen(9000)", "already listens on 127.0.0.1"),
         ("passenger.listen('9' * 5000, whoami)", "port '99999999999999999999' .*is not a number from 1 to 65535"),
-        (f"passenger.listen('{'a' * 64}.x:9000', whoami)", "a label has over 63 characters"),
+        (f"passenger.listen('{'a' * 64}.x:9000', whoami)", "a label has more than 63 characters"),
         ("from gunicorn_passenger import http_proxy\nhttp_proxy.create_server('ftp://x')", "target='ftp://x': a URL for a target begins with http:// or https://"),
         ("from gunicorn_passenger import http_proxy\nhttp_proxy.create_server(9000, zz=1)", "has no option 'zz'"),
         ("passenger.create_server(whoami, zz=1)", "create_server.. has no option 'zz'"),
@@ -123,8 +123,14 @@ def test_app_that_is_not_callable_stops_the_start_in_one_line(start):
             "configure(ports='9000,90x')",
             "gunicorn.conf.py, line 2: .*cannot read '90x' .item 2 of '9000,90x'",
         ),
-        ("configure(grace_period='soon')", "gunicorn.conf.py, line 2: .*'soon' is no number of seconds"),
-        ("configure(grace_period=-1)", "is not between 0 and 86400 seconds"),
+        ("configure(grace_period='soon')", "gunicorn.conf.py, line 2: .*'soon' is not a number of seconds"),
+        ("configure(grace_period=-1)", "is out of range; use 0 to 86400 seconds"),
+        ("configure(status_hosts=['http://x'])", "gunicorn.conf.py, line 2: .*'http://x' is not a host name"),
+        (
+            "status.spawn(9100, hosts=['x:80'])",
+            "gunicorn.conf.py, line 2: status.spawn.hosts=.*'x:80' is not a host",
+        ),
+        ("status.spawn(None)", "gunicorn.conf.py, line 2: status.spawn.. needs to know where to listen"),
     ],
 )
 def test_bad_settings_in_gunicorn_conf(start, call, pattern):
@@ -136,13 +142,14 @@ def test_bad_settings_in_gunicorn_conf(start, call, pattern):
     ("variable", "value", "pattern"),
     [
         ("PASSENGER_PORTS", "9000-x", "PASSENGER_PORTS: cannot read '9000-x' .item 1 of '9000-x'"),
-        ("PASSENGER_GRACE_PERIOD", "long", "PASSENGER_GRACE_PERIOD: 'long' is no number of seconds"),
+        ("PASSENGER_GRACE_PERIOD", "long", "PASSENGER_GRACE_PERIOD: 'long' is not a number of seconds"),
         ("PASSENGER_AUTO_INSTALL", "2", "PASSENGER_AUTO_INSTALL: '2' is neither true nor false"),
         (
             "PASSENGER_PLACEMENT",
             "9000=two",
             "PASSENGER_PLACEMENT: port 9000: placement 'two' is unknown; use 'shared'",
         ),
+        ("PASSENGER_STATUS_HOSTS", "a/b", "PASSENGER_STATUS_HOSTS: 'a/b' is not a host name"),
     ],
 )
 def test_bad_environment(start, variable, value, pattern):
@@ -269,7 +276,7 @@ def test_unknown_command(start):
 
     process = start.python(COMMAND, "dance")
     assert process.wait_end() == 2
-    assert process.log().startswith("there is no command 'dance'\nusage:")
+    assert process.log().startswith("Error: unknown command 'dance'\nusage:")
 
 
 def test_plain_python_bad_port_variable(start):

@@ -64,10 +64,10 @@ def test_parse(value, ports):
         ("9000-70000", "is outside 1-65535"),
         ("20-10", "runs backwards"),
         ("\u0669", "cannot read"),
-        (True, "here: True is no set of ports"),
-        (None, "here: None is no set of ports"),
-        ({9000: 1}, "is no set of ports"),
-        (b"9000", "is no set of ports"),
+        (True, "here: True is not a set of ports"),
+        (None, "here: None is not a set of ports"),
+        ({9000: 1}, "is not a set of ports"),
+        (b"9000", "is not a set of ports"),
     ],
 )
 def test_parse_says_where(value, said):
@@ -82,10 +82,10 @@ def test_format():
 
 
 def layer(text, source):
-    return AllocationSource(parse_ports(text, source), source, f"mend {source}")
+    return AllocationSource(parse_ports(text, source), source, f"change {source}")
 
 
-def test_each_layer_narrows_and_none_widens():
+def test_each_source_narrows_and_none_widens():
     allocation = PortAllocation(
         "web", (layer("10-20", "system"), layer("15-30", "environment"), layer("1-18", "app"))
     )
@@ -98,10 +98,10 @@ def test_each_layer_narrows_and_none_widens():
             f"port {port} is not allocated to account web: the port allocation is 15-18 (set by {source})"
             in str(caught.value)
         )
-        assert f"mend {source}" in str(caught.value)
+        assert f"change {source}" in str(caught.value)
     assert allocation.ineffective_ports() == [
-        "environment names ports 21-30, which system does not allocate to account web; they stay refused",
-        "app names ports 1-14, which system does not allocate to account web; they stay refused",
+        "environment names ports 21-30, which system does not allocate to account web; these ports are refused",
+        "app names ports 1-14, which system does not allocate to account web; these ports are refused",
     ]
 
 
@@ -150,12 +150,12 @@ def test_system_file_that_cannot_be_trusted(system_file, tmp_path):
 
     system_file.write_text('alice = "9000"')
     system_file.chmod(0o664)
-    assert "has mode 0664, nobody but root may write it (chmod go-w" in said()
+    assert "has mode 0664, but only root may write it (chmod go-w" in said()
     system_file.chmod(0o646)
     assert "has mode 0646" in said()
     system_file.chmod(0o644)
     os.chown(system_file, 65534, 0)
-    assert "is owned by nobody, it must be root's (chown root" in said()
+    assert "is owned by nobody, but must be owned by root (chown root" in said()
     os.chown(system_file, 0, 0)
     system_file.write_text("alice = 9000 9001")
     assert "ports.toml: not valid TOML: " in said()
@@ -185,7 +185,7 @@ def test_a_system_file_that_leads_nowhere_allows_nothing(tmp_path, kind):
         system_layer("alice", 1000, str(directory / "ports.toml"))
 
 
-def test_which_call_belongs_to_whom(monkeypatch):
+def test_which_source_a_call_belongs_to(monkeypatch):
     """gunicorn.conf.py is the operator's, the application is the program's; a reload starts afresh."""
     monkeypatch.delenv("PASSENGER_PORTS", raising=False)
     monkeypatch.delenv("PASSENGER_AUTO_INSTALL", raising=False)
@@ -246,7 +246,7 @@ def test_configuration_and_environment_bound_the_program(start):
     process.wait_log(
         rf"configure\(\) in gunicorn.conf.py names ports {c}, which PASSENGER_PORTS does not allocate"
     )
-    # the program cannot talk its way past the master
+    # the program cannot get around the master
     status, text = fetch(
         process.socket,
         "/eval",
@@ -259,7 +259,7 @@ def test_configuration_and_environment_bound_the_program(start):
 
 
 @pytest.mark.parametrize("text", ["", " ", "\t\n"])
-def test_a_variable_that_is_set_but_empty_allots_no_port(monkeypatch, text):
+def test_a_variable_that_is_set_but_empty_allocates_no_port(monkeypatch, text):
     """PASSENGER_PORTS=$PORTS with PORTS unset must not allow every port."""
     monkeypatch.setenv("PASSENGER_PORTS", text)
     allocation = Settings().operator_allocation(os.geteuid())
@@ -270,13 +270,13 @@ def test_a_variable_that_is_set_but_empty_allots_no_port(monkeypatch, text):
 
 
 @pytest.mark.parametrize("name", [name for name in _CHECKS if name != "ports"])
-def test_no_other_variable_that_is_set_but_empty_changes_anything(monkeypatch, name):
+def test_no_other_variable_that_is_set_but_empty_changes_a_setting(monkeypatch, name):
     settings = Settings()
     with monkeypatch.context() as patch:
         patch.delenv(f"PASSENGER_{name.upper()}", raising=False)
-        unset = settings._in_force(name)
+        unset = settings._effective(name)
     monkeypatch.setenv(f"PASSENGER_{name.upper()}", " ")
-    assert settings._in_force(name) == unset
+    assert settings._effective(name) == unset
     settings.check_environment()
 
 
@@ -312,12 +312,10 @@ def test_a_reload_takes_a_new_allocation(start):
     start.write("gunicorn.conf.py", text.format(first + 1))
     process.hup(1)
     assert outcomes(process, first, first + 1) == ["PortNotAllocated", "had"]
-    # a broken one is reported, and the one of before stays
+    # a broken one is reported, and the previous one stays
     start.write("gunicorn.conf.py", "raw_env = ['PASSENGER_GRACE_PERIOD=soon']\n" + text.format(first))
     process.hup(1)
-    process.wait_log(
-        "PASSENGER_GRACE_PERIOD: 'soon' is no number of seconds; the settings of before stay in force"
-    )
+    process.wait_log("PASSENGER_GRACE_PERIOD: 'soon' is not a number of seconds")
     assert outcomes(process, first, first + 1) == ["PortNotAllocated", "had"]
 
 
@@ -459,17 +457,17 @@ def test_ports_command(start):
         process = start.python(COMMAND, "ports", env={"PASSENGER_PORTS": f"{first}-{first + 2}"})
         assert process.wait_end() == 0
         assert process.log().splitlines() == [
-            f"account   {user}",
+            f"account    {user}",
             f"allocated  {first}-{first + 2}  (set by PASSENGER_PORTS)",
-            f"free      {first},{first + 2}",
-            f"taken     {first + 1}  by {name} (pid {os.getpid()}, user {user})",
+            f"free       {first},{first + 2}",
+            f"taken      {first + 1}  by {name} (pid {os.getpid()}, user {user})",
         ]
 
 
 def test_ports_command_without_an_allocation(start):
     process = start.python(COMMAND, "ports")
     assert process.wait_end() == 0
-    assert "no port allocation is set: any port that needs no privilege" in process.log()
+    assert "no port allocation is set: any unprivileged port is allowed" in process.log()
 
 
 def test_ports_command_with_a_bad_environment(start):

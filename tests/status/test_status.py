@@ -20,8 +20,7 @@ from conftest import COMMAND, Client, fetch, free_port, pids_answering, refused,
 
 from gunicorn_passenger import cli
 from gunicorn_passenger.errors import PassengerError
-from gunicorn_passenger.status import control_client as reporting
-from gunicorn_passenger.status import control_server as controlling
+from gunicorn_passenger.status import control_client, control_server, terminal
 from gunicorn_passenger.system import listening_sockets, runtime_dir
 from gunicorn_passenger.system.text import printable
 
@@ -182,14 +181,14 @@ def test_counts_of_gone_workers_stay(start, port):
 def test_nothing_runs(start):
     done = command(start, "status")
     assert done.returncode == 1
-    assert re.fullmatch(r"Nothing of account \w+ runs under gunicorn-passenger\n", done.stderr)
+    assert re.fullmatch(r"No application of account \w+ runs under gunicorn-passenger\n", done.stderr)
     assert done.stdout == ""
     done = command(start, "status", "--json")
     assert done.returncode == 1
     assert json.loads(done.stdout)["applications"] == []
     done = command(start, "restart", "jobs")
     assert done.returncode == 1
-    assert re.fullmatch(r"Error: nothing of account \w+ runs under gunicorn-passenger\n", done.stderr)
+    assert re.fullmatch(r"Error: no application of account \w+ runs under gunicorn-passenger\n", done.stderr)
 
 
 def test_watch_without_a_terminal_prints_again(start):
@@ -233,7 +232,7 @@ def test_watch_goes_on_when_the_application_ends(start):
     watching = start.python(COMMAND, "status", "--watch")
     watching.wait_log("master +")
     assert process.stop() == 0
-    watching.wait_log("Nothing of account")
+    watching.wait_log("No application of account")
     watching.signal(signal.SIGINT)
     assert watching.wait_end() == 0
 
@@ -273,7 +272,7 @@ def test_several_applications(start, home):
     assert "gunicorn-passenger stop second --app PID" in done.stderr
     done = command(start, "stop", "second", "--app", "nowhere")
     assert done.returncode == 1
-    assert "--app nowhere: no such application runs; there are: " in done.stderr
+    assert "--app nowhere: no such application; running: " in done.stderr
     done = command(start, "stop", "nothing")
     assert done.returncode == 1
     assert "no application has a server or a daemon 'nothing'" in done.stderr
@@ -416,25 +415,25 @@ def test_one_line_in_one_line_out(start):
 
 
 @pytest.mark.parametrize(
-    ("question", "error"),
+    ("request_line", "error"),
     [
-        (b"\n", "a question is one line with a JSON object"),
-        (b"GET / HTTP/1.1\r\n", "a question is one line with a JSON object"),
-        (b"[" * 4000 + b"\n", "a question is one line with a JSON object"),
-        (b'["report"]\n', "a question is one line with a JSON object"),
-        (b'{"command": "shutdown"}\n', "there is no such command; there are: report, restart, stop"),
-        (b'{"command": {}}\n', "there is no such command; there are: report, restart, stop"),
+        (b"\n", "a request is one line with a JSON object"),
+        (b"GET / HTTP/1.1\r\n", "a request is one line with a JSON object"),
+        (b"[" * 4000 + b"\n", "a request is one line with a JSON object"),
+        (b'["report"]\n', "a request is one line with a JSON object"),
+        (b'{"command": "shutdown"}\n', "unknown command; use report, restart or stop"),
+        (b'{"command": {}}\n', "unknown command; use report, restart or stop"),
         (b'{"command": "stop"}\n', "stop needs a name"),
         (b'{"command": "stop", "name": 7}\n', "stop needs a name"),
         (b'{"command": "stop", "name": "x"}\n', "'x'"),
-        (b"x" * 4097, "the question is longer than 4096 bytes"),
-        (b"\xff\xfe\n", "a question is one line with a JSON object"),
+        (b"x" * 4097, "the request is longer than 4096 bytes"),
+        (b"\xff\xfe\n", "a request is one line with a JSON object"),
     ],
 )
-def test_bad_questions(start, question, error):
+def test_bad_requests(start, request_line, error):
     process = start.gunicorn("status_app", workers=1).wait_ready()
     path = control_socket(start, process)
-    assert error in json.loads(ask(path, question))["error"]
+    assert error in json.loads(ask(path, request_line))["error"]
     assert only(start)["pid"] == process.pid
     assert "Traceback" not in process.log()
 
@@ -445,7 +444,7 @@ def test_clients_that_do_nothing_are_let_go(start):
     path = control_socket(start, process)
     idle = []
     try:
-        for number in range(controlling.MAX_CLIENTS * 2):
+        for number in range(control_server.MAX_CLIENTS * 2):
             sock = socket.socket(socket.AF_UNIX)
             sock.settimeout(30)
             sock.connect(str(path))
@@ -493,7 +492,9 @@ def test_no_descriptor_for_a_client(start):
         sock.settimeout(30)
         sock.connect(str(path))
         sock.sendall(b'{"command": "report"}\n')
-        process.wait_log(r"the status socket cannot accept: Too many open files; raise the limit")
+        process.wait_log(
+            r"the control socket cannot accept connections: Too many open files; raise the limit"
+        )
         ticks = cpu_ticks(process.pid)
         assert fetch(process.socket)[0] == 200
         subprocess.run(
@@ -501,7 +502,7 @@ def test_no_descriptor_for_a_client(start):
         )
         assert json.loads(sock.makefile().readline())["report"]["pid"] == process.pid
     assert cpu_ticks(process.pid) - ticks < 50
-    assert process.log().count("the status socket cannot accept") == 1
+    assert process.log().count("the control socket cannot accept") == 1
 
 
 def cpu_ticks(pid):
@@ -545,8 +546,8 @@ def test_another_user_gets_nothing(start, home, monkeypatch):
     process = start.gunicorn("status_app", workers=1).wait_ready()
     path = control_socket(start, process)
     monkeypatch.setenv("PASSENGER_RUNTIME_DIR", str(home / "run"))
-    assert len(reporting.find()) == 1
-    assert as_nobody(reporting.find) == "[]"
+    assert len(control_client.find()) == 1
+    assert as_nobody(control_client.find) == "[]"
     assert as_nobody(lambda: ask(path, b'{"command": "report"}\n')) == "error PermissionError"
     assert as_nobody(lambda: os.listdir(path.parent)) == "error PermissionError"
     # and even where the directory and the file let them: the kernel says who it is
@@ -576,10 +577,10 @@ def test_a_directory_of_somebody_else_is_not_believed(home, monkeypatch):
         assert runtime_dir.directories() == [str(home / "run")]
         os.chown(home / "run", 65534, 65534)
         assert runtime_dir.directories() == []
-        assert reporting.find() == []
+        assert control_client.find() == []
         os.chown(home / "run", 0, 0)
         (home / "run").chmod(0o777)
-        assert reporting.find() == []
+        assert control_client.find() == []
 
 
 @needs_root
@@ -640,7 +641,7 @@ def test_a_directory_that_cannot_be_made(start, home):
     process = start.gunicorn(
         "status_app", workers=1, env={"PASSENGER_RUNTIME_DIR": "/proc/nowhere/run"}
     ).wait_ready()
-    process.wait_log("will not find this application, which is served all the same: .*cannot be made")
+    process.wait_log("will not find this application, which runs all the same: .*cannot be made")
     assert process.stop() == 0
 
 
@@ -673,11 +674,11 @@ def test_a_master_that_does_not_answer(start):
     process.signal(signal.SIGSTOP)
     try:
         done = command(start, "status")
-        assert f"pid {process.pid}: does not answer (nothing within 3 s)" in done.stdout
+        assert f"pid {process.pid}: does not respond (no response within 3 s)" in done.stdout
         assert done.returncode == 0
         done = command(start, "stop", "x")
         assert done.returncode == 1
-        assert f"the master with pid {process.pid} did not answer" in done.stderr
+        assert f"the master with pid {process.pid} did not respond" in done.stderr
     finally:
         process.signal(signal.SIGCONT)
     assert only(start)["pid"] == process.pid
@@ -742,13 +743,13 @@ def read_line(control, sock):
 @pytest.fixture
 def control(home, monkeypatch):
     monkeypatch.setenv("PASSENGER_RUNTIME_DIR", str(home / "run"))
-    control = controlling.ControlServer(Broker())
+    control = control_server.ControlServer(Broker())
     control.open()
     yield control
     control.stop()
 
 
-def test_a_standing_line_has_many_questions_and_only_reports(control):
+def test_a_persistent_connection_has_many_requests_and_only_reports(control):
     ours, theirs = socket.socketpair()
     control.watch_reports(theirs)
     for count in (1, 2, 3):
@@ -758,7 +759,7 @@ def test_a_standing_line_has_many_questions_and_only_reports(control):
     ours.setblocking(True)
     ours.sendall(b'{"command": "stop", "name": "x"}\n{"command": "report"}\n')
     first = read_line_exactly(control, ours)
-    assert first == {"error": "stop is not for this line, which is for reports"}
+    assert first == {"error": "stop is not allowed on this connection, which is for reports"}
     assert read_line(control, ours)["report"]
     assert control._broker.told == []
     ours.close()
@@ -766,8 +767,8 @@ def test_a_standing_line_has_many_questions_and_only_reports(control):
     assert control._clients == {}
 
 
-def test_descriptors_that_come_with_a_question_are_closed(control):
-    """Also one whose close waits, and those with a question that is never read."""
+def test_descriptors_that_come_with_a_request_are_closed(control):
+    """Also one whose close waits, and those with a request that is never read."""
     before = len(os.listdir("/proc/self/fd"))
     ours, theirs = socket.socketpair()
     control.watch_reports(theirs)
@@ -783,17 +784,19 @@ def test_descriptors_that_come_with_a_question_are_closed(control):
     wait_for(lambda: len(os.listdir("/proc/self/fd")) == before, "all descriptors to be closed")
 
 
-def test_a_client_that_leads_to_a_mistake_of_ours_is_given_up(control, monkeypatch):
+def test_a_client_that_triggers_an_internal_error_is_closed(control, monkeypatch):
     ours, theirs = socket.socketpair()
     control.watch_reports(theirs)
 
     def fail(*_):
         raise ZeroDivisionError("a mistake of ours")
 
-    monkeypatch.setattr(control, "_answer", fail)
+    monkeypatch.setattr(control, "_respond", fail)
     ours.sendall(b'{"command": "report"}\n')
     wait_for(lambda: (turn(control), not control._clients)[1], "the end of the client")
-    assert control._broker.log.lines == ["gunicorn-passenger: a client of the status socket is given up"]
+    assert control._broker.log.lines == [
+        "gunicorn-passenger: closing a client of the control socket after an internal error"
+    ]
     assert ours.recv(10) == b""
     ours.close()
 
@@ -810,8 +813,8 @@ def read_line_exactly(control, sock):
     return json.loads(received)
 
 
-def test_a_standing_line_that_is_not_read_asks_nothing_more(control):
-    """One answer is kept for it, however many questions it sends."""
+def test_a_persistent_connection_that_is_not_read_sends_no_further_request(control):
+    """One response is kept for it, however many requests it sends."""
     ours, theirs = socket.socketpair()
     control.watch_reports(theirs)
     ours.setblocking(False)
@@ -823,18 +826,18 @@ def test_a_standing_line_that_is_not_read_asks_nothing_more(control):
             turn(control, 0)
     assert control._broker.asked < 10
     (client,) = control._clients.values()
-    assert len(client.received) <= controlling.MAX_QUESTION + 1
+    assert len(client.received) <= control_server.MAX_REQUEST + 1
     ours.close()
     turn(control)
     turn(control)
     assert control._clients == {}
 
 
-def test_each_turn_answers_one_question(control):
-    """However many have come in one piece, and however fast the answers are read."""
+def test_each_round_serves_one_request(control):
+    """However many arrive at once, and however fast the client reads the responses."""
     ours, theirs = socket.socketpair()
     control.watch_reports(theirs)
-    count = controlling.MAX_QUESTION
+    count = control_server.MAX_REQUEST
     ours.sendall(b"\n" * count)
     received = b""
     turns = 0
@@ -847,19 +850,19 @@ def test_each_turn_answers_one_question(control):
             received += ours.recv(1 << 20)
         assert received.count(b"\n") <= turns
     assert {json.loads(line)["error"] for line in received.splitlines()} == {
-        "a question is one line with a JSON object"
+        "a request is one line with a JSON object"
     }
     ours.close()
     turn(control)
 
 
-def test_there_are_only_so_many_standing_lines(control):
+def test_persistent_connections_are_limited(control):
     pairs = []
     with pytest.raises(OSError, match="which is the limit"):
-        for _ in range(controlling.MAX_LINES + 1):
+        for _ in range(control_server.MAX_PERSISTENT + 1):
             pairs.append(socket.socketpair())
             control.watch_reports(pairs[-1][1])
-    assert len(control._clients) == controlling.MAX_LINES
+    assert len(control._clients) == control_server.MAX_PERSISTENT
     control.forked()
     assert control._clients == {}
     assert control.descriptors() == {}
@@ -881,7 +884,7 @@ def test_what_fails_in_the_broker_is_an_answer(control, home):
 
 
 def test_a_client_has_so_many_seconds(control, home, monkeypatch):
-    monkeypatch.setattr(controlling, "PATIENCE", 0.2)
+    monkeypatch.setattr(control_server, "PATIENCE", 0.2)
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(str(home / "run" / f"{os.getpid()}.sock"))
         turn(control)
@@ -894,13 +897,13 @@ def test_a_client_has_so_many_seconds(control, home, monkeypatch):
 
 def test_more_clients_than_are_served_wait(control, home):
     path = str(home / "run" / f"{os.getpid()}.sock")
-    clients = [socket.socket(socket.AF_UNIX) for _ in range(controlling.MAX_CLIENTS + 3)]
+    clients = [socket.socket(socket.AF_UNIX) for _ in range(control_server.MAX_CLIENTS + 3)]
     for sock in clients:
         sock.connect(path)
     for _ in range(len(clients) * 2):
         turn(control, 0)
-    assert len(control._clients) == controlling.MAX_CLIENTS
-    for sock in clients[: controlling.MAX_CLIENTS]:
+    assert len(control._clients) == control_server.MAX_CLIENTS
+    for sock in clients[: control_server.MAX_CLIENTS]:
         sock.close()
     clients[-1].sendall(b'{"command": "report"}\n')
     assert read_line(control, clients[-1])["report"]
@@ -910,7 +913,7 @@ def test_more_clients_than_are_served_wait(control, home):
 
 def test_credentials_are_asked_of_the_kernel(control, monkeypatch):
     ours, theirs = socket.socketpair()
-    assert controlling._may_ask(theirs)
+    assert control_server._may_ask(theirs)
     fake = struct.pack("iII", os.getpid(), 65534, 0)
     monkeypatch.setattr(socket, "SO_PEERCRED", socket.SO_PEERCRED)
 
@@ -918,7 +921,7 @@ def test_credentials_are_asked_of_the_kernel(control, monkeypatch):
         def getsockopt(self, *_):
             return fake
 
-    assert not controlling._may_ask(Lying())
+    assert not control_server._may_ask(Lying())
     ours.close()
     theirs.close()
 
@@ -927,15 +930,15 @@ def test_credentials_are_asked_of_the_kernel(control, monkeypatch):
 
 
 def test_sizes_times_and_numbers():
-    assert [reporting._bytes(n) for n in (None, 0, 999, 1000, 9949, 31_000_000, 1.5e9, 2e15)] == [
+    assert [terminal._bytes(n) for n in (None, 0, 999, 1000, 9949, 31_000_000, 1.5e9, 2e15)] == [
         "-", "0 B", "999 B", "1.0 kB", "9.9 kB", "31 MB", "1.5 GB", "2000.0 TB",
     ]  # fmt: skip
-    assert [reporting._duration(s) for s in (-3, 0, 59.9, 60, 3600, 86399, 90000)] == [
+    assert [terminal._duration(s) for s in (-3, 0, 59.9, 60, 3600, 86399, 90000)] == [
         "0 s", "0 s", "59 s", "1 min", "1 h 00 min", "23 h 59 min", "1 d 01 h",
     ]  # fmt: skip
-    assert [reporting._number(n) for n in (None, 0, 1234, 9876543)] == ["-", "0", "1 234", "9 876 543"]
-    assert reporting._cut("abcdefghij", 7) == "abc…hij"
-    assert reporting._cut("abc", 1) == "…"
+    assert [terminal._number(n) for n in (None, 0, 1234, 9876543)] == ["-", "0", "1 234", "9 876 543"]
+    assert terminal._cut("abcdefghij", 7) == "abc…hij"
+    assert terminal._cut("abc", 1) == "…"
     assert printable("a\x1b]0;x\x07\nb\u202e") == r"a\x1b]0;x\x07\x0ab\u202e"
 
 
@@ -958,7 +961,7 @@ def test_no_line_is_longer_than_the_terminal(width):
         "ports": {"limited": True, "allocated": "9000", "open": None, "free": "9000"},
         "events": [{"time": 1.0, "kind": "x", "text": "t" * 500}], "totals": {"x": 1},
     }  # fmt: skip
-    lines = reporting.table(found, width)
+    lines = terminal.table(found, width)
     assert max(map(len, lines)) <= max(width, 110)
     assert max(map(len, lines)) <= width or width == 80
 
@@ -992,7 +995,7 @@ def test_a_script_starts_although_another_user_has_the_runtime_directory(start, 
     assert process.stop() == 0
     without = start.python(COMMAND, "start", script)
     assert without.wait_end() != 0
-    assert "must belong to you and be writable by nobody else" in without.log()
+    assert "must belong to you, and only you may write to it" in without.log()
     assert "or say where to listen with -b" in without.log()
     assert "Traceback" not in without.log()
     assert os.listdir(home / "run") == []
@@ -1032,7 +1035,7 @@ def test_a_directory_with_a_name_that_cannot_be_foreseen_stands_in(squatted, wha
     assert re.fullmatch(rf"{re.escape(str(squatted))}-[a-z0-9_]{{8}}", path)
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o700
     assert len(said) == 1
-    assert f"the runtime directory {squatted} was made by nobody and cannot be trusted" in said[0]
+    assert f"the runtime directory {squatted} belongs to nobody and cannot be trusted" in said[0]
     # the same one again, and the command line finds it
     assert runtime_dir.ensure() == path
     assert path in runtime_dir.directories()

@@ -34,7 +34,7 @@ from test_examples import Example, assert_shown
 
 from gunicorn_passenger import status
 from gunicorn_passenger.errors import SettingError
-from gunicorn_passenger.status import prometheus_multiproc
+from gunicorn_passenger.status import metrics, prometheus_multiproc, sources
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0 and "CI" not in os.environ, reason="needs root")
 
@@ -190,6 +190,32 @@ def test_hosts_over_each_way_in(start, port):
     assert process.stop() == 0
 
 
+def test_hosts_in_the_configuration_reach_the_workers_and_the_daemon(start, port):
+    second = free_port()
+    start.write(
+        "gunicorn.conf.py",
+        f"""\
+        import gunicorn_passenger as passenger
+        passenger.configure(status_hosts=["conf.example", ".below.example"])
+        passenger.status.spawn({port})
+        """,
+    )
+    start.write(
+        "own.py",
+        f"""\
+        import gunicorn_passenger as passenger
+        passenger.listen({second}, passenger.status)
+        application = passenger.status
+        """,
+    )
+    process = start.gunicorn("own", "-c", "gunicorn.conf.py", "--chdir", start.home, workers=1).wait_ready()
+    wait_for(lambda: not refused(port), "the daemon")
+    for where in (port, second):
+        for host, code in (("conf.example", 200), ("x.below.example", 200), ("evil.example", 403)):
+            assert get(where, "/status.json", Host=host)[0] == code, (where, host)
+    assert process.stop() == 0
+
+
 def test_hosts_in_the_environment_that_cannot_be_used(start, port):
     process = start.gunicorn("status_app", workers=1, env={"P1": port, "PASSENGER_STATUS_HOSTS": "http://x"})
     assert process.wait_end() != 0
@@ -329,23 +355,23 @@ def test_spawn_needs_to_know_where():
             status.spawn(nowhere)
 
 
-def test_the_end_of_an_answer_to_somebody_else_is_not_taken_for_one():
-    """The daemon was killed inside an answer, and the next one reads on where it was."""
+def test_the_rest_of_a_response_to_the_previous_daemon_is_not_used():
+    """The daemon was killed while it read a response, and the next daemon reads the rest."""
     ours, theirs = socket.socketpair()
-    line = status._PipeSource(theirs.detach())
-    asked = gevent.spawn(line.report)
+    source = sources.PipeSource(theirs.detach())
+    asked = gevent.spawn(source.report)
     wait_greenlets(lambda: select.select([ours], [], [], 0)[0])
     assert ours.recv(100) == b'{"command":"report"}\n'
     ours.sendall(b'1234, "state": "ready"}]}}\n')
-    with pytest.raises(status.ReportUnavailable, match="asked again"):
+    with pytest.raises(sources.ReportUnavailable, match="incomplete"):
         asked.get(timeout=30)
-    again = gevent.spawn(line.report)
+    again = gevent.spawn(source.report)
     wait_greenlets(lambda: select.select([ours], [], [], 0)[0])
     ours.sendall(b'{"report": {"pid": 7}}\n')
     assert again.get(timeout=30) == {"pid": 7}
     ours.close()
-    with pytest.raises(status.ReportUnavailable, match="gone"):
-        gevent.spawn(line.report).get(timeout=30)
+    with pytest.raises(sources.ReportUnavailable, match="has exited"):
+        gevent.spawn(source.report).get(timeout=30)
 
 
 def test_metrics_without_prometheus_client(start, port):
@@ -414,7 +440,7 @@ def test_a_report_is_used_again_for_a_moment(monkeypatch):
             self.asked += 1
             return {"workers": []}
 
-    reports = status._ReportCache()
+    reports = sources.ReportCache()
     reports.source = Source()
     for _ in range(100):
         reports.get()
@@ -435,8 +461,8 @@ def test_samples_of_the_same_labels_are_added_up(monkeypatch):
         "workers": [{"state": "odd", "memory": None}],
         "daemons": [{"name": "d", "state": "failed", "restarts": 3, "memory": None}],
     }  # fmt: skip
-    monkeypatch.setattr(status._reports, "get", lambda: report)
-    text = status._metrics({}).body.decode()
+    monkeypatch.setattr(sources.reports, "get", lambda: report)
+    text = metrics.render("")[1].decode()
     found = {(s.name, frozenset(s.labels.items())): s.value for f in parse_text(text) for s in f.samples}
     assert value(found, "gunicorn_passenger_server_accepted_total", server="x") == 4
     assert not [key for key, _ in found if "requests" in key]
@@ -707,7 +733,7 @@ def test_a_directory_of_the_users_own_is_used_and_left(start, port):
 def test_imported_too_early_is_said(start, port):
     process = counting(start, port, conf=f"import prometheus_client\n{PROMETHEUS}")
     process.wait_log(
-        "prometheus_client was imported in the master before, so each worker's own counters stay its own"
+        "prometheus_client was imported in the master too early, so the workers' own counters are not added up"
     )
 
 
@@ -741,7 +767,7 @@ def test_a_file_that_is_broken_costs_the_programs_own_only(start, port):
         file.write(b"\x64\0\0\0\0\0\0\0" + b"\x7f" * 92)
     found = samples(port)
     assert value(found, "gunicorn_passenger_up") == 1
-    process.wait_log("/metrics goes without the program's own: ")
+    process.wait_log("/metrics omits the program's own metrics: ")
 
 
 @needs_root
@@ -851,7 +877,7 @@ def test_what_is_nested_too_deeply_does_not_end_the_master(home):
 def test_a_way_that_lets_nobody_through_is_said(start, port):
     (start.home / "closed").mkdir(mode=0o700)
     process = counting(start, port, PASSENGER_RUNTIME_DIR=start.home / "closed" / "run")
-    process.wait_log(r"own counters are not added up: .*closed does not let it through \(its mode is 0700\)")
+    process.wait_log(r"own counters are not added up: .*but may not enter .*closed \(its mode is 0700\)")
     assert process.stop() == 0
 
 
