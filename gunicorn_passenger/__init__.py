@@ -28,15 +28,9 @@ if TYPE_CHECKING:
         SettingError,
         UnknownSetting,
     )
+    from gunicorn_passenger.serving.api import active, create_server, listen, serve_forever, servers
+    from gunicorn_passenger.serving.discovery import ServerInfo
     from gunicorn_passenger.serving.events import on
-    from gunicorn_passenger.serving.registry import (
-        ServerInfo,
-        active,
-        create_server,
-        listen,
-        serve_forever,
-        servers,
-    )
     from gunicorn_passenger.serving.server import Server
     from gunicorn_passenger.worker import Worker
 
@@ -76,18 +70,18 @@ _HOME = {
     "PortInUse": "errors",
     "PortNotAllocated": "errors",
     "Server": "serving.server",
-    "ServerInfo": "serving.registry",
+    "ServerInfo": "serving.discovery",
     "SettingError": "errors",
     "UnknownSetting": "errors",
     "Worker": "worker",
-    "active": "serving.registry",
+    "active": "serving.api",
     "configure": "config.settings",
-    "create_server": "serving.registry",
+    "create_server": "serving.api",
     "http_proxy": "",
-    "listen": "serving.registry",
+    "listen": "serving.api",
     "on": "serving.events",
-    "serve_forever": "serving.registry",
-    "servers": "serving.registry",
+    "serve_forever": "serving.api",
+    "servers": "serving.api",
     "spawn": "daemons.api",
     "status": "",
 }

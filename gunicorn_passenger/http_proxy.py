@@ -53,7 +53,7 @@ class ProxyServer(Server):
 
     @property
     def name(self) -> str:
-        return self._name or f"proxy to {self.proxy}"
+        return self.given_name or f"proxy to {self.proxy}"
 
     @property
     def options(self) -> Options:
@@ -116,7 +116,7 @@ def _find_server(name: str) -> Target:
 
     :raises LookupError: when there is none, or it listens nowhere yet.
     """
-    address = registry.resolve_server(name)
+    address = registry.discovery.resolve_server(name)
     if isinstance(address, tuple):
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
         return Target(host, address[1])

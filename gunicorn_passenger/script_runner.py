@@ -179,8 +179,8 @@ def _why_not(name: str, script: Any) -> BaseException:
             "such as one whose last line is serve_forever() or app.run()"
         )
     if isinstance(error, SystemExit):
-        if registry.refusal is not None:
-            return registry.refusal
+        if registry.last_error is not None:
+            return registry.last_error
         return ScriptError(f"{name} exited (status {error.code!r}) before it served")
     return error  # type: ignore[no-any-return]
 
@@ -201,7 +201,7 @@ def _ended(name: str, started: float, script: Any) -> None:
         if not isinstance(error, SystemExit):
             registry.log.error("%s failed", name, exc_info=error)
         if time.monotonic() - started < _YOUNG:
-            worker.failure = registry.refusal or ScriptError(f"{name} {text} as soon as it had started")
+            worker.failure = registry.last_error or ScriptError(f"{name} {text} as soon as it had started")
         else:
             registry.log.error("%s %s; the worker is replaced", name, text)
     worker.handle_exit(0, None)

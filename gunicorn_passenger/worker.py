@@ -1,7 +1,7 @@
-"""The gunicorn worker class: joins the master's broker and the program's servers.
+"""The gunicorn worker class: connects the master's port broker and the program's servers.
 
-Runs in: the master (``setup``, ``check_config``, ``__init__``) and a worker (all else).
-Must never: open a port.
+Process: the master (``setup``, ``check_config``, ``__init__``) and a worker (all other methods).
+Never: opens a port.
 """
 
 from __future__ import annotations
@@ -26,46 +26,44 @@ from gunicorn_passenger.arbiter import fork_handlers, integration
 from gunicorn_passenger.config.address import format_sockname
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.errors import PassengerError
-from gunicorn_passenger.interposition import socket_patch, third_party_drain
+from gunicorn_passenger.interposition import socket_patch
 from gunicorn_passenger.ipc.scoreboard import PRIMARY_SLOT
 from gunicorn_passenger.serving import events
-from gunicorn_passenger.serving.acceptors import ListenerHandler, make_acceptor
 from gunicorn_passenger.serving.broker_client import BrokerClient
-from gunicorn_passenger.serving.registry import ThirdPartyServer, registry
+from gunicorn_passenger.serving.drain import finish_connections
+from gunicorn_passenger.serving.registry import registry
 from gunicorn_passenger.serving.server import default_name
+from gunicorn_passenger.serving.third_party import ThirdPartyServer
 from gunicorn_passenger.status import prometheus_multiproc
 from gunicorn_passenger.system import listening_sockets
 
-#: Seconds that a worker which cannot start waits for gunicorn's halt, when a sibling has caused it.
+#: Seconds that a worker which cannot start waits for gunicorn to halt, when a sibling's exit causes that.
 _HALT_WAIT = 10.0
 
 
-#: How often a leaving worker looks for idle connections of servers that are not ours, in seconds.
-_RELEASE = 0.5
-
-
 class NullHeartbeat:
-    """Stands for gunicorn's ``WorkerTmp`` where the system has no file for it."""
+    """Stands in for gunicorn's ``WorkerTmp`` where the system has no room for its file."""
 
     def __init__(self, worker: Any) -> None:
         self._worker = worker
 
     def notify(self) -> None:
-        """Nobody is told."""
+        """Do nothing: no file holds the time."""
 
     def last_update(self) -> float:
+        """Always now, so that the master does not end the worker for its silence."""
         return time.monotonic()
 
     def fileno(self) -> int:
-        """gunicorn only closes it on exec, as it does with the listener that this is."""
+        """A listener's descriptor: gunicorn closes it on exec, as it does with the listeners anyway."""
         return int(self._worker.sockets[0].fileno())
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Do nothing: no file is open."""
 
 
 class Worker(GeventWorker):
-    """``gunicorn -k gunicorn_passenger.Worker``: a gevent worker with second servers."""
+    """``gunicorn -k gunicorn_passenger.Worker``: a gevent worker that serves several ports."""
 
     # gunicorn's own attributes, which it does not annotate
     alive: bool
@@ -90,35 +88,35 @@ class Worker(GeventWorker):
         self, age: int, ppid: int, sockets: list[Any], app: Any, timeout: float, cfg: Any, log: Any
     ) -> None:
         """Called in the master, just before the fork."""
-        self.channel, self.board, primary = integration.prepare_worker(age, sockets, cfg, log)
-        self.inherited = sockets
+        self.channel, self.scoreboard, primary = integration.prepare_worker(age, sockets, cfg, log)
+        self.inherited_listeners = sockets
         try:
             super().__init__(age, ppid, list(primary), app, timeout, cfg, log)
         except OSError as error:
-            # gunicorn's heartbeat is a file, the last thing that it makes; without one it would end
+            # gunicorn makes the heartbeat file last, and the master would end without it
             log.error(
-                "A worker starts without a heartbeat, so no timeout ends it when it hangs: the master cannot "
-                "make its file (%s); raise the limit of open files (ulimit -n) or make room, then reload",
+                "A worker starts without a heartbeat, so --timeout cannot end it if it hangs: the master "
+                "cannot create the heartbeat file (%s); raise the limit of open files (ulimit -n) or free "
+                "disk space, then reload gunicorn",
                 error,
             )
             self.tmp = NullHeartbeat(self)
             self.worker_connections = cfg.worker_connections
-        self._acceptors: list[ListenerHandler] = []
         self._primary_name: Any = None
-        #: for an unmodified server that becomes the primary, now or later, once or again
+        #: for each unmodified server that becomes the primary, now or later
         self._primary_copy: Any = None
-        #: why the program cannot go on although it had started
+        #: the error that ended the program although it had started
         self.failure: PassengerError | None = None
-        self._leaving: Any = None
+        self._exit_requested: Any = None
         self._quitting = False
-        self._interposition: Any = None
+        self._socket_patch: Any = None
 
     # --- in the worker ---------------------------------------------------------------------------
 
     def init_process(self) -> None:
-        """Called after the fork: from here to the end the process is the worker."""
+        """Called after the fork: from here on the process is the worker."""
         try:
-            self._take_sockets()
+            self._keep_primary_listeners()
             monkey.patch_all()
             hub.reinit()
             self.sockets = [
@@ -126,34 +124,34 @@ class Worker(GeventWorker):
             ]
             self._primary_name = self.sockets[0].getsockname()
             self._primary_copy = _socket.socket(fileno=os.dup(self.sockets[0].fileno()))
-            self._leaving = Event()
+            self._exit_requested = Event()
             settings.enter_program_scope()
-            link = BrokerClient(self.channel, self.log)
-            link.on_lost = self._lost_master
-            registry.run_as_worker(self, link)
-            self._interposition = socket_patch.install(registry)
-            # gunicorn's own GeventWorker.init_process patches and wraps again; the rest is its parent's
+            broker = BrokerClient(self.channel, self.log)
+            broker.on_lost = self._on_master_lost
+            registry.run_as_worker(self, broker)
+            self._socket_patch = socket_patch.install(registry)
+            # GeventWorker.init_process would patch and wrap again; its parent does the rest
             super(GeventWorker, self).init_process()
         except PassengerError as error:
-            self._give_up(error)
+            self._report_boot_failure(error)
         except OSError as error:
             self._explain_native_bind(error)
             raise
 
-    def _take_sockets(self) -> None:
-        """Keep the primary's listeners; close the ports, which are asked for, not inherited."""
-        self._inherited = set(listening_sockets.own_listeners())
+    def _keep_primary_listeners(self) -> None:
+        """Close all inherited listeners but the primary's: a worker requests its ports from the master."""
+        self._inodes_at_fork = set(listening_sockets.own_listeners())
         if self.cfg.reuse_port:
-            # gunicorn has just made this worker its own sockets, for every bind
+            # gunicorn has just made sockets of this worker's own, one for each bind
             unix = [s for s in self.sockets if s.FAMILY == gsocket.AF_UNIX]
             self.sockets, spare = unix or self.sockets[:1], (self.sockets[1:] if not unix else [])
         else:
-            spare = [s for s in self.inherited if s not in self.sockets]
+            spare = [s for s in self.inherited_listeners if s not in self.sockets]
         for listener in spare:
             if listener.sock is not None:
                 listener.sock.close()
                 listener.sock = None
-        self.inherited = []
+        self.inherited_listeners = []
 
     def init_signals(self) -> None:
         if fork_handlers.stop_requested():
@@ -161,100 +159,92 @@ class Worker(GeventWorker):
         super().init_signals()
 
     def load_wsgi(self) -> None:
-        """Load the program; what it cannot have stops the start with one line."""
+        """Load the program; a refused ``listen()`` stops the start with one line in the log."""
         try:
             super().load_wsgi()
         except SystemExit:
-            # a server that turns a refused listen into sys.exit() would be started again for ever
-            if registry.refusal is None:
+            # gunicorn would restart for ever a program that turns a refused listen() into sys.exit()
+            if registry.last_error is None:
                 raise
-            raise registry.refusal from None
+            raise registry.last_error from None
         self._loaded = self.wsgi
 
-    def _give_up(self, error: PassengerError) -> None:
+    def _report_boot_failure(self, error: PassengerError) -> None:
+        """Have one line in the log say why the program cannot start, and gunicorn halt."""
         try:
-            assert registry.link is not None
-            halt = registry.link.fault(str(error))
+            assert registry.broker is not None
+            halt = registry.broker.report_boot_failure(str(error))
         except errors.BrokerUnavailable:
             self.log.error("%s", error)
             halt = True
         if not halt:
-            # a sibling's exit halts gunicorn, which then tells this worker to go
+            # a sibling's exit halts gunicorn, which then stops this worker
             deadline = time.monotonic() + _HALT_WAIT
             while self.alive and time.monotonic() < deadline:
                 self.notify()
-                self._leaving.wait(timeout=1.0)
+                self._exit_requested.wait(timeout=1.0)
             if not self.alive:
                 sys.exit(0)
-        # the master halts with this status instead of starting the next worker
+        # on this status the master halts instead of starting another worker
         sys.exit(Arbiter.APP_LOAD_ERROR)
 
     def _explain_native_bind(self, error: OSError) -> None:
         if error.errno == errno.EADDRINUSE and not self.booted:
             self.log.error(
-                "A server that the program opens does not go through Python's socket module, so the master "
-                "cannot share its port among the workers (%s): run it with one worker, or pass it a "
-                "listening socket made by Python",
+                "A server of the program opens its port without Python's socket module, so the master cannot "
+                "share the port among the workers (%s): run gunicorn with --workers 1, or pass the server a "
+                "listening socket made with Python's socket module",
                 error,
             )
 
     def run(self) -> None:
-        """Serve until told to leave, then finish what was let in."""
+        """Serve until gunicorn stops the worker, then finish the open connections."""
         registry.start()
-        self._serve_primaries()
+        self._serve_primary()
         self._warn_of_unmanaged_listeners()
-        os.register_at_fork(after_in_child=self._forked)
-        assert registry.link is not None
-        registry.link.ready(self._primary_title())
+        os.register_at_fork(after_in_child=registry.acceptors.pause_all)
+        assert registry.broker is not None
+        registry.broker.announce_ready(self._primary_server_name())
         events.emit("ready", self, self.log)
         while self.alive:
             if os.getpid() != self.pid:
-                # a child that the program has forked: the worker's loop is not its business
+                # a child that the program has forked must not run the worker's loop
                 Event().wait()
             self.notify()
-            self._interposition.sweep()
+            self._socket_patch.reap_closed_fds()
             self._write_counts()
-            self._leaving.wait(timeout=1.0)
+            self._exit_requested.wait(timeout=1.0)
         if not self._quitting:
-            self._leave()
+            self._drain()
         self._write_counts()
         events.emit("exit", self, self.log)
         if self.failure is None:
             fork_handlers.ignore_further_stops()
-        # What was let in is served. A server in a thread of its own that is no daemon would keep the
-        # interpreter waiting at its end, until the master kills the worker.
+        # All connections are finished. The interpreter would now wait for a server in a non-daemon thread,
+        # until the master kills the worker.
         threading._shutdown = lambda: None  # type: ignore[attr-defined]
         if self.failure is not None:
-            self.alive = True  # it waits for gunicorn's halt
-            self._leaving.clear()
+            self.alive = True  # while it waits for gunicorn to halt
+            self._exit_requested.clear()
             raise self.failure
 
-    def _primary_title(self) -> str:
-        """What people call the primary."""
-        primary = registry.primary
-        if primary is not None:
-            return primary.name
-        return default_name(self.wsgi)
+    def _primary_server_name(self) -> str:
+        return default_name(self.wsgi) if registry.primary is None else registry.primary.name
 
     def _write_counts(self) -> None:
-        if self.board is not None and os.getpid() == self.pid:
-            registry.write_counts(self.board)
-            self._interposition.write_counts(self.board)
-
-    def _forked(self) -> None:
-        """In a child that the program has forked (multiprocessing, ForkingMixIn): accept nothing."""
-        for accepting in self._acceptors:
-            accepting.pause()
-        registry.pause()
+        if self.scoreboard is not None and os.getpid() == self.pid:
+            registry.write_counts(self.scoreboard)
+            self._socket_patch.write_counts(self.scoreboard)
 
     # --- the primary -----------------------------------------------------------------------------
 
-    def _serve_primaries(self) -> None:
+    def _serve_primary(self) -> None:
         primary = registry.primary
         if isinstance(primary, ThirdPartyServer):
             if len(self.sockets) > 1:
                 self.log.warning(
-                    "%s was captured as the primary and can accept from one socket only: %s is not served",
+                    "%s is the primary and a third-party server, which accepts from one socket only: %s is "
+                    "not served; give gunicorn one bind",
                     primary.name,
                     ", ".join(format_sockname(s.getsockname()) for s in self.sockets[1:]),
                 )
@@ -265,24 +255,17 @@ class Worker(GeventWorker):
             self.wsgi = primary.app
         for sock in self.sockets:
             sock.setblocking(1)
-            accepting = make_acceptor(sock, self.wsgi, self.cfg, self.log, self)
-            registry.count(PRIMARY_SLOT, accepting)
-            accepting.start()
-            self._acceptors.append(accepting)
+            registry.acceptors.start_primary(sock, self.wsgi, self.cfg, PRIMARY_SLOT)
 
     def set_primary_app(self, app: Any) -> None:
-        """From now on the primary is ``app``; without one, what gunicorn loaded."""
+        """From now on the primary serves ``app``; for ``None``, the application that gunicorn loaded."""
         if self.booted:
             self.wsgi = app or self._loaded
-            for accepting in self._acceptors:
-                accepting.serve(self.wsgi)
-
-    def primaries(self) -> list[ListenerHandler]:
-        """The acceptors of the primary."""
-        return self._acceptors
+            for acceptor in registry.acceptors.primary:
+                acceptor.serve(self.wsgi)
 
     def primary_name(self) -> Any:
-        """What the primary socket is bound to."""
+        """The address of the primary socket."""
         return self._primary_name
 
     def primary_descriptors(self) -> set[int]:
@@ -291,35 +274,38 @@ class Worker(GeventWorker):
 
     def dup_primary_socket(self) -> Any:
         """A copy of the primary socket for an unmodified server, which accepts from it itself."""
-        for accepting in self._acceptors:
-            accepting.stop_accepting()
+        registry.acceptors.stop_primary()
         return _socket.socket(fileno=os.dup(self._primary_copy.fileno()))
 
-    def wake(self) -> None:
-        """It has become time to leave, and no signal says so."""
-        if self._leaving is not None:
-            self._leaving.set()
+    def request_exit(self) -> None:
+        """Wake the worker's loop, which exits when ``alive`` is false; no signal announces this exit."""
+        if self._exit_requested is not None:
+            self._exit_requested.set()
 
-    def _lost_master(self) -> None:
-        """The master has closed the channel: without it this worker could not be told to stop accepting."""
+    def _on_master_lost(self) -> None:
+        """The master has closed the channel, and could not pause this worker's accepting any more."""
         if self.booted and self.alive:
-            self.log.error("gunicorn-passenger: the master has closed this worker's channel: it leaves")
+            self.log.error(
+                "gunicorn-passenger: the master has closed its channel to this worker: the worker drains and "
+                "exits, and gunicorn starts another (pid:%s)",
+                self.pid,
+            )
             self.alive = False
-            self._leaving.set()
+            self._exit_requested.set()
 
-    # --- leaving ---------------------------------------------------------------------------------
+    # --- exit ------------------------------------------------------------------------------------
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         super().handle_exit(sig, frame)
-        if self._leaving is not None:
-            gevent.spawn(self._leaving.set)
+        if self._exit_requested is not None:
+            gevent.spawn(self._exit_requested.set)
 
     def handle_quit(self, sig: int, frame: Any) -> None:
-        """Leave at once. A Ctrl-C comes twice: from the terminal, and from the master."""
+        """Exit at once. A Ctrl-C comes twice: from the terminal, and from the master."""
         if self._quitting:
             return
         self._quitting = True
-        if self.booted and self._leaving is not None:
+        if self.booted and self._exit_requested is not None:
             gevent.spawn(self._quit)
         else:
             super().handle_quit(sig, frame)
@@ -327,50 +313,35 @@ class Worker(GeventWorker):
     def _quit(self) -> None:
         self.alive = False
         self.cfg.worker_int(self)
-        self._leaving.set()
+        self._exit_requested.set()
 
-    def _leave(self) -> None:
-        """Stop accepting everywhere, finish what is in hand within the graceful timeout."""
+    def _drain(self) -> None:
+        """Stop accepting everywhere, and finish the open connections within the graceful timeout."""
         self._primary_copy.close()
-        for accepting in self._acceptors:
-            accepting.stop_accepting()
         registry.stop_accepting()
-        self._interposition.stop_accepting()
-        third_party_drain.force_connection_close()
-        assert registry.link is not None
-        registry.link.leaving()
-        handing = gevent.spawn(registry.hand_over, self.primaries, float(max(self.cfg.keepalive, 1)))
+        self._socket_patch.stop_accepting()
+        assert registry.broker is not None
+        assert registry.migration is not None
+        registry.broker.announce_exit()
+        keepalive = float(self.cfg.keepalive)
+        migrating = gevent.spawn(registry.migration.migrate_idle_connections, max(keepalive, 1.0))
         try:
-            self._finish()
+            finish_connections(
+                registry,
+                self.cfg.graceful_timeout,
+                self.log,
+                self._on_drain_tick,
+                self._socket_patch,
+                keepalive,
+            )
         finally:
-            handing.kill(block=False)
+            migrating.kill(block=False)
 
-    def _finish(self) -> None:
-        """Wait until nothing is left, within the graceful timeout."""
-        idle_until = time.monotonic() + self.cfg.keepalive
-        deadline = time.monotonic() + self.cfg.graceful_timeout
-        while not self._idle():
-            if time.monotonic() >= deadline:
-                self.log.warning("Worker graceful timeout (pid:%s)", self.pid)
-                for accepting in self._acceptors:
-                    accepting.kill(1)
-                registry.kill(1)
-                return
-            self.notify()
-            self._write_counts()
-            if time.monotonic() >= idle_until and not self._interposition.idle():
-                third_party_drain.shutdown_idle_connections()
-                idle_until = time.monotonic() + _RELEASE
-            gevent.sleep(0.1)
+    def _on_drain_tick(self) -> None:
+        self.notify()
+        self._write_counts()
 
-    def _idle(self) -> bool:
-        return (
-            all(accepting.idle() for accepting in self._acceptors)
-            and registry.idle()
-            and bool(self._interposition.idle())
-        )
-
-    # --- what cannot be reached ------------------------------------------------------------------
+    # --- listeners without the master -------------------------------------------------------------
 
     def _warn_of_unmanaged_listeners(self) -> None:
         if self.cfg.workers < 2:
@@ -379,10 +350,10 @@ class Worker(GeventWorker):
         for server in registry.servers:
             if isinstance(server.address, tuple):
                 own.add(format_sockname(server.address))
-        if strays := sorted(set(socket_patch.unmanaged_listeners(self._inherited)) - own):
+        if unmanaged := sorted(set(socket_patch.unmanaged_listeners(self._inodes_at_fork)) - own):
             self.log.warning(
-                "%s was opened by code that does not go through Python's socket module: the master "
-                "cannot share it, so this worker alone has it (pid:%s)",
-                ", ".join(strays),
+                "%s was opened without Python's socket module, so the master cannot share it: only this "
+                "worker accepts there (pid:%s); run gunicorn with --workers 1, or open the socket in Python",
+                ", ".join(unmanaged),
                 self.pid,
             )

@@ -25,11 +25,11 @@ def worker_ready(worker):
 def ask_broker(port):
     """The bare question: a descriptor from the master, and its release."""
     start = time.monotonic()
-    lease = servers.link.open(Tcp("127.0.0.1", port), "bench")
+    lease = servers.broker.open_port(Tcp("127.0.0.1", port), "bench")
     grant = lease.first()
     answered = time.monotonic()
     os.close(grant.fd)
-    servers.link.close(lease.key, lease.number)
+    servers.broker.release_port(lease.key, lease.number)
     return answered - start, time.monotonic() - start
 
 

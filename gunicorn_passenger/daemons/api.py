@@ -21,7 +21,7 @@ from gunicorn_passenger.daemons.standalone import standalone_daemons
 from gunicorn_passenger.errors import DaemonError, PassengerError
 from gunicorn_passenger.ipc.channel import DaemonSpawned, RequestDenied, SpawnDaemon
 from gunicorn_passenger.serving import server_errors
-from gunicorn_passenger.serving.registry import registry
+from gunicorn_passenger.serving.registry import check_program_allocation, registry
 
 _hooked: list[bool] = []
 
@@ -87,7 +87,7 @@ def spawn(
         return _describe_only(target, name, listen)
     reading = is_reading_config()
     try:
-        within = "" if reading else registry.check_program_allocation(None)
+        within = "" if reading else check_program_allocation(None)
         given = SpawnArguments(
             target=target,
             name=name,
@@ -106,7 +106,7 @@ def spawn(
         if not reading:
             for item in spec.listen:
                 if item.kind == "tcp":
-                    registry.check_program_allocation(item.port)
+                    check_program_allocation(item.port)
         return _place(spec, reading)
     except PassengerError as error:
         if not reading:
@@ -154,10 +154,10 @@ def _ask_master(spec: DaemonSpec) -> Daemon:
     text = spec.pack()
     if len(text) > MAX_MESSAGE:
         raise daemon_errors.daemon_too_long(spec.name, MAX_MESSAGE)
-    broker = registry.link
+    broker = registry.broker
     assert broker is not None
     try:
-        response = broker.ask(SpawnDaemon(0, text), f"daemon {spec.name!r}")
+        response = broker.request(SpawnDaemon(0, text), f"daemon {spec.name!r}")
     except errors.BrokerUnavailable as error:
         registry.log.error("%s", error)
         return Daemon(spec.name)

@@ -56,7 +56,7 @@ class StandaloneWorker:
     nr = 0
     max_requests = sys.maxsize
 
-    def wake(self) -> None:
+    def request_exit(self) -> None:
         """It need not be told."""
 
 
@@ -199,4 +199,4 @@ class ListenerContext:
         if self.worker.alive:
             self.log.info("Autorestarting worker after current request.")
             self.worker.alive = False
-            self.worker.wake()
+            self.worker.request_exit()

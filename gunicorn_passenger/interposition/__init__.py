@@ -1,4 +1,5 @@
-"""Unmodified servers: Python's ``bind`` and ``listen`` replaced, so that they get the master's sockets.
+"""Unmodified servers: Python's ``bind`` and ``listen`` are replaced, so that they get the master's sockets.
 
-Runs in: a worker. Must never: change what a socket does that is not a TCP listener.
+Process: a worker.
+Never: changes a socket other than a TCP listener.
 """

@@ -1,4 +1,5 @@
-"""The program's servers in this process: how they get a socket, serve, and stop.
+"""The program's servers in this process: how each gets its socket, serves, drains and stops.
 
-Runs in: a worker, or plain Python. Must never: open a port of its own under gunicorn.
+Process: a worker, or plain Python without gunicorn.
+Never: opens a port under gunicorn, where only the master does.
 """

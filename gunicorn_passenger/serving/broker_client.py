@@ -1,17 +1,20 @@
-"""A worker's end of the channel to the master's port broker.
+"""The worker's end of the channel to the master's port broker.
 
-Runs in: a worker. Must never: block the gevent hub, or go on as if a lost master had answered.
+Process: a worker.
+Never: blocks the gevent hub, or treats the silence of a lost master as a response.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import json
 import os
+import socket
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import gevent
 from gevent import socket as gsocket
@@ -42,108 +45,66 @@ from gunicorn_passenger.ipc.channel import (
     WorkerReady,
 )
 from gunicorn_passenger.serving import server_errors
+from gunicorn_passenger.serving.port_lease import AcceptGrant, PortLease
 from gunicorn_passenger.system import unpatched
 from gunicorn_passenger.system.text import MAX_NAME
 
-#: Seconds that a worker waits for the broker; it answers within milliseconds or it hangs.
-ANSWER_TIMEOUT = 10.0
+#: Seconds that a worker waits for the broker, which responds within milliseconds unless it hangs.
+RESPONSE_TIMEOUT = 10.0
+
+#: Starts to serve a connection that a sibling has offered.
+StartServing = Callable[[], object]
 
 T = TypeVar("T")
 
 
-class AcceptGrant(NamedTuple):
-    """The right to accept, now."""
-
-    #: a descriptor that whoever takes the grant owns
-    fd: int
-    key: str
-    #: what the socket is bound to
-    sockname: SockAddr | str
-    #: where the worker counts
-    slot: int
-    #: with the placement "each": which of its kind
-    position: int
-
-
-class PortLease:
-    """What the master has answered to an ``Open``, and what it says of it later."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.key = ""
-        #: what the socket is bound to; ``None`` while that is not known
-        self.sockname: SockAddr | str | None = None
-        self._first: AsyncResult = AsyncResult()
-        self._granted: Callable[[AcceptGrant], object] | None = None
-        self._paused: Callable[[], object] | None = None
-
-    def first(self) -> AcceptGrant | None:
-        """The grant that has come with the answer, if one has."""
-        grant: AcceptGrant | None = self._first.get(block=False) if self._first.ready() else None
-        self._first = AsyncResult()
-        return grant
-
-    def watch(self, granted: Callable[[AcceptGrant], object], paused: Callable[[], object]) -> None:
-        """From now on call these, each in a greenlet of its own."""
-        self._granted, self._paused = granted, paused
-        if (grant := self.first()) is not None:
-            gevent.spawn(granted, grant)
-
-    def grant(self, grant: AcceptGrant) -> None:
-        self.key, self.sockname = grant.key, grant.sockname
-        if self._granted is None:
-            self._first.set(grant)
-        else:
-            gevent.spawn(self._granted, grant)
-
-    def fail(self, error: errors.ListenError) -> None:
-        """It cannot be had after all."""
-        if self._granted is None:
-            self._first.set_exception(error)
-
-    def pause(self) -> None:
-        if self._paused is not None:
-            gevent.spawn(self._paused)
-
-
 class BrokerClient:
-    """Asks the master for ports; used by any greenlet, and by threads of the system."""
+    """Requests ports from the master. Any greenlet may use it, and so may threads of the system."""
 
-    def __init__(self, end: Any, log: Any) -> None:
+    def __init__(self, end: socket.socket | None, log: Any) -> None:
         """:param end: the worker's end of the channel, or ``None`` where the broker has failed."""
         self.log = log
-        self._lost = "" if end is not None else "could not be reached when the worker started"
+        self._unavailable = "" if end is not None else "could not be reached when the worker started"
         self._numbers = itertools.count(1)
-        self._waiting: dict[int, AsyncResult] = {}
+        self._pending: dict[int, AsyncResult[tuple[Message, int | None]]] = {}
         self._leases: dict[int, PortLease] = {}
-        #: whether a sibling can take the connections of this worker, which leaves
-        self.heir = False
-        #: takes a sibling's connection: its server's key, the client's address and the descriptor
-        #: Gives the function that begins to serve it, or ``None`` when nobody here does.
-        self.adopt: Callable[[str, Any, int], Callable[[], object] | None] | None = None
-        #: whether this worker leaves
-        self.leaves = False
+        #: whether a sibling can take the connections of this worker while it drains
+        self.successor_ready = False
+        #: receives a sibling's connection: the key of its server, the client's address and the descriptor.
+        #: Returns the function that begins to serve it, or ``None`` when this worker cannot.
+        self.on_connection_assigned: Callable[[str, Any, int], StartServing | None] | None = None
+        #: whether this worker has announced its exit
+        self.exit_announced = False
         #: called when the master has closed the channel
         self.on_lost: Callable[[], object] = lambda: None
+        self._handlers: dict[type[Message], Callable[[Any, int | None], object]] = {
+            AcceptGranted: self._on_accept_granted,
+            PauseAccept: self._on_pause_accept,
+            AssignConnection: self._on_assign_connection,
+            SuccessorReady: self._on_successor_ready,
+            PacketRejected: self._on_packet_rejected,
+        }
         self._pid = os.getpid()
         self._hub = gevent.get_hub()
         self._thread = unpatched.unpatched("_thread", "get_ident")()
         self._sock: Any = None
         if end is not None:
             self._sock = gsocket.socket(end.family, end.type, end.proto, fileno=end.detach())
-            os.register_at_fork(after_in_child=self._forked)
-            gevent.spawn(self._read)
+            os.register_at_fork(after_in_child=self._close_in_child)
+            gevent.spawn(self._read_messages)
 
-    def _forked(self) -> None:
+    def _close_in_child(self) -> None:
         """A child of the worker must not keep the worker's channel open."""
         if self._sock is not None:
             os.close(self._sock.detach())
             self._sock = None
-            self._lost = "answers the worker, not its child processes"
+            self._unavailable = "responds to the worker, not to the worker's child processes"
 
-    def open(
+    # --- requests ---------------------------------------------------------------------------------
+
+    def open_port(
         self,
-        want: Address,
+        address: Address,
         name: str,
         placement: str = "shared",
         backlog: int = 0,
@@ -154,117 +115,134 @@ class BrokerClient:
     ) -> PortLease:
         """Ask the master to let this worker accept on an address.
 
-        :param name: of the server; one that was made from the program's own and is too long is cut.
-        :param counts: whether its requests will be counted.
-        :param again: whether this worker may have it already.
-        :returns: what it has answered. The listening socket is in the grant that has come with it
-            (:meth:`Lease.first`), or in one that comes later.
-        :raises errors.ListenError: when the address is not to be had.
+        :param name: the name of the server. The end of a name made from the program's own may be cut off.
+        :param within: the ports that the program allows itself, as text; empty for no limit of its own.
+        :param counts: whether the worker will count the requests of the server.
+        :param again: whether this worker may have the port already (``SO_REUSEPORT``).
+        :returns: the lease. The listening socket is in its initial grant
+            (:meth:`.port_lease.PortLease.take_initial_grant`), or in a grant that comes later.
+        :raises errors.ListenError: when the worker may not listen on the address.
         """
         number = next(self._numbers)
         name = name[:MAX_NAME]
-        if isinstance(want, Unix):
-            ask = OpenPort(number, "unix", path=want.path, name=name, backlog=backlog)
-        elif isinstance(want, Tcp | Auto):
-            auto = isinstance(want, Auto)
-            port = 0 if isinstance(want, Auto) else want.port
-            _, host = resolve(want.host, port)
-            ask = OpenPort(number, "auto" if auto else "tcp", host, port, "", name, backlog, v6only, within)
+        if isinstance(address, Unix):
+            message = OpenPort(number, "unix", path=address.path, name=name, backlog=backlog)
+        elif isinstance(address, Tcp | Auto):
+            kind, port = ("auto", 0) if isinstance(address, Auto) else ("tcp", address.port)
+            _, host = resolve(address.host, port)
+            message = OpenPort(number, kind, host, port, "", name, backlog, v6only, within)
         else:
-            raise TypeError(f"{want!r} is not the master's to open")
-        label = format_tcp(ask.host, ask.port) if isinstance(want, Tcp) else str(want)
-        ask = dataclasses.replace(ask, placement=placement, counts=counts, again=again)
+            raise TypeError(f"the master does not open {address!r}")
+        label = format_tcp(message.host, message.port) if isinstance(address, Tcp) else str(address)
+        message = dataclasses.replace(message, placement=placement, counts=counts, again=again)
         lease = self._leases[number] = PortLease(number)
         try:
-            answer, _ = self._ask(ask, label)
-            if isinstance(answer, RequestDenied):
-                kind = errors.REFUSALS.get(answer.kind, errors.ListenError)
-                raise kind(answer.errno, answer.text)
-            if not isinstance(answer, PortOpened):
+            response, _ = self._request(message, label)
+            if isinstance(response, RequestDenied):
+                kind_of_error = errors.REFUSALS.get(response.kind, errors.ListenError)
+                raise kind_of_error(response.errno, response.text)
+            if not isinstance(response, PortOpened):
                 raise server_errors.broker_unavailable(
-                    label, "did not understand this worker (different versions?)"
+                    label, "did not understand the request (does the master run another version?)"
                 )
-            if answer.key:
-                lease.key, lease.sockname = answer.key, _sockname(answer)
-            if answer.granted:
-                self.call(lambda: self._await_grant(lease, label))
+            if response.key:
+                lease.key, lease.sockname = response.key, _sockname(response)
+            if response.granted and not self.run_in_worker_thread(
+                lambda: lease.wait_for_grant(RESPONSE_TIMEOUT)
+            ):
+                raise server_errors.broker_unavailable(
+                    label, f"did not respond within {RESPONSE_TIMEOUT:g} s"
+                )
         except BaseException:
             self._leases.pop(number, None)
             raise
         return lease
 
-    def _await_grant(self, lease: PortLease, label: str) -> None:
-        if not lease._first.wait(timeout=ANSWER_TIMEOUT):
-            raise server_errors.broker_unavailable(label, f"did not answer within {ANSWER_TIMEOUT:g} s")
+    def release_port(self, key: str, number: int = 0) -> None:
+        """The worker no longer accepts on ``key``, or no longer waits for the port that it requested.
 
-    def close(self, key: str, number: int = 0) -> None:
-        """The worker no longer accepts on ``key``, or no longer waits for what it asked for.
-
-        :param number: that of the :class:`PortLease`.
+        :param number: that of the :class:`.port_lease.PortLease`.
         """
         for known in [n for n, le in self._leases.items() if (n == number if number else le.key == key)]:
             del self._leases[known]
-        self._tell(ReleasePort(number, key))
+        self._notify(ReleasePort(number, key))
 
-    def forget(self, lease: PortLease) -> None:
-        """What was asked for is not used, and another of this worker's has the same."""
+    def discard(self, lease: PortLease) -> None:
+        """Drop a lease that another server of this worker has, too; the port stays the worker's."""
         self._leases.pop(lease.number, None)
 
-    def paused(self, key: str) -> None:
-        """The worker has stopped to accept there, and waits for a grant."""
-        self._tell(AcceptPaused(0, key))
+    def confirm_pause(self, key: str) -> None:
+        """The worker has stopped accepting on ``key``, and waits for a grant."""
+        self._notify(AcceptPaused(0, key))
 
-    def ready(self, primary: str) -> None:
-        """:param primary: the name of the primary's server."""
-        self._tell(WorkerReady(0, primary))
+    def announce_ready(self, primary: str) -> None:
+        """The worker serves.
 
-    def leaving(self) -> None:
-        """The worker accepts nowhere any more; when this returns, no connection of a sibling comes."""
-        self.leaves = True
+        :param primary: the name of the primary's server.
+        """
+        self._notify(WorkerReady(0, primary))
+
+    def announce_exit(self) -> None:
+        """The worker accepts nowhere any more. No connection of a sibling comes after the return."""
+        self.exit_announced = True
         with suppress(errors.BrokerUnavailable):
-            self._ask(WorkerLeaving(next(self._numbers)), "the worker")
+            self._request(WorkerLeaving(next(self._numbers)), "the worker")
+
+    def offer_connection(self, key: str, addr: Any, fd: int) -> bool:
+        """Offer a connection that waits for a request to the siblings.
+
+        :param key: see :class:`~gunicorn_passenger.ipc.channel.OfferConnection`.
+        :param addr: the client's address, as from ``accept()``.
+        :param fd: remains the caller's.
+        :returns: whether a sibling serves the connection from now on.
+        :raises errors.BrokerUnavailable: when that cannot be known.
+        """
+        message = OfferConnection(next(self._numbers), key, json.dumps(addr))
+        response, _ = self._request(message, "a connection", fd)
+        return isinstance(response, Acknowledged)
 
     def report(self) -> dict[str, Any]:
-        """What the application looks like (see ``status/report.py``).
+        """The state of the whole application (see ``status/report.py``).
 
         :raises errors.BrokerUnavailable: when the master cannot be reached.
         """
-        answer, fd = self._ask(GetReport(next(self._numbers)), "the report")
-        if not isinstance(answer, ReportSent) or fd is None:
-            raise server_errors.broker_unavailable("the report", "gave none")
+        response, fd = self._request(GetReport(next(self._numbers)), "the report")
+        if not isinstance(response, ReportSent) or fd is None:
+            raise server_errors.broker_unavailable("the report", "sent no report")
         with os.fdopen(fd, "rb") as file:
             file.seek(0)
             found: dict[str, Any] = json.loads(file.read())
             return found
 
-    def ask(self, question: Message, label: str) -> Message:
-        """Put a question of another module to the master.
+    def request(self, message: Message, label: str) -> Message:
+        """Send a request of another module to the master.
 
-        :param question: its ``id`` is replaced.
-        :param label: what it is about, for the error.
+        :param message: its ``id`` is replaced.
+        :param label: names the subject of the request in an error.
+        :returns: the response.
         :raises errors.BrokerUnavailable: when the master cannot be reached.
         """
-        answer, fd = self._ask(dataclasses.replace(question, id=next(self._numbers)), label)
+        response, fd = self._request(dataclasses.replace(message, id=next(self._numbers)), label)
         if fd is not None:
             os.close(fd)
-        return answer
+        return response
 
-    def fault(self, text: str) -> bool:
-        """Have the master log, once for all workers, why this one cannot start.
+    def report_boot_failure(self, text: str) -> bool:
+        """Have the master log, once for all workers, why this worker cannot start.
 
         :returns: whether this worker's exit is to halt gunicorn.
         :raises errors.BrokerUnavailable: when the master cannot be reached.
         """
-        answer, _ = self._ask(BootFailure(next(self._numbers), text), "the worker")
-        return not isinstance(answer, Acknowledged) or answer.halt
+        response, _ = self._request(BootFailure(next(self._numbers), text), "the worker")
+        return not isinstance(response, Acknowledged) or response.halt
 
     # --- the wire ---------------------------------------------------------------------------------
 
-    def call(self, function: Callable[[], T]) -> T:
-        """Run a function in the worker's own thread, whichever thread asks; its result."""
+    def run_in_worker_thread(self, function: Callable[[], T]) -> T:
+        """Run a function in the worker's own thread, whichever thread calls this; return its result."""
         if unpatched.unpatched("_thread", "get_ident")() == self._thread:
             return function()
-        # The hub belongs to the worker's thread: let it work, and wait here without a hub.
+        # The hub belongs to the worker's thread: let that work, and wait here without a hub.
         done = unpatched.lock()
         done.acquire()
         outcome: list[Any] = []
@@ -284,146 +262,132 @@ class BrokerClient:
             raise error
         return result  # type: ignore[no-any-return]
 
-    def _tell(self, message: Message) -> bool:
-        if self._lost:
-            return False
-        try:
-            self.call(lambda: self._send(message))
-        except (channel.ChannelClosed, OSError):
-            return False
-        return True
+    def _notify(self, message: Message) -> None:
+        """Send a message that has no response; a lost master needs none of them."""
+        if not self._unavailable:
+            with suppress(channel.ChannelClosed, OSError):
+                self.run_in_worker_thread(lambda: self._send(message))
 
     def _send(self, message: Message, fd: int | None = None) -> None:
-        # a packet goes whole or not at all, so greenlets need no lock
+        # the kernel takes a packet whole or not at all, so greenlets need no lock
         channel.send(self._sock, message, fd)
 
-    def _ask(self, ask: Message, label: str, fd: int | None = None) -> tuple[Message, int | None]:
-        if self._lost:
-            raise server_errors.broker_unavailable(label, self._lost)
-        return self.call(lambda: self._exchange(ask, label, fd))
+    def _request(self, message: Message, label: str, fd: int | None = None) -> tuple[Message, int | None]:
+        if self._unavailable:
+            raise server_errors.broker_unavailable(label, self._unavailable)
+        return self.run_in_worker_thread(lambda: self._send_and_wait(message, label, fd))
 
-    def _exchange(self, ask: Message, label: str, fd: int | None) -> tuple[Message, int | None]:
-        result = self._waiting[ask.id] = AsyncResult()
+    def _send_and_wait(self, message: Message, label: str, fd: int | None) -> tuple[Message, int | None]:
+        pending = self._pending[message.id] = AsyncResult()
         try:
-            self._send(ask, fd)
-            answer: tuple[Message, int | None] = result.get(timeout=ANSWER_TIMEOUT)
-            return answer
+            self._send(message, fd)
+            response: tuple[Message, int | None] = pending.get(timeout=RESPONSE_TIMEOUT)
+            return response
         except gevent.Timeout:
             raise server_errors.broker_unavailable(
-                label, f"did not answer within {ANSWER_TIMEOUT:g} s"
+                label, f"did not respond within {RESPONSE_TIMEOUT:g} s"
             ) from None
         except (channel.ChannelClosed, OSError) as error:
             if isinstance(error, errors.ListenError):
                 raise
             raise server_errors.broker_unavailable(label, "has closed the channel") from None
         finally:
-            self._waiting.pop(ask.id, None)
+            self._pending.pop(message.id, None)
 
-    def hand(self, key: str, addr: Any, fd: int) -> bool:
-        """Give a connection that waits for a request to a sibling.
+    # --- messages from the master -----------------------------------------------------------------
 
-        :param key: see :class:`~gunicorn_passenger.ipc.channel.OfferConnection`.
-        :param addr: what ``accept()`` gave.
-        :param fd: remains the caller's.
-        :returns: whether one serves it from now on.
-        :raises errors.BrokerUnavailable: when that cannot be known.
-        """
-        answer, _ = self._ask(OfferConnection(next(self._numbers), key, json.dumps(addr)), "a connection", fd)
-        return isinstance(answer, Acknowledged)
+    def _read_messages(self) -> None:
+        """Dispatch each message of the master. No message may end this greenlet."""
+        while True:
+            try:
+                message, fd = channel.receive(self._sock)
+            except channel.MalformedPacket as error:
+                self.log.warning(
+                    "gunicorn-passenger: the worker ignores a malformed message from the master: %s; restart "
+                    "gunicorn if the master and its workers may run different versions",
+                    error,
+                )
+                continue
+            except (channel.ChannelClosed, OSError):
+                break
+            try:
+                self._handlers.get(type(message), self._on_response)(message, fd)
+            except Exception:
+                self.log.exception(
+                    "gunicorn-passenger: the worker could not act on the master's message %s",
+                    type(message).__name__,
+                )
+        if os.getpid() != self._pid:
+            return
+        self._unavailable = "has closed the channel"
+        for pending in list(self._pending.values()):
+            pending.set_exception(server_errors.broker_unavailable("the port", self._unavailable))
+        self.on_lost()
 
-    def _adopt(self, message: AssignConnection, fd: int | None) -> None:
-        """A connection of a sibling that leaves."""
-        take = None
-        if fd is not None and self.adopt is not None and not self.leaves:
+    def _on_response(self, message: Message, fd: int | None) -> None:
+        pending = self._pending.get(message.id)
+        if pending is not None:
+            pending.set((message, fd))
+        elif fd is not None:
+            os.close(fd)  # the greenlet that sent the request waits no longer
+
+    def _on_packet_rejected(self, message: PacketRejected, fd: int | None) -> None:
+        self.log.error("gunicorn-passenger: the master rejected a message of this worker: %s", message.text)
+        self._on_response(message, fd)
+
+    def _on_successor_ready(self, _message: SuccessorReady, _fd: int | None) -> None:
+        self.successor_ready = True
+
+    def _on_pause_accept(self, message: PauseAccept, fd: int | None) -> None:
+        for lease in list(self._leases.values()):
+            if lease.key == message.key:
+                lease.pause()
+        if fd is not None:
+            os.close(fd)
+
+    def _on_accept_granted(self, message: AcceptGranted, fd: int | None) -> None:
+        lease = self._leases.get(message.id)
+        if fd is None:
+            # the kernel drops the descriptor when this process has no room for it (EMFILE)
+            error = errors.BrokerUnavailable(errno.EMFILE, str(server_errors.no_descriptor(message.key)))
+            self.release_port(message.key, message.id)
+            if lease is None or not lease.reject(error):
+                self.log.error("gunicorn-passenger: %s", error)
+        elif lease is None:
+            # the worker has released the port meanwhile
+            os.close(fd)
+            self.release_port(message.key, message.id)
+        else:
+            lease.grant(AcceptGrant(fd, message.key, _sockname(message), message.slot, message.position))
+
+    def _on_assign_connection(self, message: AssignConnection, fd: int | None) -> None:
+        """Take a connection of a sibling that drains."""
+        start = None
+        if fd is not None and self.on_connection_assigned is not None and not self.exit_announced:
             addr = json.loads(message.addr)
-            take = self.adopt(message.key, tuple(addr) if isinstance(addr, list) else addr, fd)
-        if take is not None:
+            start = self.on_connection_assigned(
+                message.key, tuple(addr) if isinstance(addr, list) else addr, fd
+            )
+        if start is not None:
             try:
                 self._send(AssignResult(message.id, True))
             except (channel.ChannelClosed, OSError):
-                take = None
-        if take is not None:
-            take()
+                start = None
+        if start is not None:
+            start()
             return
         if fd is not None:
             os.close(fd)
         with suppress(channel.ChannelClosed, OSError):
             self._send(AssignResult(message.id, False))
 
-    def _told(
-        self, message: AcceptGranted | PauseAccept | AssignConnection | SuccessorReady, fd: int | None
-    ) -> None:
-        """What the master says without having been asked. Nothing of it may end the reader."""
-        try:
-            if isinstance(message, SuccessorReady):
-                self.heir = True
-            elif isinstance(message, AssignConnection):
-                self._adopt(message, fd)
-            else:
-                self._heard(message, fd)
-        except Exception:
-            self.log.exception("gunicorn-passenger: a message of the master's could not be acted on")
 
-    def _heard(self, message: AcceptGranted | PauseAccept, fd: int | None) -> None:
-        """The master says of itself what may be accepted."""
-        if isinstance(message, PauseAccept):
-            for lease in list(self._leases.values()):
-                if lease.key == message.key:
-                    lease.pause()
-        elif fd is None:
-            # this process has no room for it (EMFILE)
-            self.log.error(
-                "gunicorn-passenger: %s cannot be served: no descriptor is left; raise the limit of open "
-                "files (ulimit -n)",
-                message.key,
-            )
-            wanted = self._leases.get(message.id)
-            self.close(message.key, message.id)
-            if wanted is not None:
-                wanted.fail(server_errors.no_descriptor(message.key))
-        else:
-            lease_of = self._leases.get(message.id)
-            if lease_of is None:
-                # it was given back meanwhile
-                os.close(fd)
-                self.close(message.key, message.id)
-            else:
-                lease_of.grant(
-                    AcceptGrant(fd, message.key, _sockname(message), message.slot, message.position)
-                )
-            return
-        if fd is not None:
-            os.close(fd)
-
-    def _read(self) -> None:
-        """Hand each answer to the greenlet that waits for it."""
-        while True:
-            try:
-                message, fd = channel.receive(self._sock)
-            except channel.MalformedPacket as error:
-                self.log.warning("gunicorn-passenger: the master sent a message that is none: %s", error)
-                continue
-            except (channel.ChannelClosed, OSError):
-                break
-            if isinstance(message, AcceptGranted | PauseAccept | AssignConnection | SuccessorReady):
-                self._told(message, fd)
-                continue
-            if isinstance(message, PacketRejected):
-                self.log.error("gunicorn-passenger: the master rejected a message: %s", message.text)
-            waiting = self._waiting.get(message.id)
-            if waiting is not None:
-                waiting.set((message, fd))
-            elif fd is not None:
-                os.close(fd)  # answered too late
-        if os.getpid() != self._pid:
-            return
-        self._lost = "has closed the channel"
-        for waiting in list(self._waiting.values()):
-            waiting.set_exception(server_errors.broker_unavailable("the port", self._lost))
-        self.on_lost()
+def _sockname(message: PortOpened | AcceptGranted) -> SockAddr | str:
+    if message.path:
+        return message.path
+    host, port = message.host, message.port
+    return (host, port, 0, 0) if ":" in host else (host, port)
 
 
-def _sockname(answer: PortOpened | AcceptGranted) -> SockAddr | str:
-    if answer.path:
-        return answer.path
-    return (answer.host, answer.port, 0, 0) if ":" in answer.host else (answer.host, answer.port)
+def _timed_out(label: str) -> errors.BrokerUnavailable:
+    return server_errors.broker_unavailable(label, f"did not respond within {RESPONSE_TIMEOUT:g} s")

@@ -1,7 +1,7 @@
 """A server of the program: what ``create_server()`` returns.
 
-Runs in: a worker, plain Python, or the master with ``--preload`` (where it only notes what it is
-to do). Must never: bind a port itself; :mod:`.registry` knows where sockets come from.
+Process: a worker, plain Python, or the master with ``--preload``, where a server waits for the fork.
+Never: binds a port itself; :mod:`.registry` knows where sockets come from.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from gunicorn_passenger import errors
 from gunicorn_passenger.config.address import Address, Primary, SockAddr, Tcp, format_sockname, parse
 from gunicorn_passenger.config.settings import check_placement, settings
 from gunicorn_passenger.serving import server_errors
-from gunicorn_passenger.serving.broker_client import PortLease
+from gunicorn_passenger.serving.port_lease import PortLease
 from gunicorn_passenger.system.text import MAX_NAME, printable
 
 WSGIApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
@@ -29,8 +29,8 @@ class ListenAddress:
 
     def __init__(self, sock: Any, sockname: SockAddr | str | None, key: str = "") -> None:
         """
-        :param sock: ``None`` while another worker accepts, or where somebody else does.
-        :param sockname: ``None`` while it is not known.
+        :param sock: ``None`` while another worker accepts, and for the primary, whose socket the worker has.
+        :param sockname: ``None`` while the address is not known.
         """
         self.sock = sock
         self.sockname = sockname
@@ -45,7 +45,7 @@ class ListenAddress:
 
 
 class ServerHost(Protocol):
-    """Where a server belongs: the application of this process."""
+    """The registry of the servers of this process."""
 
     def add(self, server: Server) -> None: ...
     def remove(self, server: Server) -> None: ...
@@ -58,20 +58,21 @@ class Server:
     is a module that gunicorn can load.
     """
 
-    def __init__(self, app: WSGIApp, home: ServerHost) -> None:
+    def __init__(self, app: WSGIApp, host: ServerHost) -> None:
         if not callable(app):
             raise server_errors.not_callable(app)
         self.app = app
-        self._home = home
+        self._host = host
         self.placement = "shared"
         self.state = NEW
         self._name: str | None = None
-        self._want: Address | None = None
+        self._requested: Address | None = None
         self._socket: ListenAddress | None = None
-        self._lease: PortLease | None = None
-        #: with the placement "each": which of its kind it is, from 1
+        #: the right to accept that the master manages; ``None`` for the primary and under plain Python
+        self.lease: PortLease | None = None
+        #: with the placement "each": its number among the servers of this base name, from 1
         self.position = 0
-        #: where the worker counts what it does
+        #: the slot of the scoreboard in which the worker counts
         self.slot = -1
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -87,16 +88,21 @@ class Server:
         With the placement ``"each"`` a number follows, which a successor takes over with the port:
         ``"jobs.2"``.
         """
-        return f"{self.kind}.{self.position}" if self.position else self.kind
+        return f"{self.base_name}.{self.position}" if self.position else self.base_name
 
     @property
-    def kind(self) -> str:
+    def base_name(self) -> str:
         """The name without a number."""
         return self._name or default_name(self.app)
 
     @property
+    def given_name(self) -> str | None:
+        """The name given to ``listen()``; ``None`` where the program gave none."""
+        return self._name
+
+    @property
     def address(self) -> tuple[str, int] | str | None:
-        """What is really bound: ``(host, port)`` or ``"unix:/path"``; ``None`` before and after."""
+        """The bound address: ``(host, port)`` or ``"unix:/path"``; ``None`` before and after."""
         return self._socket.address if self._socket is not None else None
 
     @property
@@ -105,9 +111,14 @@ class Server:
         return self.state == LISTENING
 
     @property
-    def want(self) -> Address | None:
-        """Where ``listen()`` was asked to be."""
-        return self._want
+    def requested_address(self) -> Address | None:
+        """The address that the program gave to ``listen()``."""
+        return self._requested
+
+    @property
+    def socket(self) -> ListenAddress | None:
+        """The listening socket; ``None`` before ``listen()`` and after ``close()``."""
+        return self._socket
 
     def listen(
         self: S,
@@ -125,60 +136,60 @@ class Server:
         :param host: the host for a bare port and for ``"auto"``.
         :param name: names the server in :func:`gunicorn_passenger.servers` and in the log.
         :param placement: ``"shared"``: all workers accept from the one socket. ``"one"``: one worker at a
-            time accepts, another when that leaves or dies. ``"each"``: every worker gets a port of its own,
-            with a number the next free ones from there.
+            time accepts, another when that worker drains or dies. ``"each"``: every worker gets a port of its
+            own; with a port number, the workers get the next free ports from there.
         :returns: the server itself.
         :raises errors.ListenError: (an ``OSError``) when it cannot listen there; ``PortNotAllocated``
-            and ``PortInUse`` are kinds of it.
-        :raises errors.AlreadyInstalled: when the primary socket has its server.
+            and ``PortInUse`` are subclasses.
+        :raises errors.AlreadyInstalled: when another server has the primary socket.
         """
         if self.state == CLOSED:
             raise server_errors.closed_server(self.name)
         if self.state != NEW:
             raise server_errors.already_listening(self.name, self._label())
-        want = parse(address, host)
+        requested = parse(address, host)
         if name is not None and (not isinstance(name, str) or not name.strip() or len(name) > MAX_NAME):
             raise errors.SettingError(
-                f"name={name!r}: a server's name is a string of 1 to {MAX_NAME} characters"
+                f"name={name!r}: a server's name must be a string of 1 to {MAX_NAME} characters"
             )
-        if isinstance(want, Tcp):
-            placement = settings.placement(want.port, placement)
+        if isinstance(requested, Tcp):
+            placement = settings.placement(requested.port, placement)
         self.placement = check_placement(placement)
-        if isinstance(want, Primary) and placement != "shared":
+        if isinstance(requested, Primary) and placement != "shared":
             raise server_errors.primary_with_placement(placement)
-        # as the master has it, which escapes it, too
+        # the master escapes the name too, so that both know the same one
         self._name = None if name is None else printable(name)
-        self._want = want
+        self._requested = requested
         try:
-            self._home.add(self)
+            self._host.add(self)
         except BaseException:
-            self._want, self._name = None, None
+            self._requested, self._name = None, None
             raise
         return self
 
     def close(self) -> None:
-        """Stop accepting, in this worker; what was accepted is finished. Harmless when repeated.
+        """Stop accepting in this worker; open connections are finished. Harmless when repeated.
 
-        The master closes the port when no worker has wanted it for the grace period.
+        The master closes the port after no worker has used it for the grace period.
         """
         if self.state != CLOSED:
-            self._home.remove(self)
+            self._host.remove(self)
             self.state = CLOSED
             self._socket = None
 
-    def attach(self, sock: ListenAddress | None, state: str) -> None:
-        """Called by the application when the server's socket is there, or lost."""
+    def set_socket(self, sock: ListenAddress | None, state: str) -> None:
+        """Called by the registry when the server has its socket, or has lost it."""
         self._socket = sock
         self.state = state
 
     def _label(self) -> str:
         if self._socket is not None and self._socket.sockname is not None:
             return format_sockname(self._socket.sockname)
-        return "nowhere" if self._want is None else str(self._want)
+        return "nowhere" if self._requested is None else str(self._requested)
 
     @property
     def is_primary(self) -> bool:
-        return isinstance(self._want, Primary)
+        return isinstance(self._requested, Primary)
 
 
 def default_name(app: object) -> str:

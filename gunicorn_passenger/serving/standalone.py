@@ -1,21 +1,29 @@
-"""Plain Python, without gunicorn: there is no master, the process opens its ports itself.
+"""Plain Python without gunicorn: no master exists, so the process opens its ports and serves by itself.
 
-Runs in: plain Python. Must never: run in a worker.
+Process: plain Python.
+Never: used by a worker.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol
 
+import gevent
 from gevent import socket as gsocket
+from gevent.event import Event
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.config import listen_errors
 from gunicorn_passenger.config.address import Address, Auto, Tcp, Unix, format_sockname, resolve
 from gunicorn_passenger.config.port_allocation import PortAllocation, format_ports
 from gunicorn_passenger.config.settings import settings
+from gunicorn_passenger.serving import events
+from gunicorn_passenger.serving.acceptor_table import AcceptorTable
+from gunicorn_passenger.serving.drain import Drainable, finish_connections
 from gunicorn_passenger.serving.server import ListenAddress
 from gunicorn_passenger.system import listening_sockets
 
@@ -25,10 +33,45 @@ DEVELOPMENT_PORT = 8000
 _BACKLOG = 2048
 
 
+class StandaloneServers(Drainable, Protocol):
+    """The servers of a process without gunicorn."""
+
+    acceptors: AcceptorTable
+
+    def start(self) -> None:
+        """Accept on everything."""
+
+    def stop_accepting(self) -> None:
+        """Close the listening sockets."""
+
+    def addresses(self) -> Iterable[object]:
+        """The addresses of the servers."""
+
+
+def run(servers: StandaloneServers) -> None:
+    """Accept until interrupted (Ctrl-C or SIGTERM), then finish the open connections."""
+    interrupted = Event()
+    watchers = [gevent.signal_handler(number, interrupted.set) for number in (signal.SIGINT, signal.SIGTERM)]
+    cfg, log = servers.acceptors.configuration()
+    servers.start()
+    events.emit("ready", None, log)
+    try:
+        interrupted.wait()
+    finally:
+        for watcher in watchers:
+            watcher.cancel()
+        servers.stop_accepting()
+        finish_connections(servers, cfg.graceful_timeout, log)
+        events.emit("exit", None, log)
+        for address in servers.addresses():
+            _unlink(address)
+
+
 def open_socket(want: Address | None, primary: bool) -> ListenAddress:
     """Open the listening socket of a server.
 
-    :raises errors.ListenError: when it cannot be had.
+    :param primary: whether the server is the primary; its address is printed.
+    :raises errors.ListenError: when it cannot be opened.
     """
     if isinstance(want, Unix):
         family, sock = int(gsocket.AF_UNIX), listening_sockets.open_unix(want.path, 0o600, _BACKLOG)
@@ -65,7 +108,10 @@ def _allocation() -> PortAllocation:
 
 
 def development_port() -> int:
-    """:raises errors.SettingError: when PORT is no port."""
+    """The port of the primary under plain Python.
+
+    :raises errors.SettingError: when the environment variable PORT is not a port number.
+    """
     text = os.environ.get("PORT", "").strip()
     if not text:
         return DEVELOPMENT_PORT
@@ -74,8 +120,8 @@ def development_port() -> int:
     return int(text)
 
 
-def unlink(address: object) -> None:
-    """Remove the file of a UNIX socket of ours."""
+def _unlink(address: object) -> None:
+    """Remove the file of a UNIX socket that this process has opened."""
     if isinstance(address, str) and address.startswith("unix:"):
         path = address[len("unix:") :]
         if os.path.exists(path):

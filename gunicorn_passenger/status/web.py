@@ -125,7 +125,7 @@ def _host_allowed(environ: Environ, hosts: frozenset[str]) -> bool:
     if host_names.matches(host, hosts | settings.status_hosts()):
         return True
     # the name that a server of this program was told to listen on
-    addresses = (getattr(server, "want", None) for server in registry.servers)
+    addresses = (getattr(server, "requested_address", None) for server in registry.servers)
     return any(isinstance(want, Tcp) and host_names.normalize(want.host) == host for want in addresses)
 
 

@@ -325,7 +325,7 @@ def test_plain_python(start, home):
 def test_plain_python_default_port(start):
     start.write(
         "show.py",
-        "from gunicorn_passenger.serving import plain\nprint(plain.development_port())",
+        "from gunicorn_passenger.serving import standalone\nprint(standalone.development_port())",
     )
     process = start.python("show.py")
     process.wait_end()
@@ -350,7 +350,7 @@ def test_a_preloaded_unmodified_server_is_explained(start, port):
     )
     process = start.gunicorn("anything", "--preload").wait_ready()
     process.wait_log(rf"WARNING.*127.0.0.1:{port} was opened in the master.*--preload")
-    assert "does not go through" not in process.log()
+    assert "without Python's socket module" not in process.log()
 
 
 def test_a_server_opened_after_another_was_closed_accepts(start, port):

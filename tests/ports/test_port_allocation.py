@@ -251,7 +251,7 @@ def test_configuration_and_environment_bound_the_program(start):
         process.socket,
         "/eval",
         "POST",
-        f"__import__('gunicorn_passenger.serving.registry').serving.registry.registry.link.open("
+        f"__import__('gunicorn_passenger.serving.registry').serving.registry.registry.broker.open_port("
         f"__import__('gunicorn_passenger.config.address').address.Tcp('127.0.0.1', {c}), 'x')",
     )
     assert status == 500

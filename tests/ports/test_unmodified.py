@@ -855,9 +855,9 @@ def test_a_port_that_a_foreign_process_holds(obedient, target):
 def test_a_server_that_binds_by_itself_in_every_worker(start, port):
     process = start.gunicorn("c_server", workers=2, env={"P1": port})
     process.wait_log(
-        r"\[ERROR\] A server that the program opens does not go through Python's socket module, so the "
-        r"master cannot share its port among the workers \(.*in use\): run it with one worker, or pass it a "
-        "listening socket made by Python"
+        r"\[ERROR\] A server of the program opens its port without Python's socket module, so the master "
+        r"cannot share the port among the workers \(.*in use\): run gunicorn with --workers 1, or pass the "
+        "server a listening socket made with Python's socket module"
     )
     assert process.wait_end() != 0
     assert refused(port)
@@ -866,13 +866,13 @@ def test_a_server_that_binds_by_itself_in_every_worker(start, port):
 def test_a_server_that_binds_by_itself_in_one_worker(start, home, port):
     process = start.gunicorn("c_server", workers=2, env={"P1": port, "FIRST": home / "first"}).wait_ready()
     pid = process.wait_log(
-        rf"\[WARNING\] 127.0.0.1:{port} was opened by code that does not go through Python's socket module: "
-        r"the master cannot share it, so this worker alone has it \(pid:(\d+)\)"
+        rf"\[WARNING\] 127.0.0.1:{port} was opened without Python's socket module, so the master cannot share "
+        r"it: only this worker accepts there \(pid:(\d+)\)"
     )[1]
     assert int(pid) in process.workers()
     wait_for(lambda: len(process.workers()) == 2, "two workers")
     answering(process.socket, process.workers())
-    assert process.log().count("was opened by code") == 1
+    assert process.log().count("was opened without Python") == 1
     assert process.stop() == 0
 
 

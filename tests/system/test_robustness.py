@@ -27,7 +27,7 @@ from conftest import (
 )
 
 #: In a worker: its end of the channel.
-LINK = "__import__('gunicorn_passenger.serving.registry').serving.registry.registry.link"
+BROKER = "__import__('gunicorn_passenger.serving.registry').serving.registry.registry.broker"
 
 #: In a worker: whether it gets a port of the master, which it gives back.
 GETS = "(lambda server: (server.listening, server.close())[0])(passenger.listen('auto', whoami))"
@@ -136,7 +136,7 @@ def test_a_flood_as_fast_as_the_channel_takes_it_does_not_keep_others_waiting(pr
 if os.getpid() == {flooder}:
     import json, threading
     from gevent import monkey
-    raw = {LINK}._sock._sock
+    raw = {BROKER}._sock._sock
     def flood():
         sleep = monkey.get_original("time", "sleep")
         number = 10**6
@@ -169,7 +169,7 @@ def test_descriptors_that_nobody_asked_for_are_closed(process, port, descriptors
     before = settled_descriptors(process)
     code = f"""
 import array, socket
-end = {LINK}._sock._sock
+end = {BROKER}._sock._sock
 for data in (b"garbage", b'{{"v":1,"type":"WorkerReady","id":0,"primary":"x"}}'):
     for _ in range(20):
         fds = [os.open("/dev/null", os.O_RDONLY) for _ in range({descriptors_sent})]
@@ -195,7 +195,7 @@ if os.getpid() == {sender}:
         fd = pair[0].fileno() if pair else os.open("/dev/null", os.O_RDONLY)
         message = {{"v": 1, "type": "OfferConnection", "id": 0, "key": key, "addr": {addr!r}}}
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
-        {LINK}._sock._sock.sendmsg([json.dumps(message).encode()], rights)
+        {BROKER}._sock._sock.sendmsg([json.dumps(message).encode()], rights)
         for end in pair: end.close()
         if not pair: os.close(fd)
     for key in ("127.0.0.1:{port}", "primary unix:{process.socket}", "primary", "nonsense"):

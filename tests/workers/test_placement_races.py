@@ -17,7 +17,7 @@ from conftest import (
     refused,
     wait_for,
 )
-from test_broker import LINK, raw, run
+from test_broker import BROKER, raw, run
 from test_placement import accepting, children, placed, report, sockets_of, upgrade
 
 
@@ -155,7 +155,7 @@ def test_a_connection_with_an_address_that_is_none_reaches_nobody(start, port, a
     run(
         process,
         "[__import__('socket').send_fds(type('S', (), {'sendmsg': staticmethod("
-        f"{LINK}._sock._sock.sendmsg)}})(), [{hand.encode()!r}], [0])]",
+        f"{BROKER}._sock._sock.sendmsg)}})(), [{hand.encode()!r}], [0])]",
     )
     run(process, raw(hand.encode()))  # and without a descriptor
     assert run(process, "passenger.listen('auto', whoami).listening") == "True"

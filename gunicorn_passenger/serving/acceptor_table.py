@@ -1,0 +1,123 @@
+"""The acceptors of this process: those of the primary, one for each other server, and those that drain.
+
+Process: a worker, or plain Python.
+Never: knows why a server starts or stops to accept; :mod:`.registry` decides that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from gunicorn_passenger.config.address import format_sockname
+from gunicorn_passenger.http.listener_context import StandaloneWorker
+from gunicorn_passenger.serving.acceptors import ListenerHandler, make_acceptor
+from gunicorn_passenger.serving.counters import AcceptorCounters
+from gunicorn_passenger.serving.server import Server
+
+
+class AcceptorTable:
+    """Starts, finds and stops the acceptors of this process."""
+
+    def __init__(self) -> None:
+        self.counters = AcceptorCounters()
+        #: whether all acceptors were told to stop
+        self.stopped = False
+        #: the acceptors of the primary's listeners
+        self.primary: list[ListenerHandler] = []
+        self._by_server: dict[Server, ListenerHandler] = {}
+        #: acceptors of servers that closed or paused, whose connections are not finished
+        self._draining: list[ListenerHandler] = []
+        self._cfg: Any = None
+        self._log: Any = None
+        self._worker: Any = StandaloneWorker()
+
+    def configure(self, cfg: Any, log: Any, worker: Any) -> None:
+        """
+        :param cfg: gunicorn's configuration, as it applies to servers beside the primary.
+        :param worker: gunicorn's worker object.
+        """
+        self._cfg, self._log, self._worker = cfg, log, worker
+
+    def configuration(self) -> tuple[Any, Any]:
+        """gunicorn's configuration and log; under plain Python its defaults."""
+        if self._cfg is None:
+            # under gunicorn the module is there already; plain Python needs it for a server that listens
+            from gunicorn.config import Config
+
+            self._cfg = Config()
+            self._log = self._cfg.logger_class(self._cfg)
+        return self._cfg, self._log
+
+    # --- one acceptor -----------------------------------------------------------------------------
+
+    def start_primary(self, sock: Any, app: Any, cfg: Any, slot: int) -> None:
+        """Accept on a listener of the primary; ``cfg`` is gunicorn's own configuration."""
+        acceptor = make_acceptor(sock, app, cfg, self._log, self._worker)
+        self.counters.register(slot, acceptor)
+        acceptor.start()
+        self.primary.append(acceptor)
+
+    def start(self, server: Server, sock: Any) -> None:
+        """Accept on the listening socket of a server."""
+        cfg, log = self.configuration()
+        acceptor = self._by_server[server] = make_acceptor(sock, server.app, cfg, log, self._worker)
+        self.counters.register(server.slot, acceptor)
+        acceptor.start()
+
+    def stop(self, server: Server) -> None:
+        """Close the listening socket of a server; its connections go on."""
+        acceptor = self._by_server.pop(server, None)
+        if acceptor is not None:
+            acceptor.stop_accepting()
+            self._draining = [a for a in (*self._draining, acceptor) if not a.idle()]
+        elif server.socket is not None and server.socket.sock is not None:
+            server.socket.sock.close()
+
+    def __contains__(self, server: object) -> bool:
+        return server in self._by_server
+
+    # --- all of them ------------------------------------------------------------------------------
+
+    def stop_primary(self) -> None:
+        """Close the listening sockets of the primary; its connections go on."""
+        for acceptor in self.primary:
+            acceptor.stop_accepting()
+
+    def stop_all(self) -> Iterable[Server]:
+        """Close all listening sockets; connections go on.
+
+        :returns: the servers beside the primary that accepted until now.
+        """
+        self.stopped = True
+        self.stop_primary()
+        for acceptor in self._by_server.values():
+            acceptor.stop_accepting()
+        return list(self._by_server)
+
+    def pause_all(self) -> None:
+        """In a forked child of the worker: accept nothing, and leave the listening sockets to the worker."""
+        for acceptor in self._all():
+            acceptor.pause()
+
+    def idle(self) -> bool:
+        """Whether no acceptor has a connection."""
+        return all(acceptor.idle() for acceptor in self._all())
+
+    def kill(self, timeout: float) -> None:
+        """End the connections that are left.
+
+        :param timeout: seconds that each acceptor may take.
+        """
+        for acceptor in self._all():
+            acceptor.kill(timeout)
+
+    def by_key(self) -> list[tuple[str, ListenerHandler]]:
+        """The acceptors by the key under which all workers know their port."""
+        found = [(f"primary {format_sockname(acceptor.sockname)}", acceptor) for acceptor in self.primary]
+        return found + [(s.lease.key, a) for s, a in self._by_server.items() if s.lease is not None]
+
+    def _all(self) -> Iterator[ListenerHandler]:
+        yield from self.primary
+        yield from self._by_server.values()
+        yield from self._draining

@@ -1,0 +1,116 @@
+"""Where the servers of the application are, in this process and in others.
+
+Process: a worker, plain Python, and the master with ``--preload``.
+Never: asks the master about a name more often than once a second.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import count
+from time import monotonic
+from typing import Any, NamedTuple
+
+from gunicorn_passenger import errors
+from gunicorn_passenger.serving.server import Server
+from gunicorn_passenger.serving.third_party import ThirdPartyServer
+
+#: Seconds for which the addresses of other processes' servers are remembered.
+_CACHE_SECONDS = 1.0
+
+
+class _ServerInfo(NamedTuple):
+    name: str
+    address: tuple[str, int] | str | None
+    placement: str
+    state: str
+
+
+class ServerInfo(_ServerInfo):
+    """One server of the application, as :func:`gunicorn_passenger.servers` lists it.
+
+    A named tuple of ``name``, ``address``, ``placement`` and ``state``.
+    """
+
+    #: the pid of the worker that serves it, with the placement "each"
+    worker: int | None = None
+
+
+class ServerDiscovery:
+    """Lists the servers of the application and finds them by name."""
+
+    def __init__(
+        self, servers: list[Server | ThirdPartyServer], report: Callable[[], dict[str, Any]]
+    ) -> None:
+        """
+        :param servers: those of this process; the list changes as they come and go.
+        :param report: gets the report of the whole application from the master.
+        """
+        self._servers = servers
+        self._report = report
+        #: by name: the addresses in other processes, and the time at which they are asked for again
+        self._remembered: dict[str, tuple[tuple[tuple[str, int] | str, ...], float]] = {}
+        self._turns = count()
+
+    def list_servers(self) -> list[ServerInfo]:
+        """The servers of this process, and those with the placement "each" of the other workers."""
+        found = []
+        for server in self._servers:
+            info = ServerInfo(server.name, server.address, server.placement, server.state)
+            if server.placement == "each" and server.position:
+                info.worker = os.getpid()
+            found.append(info)
+        base_names = {server.base_name for server in self._servers if server.placement == "each"}
+        if base_names:
+            found.extend(self._of_other_workers(base_names, {info.name for info in found}))
+        return found
+
+    def resolve_server(self, name: str) -> tuple[str, int] | str:
+        """The address of a server of the application, in whichever process it is.
+
+        :param name: its name; the base name of an ``"each"`` server means each of them in turn.
+        :raises LookupError: when no server has the name, or it listens nowhere yet.
+        """
+        for server in self._servers:
+            if server.name == name and server.address:
+                return server.address
+        now = monotonic()
+        found, until = self._remembered.get(name, ((), 0.0))
+        if now >= until:
+            with suppress(errors.BrokerUnavailable):  # an old address is better than none
+                found = tuple(self._addresses_of(name))
+            self._remembered[name] = found, now + _CACHE_SECONDS
+        if not found:
+            self._remembered.pop(name, None)
+            raise LookupError(name)
+        return found[next(self._turns) % len(found)]
+
+    def _addresses_of(self, name: str) -> Iterator[tuple[str, int] | str]:
+        """All addresses under a name, of servers and daemons, as the master knows them."""
+        report = self._report()
+        for entry in [*report["servers"], *report.get("daemons", ())]:
+            known, address = entry["name"], entry["address"]
+            if entry.get("placement") == "each" and name != known:
+                known = known.rpartition(".")[0]
+            served = entry["state"] == "running" or (entry["state"] == "listening" and entry.get("workers"))
+            if known == name and address and served:
+                yield address if address.startswith("unix:") else _host_and_port(address)
+
+    def _of_other_workers(self, base_names: set[str], known: set[str]) -> Iterator[ServerInfo]:
+        try:
+            servers = self._report()["servers"]
+        except errors.BrokerUnavailable:
+            return
+        for entry in servers:
+            name = entry["name"]
+            if entry["placement"] == "each" and name not in known and name.rpartition(".")[0] in base_names:
+                info = ServerInfo(name, _host_and_port(entry["address"]), "each", entry["state"])
+                info.worker = next(iter(entry["workers"]), None)
+                yield info
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
