@@ -1,10 +1,10 @@
-"""The TCP face of a captured primary.
+"""Makes a captured primary look like a TCP socket.
 
-Runs in: a worker. Must never: change what a real TCP socket answers.
+Process: a worker.
+Never: changes what a real TCP socket returns.
 
-A captured primary is an AF_UNIX socket under an object that says AF_INET. Whatever object says one and
-is the other gets a TCP face: its peer is ('127.0.0.1', 0), as for Passenger's Node programs, and TCP
-options have no effect.
+A captured primary is an AF_UNIX socket under an object that says AF_INET. For such an object the peer is
+('127.0.0.1', 0), as for Passenger's Node programs, and TCP options have no effect.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gevent import _socket3, monkey
 
 INET = (socket.AF_INET, socket.AF_INET6)
 
-#: What a captured server's client looks like.
+#: The peer address that a captured server sees.
 PEER: dict[int, Any] = {socket.AF_INET: ("127.0.0.1", 0), socket.AF_INET6: ("::1", 0, 0, 0)}
 
 NATIVE: Any = monkey.get_original("socket", "socket")
@@ -27,19 +27,19 @@ CLASSES = (NATIVE, _socket3._wrefsocket)
 
 _TCP_LEVELS = (socket.IPPROTO_TCP, socket.IPPROTO_IP, socket.IPPROTO_IPV6)
 
-_faced: list[bool] = []
+_enabled: list[bool] = []
 
 
 def enable() -> None:
-    """Give such sockets their face; from the first captured server on."""
-    if _faced:
+    """Emulate TCP from now on; called for the first captured server."""
+    if _enabled:
         return
-    _faced.append(True)
+    _enabled.append(True)
     for cls in CLASSES:
-        _put_face_on(cls)
+        _emulate_tcp(cls)
 
 
-def _put_face_on(cls: Any) -> None:
+def _emulate_tcp(cls: Any) -> None:
     def getpeername(self: Any) -> Any:
         peer = _socket.socket.getpeername(self)
         if not isinstance(peer, tuple) and self.family in INET:
@@ -50,14 +50,14 @@ def _put_face_on(cls: Any) -> None:
         try:
             _socket.socket.setsockopt(self, *args)
         except OSError:
-            if not _is_disguised(self, args[0]):
+            if not _is_unix_under_inet(self, args[0]):
                 raise
 
     def getsockopt(self: Any, *args: Any) -> Any:
         try:
             return _socket.socket.getsockopt(self, *args)
         except OSError:
-            if not _is_disguised(self, args[0]):
+            if not _is_unix_under_inet(self, args[0]):
                 raise
             return b"\0" * args[2] if len(args) > 2 else 0
 
@@ -66,7 +66,7 @@ def _put_face_on(cls: Any) -> None:
         setattr(cls, function.__name__, function)
 
 
-def _is_disguised(sock: Any, level: int) -> bool:
+def _is_unix_under_inet(sock: Any, level: int) -> bool:
     return (
         level in _TCP_LEVELS
         and sock.family in INET

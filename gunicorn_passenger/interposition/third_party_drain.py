@@ -1,11 +1,11 @@
-"""What a leaving worker tells the clients of servers that are not ours.
+"""Drains third-party HTTP servers: closes their connections after a response, or while they are idle.
 
-Runs in: a worker that leaves. Must never: end a connection that has a request in hand, or cost anything
-before.
+Process: a worker that drains.
+Never: ends a connection that has an open request, or costs time before the drain.
 
-Known are gevent's ``pywsgi`` and all that is made of ``http.server`` (``wsgiref``, ``socketserver``'s HTTP
-servers, Werkzeug and Flask). Their next answer says ``Connection: close``; a connection on which they wait
-for a request is found by looking at what its greenlet is doing.
+It knows gevent's ``pywsgi`` and the servers based on ``http.server`` (``wsgiref``, ``socketserver``'s HTTP
+servers, Werkzeug and Flask). Their next response says ``Connection: close``. A connection is idle when the
+innermost frame of its greenlet is the function that waits for a request.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import greenlet
 
 
 def force_connection_close() -> None:
-    """From now on every answer is the last of its connection (RFC 9112 section 9.6)."""
+    """From now on every response is the last of its connection (RFC 9112 section 9.6)."""
     pywsgi = sys.modules.get("gevent.pywsgi")
     if pywsgi is not None:
         finalize = pywsgi.WSGIHandler.finalize_headers
@@ -56,27 +56,27 @@ def force_connection_close() -> None:
 def shutdown_idle_connections() -> None:
     """End the connections on which such a server waits for a request.
 
-    It sees the end of what its client sends, as it would if the client had gone.
+    The server reads an end-of-file, as it would if the client had closed the connection.
     """
-    for sock in list(_idle()):
+    for sock in list(_idle_sockets()):
         with suppress(OSError):
             sock.shutdown(socket.SHUT_RD)
 
 
-def _idle() -> Iterator[Any]:
-    reading = _codes()
-    for thing in gc.get_objects():
-        if isinstance(thing, greenlet.greenlet) and thing.gr_frame is not None:
-            frame = _beyond_sockets(thing.gr_frame)
-            if frame is not None and frame.f_code in reading:
+def _idle_sockets() -> Iterator[Any]:
+    waiting = _functions_that_wait()
+    for candidate in gc.get_objects():
+        if isinstance(candidate, greenlet.greenlet) and candidate.gr_frame is not None:
+            frame = _innermost_server_frame(candidate.gr_frame)
+            if frame is not None and frame.f_code in waiting:
                 handler = frame.f_locals.get("self")
                 sock = getattr(handler, "socket", None) or getattr(handler, "connection", None)
                 if sock is not None:
                     yield sock
 
 
-def _codes() -> set[CodeType]:
-    """The functions that wait for a request's first line."""
+def _functions_that_wait() -> set[CodeType]:
+    """The functions in which a server waits for the request line."""
     found = set()
     if (pywsgi := sys.modules.get("gevent.pywsgi")) is not None:
         found.add(pywsgi.WSGIHandler.read_requestline.__code__)
@@ -89,12 +89,14 @@ _GEVENT = os.path.join("gevent", "")
 _SOCKETS = ("socket.py", "selectors.py", "ssl.py")
 
 
-def _beyond_sockets(frame: FrameType | None) -> FrameType | None:
-    """The innermost frame that is not gevent's or a socket's."""
+def _innermost_server_frame(frame: FrameType | None) -> FrameType | None:
+    """The innermost frame outside gevent and the socket modules."""
     while frame is not None:
         name = frame.f_code.co_filename
-        waits = (_GEVENT in name and not name.endswith("pywsgi.py")) or os.path.basename(name) in _SOCKETS
-        if not waits:
+        below_server = (_GEVENT in name and not name.endswith("pywsgi.py")) or os.path.basename(
+            name
+        ) in _SOCKETS
+        if not below_server:
             return frame
         frame = frame.f_back
     return None

@@ -1,10 +1,11 @@
-"""Which HTTP handler serves a listener: ours, or gunicorn's own where ours does not do what is asked.
+"""Chooses the HTTP handler of a listener: ours, or gunicorn's own for features that ours lacks.
 
-Runs in: a worker, or plain Python. Must never: know of the master.
+Process: a worker, or plain Python.
+Never: knows of the master.
 
-Ours speaks HTTP/1.x in the clear. TLS, HTTP/2, the PROXY protocol and the uwsgi protocol are
-gunicorn's: it is decided here, once for each listener, and said in the log at debug level. What
-belongs to the primary alone is switched off on a second server, which no ``bind`` names.
+Our handler speaks HTTP/1.x without TLS. gunicorn's serves TLS, HTTP/2, the PROXY protocol and the uwsgi
+protocol. The choice is made once for each listener, and logged at debug level. gunicorn's settings for
+these features hold for the primary alone; a server that no ``bind`` names does without them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from gunicorn_passenger.http.access_log import escape_access_log
 from gunicorn_passenger.http.listener_context import ListenerContext
 from gunicorn_passenger.ipc.scoreboard import Counters
 
-#: gunicorn's settings of the primary's wire, and their neutral values.
+#: gunicorn's settings for the primary's wire protocol, and their neutral values.
 _PRIMARY_ONLY = {
     "certfile": None,
     "keyfile": None,
@@ -36,7 +37,7 @@ _PRIMARY_ONLY = {
 
 
 class ListenerHandler(Protocol):
-    """What the worker asks of the acceptor of a listener."""
+    """The acceptor of a listener, as the worker uses it."""
 
     def start(self) -> None: ...
     def serve(self, app: Any) -> None: ...
@@ -53,7 +54,7 @@ class ListenerHandler(Protocol):
 
 
 def unsupported_features(cfg: Any) -> str:
-    """What gunicorn is configured to do that our handler does not, for the log; empty if nothing."""
+    """A configured feature that our handler lacks, for the log; empty if it has all that is configured."""
     if cfg.is_ssl:
         return "TLS"
     if getattr(cfg, "protocol", "http") != "http":
@@ -78,28 +79,30 @@ def make_acceptor(sock: Any, app: Any, cfg: Any, log: Any, worker: Any) -> Liste
     escape_access_log(log)
     sockname = sock.getsockname()
     if reason := unsupported_features(cfg):
-        log.debug("%s is served by gunicorn's own handler: %s is set", format_sockname(sockname), reason)
+        log.debug(
+            "gunicorn's own handler serves %s, because %s is configured", format_sockname(sockname), reason
+        )
         tls = {"ssl_context": ssl_context(cfg)} if cfg.is_ssl else {}
         return GunicornAcceptor(
             sock, GunicornHandler(app, cfg, log, worker), cfg.worker_connections, share, **tls
         )
-    gateway = ListenerContext(
+    context = ListenerContext(
         app, cfg, log, worker, sockname, settings.timeouts(), settings.closes_websockets_on_exit()
     )
-    if gateway.reader.slow_parser_reason:
+    if context.reader.slow_parser_reason:
         log.debug(
-            "%s: requests are parsed by gunicorn's Python parser: %s",
+            "%s: gunicorn's Python parser, which is slower, parses the requests: %s",
             format_sockname(sockname),
-            gateway.reader.slow_parser_reason,
+            context.reader.slow_parser_reason,
         )
-    return Acceptor(sock, gateway, cfg.worker_connections, share)
+    return Acceptor(sock, context, cfg.worker_connections, share)
 
 
 class GunicornHandler(GeventWorker):
     """gunicorn's connection handler for one WSGI app."""
 
     def __init__(self, app: Any, cfg: Any, log: Any, worker: Any) -> None:
-        # gunicorn's own __init__ makes a worker process; this is just its request handling
+        # gunicorn's own __init__ prepares a worker process; only its request handling is used here
         self.wsgi = app
         self.cfg = cfg
         self.log = log
@@ -130,7 +133,7 @@ class GunicornHandler(GeventWorker):
 
 def secondary_config(cfg: Any) -> Any:
     """gunicorn's configuration as it applies to a server that no ``bind`` names."""
-    # not copy.copy(): an older Config looks its own attributes up in itself and never ends
+    # not copy.copy(): the Config of older gunicorns recurses for ever on it
     second = object.__new__(type(cfg))
     second.__dict__.update(cfg.__dict__, settings=dict(cfg.settings))
     for name, value in _PRIMARY_ONLY.items():
@@ -142,10 +145,10 @@ def secondary_config(cfg: Any) -> Any:
 
 
 class ListenerName:
-    """The listener as gunicorn's handler sees it, which asks it for its name at each connection.
+    """Stands in for the listener, whose name gunicorn's handler reads for each connection.
 
-    A connection may be accepted just before the listener is closed and handled just after; asking
-    the closed socket would fail, and the client would be reset.
+    A connection may be accepted just before the listener closes and handled just after. The closed socket
+    would raise, and the client would be reset.
     """
 
     def __init__(self, name: Any) -> None:
@@ -162,8 +165,8 @@ class GunicornAcceptor:
         """
         :param sock: a listening gevent socket; the acceptor owns it.
         :param connections: how many connections it serves at a time.
-        :param share: whether siblings accept from the same socket, so that one connection is
-            accepted at a time and they get theirs.
+        :param share: whether siblings accept from the same socket. It then accepts one connection at a time,
+            so that they get their share.
         """
         self.pool = Pool(connections)
         self._handler = handler
@@ -184,7 +187,7 @@ class GunicornAcceptor:
         self.server.start()
 
     def serve(self, app: Any) -> None:
-        """From now on, serve this."""
+        """From now on, serve this application."""
         self._handler.wsgi = app
 
     def stop_accepting(self) -> None:
@@ -193,13 +196,13 @@ class GunicornAcceptor:
         self.server.close()
 
     def pause(self) -> None:
-        """Accept nothing more, and leave the listening socket open: it is another process's too."""
+        """Accept nothing more, and leave the listening socket open for the process that it belongs to."""
         self.server._stop_event.set()
         self.server.stop_accepting()
 
     def _handle(self, name: Any, client: Any, addr: Any) -> None:
         self._accepted += 1
-        # the name that a client of a UNIX socket has bound is not an address
+        # a client of a UNIX socket may have bound a name, which is not an address
         self._handler.handle(name, client, addr if isinstance(addr, tuple) else "")
 
     def idle(self) -> bool:
@@ -209,20 +212,23 @@ class GunicornAcceptor:
         return self._closed and self.idle()
 
     def waiting(self, most: int) -> list[tuple[Any, Any]]:
-        """None: gunicorn's handler cannot tell, and TLS has a state of its own."""
+        """Nothing: gunicorn's handler does not know its idle connections, and TLS state cannot migrate."""
         return []
 
     def adopt(self, sock: Any, addr: Any, early: bytes = b"", begun: bool = False) -> Any:
-        raise NotImplementedError  # nobody gives such a connection away
+        raise NotImplementedError("gunicorn's handler takes no connections of siblings")
 
     @property
     def sockname(self) -> Any:
         return self._name.getsockname()
 
     def counts(self) -> Counters:
-        """What it has done so far; bytes and errors are gunicorn's, which does not count them."""
+        """Its counters; gunicorn's handler counts neither bytes nor errors."""
         return Counters(len(self.pool), self._accepted, self._handler.requests)
 
     def kill(self, timeout: float) -> None:
-        """End what still runs."""
+        """End the open connections.
+
+        :param timeout: seconds that they may take.
+        """
         self.server.stop(timeout=timeout)

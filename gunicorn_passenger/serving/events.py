@@ -1,6 +1,7 @@
 """The program's events: ``ready``, ``listening`` and ``exit``.
 
-Runs in: a worker, or plain Python. Must never: let a handler that raises stop the worker.
+Process: a worker, or plain Python.
+Never: lets a handler that raises stop the worker.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ def on(event: str, fn: F | None = None) -> F | Callable[[F], F]:
 
     - ``"ready"(worker)``: the worker has loaded the program and begins to serve;
     - ``"listening"(server)``: a server has its socket and begins to accept;
-    - ``"exit"(worker)``: the worker leaves, after it has served what it had.
+    - ``"exit"(worker)``: the worker exits, after it has finished its connections.
 
-    ``worker`` is gunicorn's worker object, ``None`` under plain Python. A handler that raises is logged.
+    ``worker`` is gunicorn's worker object, or ``None`` under plain Python. An error of a handler is logged.
 
     :raises ValueError: for an unknown event.
     :raises TypeError: when ``fn`` is not callable.
     """
     if event not in _handlers:
-        raise ValueError(f"there is no event {event!r}; there are: {', '.join(EVENTS)}")
+        raise ValueError(f"unknown event {event!r}; the events are {', '.join(EVENTS)}")
     if fn is None:
         return lambda function: on(event, function)
     if not callable(fn):
-        raise TypeError(f"a handler of {event!r} must be callable, {fn!r} is not")
+        raise TypeError(f"the handler of event {event!r} must be callable; {fn!r} is not")
     _handlers[event].append(fn)
     return fn
 
@@ -49,5 +50,5 @@ def emit(event: str, subject: Any, log: Any = None) -> None:
             handler(subject)
         except Exception:
             (log or logging.getLogger("gunicorn.error")).exception(
-                "gunicorn-passenger: a handler of %r raised", event
+                "gunicorn-passenger: the program's handler of the event %r raised an error", event
             )

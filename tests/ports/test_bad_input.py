@@ -94,7 +94,7 @@ def test_program_that_asks_for_the_impossible(start, call, pattern):
         (
             "passenger.on('nothing', print)",
             "ValueError",
-            "there is no event 'nothing'; there are: ready, listening",
+            "unknown event 'nothing'; the events are ready, listening",
         ),
         ("passenger.on('ready', 3)", "TypeError", "must be callable"),
     ],
@@ -254,10 +254,10 @@ def test_preload_that_asks_for_the_impossible(start):
     [
         ((), "takes the script first"),
         (("-w", "2", "x.py"), "takes the script first"),
-        (("nowhere.py",), "there is no script 'nowhere.py'"),
-        (("script_runner.py", "--preload"), "--preload cannot go with gunicorn-passenger start"),
-        (("script_runner.py", "-k", "sync"), "needs its own worker class, not 'sync'"),
-        (("script_runner.py", "more.py"), "one script is expected"),
+        (("nowhere.py",), "the script 'nowhere.py' does not exist"),
+        (("script_runner.py", "--preload"), "--preload does not work with gunicorn-passenger start"),
+        (("script_runner.py", "-k", "sync"), "needs its own worker class instead of 'sync'"),
+        (("script_runner.py", "more.py"), "name one script"),
     ],
 )
 def test_start_that_cannot_start(start, arguments, pattern):

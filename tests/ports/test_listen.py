@@ -283,7 +283,7 @@ def test_events(start, port, home):
         "ready True",
         "exit True",
     ]
-    assert "a handler of 'ready' raised" in process.log()
+    assert "handler of the event 'ready' raised" in process.log()
     assert "a handler of the user's" in process.log()
 
 

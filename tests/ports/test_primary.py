@@ -215,9 +215,9 @@ def test_start_with_our_own_servers(start, port):
     [
         (
             "print('nothing')",
-            "server.py ended without listening: gunicorn-passenger start runs a script that",
+            "server.py ended without listening: gunicorn-passenger start needs a script that",
         ),
-        ("raise SystemExit(3)", "server.py exited (status 3) before it served"),
+        ("raise SystemExit(3)", "server.py exited (status 3) before it had a server"),
     ],
 )
 def test_a_script_that_never_listens_is_an_error(start, text, said):
@@ -268,7 +268,7 @@ def test_a_script_that_fails_later_is_started_again(start, home):
             time.sleep(0.1)
         os.rename("fail", "failed")
         import gunicorn_passenger.script_runner
-        gunicorn_passenger.script_runner._YOUNG = 0
+        gunicorn_passenger.script_runner._STARTUP_SECONDS = 0
         raise RuntimeError("the script's own trouble")
         """,
     )
@@ -277,7 +277,7 @@ def test_a_script_that_fails_later_is_started_again(start, home):
     (home / "fail").touch()
     wait_for(lambda: answers(process.socket) and fetch(process.socket)[1] != first, "a new worker")
     assert "the script's own trouble" in process.log()
-    assert "the worker is replaced" in process.log()
+    assert "the worker exits and gunicorn starts another" in process.log()
 
 
 def test_the_seeds_program(start, port):

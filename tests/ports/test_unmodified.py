@@ -161,7 +161,7 @@ def test_the_debugger_of_a_captured_flask_script(start, port):
     assert status == 500
     assert "shown by the debugger" in text
     assert "Werkzeug Debugger" in text
-    process.wait_log("Werkzeug's reloader is left out under gunicorn; use gunicorn's own --reload", 2)
+    process.wait_log("Werkzeug's reloader is disabled under gunicorn; use gunicorn's own --reload", 2)
 
 
 def test_a_captured_server_that_closes_and_listens_again(start, port):

@@ -996,7 +996,7 @@ def test_a_script_starts_although_another_user_has_the_runtime_directory(start, 
     without = start.python(COMMAND, "start", script)
     assert without.wait_end() != 0
     assert "must belong to you, and only you may write to it" in without.log()
-    assert "or say where to listen with -b" in without.log()
+    assert "or name another address with -b" in without.log()
     assert "Traceback" not in without.log()
     assert os.listdir(home / "run") == []
 
