@@ -6,12 +6,12 @@ Never: blocks the gevent hub, or treats the silence of a lost master as a respon
 
 from __future__ import annotations
 
+import _socket
 import dataclasses
 import errno
 import itertools
 import json
 import os
-import socket
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -61,7 +61,7 @@ T = TypeVar("T")
 class BrokerClient:
     """Requests ports from the master. Any greenlet may use it, and so may threads of the system."""
 
-    def __init__(self, end: socket.socket | None, log: Any) -> None:
+    def __init__(self, end: _socket.socket | None, log: Any) -> None:
         """:param end: the worker's end of the channel, or ``None`` where the broker has failed."""
         self.log = log
         self._unavailable = "" if end is not None else "could not be reached when the worker started"

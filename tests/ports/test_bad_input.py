@@ -55,7 +55,7 @@ def fails(process, pattern, lines=1):
             "placement 'each' needs a port for each worker, unix:/tmp/x is one",
         ),
         ("passenger.create_server(whoami).listen(9000, placement='x')", "placement 'x' is unknown"),
-        ("passenger.create_server(whoami).listen(9000, name='')", "a server's name is a string of 1 to 200"),
+        ("passenger.create_server(whoami).listen(9000, name='')", "a server's name must be a string of 1 to 200"),
         ("passenger.create_server(whoami).listen(80)", "port 80 is privileged .* account root; .*PASSENGER_PORTS=80"),
         ("s = passenger.create_server(whoami)\ns.close()\ns.listen(9000)", "is closed and cannot listen again"),
         ("s = passenger.create_server(whoami).listen('auto')\ns.listen(9000)", "already listens on 127.0.0.1"),

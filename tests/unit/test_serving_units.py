@@ -1,0 +1,179 @@
+"""The worker's client of the broker, the table of acceptors and the drain, without a process."""
+
+import logging
+import os
+import socket
+
+import gevent
+import gevent.event
+import pytest
+from gevent import socket as gsocket
+
+from gunicorn_passenger import errors
+from gunicorn_passenger.config.address import Tcp
+from gunicorn_passenger.ipc import channel
+from gunicorn_passenger.ipc.scoreboard import Counters
+from gunicorn_passenger.serving import broker_client, drain
+from gunicorn_passenger.serving.broker_client import BrokerClient
+from gunicorn_passenger.serving.counters import AcceptorCounters
+from gunicorn_passenger.serving.discovery import ServerDiscovery
+from gunicorn_passenger.serving.port_lease import AcceptGrant
+
+LOG = logging.getLogger("test_serving_units")
+
+
+class Master:
+    """The other end of a worker's channel, played by the test."""
+
+    def __init__(self):
+        ours, theirs = channel.pair()
+        self.sock = gsocket.socket(ours.family, ours.type, ours.proto, fileno=ours.detach())
+        self.client = BrokerClient(theirs, LOG)
+
+    def receive(self):
+        message, fd = channel.receive(self.sock)
+        assert fd is None
+        return message
+
+    def open_port(self):
+        """A worker's request for a port, granted without its descriptor yet."""
+        request = gevent.spawn(self.client.open_port, Tcp("127.0.0.1", 9000), "x")
+        message = self.receive()
+        assert isinstance(message, channel.OpenPort)
+        channel.send(self.sock, channel.PortOpened(message.id, "127.0.0.1:9000", "127.0.0.1", 9000))
+        return request, channel.AcceptGranted(message.id, "127.0.0.1:9000", "127.0.0.1", 9000)
+
+
+@pytest.fixture
+def master():
+    played = Master()
+    lost = gevent.event.Event()
+    played.client.on_lost = lost.set
+    yield played
+    played.sock.close()
+    assert lost.wait(timeout=30)
+
+
+def test_a_grant_brings_the_listening_socket(master):
+    request, granted = master.open_port()
+    with socket.socket() as listener:
+        channel.send(master.sock, granted, listener.fileno())
+        grant = request.get(timeout=30).take_initial_grant()
+        assert isinstance(grant, AcceptGrant)
+        assert os.fstat(grant.fd).st_ino == os.fstat(listener.fileno()).st_ino
+        os.close(grant.fd)
+
+
+def test_a_grant_without_its_descriptor_is_explained_at_once(master):
+    """The kernel drops a descriptor for which the worker has no room; the master has responded all the same."""
+    request, granted = master.open_port()
+    channel.send(master.sock, granted)
+    with pytest.raises(errors.BrokerUnavailable, match=r"no descriptor is left .* open files"):
+        request.get(timeout=30)
+    assert isinstance(master.receive(), channel.ReleasePort)
+
+
+def test_a_grant_for_a_port_that_was_released_is_returned(master):
+    with socket.socket() as listener:
+        channel.send(master.sock, channel.AcceptGranted(77, "127.0.0.1:9000"), listener.fileno())
+        assert master.receive() == channel.ReleasePort(77, "127.0.0.1:9000")
+
+
+def test_a_silent_master_is_an_error(master, monkeypatch):
+    monkeypatch.setattr(broker_client, "RESPONSE_TIMEOUT", 0.01)
+    with pytest.raises(errors.BrokerUnavailable, match=r"did not respond within 0\.01 s"):
+        master.client.report()
+
+
+def test_a_message_of_another_version_is_ignored_and_logged(master, caplog):
+    master.sock.send(b'{"v":2,"type":"PauseAccept","id":0,"key":"x"}')
+    channel.send(master.sock, channel.SuccessorReady(0))
+    with gevent.Timeout(30):
+        while not master.client.successor_ready:
+            gevent.sleep(0)
+    assert "ignores a malformed message from the master" in caplog.text
+
+
+class FakeAcceptor:
+    """An acceptor with counters, which is done when the test says so."""
+
+    def __init__(self, requests):
+        self.requests = requests
+        self.finished = False
+
+    def done(self):
+        return self.finished
+
+    def counts(self):
+        return Counters(0, 0, self.requests)
+
+
+def test_the_counts_of_an_acceptor_that_is_done_are_kept():
+    class Page(dict):
+        def write(self, slot, counts):
+            self[slot] = counts.requests
+
+    counters, page = AcceptorCounters(), Page()
+    first, second = FakeAcceptor(3), FakeAcceptor(4)
+    counters.register(1, first)
+    counters.register(1, second)
+    first.finished = True
+    for _ in range(2):
+        counters.write(page)
+        assert page == {1: 7}
+
+
+class FakeServers:
+    """Servers that are idle after some looks at them."""
+
+    def __init__(self, looks):
+        self.looks = looks
+        self.killed = False
+
+    def idle(self):
+        self.looks -= 1
+        return self.looks < 0
+
+    def kill(self, timeout):
+        self.killed = True
+
+
+def test_a_drain_waits_until_no_connection_is_open(monkeypatch):
+    monkeypatch.setattr(drain, "_POLL_INTERVAL", 0)
+    servers, ticks = FakeServers(3), []
+    drain.finish_connections(servers, 600, LOG, lambda: ticks.append(1))
+    assert len(ticks) == 3
+    assert not servers.killed
+
+
+def test_a_drain_ends_at_the_graceful_timeout_and_says_so(caplog):
+    servers = FakeServers(1000)
+    drain.finish_connections(servers, 0, LOG)
+    assert servers.killed
+    assert "raise --graceful-timeout" in caplog.text
+
+
+def test_a_name_is_resolved_in_turn_and_the_master_is_asked_once():
+    asked = []
+
+    def report():
+        asked.append(1)
+        return {
+            "servers": [
+                {
+                    "name": f"jobs.{n}",
+                    "placement": "each",
+                    "state": "listening",
+                    "workers": [n],
+                    "address": address,
+                }
+                for n, address in [(1, "127.0.0.1:9001"), (2, "[::1]:9002")]
+            ]
+        }
+
+    discovery = ServerDiscovery([], report)
+    found = [discovery.resolve_server("jobs") for _ in range(3)]
+    assert found == [("127.0.0.1", 9001), ("::1", 9002), ("127.0.0.1", 9001)]
+    assert asked == [1]
+    with pytest.raises(LookupError):
+        discovery.resolve_server("others")
