@@ -154,7 +154,7 @@ class LeasedSockets:
         entry.server.state = state
 
     def stop_accepting(self) -> None:
-        """Stop the accepting of all unmodified servers; their connections go on."""
+        """Stop the accepting of all unmodified servers; their open connections continue."""
         self.reap()
         entries = list(self._by_fd.values())
         self._by_fd.clear()

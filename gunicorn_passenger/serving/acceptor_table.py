@@ -66,7 +66,7 @@ class AcceptorTable:
         acceptor.start()
 
     def stop(self, server: Server) -> None:
-        """Close the listening socket of a server; its connections go on."""
+        """Close the listening socket of a server; its open connections continue."""
         acceptor = self._by_server.pop(server, None)
         if acceptor is not None:
             acceptor.stop_accepting()
@@ -80,12 +80,12 @@ class AcceptorTable:
     # --- all of them ------------------------------------------------------------------------------
 
     def stop_primary(self) -> None:
-        """Close the listening sockets of the primary; its connections go on."""
+        """Close the listening sockets of the primary; its open connections continue."""
         for acceptor in self.primary:
             acceptor.stop_accepting()
 
     def stop_all(self) -> Iterable[Server]:
-        """Close all listening sockets; connections go on.
+        """Close all listening sockets; open connections continue.
 
         :returns: the servers beside the primary that accepted until now.
         """

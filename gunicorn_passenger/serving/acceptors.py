@@ -191,7 +191,7 @@ class GunicornAcceptor:
         self._handler.wsgi = app
 
     def stop_accepting(self) -> None:
-        """Close the listening socket; connections go on."""
+        """Close the listening socket; open connections continue."""
         self._closed = True
         self.server.close()
 

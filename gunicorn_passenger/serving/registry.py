@@ -289,7 +289,7 @@ class ServerRegistry:
         events.emit("listening", server, self.log)
 
     def stop_accepting(self) -> None:
-        """Close the listening sockets, the primary's too; their connections go on."""
+        """Close the listening sockets, the primary's too; their open connections continue."""
         for server in self.acceptors.stop_all():
             if server.placement != "shared":
                 # the next worker need not wait for the connections of this one

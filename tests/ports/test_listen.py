@@ -154,12 +154,12 @@ def test_listen_later_in_a_greenlet_and_from_an_event(start, port):
         """,
     )
     for number in (port, later):
-        wait_for(lambda n=number: answers(n), f"an answer on {number}:\n{process.log()}")
+        wait_for(lambda n=number: answers(n), f"a response on {number}:\n{process.log()}")
         assert len(pids_answering(number, 2)) == 2
 
 
 def test_listen_from_a_request(start, port):
-    """Asking the master does not hold up the hub, and the first request gets its answer."""
+    """A request to the master does not block the hub, and the first HTTP request gets its response."""
     process = program(start, "", workers=1)
     assert ask(process, f"passenger.create_server(whoami).listen({port}).address") == ("127.0.0.1", port)
     assert answers(port)
@@ -362,7 +362,7 @@ def test_a_server_opened_after_another_was_closed_accepts(start, port):
 
 
 def test_children_of_a_worker_do_not_run_the_workers_loop(start, port):
-    """socketserver's ForkingMixIn: each child answers its client, however long that takes."""
+    """socketserver's ForkingMixIn: each child responds to its client, however long that takes."""
     process = program(
         start,
         f"""

@@ -312,7 +312,7 @@ def test_a_reload_takes_a_new_allocation(start):
     start.write("gunicorn.conf.py", text.format(first + 1))
     process.hup(1)
     assert outcomes(process, first, first + 1) == ["PortNotAllocated", "had"]
-    # a broken one is reported, and the previous one stays
+    # a bad value is reported, and the previous one stays in force
     start.write("gunicorn.conf.py", "raw_env = ['PASSENGER_GRACE_PERIOD=soon']\n" + text.format(first))
     process.hup(1)
     process.wait_log("PASSENGER_GRACE_PERIOD: 'soon' is not a number of seconds")

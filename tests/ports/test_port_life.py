@@ -50,7 +50,7 @@ def test_fifty_reloads_leave_the_master_flat_and_never_close_the_port(start, por
     for _ in range(5):
         process.hup(2)
     pids_answering(port, 2)
-    wait_for(lambda: answers(port), "an answer")
+    wait_for(lambda: answers(port), "a response")
     before, memory = len(descriptors(process.pid)), rss(process.pid)
     with Knocking(port) as knocking:
         for _ in range(50):
@@ -92,7 +92,7 @@ def _listening_inode(port):
             fields = line.split()
             if fields[3] == "0A" and int(fields[1].split(":")[1], 16) == port:
                 return f"socket:[{fields[9]}]"
-    raise AssertionError(f"nobody listens on {port}")
+    raise AssertionError(f"no process listens on {port}")
 
 
 def test_killed_workers_do_not_close_the_door(start, port):
@@ -104,7 +104,7 @@ def test_killed_workers_do_not_close_the_door(start, port):
             wait_for(
                 lambda v=victim: len(process.workers()) == 2 and v not in process.workers(), "a new worker"
             )
-        wait_for(lambda: answers(port), "an answer")
+        wait_for(lambda: answers(port), "a response")
     assert knocking.refused == 0
 
 
@@ -134,7 +134,7 @@ def grace_conf(start, seconds):
     )
 
 
-def test_a_port_closes_when_nobody_has_wanted_it_for_the_grace_period(start, port):
+def test_a_port_closes_after_no_worker_has_used_it_for_the_grace_period(start, port):
     start.write("closing.py", CLOSING)
     process = start.gunicorn(
         "closing", "-c", grace_conf(start, 0.5), workers=2, env={"P1": port}
@@ -162,7 +162,7 @@ def test_default_grace_period_is_ten_seconds(start):
 
 
 def test_port_stays_while_a_slow_program_boots(start, port, home):
-    """A lone worker is killed and its successor takes long to load: that is no time of not wanting."""
+    """A lone worker is killed and its successor loads slowly: the grace period does not run meanwhile."""
     path = start.write("slow.py", CLOSING)
     gate = "import os, time\nwhile not os.path.exists('go'):\n    time.sleep(0.05)\n"
     path.write_text(gate + path.read_text())
@@ -205,14 +205,14 @@ def test_usr2_hands_the_port_to_the_next_master_and_back(start, port):
     assert knocking.refused == 0
     assert process.log().count(f"Opened 127.0.0.1:{port}") == 1
     assert "Address already in use" not in process.log()
-    # a run-time port is no bind: the next master must not take it for the primary, nor for unclaimed
+    # the next master must take a run-time port neither for the primary nor for an unused bind
     assert "no server of the program listens" not in process.log()
     os.kill(successor, signal.SIGTERM)
     wait_for(lambda: not process.session(), "everything to end")
     assert refused(port)
 
 
-def test_a_port_that_nobody_wants_after_usr2_is_closed(start, port, home):
+def test_a_port_that_no_worker_uses_after_usr2_is_closed(start, port, home):
     """The next master takes the port over, and lets it go when its program no longer listens."""
     process = start.gunicorn(
         "two_servers", "-c", grace_conf(start, 0.2), workers=1, env={"P1": port}
@@ -341,7 +341,7 @@ def test_systemd_hands_ports_over(start, port, home):
 
 
 def test_a_reload_may_name_an_open_port_in_bind(start, port, home):
-    """The workers of before hold it, so gunicorn could not open it again."""
+    """The previous workers hold it, so gunicorn could not open it again."""
     conf = start.write("gunicorn.conf.py", f"bind = ['unix:{home}/app.sock']\n")
     process = start.python(
         GUNICORN, "-k", "gunicorn_passenger.Worker", "-w", 2, "-c", conf, "two_servers", env={"P1": port}
@@ -392,7 +392,7 @@ def test_abstract_unix_socket(start, home):
         ).wait_ready(name)
         assert len(pids_answering(name, 2)) == 2
         assert "Traceback" not in process.log()
-        # gunicorn itself does not stop cleanly here: it would remove a file that there is none of
+        # gunicorn itself does not stop cleanly here: it would remove a file that does not exist
         process.signal(signal.SIGTERM)
         process.wait_end()
         wait_for(lambda: not process.session(), "the workers to leave")

@@ -30,7 +30,7 @@ SERVERS = [
 
 
 def pid_in(response):
-    """The pid of the worker that gave this answer."""
+    """The pid of the worker that sent this response."""
     text = response.read().decode()
     assert response.status == 200, text
     return int(
@@ -39,7 +39,7 @@ def pid_in(response):
 
 
 def answering(where, workers):
-    """Ask, several at a time, until each of ``workers`` has answered; nobody else may."""
+    """Send requests, several at a time, until each of ``workers`` has responded; no other process may."""
     workers = set(workers)
     seen = set()
 
@@ -52,7 +52,7 @@ def answering(where, workers):
             client.close()
         return seen >= workers
 
-    wait_for(ask, lambda: f"{workers} to answer, seen {seen}")
+    wait_for(ask, lambda: f"{workers} to respond, seen {seen}")
     assert seen == workers
 
 
@@ -81,7 +81,7 @@ class Requests:
     def __enter__(self):
         for thread in self._threads:
             thread.start()
-        wait_for(lambda: self.pids or self.failures, "the first answer")
+        wait_for(lambda: self.pids or self.failures, "the first response")
         return self
 
     def __exit__(self, *_):
@@ -383,7 +383,7 @@ def test_udp_port_0_and_unix_sockets_are_left_alone(obedient):
         paths.add(path)
         worker.do("listener.close(); unix.close()")
     assert len(ports) == 2
-    # gevent closes a socket that somebody waits on a little later
+    # gevent closes a socket on which a greenlet waits a little later
     wait_for(lambda: all(refused(where) for where in ports | paths), "the end of all four")
     assert "Opened" not in process.log()
 
@@ -427,10 +427,10 @@ def test_a_second_listen_in_one_worker(obedient):
     assert "Closed" not in process.log()
 
 
-#: A gunicorn.conf.py with which a port closes soon after nobody wants it any more.
+#: A gunicorn.conf.py with which a port closes soon after no worker uses it any more.
 GRACE = "import gunicorn_passenger\ngunicorn_passenger.configure(grace_period=0.2)\n"
 
-#: How servers are opened, and how they are closed again, by those who use them.
+#: How servers are opened, and how their programs close them again.
 CLOSERS = {
     "gevent_pywsgi": (
         """
@@ -728,7 +728,7 @@ def test_a_blocking_socket_beside_a_gevent_server(obedient, port):
 
 @pytest.mark.parametrize("copy", ["s.dup()", "Socket(fileno=os.dup(s.fileno()))"])
 def test_a_copy_of_a_blocking_socket_beside_a_gevent_server(obedient, port, copy):
-    """An object that was not there at listen() wedges nobody either."""
+    """An object that did not exist at listen() blocks no worker either."""
     _, native, sibling = obedient()
     sibling.do(f"""
         from gevent.pywsgi import WSGIServer
@@ -781,7 +781,7 @@ def test_a_copy_of_a_socket_is_drained(obedient, port):
         """)
     client = Client(port)
     client.request("GET", "/")
-    # the worker is told to leave while it has the request in hand, and to answer when it is leaving
+    # the worker begins to drain while it handles the request, and responds while it drains
     worker.do("""
         import signal
         assert asked.wait(20)
@@ -849,7 +849,7 @@ def test_a_port_that_a_foreign_process_holds(obedient, target):
     worker.do(f"socketserver.TCPServer({(host, port)}, None)")
 
 
-# --- what cannot be reached -----------------------------------------------------------------------
+# --- listeners without the master -----------------------------------------------------------------------
 
 
 def test_a_server_that_binds_by_itself_in_every_worker(start, port):

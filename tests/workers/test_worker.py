@@ -248,7 +248,7 @@ def test_a_stop_while_workers_boot_opens_nothing_more(start, port, home):
 
 
 def test_a_stop_that_meets_a_finalizer_is_remembered_and_not_shown():
-    """What is raised in a ``__del__`` Python shows and ignores: the worker leaves when it has booted."""
+    """Python shows and ignores what is raised in a ``__del__``: the worker exits when it has booted."""
     program = """
 import sys
 from gunicorn_passenger.master import forks
@@ -266,7 +266,7 @@ assert forks.told_to_leave()
 
 
 def test_a_stop_that_comes_with_the_fork_is_not_lost(start, home):
-    """A child that has not said yet what to do with signals has the master's handlers, which nobody reads."""
+    """A child that has not set its signal handlers yet has the master's, which do nothing in it."""
     start.write(
         "gunicorn.conf.py",
         f"""

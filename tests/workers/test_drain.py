@@ -1,4 +1,4 @@
-"""A worker that leaves: what becomes of its connections, and how soon it is gone."""
+"""A worker that drains: what becomes of its connections, and how soon it exits."""
 
 import os
 import re
@@ -27,7 +27,7 @@ def ask(client, path="/"):
 
 @pytest.mark.parametrize("which", ["primary", "second"])
 def test_idle_connections_live_on_in_another_worker(start, port, which):
-    """None is closed, so no request can be lost; and the old worker need not wait for anybody."""
+    """No connection is closed, so no request can be lost; and the old worker need not wait for any client."""
     process = two(start, port, *KEPT)
     where = process.socket if which == "primary" else port
     clients = [Client(where) for _ in range(30)]
@@ -39,7 +39,7 @@ def test_idle_connections_live_on_in_another_worker(start, port, which):
         after = [ask(client) for client in clients]
         assert {pid for pid, _ in after} <= set(process.workers())
         assert {connection for _, connection in after} == {"keep-alive"}
-    assert [client.sock for client in clients] == socks  # nobody had to connect again
+    assert [client.sock for client in clients] == socks  # no client had to connect again
     for client in clients:
         client.close()
     assert "Traceback" not in process.log()
@@ -65,7 +65,7 @@ def accepted(process, sock):
 
 
 def test_a_request_that_comes_while_the_connection_moves_is_answered(start, port):
-    """Clients that never pause, through reloads: every request has its answer, on the connection or a new one."""
+    """Clients that never pause, through reloads: every request gets its response, on the connection or a new one."""
     process = two(start, port, *KEPT)
     for _ in range(3):
         before = set(process.workers())
@@ -180,7 +180,7 @@ PATIENT = ("--keep-alive", 1, "--graceful-timeout", 600, "--timeout", 600)
 
 
 @pytest.mark.parametrize("text", [PYWSGI, HTTP_SERVER], ids=["pywsgi", "http_server"])
-def test_an_unmodified_server_says_close_and_its_idle_connections_hold_nobody(start, port, text):
+def test_an_unmodified_server_says_close_and_its_idle_connections_delay_no_exit(start, port, text):
     start.write("program.py", text.replace("{port}", str(port)))
     process = start.gunicorn("program", *PATIENT, workers=1).wait_ready()
     wait_for(lambda: not refused(port), "the port")
@@ -245,7 +245,7 @@ def test_websockets_end_with_1001_at_once(start, port, which):
     assert "Traceback" not in process.log()
 
 
-def test_a_client_that_does_not_say_goodbye_holds_nobody(start, port):
+def test_a_client_that_sends_no_close_frame_delays_no_exit(start, port):
     start.write("program.py", WEBSOCKET.replace("{port}", str(port)))
     process = start.gunicorn("program", *KEPT, workers=1).wait_ready()
     ws = websocket_to(port)
