@@ -233,7 +233,7 @@ class Worker(GeventWorker):
 
     def _write_counts(self) -> None:
         if self.scoreboard is not None and os.getpid() == self.pid:
-            registry.write_counts(self.scoreboard)
+            registry.acceptors.counters.write(self.scoreboard)
             self._socket_patch.write_counts(self.scoreboard)
 
     # --- the primary -----------------------------------------------------------------------------

@@ -48,7 +48,7 @@ class DeferredBinds:
     def remove(self, inode: int) -> None:
         del self._by_inode[inode]
 
-    def perform(self, sock: Any) -> None:
+    def perform(self, sock: _socket.socket) -> None:
         """The socket connects after all: do the bind that was noted for it."""
         if self._by_inode:
             bind = self._by_inode.pop(inode_of(_socket.socket.fileno(sock)), None)
@@ -78,7 +78,7 @@ def is_port(address: Any) -> bool:
     )
 
 
-def deferred(sock: Any, address: Any) -> DeferredBind | None:
+def deferred(sock: _socket.socket, address: Any) -> DeferredBind | None:
     """The bind to note for a TCP socket; ``None`` when the kernel has bound the socket already.
 
     :raises OSError: when the host cannot be resolved.

@@ -11,6 +11,7 @@ of its own in the data, which is why ``select.epoll`` cannot do this.
 
 from __future__ import annotations
 
+import _socket
 import functools
 import os
 import re
@@ -24,7 +25,7 @@ _REGISTRATION = re.compile(r"^tfd:\s+(\d+)\s+events:\s+([0-9a-f]+)\s+data:\s+([0
 _EVENT = struct.Struct("=IQ" if os.uname().machine == "x86_64" else "@IQ")
 
 
-def swap_fd(fd: int, source: Any) -> None:
+def swap_fd(fd: int, source: _socket.socket) -> None:
     """``dup2``, and the epoll sets of this process follow.
 
     :param fd: the descriptor that a server uses.

@@ -14,7 +14,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from gunicorn_passenger.config.address import SockAddr
 from gunicorn_passenger.interposition.fd_swap import swap_fd
@@ -146,7 +145,7 @@ class LeasedSockets:
         self._registry.broker.confirm_pause(entry.server.key)
 
     @staticmethod
-    def _swap(entry: LeasedFd, source: Any, state: str) -> None:
+    def _swap(entry: LeasedFd, source: _socket.socket, state: str) -> None:
         """Put another socket under the descriptors of a server, which does not notice."""
         for fd in fds_of(entry.inode):
             swap_fd(fd, source)

@@ -11,7 +11,6 @@ import os
 import socket
 import struct
 from contextlib import suppress
-from typing import Any
 
 from gunicorn_passenger.interposition import inet_facade
 
@@ -38,7 +37,7 @@ FOREVER = 2_000_000.0
 Option = tuple[int, int, bytes]
 
 
-def is_tcp(sock: Any) -> bool:
+def is_tcp(sock: _socket.socket) -> bool:
     return (
         sock.family in inet_facade.INET
         and (sock.type & 0xF) == socket.SOCK_STREAM
@@ -46,12 +45,12 @@ def is_tcp(sock: Any) -> bool:
     )
 
 
-def shares_port(sock: Any) -> bool:
+def shares_port(sock: _socket.socket) -> bool:
     """Whether the program may bind several sockets to the port (``SO_REUSEPORT``)."""
     return bool(_socket.socket.getsockopt(sock, socket.SOL_SOCKET, socket.SO_REUSEPORT))
 
 
-def changed_options(sock: Any) -> list[Option]:
+def changed_options(sock: _socket.socket) -> list[Option]:
     """The options of a socket that differ from those of a new one."""
     fresh = _socket.socket(sock.family, socket.SOCK_STREAM)
     changed = []
@@ -66,7 +65,7 @@ def changed_options(sock: Any) -> list[Option]:
     return changed
 
 
-def set_options(sock: Any, options: list[Option]) -> None:
+def set_options(sock: _socket.socket, options: list[Option]) -> None:
     """Set options that :func:`changed_options` has found; one that the system refuses is left out."""
     for level, option, value in options:
         is_buffer = level == socket.SOL_SOCKET and option in (socket.SO_RCVBUF, socket.SO_SNDBUF)
@@ -76,14 +75,14 @@ def set_options(sock: Any, options: list[Option]) -> None:
             _socket.socket.setsockopt(sock, level, option, wanted)
 
 
-def keep_nonblocking(sock: Any) -> None:
+def keep_nonblocking(sock: _socket.socket) -> None:
     """Have a socket object that blocks wait by polling, so that the shared description need not block."""
     os.set_blocking(_socket.socket.fileno(sock), False)
     if isinstance(sock, inet_facade.NATIVE) and _socket.socket.gettimeout(sock) is None:
         _socket.socket.settimeout(sock, FOREVER)
 
 
-def unreachable_listener() -> Any:
+def unreachable_listener() -> _socket.socket:
     """A listening socket that no client can find: an abstract UNIX socket with a name of the kernel's."""
     sock = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.bind("")

@@ -72,7 +72,7 @@ class SocketPatch:
 
     # --- the calls -------------------------------------------------------------------------------
 
-    def bind(self, sock: Any, address: Any) -> bool:
+    def bind(self, sock: _socket.socket, address: Any) -> bool:
         """Note a bind.
 
         :returns: false when the bind is not to a TCP port to listen on, and must be done.
@@ -92,7 +92,7 @@ class SocketPatch:
         self.binds.add(fd, bind)
         return True
 
-    def listen(self, sock: Any, backlog: int) -> bool:
+    def listen(self, sock: _socket.socket, backlog: int) -> bool:
         """Put the master's socket under a descriptor that was bound.
 
         :returns: false when no bind was noted for the socket, and the call must be done.
@@ -125,7 +125,7 @@ class SocketPatch:
         self._registry.on_third_party_listen(server)
         return True
 
-    def _take_primary(self, bind: DeferredBind) -> tuple[ThirdPartyServer, Any]:
+    def _take_primary(self, bind: DeferredBind) -> tuple[ThirdPartyServer, _socket.socket]:
         """An unmodified server becomes the primary: the server and a copy of the primary socket."""
         registry, known = self._registry, self._primary_name
         current = registry.primary
@@ -143,7 +143,9 @@ class SocketPatch:
         inet_facade.enable()
         return server, source
 
-    def _request_port(self, sock: Any, bind: DeferredBind, backlog: int) -> tuple[ThirdPartyServer, Any]:
+    def _request_port(
+        self, sock: _socket.socket, bind: DeferredBind, backlog: int
+    ) -> tuple[ThirdPartyServer, _socket.socket]:
         """An unmodified server gets a port: the server and the master's socket, or an unreachable one."""
         registry, label = self._registry, format_tcp(bind.host, bind.port)
         check_program_allocation(bind.port)
@@ -186,7 +188,7 @@ class SocketPatch:
         self.binds.on_close(fd)
         self.leased.on_close(fd)
 
-    def sockname(self, sock: Any, real: Any) -> Any:
+    def sockname(self, sock: _socket.socket, real: Any) -> Any:
         """What ``getsockname()`` returns; ``real`` is what the kernel says."""
         bind = self.binds.find(_socket.socket.fileno(sock))
         if bind is not None:

@@ -43,7 +43,7 @@ def serve_forever() -> None:
     """
     if registry.active:
         return
-    if not registry.has_standalone_listener():
+    if not any(server.listening for server in registry.servers):
         raise errors.PassengerError("serve_forever() has nothing to serve: call listen() on a server first")
     standalone.run(registry)
 

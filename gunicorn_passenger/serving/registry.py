@@ -17,7 +17,6 @@ from gunicorn_passenger.config import listen_errors
 from gunicorn_passenger.config.address import Auto, SockAddr, Tcp, Unix, format_sockname
 from gunicorn_passenger.config.port_allocation import PortAllocation, account_name, format_ports
 from gunicorn_passenger.config.settings import settings
-from gunicorn_passenger.ipc.scoreboard import Scoreboard
 from gunicorn_passenger.serving import events, server_errors, standalone
 from gunicorn_passenger.serving.acceptor_table import AcceptorTable
 from gunicorn_passenger.serving.acceptors import secondary_config
@@ -209,7 +208,7 @@ class ServerRegistry:
         address = server.requested_address
         assert isinstance(address, Tcp | Auto | Unix)
         within = check_program_allocation(address.port if isinstance(address, Tcp) else None)
-        name = self._auto_name(server) if isinstance(address, Auto) else server.base_name
+        name = _auto_name(server, self.servers) if isinstance(address, Auto) else server.base_name
         lease = self.broker.open_port(address, name, server.placement, within=within)
         grant = lease.take_initial_grant()
         if lease.key and self.has_port(lease.key):
@@ -263,18 +262,6 @@ class ServerRegistry:
                 return True
         return False
 
-    def _auto_name(self, server: Server) -> str:
-        """Tells equal servers of one program apart: the n-th of a name, counted alike in each worker."""
-        same = [
-            other
-            for other in self.servers
-            if isinstance(other, Server)
-            and isinstance(other.requested_address, Auto)
-            and other.base_name == server.base_name
-        ]
-        position = same.index(server)
-        return server.base_name if position == 0 else f"{server.base_name}#{position + 1}"
-
     # --- accepting -------------------------------------------------------------------------------
 
     def _begin(self, server: Server | ThirdPartyServer) -> None:
@@ -305,10 +292,6 @@ class ServerRegistry:
 
     # --- what others see -------------------------------------------------------------------------
 
-    def write_counts(self, scoreboard: Scoreboard) -> None:
-        """Bring the worker's page of the scoreboard up to date."""
-        self.acceptors.counters.write(scoreboard)
-
     def report(self) -> dict[str, Any]:
         """The state of the whole application, from the master (see ``status/report.py``).
 
@@ -321,10 +304,6 @@ class ServerRegistry:
     def addresses(self) -> Iterable[tuple[str, int] | str | None]:
         """The addresses of our own servers."""
         return [server.address for server in self.servers if isinstance(server, Server)]
-
-    def has_standalone_listener(self) -> bool:
-        """Whether a server of ours listens."""
-        return any(isinstance(server, Server) and server.state == LISTENING for server in self.servers)
 
 
 def check_program_allocation(port: int | None) -> str:
@@ -339,6 +318,19 @@ def check_program_allocation(port: int | None) -> str:
     if port is not None:
         PortAllocation(account_name(os.geteuid()), (layer,)).check(port)
     return format_ports(layer.ports)
+
+
+def _auto_name(server: Server, servers: Iterable[Server | ThirdPartyServer]) -> str:
+    """Tells equal servers of one program apart: the n-th of a name, counted alike in each worker."""
+    same = [
+        other
+        for other in servers
+        if isinstance(other, Server)
+        and isinstance(other.requested_address, Auto)
+        and other.base_name == server.base_name
+    ]
+    position = same.index(server)
+    return server.base_name if position == 0 else f"{server.base_name}#{position + 1}"
 
 
 def _requested(server: Server | ThirdPartyServer) -> str:
