@@ -365,7 +365,7 @@ class Connection:
                 if result.__class__ is list or result.__class__ is tuple:
                     response.send_all(result)
                 elif result is RESPONSE_SENT:
-                    gateway.forwards = True
+                    pass  # the proxy has sent it
                 elif isinstance(result, FileWrapper):
                     response.send_file(result, gateway.sendfile)
                 elif result is ALREADY_HANDLED:

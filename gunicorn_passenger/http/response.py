@@ -20,6 +20,7 @@ from gunicorn.http.errors import InvalidHeader, InvalidHeaderName
 from gunicorn.http.message import TOKEN_RE
 
 from gunicorn_passenger.errors import TruncatedResponse
+from gunicorn_passenger.http.downstream_api import UpstreamHead
 
 try:
     from gunicorn.http.errors import InvalidResponseHeader, InvalidResponseHeaderName
@@ -188,12 +189,13 @@ _begin = _StatusLineCache().begin
 
 
 class _ResponseSent(tuple[bytes, ...]):
-    """No body is left to be sent."""
+    """The type of :data:`RESPONSE_SENT`: an empty iterable, for a middleware that iterates over it."""
 
     __slots__ = ()
 
 
-#: What an application returns that has had its answer sent by :meth:`Response.relay_whole` and the like.
+#: The one value that an application returns when it has sent the response itself: the proxy does, with
+#: :meth:`Response.begin_upstream_response` or :meth:`Response.send_upstream_response`.
 RESPONSE_SENT = _ResponseSent()
 
 
@@ -213,6 +215,8 @@ class Response:
     upgrade = False
     must_close = False
     _bodiless = False
+    #: whether the proxy has sent all of it: nothing may be written any more
+    _complete = False
     #: the application's fields, as they are sent
     _block = b""
     _warned = False
@@ -322,7 +326,7 @@ class Response:
             if self.status is None:
                 raise AssertionError("write() before start_response()")
             return
-        if self._bodiless_now(data):
+        if self._complete or self._bodiless_now(data):
             return
         length = self.response_length
         if length is not None:
@@ -384,6 +388,8 @@ class Response:
             if self.status is None:
                 raise AssertionError("start_response() was not called before the body ended")
             self._send_head(b"0\r\n\r\n" if self.chunked else b"")
+        elif self._complete:
+            return
         elif self.chunked:
             self._connection.send(b"0\r\n\r\n")
         length = self.response_length
@@ -409,7 +415,7 @@ class Response:
 
         :param sendfile: gunicorn's setting.
         """
-        span = self._span(wrapper.filelike) if sendfile else None
+        span = self._span(wrapper.filelike) if sendfile and not self._complete else None
         if span is None:
             for piece in wrapper:
                 self.write(piece)
@@ -451,26 +457,25 @@ class Response:
 
     # --- what the proxy calls --------------------------------------------------------------------
 
-    def relay(
-        self, status: str, fields: bytes, length: int | None, more: bytes, whole: bool, unread: bool
+    def begin_upstream_response(
+        self, status: str, headers: bytes, length: int | None, body: bytes, whole: bool, unread: bool
     ) -> None:
-        """Begin with the head of another server's answer: its fields as they are, checked by the caller.
+        """Send the head of another server's response: its headers as they are, checked by the caller.
 
         :param status: code and reason.
-        :param fields: the lines of all fields but ``Connection`` and ``Transfer-Encoding``; a
-            ``Content-Length`` among them, where there is one.
-        :param length: what that says.
-        :param more: what of the body is there; the caller has counted it in ``sent``.
-        :param whole: whether that is all of it.
-        :param unread: whether nobody reads the request's body, if there is one.
+        :param headers: the lines of all headers except ``Connection`` and ``Transfer-Encoding``.
+        :param length: the value of ``Content-Length``, where it is among them.
+        :param body: the part of the body that has come; the caller has counted it in ``sent``.
+        :param whole: whether that is all of the body.
+        :param unread: whether the request body, if there is one, will not be read.
         """
         self.status = status
         self.status_code = code = int(status[:3])
-        self._block = fields
+        self._block = headers
         self.response_length = length
         if code in (204, 304) or self.method == "HEAD":
             self._bodiless = True
-            more = b""
+            body = b""
             self.sent = 0
         elif length is None:
             self.chunked = self._protocol != "HTTP/1.0"
@@ -485,34 +490,35 @@ class Response:
         framing = b""
         if self.chunked:
             framing = b"Transfer-Encoding: chunked\r\n"
-            if more:
-                more = b"%x\r\n%b\r\n" % (len(more), more)
+            if body:
+                body = b"%x\r\n%b\r\n" % (len(body), body)
             if whole:
-                more += b"0\r\n\r\n"
+                body += b"0\r\n\r\n"
         line = status.encode("latin-1")
         if status.startswith("5"):
             connection.gateway.errors += 1
         self.headers_sent = True
-        head = b"%b %b\r\n%bConnection: %b\r\n%b\r\n" % (version, line, fields, word, framing)
-        if len(more) < _JOIN:
-            connection.send(head + more)
+        head = b"%b %b\r\n%bConnection: %b\r\n%b\r\n" % (version, line, headers, word, framing)
+        if len(body) < _JOIN:
+            connection.send(head + body)
         else:
-            connection.send_vector(head, more)
+            connection.send_vector(head, body)
         if whole:
-            self.relayed()
+            self.mark_sent()
 
-    def relay_whole(self, head: Any, wire: bytes, body: bytes) -> None:
-        """Send another server's answer that has come as a whole, at the end of the loop's turn.
+    def send_upstream_response(self, head: UpstreamHead, wire: bytes, body: bytes) -> None:
+        """Send another server's response that has come as a whole, at the end of the event-loop iteration.
 
-        :param head: its ``status``, the ``line`` of code and reason, and the ``lines`` of its fields.
-        :param wire: the head as it is sent when the connection goes on. The request was one of HTTP/1.1 that
-            has no body, and the answer to it may have one.
+        :param head: its ``status``, the ``line`` of code and reason, and the ``lines`` of its headers.
+        :param wire: the head as it is sent when the connection is kept. The request was one of HTTP/1.1 that
+            has no body, and the response to it may have one.
         """
         connection = self._connection
         gateway = connection.gateway
         self.status = head.line
         self.status_code = head.status
-        self._block = head.lines
+        self._block = head.lines or b""
+        self._complete = True
         self.response_length = self.sent = len(body)
         if head.line.startswith("5"):
             gateway.errors += 1
@@ -530,11 +536,9 @@ class Response:
         """Whether it has no body, whatever its fields say (RFC 9110 section 6.4.1)."""
         return self._bodiless
 
-    def relayed(self) -> None:
-        """The answer was sent as a whole: nothing is written after it."""
-        self.chunked = False
-        if not self._bodiless:
-            self.response_length = self.sent
+    def mark_sent(self) -> None:
+        """The proxy has sent the response to its end: nothing is written after it."""
+        self._complete = True
 
     def switch_protocols(self, status: str, fields: str) -> None:
         """Another protocol begins after this head, which the caller sends."""

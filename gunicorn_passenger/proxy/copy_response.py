@@ -1,41 +1,30 @@
-"""An answer of a target, sent over our own connection to the client.
+"""Copies a response from the upstream to a client of our own server, chunk by chunk or inside the kernel.
 
-Runs in: a worker, in the request's greenlet. Must never: end an answer that broke off as if it were whole.
+Process: a worker, in the greenlet of the request.
+Never: ends a truncated response as if it were whole.
 """
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from typing import Any
 
 import gevent
 from werkzeug.http import http_date
 
 from gunicorn_passenger.errors import ClientDisconnected
+from gunicorn_passenger.http.downstream_api import DownstreamConnection, DownstreamResponse
 from gunicorn_passenger.proxy import splice, wire
 from gunicorn_passenger.proxy.events import HandlerFailed
-from gunicorn_passenger.proxy.request_headers import HeaderList
 from gunicorn_passenger.proxy.round_trip import RoundTrip
 
-#: Bytes that are spliced before others get their turn.
-_TURN = 4 << 20
-
-
-def serialize_headers(fields: HeaderList, status: int) -> bytes:
-    """The fields of an answer as they are sent."""
-    if status == 204:
-        # RFC 9110 section 8.6: no Content-Length with 204
-        fields = [field for field in fields if field[0].lower() != "content-length"]
-    elif status == 426 and any(name.lower() == "upgrade" for name, _ in fields):
-        # RFC 9110 section 7.8: a sender of Upgrade names it in Connection
-        fields = [*fields, ("connection", "upgrade")]
-    return wire.lines_of(fields)
+#: How many bytes are spliced before other greenlets run.
+_SPLICE_QUANTUM = 4 << 20
 
 
 def copy_response(
-    exchange: RoundTrip,
-    connection: Any,
+    round_trip: RoundTrip,
+    connection: DownstreamConnection,
     status: int,
     reason: str,
     lines: bytes,
@@ -43,78 +32,81 @@ def copy_response(
     dated: bool,
     body: Iterator[bytes] | None,
 ) -> None:
-    """Send it.
+    """Send a response to the client, to its end.
 
     :param connection: the client's :class:`~gunicorn_passenger.http.connection.Connection`.
-
-    :param lines: the fields.
+    :param lines: the header lines.
     :param dated: whether a Date is among them.
-    :param body: what a handler has left of the body, where there is one.
+    :param body: the rest of the body that a handler has left, where a handler had it.
+    :raises HandlerFailed: when a handler has read a part of the body whose length was announced.
+    :raises ProxyError: when the upstream truncates the response.
+    :raises ClientDisconnected: when the client disconnects.
     """
     response = connection.response
+    assert response is not None
     if status == 204:
         length = None
     if not dated:
         lines += wire.lines_of([("date", http_date())])  # RFC 9110 section 6.6.1
     line = wire.status_text(status, reason)
-    first = exchange.receive(wait=False) if body is None else b""
+    first = round_trip.receive(wait=False) if body is None else b""
     response.sent = len(first)
-    unread = not exchange.upload.begun
-    whole = body is None and exchange.complete and not exchange.trailers
-    response.relay(line, lines, length, first, whole, unread)
+    unread = not round_trip.sender.started
+    whole = body is None and round_trip.complete and not round_trip.trailers
+    response.begin_upstream_response(line, lines, length, first, whole, unread)
     if whole:
         return
     chunked = response.chunked
     if body is None:
-        if exchange.left >= splice.LEAST and splice.available and not response.bodiless:
-            _splice(exchange, connection, response)
-        body = exchange.body()
-    for piece in body:
+        if round_trip.left >= splice.LEAST and splice.available and not response.bodiless:
+            _splice(round_trip, connection, response)
+        body = round_trip.body()
+    for chunk in body:
         if response.bodiless:
             continue
-        response.sent += len(piece)
-        connection.send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+        response.sent += len(chunk)
+        connection.send(b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunked else chunk)
     if length is not None and response.sent < length and not response.bodiless:
         raise HandlerFailed("proxy_res: a handler has read a part of the body")
     if chunked:
-        connection.send(b"0\r\n%b\r\n" % wire.lines_of(exchange.trailers))
-    response.relayed()
+        connection.send(b"0\r\n%b\r\n" % wire.lines_of(round_trip.trailers))
+    response.mark_sent()
 
 
-def _splice(exchange: RoundTrip, connection: Any, response: Any) -> None:
+def _splice(round_trip: RoundTrip, connection: DownstreamConnection, response: DownstreamResponse) -> None:
     """Let the kernel move a long body, as far as it can."""
-    stream = exchange.link.stream
-    if stream.tls or exchange.link.buf:
+    stream = round_trip.upstream.stream
+    if stream.tls or round_trip.upstream.buffer:
         return
     try:
         pipe = splice.pipe()
     except OSError:
-        return  # no descriptors: it is copied then
+        return  # no file descriptors are left: we copy the body
     try:
         source, sink = stream.sock.fileno(), connection.raw_fileno()
-        turn = 0
-        while exchange.left:
+        since_switch = 0
+        while round_trip.left:
             try:
-                count = pipe.fill(source, exchange.left)
+                count = pipe.fill(source, round_trip.left)
             except BlockingIOError:
-                exchange.wait()
+                round_trip.wait()
                 continue
             except OSError:
-                return  # who reads finds out why
+                return  # the next read finds out why
             if not count:
                 return
-            exchange.moved(count)
+            round_trip.count_spliced(count)
             response.sent += count
             connection.count_sent(count)
             try:
                 pipe.drain(sink, connection.wait_writable)
             except OSError as error:
                 raise ClientDisconnected(
-                    error.errno or errno.EPIPE, f"the client has gone: {error.strerror}"
+                    error.errno or errno.EPIPE, f"the client disconnected: {error.strerror}"
                 ) from None
-            turn += count
-            if turn >= _TURN:
-                turn = 0
+            since_switch += count
+            if since_switch >= _SPLICE_QUANTUM:
+                since_switch = 0
                 gevent.sleep(0)
     finally:
-        pipe.done()
+        pipe.release()

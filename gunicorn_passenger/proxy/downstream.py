@@ -1,11 +1,11 @@
-"""The client of a proxied request, as a WSGI server shows it, or as our own connection does.
+"""The client of a forwarded request: behind any WSGI server, or on a connection of our own.
 
-Runs in: wherever the proxy is mounted. Must never: use more of our connection than was asked for, or
-trust what a middleware may have changed less than the middleware.
+Process: any process in which the proxy is mounted.
+Never: bypasses a middleware: what that has changed counts.
 
-Under our own server the proxy speaks to the connection: fields keep their order, letter case and
-repetition, 1xx and trailers pass, large bodies are moved by the kernel. That holds while nobody stands
-between: a ``start_response`` of somebody else, or another ``wsgi.input``, is used as WSGI has it.
+Under our own server the proxy speaks to the connection (:mod:`gunicorn_passenger.http.downstream_api`):
+headers keep their order, letter case and repetition, 1xx responses and trailers pass, and the kernel moves
+large bodies. When a middleware has replaced ``start_response`` or ``wsgi.input``, the proxy uses WSGI alone.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from gunicorn_passenger.errors import BadRequestBody
 from gunicorn_passenger.http.body import EMPTY_BODY
+from gunicorn_passenger.http.downstream_api import DownstreamConnection
 from gunicorn_passenger.proxy import wire
 from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.request_headers import (
@@ -27,17 +28,17 @@ from gunicorn_passenger.proxy.request_headers import (
     HeaderList,
     RequestHeaders,
     environ_headers,
-    ip_address_of,
+    normal_address,
     number_of_bytes,
-    present_fields,
+    present_headers,
 )
 from gunicorn_passenger.proxy.upstream_io import runtime
 
-#: the length of a body that is sent in chunks
+#: the length of a chunked body
 CHUNKED = -1
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-# the fields of a head, without what only gunicorn's compatibility settings let in
+# the header lines of a request, without those that only gunicorn's compatibility settings allow
 _STRICT = re.compile(rb"((?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*)\r\n")
 
 
@@ -45,15 +46,18 @@ class WsgiDownstream:
     """A client behind any WSGI server."""
 
     #: our connection, where the proxy may use it
-    connection: Any = None
-    #: whether no application can have changed the environ
-    pristine = False
+    connection: DownstreamConnection | None = None
+    #: whether no middleware can have changed the environ
+    unmodified = False
 
     def __init__(
-        self, environ: dict[str, Any], start_response: Callable[..., Any], carrier: Any = None
+        self,
+        environ: dict[str, Any],
+        start_response: Callable[..., Any],
+        carrier: DownstreamConnection | None = None,
     ) -> None:
         """
-        :param carrier: our connection that the request has come over, though the proxy may not use it.
+        :param carrier: our connection that the request came over, although the proxy may not use it.
         """
         self.environ = environ
         self._carrier = carrier
@@ -62,18 +66,18 @@ class WsgiDownstream:
         self.body = environ["wsgi.input"]
         self.protocol: str = environ.get("SERVER_PROTOCOL", "HTTP/1.1")
 
-    def fields(self, keep_case: bool) -> RequestHeaders:
-        """The fields of the request.
+    def headers(self, keep_case: bool) -> RequestHeaders:
+        """The headers of the request.
 
         :param keep_case: whether names keep their letter case.
         """
-        fields = present_fields(self.environ, self._came())
+        headers = present_headers(self.environ, self._sent_headers())
         # An application may have written any of them, also with the value that the client has sent. So none
         # is taken away because the client's Connection names it.
-        own = set() if self.pristine else {name.lower() for name, _ in fields}
-        return RequestHeaders(fields, keep_case, self.protocol, own)
+        own = set() if self.pristine else {name.lower() for name, _ in headers}
+        return RequestHeaders(headers, keep_case, self.protocol, own)
 
-    def _came(self) -> HeaderList | None:
+    def _sent_headers(self) -> HeaderList | None:
         """The headers as the client has sent them; ``None`` when that is not known."""
         if self._carrier is None:
             return None
@@ -90,9 +94,9 @@ class WsgiDownstream:
         return pairs
 
     def length(self) -> int:
-        """Of the request's body, in bytes; ``CHUNKED`` when it tells its end by itself.
+        """The length of the request body in bytes, or ``CHUNKED``.
 
-        :raises BadRequestBody: when it cannot be known.
+        :raises BadRequestBody: when it is not known.
         """
         environ = self.environ
         if environ.get("HTTP_TRANSFER_ENCODING"):
@@ -108,11 +112,11 @@ class WsgiDownstream:
             raise BadRequestBody(f"Content-Length {text[:20]!r} is not a number of bytes below 2**63")
         return length
 
-    def arrived(self) -> int:
-        """Bytes of the body that are there already."""
+    def buffered_bytes(self) -> int:
+        """How many bytes of the body have come already."""
         return 0
 
-    def origin(self, options: Options, host: str | None) -> ForwardedInfo:
+    def forwarded_info(self, options: Options, host: str | None) -> ForwardedInfo:
         """Where the request comes from."""
         environ = self.environ
         address = self._address()
@@ -128,21 +132,21 @@ class WsgiDownstream:
     def _address(self) -> str:
         """The client's IP address: empty on a UNIX socket, ``unknown`` for any other text.
 
-        The name of a UNIX peer is the client's to choose, down to one that looks like an address.
+        A client on a UNIX socket chooses its own name, which may look like an address.
         """
-        said = self.environ.get("REMOTE_ADDR") or ""
-        if not said:
+        text = self.environ.get("REMOTE_ADDR") or ""
+        if not text:
             return ""
         if self._carrier is not None:
             addr = self._carrier.peer.addr
             name = None if isinstance(addr, tuple) else addr
         else:
             name = _unix_name(self.environ.get("gunicorn.socket"))
-        address = ip_address_of(said)
+        address = normal_address(text)
         if name is None:
             return address
         # a program may have taken an address from a header that it believes
-        return "" if address == UNKNOWN or said == os.fsdecode(name) else address
+        return "" if address == UNKNOWN or text == os.fsdecode(name) else address
 
     def _trusted(self, address: str) -> bool:
         if not address:
@@ -154,58 +158,55 @@ class WsgiDownstream:
 
     # what only our own connection can do
 
-    def interim(self, status: int, reason: str, fields: HeaderList) -> None:
-        """An interim answer (RFC 9110 section 15.2); WSGI has a way for 103 at most."""
+    def send_informational(self, status: int, reason: str, headers: HeaderList) -> None:
+        """Send an interim response (RFC 9110 section 15.2); WSGI servers can send 103 at most."""
         hints = self.environ.get("wsgi.early_hints")
         if status == 103 and hints is not None:
-            hints(wire.checked(list(fields)))
+            hints(wire.checked(list(headers)))
 
-    def proceed(self) -> None:
-        """The target wants the body: the server says so to the client when the body is read."""
+    def send_continue(self) -> None:
+        """Ask the client for the body; a WSGI server does that when the body is read."""
 
-    def watch(self, callback: Callable[..., Any], argument: Any) -> None:
-        """Call back in the hub when the client goes."""
+    def watch(self, gone: Callable[..., Any], argument: Any) -> None:
+        """Call ``gone(argument)`` in the hub when the client disconnects."""
 
     def unwatch(self) -> None:
-        """Do so no more."""
+        """Do not call it any more."""
 
-    def uploading(self, active: bool) -> None:
-        """While the body is read, reading tells that the client has gone."""
+    def set_reading_body(self, active: bool) -> None:
+        """Whether a greenlet reads the body: reading then detects a disconnect, and nothing else may read."""
 
 
 class NativeDownstream(WsgiDownstream):
     """A client of our own server."""
 
-    def __init__(self, environ: dict[str, Any], start_response: Any, connection: Any, pristine: bool) -> None:
+    connection: DownstreamConnection
+
+    def __init__(
+        self,
+        environ: dict[str, Any],
+        start_response: Callable[..., Any],
+        connection: DownstreamConnection,
+        unmodified: bool,
+    ) -> None:
         """
         :param connection: the :class:`~gunicorn_passenger.http.connection.Connection`.
-        :param pristine: whether no application can have changed the environ.
+        :param unmodified: whether no middleware can have changed the environ.
         """
         super().__init__(environ, start_response, connection)
         self.connection = connection
-        self.pristine = pristine
-        self._callback: Any = None
-        self._uploading = False
+        self.unmodified = unmodified
+        self._watch: tuple[Callable[..., Any], Any] | None = None
+        self._reading_body = False
 
-    def fields(self, keep_case: bool) -> RequestHeaders:
-        if not self.pristine or self.environ["RAW_URI"][:1] != "/":
+    def headers(self, keep_case: bool) -> RequestHeaders:
+        if not self.unmodified or self.environ["RAW_URI"][:1] != "/":
             # with a target in absolute form, the host is not that of the header
-            return super().fields(keep_case)
-        connection = self.connection
-        head = connection.head
-        block = head[head.find(b"\r\n") + 2 :]
-        memo = connection.memo
-        if memo is not None and memo[0] == block and memo[1] is keep_case and memo[2] == self.protocol:
-            known: RequestHeaders = memo[3]
-            if known.kept is not None and known.kept.straight and connection.response.req is None:
-                known.kept.known = connection.peer.known
-            return known
-        came = self._came()
-        if came is None:
-            came = environ_headers(self.environ)
-        fields = RequestHeaders(came, keep_case, self.protocol)
-        connection.memo = block, keep_case, self.protocol, fields
-        return fields
+            return super().headers(keep_case)
+        sent = self._sent_headers()
+        return RequestHeaders(
+            environ_headers(self.environ) if sent is None else sent, keep_case, self.protocol
+        )
 
     def length(self) -> int:
         if self.body is EMPTY_BODY:
@@ -213,7 +214,7 @@ class NativeDownstream(WsgiDownstream):
             return 0
         return super().length()
 
-    def arrived(self) -> int:
+    def buffered_bytes(self) -> int:
         if self.body is not self.connection.body:
             return 0
         return int(self.connection.buffered())
@@ -221,46 +222,48 @@ class NativeDownstream(WsgiDownstream):
     def _trusted(self, address: str) -> bool:
         return bool(self.connection.peer.trusted)
 
-    def interim(self, status: int, reason: str, fields: HeaderList) -> None:
+    def send_informational(self, status: int, reason: str, headers: HeaderList) -> None:
         if self.environ["SERVER_PROTOCOL"] == "HTTP/1.0":
             return
-        self.connection.send(wire.status_line(status, reason) + wire.lines_of(fields) + b"\r\n")
+        self.connection.send(wire.status_line(status, reason) + wire.lines_of(headers) + b"\r\n")
 
-    def proceed(self) -> None:
+    def send_continue(self) -> None:
         if getattr(self.body, "expect", False):
             self.body.expect = False
             self.connection.send_continue()
 
-    def watch(self, callback: Callable[..., Any], argument: Any) -> None:
-        if self._uploading:
-            self._callback = callback, argument
-        self.connection.watch(callback, argument, self._uploading)
+    def watch(self, gone: Callable[..., Any], argument: Any) -> None:
+        if self._reading_body:
+            self._watch = gone, argument
+        self.connection.watch(gone, argument, self._reading_body)
 
     def unwatch(self) -> None:
-        self._callback = None
+        self._watch = None
         self.connection.unwatch()
 
-    def uploading(self, active: bool) -> None:
-        self._uploading = active
-        if not active and self._callback is not None:
+    def set_reading_body(self, active: bool) -> None:
+        self._reading_body = active
+        if not active and self._watch is not None:
             self.connection.unwatch()
-            self.connection.watch(*self._callback)
+            self.connection.watch(*self._watch)
 
 
 def _unix_name(sock: Any) -> Any:
-    """What the peer of a UNIX socket has bound its own end to; ``None`` on any other socket."""
+    """The name that the peer of a UNIX socket has bound; ``None`` on any other socket."""
     try:
         return sock.getpeername() if sock.family == socket.AF_UNIX else None
     except (AttributeError, OSError):
         return None
 
 
-def downstream_for(environ: dict[str, Any], start_response: Any, proxy: Any) -> WsgiDownstream:
+def downstream_for(
+    environ: dict[str, Any], start_response: Callable[..., Any], proxy: object
+) -> WsgiDownstream:
     """The client of a WSGI request."""
-    connection: Any = getattr(environ.get("gunicorn.socket"), "connection", None)
+    connection: DownstreamConnection | None = getattr(environ.get("gunicorn.socket"), "connection", None)
     if connection is None:
         return WsgiDownstream(environ, start_response)
-    response: Any = connection.response
+    response = connection.response
     if response is None:
         return WsgiDownstream(environ, start_response)
     if (
@@ -272,6 +275,6 @@ def downstream_for(environ: dict[str, Any], start_response: Any, proxy: Any) -> 
     return NativeDownstream(environ, start_response, connection, is_sole_app(connection.gateway.app, proxy))
 
 
-def is_sole_app(app: Any, proxy: Any) -> bool:
-    """Whether an application is the proxy and nothing else, which may so take requests as they came in."""
+def is_sole_app(app: Any, proxy: object) -> bool:
+    """Whether an application is the proxy and nothing else: no middleware can have changed its requests."""
     return app is proxy or (getattr(type(app), "only_proxy", False) and app.app is proxy)

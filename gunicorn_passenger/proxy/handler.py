@@ -1,7 +1,7 @@
-"""The reverse proxy: a request comes in, is written anew for its target, and the answer goes back.
+"""The reverse proxy as a WSGI callable.
 
-Runs in: wherever it is mounted. Must never: collect a body, let one request's failure reach another, or
-answer for a target without a line in the log.
+Process: any process in which the proxy is mounted.
+Never: lets the failure of one request reach another, or hides the failure of an upstream from the log.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from gunicorn_passenger.errors import SettingError
-from gunicorn_passenger.proxy import fast_path
+from gunicorn_passenger.proxy import plan as planning
 from gunicorn_passenger.proxy.events import Events
-from gunicorn_passenger.proxy.forward import ForwardedRequest
+from gunicorn_passenger.proxy.forward import execute
+from gunicorn_passenger.proxy.forwarded_request import ForwardedRequest
 from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.routes import Route
 from gunicorn_passenger.proxy.target import Target
 
 
 class Proxy:
-    """Carries requests to targets. A WSGI callable."""
+    """Forwards requests to targets."""
 
     def __init__(
         self,
@@ -30,10 +31,10 @@ class Proxy:
     ) -> None:
         """
         :param target: see ``docs/proxy.md``.
-        :param host: of a bare port.
+        :param host: the host for a bare port.
         :param find_server: gives the address of a server of this application by its name; raises
-            ``LookupError`` when there is none.
-        :raises SettingError: (a ``ValueError``) when the target is none.
+            ``LookupError`` when there is no such server.
+        :raises SettingError: (a ``ValueError``) when the target cannot be used.
         """
         self.options = options or Options()
         self.route = Route(target, host, self.options)
@@ -45,35 +46,51 @@ class Proxy:
         return str(self.route)
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        connection: Any = getattr(environ.get("gunicorn.socket"), "connection", None)
+        # a connection remembers a plan only when no application stands between the proxy and the server
+        connection = getattr(environ.get("gunicorn.socket"), "connection", None)
         if connection is not None and connection.memo is not None:
-            # what is remembered of a connection's last request is there only when nobody stands between it
-            # and the proxy
-            answer: Iterable[bytes] | None = fast_path.carry(self, connection, environ, start_response)
-            if answer is not None:
-                return answer
-        return ForwardedRequest(self, environ, start_response, None).run()
+            plan = planning.remembered_plan(self, connection, environ)
+            if plan is not None:
+                request = ForwardedRequest(self, environ, start_response, connection)
+                request.path = path = environ["RAW_URI"]
+                request.request_line = b"GET %b HTTP/1.1\r\n" % path.encode()
+                request.target = plan.target
+                request.headers = plan.headers
+                request.forwarded_info = plan.forwarded_info
+                request.copies_response = True
+                try:
+                    return execute(plan, request)
+                except BaseException as error:
+                    return request.end_with(error)
+        return self._forward(environ, start_response)
 
-    def resume(
-        self, environ: dict[str, Any], start_response: Callable[..., Any], *state: Any
+    def _forward(
+        self,
+        environ: dict[str, Any],
+        start_response: Callable[..., Any],
+        overrides: dict[str, Any] | None = None,
+        must_upgrade: bool = False,
     ) -> Iterable[bytes]:
-        """Carry on what went the straight way so far."""
-        return ForwardedRequest(self, environ, start_response, None).resume(*state)
+        request = ForwardedRequest(self, environ, start_response, None)
+        try:
+            return execute(planning.plan_request(request, overrides, must_upgrade), request)
+        except BaseException as error:
+            return request.end_with(error)
 
     def web(
         self, environ: dict[str, Any], start_response: Callable[..., Any], **options: Any
     ) -> Iterable[bytes]:
-        """Carry one request, with some options changed for it."""
-        return ForwardedRequest(self, environ, start_response, options).run()
+        """Forward one request, with some options changed for it."""
+        return self._forward(environ, start_response, options)
 
     def ws(
         self, environ: dict[str, Any], start_response: Callable[..., Any], **options: Any
     ) -> Iterable[bytes]:
-        """Carry one upgrade; what is none is answered with 400."""
-        return ForwardedRequest(self, environ, start_response, options, must_upgrade=True).run()
+        """Forward one upgrade; a request that does not ask for one gets 400."""
+        return self._forward(environ, start_response, options, must_upgrade=True)
 
     def buffer_for(self, options: Options) -> Any:
-        """The body to send in place of the client's: one that is for all requests is read once."""
+        """The body to send in place of the client's: one for all requests is read once."""
         if options.buffer is not self.options.buffer:
             return options.buffer
         if self._buffer is None:
@@ -81,9 +98,9 @@ class Proxy:
         return self._buffer
 
     def on(self, event: str, handler: Callable[..., Any] | None = None) -> Any:
-        """Call ``handler`` at an event; without one, a decorator.
+        """Call ``handler`` at an event; without a handler, a decorator.
 
-        :raises SettingError: (a ``ValueError``) for an event that there is not.
+        :raises SettingError: (a ``ValueError``) for an unknown event.
         """
         if handler is None:
 

@@ -1,7 +1,7 @@
-"""Copies of requests for a second target, whose answers nobody waits for (the option ``forward``).
+"""Mirrors requests to a second target and ignores its responses (the option ``forward``).
 
-Runs in: wherever the proxy is mounted, in a greenlet or thread of its own for each copy. Must never:
-delay or break the request that it copies.
+Process: any process in which the proxy is mounted; each mirrored request has a greenlet or thread of its own.
+Never: delays or breaks the request that it mirrors.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import queue
 from typing import Any
 
 from gunicorn_passenger.errors import ProxyError
-from gunicorn_passenger.proxy.agent import Pool
 from gunicorn_passenger.proxy.downstream import CHUNKED
 from gunicorn_passenger.proxy.log import failed_callback, log
 from gunicorn_passenger.proxy.options import Options
+from gunicorn_passenger.proxy.pool import Pool
 from gunicorn_passenger.proxy.response_head import HEAD_LIMIT
 from gunicorn_passenger.proxy.target import Target
 
-#: Copies that are under way at a time, in each worker; what comes on top is not copied.
-_COPIES = 256
-#: Bytes of a body that wait for the target, in one copy and in all of them; when it is slower than that,
-#: a copy is given up.
+#: The most mirrored requests at a time in each worker; requests beyond that are not mirrored.
+_MOST = 256
+#: How many bytes of a body may wait for the target, in one mirrored request and in all of them. Mirroring is
+#: given up beyond that.
 _WAITING, _WAITING_IN_ALL = 1 << 20, 16 << 20
 #: Seconds that the target may be silent, where ``proxy_timeout`` does not say.
 _SECONDS = 60.0
@@ -29,13 +29,13 @@ _under_way: set[Any] = set()
 
 
 class _MirrorTotal:
-    """Bytes that wait in all copies."""
+    """The bytes that wait in all mirrored requests."""
 
     waiting = 0
 
 
 class MirroredRequest:
-    """One request, copied."""
+    """One mirrored request."""
 
     def __init__(self, target: Target, pool: Pool, head: bytes, length: int, options: Options) -> None:
         """
@@ -47,45 +47,50 @@ class MirroredRequest:
         self._head = head
         self._length = length
         self._seconds = options.proxy_timeout or _SECONDS
-        # under gevent the queue's locks would block the hub, so the pieces wait in a plain list
-        self._pieces: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._stirred = pool.runtime.event()
+        # SimpleQueue never blocks here: it is read with get_nowait(), as its locks would block the hub
+        self._chunks: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._changed = pool.runtime.event()
         self._waiting = 0
         self._given_up = False
         self._ended = False
 
     def start(self) -> None:
-        if len(_under_way) >= _COPIES:
+        if len(_under_way) >= _MOST:
             self._given_up = True
-            log.warning("proxy: %s: %d copies are under way, this one is left out", self._target, _COPIES)
+            log.warning(
+                "proxy: %s: %d requests are being mirrored already, this one is not", self._target, _MOST
+            )
             return
         _under_way.add(self)
         self._pool.runtime.spawn(self._run)
 
-    def feed(self, piece: bytes) -> None:
-        """A piece of the body."""
+    def feed(self, chunk: bytes) -> None:
+        """Add a chunk of the body; it never blocks."""
         if self._given_up or self._ended:
             return
         if self._waiting > _WAITING or _MirrorTotal.waiting > _WAITING_IN_ALL:
             self._give_up()
-            log.warning("proxy: %s: it is slower than the request, the copy is given up", self._target)
+            log.warning(
+                "proxy: %s: it is slower than the client, so mirroring this request is given up",
+                self._target,
+            )
             return
-        self._waiting += len(piece)
-        _MirrorTotal.waiting += len(piece)
-        self._pieces.put(piece)
-        self._stirred.set()
+        self._waiting += len(chunk)
+        _MirrorTotal.waiting += len(chunk)
+        self._chunks.put(chunk)
+        self._changed.set()
 
     def _give_up(self) -> None:
         self._given_up = True
         _MirrorTotal.waiting -= self._waiting
         self._waiting = 0
-        self._pieces = queue.SimpleQueue()
-        self._stirred.set()
+        self._chunks = queue.SimpleQueue()
+        self._changed.set()
 
     def end(self, whole: bool = True) -> None:
-        """The body is over; only the first call counts.
+        """End the body; only the first call has an effect.
 
-        :param whole: whether all of it was fed.
+        :param whole: whether all of the body was fed.
         """
         if self._ended:
             return
@@ -93,53 +98,53 @@ class MirroredRequest:
         if self._length and not whole:
             self._give_up()
         else:
-            self._pieces.put(None)
-            self._stirred.set()
+            self._chunks.put(None)
+            self._changed.set()
 
     def _next(self) -> bytes | None:
         while True:
             if self._given_up:
-                raise ProxyError("the request broke off")
+                raise ProxyError("the request was truncated")
             try:
-                piece = self._pieces.get_nowait()
+                chunk = self._chunks.get_nowait()
             except queue.Empty:
-                self._stirred.clear()
-                if self._pieces.empty() and not self._given_up:
-                    self._stirred.wait()
+                self._changed.clear()
+                if self._chunks.empty() and not self._given_up:
+                    self._changed.wait()
                 continue
-            if piece is not None and not self._given_up:
-                self._waiting -= len(piece)
-                _MirrorTotal.waiting -= len(piece)
-            return piece
+            if chunk is not None and not self._given_up:
+                self._waiting -= len(chunk)
+                _MirrorTotal.waiting -= len(chunk)
+            return chunk
 
     def _run(self) -> None:
-        link = None
+        upstream = None
         try:
-            link = self._pool.take(fresh=True)
-            stream = link.stream
+            upstream = self._pool.acquire(new=True)
+            stream = upstream.stream
             stream.send(self._head, self._seconds)
             if self._length:
-                while (piece := self._next()) is not None:
-                    framed = b"%x\r\n%b\r\n" % (len(piece), piece) if self._length == CHUNKED else piece
+                while (chunk := self._next()) is not None:
+                    framed = b"%x\r\n%b\r\n" % (len(chunk), chunk) if self._length == CHUNKED else chunk
                     stream.send(framed, self._seconds)
                 if self._length == CHUNKED:
                     stream.send(b"0\r\n\r\n", self._seconds)
-            # what it answers is ignored, but it may not be cut off for having answered
-            came = b""
-            while b"\r\n\r\n" not in came and len(came) < HEAD_LIMIT:
+            # the response is ignored, but the upstream must be able to send it
+            received = b""
+            while b"\r\n\r\n" not in received and len(received) < HEAD_LIMIT:
                 data = stream.recv(65536, self._seconds)
                 if not data:
                     break
-                came += data
+                received += data
         except TimeoutError:
-            log.warning("proxy: %s: the copy of a request took too long", self._target)
+            log.warning("proxy: %s: mirroring a request took too long", self._target)
         except (ProxyError, OSError) as error:
             if not self._given_up:
-                log.warning("proxy: %s: a request was not copied: %s", self._target, error)
+                log.warning("proxy: %s: a request was not mirrored: %s", self._target, error)
         except Exception as error:
-            failed_callback(f"the copy of a request to {self._target}", error)
+            failed_callback(f"a request that was mirrored to {self._target}", error)
         finally:
             self._give_up()
             _under_way.discard(self)
-            if link is not None:
-                self._pool.drop(link)
+            if upstream is not None:
+                self._pool.discard(upstream)

@@ -74,9 +74,11 @@ class Options:
     sticky_name: str = "passenger_target"
 
     #: fields that are set on each request: lower-case name → name and value
-    set_fields: dict[str, tuple[str, str]] = field(init=False)
+    set_headers: dict[str, tuple[str, str]] = field(init=False)
     #: whether responses go to the client with nothing rewritten
     plain_response: bool = field(init=False)
+    #: whether responses go to the client unchanged, and no response leads to another request
+    copies_responses: bool = field(init=False)
 
     def __post_init__(self) -> None:
         for name in NAMES:
@@ -92,10 +94,10 @@ class Options:
                 "secure=False has no effect on an agent with an ssl_context of its own: leave secure out "
                 "and set check_hostname and verify_mode of that context"
             )
-        set_fields = {name.lower(): (name, value) for name, value in self.headers.items()}
+        set_headers = {name.lower(): (name, value) for name, value in self.headers.items()}
         if self.auth is not None:
             credentials = base64.b64encode(self.auth.encode()).decode()
-            set_fields["authorization"] = ("Authorization", f"Basic {credentials}")
+            set_headers["authorization"] = ("Authorization", f"Basic {credentials}")
         rewrites = (
             self.host_rewrite,
             self.auto_rewrite,
@@ -103,8 +105,10 @@ class Options:
             self.cookie_domain_rewrite,
             self.cookie_path_rewrite,
         )
-        object.__setattr__(self, "set_fields", set_fields)
+        object.__setattr__(self, "set_headers", set_headers)
         object.__setattr__(self, "plain_response", not any(rewrites))
+        changes = self.via or self.self_handle_response or self.follow_redirects or self.sticky
+        object.__setattr__(self, "copies_responses", self.plain_response and not changes)
 
     def merged(self, changes: Mapping[str, Any], where: str) -> Options:
         """These options with some of them changed.

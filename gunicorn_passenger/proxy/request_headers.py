@@ -1,7 +1,7 @@
-"""Which header fields a proxy hands on to its target, and what it writes itself. Functions without I/O.
+"""Decides which request headers go on to the target, and writes the proxy's own. Functions without I/O.
 
-Runs in: wherever the proxy is mounted. Must never: let a field of one connection reach another, or
-believe what an untrusted client says of its origin.
+Process: any process in which the proxy is mounted.
+Never: forwards a header of one connection to another, or believes an untrusted client about its origin.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gunicorn_passenger.proxy.target import Target
 HeaderList = list[tuple[str, str]]
 
 #: Fields that are not simply handed on: they speak of one connection (RFC 9110 section 7.6.1), or frame
-#: the message and are written anew from what was parsed (RFC 9112 section 6). "Proxy" is no field at
+#: the message and are written anew from what was parsed (RFC 9112 section 6). "Proxy" is not a header at
 #: all: CGI programs take it for the setting of a proxy. "HTTP2-Settings" belongs to an upgrade to h2c, which
 #: is never handed on.
 ASIDE = frozenset(
@@ -60,7 +60,7 @@ _NOT_TO_NOMINATE = ORIGIN | {
     "set-cookie",
 }
 
-#: options of Connection that name no field of their own
+#: options of Connection that do not name a header
 _OPTIONS = {"close", "keep-alive", "upgrade", "te", ""}
 
 #: what stands for an address that is not known (RFC 7239 section 6.3)
@@ -86,7 +86,7 @@ class BadTarget(ValueError):
 
 
 def protocols(upgrade: str) -> set[str]:
-    """What an Upgrade field names (RFC 9110 section 7.8)."""
+    """What an Upgrade header names (RFC 9110 section 7.8)."""
     return {protocol.strip().lower() for protocol in upgrade.split(",")}
 
 
@@ -103,31 +103,29 @@ def number_of_bytes(text: str) -> int | None:
     return number if number < _LENGTHS else None
 
 
-def without_nominated(fields: HeaderList, options: set[str], own: Collection[str] = ()) -> HeaderList:
+def without_nominated(headers: HeaderList, options: set[str], own: Collection[str] = ()) -> HeaderList:
     """Take away the headers that Connection names (RFC 9110 section 7.6.1).
 
     :param own: names of headers, in lower case, that the sender of Connection has not written: they stay.
     """
     nominated = options - _OPTIONS - _NOT_TO_NOMINATE - set(own)
     if not nominated:
-        return fields
-    return [field for field in fields if field[0].lower() not in nominated]
+        return headers
+    return [header for header in headers if header[0].lower() not in nominated]
 
 
 class RequestHeaders:
-    """The fields of a client's request that are meant for the target.
+    """The headers of a client's request that are meant for the target.
 
-    They are not changed once they are made: a client mostly sends the same fields again, and what was
-    made of them is kept with them.
+    They are not changed once they are made: a client mostly sends the same headers again, and a plan keeps
+    them.
     """
 
     __slots__ = (
         "expect",
-        "fields",
         "host",
-        "kept",
+        "lines",
         "measured",
-        "origin",
         "te_trailers",
         "upgrade",
         "valid",
@@ -142,14 +140,14 @@ class RequestHeaders:
         own: Collection[str] = (),
     ) -> None:
         """
-        :param pairs: the fields of the request, in their order.
+        :param pairs: the headers of the request, in their order.
         :param keep_case: whether names keep their letter case; else they are lower case.
         :param protocol: of the request.
         :param own: names, in lower case, of the headers that the program has written, not the client: the
             client's ``Connection`` cannot take them away.
         """
         self.version = "1.0" if protocol == "HTTP/1.0" else "1.1"
-        fields: HeaderList = []
+        headers: HeaderList = []
         connection = ""
         twice = False
         self.upgrade = ""
@@ -159,10 +157,6 @@ class RequestHeaders:
         self.host: str | None = None
         #: whether a Content-Length is among them
         self.measured = False
-        #: where the request comes from, as some options have it: those, and the :class:`ForwardedInfo`
-        self.origin: tuple[Any, ForwardedInfo] | None = None
-        #: what became of the last request with them: a :class:`~.fast_path.ForwardPlan`
-        self.kept: Any = None
         for name, value in pairs:
             low = name.lower()
             if low in ASIDE:
@@ -171,13 +165,13 @@ class RequestHeaders:
                 elif low == "upgrade":
                     self.upgrade = f"{self.upgrade}, {value}" if self.upgrade else value
                 elif low == "trailer":
-                    fields.append((name if keep_case else low, value))
+                    headers.append((name if keep_case else low, value))
                 elif low == "content-length":
                     if not self.measured:
                         self.measured = True
                         # a bad one is refused when the body's length is asked for
                         length = number_of_bytes(value)
-                        fields.append((name if keep_case else low, value if length is None else str(length)))
+                        headers.append((name if keep_case else low, value if length is None else str(length)))
                 elif low == "te":
                     self.te_trailers = "trailers" in value.lower()
             elif low == "expect":
@@ -186,11 +180,11 @@ class RequestHeaders:
                 if low == "host":
                     twice = self.host is not None
                     self.host = value
-                fields.append((name if keep_case else low, value))
+                headers.append((name if keep_case else low, value))
         options: set[str] = set()
         if connection:
             options = {token.strip().lower() for token in connection.split(",")}
-            fields = without_nominated(fields, options, own)
+            headers = without_nominated(headers, options, own)
         if "upgrade" not in options or self.version == "1.0" or "h2c" in protocols(self.upgrade):
             # what is said in HTTP/2 behind the proxy's back would not be under its rules, and HTTP/1.0 knows
             # no upgrades (RFC 9110 section 7.8)
@@ -201,42 +195,39 @@ class RequestHeaders:
         )
         if "te" not in options:
             self.te_trailers = False  # RFC 9110 section 10.1.4: who sends TE names it there
-        self.fields = fields
+        self.lines = headers
 
-    def changed(self, fields: HeaderList) -> RequestHeaders:
-        """The same request with other fields."""
+    def changed(self, headers: HeaderList) -> RequestHeaders:
+        """The same request with other headers."""
         other = copy.copy(self)
-        other.fields = fields
-        other.origin = other.kept = None
+        other.lines = headers
         return other
 
     def with_host(self, host: str, keep_case: bool) -> RequestHeaders:
         """The same request for another host."""
-        other = self.changed(with_host(self.fields, host, keep_case))
+        other = self.changed(with_host(self.lines, host, keep_case))
         other.host = host
         other.valid = self.valid and _HOST.fullmatch(host) is not None
         return other
 
     @property
-    def hops(self) -> int | None:
-        """How often it may be forwarded: its ``Max-Forwards``, where it has one."""
-        found = [value for name, value in self.fields if name.lower() == "max-forwards"]
+    def max_forwards(self) -> int | None:
+        """How often it may still be forwarded: its ``Max-Forwards``, where it has one."""
+        found = [value for name, value in self.lines if name.lower() == "max-forwards"]
         if len(found) != 1 or not (found[0].isascii() and found[0].isdigit() and len(found[0]) < 10):
             return None
         return int(found[0])
 
-    def one_hop_less(self) -> RequestHeaders:
+    def decremented(self) -> RequestHeaders:
         """The same request for the next server (RFC 9110 section 7.6.2)."""
-        hops = self.hops
+        hops = self.max_forwards
         if hops is None:
             return self
-        return self.changed(
-            [(n, str(hops - 1) if n.lower() == "max-forwards" else v) for n, v in self.fields]
-        )
+        return self.changed([(n, str(hops - 1) if n.lower() == "max-forwards" else v) for n, v in self.lines])
 
     def without_length(self) -> RequestHeaders:
         """The same request without the announcement of a body."""
-        other = self.changed([field for field in self.fields if field[0].lower() != "content-length"])
+        other = self.changed([header for header in self.lines if header[0].lower() != "content-length"])
         other.measured = False
         return other
 
@@ -248,7 +239,7 @@ class ForwardedInfo:
 
     def __init__(self, address: str, scheme: str, own_scheme: str, host: str | None, trusted: bool) -> None:
         """
-        :param address: the peer's, as :func:`ip_address_of` has it; empty on a UNIX socket, whose peers are
+        :param address: the peer's, as :func:`normal_address` has it; empty on a UNIX socket, whose peers are
             on this machine.
         :param scheme: ``http`` or ``https``, as a trusted peer says.
         :param own_scheme: that of the connection itself.
@@ -265,42 +256,42 @@ class ForwardedInfo:
 def upstream_headers(
     request: RequestHeaders, options: Options, target: Target, origin: ForwardedInfo, foreign: bool = False
 ) -> HeaderList:
-    """The fields of the request to the target, but for those that frame it.
+    """The headers of the request to the target, but for those that frame it.
 
     :param request: the client's.
     :param foreign: whether a redirect has led to another target than the one that the options are for.
     """
-    fields = request.fields
+    headers = request.lines
     keep_case = options.preserve_header_key_case
     host = origin.host
     if options.change_origin or not host:
         host = target.authority
-        fields = [field for field in fields if field[0].lower() != "host"]
-        fields.insert(0, ("Host" if keep_case else "host", host))
+        headers = [header for header in headers if header[0].lower() != "host"]
+        headers.insert(0, ("Host" if keep_case else "host", host))
     if options.xfwd:
-        fields = _x_forwarded(fields, options, origin)
+        headers = _x_forwarded(headers, options, origin)
     if options.forwarded:
-        fields = _forwarded(fields, options, origin)
+        headers = _forwarded(headers, options, origin)
     if options.via:
-        fields = with_via(fields, options, request.version)
-    if options.set_fields and not foreign:
-        fields = [field for field in fields if field[0].lower() not in options.set_fields]
-        fields += options.set_fields.values()
-    return fields
+        headers = with_via(headers, options, request.version)
+    if options.set_headers and not foreign:
+        headers = [header for header in headers if header[0].lower() not in options.set_headers]
+        headers += options.set_headers.values()
+    return headers
 
 
-def with_host(fields: HeaderList, host: str, keep_case: bool) -> HeaderList:
-    """The fields with another Host."""
-    fields = [field for field in fields if field[0].lower() != "host"]
-    fields.insert(0, ("Host" if keep_case else "host", host))
-    return fields
+def with_host(headers: HeaderList, host: str, keep_case: bool) -> HeaderList:
+    """The headers with another Host."""
+    headers = [header for header in headers if header[0].lower() != "host"]
+    headers.insert(0, ("Host" if keep_case else "host", host))
+    return headers
 
 
-def _take(fields: HeaderList, *names: str) -> tuple[HeaderList, dict[str, str]]:
-    """The fields without those, and what they said."""
+def _take(headers: HeaderList, *names: str) -> tuple[HeaderList, dict[str, str]]:
+    """The headers without those, and what they said."""
     rest = []
     taken: dict[str, str] = {}
-    for name, value in fields:
+    for name, value in headers:
         low = name.lower()
         if low in names:
             taken[low] = f"{taken[low]}, {value}" if low in taken else value
@@ -309,7 +300,7 @@ def _take(fields: HeaderList, *names: str) -> tuple[HeaderList, dict[str, str]]:
     return rest, taken
 
 
-def _x_forwarded(fields: HeaderList, options: Options, origin: ForwardedInfo) -> HeaderList:
+def _x_forwarded(headers: HeaderList, options: Options, origin: ForwardedInfo) -> HeaderList:
     """``X-Forwarded-*``, behind what a trusted client, such as a web server in front, has written."""
     appends = origin.trusted and options.xfwd == APPEND
     scheme = origin.scheme if appends else origin.own_scheme
@@ -320,7 +311,7 @@ def _x_forwarded(fields: HeaderList, options: Options, origin: ForwardedInfo) ->
         "X-Forwarded-Proto": scheme,
         "X-Forwarded-Host": origin.host or "",
     }
-    fields, before = _take(fields, *(name.lower() for name in said))
+    headers, before = _take(headers, *(name.lower() for name in said))
     if not appends:
         before = {}
     for name, own in said.items():
@@ -329,11 +320,11 @@ def _x_forwarded(fields: HeaderList, options: Options, origin: ForwardedInfo) ->
         if low in before:
             value = before[low] if low == "x-forwarded-host" else f"{before[low]}, {own}"
         if value:
-            fields.append((name if options.preserve_header_key_case else low, value))
-    return fields
+            headers.append((name if options.preserve_header_key_case else low, value))
+    return headers
 
 
-def _forwarded(fields: HeaderList, options: Options, origin: ForwardedInfo) -> HeaderList:
+def _forwarded(headers: HeaderList, options: Options, origin: ForwardedInfo) -> HeaderList:
     """RFC 7239's ``Forwarded``."""
     address = f'"[{origin.address}]"' if ":" in origin.address else origin.address
     value = f"for={address}"
@@ -343,29 +334,29 @@ def _forwarded(fields: HeaderList, options: Options, origin: ForwardedInfo) -> H
         )
     appends = origin.trusted and options.forwarded == APPEND
     value += f";proto={origin.scheme if appends else origin.own_scheme}"
-    fields, before = _take(fields, "forwarded")
+    headers, before = _take(headers, "forwarded")
     if before and appends:
         value = f"{before['forwarded']}, {value}"
-    return [*fields, ("Forwarded" if options.preserve_header_key_case else "forwarded", value)]
+    return [*headers, ("Forwarded" if options.preserve_header_key_case else "forwarded", value)]
 
 
 def _quoted(text: str) -> str:
     return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
 
 
-def with_via(fields: HeaderList, options: Options, version: str) -> HeaderList:
+def with_via(headers: HeaderList, options: Options, version: str) -> HeaderList:
     """``Via``, behind what is there (RFC 9110 section 7.6.3).
 
     :param version: in which the message was received.
     """
-    fields, before = _take(fields, "via")
+    headers, before = _take(headers, "via")
     value = f"{version} {options.via}"
     if before:
         value = f"{before['via']}, {value}"
-    return [*fields, ("Via" if options.preserve_header_key_case else "via", value)]
+    return [*headers, ("Via" if options.preserve_header_key_case else "via", value)]
 
 
-def ip_address_of(text: str) -> str:
+def normal_address(text: str) -> str:
     """An IP address in its usual form, or ``unknown`` (RFC 7239 section 6.3) for what is not one.
 
     :param text: ``REMOTE_ADDR``, which a server or a program may have taken from anywhere.
@@ -378,26 +369,28 @@ def ip_address_of(text: str) -> str:
 
 
 def environ_headers(environ: dict[str, Any], known: Collection[str] = ()) -> HeaderList:
-    """The header fields of a WSGI request: their order, letter case and repetition is lost.
+    """The headers of a WSGI request; their order, letter case and repetition are lost.
 
     :param known: keys of the environ that are left out.
     :raises BadRequestBody: when one of them cannot be sent.
     """
-    fields = []
+    headers = []
     for key, value in environ.items():
         if key[:5] == "HTTP_" and isinstance(value, str) and key not in known:
-            fields.append((key[5:].replace("_", "-").title(), value))
+            headers.append((key[5:].replace("_", "-").title(), value))
     for key, name in ("CONTENT_TYPE", "Content-Type"), ("CONTENT_LENGTH", "Content-Length"):
         if environ.get(key) and key not in known:
-            fields.append((name, environ[key]))
-    for name, value in fields:
+            headers.append((name, environ[key]))
+    for name, value in headers:
         # an application, or a server that is not ours, has had them
         if not TOKEN.fullmatch(name) or not VALUE.fullmatch(value):
-            raise BadRequestBody(f"the request's field {name[:40]!r} holds what no header field may")
-    return fields
+            raise BadRequestBody(
+                f"the request's header {name[:40]!r} holds a character that a header must not have"
+            )
+    return headers
 
 
-def present_fields(environ: dict[str, Any], came: HeaderList | None) -> HeaderList:
+def present_headers(environ: dict[str, Any], came: HeaderList | None) -> HeaderList:
     """The headers of a WSGI request as the program has left them, in the client's order where that is known.
 
     :param came: the headers as the client has sent them; ``None`` when the server does not tell.

@@ -1,15 +1,16 @@
-"""What a target sends, read strictly: the heads and the chunks of its answers. Functions without I/O.
+"""Parses the response heads and the chunked bodies of upstreams, strictly. Functions without I/O.
 
-Runs in: wherever the proxy is mounted. Must never: let through an answer that two readers could cut in
-two ways, or hand on what frames it.
+Process: any process in which the proxy is mounted.
+Never: accepts a response that two parsers could frame in two ways, or forwards headers that frame it.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import NamedTuple, Protocol
 
 from gunicorn_passenger.errors import BadResponse
+from gunicorn_passenger.proxy import wire
 from gunicorn_passenger.proxy.request_headers import (
     ASIDE,
     ORIGIN,
@@ -18,12 +19,14 @@ from gunicorn_passenger.proxy.request_headers import (
     without_nominated,
 )
 
-#: Bytes that the head of an answer may have, and the line of a chunk's size, and all trailers.
+#: The most bytes of a response head, of the line with the size of a chunk, and of all trailers.
 HEAD_LIMIT = 65536
 _LINE_LIMIT = 4096
-#: The longest head of an answer that is remembered.
-_MEMO = 2048
+#: The longest response head that is remembered.
+_LONGEST_REMEMBERED = 2048
 _TRAILER_LIMIT = 65536
+#: Status codes of responses that have no body (RFC 9110 section 6.4.1), or switch protocols.
+_NOT_PLAIN = (101, 204, 304)
 
 # RFC 9112 sections 4 and 5: status-line = HTTP-version SP status-code SP [ reason-phrase ], and many
 # servers leave out the second SP; field-line = field-name ":" OWS field-value OWS
@@ -39,17 +42,32 @@ _FIELDS = re.compile(rb"((?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*)")
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 
 
-class ResponseHead:
-    """The head of an answer: its end-to-end fields, and how its body is framed.
+class RemembersHead(Protocol):
+    """A :class:`~.pool.Pool`."""
 
-    It is not changed once it is made: the next answer may have the same.
+    last_head: RememberedHead | None
+
+
+class RememberedHead(NamedTuple):
+    """The last response head of an upstream: within a second its responses often have the same."""
+
+    data: bytes
+    #: whether names keep their letter case in it
+    keep_case: bool
+    head: ResponseHead
+
+
+class ResponseHead:
+    """The head of a response: its end-to-end headers, and how its body is framed.
+
+    It does not change after it is made: the next response may have the same.
     """
 
     __slots__ = (
         "chunked",
         "close",
         "dated",
-        "fields",
+        "headers",
         "length",
         "line",
         "lines",
@@ -60,7 +78,7 @@ class ResponseHead:
         "wire",
     )
 
-    def __init__(self, data: bytes, keep_case: bool) -> None:  # noqa: PLR0915 - one pass over all fields
+    def __init__(self, data: bytes, keep_case: bool) -> None:  # noqa: PLR0915 - one pass over all headers
         """
         :param data: the head, its empty line included.
         :param keep_case: whether names keep their letter case; else they are lower case.
@@ -73,18 +91,19 @@ class ResponseHead:
         self.status = int(status)
         self.version = "1.0" if minor == b"0" else "1.1"
         self.reason = (reason or b"").decode("latin-1").strip(" \t")
-        #: code and reason
+        #: status code and reason
         self.line = f"{self.status} {self.reason}"
         self.length: int | None = None
         self.chunked = False
         self.upgrade = ""
-        #: the fields as they are sent, once that was made, and all of it
+        #: the header lines for the client when they go on unchanged, once they were made; and the whole head
         self.lines: bytes | None = None
         self.wire: bytes | None = None
+        #: whether a Date is among the headers
         self.dated = False
-        #: whether the target closes the connection after it (RFC 9112 section 9.3)
+        #: whether the upstream closes the connection after it (RFC 9112 section 9.3)
         self.close = minor == b"0"
-        fields: HeaderList = []
+        headers: HeaderList = []
         connection = ""
         codings: str | None = None
         for line in block.decode("latin-1").split("\r\n"):
@@ -96,7 +115,7 @@ class ResponseHead:
                     before = self.length
                     self._take_length(value)
                     if before is None:
-                        fields.append((name if keep_case else low, str(self.length)))
+                        headers.append((name if keep_case else low, str(self.length)))
                 elif low == "connection":
                     connection = f"{connection},{value}" if connection else value
                 elif low == "transfer-encoding":
@@ -105,16 +124,16 @@ class ResponseHead:
                     self.upgrade = f"{self.upgrade}, {value}" if self.upgrade else value
                     if self.status == 426:
                         # what the client has to upgrade to (RFC 9110 section 15.5.22)
-                        fields.append((name if keep_case else low, value))
+                        headers.append((name if keep_case else low, value))
                 elif low == "trailer":
-                    fields.append((name if keep_case else low, value))
+                    headers.append((name if keep_case else low, value))
             elif colon and low[:6] != "proxy-":
                 if low == "date":
                     self.dated = True
-                fields.append((name if keep_case else low, value))
+                headers.append((name if keep_case else low, value))
         if self.status < 200:
-            # RFC 9110 section 8.6: an interim answer has no body whose length could be told
-            fields = [field for field in fields if field[0].lower() != "content-length"]
+            # RFC 9110 section 8.6: an interim response has no body whose length it could give
+            headers = [header for header in headers if header[0].lower() != "content-length"]
             self.length = codings = None
         if codings is not None:
             if codings.lower() != "chunked":
@@ -130,8 +149,8 @@ class ResponseHead:
                 self.close = True
             elif "keep-alive" in options:
                 self.close = False
-            fields = without_nominated(fields, options)
-        self.fields = fields
+            headers = without_nominated(headers, options)
+        self.headers = headers
 
     def _take_length(self, value: str) -> None:
         # one number, which may be repeated (RFC 9110 section 8.6)
@@ -144,34 +163,60 @@ class ResponseHead:
             self.length = length
 
 
-def parse_response_head(pool: Any, data: bytes, keep_case: bool) -> ResponseHead:
-    """The head of an answer: within a second a target's answers often have the same.
+def parse_response_head(pool: RemembersHead, data: bytes, keep_case: bool) -> ResponseHead:
+    """Parse a response head, or return that of the response before, if it has the same bytes.
 
-    :param pool: the connections to that target, with which it is remembered.
+    :param pool: the pool of that upstream, which keeps the last one.
     :param keep_case: whether names keep their letter case.
-    :raises BadResponse: when it is none.
+    :raises BadResponse: when it is malformed.
     """
-    memo = pool.memo
-    if memo is not None and memo[0] == data and memo[1] is keep_case:
-        known: ResponseHead = memo[2]
-        return known
+    last = pool.last_head
+    if last is not None and last.data == data and last.keep_case is keep_case:
+        return last.head
     head = ResponseHead(data, keep_case)
-    if len(data) < _MEMO:
-        pool.memo = data, keep_case, head
+    if len(data) < _LONGEST_REMEMBERED:
+        pool.last_head = RememberedHead(data, keep_case, head)
     return head
+
+
+def serialize_headers(headers: HeaderList, status: int) -> bytes:
+    """The header lines of a response as the client is sent them.
+
+    :raises gunicorn_passenger.proxy.wire.Unsendable: when one of them holds a line break or the like.
+    """
+    if status == 204:
+        # RFC 9110 section 8.6: no Content-Length with 204
+        headers = [header for header in headers if header[0].lower() != "content-length"]
+    elif status == 426 and any(name.lower() == "upgrade" for name, _ in headers):
+        # RFC 9110 section 7.8: a sender of Upgrade names it in Connection
+        headers = [*headers, ("connection", "upgrade")]
+    return wire.lines_of(headers)
+
+
+def wire_head(head: ResponseHead) -> bytes:
+    """The head as most clients are sent it, made once.
+
+    :returns: an empty text unless the body is framed by its ``Content-Length`` alone.
+    """
+    head.wire = b""
+    if head.length is not None and head.dated and not head.close and head.status not in _NOT_PLAIN:
+        head.lines = head.lines or serialize_headers(head.headers, head.status)
+        line = wire.status_line(head.status, head.reason)
+        head.wire = line + head.lines + b"Connection: keep-alive\r\n\r\n"
+    return head.wire
 
 
 def _unfolded(data: bytes) -> bytes:
     first, _, rest = data.partition(b"\r\n")
     if rest[:1] in (b" ", b"\t"):
-        return b""  # there is no line to which that could belong (RFC 9112 section 2.2)
+        return b""  # there is no line that it could continue (RFC 9112 section 2.2)
     return first + b"\r\n" + _FOLD.sub(b" ", rest)
 
 
 def _malformed(data: bytes) -> BadResponse:
     first, _, rest = data.partition(b"\r\n")
     if not re.fullmatch(rb"HTTP/1\.[01] [1-9][0-9][0-9](?: [\t\x20-\x7e\x80-\xff]*)?", first):
-        return BadResponse(f"it begins with {first[:40]!r}, which is no status line of HTTP/1.x")
+        return BadResponse(f"it begins with {first[:40]!r}, which is not a status line of HTTP/1.x")
     for line in rest.split(b"\r\n"):
         if line and not re.fullmatch(_TOKEN + rb":[\t\x20-\x7e\x80-\xff]*", line):
             return BadResponse(f"it has a malformed header line: {line[:40]!r}")
@@ -179,11 +224,11 @@ def _malformed(data: bytes) -> BadResponse:
 
 
 class ChunkedDecoder:
-    """Takes a chunked body apart (RFC 9112 section 7.1)."""
+    """Decodes a chunked body (RFC 9112 section 7.1)."""
 
     def __init__(self) -> None:
         self._buf = b""
-        #: bytes of the present chunk that are still to come
+        #: bytes of the current chunk that are still to come
         self._left = 0
         self._between = False
         self._last = False
@@ -193,7 +238,7 @@ class ChunkedDecoder:
 
     def feed(self, data: bytes) -> bytes:
         """
-        :returns: what of the body came with this.
+        :returns: the part of the body in these bytes.
         :raises BadResponse: when it is malformed.
         """
         if self._left > len(data) and not self._buf:
@@ -204,12 +249,12 @@ class ChunkedDecoder:
         parts = []
         while not self.finished:
             if self._left:
-                piece = buf[at : at + self._left]
-                if not piece:
+                part = buf[at : at + self._left]
+                if not part:
                     break
-                parts.append(piece)
-                at += len(piece)
-                self._left -= len(piece)
+                parts.append(part)
+                at += len(part)
+                self._left -= len(part)
                 if self._left:
                     break
                 self._between = True
@@ -263,11 +308,11 @@ class ChunkedDecoder:
 
     @property
     def rest(self) -> bytes:
-        """What came behind the body."""
+        """The bytes that came after the body."""
         return self._buf
 
 
-#: Fields that frame, route or authenticate must not come in trailers (RFC 9110 section 6.5.1).
+#: Headers that frame, route or authenticate must not come in trailers (RFC 9110 section 6.5.1).
 NO_TRAILER = (
     ASIDE
     | ORIGIN
@@ -294,6 +339,6 @@ NO_TRAILER = (
 
 
 def is_trailer(name: str) -> bool:
-    """Whether a field may be handed on behind a body."""
+    """Whether a header may be forwarded as a trailer."""
     low = name.lower()
     return low not in NO_TRAILER and low[:6] != "proxy-" and "_" not in low

@@ -1,6 +1,7 @@
-"""What a proxy changes in the head of an answer: Location, cookies. Functions without I/O.
+"""Rewrites the Location and Set-Cookie headers of responses. Functions without I/O.
 
-Runs in: wherever the proxy is mounted. Must never: resolve what a target says against what a client said.
+Process: any process in which the proxy is mounted.
+Never: resolves a URL of the target against a host that the client has named.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.request_headers import ForwardedInfo, HeaderList
 from gunicorn_passenger.proxy.target import Target
 
-#: the answers whose Location is rewritten
+#: the status codes of responses whose Location is rewritten
 _RELOCATING = {201, 301, 302, 303, 307, 308}
 
 _ATTRIBUTE = re.compile(r"(;[ \t]*)(domain|path)[ \t]*=([^;]*)", re.IGNORECASE)
 
 
 def rewrite_headers(
-    fields: HeaderList, status: int, options: Options, target: Target, origin: ForwardedInfo
+    headers: HeaderList, status: int, options: Options, target: Target, origin: ForwardedInfo
 ) -> HeaderList:
-    """The fields of an answer as the client is to see them."""
+    """The headers of a response as the client gets them."""
     result = []
-    for name, value in fields:
+    for name, value in headers:
         low = name.lower()
         if low == "location" and status in _RELOCATING:
             result.append((name, location(value, options, target, origin)))
@@ -35,7 +36,7 @@ def rewrite_headers(
 
 
 def location(value: str, options: Options, target: Target, origin: ForwardedInfo) -> str:
-    """A redirect to the target itself, made to lead through the proxy; any other stays as it is."""
+    """A redirect to the target itself is made to lead through the proxy; others stay unchanged."""
     if not (options.host_rewrite or options.auto_rewrite or options.protocol_rewrite):
         return value
     try:
@@ -79,7 +80,7 @@ def cookie(value: str, options: Options) -> str:
 def redirect(value: str, target: Target, path: str) -> tuple[Target, str] | None:
     """Where a redirect of the target leads: resolved against the target, not against the client's Host.
 
-    :param path: what the target was asked for.
+    :param path: the path of the request that the target redirects.
     :returns: the target and the path; ``None`` when it cannot be followed.
     """
     base = f"{'https' if target.tls else 'http'}://{target.authority}{path}"
@@ -95,7 +96,7 @@ def redirect(value: str, target: Target, path: str) -> tuple[Target, str] | None
     except ValueError:
         return None
     if target.tls and parts.scheme != "https":
-        return None  # nobody is led out of TLS
+        return None  # a redirect must not lead out of TLS
     asked = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     if not re.fullmatch(r"[\x21-\x7e]*", asked):
         return None

@@ -1,6 +1,7 @@
-"""Which target a request goes to: one, one of several, what a function says, or a table of paths.
+"""Chooses the target of a request: a fixed one, one of several, that of a function, or one by path prefix.
 
-Runs in: wherever the proxy is mounted; no I/O. Must never: send a client to a target that it names itself.
+Process: any process in which the proxy is mounted. It does no I/O.
+Never: sends a client to a target that the client names.
 """
 
 from __future__ import annotations
@@ -15,39 +16,39 @@ from gunicorn_passenger.errors import SettingError
 from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.target import Target, check_prefix, matches, parse_target
 
-#: Targets that a function has named and that are remembered.
+#: How many results of target functions are remembered.
 _REMEMBER = 1024
 
 
 class Backend:
-    """A target, and how it does."""
+    """A target, and its state."""
 
     __slots__ = ("active", "failed_until", "has_peers", "id", "target")
 
     def __init__(self, target: Target, has_peers: bool) -> None:
         self.target = target
-        #: whether there are others that could be asked in its place
+        #: whether other targets can take its place
         self.has_peers = has_peers
-        #: requests and tunnels that it has now
+        #: how many requests and tunnels it has now
         self.active = 0
         #: until when it is skipped, on the monotonic clock
         self.failed_until = 0.0
-        #: what stands for it in a cookie
+        #: its id in a sticky cookie
         self.id = ""
 
     def failed(self, options: Options) -> None:
-        """It cannot be connected to."""
+        """Skip it for ``fail_timeout``: it cannot be connected to."""
         self.failed_until = time.monotonic() + options.fail_timeout
 
 
 class TargetGroup:
-    """One or several targets that do the same."""
+    """One or several targets that are equivalent."""
 
     def __init__(self, targets: list[Target]) -> None:
         unique = list(dict.fromkeys(targets))
         self.backends = [Backend(target, len(unique) > 1) for target in unique]
         self._next = 0
-        # the cookie tells nobody what the addresses are
+        # the cookie must not tell what the addresses are
         key = hashlib.blake2s("\n".join(backend.target.text for backend in self.backends).encode()).digest()
         for backend in self.backends:
             backend.id = hashlib.blake2s(backend.target.text.encode(), key=key, digest_size=9).hexdigest()
@@ -58,7 +59,7 @@ class TargetGroup:
     def candidates(self, options: Options, cookie: str | None) -> list[Backend]:
         """The targets in the order in which they are to be tried.
 
-        :param cookie: what names the target that the client had before, where it is to stay.
+        :param cookie: the id of the target that the client had before, with sticky targets.
         """
         backends = self.backends
         if len(backends) == 1:
@@ -79,22 +80,22 @@ class TargetGroup:
 
 
 class Route:
-    """Where requests go, with which options, and what of the path they lose."""
+    """The target of some requests, their options, and the path prefix that is removed."""
 
     __slots__ = ("_function", "_known", "_several", "only", "options", "remove", "table")
 
     def __init__(self, target: Any, host: str | None, options: Options) -> None:
         """
-        :raises SettingError: when ``target`` is none.
+        :raises SettingError: when ``target`` cannot be used.
         """
         self.options = options
         self.table: list[tuple[str, Route]] = []
-        #: the part of the path that its requests lose
+        #: the path prefix that is removed
         self.remove = ""
         self._function: Callable[..., Any] | None = None
         self._known: dict[Any, TargetGroup] = {}
         self._several: TargetGroup | None = None
-        #: the targets of every request, where there is just one
+        #: the only target, as a list, where there is just one
         self.only: list[Backend] | None = None
         if target is None:
             if options.forward is None:
@@ -119,8 +120,8 @@ class Route:
             return getattr(self._function, "__name__", "a function")
         return str(self._several) if self._several is not None else f"a copy to {self.options.forward}"
 
-    def leads_to(self, target: Target) -> bool:
-        """Whether every request goes there, with its path as it is."""
+    def always_targets(self, target: Target) -> bool:
+        """Whether every request goes to this target, with its path unchanged."""
         return (
             self.only is not None
             and self.only[0].target is target
@@ -128,8 +129,8 @@ class Route:
         )
 
     @property
-    def nowhere(self) -> bool:
-        """Whether requests are copied only."""
+    def mirror_only(self) -> bool:
+        """Whether requests are mirrored only."""
         return self._several is None and self._function is None
 
     def _make_table(self, table: Mapping[Any, Any], host: str | None) -> None:
@@ -162,15 +163,15 @@ class Route:
         return None
 
     @property
-    def asks(self) -> bool:
-        """Whether a request object is needed to choose."""
+    def is_dynamic(self) -> bool:
+        """Whether a function of the request chooses the target."""
         return self._function is not None
 
     def choose(self, request: Any, options: Options, cookie: str | None) -> list[Backend] | None:
-        """The targets to try, in their order; ``None`` when a function says that there is none.
+        """The targets to try, in their order; ``None`` when the function returns ``None``.
 
         :param request: for a function.
-        :raises SettingError: when a function names what is no target.
+        :raises SettingError: when the function returns something that is not a target.
         """
         several = self._several
         if several is None:
@@ -181,8 +182,8 @@ class Route:
             several = self._remembered(said)
         return several.candidates(options, cookie)
 
-    def instead(self, target: Any, options: Options) -> Route:
-        """The same with another target, for one request."""
+    def with_target(self, target: Any, options: Options) -> Route:
+        """The same route with another target, for one request."""
         if isinstance(target, Mapping) or callable(target):
             return Route(target, None, options)
         route = copy.copy(self)
@@ -196,7 +197,7 @@ class Route:
         try:
             found = self._known.get(key)
         except TypeError:
-            raise SettingError(f"the target function returned {said!r}, which is no target") from None
+            raise SettingError(f"the target function returned {said!r}, which is not a target") from None
         if found is None:
             found = TargetGroup([parse_target(one) for one in (key if isinstance(key, tuple) else (key,))])
             if len(self._known) >= _REMEMBER:

@@ -1,6 +1,7 @@
-"""Long bodies moved from socket to socket by the kernel.
+"""Moves long bodies from socket to socket inside the kernel.
 
-Runs in: a gevent worker. Must never: leave bytes in a pipe that another body gets.
+Process: a gevent worker.
+Never: leaves bytes in a pipe that another body gets.
 """
 
 from __future__ import annotations
@@ -10,17 +11,17 @@ import fcntl
 import os
 from collections.abc import Callable
 
-#: A body is moved by the kernel when at least this much of it is to come.
+#: A body is moved inside the kernel when at least this many bytes of it are still to come.
 LEAST = 262144
-#: Bytes that a pipe holds, where the system lets us; more bytes are moved with each call then.
+#: The size of a pipe in bytes, where the system allows it: each call moves as many.
 _PIPE = 1 << 20
-#: Pipes that are kept for the next body.
+#: How many pipes are kept for the next bodies.
 _SPARE = 4
 
 _spare: list[Pipe] = []
 _FLAGS = getattr(os, "SPLICE_F_MOVE", 0) | getattr(os, "SPLICE_F_NONBLOCK", 0)
 
-#: Linux has it
+#: whether the system has it, as Linux does
 available = hasattr(os, "splice")
 
 
@@ -29,14 +30,14 @@ class Pipe:
 
     def __init__(self) -> None:
         self.out, self.into = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        with contextlib.suppress(OSError):  # the user's pipes hold too much already
+        with contextlib.suppress(OSError):  # the user has reached the limit for pipes
             fcntl.fcntl(self.into, fcntl.F_SETPIPE_SZ, _PIPE)
         self.held = 0
 
     def fill(self, source: int, most: int) -> int:
         """
-        :returns: how much came from the source; zero at its end.
-        :raises BlockingIOError: when there is nothing yet.
+        :returns: how many bytes came from the source; zero at its end.
+        :raises BlockingIOError: when none have come yet.
         """
         count = os.splice(source, self.into, min(most, _PIPE), flags=_FLAGS)
         self.held += count
@@ -53,8 +54,8 @@ class Pipe:
             except BlockingIOError:
                 wait()
 
-    def done(self) -> None:
-        """Keep it for the next body, when it is empty."""
+    def release(self) -> None:
+        """Keep the pipe for the next body when it is empty; otherwise close it."""
         if not self.held and len(_spare) < _SPARE:
             _spare.append(self)
             return
@@ -65,6 +66,6 @@ class Pipe:
 def pipe() -> Pipe:
     """A pipe for one body.
 
-    :raises OSError: when there is none to be had.
+    :raises OSError: when no file descriptor is left.
     """
     return _spare.pop() if _spare else Pipe()

@@ -1,7 +1,7 @@
-"""TLS over a connection to a target.
+"""TLS over a connection to an upstream.
 
-Runs in: wherever the proxy is mounted. Must never: mix what two greenlets send, or take a connection that
-was cut off for one that has ended.
+Process: any process in which the proxy is mounted.
+Never: mixes the records of two greenlets, or takes a connection that was cut off for one that has ended.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 from gevent.lock import Semaphore
 
-from gunicorn_passenger.proxy.upstream_io import ANSWER, GeventStream, Stream
+from gunicorn_passenger.http.downstream_api import DisconnectWatch
+from gunicorn_passenger.proxy.upstream_io import HEAD_READ, GeventStream, Stream
 
 
 class TlsStream(Stream):
@@ -26,20 +27,20 @@ class TlsStream(Stream):
 
     def __init__(self, below: Stream, context: ssl.SSLContext, name: str) -> None:
         """
-        :param name: the host that the certificate has to be for.
+        :param name: the host that the certificate must name.
         """
         self.below = below
         self.sock = below.sock
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=name)
-        #: a byte that was read to see whether there is one
+        #: a byte that is_quiet() has read
         self._ahead = b""
-        # who reads may have to send, too, and records must not mix
-        self._turn: Any = Semaphore() if isinstance(below, GeventStream) else contextlib.nullcontext()
+        # a reader may have to send, too, and records must not mix
+        self._sending: Any = Semaphore() if isinstance(below, GeventStream) else contextlib.nullcontext()
 
-    def answer(self, seconds: float | None = None, client: Any = None) -> bytes:
-        return self.recv(ANSWER, seconds, client)
+    def recv_response(self, seconds: float | None = None, client: DisconnectWatch | None = None) -> bytes:
+        return self.recv(HEAD_READ, seconds, client)
 
     def handshake(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -56,18 +57,18 @@ class TlsStream(Stream):
                 raise
 
     def _flush(self, seconds: float | None) -> None:
-        with self._turn:
+        with self._sending:
             while data := self._outgoing.read():
                 self.below.send(data, seconds)
 
-    def _fill(self, seconds: float | None, client: Any) -> None:
+    def _fill(self, seconds: float | None, client: DisconnectWatch | None) -> None:
         data = self.below.recv(65536, seconds, client)
         if data:
             self._incoming.write(data)
         else:
             self._incoming.write_eof()
 
-    def recv(self, most: int, seconds: float | None = None, client: Any = None) -> bytes:
+    def recv(self, most: int, seconds: float | None = None, client: DisconnectWatch | None = None) -> bytes:
         if self._ahead:
             ahead, self._ahead = self._ahead, b""
             return ahead
@@ -88,11 +89,11 @@ class TlsStream(Stream):
             view = view[self._tls.write(view[:65536]) :]
             self._flush(seconds)
 
-    def wait(self, what: int, seconds: float | None = None, client: Any = None) -> None:
+    def wait(self, what: int, seconds: float | None = None, client: DisconnectWatch | None = None) -> None:
         self.below.wait(what, seconds, client)
 
-    def silent(self) -> bool:
-        # a TLS 1.3 server may send session tickets at any time: they are no answer
+    def is_quiet(self) -> bool:
+        # a TLS 1.3 server may send session tickets at any time: they are not a response
         while True:
             try:
                 data = self.sock.recv(65536)
@@ -113,7 +114,7 @@ class TlsStream(Stream):
             return False
         return False
 
-    def finish(self) -> None:
+    def shutdown_write(self) -> None:
         """Send no more, and go on reading."""
         with contextlib.suppress(OSError, ValueError):
             self._tls.unwrap()
@@ -121,8 +122,8 @@ class TlsStream(Stream):
             self._flush(None)
         self.below.shutdown(socket.SHUT_WR)
 
-    def watch(self, callback: Callable[[], None] | None) -> None:
-        self.below.watch(callback)
+    def on_unsolicited(self, callback: Callable[[], None] | None) -> None:
+        self.below.on_unsolicited(callback)
 
     def rearm(self) -> None:
         self.below.rearm()

@@ -1,20 +1,17 @@
-"""An upgraded connection: bytes pass both ways until both sides have had enough.
+"""An upgraded connection: passes bytes both ways until both sides have ended.
 
-Runs in: a gevent worker; its callbacks run in the hub. Must never: block, or keep more of what one side
-has not taken than a read of the other.
+Process: a gevent worker; the callbacks run in the hub.
+Never: blocks, or buffers more than one read of either side.
 
-There is no greenlet for a direction: the hub calls when there is something to read, and mostly the
-other side takes it at once. Where it does not, the rest is kept, reading stops, and the hub calls when
-there is room.
+A direction has no greenlet: the hub calls when there is data to read, and mostly the other side takes all of
+it at once. When it does not, the rest is kept, reading stops, and the hub calls when there is room.
 """
 
 from __future__ import annotations
 
 import _socket
 import contextlib
-import os
 import socket
-import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -23,106 +20,20 @@ from gevent import get_hub, getcurrent
 
 from gunicorn_passenger.proxy.log import failed_callback
 from gunicorn_passenger.proxy.upstream_io import GeventStream, runtime
+from gunicorn_passenger.proxy.websocket_frames import FrameTracker, close_frame
 
-#: Bytes that one read asks for.
-_PIECE = 65536
-#: Seconds that a WebSocket's ends get to close it themselves after they were sent a Close.
+#: The size of one read, in bytes.
+_READ = 65536
+#: How long the two ends of a WebSocket may take to close it after they were sent a Close, in seconds.
 _CLOSING = 2.0
-
-#: RFC 6455 section 7.4.1: 1001 indicates that an endpoint is "going away", such as a server going down
-_GOING_AWAY = struct.pack("!H", 1001)
-
-
-class FrameTracker:
-    """Knows where a WebSocket's frames end (RFC 6455 section 5.2)."""
-
-    __slots__ = ("_head", "_left")
-
-    def __init__(self) -> None:
-        #: bytes of the present frame that are still to come, and the beginning of its head
-        self._left = 0
-        self._head = b""
-
-    @property
-    def between(self) -> bool:
-        """Whether a frame has just ended."""
-        return not self._left and not self._head
-
-    def feed(self, data: bytes) -> int:
-        """
-        :returns: how many of these bytes belong to the frame that had begun before.
-        """
-        size = len(data)
-        if not self._left and not self._head and size > 1:
-            # mostly one small frame comes in one piece
-            second = data[1]
-            if second < 126:
-                if second + 2 == size:
-                    return 0
-            elif 128 <= second < 254 and second - 122 == size:
-                return 0
-        first = -1
-        at = 0
-        if self._left:
-            taken = min(self._left, size)
-            self._left -= taken
-            at = taken
-            if self._left:
-                return size
-            first = at
-        elif not self._head:
-            first = 0
-        while at < size:
-            begun = len(self._head)
-            head = self._head + data[at : at + 14 - begun]
-            need = _head_size(head)
-            if need is None or len(head) < need[0]:
-                self._head = head
-                return size if first < 0 else first
-            at += need[0] - begun
-            self._head = b""
-            taken = min(need[1], size - at)
-            at += taken
-            self._left = need[1] - taken
-            if self._left:
-                return size if first < 0 else first
-            if first < 0:
-                first = at
-        return size if first < 0 else first
-
-
-def _head_size(head: bytes) -> tuple[int, int] | None:
-    """Of a frame's head that has begun: its size, and the payload's."""
-    if len(head) < 2:
-        return None
-    length = head[1] & 127
-    size = 2 + (4 if head[1] & 128 else 0)
-    if length == 126:
-        if len(head) < 4:
-            return None
-        return size + 2, int.from_bytes(head[2:4], "big")
-    if length == 127:
-        if len(head) < 10:
-            return None
-        return size + 8, int.from_bytes(head[2:10], "big")
-    return size, length
-
-
-def close_frame(masked: bool) -> bytes:
-    """A Close with 1001."""
-    if not masked:
-        return b"\x88\x02" + _GOING_AWAY
-    mask = os.urandom(4)
-    payload = bytes(byte ^ mask[i] for i, byte in enumerate(_GOING_AWAY))
-    return b"\x88\x82" + mask + payload
 
 
 class _TunnelDirection:
     """One direction: from one socket to the other."""
 
     __slots__ = (
+        "_close_frame",
         "_dropping",
-        "_farewell",
         "_frames",
         "_pending",
         "_readable",
@@ -147,20 +58,20 @@ class _TunnelDirection:
         self._readable = readable
         self._room: Any = None
         self._frames = FrameTracker() if websocket else None
-        #: what the sink has not taken yet; nothing is read meanwhile
+        #: the bytes that the sink has not taken yet; nothing is read meanwhile
         self._pending: Any = b""
-        #: a Close that is to be the last frame
-        self._farewell = b""
-        #: whether it was sent, so that what the source still says is dropped
+        #: a Close frame, which is to be the last frame
+        self._close_frame = b""
+        #: whether it was sent: further data of the source is dropped
         self._dropping = False
-        #: bytes that have passed
+        #: how many bytes have passed
         self.count = 0
         #: whether the source sends no more, and whether the sink knows
         self.ended = self.finished = False
 
     def start(self, early: bytes) -> None:
         """
-        :param early: what the source has sent already.
+        :param early: the bytes that the source has sent already.
         """
         self._readable.start(self._on_readable)
         if early:
@@ -168,14 +79,14 @@ class _TunnelDirection:
 
     def _on_readable(self) -> None:
         try:
-            data = self._recv(_PIECE)
+            data = self._recv(_READ)
             if not data:
                 self.ended = True
                 self._readable.stop()
                 if not self._pending:
                     self._pass_end()
             elif not self._dropping:
-                self._tunnel.stirred = True
+                self._tunnel.active = True
                 self._pass(data)
         except BlockingIOError:
             return
@@ -187,11 +98,11 @@ class _TunnelDirection:
     def _pass(self, data: bytes) -> None:
         if self._frames is not None:
             inside = self._frames.feed(data)
-            if self._farewell:
+            if self._close_frame:
                 reached = inside < len(data) or self._frames.between
                 data = data[:inside]
                 if reached:
-                    data += self._farewell
+                    data += self._close_frame
                     self._dropping = True
         self._write(data)
 
@@ -217,7 +128,7 @@ class _TunnelDirection:
     def _on_room(self) -> None:
         try:
             self._pending = self._pending[self._send(self._pending) :]
-            self._tunnel.stirred = True
+            self._tunnel.active = True
             if not self._pending:
                 self._room.stop()
                 if self.ended:
@@ -232,23 +143,23 @@ class _TunnelDirection:
             self._tunnel.failed(error)
 
     def _pass_end(self) -> None:
-        """The source sends no more (a half-close), and the sink hears of it."""
+        """The source has shut down its side: shut down the sink for writing (a half-close)."""
         self.finished = True
         try:
             self._sink.shutdown(socket.SHUT_WR)
         except OSError:
             self._tunnel.close()
             return
-        self._tunnel.way_ended()
+        self._tunnel.on_direction_closed()
 
-    def say_farewell(self, masked: bool) -> None:
-        """Send a Close as soon as the frame that has begun is over, and nothing after it."""
-        if self.ended or self._frames is None or self._farewell:
+    def send_close_frame(self, masked: bool) -> None:
+        """Send a Close frame after the current frame, and nothing after it."""
+        if self.ended or self._frames is None or self._close_frame:
             return
-        self._farewell = close_frame(masked)
+        self._close_frame = close_frame(masked)
         if self._frames.between:
             self._dropping = True
-            self._write(self._farewell)
+            self._write(self._close_frame)
 
     def close(self) -> None:
         try:
@@ -270,8 +181,8 @@ class Tunnel:
         "_websocket",
         "_ws_stop",
         "_ws_timeout",
+        "active",
         "closed",
-        "stirred",
         "target",
     )
 
@@ -285,7 +196,7 @@ class Tunnel:
     ) -> None:
         """
         :param make_request: gives the request that asked for it.
-        :param websocket: whether it carries RFC 6455's frames, among which a Close can be sent.
+        :param websocket: whether it carries RFC 6455's frames, between which a Close can be sent.
         """
         #: where it leads
         self.target = target
@@ -294,8 +205,8 @@ class Tunnel:
         self._ws_stop = ws_stop
         self._websocket = websocket
         self.closed = False
-        #: whether bytes have passed since the timeout looked last
-        self.stirred = False
+        #: whether bytes have passed since the timeout was last checked
+        self.active = False
         self._up: Any = None
         self._down: Any = None
         self._timer: Any = None
@@ -344,8 +255,8 @@ class Tunnel:
                 for watcher in watchers:
                     stack.callback(watcher.close)
 
-    def way_ended(self) -> None:
-        """One direction is over."""
+    def on_direction_closed(self) -> None:
+        """Close the tunnel when both directions have ended."""
         if self._up.finished and self._down.finished:
             self.close()
 
@@ -355,21 +266,21 @@ class Tunnel:
 
         def look() -> None:
             nonlocal quiet
-            quiet = 0 if self.stirred else quiet + 1
-            self.stirred = False
+            quiet = 0 if self.active else quiet + 1
+            self.active = False
             if quiet >= 4:
                 self.close()  # it raises nothing
 
         self._timer.start(look)
 
-    def leave(self) -> None:
-        """Called in the hub: the worker leaves, and so do its other tunnels."""
+    def begin_shutdown(self) -> None:
+        """Called in the hub when the worker drains: close a WebSocket with 1001, "going away"."""
         if self.closed or not self._websocket or self._ws_stop != "close":
             return
         try:
-            self._down.say_farewell(masked=False)
+            self._down.send_close_frame(masked=False)
             if not self.closed:
-                self._up.say_farewell(masked=True)
+                self._up.send_close_frame(masked=True)
             if not self.closed:
                 if self._timer is not None:
                     self._timer.close()
@@ -379,7 +290,7 @@ class Tunnel:
             self.failed(error)
 
     def failed(self, error: Exception) -> None:
-        """Called in the hub: what nothing here expects has happened in a callback."""
+        """Called in the hub after an unexpected error in a callback: log it, and close the tunnel."""
         failed_callback(f"the tunnel to {self.target}", error)
         self.close()
 
@@ -408,19 +319,19 @@ def _shut(sock: Any) -> None:
         sock.shutdown(socket.SHUT_RDWR)
 
 
-def bridge(recv: Any, send: Any, close: Any) -> tuple[Any, Any]:
-    """A plain socket that stands for a connection with TLS, carried by two greenlets.
+def tls_bridge(recv: Any, send: Any, close: Any) -> tuple[Any, Any]:
+    """A plain socket in place of a TLS connection; two greenlets move the bytes.
 
     :param recv, send: of the connection; they wait.
     :param close: ends both.
-    :returns: the socket, and what ends the greenlets.
+    :returns: the socket, and a function that ends the greenlets.
     """
     near, far = _socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     inner = GeventStream(far, runtime())
 
     def inward() -> None:
         try:
-            while data := recv(_PIECE):
+            while data := recv(_READ):
                 inner.send(data)
         except OSError:
             inner.shutdown()
@@ -432,7 +343,7 @@ def bridge(recv: Any, send: Any, close: Any) -> tuple[Any, Any]:
 
     def outward() -> None:
         try:
-            while data := inner.recv(_PIECE):
+            while data := inner.recv(_READ):
                 send(data)
         except OSError:
             inner.shutdown()

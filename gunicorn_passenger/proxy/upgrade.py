@@ -1,92 +1,94 @@
-"""A request that asked for another protocol, and a target that agreed: the connection becomes a tunnel.
+"""Joins the two connections of an upgraded request: the upstream has agreed to another protocol.
 
-Runs in: a gevent worker, in the request's greenlet. Must never: lose bytes that either side has sent
-already.
+Process: a gevent worker, in the greenlet of the request.
+Never: loses bytes that either side has sent already.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from gevent import get_hub
 from gunicorn.workers.base_async import ALREADY_HANDLED
 
 from gunicorn_passenger.errors import BadResponse
+from gunicorn_passenger.http.downstream_api import DownstreamConnection
+from gunicorn_passenger.http.response import RESPONSE_SENT
 from gunicorn_passenger.proxy import request_headers as rules
 from gunicorn_passenger.proxy import wire
+from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.response_head import ResponseHead
 from gunicorn_passenger.proxy.round_trip import RoundTrip
-from gunicorn_passenger.proxy.tunnel import Tunnel, bridge
-
-if TYPE_CHECKING:
-    from gunicorn_passenger.proxy.forward import ForwardedRequest
+from gunicorn_passenger.proxy.target import Target
+from gunicorn_passenger.proxy.tunnel import Tunnel, tls_bridge
 
 
-def carry(passage: ForwardedRequest, head: ResponseHead) -> Iterable[bytes]:
-    """Send the 101 to the client, and pass bytes until both sides have had enough."""
+def make_tunnel(
+    head: ResponseHead,
+    requested: str,
+    round_trip: RoundTrip,
+    target: Target | None,
+    options: Options,
+    make_request: Callable[[], Any],
+) -> Tunnel:
+    """The tunnel for an upgrade that the upstream has agreed to.
+
+    :param head: of the response with status 101.
+    :param requested: the ``Upgrade`` of the request.
+    :param make_request: gives the request for the program's handlers.
+    :raises BadResponse: when the upstream switches to another protocol than requested, or too early.
+    """
     agreed = rules.protocols(head.upgrade)
-    if not agreed <= rules.protocols(passage.fields.upgrade) or "" in agreed:
-        raise BadResponse(f"it switches to {head.upgrade[:40]!r}, which nobody asked for")
-    exchange = passage.exchange
-    assert exchange is not None
-    upload = exchange.upload
-    upload.stop()
-    if not upload.over and upload.held is None:
+    if not agreed <= rules.protocols(requested) or "" in agreed:
+        raise BadResponse(f"it switches to {head.upgrade[:40]!r}, which the request did not ask for")
+    sender = round_trip.sender
+    sender.join()
+    if not sender.sent:
         raise BadResponse("it switches protocols before the request is over")
-    environ = passage.environ
-    client = environ.get("gunicorn.socket")
-    options = passage.options
-    fields = head.fields
+    return Tunnel(target, make_request, options.ws_timeout, options.ws_stop, "websocket" in agreed)
+
+
+def run(
+    tunnel: Tunnel, head: ResponseHead, round_trip: RoundTrip, client: Any, options: Options
+) -> Iterable[bytes]:
+    """Send the 101 to the client, and pass bytes until both sides have ended.
+
+    :param client: ``gunicorn.socket``.
+    :returns: what the WSGI application returns.
+    """
+    headers = head.headers
     if options.via:
-        fields = rules.with_via(fields, options, head.version)
-    lines = wire.lines_of(fields)
-    answer = b"%b%b%b\r\n" % (
+        headers = rules.with_via(headers, options, head.version)
+    lines = wire.lines_of(headers)
+    response = b"%b%b%b\r\n" % (
         wire.status_line(101, head.reason or "Switching Protocols"),
         lines,
         wire.lines_of([("Connection", "Upgrade"), ("Upgrade", head.upgrade)]),
     )
-
-    tunnel = Tunnel(
-        passage.target, passage.werkzeug_request, options.ws_timeout, options.ws_stop, "websocket" in agreed
-    )
-    passage.events.emit("open", tunnel)
-    try:
-        _join(tunnel, exchange, client, answer, f"101 {head.reason}", lines.decode("latin-1"))
-    finally:
-        passage.tunnel_over(tunnel)
-    return () if getattr(client, "connection", None) is not None else ALREADY_HANDLED
-
-
-def _join(tunnel: Tunnel, exchange: RoundTrip, client: Any, answer: bytes, status: str, lines: str) -> None:
-    """Run a tunnel between the two connections, and end that to the target.
-
-    :param client: ``gunicorn.socket``.
-    :param answer: the head that the client gets, and its parts for hooks and log.
-    """
+    connection: DownstreamConnection | None = getattr(client, "connection", None)
     with contextlib.ExitStack() as stack:
-        link = exchange.detach()
-        stack.callback(exchange.pool.drop, link)
-        upstream, upstream_early = link.stream.sock, link.buf
-        link.buf = b""
-        if link.stream.tls:
-            upstream, end = bridge(link.stream.recv, link.stream.send, link.stream.finish)
+        upstream = round_trip.detach()
+        stack.callback(round_trip.pool.discard, upstream)
+        far, far_early = upstream.stream.sock, upstream.buffer
+        upstream.buffer = b""
+        if upstream.stream.tls:
+            far, end = tls_bridge(upstream.stream.recv, upstream.stream.send, upstream.stream.shutdown_write)
             stack.callback(end)
         near, early = client._sock, b""
-        connection = getattr(client, "connection", None)
         if connection is not None:
-            early = connection.hijack(answer, status, lines)
-            connection.leaving = tunnel.leave
+            early = connection.hijack(response, f"101 {head.reason}", lines.decode("latin-1"))
+            connection.leaving = tunnel.begin_shutdown
             stack.callback(setattr, connection, "leaving", None)
             if connection.gateway.closing or not connection.gateway.worker.alive:
-                get_hub().loop.run_callback(tunnel.leave)
-        else:
-            client.sendall(answer)
-            if hasattr(client, "context"):  # TLS
-                near, end = bridge(client.recv, client.sendall, client.close)
-                stack.callback(end)
-        if connection is not None:
+                get_hub().loop.run_callback(tunnel.begin_shutdown)
             stack.callback(lambda: connection.count_sent(tunnel.bytes_out))
+        else:
+            client.sendall(response)
+            if hasattr(client, "context"):  # TLS
+                near, end = tls_bridge(client.recv, client.sendall, client.close)
+                stack.callback(end)
         if not tunnel.closed:
-            tunnel.run(near, early, upstream, upstream_early)
+            tunnel.run(near, early, far, far_early)
+    return RESPONSE_SENT if connection is not None else ALREADY_HANDLED

@@ -1,14 +1,14 @@
-"""Connections to targets, byte by byte, and how the program around the proxy waits.
+"""Reads and writes the sockets of upstream connections, in greenlets and in threads.
 
-Runs in: wherever the proxy is mounted. Must never: block a gevent hub, or wait without the deadline it
-was given.
+Process: any process in which the proxy is mounted.
+Never: blocks a gevent hub, or waits longer than the timeout that the caller gave.
 
 The proxy is written as if everything blocked. Under gevent (our worker, gunicorn's gevent workers) a
-wait lets the hub run; in a thread of another WSGI server it is a ``poll``. Which of the two holds is
-asked for each connection: a thread that has a gevent hub waits through it.
+wait lets the hub run; in a thread of another WSGI server it is a ``poll``. That is decided for each
+connection: a thread that has a gevent hub waits through it.
 
-The sockets are the C ones below Python's own and gevent's, so that it makes no difference whether the
-program is monkey-patched.
+The sockets are the C type below those of Python and of gevent, so that it makes no difference whether
+the program is monkey-patched.
 """
 
 from __future__ import annotations
@@ -27,78 +27,80 @@ from gevent import socket as gsocket
 from gevent._hub_local import get_hub_if_exists
 from gevent.event import Event as GeventEvent
 
+from gunicorn_passenger.errors import UpstreamTimeout
+from gunicorn_passenger.http.downstream_api import DisconnectWatch
 from gunicorn_passenger.http.timeouts import TimeoutQueue
 from gunicorn_passenger.proxy.log import failed_callback
 
 #: what a wait ends with
 _READY, _LATE, _GONE = "ready", "late", "gone"
 
-#: Bytes that one read of a head asks for.
-ANSWER = 65536
+#: The size of one read of a response head, in bytes.
+HEAD_READ = 65536
 
-#: The same, where mostly the whole of a small answer comes.
-_ASKED = 16384
+#: The size of the first read, which mostly gets the whole of a small response.
+_SMALL_RESPONSE = 16384
 
-#: Requests up to this size are sent at the end of the loop's turn.
-SOON = 8192
+#: Requests up to this size, in bytes, are sent at the end of the event-loop iteration.
+SMALL_REQUEST = 8192
 
 #: what a wait is for
 READ, WRITE = 1, 2
 
-#: the system's own: gevent's would let the hub run, which a thread does not have
+#: the system's own: gevent's would need a hub, which a thread does not have
 _poll = monkey.get_original("select", "poll")
 
 
 class DownstreamDisconnected(Exception):
-    """The client has gone while its answer was awaited."""
+    """The client has disconnected while the proxy waited for the upstream."""
 
 
 class GeventRuntime:
     """How greenlets wait: one for each hub."""
 
-    #: whether two parts of an exchange can run side by side
+    #: whether the request body can be sent while the response is read
     concurrent = True
 
     def __init__(self, hub: Any) -> None:
         self.hub = hub
-        self._deadlines: dict[float, TimeoutQueue] = {}
-        #: what is sent at the end of the loop's turn
-        self._soon: list[tuple[GeventStream, bytes]] = []
+        self._timeouts: dict[float, TimeoutQueue] = {}
+        #: requests to be sent at the end of the iteration
+        self._pending_sends: list[tuple[GeventStream, bytes]] = []
 
-    def send_soon(self, stream: GeventStream, data: bytes) -> None:
-        """Send a request at the end of the loop's turn, together with others.
+    def send_at_end_of_iteration(self, stream: GeventStream, data: bytes) -> None:
+        """Send a request at the end of the event-loop iteration, together with others.
 
-        To send it wakes the target, which has answered and fallen asleep again before the next request
-        is written: most of what a small request costs the kernel. Targets that get several at a time are
-        woken once.
+        Sending wakes the upstream, which would have responded and fallen asleep again before the next
+        request is written: most of what a small request costs the kernel. An upstream that gets several
+        requests at a time is woken once.
         """
-        if not self._soon:
+        if not self._pending_sends:
             self.hub.loop.run_callback(self._send_now)
-        self._soon.append((stream, data))
+        self._pending_sends.append((stream, data))
 
     def _send_now(self) -> None:
         """Called in the hub."""
-        soon, self._soon = self._soon, []
-        for stream, data in soon:
+        pending, self._pending_sends = self._pending_sends, []
+        for stream, data in pending:
             try:
                 stream.send_now(data)
             except Exception as error:
-                # the others are still to be sent; whoever reads this one hears that it has ended
-                failed_callback("a connection to a target", error)
+                # the others are still to be sent; the reader of this stream sees its end
+                failed_callback("a connection to an upstream", error)
                 stream.failed = True
                 stream.shutdown()
 
-    def deadlines(self, seconds: float) -> TimeoutQueue:
-        """The deadlines of one duration."""
-        found = self._deadlines.get(seconds)
+    def timeouts(self, seconds: float) -> TimeoutQueue:
+        """The queue of all waits with this timeout."""
+        found = self._timeouts.get(seconds)
         if found is None:
-            if len(self._deadlines) > 100:
-                self._deadlines = {k: v for k, v in self._deadlines.items() if len(v)}
-            found = self._deadlines[seconds] = TimeoutQueue(seconds)
+            if len(self._timeouts) > 100:
+                self._timeouts = {k: v for k, v in self._timeouts.items() if len(v)}
+            found = self._timeouts[seconds] = TimeoutQueue(seconds)
         return found
 
     def lock(self) -> Any:
-        """Greenlets change places only where they wait."""
+        """No lock: greenlets switch only where they wait."""
         return contextlib.nullcontext()
 
     def spawn(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -119,12 +121,12 @@ class GeventRuntime:
 
 
 class ThreadRuntime:
-    """How threads wait that know nothing of gevent: there is one of it."""
+    """How threads without a gevent hub wait; there is one instance."""
 
     concurrent = False
 
     def lock(self) -> Any:
-        """What keeps two from changing the same connections at a time."""
+        """Keeps two threads from changing the same pool at a time."""
         return threading.Lock()
 
     def spawn(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -136,7 +138,7 @@ class ThreadRuntime:
         return threading.Event()
 
     def resolve(self, host: str, port: int, seconds: float) -> list[Any]:
-        """The system's resolver has its own idea of how long that may take."""
+        """The system's resolver decides how long it takes."""
         return list(_socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM))
 
     def open(self, sock: Any) -> Stream:
@@ -148,7 +150,7 @@ _threads = ThreadRuntime()
 
 
 def runtime() -> Runtime:
-    """How the caller waits."""
+    """How the calling thread waits: through its gevent hub, where it has one."""
     hub = get_hub_if_exists()
     if hub is None:
         return _threads
@@ -160,22 +162,22 @@ def runtime() -> Runtime:
 
 
 class Stream:
-    """A connected socket. What waits may raise ``TimeoutError`` and ``OSError``."""
+    """A connected socket. The methods that wait may raise ``TimeoutError`` and ``OSError``."""
 
     sock: Any
     tls = False
-    #: whether a part of what was sent last was taken, and whether sending it failed later
-    partly = failed = False
+    #: whether the kernel took a part of what was sent last, and whether sending it failed
+    partially_sent = failed = False
     #: whether a part of the last request is still to be sent
-    unsent = False
+    flush_incomplete = False
     _poll: Any = None
 
-    def recv(self, most: int, seconds: float | None = None, client: Any = None) -> bytes:
-        """What comes next; empty at the end.
+    def recv(self, most: int, seconds: float | None = None, client: DisconnectWatch | None = None) -> bytes:
+        """The next bytes; empty at the end of the stream.
 
-        :param seconds: how long to wait for it.
-        :param client: a connection of ours; when its client goes, the wait ends.
-        :raises DownstreamDisconnected: then.
+        :param seconds: how long to wait for them.
+        :param client: the client of the request; the wait ends when that disconnects.
+        :raises DownstreamDisconnected: when it does.
         """
         while True:
             try:
@@ -184,10 +186,40 @@ class Stream:
             except BlockingIOError:
                 self.wait(READ, seconds, client)
 
-    def answer(self, seconds: float | None = None, client: Any = None) -> bytes:
-        """What comes next, when it cannot be there yet: the same as :meth:`recv`, with a call less."""
+    def recv_response(self, seconds: float | None = None, client: DisconnectWatch | None = None) -> bytes:
+        """The same as :meth:`recv`, for data that cannot be there yet: it waits first, which saves a call."""
         self.wait(READ, seconds, client)
-        return self.recv(ANSWER, seconds, client)
+        return self.recv(HEAD_READ, seconds, client)
+
+    def request(self, data: bytes, seconds: float | None, client: DisconnectWatch) -> bytes | None:
+        """Send a request that has no body, and receive the first bytes of its response.
+
+        :param seconds: how long to wait for them.
+        :param client: the client of the request; the wait ends when that disconnects.
+        :returns: ``None`` when data came before the request was sent: it is no part of a response to it. The
+            request is sent only if the caller goes on reading.
+        :raises TimeoutError, OSError, DownstreamDisconnected: as :meth:`recv`.
+        """
+        self.send_request(data, seconds)
+        return self.recv_response(seconds, client)
+
+    def send_request(self, data: bytes, seconds: float | None) -> None:
+        """Send a whole request, now or at the end of the event-loop iteration; see :meth:`send_head`."""
+        self.send_head(data, seconds)
+
+    def send_head(self, data: bytes, seconds: float | None) -> None:
+        """Send the beginning of a request now. When that fails, reading tells why: a response may have come.
+
+        :raises UpstreamTimeout: when the upstream does not read it in time.
+        """
+        self.partially_sent = False
+        try:
+            self.send(data, seconds)
+        except TimeoutError:
+            raise UpstreamTimeout(f"it has not read the request for {seconds:g} s") from None
+        except OSError:
+            # under TLS it is not known how much of it has arrived
+            self.failed = not self.tls
 
     def send(self, data: Any, seconds: float | None = None) -> None:
         """Send all of it."""
@@ -197,23 +229,19 @@ class Stream:
             sent = 0
         if sent < len(data):
             view = memoryview(data)[sent:]
-            self.partly = sent > 0
+            self.partially_sent = sent > 0
             while view:
                 try:
                     view = view[self.sock.send(view) :]
-                    self.partly = True
+                    self.partially_sent = True
                 except BlockingIOError:
                     self.wait(WRITE, seconds)
 
-    def send_soon(self, data: bytes, seconds: float | None = None) -> None:
-        """Send it now or a little later; when that fails, ``failed`` is set, and reading tells."""
-        self.send(data, seconds)
-
-    def wait(self, what: int, seconds: float | None = None, client: Any = None) -> None:
+    def wait(self, what: int, seconds: float | None = None, client: DisconnectWatch | None = None) -> None:
         raise NotImplementedError
 
-    def silent(self) -> bool:
-        """Whether nothing has come, not even the end: so a kept connection has to be."""
+    def is_quiet(self) -> bool:
+        """Whether nothing has come, not even the end, as it must be on an idle connection."""
         if self._poll is None:
             if self.sock.fileno() < 0:
                 return False  # it is closed
@@ -228,17 +256,17 @@ class Stream:
         except OSError:
             return False
 
-    def watch(self, callback: Callable[[], None] | None) -> None:
-        """Call this when something comes while nobody reads."""
+    def on_unsolicited(self, callback: Callable[[], None] | None) -> None:
+        """Set the callback for data that comes while no greenlet reads."""
 
     def rearm(self) -> None:
-        """Nobody reads for some time: have the callback called again."""
+        """Have the callback called again: the connection becomes idle."""
 
     def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
         with contextlib.suppress(OSError):
             self.sock.shutdown(how)
 
-    def finish(self) -> None:
+    def shutdown_write(self) -> None:
         """Send no more, and go on reading."""
         self.shutdown(socket.SHUT_WR)
 
@@ -252,7 +280,7 @@ class ThreadStream(Stream):
     def __init__(self, sock: Any) -> None:
         self.sock = sock
 
-    def wait(self, what: int, seconds: float | None = None, client: Any = None) -> None:
+    def wait(self, what: int, seconds: float | None = None, client: DisconnectWatch | None = None) -> None:
         poll = _poll()
         poll.register(self.sock.fileno(), select.POLLIN if what == READ else select.POLLOUT)
         if not poll.poll(None if seconds is None else seconds * 1000):
@@ -260,7 +288,7 @@ class ThreadStream(Stream):
 
 
 class _TimedWait:
-    """One wait that has a deadline: a stream may be read and written at the same time."""
+    """One wait with a timeout: a stream may be read and written at the same time."""
 
     __slots__ = ("_switch",)
 
@@ -268,19 +296,19 @@ class _TimedWait:
         self._switch = switch
 
     def expire(self) -> None:
-        """Called in the hub by the deadline, which others share."""
+        """Called in the hub by the queue of this timeout."""
         try:
             self._switch(_LATE)
         except Exception as error:
-            failed_callback("a connection to a target", error)
+            failed_callback("a connection to an upstream", error)
 
 
 class GeventStream(Stream):
     """Waits through the hub.
 
-    The watcher stays active from request to request: to stop it for the time between two would cost a
-    call of the system each time, and it tells at once when a connection that nobody uses is closed. When
-    something comes while nobody reads, it stops by itself until somebody does.
+    The watcher stays active from request to request: to stop it between two requests would cost a system
+    call each time, and it tells at once when the upstream closes an idle connection. When data comes while
+    no greenlet reads, the watcher stops until one does.
     """
 
     def __init__(self, sock: Any, runtime: GeventRuntime) -> None:
@@ -291,44 +319,38 @@ class GeventStream(Stream):
         self._writable: Any = None
         self._callback: Callable[[], None] | None = None
         self._closed = False
-        #: whether a request is to be sent at the end of the turn
+        #: whether a request waits for the end of the iteration
         self._sending = False
 
-    def ask(self, data: bytes, seconds: float | None, client: Any) -> bytes | None:
-        """Send a request at the end of the loop's turn, and receive what comes next.
-
-        :param seconds: how long to wait for that.
-        :param client: a connection of ours; when its client goes, the wait ends.
-        :returns: nothing when something has come before the request was sent, which then is not.
-        :raises TimeoutError, OSError, DownstreamDisconnected: as :meth:`recv`.
-        """
-        self.partly = False
+    def request(self, data: bytes, seconds: float | None, client: DisconnectWatch) -> bytes | None:
+        if len(data) > SMALL_REQUEST:
+            return super().request(data, seconds, client)
+        self.partially_sent = False
         self._sending = True
-        self.runtime.send_soon(self, data)
+        self.runtime.send_at_end_of_iteration(self, data)
         if seconds is not None:
             self.wait(READ, seconds, client)
         else:
-            # as there, with the calls that a busy proxy can do without
+            # the same as wait(), with fewer calls: most requests have no timeout of their own
             switch = getcurrent().switch
             self._readable.start(switch, _READY)
             client.watch(switch, _GONE)
             try:
                 ended = self._hub.switch()
             finally:
-                self._readable.callback, self._readable.args = self._stray, ()
+                self._readable.callback, self._readable.args = self._on_readable, ()
                 client.unwatch()
             if ended is not _READY:
                 raise DownstreamDisconnected
         if self._sending:
-            self._closed = True
             return None
         try:
-            came: bytes = self.sock.recv(_ASKED)
-            return came
+            received: bytes = self.sock.recv(_SMALL_RESPONSE)
+            return received
         except BlockingIOError:
-            return self.recv(ANSWER, seconds, client)
+            return self.recv_response(seconds, client)
 
-    def wait(self, what: int, seconds: float | None = None, client: Any = None) -> None:
+    def wait(self, what: int, seconds: float | None = None, client: DisconnectWatch | None = None) -> None:
         switch = getcurrent().switch
         if what == READ:
             watcher = self._readable
@@ -341,19 +363,19 @@ class GeventStream(Stream):
         late = None
         if seconds is not None:
             late = _TimedWait(switch)
-            deadlines = self.runtime.deadlines(seconds)
-            deadlines.add(late)
+            timeouts = self.runtime.timeouts(seconds)
+            timeouts.add(late)
         if client is not None:
             client.watch(switch, _GONE)
         try:
             ended = self._hub.switch()
         finally:
             if what == READ:
-                watcher.callback, watcher.args = self._stray, ()
+                watcher.callback, watcher.args = self._on_readable, ()
             else:
                 watcher.stop()
             if late is not None:
-                deadlines.remove(late, None)
+                timeouts.remove(late, None)
             if client is not None:
                 client.unwatch()
         if ended is _READY:
@@ -362,14 +384,15 @@ class GeventStream(Stream):
             raise DownstreamDisconnected
         raise TimeoutError
 
-    def send_soon(self, data: bytes, seconds: float | None = None) -> None:
-        if len(data) > SOON:
-            self.send(data, seconds)
-        else:
-            self.runtime.send_soon(self, data)
+    def send_request(self, data: bytes, seconds: float | None) -> None:
+        if len(data) > SMALL_REQUEST:
+            self.send_head(data, seconds)
+            return
+        self.partially_sent = False
+        self.runtime.send_at_end_of_iteration(self, data)
 
     def send_now(self, data: bytes) -> None:
-        """Called in the hub: send what was to be sent soon."""
+        """Called in the hub at the end of the iteration."""
         self._sending = False
         if self._closed:
             return
@@ -378,39 +401,39 @@ class GeventStream(Stream):
         except BlockingIOError:
             sent = 0
         except OSError:
-            self.failed = True  # whoever reads hears why
+            self.failed = True  # the reader finds out why
             return
         if sent < len(data):
-            self.partly = sent > 0
-            self.unsent = True
+            self.partially_sent = sent > 0
+            self.flush_incomplete = True
             gevent.spawn(self._send_rest, data[sent:])
 
     def _send_rest(self, data: bytes) -> None:
         try:
             self.send(data)
-            self.unsent = False
+            self.flush_incomplete = False
         except OSError:
             self.shutdown()
         except Exception as error:
-            failed_callback("a connection to a target", error)
+            failed_callback("a connection to an upstream", error)
             self.shutdown()
 
-    def _stray(self) -> None:
-        """Called in the hub: something has come while nobody reads."""
+    def _on_readable(self) -> None:
+        """Called in the hub: data has come while no greenlet reads."""
         try:
             self._readable.stop()
             if self._callback is not None:
                 self._callback()
         except Exception as error:
-            failed_callback("a connection to a target", error)
+            failed_callback("a connection to an upstream", error)
             self.close()
 
-    def watch(self, callback: Callable[[], None] | None) -> None:
+    def on_unsolicited(self, callback: Callable[[], None] | None) -> None:
         self._callback = callback
 
     def rearm(self) -> None:
         if not self._readable.active:
-            self._readable.start(self._stray)
+            self._readable.start(self._on_readable)
 
     def close(self) -> None:
         self._closed = True

@@ -1,4 +1,4 @@
-"""Requests that go the straight way: the same answers, errors and bounds as for the first on a connection."""
+"""Requests with a remembered plan: the same responses, errors and bounds as with a fresh one."""
 
 from __future__ import annotations
 
@@ -21,23 +21,22 @@ from upstream_sockets import Upstream, Wire, connect
 DATE = "Date: Mon, 23 Nov 2026 10:00:00 GMT"
 PLAIN = answer("200 OK", DATE)
 
-#: So many requests, and the next goes the straight way.
+#: After so many requests, the next is executed with a remembered plan.
 WARM = 2
 
+#: Counts the requests that are executed with a remembered plan, and lets a test switch remembering off.
 COUNT = """
-import gunicorn_passenger.proxy.fast_path as straight
-real, straight.taken = straight.carry, 0
-def carry(*arguments):
-    try:
-        result = real(*arguments)
-    except BaseException:
-        straight.taken += 1
-        raise
-    straight.taken += result is not None
-    return result
-straight.carry = carry
+import gunicorn_passenger.proxy.plan as planning
+real, planning.taken, planning.remember = planning.remembered_plan, 0, True
+def remembered_plan(*arguments):
+    plan = real(*arguments) if planning.remember else None
+    planning.taken += plan is not None
+    return plan
+planning.remembered_plan = remembered_plan
 """
-TAKEN = "__import__('gunicorn_passenger.proxy.fast_path', fromlist=['taken']).taken"
+PLANNING = "__import__('gunicorn_passenger.proxy.plan', fromlist=['taken'])"
+TAKEN = f"{PLANNING}.taken"
+REMEMBER = f"setattr({PLANNING}, 'remember', %s)"
 #: of a scene's proxy: its kept connections to targets, and how many are in use
 IDLE = "[1 for pool in proxy.options.agent._pools.values() for _ in pool._idle]"
 USED = "sum(pool.used for pool in proxy.options.agent._pools.values())"
@@ -183,10 +182,10 @@ def settled(lab) -> str:
 def test_the_answer_is_the_same_as_for_a_first_request(gunicorn, port, upstream, name):
     parts, close, reset = ANSWERS[name]
     came, got, logged = [], [], []
-    for straight in False, True:
+    for how in "another client's connection", "a fresh plan", "a remembered plan":
         lab = gunicorn.scene()
         where = lab.serve(f"'http://127.0.0.1:{port}'")
-        if straight:
+        if how != "another client's connection":
             client, target = warm(where, upstream, request())
         else:
             # a connection that has carried a request, for another client
@@ -197,6 +196,7 @@ def test_the_answer_is_the_same_as_for_a_first_request(gunicorn, port, upstream,
                 target.send(PLAIN)
                 other.response()
             client = connect(where)
+        lab.run(REMEMBER % (how == "a remembered plan"))
         before = lab.run(TAKEN)
         client.send(request())
         got.append(read_request(target).head)
@@ -211,12 +211,13 @@ def test_the_answer_is_the_same_as_for_a_first_request(gunicorn, port, upstream,
             target.close()
         came.append(read_all(client))
         logged.append(settled(lab))
-        assert lab.run(TAKEN) - before == straight
+        assert lab.run(TAKEN) - before == (how == "a remembered plan")
+        lab.run(REMEMBER % True)
         client.close()
         target.close()
-    assert got[0] == got[1]
-    assert came[0] == came[1]
-    assert logged[0] == logged[1]
+    assert got[0] == got[1] == got[2]
+    assert came[0] == came[1] == came[2]
+    assert logged[0] == logged[1] == logged[2]
 
 
 def read_all(client: Wire) -> tuple[bytes, bytes]:
@@ -400,7 +401,7 @@ def test_a_target_that_does_not_answer(lab, port, upstream):
     client.send(request())
     read_request(target)
     assert read_response(client).status == 504
-    assert re.search(r"has not answered for 0\.5 s after (0\.[5-9]|[1-9])", lab.wait_log("504"))
+    assert re.search(r"has not responded for 0\.5 s after (0\.[5-9]|[1-9])", lab.wait_log("504"))
     assert target.ended()
     client.close()
 

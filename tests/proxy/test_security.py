@@ -34,10 +34,9 @@ from gunicorn_passenger import http_proxy
 from gunicorn_passenger.errors import BadRequestBody, BadResponse, SettingError
 from gunicorn_passenger.proxy import request_headers as rules
 from gunicorn_passenger.proxy import wire
-from gunicorn_passenger.proxy.copy_response import serialize_headers
 from gunicorn_passenger.proxy.downstream import WsgiDownstream
 from gunicorn_passenger.proxy.options import Options
-from gunicorn_passenger.proxy.response_head import ChunkedDecoder, ResponseHead
+from gunicorn_passenger.proxy.response_head import ChunkedDecoder, ResponseHead, serialize_headers
 from gunicorn_passenger.proxy.target import parse_target
 from gunicorn_passenger.system.text import printable
 
@@ -203,10 +202,10 @@ def test_the_name_of_a_peer_is_never_more_than_an_address(name, forwarded):
             WsgiDownstream(environ(REMOTE_ADDR=text), None),
             WsgiDownstream(environ(REMOTE_ADDR=text), None, carrier),
         ):
-            origin = client.origin(options, "a")
+            origin = client.forwarded_info(options, "a")
             assert re.fullmatch(r"[0-9a-f.:]+|unknown", origin.address), origin.address
             lines = wire.lines_of(
-                rules.upstream_headers(client.fields(False), options, parse_target(9), origin)
+                rules.upstream_headers(client.headers(False), options, parse_target(9), origin)
             )
             assert b"\nX: " not in lines
 
@@ -266,13 +265,13 @@ def test_heads_are_written_in_one_place():
                 if "\r\n" in text and text != "\r\n":
                     found.add((file.name, text))
     assert {(file, text) for file, text in found if file != "wire.py"} == {
-        ("exchange.py", "%x\r\n%b\r\n"),
-        ("exchange.py", "0\r\n%b\r\n"),
+        ("request_body.py", "%x\r\n%b\r\n"),
+        ("request_body.py", "0\r\n%b\r\n"),
         ("mirror.py", "%x\r\n%b\r\n"),
-        ("relay.py", "%x\r\n%b\r\n"),
-        ("relay.py", "0\r\n%b\r\n"),
-        ("straight.py", "GET %b HTTP/1.1\r\n%b"),
-        ("straight.py", "Connection: keep-alive\r\n\r\n"),
+        ("copy_response.py", "%x\r\n%b\r\n"),
+        ("copy_response.py", "0\r\n%b\r\n"),
+        ("handler.py", "GET %b HTTP/1.1\r\n"),
+        ("response_head.py", "Connection: keep-alive\r\n\r\n"),
         ("upgrade.py", "%b%b%b\r\n"),
     }
 
@@ -497,7 +496,7 @@ def test_what_the_program_has_left_is_what_goes_on(came, changes):
     before = dict(made)
     made.update(changes)
     try:
-        fields = rules.present_fields(made, came)
+        fields = rules.present_headers(made, came)
     except BadRequestBody:
         assert any(rules.VALUE.fullmatch(value) is None for value in changes.values())
         return
@@ -556,9 +555,9 @@ def test_any_number_of_bytes_is_written_in_one_way(number, zeros):
             ResponseHead(f"HTTP/1.1 200 OK\r\nContent-Length: {text}\r\n\r\n".encode(), False)
         return
     assert client.length() == number
-    assert ("content-length", str(number)) in client.fields(False).fields
+    assert ("content-length", str(number)) in client.headers(False).lines
     head = ResponseHead(f"HTTP/1.1 200 OK\r\nContent-Length: {text}\r\n\r\n".encode(), False)
-    assert (head.length, head.fields) == (number, [("content-length", str(number))])
+    assert (head.length, head.headers) == (number, [("content-length", str(number))])
 
 
 @pytest.mark.parametrize("text", ["05", "0000005"])
@@ -742,7 +741,7 @@ def test_a_426_says_what_to_upgrade_to(lab, upstream, port, mode, handler):
 
 def test_other_responses_say_nothing_of_upgrades():
     head = ResponseHead(b"HTTP/1.1 200 OK\r\nUpgrade: h2c\r\nContent-Length: 0\r\n\r\n", False)
-    assert b"pgrade" not in serialize_headers(head.fields, head.status)
+    assert b"pgrade" not in serialize_headers(head.headers, head.status)
 
 
 class Refusing(Origin):

@@ -14,9 +14,10 @@ from test_proxy_units import frame
 from gunicorn_passenger.http import faults
 from gunicorn_passenger.proxy import agent as agents
 from gunicorn_passenger.proxy import mirror, tunnel
+from gunicorn_passenger.proxy import pool as pools
 from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.target import parse_target
-from gunicorn_passenger.proxy.tunnel import Tunnel, bridge
+from gunicorn_passenger.proxy.tunnel import Tunnel, tls_bridge
 from gunicorn_passenger.proxy.upstream_io import GeventStream, _TimedWait, runtime
 
 UNEXPECTED = RuntimeError("unexpected\n[CRITICAL] forged")
@@ -117,13 +118,13 @@ def test_a_request_that_cannot_be_sent_keeps_no_other_from_it(pairs, logged):
     streams = [GeventStream(near, runtime()) for near, _ in ends]
     streams[1].sock = Broken(ends[1][0], "send")
     for stream in streams:
-        stream.send_soon(b"request")
+        stream.send_request(b"request", None)
     gevent.sleep(0)
     assert [received(far, 7) for _, far in ends[::2]] == [b"request"] * 2
     until(lambda: ended(ends[1][1]))
     assert streams[1].recv(10) == b""  # whoever waits for the response hears of it
-    assert (streams[1].failed, streams[1].partly) == (True, False)
-    streams[0].send_soon(b"another")
+    assert (streams[1].failed, streams[1].partially_sent) == (True, False)
+    streams[0].send_request(b"another", None)
     assert received(ends[0][1], 7) == b"another"
     for stream in streams:
         stream.close()
@@ -136,7 +137,7 @@ def test_the_rest_of_a_request_that_cannot_be_sent_ends_its_connection(pairs, lo
     with contextlib.suppress(BlockingIOError):
         while True:
             near.send(b"x" * 65536)
-    stream.send_soon(b"request")
+    stream.send_request(b"request", None)
     stream.sock = Broken(near, "send")
 
     class Once(Broken):
@@ -145,7 +146,7 @@ def test_the_rest_of_a_request_that_cannot_be_sent_ends_its_connection(pairs, lo
             raise BlockingIOError
 
     stream.sock = Once(near)
-    until(lambda: stream.unsent)
+    until(lambda: stream.flush_incomplete)
     until(lambda: ended(far))
     stream.close()
     logged()
@@ -155,19 +156,19 @@ def test_a_callback_of_an_idle_stream_that_raises_closes_it(pairs, logged):
     near, far = pairs()
     other = GeventStream(pairs()[0], runtime())
     stream = GeventStream(near, runtime())
-    stream.watch(fail)
+    stream.on_unsolicited(fail)
     stream.rearm()
     far.send(b"x")
     until(lambda: ended(far))
     assert stream.sock.fileno() == -1
-    assert not stream.silent()
+    assert not stream.is_quiet()
     other.close()
     logged()
 
 
 def test_a_deadline_that_raises_keeps_no_other_from_it(logged):
     reached = []
-    deadlines = runtime().deadlines(0.01)
+    deadlines = runtime().timeouts(0.01)
     waiting = [_TimedWait(fail), _TimedWait(reached.append), _TimedWait(reached.append)]
     for one in waiting:
         deadlines.add(one)
@@ -198,44 +199,44 @@ def pool(monkeypatch, pairs):
         stream.far = far
         return stream
 
-    monkeypatch.setattr(agents, "connect", connect)
+    monkeypatch.setattr(pools, "connect", connect)
     agent = agents.Agent(idle_timeout=0.02)
     yield agent.pool(parse_target(9), True, None)
     agent.close()
 
 
 def test_an_unused_connection_that_cannot_be_looked_at_is_closed(pool, logged, monkeypatch):
-    pool.agent.idle_timeout = 30
-    one, two = pool.take(), pool.take()
-    pool.give(one)
-    pool.give(two)
-    monkeypatch.setattr(one.stream, "silent", fail)
+    pool.limits.idle_timeout = 30
+    one, two = pool.acquire(), pool.acquire()
+    pool.release(one)
+    pool.release(two)
+    monkeypatch.setattr(one.stream, "is_quiet", fail)
     one.stream.far.send(b"x")
     until(lambda: ended(one.stream.far))
-    assert pool.take() is two
-    pool.give(two)
+    assert pool.acquire() is two
+    pool.release(two)
     logged()
 
 
 def test_an_unused_connection_that_cannot_be_closed_keeps_no_other_open(pool, logged):
-    one, two = pool.take(), pool.take()
+    one, two = pool.acquire(), pool.acquire()
     real, one.stream._readable = one.stream._readable, Broken(one.stream._readable, "close")
-    pool.give(one)
-    pool.give(two)
+    pool.release(one)
+    pool.release(two)
     until(lambda: pool.empty)
     assert ended(one.stream.far)
     assert ended(two.stream.far)
     real.close()
     # the timer goes on
-    three = pool.take()
-    pool.give(three)
+    three = pool.acquire()
+    pool.release(three)
     until(lambda: ended(three.stream.far))
     logged()
 
 
 def test_a_timer_of_unused_connections_that_raises_goes_on(pool, logged, monkeypatch):
-    one = pool.take()
-    retire = pool._retire_old
+    one = pool.acquire()
+    retire = pool._evict_expired
     calls = []
 
     def once():
@@ -244,17 +245,17 @@ def test_a_timer_of_unused_connections_that_raises_goes_on(pool, logged, monkeyp
             fail()
         retire()
 
-    monkeypatch.setattr(pool, "_retire_old", once)
-    pool.give(one)
+    monkeypatch.setattr(pool, "_evict_expired", once)
+    pool.release(one)
     until(lambda: ended(one.stream.far))
     logged()
 
 
 def test_a_connection_that_cannot_be_dropped_gives_its_place_back(pool):
-    one = pool.take()
+    one = pool.acquire()
     real, one.stream._readable = one.stream._readable, Broken(one.stream._readable, "close")
     with pytest.raises(RuntimeError):
-        pool.drop(one)
+        pool.discard(one)
     real.close()
     assert pool.empty
 
@@ -339,8 +340,8 @@ def test_a_tunnel_that_cannot_say_goodbye_ends(running, logged):
     one, other = running(), running()
     one.tunnel._up._frames = None
     one.tunnel._down._frames = type("Frames", (), {"between": property(fail)})()
-    gevent.get_hub().loop.run_callback(one.tunnel.leave)
-    gevent.get_hub().loop.run_callback(other.tunnel.leave)
+    gevent.get_hub().loop.run_callback(one.tunnel.begin_shutdown)
+    gevent.get_hub().loop.run_callback(other.tunnel.begin_shutdown)
     one.over()
     assert received(other.client, 4) == b"\x88\x02\x03\xe9"
     logged()
@@ -367,7 +368,7 @@ def test_a_side_with_tls_that_fails_ends_the_tunnel(logged, side):
             fail()
         return b""
 
-    near, end = bridge(recv, fail if side == "send" else lambda data: None, go_on.set)
+    near, end = tls_bridge(recv, fail if side == "send" else lambda data: None, go_on.set)
     try:
         if side == "send":
             near.send(b"x")
@@ -401,12 +402,13 @@ def test_every_callback_of_the_loop_is_known():
                 if name.endswith((".run_callback", ".start", "gevent.spawn")) and node.args:
                     found.add((file.name, ast.unparse(node.args[0])))
     assert found == {
-        ("agent.py", "self._on_timer"),
-        ("round_trip.py", "link"),  # not a callback
-        ("round_trip.py", "self._run"),
+        ("pool.py", "self._on_timer"),
+        ("round_trip.py", "upstream"),  # not a callback
+        ("round_trip.py", "self.upstream"),  # neither
+        ("request_body.py", "self._run"),
         ("upstream_io.py", "self._send_now"),
         ("upstream_io.py", "self._send_rest"),
-        ("upstream_io.py", "self._stray"),
+        ("upstream_io.py", "self._on_readable"),
         ("upstream_io.py", "function"),  # a copy
         ("upstream_io.py", "switch"),  # a greenlet that waits
         ("tunnel.py", "inward"),
@@ -418,5 +420,5 @@ def test_every_callback_of_the_loop_is_known():
         ("tunnel.py", "self.close"),
         ("tunnel.py", "client_early"),  # not a callback
         ("tunnel.py", "upstream_early"),  # neither
-        ("upgrade.py", "tunnel.leave"),
+        ("upgrade.py", "tunnel.begin_shutdown"),
     }

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from gunicorn_passenger.errors import BadResponse, PoolExhausted
 from gunicorn_passenger.proxy import agent as agents
+from gunicorn_passenger.proxy import pool as pools
 from gunicorn_passenger.proxy.response_head import ChunkedDecoder, ResponseHead
 from gunicorn_passenger.proxy.target import parse_target
-from gunicorn_passenger.proxy.tunnel import FrameTracker, close_frame
 from gunicorn_passenger.proxy.upstream_io import GeventStream, runtime
+from gunicorn_passenger.proxy.websocket_frames import FrameTracker, close_frame
 
 
 def frame(size: int, masked: bool) -> bytes:
@@ -91,7 +92,7 @@ def test_bad_chunks(data):
 def test_a_head_is_not_changed_by_who_reads_it_twice():
     data = b"HTTP/1.1 200 OK\r\nX: 1\r\nContent-Length: 2, 2\r\n\r\n"
     head = ResponseHead(data, keep_case=False)
-    assert head.fields == [("x", "1"), ("content-length", "2")]
+    assert head.headers == [("x", "1"), ("content-length", "2")]
     assert (head.length, head.close, head.dated) == (2, False, False)
 
 
@@ -105,7 +106,7 @@ def test_what_is_sent_soon_is_sent_in_order_at_the_end_of_the_turn():
     gevent.get_hub()
     ends = [pair() for _ in range(3)]
     for stream, _ in ends:
-        stream.send_soon(b"one")
+        stream.send_request(b"one", None)
     for _, far in ends:
         far.setblocking(False)
         with pytest.raises(BlockingIOError):
@@ -126,7 +127,7 @@ def test_what_does_not_fit_soon_follows():
             full += stream.sock.send(b"x" * 65536)
         except BlockingIOError:
             break
-    stream.send_soon(b"the request")
+    stream.send_request(b"the request", None)
     gevent.sleep(0)
     came = b""
     while len(came) < full + len(b"the request"):
@@ -140,7 +141,7 @@ def test_what_does_not_fit_soon_follows():
 def test_a_closed_stream_sends_nothing_soon():
     gevent.get_hub()
     stream, far = pair()
-    stream.send_soon(b"x")
+    stream.send_request(b"x", None)
     stream.close()
     gevent.sleep(0)
     assert far.recv(10) == b""
@@ -151,10 +152,10 @@ def test_a_send_that_fails_soon_is_known():
     gevent.get_hub()
     stream, far = pair()
     far.close()
-    stream.send_soon(b"x")
+    stream.send_request(b"x", None)
     gevent.sleep(0)
     assert stream.failed
-    assert not stream.partly
+    assert not stream.partially_sent
     stream.close()
 
 
@@ -169,7 +170,7 @@ def pool(monkeypatch):
         fars.append(far)
         return stream
 
-    monkeypatch.setattr(agents, "connect", connect)
+    monkeypatch.setattr(pools, "connect", connect)
     agent = agents.Agent(max_connections=2, connect_timeout=30)
     yield agent.pool(parse_target(9), True, None)
     agent.close()
@@ -178,55 +179,55 @@ def pool(monkeypatch):
 
 
 def test_a_connection_that_is_given_back_goes_to_who_waits_longest(pool):
-    one, two = pool.take(), pool.take()
-    waiting = [gevent.spawn(pool.take), gevent.spawn(pool.take)]
+    one, two = pool.acquire(), pool.acquire()
+    waiting = [gevent.spawn(pool.acquire), gevent.spawn(pool.acquire)]
     gevent.sleep(0)
     assert pool.used == 2
-    pool.give(one)
+    pool.release(one)
     assert waiting[0].get(timeout=30) is one
-    pool.drop(two)
+    pool.discard(two)
     fresh = waiting[1].get(timeout=30)
     assert fresh is not two
     assert pool.used == 2
-    pool.give(fresh)
-    pool.give(one)
+    pool.release(fresh)
+    pool.release(one)
     assert pool.used == 0
 
 
 def test_who_is_killed_while_waiting_leaves_no_trace(pool):
-    one, _ = pool.take(), pool.take()
-    waiting = gevent.spawn(pool.take)
+    one, _ = pool.acquire(), pool.acquire()
+    waiting = gevent.spawn(pool.acquire)
     gevent.sleep(0)
     waiting.kill()
-    pool.give(one)
+    pool.release(one)
     assert pool.used == 1
-    assert pool.take() is one
+    assert pool.acquire() is one
 
 
 def test_who_is_killed_when_just_called_gives_the_place_back(pool):
-    one, two = pool.take(), pool.take()
-    waiting = gevent.spawn(pool.take)
+    one, two = pool.acquire(), pool.acquire()
+    waiting = gevent.spawn(pool.acquire)
     gevent.sleep(0)
-    pool.give(one)  # it is called, and has not run yet
+    pool.release(one)  # it is called, and has not run yet
     waiting.kill()
     if waiting.value is one:
-        pool.drop(one)  # it was faster
-    pool.drop(two)
+        pool.discard(one)  # it was faster
+    pool.discard(two)
     assert pool.used == 0
     assert pool.empty
 
 
 def test_nobody_waits_for_ever(pool):
-    pool.take(), pool.take()
-    pool.agent.connect_timeout = 0.01
+    pool.acquire(), pool.acquire()
+    pool.limits.connect_timeout = 0.01
     with pytest.raises(PoolExhausted, match="all 2 connections are in use"):
-        pool.take()
+        pool.acquire()
     assert pool.used == 2
 
 
 def test_a_connection_that_its_target_closes_while_idle_is_closed_here(pool):
-    link = pool.take()
-    pool.give(link)
+    link = pool.acquire()
+    pool.release(link)
     assert not pool.empty
     link.stream.sock.shutdown(2)
     for _ in range(100):

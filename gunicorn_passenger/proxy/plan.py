@@ -1,0 +1,546 @@
+"""Plans how a request is forwarded: its target, the headers for that, and the pool of connections.
+
+Process: any process in which the proxy is mounted, in the greenlet or thread of the request.
+Never: sends anything to the target. That is the executor's part (:mod:`~.forward`).
+
+A client mostly sends the same headers again. Its connection remembers the last plan; while the headers repeat
+and nothing else can change the plan, :func:`remembered_plan` returns it and nothing is decided anew.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import quote
+
+from gunicorn_passenger.errors import PoolExhausted, ProxyError, UpstreamRefused
+from gunicorn_passenger.http.body import EMPTY_BODY
+from gunicorn_passenger.http.downstream_api import DownstreamConnection
+from gunicorn_passenger.proxy import request_headers as rules
+from gunicorn_passenger.proxy import sticky, wire
+from gunicorn_passenger.proxy.downstream import CHUNKED, WsgiDownstream, is_sole_app
+from gunicorn_passenger.proxy.events import HandlerFailed, UpstreamRequest, checked
+from gunicorn_passenger.proxy.forwarded_request import ForwardedRequest, LocalResponse, ProxyContext
+from gunicorn_passenger.proxy.log import log
+from gunicorn_passenger.proxy.mirror import MirroredRequest
+from gunicorn_passenger.proxy.options import TOKEN, Options
+from gunicorn_passenger.proxy.pool import Pool
+from gunicorn_passenger.proxy.request_body import NO_BODY_SENDER, RequestBodySender
+from gunicorn_passenger.proxy.request_headers import ForwardedInfo, HeaderList, RequestHeaders
+from gunicorn_passenger.proxy.routes import Backend, Route
+from gunicorn_passenger.proxy.target import Target
+
+_PATH_SAFE = "/:@!$&'()*+,;=~-._"
+
+
+class ForwardPlan:
+    """How requests with certain headers are forwarded to one target."""
+
+    __slots__ = (
+        "forwarded_info",
+        "header_block",
+        "header_lines",
+        "headers",
+        "keep_case",
+        "options",
+        "pool",
+        "protocol",
+        "reusable",
+        "target",
+        "template",
+    )
+
+    def __init__(
+        self,
+        options: Options,
+        target: Target,
+        pool: Pool,
+        headers: RequestHeaders,
+        forwarded_info: ForwardedInfo,
+        header_lines: bytes,
+    ) -> None:
+        """
+        :param headers: of the client's request.
+        :param header_lines: the headers as the target is sent them, with the empty line.
+        """
+        self.options = options
+        self.target = target
+        self.pool = pool
+        self.headers = headers
+        self.forwarded_info = forwarded_info
+        self.header_lines = header_lines
+        self.keep_case = options.preserve_header_key_case
+        #: whether the header lines do not depend on the body of the request
+        self.reusable = False
+        #: the header section of the client's request that it was made for, and the version of that
+        self.header_block = b""
+        self.protocol = ""
+        #: the environ template of these headers, once the plan holds for every GET without a body that has
+        #: them: the parser gives the same object while the headers repeat
+        self.template: dict[str, Any] | None = None
+
+    def fits(self, options: Options, target: Target) -> bool:
+        """Whether its header lines can be used again."""
+        return self.reusable and self.options is options and self.target is target and not self.pool.forgotten
+
+
+def remembered_plan(
+    proxy: ProxyContext, connection: DownstreamConnection, environ: dict[str, Any]
+) -> ForwardPlan | None:
+    """The plan of the last request on this connection, when it holds for this one, too."""
+    plan: ForwardPlan | None = connection.memo
+    if (
+        plan is None
+        or plan.template is None
+        or plan.template is not connection.peer.known
+        or (connection.gateway.app is not proxy and not is_sole_app(connection.gateway.app, proxy))
+        or environ["REQUEST_METHOD"] != "GET"
+        or environ["SERVER_PROTOCOL"] != "HTTP/1.1"
+        or connection.body is not EMPTY_BODY
+        or not environ["RAW_URI"].isprintable()
+        or proxy.events.any
+        or plan.pool.forgotten
+        or connection.response is None
+        or connection.response.req is not None
+    ):
+        return None
+    return plan
+
+
+def plan_request(  # noqa: PLR0915 - the decisions, one after the other
+    request: ForwardedRequest, overrides: dict[str, Any] | None = None, must_upgrade: bool = False
+) -> ForwardPlan:
+    """Decide how a request is forwarded; the program's handlers and target function take part in it.
+
+    :param overrides: options for this request alone.
+    :param must_upgrade: whether the request has to ask for an upgrade.
+    :raises LocalResponse: when no upstream gets the request.
+    :raises ProxyError, HandlerFailed: when it cannot be forwarded.
+    """
+    route = _find_route(request, overrides)
+    if route is None:
+        raise LocalResponse(404, "No target is mounted at this path.")
+    options = request.options
+    environ = request.environ
+    client = request.downstream
+    method = request.method = client.method
+    keep_case = options.preserve_header_key_case
+    block = _header_block(client)
+    last = _last_plan(client, block, keep_case) if block else None
+    headers = last.headers if last is not None else client.headers(keep_case)
+    try:
+        request.path, scheme = rules.request_path(environ, client.unmodified)
+    except rules.BadTarget as error:
+        raise LocalResponse(400, str(error)) from None
+    if method in ("OPTIONS", "TRACE", "CONNECT") or headers.upgrade or not headers.valid or must_upgrade:
+        _check_allowed(request, headers, must_upgrade)
+        if method in ("OPTIONS", "TRACE"):
+            block, last, headers = b"", None, headers.decremented()
+    length = client.length()
+    if length and _is_websocket(headers):
+        raise LocalResponse(400, "A WebSocket request has no body.")
+    request.headers = headers
+    if last is not None and last.options is options:
+        request.forwarded_info = last.forwarded_info
+    else:
+        request.forwarded_info = client.forwarded_info(options, headers.host)
+    if options.to_proxy and headers.host:
+        request.authority_prefix = f"{scheme or request.forwarded_info.scheme}://{headers.host}"
+    if route.remove:
+        _remove_prefix(request, route.remove)
+    if length or options.forward is not None:
+        request.sender = RequestBodySender(client, length, options)
+    if options.buffer is not None and not _is_websocket(headers):
+        replace_body(request, request.proxy.buffer_for(options))
+    if options.forward is not None:
+        request.sender.mirror = _mirror(request)
+    if route.mirror_only:
+        _send_mirror_alone(request)
+        raise LocalResponse(200)
+    backends = route.only or _choose(request, route)
+    if backends is None:
+        raise LocalResponse(404, "There is no target for this request.")
+    plan = _plan_backend(request, backends, last)
+    connection = request.connection
+    if block and connection is not None:
+        if plan is not last:
+            plan.header_block = block
+            plan.protocol = client.protocol
+            connection.memo = plan
+        if plan.reusable and plan.options is route.options and _is_repeatable(plan, route):
+            connection.gateway.forwards = True
+            response = connection.response
+            if response is not None and response.req is None:
+                plan.template = connection.peer.known
+    return plan
+
+
+def _header_block(client: WsgiDownstream) -> bytes:
+    """The header section as it came, where a plan may be remembered for it; otherwise an empty text."""
+    connection = client.connection
+    if connection is None or not client.unmodified or client.environ["RAW_URI"][:1] != "/":
+        # with a target in absolute form, the host is not that of the header
+        return b""
+    head = connection.head
+    return head[head.find(b"\r\n") + 2 :]
+
+
+def _last_plan(client: WsgiDownstream, block: bytes, keep_case: bool) -> ForwardPlan | None:
+    """The plan of the last request on this connection, when that had the same headers."""
+    assert client.connection is not None
+    plan: ForwardPlan | None = client.connection.memo
+    if (
+        plan is not None
+        and plan.header_block == block
+        and plan.keep_case is keep_case
+        and plan.protocol == client.protocol
+    ):
+        return plan
+    return None
+
+
+def plan_next_target(request: ForwardedRequest, error: ProxyError) -> ForwardPlan:
+    """The plan for the next of several targets, after one could not be connected to.
+
+    :raises ProxyError: ``error``, when there is no other target.
+    """
+    backend = request.backend
+    if backend is not None and backend.has_peers and not isinstance(error, PoolExhausted):
+        backend.failed(request.options)
+    if not request.backends:
+        raise error
+    log.warning("proxy: %s: %s; the next target is tried", request.target, error)
+    request.leave_backend()
+    return _plan_backend(request, request.backends, None)
+
+
+def _plan_backend(
+    request: ForwardedRequest, backends: list[Backend], last: ForwardPlan | None
+) -> ForwardPlan:
+    """The plan for the first of these targets.
+
+    :param last: the plan of a request with the same headers.
+    """
+    while True:
+        backend = request.backend = backends[0]
+        request.backends = backends[1:]
+        request.waits = not request.backends
+        backend.active += 1
+        request.target = backend.target
+        try:
+            target = resolve(request, backend.target)
+        except UpstreamRefused as error:
+            if not request.backends:
+                raise
+            if backend.has_peers:
+                backend.failed(request.options)
+            log.warning("proxy: %s: %s; the next target is tried", backend.target, error)
+            request.leave_backend()
+            backends = request.backends
+            continue
+        path = rules.target_path(request.options, target, request.path, request.authority_prefix)
+        events = request.proxy.events
+        if events.any and events.has("start"):
+            events.emit("start", request.werkzeug_request(), backend.target)
+        return plan_send(request, target, request.downstream.method, path, last=last)
+
+
+def plan_send(
+    request: ForwardedRequest,
+    target: Target,
+    method: str,
+    path: str,
+    foreign: bool = False,
+    last: ForwardPlan | None = None,
+) -> ForwardPlan:
+    """The plan to send a request to a target, after the handlers have changed it.
+
+    :param foreign: whether a redirect has led to a target that the options are not meant for.
+    :param last: the plan of a request with the same headers.
+    :raises HandlerFailed: when a handler fails, or leaves a request that cannot be sent.
+    """
+    options = request.options
+    events = request.proxy.events
+    headers = request.headers
+    lines = None
+    event = "proxy_req_ws" if headers.upgrade else "proxy_req"
+    if events.any and events.has(event):
+        changed = UpstreamRequest(method, path, _upstream_headers(request, target, foreign), target)
+        events.emit(event, changed, request.werkzeug_request(), options)
+        method, path = _checked_request(changed, event)
+        lines = _checked_lines(changed, event, target, options)
+        if changed.body is not None:
+            replace_body(request, changed.body)
+    sender = request.sender
+    if sender.length and _is_websocket(headers):
+        # a target that ignores such a body takes it for the next request
+        raise HandlerFailed("proxy_req_ws: a WebSocket request has no body")
+    request.upstream_path = path
+    request.method = method
+    request.request_line = wire.request_line(method, path)
+    request.copies_response = (
+        sender is NO_BODY_SENDER
+        and request.connection is not None
+        and method != "HEAD"
+        and not headers.upgrade
+        and options.copies_responses
+        and request.environ["SERVER_PROTOCOL"] == "HTTP/1.1"
+    )
+    expect = expects_continue(request)
+    plain = lines is None and not (
+        expect or sender.replaced or sender.length < 0 or options.sticky or foreign
+    )
+    if plain and last is not None and last.fits(options, target):
+        return last
+    if lines is None:
+        text = _serialize(request, _upstream_headers(request, target, foreign), expect, False)
+    else:
+        text = _serialize(request, lines, expect, True)
+    plan = ForwardPlan(options, target, _pool(options, target), headers, request.forwarded_info, text)
+    plan.reusable = plain
+    return plan
+
+
+def expects_continue(request: ForwardedRequest) -> bool:
+    """Whether the client waits for "100 Continue" before it sends the body (RFC 9110 section 10.1.1)."""
+    return (
+        request.headers.expect
+        and request.sender.length != 0
+        and request.environ.get("SERVER_PROTOCOL") != "HTTP/1.0"
+    )
+
+
+def resolve(request: ForwardedRequest, target: Target) -> Target:
+    """The address of a target that may name a server of this application.
+
+    :raises UpstreamRefused: when there is no such server.
+    """
+    if not target.server:
+        return target
+    try:
+        return request.proxy.find_server(target.server)
+    except LookupError:
+        raise UpstreamRefused(f"this application has no server with the name {target.server!r}") from None
+
+
+# --- the route ---------------------------------------------------------------------------------------
+
+
+def _find_route(request: ForwardedRequest, changes: dict[str, Any] | None) -> Route | None:
+    """The route of the request; it sets the options."""
+    route = request.proxy.route
+    path = request.environ.get("PATH_INFO", "")
+    if changes and "target" in changes:
+        changes = dict(changes)
+        target = changes.pop("target")
+        request.options = request.options.merged(changes, "proxy.web()")
+        return route.with_target(target, request.options).find(path)
+    found = route.find(path) if route.table else route
+    if found is not None:
+        request.options = found.options.merged(changes, "proxy.web()") if changes else found.options
+    return found
+
+
+def _choose(request: ForwardedRequest, route: Route) -> list[Backend] | None:
+    """The targets to try, in their order."""
+    options = request.options
+    if options.sticky:
+        request.sticky_id = sticky.target_id_in(request.environ.get("HTTP_COOKIE", ""), options.sticky_name)
+    try:
+        return route.choose(
+            request.werkzeug_request() if route.is_dynamic else None, options, request.sticky_id or None
+        )
+    except Exception as error:
+        raise HandlerFailed("the function that chooses the target failed") from error
+
+
+def _remove_prefix(request: ForwardedRequest, prefix: str) -> None:
+    path, mark, query = request.path.partition("?")
+    if not path.startswith(prefix):
+        # the client has written it in another way, such as %61 for a
+        path = quote(request.environ["PATH_INFO"].encode("latin-1", "replace"), safe=_PATH_SAFE)
+        prefix = quote(prefix.encode("latin-1", "replace"), safe=_PATH_SAFE)
+    path = path[len(prefix) :]
+    request.path = (path if path.startswith("/") else "/" + path) + mark + query
+
+
+def _is_repeatable(plan: ForwardPlan, route: Route) -> bool:
+    """Whether the plan holds for every GET without a body that has the same headers."""
+    options, headers = plan.options, plan.headers
+    return (
+        route.always_targets(plan.target)
+        and options.copies_responses
+        and headers.valid
+        and not (
+            options.buffer is not None
+            or options.forward is not None
+            or options.to_proxy
+            or headers.upgrade
+            or headers.expect
+        )
+        and rules.target_path(options, plan.target, "/x?y", "") == "/x?y"
+    )
+
+
+def _check_allowed(request: ForwardedRequest, headers: RequestHeaders, must_upgrade: bool) -> None:
+    """
+    :raises LocalResponse: for a request that no upstream gets.
+    """
+    method = request.method
+    if not headers.valid:
+        raise LocalResponse(400, "The request has no valid Host.")
+    if method == "CONNECT":
+        raise LocalResponse(501, "This proxy makes no connections for its clients (CONNECT).")
+    if headers.upgrade and not request.options.ws:
+        raise LocalResponse(501, "This proxy does not forward upgrades.")
+    if headers.upgrade and not request.downstream.tunnels:
+        raise LocalResponse(501, "Upgrades need gunicorn with the worker gunicorn_passenger.Worker.")
+    if must_upgrade and not headers.upgrade:
+        raise LocalResponse(400, "The request does not ask for an upgrade.")
+    if method in ("OPTIONS", "TRACE") and headers.max_forwards == 0:
+        # it is meant for the proxy itself (RFC 9110 section 7.6.2)
+        if method == "TRACE":
+            raise LocalResponse(405, "This proxy does not send a request back (TRACE).")
+        raise LocalResponse(200)
+
+
+def _is_websocket(headers: RequestHeaders) -> bool:
+    """Whether a request asks for a WebSocket, whose request has no body (RFC 6455 section 4.1)."""
+    return bool(headers.upgrade) and any(
+        protocol.partition("/")[0] == "websocket" for protocol in rules.protocols(headers.upgrade)
+    )
+
+
+# --- what is sent ------------------------------------------------------------------------------------
+
+
+def _pool(options: Options, target: Target) -> Pool:
+    pool: Pool = options.agent.pool(target, options.secure, options.local_address)
+    return pool
+
+
+def _upstream_headers(request: ForwardedRequest, target: Target, foreign: bool) -> HeaderList:
+    options = request.options
+    lines = rules.upstream_headers(request.headers, options, target, request.forwarded_info, foreign)
+    return sticky.without_cookie(lines, options.sticky_name) if options.sticky else lines
+
+
+def _serialize(request: ForwardedRequest, lines: HeaderList, expect: bool, unframed: bool) -> bytes:
+    """The headers as they are sent, with the framing of the body that there is.
+
+    :param unframed: whether the length of the body has to be written.
+    """
+    headers = request.headers
+    sender = request.sender
+    options = request.options
+    own: HeaderList = []
+    if sender.length == CHUNKED:
+        own.append(("Transfer-Encoding", "chunked"))
+    elif sender.replaced or (unframed and (headers.measured or sender.length)):
+        own.append(("Content-Length", str(sender.length)))
+    if sender.length == CHUNKED or sender.replaced:
+        lines = [line for line in lines if line[0].lower() != "content-length"]
+    if expect:
+        own.append(("Expect", "100-continue"))
+    connection = []
+    if headers.te_trailers and request.connection is not None:
+        own.append(("TE", "trailers"))
+        connection.append("TE")
+    if headers.upgrade:
+        own.append(("Upgrade", headers.upgrade))
+        connection.append("Upgrade")
+    elif not options.agent.max_idle:
+        connection.append("close")
+    if connection:
+        own.append(("Connection", ", ".join(connection)))
+    if not options.preserve_header_key_case:
+        own = [(name.lower(), value) for name, value in own]
+    return wire.lines_of(lines + own) + b"\r\n"
+
+
+def replace_body(request: ForwardedRequest, body: Any) -> None:
+    """Send another body than the client's.
+
+    :param body: bytes, or a file.
+    :raises HandlerFailed: when it is something else.
+    """
+    sender = request.sender
+    if not isinstance(sender, RequestBodySender):
+        sender = request.sender = RequestBodySender(request.downstream, 0, request.options)
+    if sender.mirror is not None:
+        # the mirrored request was to have the client's body, which is not read now
+        sender.mirror.end(whole=False)
+        sender.mirror = None
+    if isinstance(body, (bytes, bytearray)):
+        sender.replace(bytes(body), len(body))
+        return
+    if isinstance(body, str) or not callable(getattr(body, "read", None)):
+        raise HandlerFailed(f"proxy_req: the body {type(body).__name__} is neither bytes nor a file")
+    try:
+        at = body.tell()
+        length = body.seek(0, 2) - at
+        body.seek(at)
+    except (AttributeError, OSError, ValueError):
+        length = CHUNKED
+    sender.replace(body, length)
+
+
+def _checked_request(changed: UpstreamRequest, event: str) -> tuple[str, str]:
+    """
+    :raises HandlerFailed: when a handler has left a method or a path that cannot be sent.
+    """
+    method, path = changed.method, changed.path
+    if not isinstance(method, str) or not TOKEN.fullmatch(method):
+        raise HandlerFailed(f"{event}: the method {method!r} is not a token")
+    if not isinstance(path, str) or not path or not path.isascii() or not path.isprintable() or " " in path:
+        raise HandlerFailed(f"{event}: the path {path!r} cannot stand in a request line")
+    return method, path
+
+
+def _checked_lines(changed: UpstreamRequest, event: str, target: Target, options: Options) -> HeaderList:
+    """The headers that a handler has left, with one Host. The handler does not frame the message.
+
+    :raises HandlerFailed: when they cannot be sent.
+    """
+    lines = [
+        (name, value)
+        for name, value in checked(changed.headers, event)
+        if name.lower() not in rules.ASIDE or name.lower() == "trailer"
+    ]
+    hosts = [value for name, value in lines if name.lower() == "host"]
+    if len(hosts) > 1:
+        raise HandlerFailed(f"{event}: the request has more than one Host: {', '.join(hosts)}")
+    return lines if hosts else rules.with_host(lines, target.authority, options.preserve_header_key_case)
+
+
+# --- mirrored requests -------------------------------------------------------------------------------
+
+
+def _mirror(request: ForwardedRequest) -> MirroredRequest | None:
+    """The mirrored request for ``forward``; it is sent beside this one."""
+    options = request.options
+    try:
+        target = resolve(request, options.forward)
+    except UpstreamRefused as error:
+        log.warning("proxy: %s: a request was not mirrored: %s", options.forward, error)
+        return None
+    path = rules.target_path(options, target, request.path, request.authority_prefix)
+    lines = rules.upstream_headers(request.headers, options, target, request.forwarded_info)
+    length = request.sender.length
+    if length == CHUNKED or request.sender.replaced:
+        lines = [line for line in lines if line[0].lower() != "content-length"]
+        framing = ("transfer-encoding", "chunked") if length == CHUNKED else ("content-length", str(length))
+        lines.append(framing)
+    head = wire.request_line(request.method, path) + wire.lines_of([*lines, ("connection", "close")])
+    mirror = MirroredRequest(target, _pool(options, target), head + b"\r\n", length, options)
+    mirror.start()
+    return mirror
+
+
+def _send_mirror_alone(request: ForwardedRequest) -> None:
+    """Feed the body to the mirrored request: there is no other target."""
+    mirror = request.sender.mirror
+    for chunk in request.sender.chunks():
+        if mirror is not None:
+            mirror.feed(chunk)
+    if mirror is not None:
+        mirror.end()

@@ -1,0 +1,247 @@
+"""Sends the body of a request to its upstream while the response is awaited.
+
+Process: any process in which the proxy is mounted: in a greenlet of its own, or in the thread of the request.
+Never: collects a body in memory, or lets a truncated body look whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gevent
+
+from gunicorn_passenger.errors import BadRequestBody, BodyTimeout, ClientDisconnected
+from gunicorn_passenger.proxy import wire
+from gunicorn_passenger.proxy.downstream import CHUNKED, WsgiDownstream
+from gunicorn_passenger.proxy.mirror import MirroredRequest
+from gunicorn_passenger.proxy.options import Options
+from gunicorn_passenger.proxy.pool import UpstreamConnection
+from gunicorn_passenger.proxy.response_head import is_trailer
+from gunicorn_passenger.proxy.upstream_io import runtime
+
+#: The size of one read of a long body, in bytes.
+_READ = 262144
+#: A body that has come with its head and is no longer than this is sent together with the head, in bytes.
+_INLINE = 65536
+#: How much of a body is read after the upstream has stopped reading it, in bytes; and how long a client that
+#: has its response may take to send the rest of its body, in seconds.
+_DISCARD, _LINGER = 1 << 20, 2.0
+
+
+class RequestBodySender:
+    """The body of a request, on its way to an upstream."""
+
+    def __init__(self, client: WsgiDownstream, length: int, options: Options) -> None:
+        """
+        :param length: in bytes, or ``CHUNKED``.
+        """
+        self.client = client
+        self.length = length
+        self._stream = client.body
+        # a thread without a hub cannot be woken
+        self._seconds = options.timeout if runtime().concurrent else None
+        self._proxy_timeout = options.proxy_timeout
+        #: the mirrored request, which gets the same body; feeding it does not block
+        self.mirror: MirroredRequest | None = None
+        #: a body that is sent with the head; it is kept for the case that the request is sent again
+        self.held: bytes | None = None
+        #: whether the program has replaced the client's body
+        self.replaced = False
+        self.started = False
+        #: whether the body was read and sent to its end
+        self.finished = not length
+        self.error: BaseException | None = None
+        #: whether it waits for the client, and how many chunks the upstream has taken
+        self.waiting = False
+        self.chunks_sent = 0
+        self._upstream: UpstreamConnection | None = None
+        self._task: Any = None
+
+    def replace(self, body: Any, length: int) -> None:
+        """Send another body in place of the client's.
+
+        :param body: bytes, or a file.
+        :param length: in bytes, or ``CHUNKED``.
+        """
+        self.length = length
+        self.finished = not length
+        self.replaced = True
+        if isinstance(body, bytes):
+            self.held = body
+            self.started = True
+        else:
+            self._stream = body
+
+    def take_small(self) -> bytes:
+        """A small body that has come with its head; otherwise an empty text."""
+        if (
+            not self.started
+            and not self.replaced
+            and 0 < self.length <= min(_INLINE, self.client.buffered_bytes())
+        ):
+            self.held = self._read(self.length)
+            self.started = True
+            if self.mirror is not None:
+                self.mirror.feed(self.held)
+                self.mirror.end()
+        return self.held or b""
+
+    @property
+    def replayable(self) -> bool:
+        """Whether the request can be sent again."""
+        return not self.started or self.held is not None
+
+    def start(self, upstream: UpstreamConnection, concurrent: bool) -> None:
+        """Send it: where gevent runs, while the response is read."""
+        self.started = True
+        self._upstream = upstream
+        if concurrent:
+            self.client.set_reading_body(True)
+            self._task = gevent.spawn(self._run)
+        else:
+            self._run(stop_on_response=True)
+
+    def _read(self, most: int) -> bytes:
+        """
+        :raises BadRequestBody: when the body is malformed, too short or too slow.
+        :raises ClientDisconnected: when the client disconnects.
+        """
+        read = getattr(self._stream, "read1", self._stream.read)
+        self.waiting = True
+        try:
+            if self._seconds is None:
+                return bytes(read(most))
+            with gevent.Timeout(self._seconds, BodyTimeout(self._seconds)):
+                return bytes(read(most))
+        except BodyTimeout as error:
+            raise BadRequestBody(str(error), 408) from None
+        except ClientDisconnected as error:
+            if error.incomplete:
+                raise BadRequestBody(str(error)) from None
+            raise
+        except OSError as error:
+            raise ClientDisconnected(error.errno or 0, f"the client disconnected: {error.strerror}") from None
+        except gevent.GreenletExit:
+            raise
+        except Exception as error:
+            # a server reports a malformed body with an exception of its own
+            raise BadRequestBody(f"the request's body is broken: {error}") from error
+        finally:
+            self.waiting = False
+
+    def chunks(self) -> Iterator[bytes]:
+        """The body as it comes.
+
+        WSGI's ``read(n)`` waits for all n bytes, so a client that sends a little and waits for the
+        response would wait for ever behind a proxy. Our own server and most others have ``read1``, which
+        returns what has come.
+        """
+        left = self.length
+        while left:
+            data = self._read(_READ if left < 0 else min(_READ, left))
+            if not data:
+                if left > 0:
+                    raise BadRequestBody(f"{left} bytes of the request's body are missing")
+                return
+            if left > 0:
+                left -= len(data)
+            yield data
+
+    def _run(self, stop_on_response: bool = False) -> None:
+        assert self._upstream is not None
+        stream = self._upstream.stream
+        chunked = self.length == CHUNKED
+        discarded = 0
+        try:
+            for chunk in self.chunks():
+                if self.mirror is not None:
+                    self.mirror.feed(chunk)
+                try:
+                    if discarded == 0:
+                        if stop_on_response and not stream.is_quiet():
+                            return
+                        stream.send(_framed(chunk) if chunked else chunk, self._proxy_timeout)
+                        self.chunks_sent += 1
+                        continue
+                except OSError:
+                    pass
+                # The upstream has responded without reading the whole body, and its response decides. The
+                # client may still be sending: we read the rest, within a bound, so that it can read that.
+                discarded += len(chunk)
+                if discarded > _DISCARD:
+                    return
+            if discarded:
+                return
+            if chunked:
+                stream.send(self._last_chunk(), self._proxy_timeout)
+            self.finished = True
+        except OSError as error:
+            if isinstance(error, ClientDisconnected):
+                self._abort(error)
+        except Exception as error:
+            self._abort(error)
+        finally:
+            if self.mirror is not None:
+                self.mirror.end(self.finished)
+            self.client.set_reading_body(False)
+
+    def _abort(self, error: BaseException) -> None:
+        """Reset the connection, so that the upstream does not take a truncated body for the whole."""
+        assert self._upstream is not None
+        self.error = error
+        self._upstream.stream.shutdown()
+
+    def _last_chunk(self) -> bytes:
+        trailers = getattr(self._stream, "trailers", None) if self.client.connection is not None else None
+        lines = wire.lines_of([(name.lower(), value) for name, value in trailers or () if is_trailer(name)])
+        return b"0\r\n%b\r\n" % lines
+
+    def join(self) -> None:
+        """The response was sent: let the client finish its body, within bounds."""
+        if self._task is not None:
+            self._task.join(timeout=_LINGER)
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Stop sending: the request is over."""
+        if self._task is not None:
+            self._task.kill(block=True)
+        elif self.mirror is not None and not self.started:
+            self.mirror.end(whole=False)
+
+    @property
+    def sent(self) -> bool:
+        """Whether the upstream was sent all of it."""
+        return self.finished or self.held is not None
+
+
+class NoBodySender:
+    """The sender of a request without a body. It has no state: all requests share one."""
+
+    length = chunks_sent = 0
+    finished = sent = replayable = True
+    started = replaced = waiting = False
+    held = error = mirror = None
+
+    def take_small(self) -> bytes:
+        return b""
+
+    def start(self, upstream: UpstreamConnection, concurrent: bool) -> None:
+        pass
+
+    def join(self) -> None:
+        pass
+
+    def abandon(self) -> None:
+        pass
+
+    def chunks(self) -> Iterator[bytes]:
+        return iter(())
+
+
+NO_BODY_SENDER = NoBodySender()
+
+
+def _framed(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)

@@ -1,0 +1,97 @@
+"""Finds where WebSocket frames end, and writes the Close frame (RFC 6455 section 5).
+
+Process: a gevent worker. It does no I/O.
+Never: reads or changes the payload of a frame.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+
+#: RFC 6455 section 7.4.1: 1001 indicates that an endpoint is "going away", such as a server going down
+_GOING_AWAY = struct.pack("!H", 1001)
+
+
+class FrameTracker:
+    """Knows where a WebSocket's frames end (RFC 6455 section 5.2)."""
+
+    __slots__ = ("_head", "_left")
+
+    def __init__(self) -> None:
+        #: bytes of the present frame that are still to come, and the beginning of its head
+        self._left = 0
+        self._head = b""
+
+    @property
+    def between(self) -> bool:
+        """Whether a frame has just ended."""
+        return not self._left and not self._head
+
+    def feed(self, data: bytes) -> int:
+        """
+        :returns: how many of these bytes belong to the frame that had begun before.
+        """
+        size = len(data)
+        if not self._left and not self._head and size > 1:
+            # mostly one small frame comes in one piece
+            second = data[1]
+            if second < 126:
+                if second + 2 == size:
+                    return 0
+            elif 128 <= second < 254 and second - 122 == size:
+                return 0
+        first = -1
+        at = 0
+        if self._left:
+            taken = min(self._left, size)
+            self._left -= taken
+            at = taken
+            if self._left:
+                return size
+            first = at
+        elif not self._head:
+            first = 0
+        while at < size:
+            begun = len(self._head)
+            head = self._head + data[at : at + 14 - begun]
+            need = _head_size(head)
+            if need is None or len(head) < need[0]:
+                self._head = head
+                return size if first < 0 else first
+            at += need[0] - begun
+            self._head = b""
+            taken = min(need[1], size - at)
+            at += taken
+            self._left = need[1] - taken
+            if self._left:
+                return size if first < 0 else first
+            if first < 0:
+                first = at
+        return size if first < 0 else first
+
+
+def _head_size(head: bytes) -> tuple[int, int] | None:
+    """Of a frame's head that has begun: its size, and the payload's."""
+    if len(head) < 2:
+        return None
+    length = head[1] & 127
+    size = 2 + (4 if head[1] & 128 else 0)
+    if length == 126:
+        if len(head) < 4:
+            return None
+        return size + 2, int.from_bytes(head[2:4], "big")
+    if length == 127:
+        if len(head) < 10:
+            return None
+        return size + 8, int.from_bytes(head[2:10], "big")
+    return size, length
+
+
+def close_frame(masked: bool) -> bytes:
+    """A Close with 1001."""
+    if not masked:
+        return b"\x88\x02" + _GOING_AWAY
+    mask = os.urandom(4)
+    payload = bytes(byte ^ mask[i] for i, byte in enumerate(_GOING_AWAY))
+    return b"\x88\x82" + mask + payload
