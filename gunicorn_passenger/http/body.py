@@ -7,38 +7,16 @@ body that broke off as if it were whole.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from gunicorn.http import errors as http_errors
-from gunicorn.http.errors import ChunkMissingTerminator, InvalidChunkSize
-
 from gunicorn_passenger.errors import body_incomplete
-from gunicorn_passenger.http.request_head import MAX_LENGTH
+from gunicorn_passenger.http.chunked import ChunkedDecoder
 
 #: The most that one read of the socket asks for.
 PIECE = 262144
 #: Bytes of a body that the application left unread, and that are read and dropped to keep the
 #: connection. More than that costs more than a new connection.
 DRAIN = 65536
-#: Bytes that the trailers of a body may have.
-TRAILERS = 65536
-
-InvalidChunkExtension = getattr(http_errors, "InvalidChunkExtension", InvalidChunkSize)
-
-# RFC 9112 section 7.1.1: chunk-ext = *( BWS ";" BWS chunk-ext-name [ BWS "=" BWS chunk-ext-val ] )
-_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
-_CHUNK_LINE = re.compile(
-    rb"([0-9A-Fa-f]+)((?:[ \t]*;[ \t]*"
-    + _TOKEN
-    + rb"(?:[ \t]*=[ \t]*(?:"
-    + _TOKEN
-    + rb"|"
-    + _QUOTED
-    + rb"))?)*)"
-)
-_HEX = re.compile(rb"[0-9A-Fa-f]+")
 
 
 class RequestBody:
@@ -238,7 +216,7 @@ class LengthBody(_IncomingBody):
 class ChunkedBody(_IncomingBody):
     """A body sent in chunks (RFC 9112 section 7.1)."""
 
-    __slots__ = ("_left", "_line_limit", "_request", "_started", "finished", "trailers")
+    __slots__ = ("_decoder", "_request", "trailers")
 
     def __init__(self, connection: Any, expect: bool, line_limit: int, request: Any) -> None:
         """
@@ -246,82 +224,58 @@ class ChunkedBody(_IncomingBody):
         :param request: gives gunicorn's request object, which checks and keeps the trailers.
         """
         _IncomingBody.__init__(self, connection, expect)
-        self._left = 0
-        self._started = False
-        self._line_limit = line_limit
+        self._decoder = ChunkedDecoder(line_limit)
         self._request = request
-        self.finished = False
-        #: the fields behind the body, when it is read
+        #: the headers behind the body, when it is read
         self.trailers: list[tuple[str, str]] = []
 
+    @property
+    def finished(self) -> bool:
+        """Whether the whole body was read."""
+        return self._decoder.finished and not self.failed
+
     def _fill(self, most: int) -> bytes:
-        if self.finished:
-            return b""
+        decoder = self._decoder
         if self.failed:
             raise body_incomplete()
-        if not self._left:
+        if decoder.finished:
+            return b""
+        if not decoder.left:
             try:
-                self._left = self._next_chunk()
-                if not self._left:
-                    self._trailers()
+                self._read_framing()
             except BaseException:
                 self.failed = True
                 raise
-            if not self._left:
-                self.finished = True
+            if decoder.finished:
                 return b""
-        data = self._receive(min(self._left, most))
-        self._left -= len(data)
+        data = self._receive(min(decoder.left, most))
+        decoder.took(len(data))
         return data
 
-    def _next_chunk(self) -> int:
-        if self._started:
-            end = self._take(1)
-            if end == b"\r":
-                end += self._take(1)
-            if end != b"\r\n":
-                raise ChunkMissingTerminator(end)
-        self._started = True
-        line = self._take_line()
-        found = _CHUNK_LINE.fullmatch(line)
-        if found is None:
-            # a bad size is reported as such, even with a bad extension
-            size = line.partition(b";")[0]
-            if _HEX.fullmatch(size.rstrip(b" \t") if b";" in line else size):
-                raise InvalidChunkExtension("invalid chunk extension")
-            raise InvalidChunkSize(size)
-        length = int(found[1], 16)
-        if length > MAX_LENGTH:
-            raise InvalidChunkSize(found[1])
-        return length
-
-    def _take(self, count: int) -> bytes:
-        while self._connection is None or self._connection.buffered() < count:
-            self._from_client(0, more=True)
-        data: bytes = self._connection.receive(count)
-        return data
-
-    def _take_line(self) -> bytes:
-        """The next line of the connection, without its CRLF."""
-        while True:
-            connection = self._connection
-            if connection is not None:
-                end = connection.buf.find(b"\r\n", connection.at)
-                if end >= 0:
-                    line: bytes = connection.buf[connection.at : end]
-                    connection.at = end + 2
-                    return line
-                if connection.buffered() > self._line_limit or connection.buf.find(b"\n", connection.at) >= 0:
-                    raise InvalidChunkSize(connection.buf[connection.at : connection.at + 100])
-            self._from_client(0, more=True)
-
-    def _trailers(self) -> None:
-        if self._connection is None:
-            raise ValueError("the request is over: its body can no longer be read")
-        section = self._connection.trailers(TRAILERS)
-        if section:
+    def _read_framing(self) -> None:
+        """Read up to the content of the next chunk, or to the end of the body."""
+        decoder = self._decoder
+        bounded = False
+        try:
+            while True:
+                connection = self._connection
+                if connection is not None:
+                    connection.at = decoder.advance(connection.buf, connection.at)
+                    if decoder.left:
+                        return
+                    if decoder.finished:
+                        break
+                    if decoder.in_trailers and not bounded:
+                        bounded = connection.begin_deadline()
+                self._from_client(0, more=True)
+        finally:
+            if bounded:
+                connection.end_deadline()
+        if decoder.trailer_section:
             request = self._request()
-            request.trailers = self.trailers = request.parse_headers(section, from_trailer=True)
+            request.trailers = self.trailers = request.parse_headers(
+                decoder.trailer_section[:-2], from_trailer=True
+            )
 
     @property
     def unread(self) -> bool:

@@ -31,7 +31,6 @@ import gevent
 from gevent import get_hub, getcurrent, monkey
 from gevent.exceptions import ConcurrentObjectUseError
 from gunicorn import util
-from gunicorn.http.errors import LimitRequestHeaders
 from gunicorn.http.wsgi import FileWrapper
 from gunicorn.workers.base_async import ALREADY_HANDLED
 
@@ -45,7 +44,7 @@ from gunicorn_passenger.errors import (
 from gunicorn_passenger.http.body import EMPTY_BODY, ChunkedBody, LengthBody, RequestBody
 from gunicorn_passenger.http.faults import report_fault
 from gunicorn_passenger.http.listener_context import HookFailed, ListenerContext
-from gunicorn_passenger.http.request_head import CHUNKED, check_lines
+from gunicorn_passenger.http.request_head import CHUNKED
 from gunicorn_passenger.http.response import RESPONSE_SENT, Response
 from gunicorn_passenger.http.timeouts import TimeoutQueue
 from gunicorn_passenger.http.write_coalescing import SAMPLE
@@ -85,6 +84,7 @@ class Connection:
 
     __slots__ = (
         "_acceptor",
+        "_bounded",
         "_budget",
         "_expired",
         "_given",
@@ -153,6 +153,8 @@ class Connection:
         self._expired = False
         #: bytes of a body that may still be dropped, while one is
         self._budget: int | None = None
+        #: whether one deadline holds for all that is read
+        self._bounded = False
         #: a greenlet that waits until it can send
         self._sending: Any = None
         self._taker: Any = None
@@ -579,11 +581,11 @@ class Connection:
             try:
                 data: bytes = self._raw.recv(most)
             except BlockingIOError:
-                # while a body is dropped, one deadline holds for all of it
-                self._wait(self.gateway.bodies if self._budget is None else None)
+                self._wait(None if self._bounded else self.gateway.bodies)
                 if self._expired:
                     self._expired = False
-                    raise BodyTimeout(self.gateway.bodies.seconds) from None
+                    queue = self.gateway.heads if self._bounded else self.gateway.bodies
+                    raise BodyTimeout(queue.seconds) from None
                 continue
             except OSError as error:
                 raise client_disconnected(error) from None
@@ -602,7 +604,7 @@ class Connection:
         """
         self._send_held()  # the client may wait for it with the rest
         self._budget = most - self.buffered()
-        self.gateway.heads.add(self)
+        self.begin_deadline()
         try:
             while body.read1():
                 pass
@@ -610,43 +612,23 @@ class Connection:
             return False
         finally:
             self._budget = None
-            self.gateway.heads.remove(self, None)
+            self.end_deadline()
         return True
 
-    def trailers(self, most: int) -> bytes:
-        """The lines up to an empty one, which is used up with them.
+    def begin_deadline(self) -> bool:
+        """Until :meth:`end_deadline`, one deadline holds for all that is read: that of a request's head.
 
-        :param most: bytes that there may be. All of them have the time of a request's head.
+        :returns: whether there was none before.
         """
-        heads = self.gateway.heads
-        came = bytearray(self.buf[self.at :])
-        seen = 0
-        if self._budget is None:
-            heads.add(self)
-        try:
-            while True:
-                if came.startswith(b"\r\n"):
-                    end, skip = 0, 2
-                    break
-                end, skip = came.find(b"\r\n\r\n", max(seen - 3, 0)), 4
-                if end >= 0:
-                    break
-                check_lines(came, seen)
-                if len(came) > most:
-                    raise LimitRequestHeaders("limit request trailer section size")
-                seen = len(came)
-                more = self._read(_READ)
-                if self._expired:
-                    self._expired = False
-                    raise BodyTimeout(heads.seconds)
-                if not more:
-                    raise body_incomplete()
-                came += more
-        finally:
-            if self._budget is None:
-                heads.remove(self, None)
-        self.buf, self.at = bytes(came[end + skip :]), 0
-        return bytes(came[:end])
+        if self._bounded:
+            return False
+        self._bounded = True
+        self.gateway.heads.add(self)
+        return True
+
+    def end_deadline(self) -> None:
+        self._bounded = False
+        self.gateway.heads.remove(self, None)
 
     def _read(self, most: int) -> bytes:
         """What there is to read, when the hub has said that there is something."""

@@ -34,6 +34,9 @@ from gunicorn.http.errors import (
 )
 from gunicorn.http.unreader import IterUnreader
 
+from gunicorn_passenger.http.chunked import check_lines
+from gunicorn_passenger.http.grammar import AUTHORITY, CONTROL_IN_TARGET, CONTROL_IN_VALUE, MAX_LENGTH
+
 try:
     import gunicorn_h1c
 except ImportError:
@@ -49,20 +52,8 @@ _C_FIELDS = 100
 _REMEMBER = 1000
 _SHORT = 100
 
-#: Bytes that a body, or a chunk of one, may be announced with at most: more does not fit into the signed
-#: 64 bits that web servers and file systems count in, so two parsers could disagree about it.
-MAX_LENGTH = (1 << 63) - 1
-#: as many digits always fit
+#: so many decimal digits always are at most :data:`.grammar.MAX_LENGTH`
 _SAFE_DIGITS = 18
-
-#: Host and optional port of a request target in absolute form (RFC 3986 section 3.2). An empty host and user
-#: information must not be accepted for http and https (RFC 9110 sections 4.2.1, 4.2.2 and 4.2.4).
-_AUTHORITY = re.compile(
-    r"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9\-._~!$&'()*+;=]|%[0-9A-Fa-f]{2})+)(?::[0-9]{0,5})?"
-)
-#: what gunicorn before 25 lets through in a target or a value (RFC 9112 section 3.2, RFC 9110 section 5.5)
-_CONTROL_IN_TARGET = re.compile(r"[\x00-\x20\x7f]")
-_CONTROL_IN_VALUE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 #: a field name with an underscore
 _UNDERSCORE = re.compile(rb"\n[^:\n]*_")
@@ -451,24 +442,11 @@ class HeadReader:
             # the request line has just been completed: gunicorn does not wait to judge it, either
             with contextlib.suppress(NoMoreData):
                 self.request(bytes(data), peer)
-        check_lines(data, max(seen, line + 2))
+        check_lines(data, max(seen, line + 2), len(data))
         if len(data) - data.rfind(b"\r\n") > self.field_limit + 4:
             raise LimitRequestHeaders("limit request headers fields size")
         if len(data) > self.total_limit:
             raise LimitRequestHeaders("max buffer headers")
-
-
-def check_lines(data: bytearray, seen: int) -> None:
-    """RFC 9112 section 2.2: lines end with CRLF.
-
-    :param seen: how much has been checked before.
-    :raises InvalidHeader: for an LF alone.
-    """
-    at = data.find(b"\n", seen)
-    while at >= 0:
-        if at == 0 or data[at - 1] != 13:
-            raise InvalidHeader("bare LF as line terminator")
-        at = data.find(b"\n", at + 1)
 
 
 def _check_request(request: Any, length: int) -> None:
@@ -479,10 +457,10 @@ def _check_request(request: Any, length: int) -> None:
     :raises gunicorn.http.errors.ParseException: when the request is refused.
     """
     uri = request.uri
-    if _CONTROL_IN_TARGET.search(uri):
+    if CONTROL_IN_TARGET.search(uri):
         raise InvalidRequestLine(uri)
     for name, value in request.headers:
-        if _CONTROL_IN_VALUE.search(value):
+        if CONTROL_IN_VALUE.search(value):
             raise InvalidHeader(name, req=request)
     if length > MAX_LENGTH:
         raise InvalidHeader("CONTENT-LENGTH", req=request)
@@ -497,7 +475,7 @@ def _check_request(request: Any, length: int) -> None:
         if (
             scheme.lower() not in ("http", "https")
             or request.method == "CONNECT"
-            or not _AUTHORITY.fullmatch(authority)
+            or not AUTHORITY.fullmatch(authority)
         ):
             raise InvalidRequestLine(uri)
         # RFC 9112 section 3.2.2: the host of the target counts, and a Host header is ignored

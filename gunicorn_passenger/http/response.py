@@ -10,27 +10,22 @@ Attributes that gunicorn's hooks and loggers read are gunicorn's: ``status``, ``
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable
 from typing import Any
 
 from gunicorn import SERVER, util
 from gunicorn.http.errors import InvalidHeader, InvalidHeaderName
-from gunicorn.http.message import TOKEN_RE
 
 from gunicorn_passenger.errors import TruncatedResponse
+from gunicorn_passenger.http.chunked import LAST_CHUNK, chunk_line, encode_chunk
 from gunicorn_passenger.http.downstream_api import UpstreamHead
+from gunicorn_passenger.http.grammar import FIELD_VALUE, STATUS, TOKEN
 
 try:
     from gunicorn.http.errors import InvalidResponseHeader, InvalidResponseHeaderName
 except ImportError:  # gunicorn 23
     InvalidResponseHeader, InvalidResponseHeaderName = InvalidHeader, InvalidHeaderName
-
-# RFC 9110 section 5.5: field-vchar = VCHAR / obs-text
-_VALUE = re.compile(r"[ \t\x21-\x7e\x80-\xff]*")
-# RFC 9112 section 4: status-code SP [ reason-phrase ]
-_STATUS = re.compile(r"[0-9]{3}(?: [ \t\x21-\x7e\x80-\xff]*)?")
 
 #: A body longer than this goes to the kernel beside its head instead of being copied behind it.
 _JOIN = 32768
@@ -59,9 +54,9 @@ class _HeaderLine:
         for part in name, value:
             if not isinstance(part, str):
                 raise TypeError(f"{part!r} is not a string")
-        if not TOKEN_RE.fullmatch(name):
+        if not TOKEN.fullmatch(name):
             raise InvalidResponseHeaderName(repr(name))
-        if not _VALUE.fullmatch(value):
+        if not FIELD_VALUE.fullmatch(value):
             # the name only: the value may be a secret
             raise InvalidResponseHeader(repr(name))
         stripped = value.strip(" \t")
@@ -146,7 +141,7 @@ def _code_of(status: Any) -> tuple[int, bool]:
     """
     if not isinstance(status, str):
         raise TypeError(f"{status!r} is not a string")
-    if not _STATUS.fullmatch(status):
+    if not STATUS.fullmatch(status):
         raise ValueError(f"Invalid status {status!r}")
     code = int(status[:3])
     found = code, code in (204, 304) or 100 <= code < 200
@@ -340,7 +335,7 @@ class Response:
                     return
         self.sent += len(data)
         if self.chunked:
-            data = b"%x\r\n%b\r\n" % (len(data), data)
+            data = encode_chunk(data)
         if self.headers_sent:
             self._connection.send(data)
         else:
@@ -377,7 +372,7 @@ class Response:
             self.close()
             return
         self.sent += len(data)
-        self._send_head(b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data))
+        self._send_head(encode_chunk(data) + LAST_CHUNK)
 
     def close(self) -> None:
         """The body is over.
@@ -387,11 +382,11 @@ class Response:
         if not self.headers_sent:
             if self.status is None:
                 raise AssertionError("start_response() was not called before the body ended")
-            self._send_head(b"0\r\n\r\n" if self.chunked else b"")
+            self._send_head(LAST_CHUNK if self.chunked else b"")
         elif self._complete:
             return
         elif self.chunked:
-            self._connection.send(b"0\r\n\r\n")
+            self._connection.send(LAST_CHUNK)
         length = self.response_length
         if length is not None and self.sent < length and not self._bodiless:
             raise TruncatedResponse(
@@ -430,9 +425,9 @@ class Response:
             self.close()
             return
         if not self.headers_sent:
-            self._send_head(b"%x\r\n" % count if self.chunked else b"")
+            self._send_head(chunk_line(count) if self.chunked else b"")
         elif self.chunked:
-            self._connection.send(b"%x\r\n" % count)
+            self._connection.send(chunk_line(count))
         done = self._connection.send_file(file, offset, count)
         self.sent += done
         if done < count:
@@ -491,9 +486,9 @@ class Response:
         if self.chunked:
             framing = b"Transfer-Encoding: chunked\r\n"
             if body:
-                body = b"%x\r\n%b\r\n" % (len(body), body)
+                body = encode_chunk(body)
             if whole:
-                body += b"0\r\n\r\n"
+                body += LAST_CHUNK
         line = status.encode("latin-1")
         if status.startswith("5"):
             connection.gateway.errors += 1

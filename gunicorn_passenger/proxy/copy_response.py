@@ -13,6 +13,7 @@ import gevent
 from werkzeug.http import http_date
 
 from gunicorn_passenger.errors import ClientDisconnected
+from gunicorn_passenger.http.chunked import encode_chunk, last_chunk
 from gunicorn_passenger.http.downstream_api import DownstreamConnection, DownstreamResponse
 from gunicorn_passenger.proxy import splice, wire
 from gunicorn_passenger.proxy.events import HandlerFailed
@@ -65,11 +66,11 @@ def copy_response(
         if response.bodiless:
             continue
         response.sent += len(chunk)
-        connection.send(b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunked else chunk)
+        connection.send(encode_chunk(chunk) if chunked else chunk)
     if length is not None and response.sent < length and not response.bodiless:
         raise HandlerFailed("proxy_res: a handler has read a part of the body")
     if chunked:
-        connection.send(b"0\r\n%b\r\n" % wire.lines_of(round_trip.trailers))
+        connection.send(last_chunk(wire.lines_of(round_trip.trailers)))
     response.mark_sent()
 
 

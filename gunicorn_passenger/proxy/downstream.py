@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import re
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 from gunicorn_passenger.errors import BadRequestBody
 from gunicorn_passenger.http.body import EMPTY_BODY
 from gunicorn_passenger.http.downstream_api import DownstreamConnection
+from gunicorn_passenger.http.grammar import FIELD_SECTION_BYTES
 from gunicorn_passenger.proxy import wire
 from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.request_headers import (
@@ -36,10 +36,6 @@ from gunicorn_passenger.proxy.upstream_io import runtime
 
 #: the length of a chunked body
 CHUNKED = -1
-
-_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-# the header lines of a request, without those that only gunicorn's compatibility settings allow
-_STRICT = re.compile(rb"((?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*)\r\n")
 
 
 class WsgiDownstream:
@@ -74,7 +70,7 @@ class WsgiDownstream:
         headers = present_headers(self.environ, self._sent_headers())
         # An application may have written any of them, also with the value that the client has sent. So none
         # is taken away because the client's Connection names it.
-        own = set() if self.pristine else {name.lower() for name, _ in headers}
+        own = set() if self.unmodified else {name.lower() for name, _ in headers}
         return RequestHeaders(headers, keep_case, self.protocol, own)
 
     def _sent_headers(self) -> HeaderList | None:
@@ -82,7 +78,8 @@ class WsgiDownstream:
         if self._carrier is None:
             return None
         head = self._carrier.head
-        found = _STRICT.fullmatch(head, head.find(b"\r\n") + 2)
+        # without what only gunicorn's compatibility settings let in
+        found = FIELD_SECTION_BYTES.fullmatch(head, head.find(b"\r\n") + 2)
         if found is None:
             return None
         pairs = []

@@ -13,7 +13,8 @@ from typing import Any
 from werkzeug.datastructures import Headers
 
 from gunicorn_passenger.errors import ClientDisconnected, ProxyError, SettingError
-from gunicorn_passenger.proxy.options import VALUE, check_field
+from gunicorn_passenger.http.grammar import FIELD_VALUE
+from gunicorn_passenger.proxy.options import check_field
 from gunicorn_passenger.proxy.request_headers import HeaderList
 from gunicorn_passenger.proxy.target import Target
 from gunicorn_passenger.proxy.upstream_io import DownstreamDisconnected
@@ -174,6 +175,6 @@ def checked(headers: Headers, event: str) -> HeaderList:
 
 
 def check_reason(reason: Any) -> str:
-    if not isinstance(reason, str) or not VALUE.fullmatch(reason):
+    if not isinstance(reason, str) or not FIELD_VALUE.fullmatch(reason):
         raise HandlerFailed(f"proxy_res: the reason {reason!r} holds what no status line may")
     return reason

@@ -10,6 +10,7 @@ import queue
 from typing import Any
 
 from gunicorn_passenger.errors import ProxyError
+from gunicorn_passenger.http.chunked import LAST_CHUNK, encode_chunk
 from gunicorn_passenger.proxy.downstream import CHUNKED
 from gunicorn_passenger.proxy.log import failed_callback, log
 from gunicorn_passenger.proxy.options import Options
@@ -125,10 +126,10 @@ class MirroredRequest:
             stream.send(self._head, self._seconds)
             if self._length:
                 while (chunk := self._next()) is not None:
-                    framed = b"%x\r\n%b\r\n" % (len(chunk), chunk) if self._length == CHUNKED else chunk
+                    framed = encode_chunk(chunk) if self._length == CHUNKED else chunk
                     stream.send(framed, self._seconds)
                 if self._length == CHUNKED:
-                    stream.send(b"0\r\n\r\n", self._seconds)
+                    stream.send(LAST_CHUNK, self._seconds)
             # the response is ignored, but the upstream must be able to send it
             received = b""
             while b"\r\n\r\n" not in received and len(received) < HEAD_LIMIT:

@@ -15,13 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gunicorn_passenger.errors import SettingError, UnknownSetting
+from gunicorn_passenger.http.grammar import FIELD_VALUE, TOKEN
 from gunicorn_passenger.proxy.agent import Agent
 from gunicorn_passenger.proxy.target import Target, parse_target
-
-#: RFC 9110 section 5.6.2
-TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-#: RFC 9110 section 5.5: what a field's value may hold
-VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
 #: Fields that the proxy writes itself: they frame the message or speak of the connection.
 _FRAMING = {"content-length", "transfer-encoding", "connection", "keep-alive", "upgrade", "te", "trailer"}
@@ -156,7 +152,7 @@ def _flag(name: str, value: Any) -> bool:
 def _text(name: str, value: Any) -> Any:
     if value is None or value is False:
         return None
-    if not isinstance(value, str) or not value or not VALUE.fullmatch(value):
+    if not isinstance(value, str) or not value or not FIELD_VALUE.fullmatch(value):
         raise SettingError(f"{name}={value!r} is no text that can stand in a header field")
     return value
 
@@ -301,7 +297,7 @@ def check_field(key: Any, text: Any, name: str, framing: bool = False) -> tuple[
         text = str(text)
     if not isinstance(key, str) or not isinstance(text, str) or not TOKEN.fullmatch(key):
         raise SettingError(f"{name}: {key!r}: {text!r} is no header field")
-    if not VALUE.fullmatch(text):
+    if not FIELD_VALUE.fullmatch(text):
         raise SettingError(f"{name}: {key!r}: the value holds a line break or what else no header field may")
     if not framing and key.lower() in _FRAMING:
         raise SettingError(f"{name}: {key!r} is written by the proxy itself")

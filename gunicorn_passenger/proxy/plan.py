@@ -15,6 +15,7 @@ from urllib.parse import quote
 from gunicorn_passenger.errors import PoolExhausted, ProxyError, UpstreamRefused
 from gunicorn_passenger.http.body import EMPTY_BODY
 from gunicorn_passenger.http.downstream_api import DownstreamConnection
+from gunicorn_passenger.http.grammar import TOKEN
 from gunicorn_passenger.proxy import request_headers as rules
 from gunicorn_passenger.proxy import sticky, wire
 from gunicorn_passenger.proxy.downstream import CHUNKED, WsgiDownstream, is_sole_app
@@ -22,7 +23,7 @@ from gunicorn_passenger.proxy.events import HandlerFailed, UpstreamRequest, chec
 from gunicorn_passenger.proxy.forwarded_request import ForwardedRequest, LocalResponse, ProxyContext
 from gunicorn_passenger.proxy.log import log
 from gunicorn_passenger.proxy.mirror import MirroredRequest
-from gunicorn_passenger.proxy.options import TOKEN, Options
+from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.pool import Pool
 from gunicorn_passenger.proxy.request_body import NO_BODY_SENDER, RequestBodySender
 from gunicorn_passenger.proxy.request_headers import ForwardedInfo, HeaderList, RequestHeaders

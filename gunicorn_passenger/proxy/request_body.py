@@ -12,6 +12,7 @@ from typing import Any
 import gevent
 
 from gunicorn_passenger.errors import BadRequestBody, BodyTimeout, ClientDisconnected
+from gunicorn_passenger.http.chunked import encode_chunk, last_chunk
 from gunicorn_passenger.proxy import wire
 from gunicorn_passenger.proxy.downstream import CHUNKED, WsgiDownstream
 from gunicorn_passenger.proxy.mirror import MirroredRequest
@@ -161,7 +162,7 @@ class RequestBodySender:
                     if discarded == 0:
                         if stop_on_response and not stream.is_quiet():
                             return
-                        stream.send(_framed(chunk) if chunked else chunk, self._proxy_timeout)
+                        stream.send(encode_chunk(chunk) if chunked else chunk, self._proxy_timeout)
                         self.chunks_sent += 1
                         continue
                 except OSError:
@@ -195,7 +196,7 @@ class RequestBodySender:
     def _last_chunk(self) -> bytes:
         trailers = getattr(self._stream, "trailers", None) if self.client.connection is not None else None
         lines = wire.lines_of([(name.lower(), value) for name, value in trailers or () if is_trailer(name)])
-        return b"0\r\n%b\r\n" % lines
+        return last_chunk(lines)
 
     def join(self) -> None:
         """The response was sent: let the client finish its body, within bounds."""
@@ -241,7 +242,3 @@ class NoBodySender:
 
 
 NO_BODY_SENDER = NoBodySender()
-
-
-def _framed(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)

@@ -14,7 +14,8 @@ from typing import Any
 from urllib.parse import quote, unquote_to_bytes
 
 from gunicorn_passenger.errors import BadRequestBody
-from gunicorn_passenger.proxy.options import APPEND, TOKEN, VALUE, Options
+from gunicorn_passenger.http.grammar import FIELD_VALUE, TOKEN
+from gunicorn_passenger.proxy.options import APPEND, Options
 from gunicorn_passenger.proxy.target import Target
 
 HeaderList = list[tuple[str, str]]
@@ -383,7 +384,7 @@ def environ_headers(environ: dict[str, Any], known: Collection[str] = ()) -> Hea
             headers.append((name, environ[key]))
     for name, value in headers:
         # an application, or a server that is not ours, has had them
-        if not TOKEN.fullmatch(name) or not VALUE.fullmatch(value):
+        if not TOKEN.fullmatch(name) or not FIELD_VALUE.fullmatch(value):
             raise BadRequestBody(
                 f"the request's header {name[:40]!r} holds a character that a header must not have"
             )

@@ -9,7 +9,22 @@ from __future__ import annotations
 import re
 from typing import NamedTuple, Protocol
 
+from gunicorn.http.errors import (
+    ChunkMissingTerminator,
+    InvalidChunkSize,
+    InvalidHeader,
+    LimitRequestHeaders,
+)
+
 from gunicorn_passenger.errors import BadResponse
+from gunicorn_passenger.http.chunked import TRAILER_LIMIT, ChunkedDecoder, InvalidChunkExtension
+from gunicorn_passenger.http.grammar import (
+    FIELD_LINE_BYTES,
+    FIELD_LINES_BYTES,
+    LENIENT_CHUNK_LINE_BYTES,
+    RESPONSE_HEAD_BYTES,
+    STATUS_LINE_BYTES,
+)
 from gunicorn_passenger.proxy import wire
 from gunicorn_passenger.proxy.request_headers import (
     ASIDE,
@@ -19,27 +34,16 @@ from gunicorn_passenger.proxy.request_headers import (
     without_nominated,
 )
 
-#: The most bytes of a response head, of the line with the size of a chunk, and of all trailers.
+#: The most bytes of a response head, and of the line with the size of a chunk.
 HEAD_LIMIT = 65536
 _LINE_LIMIT = 4096
 #: The longest response head that is remembered.
 _LONGEST_REMEMBERED = 2048
-_TRAILER_LIMIT = 65536
 #: Status codes of responses that have no body (RFC 9110 section 6.4.1), or switch protocols.
 _NOT_PLAIN = (101, 204, 304)
 
-# RFC 9112 sections 4 and 5: status-line = HTTP-version SP status-code SP [ reason-phrase ], and many
-# servers leave out the second SP; field-line = field-name ":" OWS field-value OWS
-_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_HEAD = re.compile(
-    rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?\r\n"
-    rb"((?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*)\r\n"
-)
 # obs-fold, which a proxy replaces by a space (RFC 9112 section 5.2)
 _FOLD = re.compile(rb"\r\n[ \t]+")
-_FIELDS = re.compile(rb"((?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*)")
-# RFC 9112 section 7.1: chunk = chunk-size [ chunk-ext ] CRLF
-_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 
 
 class RemembersHead(Protocol):
@@ -84,7 +88,7 @@ class ResponseHead:
         :param keep_case: whether names keep their letter case; else they are lower case.
         :raises BadResponse: says why.
         """
-        found = _HEAD.fullmatch(data) or _HEAD.fullmatch(_unfolded(data))
+        found = RESPONSE_HEAD_BYTES.fullmatch(data) or RESPONSE_HEAD_BYTES.fullmatch(_unfolded(data))
         if found is None:
             raise _malformed(data)
         minor, status, reason, block = found.groups()
@@ -215,25 +219,22 @@ def _unfolded(data: bytes) -> bytes:
 
 def _malformed(data: bytes) -> BadResponse:
     first, _, rest = data.partition(b"\r\n")
-    if not re.fullmatch(rb"HTTP/1\.[01] [1-9][0-9][0-9](?: [\t\x20-\x7e\x80-\xff]*)?", first):
+    if not STATUS_LINE_BYTES.fullmatch(first):
         return BadResponse(f"it begins with {first[:40]!r}, which is not a status line of HTTP/1.x")
     for line in rest.split(b"\r\n"):
-        if line and not re.fullmatch(_TOKEN + rb":[\t\x20-\x7e\x80-\xff]*", line):
+        if line and not FIELD_LINE_BYTES.fullmatch(line):
             return BadResponse(f"it has a malformed header line: {line[:40]!r}")
     return BadResponse("its head is malformed")
 
 
-class ChunkedDecoder:
-    """Decodes a chunked body (RFC 9112 section 7.1)."""
+class ResponseChunks(ChunkedDecoder):
+    """The chunked body of a response."""
+
+    __slots__ = ("trailers",)
 
     def __init__(self) -> None:
-        self._buf = b""
-        #: bytes of the current chunk that are still to come
-        self._left = 0
-        self._between = False
-        self._last = False
-        self.finished = False
-        #: the trailer section, checked
+        super().__init__(_LINE_LIMIT, LENIENT_CHUNK_LINE_BYTES)
+        #: the trailers that may be forwarded
         self.trailers: HeaderList = []
 
     def feed(self, data: bytes) -> bytes:
@@ -241,75 +242,28 @@ class ChunkedDecoder:
         :returns: the part of the body in these bytes.
         :raises BadResponse: when it is malformed.
         """
-        if self._left > len(data) and not self._buf:
-            self._left -= len(data)
-            return data
-        buf = self._buf + data if self._buf else data
-        at = 0
-        parts = []
-        while not self.finished:
-            if self._left:
-                part = buf[at : at + self._left]
-                if not part:
-                    break
-                parts.append(part)
-                at += len(part)
-                self._left -= len(part)
-                if self._left:
-                    break
-                self._between = True
-            if self._between:
-                end = buf[at : at + 2]
-                if end == b"\r\n":
-                    at += 2
-                    self._between = False
-                elif b"\r\n".startswith(end):
-                    break
-                else:
-                    raise BadResponse("a chunk of its body does not end where it should")
-            if self._last:
-                at = self._trailer(buf, at)
-                break
-            end_of_line = buf.find(b"\n", at, at + _LINE_LIMIT)
-            if end_of_line < 0:
-                if len(buf) - at >= _LINE_LIMIT:
-                    raise BadResponse("a chunk's size is endless")
-                break
-            found = _SIZE.fullmatch(buf[at : end_of_line - 1])
-            if found is None or buf[end_of_line - 1 : end_of_line] != b"\r":
-                raise BadResponse(f"a chunk's size is {buf[at:end_of_line][:20]!r}")
-            at = end_of_line + 1
-            self._left = int(found[1], 16)
-            if not self._left:
-                self._last = True
-                at = self._trailer(buf, at)
-                break
-        self._buf = buf[at:]
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        try:
+            content = super().feed(data)
+        except ChunkMissingTerminator:
+            raise BadResponse("a chunk of its body does not end where it should") from None
+        except (InvalidChunkSize, InvalidChunkExtension) as error:
+            raise BadResponse(f"a line with a chunk's size is malformed: {error}") from None
+        except LimitRequestHeaders:
+            raise BadResponse(f"its trailers have more than {TRAILER_LIMIT} bytes") from None
+        except InvalidHeader:
+            raise BadResponse("its trailers are malformed") from None
+        if self.trailer_section:
+            self._take_trailers()
+        return content
 
-    def _trailer(self, buf: bytes, at: int) -> int:
-        if buf[at : at + 2] == b"\r\n":
-            self.finished = True
-            return at + 2
-        end = buf.find(b"\r\n\r\n", at)
-        if (end + 4 if end >= 0 else len(buf)) - at > _TRAILER_LIMIT:
-            raise BadResponse(f"its trailers have more than {_TRAILER_LIMIT} bytes")
-        if end < 0:
-            return at
-        section = buf[at : end + 2]
-        if not _FIELDS.fullmatch(section):
+    def _take_trailers(self) -> None:
+        section, self.trailer_section = self.trailer_section, b""
+        if not FIELD_LINES_BYTES.fullmatch(section):
             raise BadResponse("its trailers are malformed")
         for line in section.decode("latin-1").split("\r\n")[:-1]:
             name, _, value = line.partition(":")
             if is_trailer(name):
                 self.trailers.append((name, value.strip(" \t")))
-        self.finished = True
-        return end + 4
-
-    @property
-    def rest(self) -> bytes:
-        """The bytes that came after the body."""
-        return self._buf
 
 
 #: Headers that frame, route or authenticate must not come in trailers (RFC 9110 section 6.5.1).

@@ -17,7 +17,7 @@ from gunicorn_passenger.proxy.request_body import NoBodySender, RequestBodySende
 from gunicorn_passenger.proxy.request_headers import HeaderList
 from gunicorn_passenger.proxy.response_head import (
     HEAD_LIMIT,
-    ChunkedDecoder,
+    ResponseChunks,
     ResponseHead,
     parse_response_head,
 )
@@ -53,7 +53,7 @@ class RoundTrip:
     _interim = 0
     #: whether the upstream has ended the connection
     _ended = False
-    _decoder: ChunkedDecoder | None = None
+    _decoder: ResponseChunks | None = None
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class RoundTrip:
         if self.method == "HEAD" or head.status in _BODILESS or head.status == 101:
             self.complete = True
         elif head.chunked:
-            self._decoder = ChunkedDecoder()
+            self._decoder = ResponseChunks()
         elif head.length is not None:
             self.left = head.length
             self.complete = not head.length

@@ -11,14 +11,10 @@ sent again without another check.
 
 from __future__ import annotations
 
-import re
-
-from gunicorn_passenger.proxy.options import TOKEN, VALUE
+from gunicorn_passenger.http.grammar import FIELD_VALUE, REQUEST_TARGET, TOKEN
 
 Fields = list[tuple[str, str]]
 
-#: RFC 9112 section 3.2: a request target has visible ASCII characters only
-_TARGET = re.compile(r"[\x21-\x7e]+")
 _VERSIONS = ("1.0", "1.1")
 #: how much of a bad text an error shows
 _SHOWN = 80
@@ -36,7 +32,7 @@ def request_line(method: str, target: str) -> bytes:
     """
     if not isinstance(method, str) or not TOKEN.fullmatch(method):
         raise Unsendable(f"the request has the method {_cut(method)}, which is not a token")
-    if not isinstance(target, str) or not _TARGET.fullmatch(target):
+    if not isinstance(target, str) or not REQUEST_TARGET.fullmatch(target):
         raise Unsendable(f"the request has the target {_cut(target)}, which cannot stand in a request line")
     return f"{method} {target} HTTP/1.1\r\n".encode("ascii")
 
@@ -57,7 +53,7 @@ def status_text(status: int, reason: str) -> str:
     """
     if isinstance(status, bool) or not isinstance(status, int) or not 100 <= status <= 999:
         raise Unsendable(f"the response has the status {_cut(status)}, which is not a number from 100 to 999")
-    if not isinstance(reason, str) or not VALUE.fullmatch(reason):
+    if not isinstance(reason, str) or not FIELD_VALUE.fullmatch(reason):
         raise Unsendable(f"the response has the reason {_cut(reason)}, which cannot stand in a status line")
     return f"{status} {reason}"
 
@@ -70,7 +66,7 @@ def checked(headers: Fields) -> Fields:
     for name, value in headers:
         if not isinstance(name, str) or not TOKEN.fullmatch(name):
             raise Unsendable(f"a header has the name {_cut(name)}, which is not a token")
-        if not isinstance(value, str) or not VALUE.fullmatch(value):
+        if not isinstance(value, str) or not FIELD_VALUE.fullmatch(value):
             raise Unsendable(
                 f"the header {name!r} has the value {_cut(value)}, which holds a line break or another "
                 "character that a header must not have"

@@ -20,8 +20,8 @@ from gunicorn.http.wsgi import create
 
 from gunicorn_passenger.config.settings import Timeouts
 from gunicorn_passenger.http import connection as connection_module
-from gunicorn_passenger.http import request_head
 from gunicorn_passenger.http.connection import Connection
+from gunicorn_passenger.http.grammar import AUTHORITY
 from gunicorn_passenger.http.listener_context import ListenerContext, StandaloneWorker
 
 SOCKNAME = "/run/app.sock"
@@ -209,7 +209,7 @@ def _absolute_form(request: Any) -> bool:
     if (
         parts.scheme not in ("http", "https")
         or request.method == "CONNECT"
-        or not request_head._AUTHORITY.fullmatch(parts.netloc)
+        or not AUTHORITY.fullmatch(parts.netloc)
     ):
         return False
     request.headers = [

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gunicorn_passenger.errors import BadResponse, PoolExhausted
 from gunicorn_passenger.proxy import agent as agents
 from gunicorn_passenger.proxy import pool as pools
-from gunicorn_passenger.proxy.response_head import ChunkedDecoder, ResponseHead
+from gunicorn_passenger.proxy.response_head import ResponseChunks, ResponseHead
 from gunicorn_passenger.proxy.target import parse_target
 from gunicorn_passenger.proxy.upstream_io import GeventStream, runtime
 from gunicorn_passenger.proxy.websocket_frames import FrameTracker, close_frame
@@ -69,7 +69,7 @@ def test_a_close_is_1001_and_masked_towards_the_target():
 def test_chunks_are_taken_apart_however_they_are_cut(pieces, cut, trailers):
     stream = b"".join(b"%x;a=b\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
     stream += b"0\r\n" + (b"X-T: 1\r\nContent-Length: 5\r\n" if trailers else b"") + b"\r\nsurplus"
-    decoder = ChunkedDecoder()
+    decoder = ResponseChunks()
     body = b""
     at = 0
     while not decoder.finished:
@@ -86,7 +86,7 @@ def test_chunks_are_taken_apart_however_they_are_cut(pieces, cut, trailers):
 )  # fmt: skip
 def test_bad_chunks(data):
     with pytest.raises(BadResponse):
-        ChunkedDecoder().feed(data)
+        ResponseChunks().feed(data)
 
 
 def test_a_head_is_not_changed_by_who_reads_it_twice():
