@@ -31,14 +31,14 @@ _GONE = {errno.ECONNABORTED, errno.EPROTO, errno.EINTR, errno.EPERM}
 class Acceptor:
     """Accepts on one listening socket; every connection gets a greenlet."""
 
-    def __init__(self, sock: Any, gateway: ListenerContext, limit: int, share: bool) -> None:
+    def __init__(self, sock: Any, listener: ListenerContext, limit: int, share: bool) -> None:
         """
         :param sock: a listening gevent socket; the acceptor owns it.
         :param limit: how many connections it serves at a time; more wait in the backlog.
         :param share: whether siblings accept from the same socket, so that one connection is
             accepted at a time and they get theirs.
         """
-        self.gateway = gateway
+        self.listener = listener
         self._sock = sock
         self._raw = sock._sock
         self._family, self._proto = self._raw.family, self._raw.proto
@@ -56,8 +56,8 @@ class Acceptor:
 
     def serve(self, app: Any) -> None:
         """From now on, serve this."""
-        self.gateway.app = app
-        self.gateway.forwards = False
+        self.listener.app = app
+        self.listener.is_proxy = False
 
     def _accept(self) -> None:
         raw = self._raw
@@ -86,23 +86,22 @@ class Acceptor:
             os.close(fd)
             raise
 
-    def adopt(self, sock: Any, addr: Any, early: bytes = b"", begun: bool = False) -> Connection:
+    def adopt(self, sock: Any, addr: Any, begun: bool = False) -> Connection:
         """Serve a connection that was accepted here or by a sibling.
 
         :param sock: a connected :class:`~.client_socket.ClientSocket`; the acceptor owns it, and closes it
             when this raises.
         :param addr: what ``accept()`` gave.
-        :param early: bytes that were read from it before.
         :param begun: whether it has had requests, and was counted, somewhere else.
         """
         try:
-            connection = Connection(self, self.gateway, sock, addr, early)
+            connection = Connection(self, self.listener, sock, addr)
         except BaseException:
             sock.release()
             raise
         self._connections.add(connection)
         if begun:
-            connection.fresh = False
+            connection.is_new = False
         else:
             self._accepted += 1
         try:
@@ -112,7 +111,7 @@ class Acceptor:
             raise
         return connection
 
-    def ended(self, connection: Connection) -> None:
+    def on_connection_closed(self, connection: Connection) -> None:
         """Called by a connection at its end."""
         self._connections.discard(connection)
         watcher = self._watcher
@@ -154,32 +153,29 @@ class Acceptor:
         """Close the listening socket; connections go on."""
         self._close_watcher()
         self._sock.close()
-        self.gateway.closing = True
+        self.listener.closing = True
         for connection in list(self._connections):
             connection.begin_shutdown()
 
     def has_capacity(self) -> bool:
         """Whether it may serve another connection."""
-        return len(self._connections) < self._limit and not self.gateway.closing
+        return len(self._connections) < self._limit and not self.listener.closing
 
-    def waiting(self, most: int) -> list[tuple[Any, Any]]:
-        """Give away connections that wait for a request.
+    def pop_idle_connection(self) -> tuple[Any, Any] | None:
+        """Stop serving one connection that waits for a request.
 
-        :param most: how many at most.
-        :returns: sockets and addresses, the caller's from now on.
+        :returns: its socket and its client's address, which are the caller's from now on; ``None`` when no
+            connection is idle.
         """
-        given: list[tuple[Any, Any]] = []
-        for connection in list(self._connections):
-            if len(given) >= most:
-                break
-            if connection.waits():
-                connection.give_up(lambda sock, addr, _: given.append((sock, addr)))
-        return given
+        for connection in self._connections:
+            if connection.is_idle():
+                return connection.detach()
+        return None
 
     @property
     def sockname(self) -> Any:
         """What it listens on."""
-        return self.gateway.sockname
+        return self.listener.sockname
 
     def pause(self) -> None:
         """Accept nothing more, and leave the listening socket open: it is another process's too."""
@@ -191,13 +187,13 @@ class Acceptor:
 
     def done(self) -> bool:
         """Whether nothing will change any more."""
-        return self.gateway.closing and not self._connections
+        return self.listener.closing and not self._connections
 
     def counts(self) -> Counters:
         """What it has done so far."""
-        gateway = self.gateway
+        listener = self.listener
         return Counters(
-            len(self._connections), self._accepted, gateway.requests, gateway.sent, gateway.errors
+            len(self._connections), self._accepted, listener.requests, listener.sent, listener.errors
         )
 
     def kill(self, timeout: float) -> None:

@@ -96,13 +96,13 @@ class DownstreamListener(Protocol):
     #: whether the server accepts no more connections
     closing: bool
     #: whether the application only forwards requests: a pending response then does not wait for its code
-    forwards: bool
+    is_proxy: bool
 
     @property
     def worker(self) -> GunicornWorker: ...
 
 
-class DownstreamPeer(Protocol):
+class DownstreamContext(Protocol):
     """The other end of a connection."""
 
     #: a tuple as ``accept()`` gives it, or the name of a UNIX socket
@@ -127,10 +127,10 @@ class DownstreamConnection(DisconnectWatch, Protocol):
     def body(self) -> Any: ...
 
     @property
-    def peer(self) -> DownstreamPeer: ...
+    def context(self) -> DownstreamContext: ...
 
     @property
-    def gateway(self) -> DownstreamListener: ...
+    def listener(self) -> DownstreamListener: ...
 
     @property
     def response(self) -> DownstreamResponse | None: ...

@@ -50,7 +50,7 @@ class HookFailed(Exception):
 
 
 class StandaloneWorker:
-    """What a gateway asks of the process that it serves in, when that is no worker."""
+    """What a listener asks of its process when that is not a worker."""
 
     alive = True
     nr = 0
@@ -112,8 +112,8 @@ class ListenerContext:
         self.closing = False
         #: requests that were passed on, bytes that were sent, answers of 500 and above or that broke off
         self.requests = self.sent = self.errors = 0
-        #: whether its application sends on what other servers answer, and so keeps nobody waiting
-        self.forwards = False
+        #: whether the application is a proxy, whose code is short: responses may wait for it
+        self.is_proxy = False
         self.sendfile = cfg.sendfile is not False
         self.after = self._hook("post_request")
         before = self._hook("pre_request")
@@ -133,7 +133,7 @@ class ListenerContext:
         self.heads = TimeoutQueue(timeouts.head)
         self.bodies = TimeoutQueue(timeouts.body)
         self.lingering = TimeoutQueue(_LINGER)
-        self.turn = coalescer_for_hub()
+        self.coalescer = coalescer_for_hub()
         self._template = base_environ(cfg) | {"wsgi.errors": ErrorStream(cfg), "wsgi.multithread": True}
         self._template |= dict.fromkeys(_EACH)
         if isinstance(sockname, tuple):
@@ -159,8 +159,8 @@ class ListenerContext:
         except Exception as error:
             raise HookFailed(request) from error
 
-    def peer(self, addr: Any, sock: Any) -> ConnectionContext:
-        """Whom a connection came from.
+    def new_context(self, addr: Any, sock: Any) -> ConnectionContext:
+        """What is known of one connection's client.
 
         :param addr: a tuple as ``accept()`` gives it, or an empty string for a client of a UNIX socket,
             which has no address.

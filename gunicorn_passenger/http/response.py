@@ -240,7 +240,7 @@ class Response:
             self._started_before(exc_info)
         code, bodiless = _statuses.get(status) or _code_of(status)
         if code >= 500:
-            self._connection.gateway.errors += 1
+            self._connection.listener.errors += 1
         pairs = tuple(headers)
         try:
             block, length, upgrade = _blocks[pairs]
@@ -341,7 +341,7 @@ class Response:
         else:
             self._send_head(data)
 
-    # --- what the gateway calls ------------------------------------------------------------------
+    # --- what the listener calls ------------------------------------------------------------------
 
     def send_all(self, pieces: Any) -> None:
         """Send a body that is there as a whole: a list or a tuple of pieces.
@@ -475,8 +475,8 @@ class Response:
         elif length is None:
             self.chunked = self._protocol != "HTTP/1.0"
         connection = self._connection
-        gateway = connection.gateway
-        if (unread and connection.body.unread) or gateway.closing or not gateway.worker.alive:
+        listener = connection.listener
+        if (unread and connection.body.unread) or listener.closing or not listener.worker.alive:
             self.must_close = True
         if self.should_close():
             self.must_close = True
@@ -491,7 +491,7 @@ class Response:
                 body += LAST_CHUNK
         line = status.encode("latin-1")
         if status.startswith("5"):
-            connection.gateway.errors += 1
+            connection.listener.errors += 1
         self.headers_sent = True
         head = b"%b %b\r\n%bConnection: %b\r\n%b\r\n" % (version, line, headers, word, framing)
         if len(body) < _JOIN:
@@ -509,20 +509,20 @@ class Response:
             has no body, and the response to it may have one.
         """
         connection = self._connection
-        gateway = connection.gateway
+        listener = connection.listener
         self.status = head.line
         self.status_code = head.status
         self._block = head.lines or b""
         self._complete = True
         self.response_length = self.sent = len(body)
         if head.line.startswith("5"):
-            gateway.errors += 1
+            listener.errors += 1
         self.headers_sent = True
-        if gateway.closing or not gateway.worker.alive or self.must_close:
+        if listener.closing or not listener.worker.alive or self.must_close:
             self.must_close = True
             wire = wire.removesuffix(b"keep-alive\r\n\r\n") + b"close\r\n\r\n"
         if len(body) < _JOIN and not self.must_close:
-            gateway.turn.hold(connection, wire + body)
+            listener.coalescer.enqueue(connection, wire + body)
         else:
             connection.send_vector(wire, body)
 
@@ -557,7 +557,7 @@ class Response:
     def _warn(self) -> None:
         if not self._warned:
             self._warned = True
-            self._connection.gateway.log.warning(
+            self._connection.listener.log.warning(
                 "WSGI app sent body bytes on a no-body response (method=%s status=%s); "
                 "dropping per RFC 9110.",
                 self.method,
@@ -566,11 +566,11 @@ class Response:
 
     def _send_head(self, body: bytes) -> None:
         connection = self._connection
-        gateway = connection.gateway
+        listener = connection.listener
         if (
             connection.body.unread
-            or gateway.closing
-            or not gateway.worker.alive
+            or listener.closing
+            or not listener.worker.alive
             or self.must_close
             or (self.response_length is None and self.should_close())
         ):
@@ -582,8 +582,8 @@ class Response:
         self.headers_sent = True
         if len(body) < _JOIN:
             data = b"%b%b\r\n%b" % (begin, self._block, body)
-            if gateway.turn.holds and self.sent == self.response_length and word == "keep-alive":
-                gateway.turn.hold(connection, data)
+            if listener.coalescer.active and self.sent == self.response_length and word == "keep-alive":
+                listener.coalescer.enqueue(connection, data)
             else:
                 connection.send(data)
         else:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from gevent import get_hub
 
+from gunicorn_passenger.http.connection_state import ConnectionState
 from gunicorn_passenger.http.faults import report_fault
 
 
@@ -67,10 +68,11 @@ class TimeoutQueue:
 
 
 class IdleConnection(Protocol):
-    #: the tick in which it began to wait; 0 while it does not
-    silent: int
-    #: whether it is looked at with each tick
-    watched: bool
+    state: ConnectionState
+    #: the tick in which it became idle
+    idle_since: int
+    #: whether the ticker checks it at each tick
+    tracked: bool
 
     def expire(self) -> None:
         """Its client has paused. Called in the hub: it must not block."""
@@ -89,34 +91,34 @@ class IdleTicker:
         """
         self.tick = 1
         self._seconds = seconds
-        self._watched: set[IdleConnection] = set()
+        self._tracked: set[IdleConnection] = set()
         self._timer: Any = None
 
-    def watch(self, connection: IdleConnection) -> None:
+    def track(self, connection: IdleConnection) -> None:
         """It waits, and is looked at from now on until it pauses or is found to be doing something else."""
-        connection.watched = True
-        self._watched.add(connection)
+        connection.tracked = True
+        self._tracked.add(connection)
         if self._timer is None:
             self._timer = get_hub().loop.timer(self._seconds, self._seconds)
             self._timer.start(self._next)
 
-    def forget(self, connection: IdleConnection) -> None:
-        connection.watched = False
-        self._watched.discard(connection)
+    def untrack(self, connection: IdleConnection) -> None:
+        connection.tracked = False
+        self._tracked.discard(connection)
 
     def _next(self) -> None:
         self.tick += 1
         begun = self.tick - 2
-        for connection in list(self._watched):
-            if not connection.silent:
+        for connection in list(self._tracked):
+            if connection.state is not ConnectionState.IDLE:
                 # it may be long: it comes back with its next wait
-                self.forget(connection)
-            elif connection.silent <= begun and connection.watched:
-                self.forget(connection)
+                self.untrack(connection)
+            elif connection.idle_since <= begun and connection.tracked:
+                self.untrack(connection)
                 try:
                     connection.expire()
                 except Exception as error:
                     report_fault("an idle connection kept its greenlet", error)
-        if not self._watched:
+        if not self._tracked:
             self._timer.close()
             self._timer = None

@@ -1,24 +1,25 @@
-"""Answers that leave together at the end of the loop's turn.
+"""Write coalescing: the finished responses of one event-loop iteration are sent together at its end.
 
-Runs in: a worker, one for each loop. Must never: wait for a client, or hold anything while requests are
-known to be slow.
+Process: a worker; one coalescer for each event loop.
+Never: wait for a client, or delay a response while requests are known to be slow.
 
-To send an answer to a client that sleeps is to wake it, which can cost more than all else that a server
-does for a request. A client that was woken stays awake while more answers come. So in a busy worker the
-answers of one turn of the loop are held until its end, and sent one after the other.
+Waking a sleeping client can cost more than handling its request. A client that was woken stays awake while
+more responses come. So in a busy worker the responses of one event-loop iteration are kept until its end, and
+sent one after the other.
 
-But then an answer that is finished waits for other requests' code, and nobody can tell beforehand how long
-that will run. So answers are held only after a long streak of requests that all were quick, and leave
+But then a finished response waits for the code of other requests, and how long that runs cannot be known
+beforehand. So responses are coalesced only after a long streak of requests that all were quick, and are
+flushed
 
-- at the end of the turn: before the loop waits for anything;
-- when a request begins and the first of them has waited for 3 ms (``_LONG``);
-- when there are 32 (``_MANY``);
+- at the end of the iteration: before the loop waits for anything;
+- when a request begins and the first of them has waited for 3 ms (``_MAX_DELAY``);
+- when there are 32 (``_MAX_PENDING``);
 - when one request has taken more than 1 ms, which also ends the streak.
 
-What remains is the first slow request after a streak: answers finished in the 3 ms before it wait for its
-code, until it ends or waits for something itself. The next 200 answers are sent at once. The same holds for
-greenlets in the middle of something that wake up in that turn. The clients' next requests would have waited
-for that code in any case.
+What remains is the first slow request after a streak: the responses finished in the 3 ms before it wait for
+its code, until it ends or waits for something itself. The next 200 responses are sent at once. The same holds
+for greenlets in the middle of a request that wake up in that iteration. The clients' next requests would have
+waited for that code in any case.
 """
 
 from __future__ import annotations
@@ -33,88 +34,111 @@ from gevent import get_hub
 
 from gunicorn_passenger.http.faults import report_fault
 
-#: Of how many requests one is timed, while there is no streak.
-SAMPLE = 16
-
-#: Seconds that requests of a streak take. With quicker ones, clients hardly have the time to fall asleep, and
-#: holding answers costs more than it saves; with slower ones the wait would be long and the gain small.
-_LEAST, _MOST = 25e-6, 1e-3
-#: How many there must be, one after the other, before answers are held.
+#: One request of so many is timed while there is no streak.
+_SAMPLE = 16
+#: Seconds that each request of a streak takes, at least and at most. When requests are quicker, clients
+#: hardly have the time to fall asleep, and coalescing costs more than it saves; when they are slower, the
+#: delay would be long and the gain small.
+_QUICKEST, _SLOWEST = 25e-6, 1e-3
+#: How many such requests in a row it takes before responses are coalesced.
 _STREAK = 200
-#: How many answers are held, and for how many seconds, before the next request begins.
-_MANY = 32
-_LONG = 3e-3
+#: How many responses are pending at most, and for how many seconds, before the next request begins.
+_MAX_PENDING = 32
+_MAX_DELAY = 3e-3
 
 
 class WriteCoalescer:
-    """The answers that the present turn of the loop holds."""
+    """The pending responses of the present event-loop iteration, and whether responses are coalesced."""
+
+    __slots__ = ("_due", "_loop", "active", "pending", "streak")
 
     def __init__(self, loop: Any) -> None:
         self._loop = loop
-        self.holding: list[Any] = []
-        #: how many requests in a row have been quick, and whether answers are held for that
+        #: the connections with a pending response
+        self.pending: list[Any] = []
+        #: how many requests in a row have been quick, and whether responses are coalesced for that
         self.streak = 0
-        self.holds = False
-        #: when (by ``perf_counter``) a request that begins lets them go first
-        self.due = inf
+        self.active = False
+        #: when (by ``perf_counter``) a request that begins flushes first
+        self._due = inf
 
-    def took(self, seconds: float) -> None:
-        """A request is over: all of it, from the call of the application to its ``close()``."""
-        if _LEAST < seconds < _MOST:
+    def begin_request(self, number: int, timed: bool, proxied: bool) -> float:
+        """A request begins: flush what must not wait for its code.
+
+        :param number: of the request, in this worker.
+        :param timed: whether its beginning is needed in any case.
+        :param proxied: whether the application is a proxy, whose own code is short.
+        :returns: when it begins (by ``perf_counter``); 0.0 when its duration does not matter.
+        """
+        if self.pending and not (self.active or proxied):
+            self.flush()
+        if self.streak or timed or not number % _SAMPLE:
+            began = perf_counter()
+            if began > self._due:
+                self.flush()
+            return began
+        return 0.0
+
+    def record_duration(self, seconds: float) -> None:
+        """A request has ended.
+
+        :param seconds: from the call of the application to the end of its result's ``close()``.
+        """
+        if _QUICKEST < seconds < _SLOWEST:
             self.streak += 1
-            self.holds = self.streak >= _STREAK
+            self.active = self.streak >= _STREAK
         else:
             self.streak = 0
-            self.holds = False
-            self.let_go()
+            self.active = False
+            self.flush()
 
-    def hold(self, connection: Any, answer: bytes) -> None:
-        """Send it at the end of the turn.
+    def enqueue(self, connection: Any, response: bytes) -> None:
+        """Send a response at the end of the iteration.
 
-        :param connection: gets it as ``held``; its ``let_go()`` sends that without waiting.
+        :param connection: gets it as ``pending``; its ``flush_pending()`` sends it without waiting.
         """
-        connection.held = answer
-        connection.gateway.sent += len(answer)
-        self.holding.append(connection)
-        if len(self.holding) == 1:
-            self.due = perf_counter() + _LONG
-            self._loop.run_callback(self.let_go)
-        elif len(self.holding) >= _MANY:
-            self.let_go()
+        connection.pending = response
+        connection.listener.sent += len(response)
+        self.pending.append(connection)
+        if len(self.pending) == 1:
+            self._due = perf_counter() + _MAX_DELAY
+            self._loop.run_callback(self.flush)
+        elif len(self.pending) >= _MAX_PENDING:
+            self.flush()
 
-    def let_go(self) -> None:
-        """Send what is held."""
-        holding, self.holding = self.holding, []
-        self.due = inf
-        for connection in holding:
+    def flush(self) -> None:
+        """Send all pending responses."""
+        pending, self.pending = self.pending, []
+        self._due = inf
+        for connection in pending:
             try:
-                connection.let_go()
+                connection.flush_pending()
             except Exception as error:
                 report_fault("a response was not sent", error)
                 connection.close()
 
-    def forget(self) -> None:
-        """In a forked child: the parent sends it."""
-        for connection in self.holding:
-            connection.forget()
-        self.holding.clear()
+    def drop(self) -> None:
+        """In a forked child: the parent process sends the pending responses."""
+        for connection in self.pending:
+            connection.drop_pending()
+        self.pending.clear()
 
 
-_turns: WeakKeyDictionary[Any, WriteCoalescer] = WeakKeyDictionary()
+_coalescers: WeakKeyDictionary[Any, WriteCoalescer] = WeakKeyDictionary()
 
 
 def coalescer_for_hub() -> WriteCoalescer:
-    """The one of the current thread's loop: whoever serves in it runs others' code between answers."""
+    """The coalescer of the current thread's event loop, which all listeners in it share."""
     hub = get_hub()
-    turn = _turns.get(hub)
-    if turn is None:
-        turn = _turns[hub] = WriteCoalescer(hub.loop)
-    return turn
+    coalescer = _coalescers.get(hub)
+    if coalescer is None:
+        coalescer = _coalescers[hub] = WriteCoalescer(hub.loop)
+    return coalescer
 
 
-def _forget() -> None:
-    for turn in _turns.values():
-        turn.forget()
+def _drop_in_child() -> None:
+    for coalescer in _coalescers.values():
+        coalescer.drop()
 
 
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(after_in_child=_drop_in_child)

@@ -135,7 +135,7 @@ class WsgiDownstream:
         if not text:
             return ""
         if self._carrier is not None:
-            addr = self._carrier.peer.addr
+            addr = self._carrier.context.addr
             name = None if isinstance(addr, tuple) else addr
         else:
             name = _unix_name(self.environ.get("gunicorn.socket"))
@@ -217,7 +217,7 @@ class NativeDownstream(WsgiDownstream):
         return int(self.connection.buffered())
 
     def _trusted(self, address: str) -> bool:
-        return bool(self.connection.peer.trusted)
+        return bool(self.connection.context.trusted)
 
     def send_informational(self, status: int, reason: str, headers: HeaderList) -> None:
         if self.environ["SERVER_PROTOCOL"] == "HTTP/1.0":
@@ -269,7 +269,7 @@ def downstream_for(
         or environ.get("wsgi.input") is not connection.body
     ):
         return WsgiDownstream(environ, start_response, connection)
-    return NativeDownstream(environ, start_response, connection, is_sole_app(connection.gateway.app, proxy))
+    return NativeDownstream(environ, start_response, connection, is_sole_app(connection.listener.app, proxy))
 
 
 def is_sole_app(app: Any, proxy: object) -> bool:

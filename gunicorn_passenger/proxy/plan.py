@@ -92,8 +92,8 @@ def remembered_plan(
     if (
         plan is None
         or plan.template is None
-        or plan.template is not connection.peer.known
-        or (connection.gateway.app is not proxy and not is_sole_app(connection.gateway.app, proxy))
+        or plan.template is not connection.context.known
+        or (connection.listener.app is not proxy and not is_sole_app(connection.listener.app, proxy))
         or environ["REQUEST_METHOD"] != "GET"
         or environ["SERVER_PROTOCOL"] != "HTTP/1.1"
         or connection.body is not EMPTY_BODY
@@ -168,10 +168,10 @@ def plan_request(  # noqa: PLR0915 - the decisions, one after the other
             plan.protocol = client.protocol
             connection.memo = plan
         if plan.reusable and plan.options is route.options and _is_repeatable(plan, route):
-            connection.gateway.forwards = True
+            connection.listener.is_proxy = True
             response = connection.response
             if response is not None and response.req is None:
-                plan.template = connection.peer.known
+                plan.template = connection.context.known
     return plan
 
 

@@ -81,7 +81,7 @@ def run(
             early = connection.hijack(response, f"101 {head.reason}", lines.decode("latin-1"))
             connection.leaving = tunnel.begin_shutdown
             stack.callback(setattr, connection, "leaving", None)
-            if connection.gateway.closing or not connection.gateway.worker.alive:
+            if connection.listener.closing or not connection.listener.worker.alive:
                 get_hub().loop.run_callback(tunnel.begin_shutdown)
             stack.callback(lambda: connection.count_sent(tunnel.bytes_out))
         else:

@@ -46,8 +46,8 @@ class ListenerHandler(Protocol):
     def idle(self) -> bool: ...
     def kill(self, timeout: float) -> None: ...
     def counts(self) -> Counters: ...
-    def waiting(self, most: int) -> list[tuple[Any, Any]]: ...
-    def adopt(self, sock: Any, addr: Any, early: bytes = b"", begun: bool = False) -> Any: ...
+    def pop_idle_connection(self) -> tuple[Any, Any] | None: ...
+    def adopt(self, sock: Any, addr: Any, begun: bool = False) -> Any: ...
     @property
     def sockname(self) -> Any: ...
     def done(self) -> bool: ...
@@ -86,16 +86,16 @@ def make_acceptor(sock: Any, app: Any, cfg: Any, log: Any, worker: Any) -> Liste
         return GunicornAcceptor(
             sock, GunicornHandler(app, cfg, log, worker), cfg.worker_connections, share, **tls
         )
-    context = ListenerContext(
+    listener = ListenerContext(
         app, cfg, log, worker, sockname, settings.timeouts(), settings.closes_websockets_on_exit()
     )
-    if context.reader.slow_parser_reason:
+    if listener.reader.slow_parser_reason:
         log.debug(
             "%s: gunicorn's Python parser, which is slower, parses the requests: %s",
             format_sockname(sockname),
-            context.reader.slow_parser_reason,
+            listener.reader.slow_parser_reason,
         )
-    return Acceptor(sock, context, cfg.worker_connections, share)
+    return Acceptor(sock, listener, cfg.worker_connections, share)
 
 
 class GunicornHandler(GeventWorker):
@@ -211,11 +211,10 @@ class GunicornAcceptor:
     def done(self) -> bool:
         return self._closed and self.idle()
 
-    def waiting(self, most: int) -> list[tuple[Any, Any]]:
-        """Nothing: gunicorn's handler does not know its idle connections, and TLS state cannot migrate."""
-        return []
+    def pop_idle_connection(self) -> None:
+        """``None``: gunicorn's handler does not know its idle connections, and TLS state cannot migrate."""
 
-    def adopt(self, sock: Any, addr: Any, early: bytes = b"", begun: bool = False) -> Any:
+    def adopt(self, sock: Any, addr: Any, begun: bool = False) -> Any:
         raise NotImplementedError("gunicorn's handler takes no connections of siblings")
 
     @property

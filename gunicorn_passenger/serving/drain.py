@@ -85,23 +85,25 @@ class ConnectionMigration:
 
     def _offer_one(self, key: str, acceptor: ListenerHandler) -> bool:
         """:returns: false when no connection waits for a request, or no sibling takes one."""
-        offered = acceptor.waiting(1)
-        for sock, addr in offered:
-            try:
-                self.in_flight = True
-                accepted = self._broker.offer_connection(key, addr, sock.fileno())
-            except errors.BrokerUnavailable:
-                # a sibling may serve it: it must not be read here again
-                self._broker.successor_ready = False
-                self._unresolved.append(sock)
-                return False
-            finally:
-                self.in_flight = False
-            if not accepted:
-                acceptor.adopt(sock, addr, begun=True)
-                return False
-            sock.release()
-        return bool(offered)
+        idle = acceptor.pop_idle_connection()
+        if idle is None:
+            return False
+        sock, addr = idle
+        try:
+            self.in_flight = True
+            accepted = self._broker.offer_connection(key, addr, sock.fileno())
+        except errors.BrokerUnavailable:
+            # a sibling may serve it: it must not be read here again
+            self._broker.successor_ready = False
+            self._unresolved.append(sock)
+            return False
+        finally:
+            self.in_flight = False
+        if not accepted:
+            acceptor.adopt(sock, addr, begun=True)
+            return False
+        sock.release()
+        return True
 
     def receive_connection(self, key: str, addr: Any, fd: int) -> StartServing | None:
         """Take a connection that a sibling offers.

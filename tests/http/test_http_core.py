@@ -583,7 +583,7 @@ def test_a_connection_can_be_taken_over_between_requests(start):
         from gevent import socket
         from gunicorn.config import Config
         from gunicorn_passenger.http.acceptor import Acceptor
-        from gunicorn_passenger.http.listener_context import Gateway, Lifecycle
+        from gunicorn_passenger.http.listener_context import ListenerContext, StandaloneWorker
         from gunicorn_passenger.config.settings import Timeouts
 
         cfg = Config()
@@ -592,7 +592,7 @@ def test_a_connection_can_be_taken_over_between_requests(start):
                 start_response("200 OK", [("Content-Length", "1")])
                 return [name]
             listener = socket.socket(); listener.bind(("127.0.0.1", 0)); listener.listen()
-            gate = Gateway(app, cfg, cfg.logger_class(cfg), Lifecycle(), listener.getsockname(), Timeouts())
+            gate = ListenerContext(app, cfg, cfg.logger_class(cfg), StandaloneWorker(), listener.getsockname(), Timeouts())
             return Acceptor(listener, gate, 10, False)
         first, second = acceptor(b"1"), acceptor(b"2")
         first.start()
@@ -606,26 +606,19 @@ def test_a_connection_can_be_taken_over_between_requests(start):
             return [part[-1:] for part in got.split(b"HTTP/1.1 200")[1:]]
 
         assert ask(2) == [b"1", b"1"]
-        (connection,) = first._connections
-        connection.give_up(second.adopt)          # while it pauses
-        gevent.sleep(0)
+        assert first.pop_idle_connection() is None  # its greenlet still waits for the next request
+
+        def migrate(source, target):
+            while (idle := source.pop_idle_connection()) is None:
+                gevent.sleep(0.01)
+            target.adopt(*idle, begun=True)
+
+        migrate(first, second)
         assert ask(2) == [b"2", b"2"]
         assert first.idle() and not second.idle()
-        (connection,) = second._connections
-        given = []
-        def app(environ, start_response):         # in the middle of a request, with more read ahead
-            if not given:
-                given.append(1)
-                connection.give_up(first.adopt)
-            start_response("200 OK", [("Content-Length", "1")])
-            return [b"2"]
-        second.gateway.app = app
-        assert ask(3) == [b"2", b"1", b"1"]
-        (connection,) = first._connections
-        while connection.greenlet is not None:
-            gevent.sleep(0.01)
-        connection.give_up(second.adopt)          # when it has paused for so long that it has no greenlet
-        assert ask(1) == [b"2"]
+        migrate(second, first)
+        assert ask(3) == [b"1", b"1", b"1"]
+        assert second.idle() and first.counts().connections == 1
         print("all well")
         """,
     )

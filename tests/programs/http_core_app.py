@@ -47,7 +47,7 @@ def application(environ, start_response):
         answer = b" ".join(call.encode() for call in calls)
     elif path == "/parked":
         connections = [thing for thing in gc.get_objects() if isinstance(thing, Connection)]
-        answer = b"%d" % sum(connection._parked() for connection in connections)
+        answer = b"%d" % sum(connection.is_idle() for connection in connections)
     elif path == "/pid":
         answer = b"%d" % os.getpid()
     elif path == "/greenlets":

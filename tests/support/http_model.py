@@ -19,7 +19,7 @@ from gunicorn.http.unreader import IterUnreader
 from gunicorn.http.wsgi import create
 
 from gunicorn_passenger.config.settings import Timeouts
-from gunicorn_passenger.http import connection as connection_module
+from gunicorn_passenger.http import transport as transport_module
 from gunicorn_passenger.http.connection import Connection
 from gunicorn_passenger.http.grammar import AUTHORITY
 from gunicorn_passenger.http.listener_context import ListenerContext, StandaloneWorker
@@ -111,7 +111,7 @@ class _Nothing:
 
 
 class _Ended:
-    def ended(self, connection: Any) -> None:
+    def on_connection_closed(self, connection: Any) -> None:
         pass
 
 
@@ -146,12 +146,12 @@ def ours(
     gate.app = app
     raw = _Raw(pieces)
     nothing = _Nothing()
-    real = connection_module.get_hub
-    connection_module.get_hub = lambda: nothing
+    real = transport_module.get_hub
+    transport_module.get_hub = lambda: nothing
     try:
         connection = Connection(_Ended(), gate, _Sock(raw), peer)
     finally:
-        connection_module.get_hub = real
+        transport_module.get_hub = real
     refused: list[BaseException] = []
     gate.refuse = lambda request, sock, addr, error: refused.append(error)  # type: ignore[method-assign]
     with contextlib.suppress(OSError):

@@ -24,6 +24,7 @@ from gunicorn_passenger.http import acceptor as acceptor_module
 from gunicorn_passenger.http import faults
 from gunicorn_passenger.http.acceptor import Acceptor
 from gunicorn_passenger.http.connection import Connection
+from gunicorn_passenger.http.connection_state import TRANSITIONS, ConnectionState, set_checked
 from gunicorn_passenger.http.listener_context import ListenerContext
 from gunicorn_passenger.http.timeouts import IdleTicker, TimeoutQueue
 from gunicorn_passenger.http.write_coalescing import WriteCoalescer
@@ -89,7 +90,9 @@ class Server:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    # as in Python's development mode
+    monkeypatch.setattr(Connection, "__setattr__", set_checked, raising=False)
     server = Server(str(tmp_path / "s"))
     yield server
     server.acceptor.stop_accepting()
@@ -107,7 +110,7 @@ def boom(*args: Any, **kwargs: Any) -> Any:
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (ListenerContext, "peer"),
+        (ListenerContext, "new_context"),
         (Connection, "__init__"),
         (Connection, "begin"),
         (acceptor_module, "ClientSocket"),
@@ -129,6 +132,23 @@ def test_a_fault_while_accepting_costs_one_connection(
     logged(log)
     assert log[0].getMessage().startswith("Unexpected error: a connection was closed before it was served")
     assert log[0].exc_info is not None
+
+
+def test_development_mode_checks_the_state_of_a_connection(server: Server) -> None:
+    assert set(TRANSITIONS) == set(ConnectionState)
+    with gsocket.socket(socket.AF_UNIX) as client:
+        client.connect(server.path)
+        client.sendall(GET)
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+        (connection,) = server.acceptor._connections
+        with gevent.Timeout(30):
+            while not connection.is_idle():
+                gevent.sleep(0.01)
+        with pytest.raises(AssertionError, match="from parked to idle"):
+            connection.state = ConnectionState.IDLE
+        assert connection.is_idle()
+        client.sendall(GET)
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
 
 
 def test_a_fault_at_the_end_of_a_connection_leaves_nothing(
@@ -154,7 +174,7 @@ def test_a_fault_when_an_idle_client_comes_back_closes_its_connection(
         assert client.recv(65536).startswith(b"HTTP/1.1 200")
         (connection,) = server.acceptor._connections
         with gevent.Timeout(30):
-            while not connection._parked():
+            while not connection.is_idle():
                 gevent.sleep(0.01)
         with monkeypatch.context() as patch:
             patch.setattr("gunicorn_passenger.http.connection._ConnectionGreenlet", boom)
@@ -179,7 +199,7 @@ class Waiting:
 
     def __init__(self, expired: list[Any]) -> None:
         self.expired = expired
-        self.silent, self.watched = 1, False
+        self.idle_since, self.tracked, self.state = 1, False, ConnectionState.IDLE
 
     def expire(self) -> None:
         self.expired.append(self)
@@ -206,8 +226,8 @@ def test_idle_ticks_go_on_after_a_fault(log: list[logging.LogRecord]) -> None:
     for count in (3, 6):
         for _ in range(3):
             one = Waiting(expired)
-            one.silent = silence.tick
-            silence.watch(one)
+            one.idle_since = silence.tick
+            silence.track(one)
         with gevent.Timeout(30):
             while len(expired) < count:
                 gevent.sleep(0.01)
@@ -221,10 +241,10 @@ def test_responses_that_are_held_are_sent_after_a_fault(log: list[logging.LogRec
     class Held:
         def __init__(self, number: int) -> None:
             self.number = number
-            self.held = b""
-            self.gateway = type("Gateway", (), {"sent": 0})
+            self.pending = b""
+            self.listener = type("Gateway", (), {"sent": 0})
 
-        def let_go(self) -> None:
+        def flush_pending(self) -> None:
             if self.number == 1:
                 boom()
             sent.append(self.number)
@@ -234,7 +254,7 @@ def test_responses_that_are_held_are_sent_after_a_fault(log: list[logging.LogRec
 
     turn = WriteCoalescer(gevent.get_hub().loop)
     for number in range(3):
-        turn.hold(Held(number), b"response")
+        turn.enqueue(Held(number), b"response")
     gevent.sleep(0)
     assert (sent, closed) == ([0, 2], [1])
     logged(log)

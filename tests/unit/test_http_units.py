@@ -109,7 +109,7 @@ class Wire:
     """A connection that keeps what it is sent."""
 
     def __init__(self) -> None:
-        self.gateway = http_model.gateway(Config())
+        self.listener = http_model.gateway(Config())
         self.body = type("Body", (), {"unread": False})
         self.sent = b""
 

@@ -23,6 +23,7 @@ from gunicorn_passenger.config.settings import Timeouts
 from gunicorn_passenger.http import write_coalescing as turn_module
 from gunicorn_passenger.http.acceptor import Acceptor
 from gunicorn_passenger.http.client_socket import ClientSocket
+from gunicorn_passenger.http.connection_state import ConnectionState
 from gunicorn_passenger.http.listener_context import ListenerContext, StandaloneWorker
 from gunicorn_passenger.http.write_coalescing import WriteCoalescer, coalescer_for_hub
 
@@ -76,11 +77,11 @@ class Server:
     def __init__(self) -> None:
         cfg = Config()
         self.log = cfg.logger_class(cfg)
-        self.gateway = ListenerContext(self._app, cfg, self.log, StandaloneWorker(), "/s", Timeouts())
+        self.listener = ListenerContext(self._app, cfg, self.log, StandaloneWorker(), "/s", Timeouts())
         listener = gevent.socket.socket(socket.AF_UNIX)
-        self.acceptor = Acceptor(listener, self.gateway, 100, False)
-        self.turn = self.gateway.turn
-        self.gateway.idle_ticker.seconds = 600.0  # or what is forgotten would be sent at its end
+        self.acceptor = Acceptor(listener, self.listener, 100, False)
+        self.turn = self.listener.coalescer
+        self.listener.idle_ticker.seconds = 600.0  # or what is forgotten would be sent at its end
         self.calls = 0
         self.clients: list[Client] = []
         #: what the application of a request does, and what it returns instead of b"ok"
@@ -112,7 +113,7 @@ class Server:
 
     def held(self) -> Client:
         """Whose answer is held: the loop does not serve clients in the order in which they have sent."""
-        (client,) = [client for client in self.clients if client.connection.held]
+        (client,) = [client for client in self.clients if client.connection.pending]
         return client
 
     def answered(self) -> list[bool]:
@@ -132,18 +133,18 @@ class Result:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server that has been quick for so long that it holds answers."""
-    monkeypatch.setattr(turn_module, "_LEAST", 0.0)
-    monkeypatch.setattr(turn_module, "_MOST", 600.0)
-    monkeypatch.setattr(turn_module, "_LONG", 600.0)
-    monkeypatch.setattr(turn_module, "_turns", {})
+    monkeypatch.setattr(turn_module, "_QUICKEST", 0.0)
+    monkeypatch.setattr(turn_module, "_SLOWEST", 600.0)
+    monkeypatch.setattr(turn_module, "_MAX_DELAY", 600.0)
+    monkeypatch.setattr(turn_module, "_coalescers", {})
     server = Server()
     server.turn.streak = turn_module._STREAK
-    server.turn.holds = True
+    server.turn.active = True
     yield server
     for client in server.clients:
         client.sock.close()
     wait_for(server.acceptor.idle)
-    assert server.turn.holding == []
+    assert server.turn.pending == []
 
 
 def test_answers_of_a_turn_leave_together_at_its_end(server: Server) -> None:
@@ -162,7 +163,7 @@ def test_answers_of_a_turn_leave_together_at_its_end(server: Server) -> None:
 def test_nothing_is_held_for_longer_than_until_a_request_begins_too_late(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turn_module, "_LONG", 0.0)
+    monkeypatch.setattr(turn_module, "_MAX_DELAY", 0.0)
     seen = []
     server.act = lambda call, environ: seen.append(sum(server.answered()))
     for _ in range(3):
@@ -175,7 +176,7 @@ def test_nothing_is_held_for_longer_than_until_a_request_begins_too_late(
 
 
 def test_no_more_answers_are_held_than_so_many(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turn_module, "_MANY", 2)
+    monkeypatch.setattr(turn_module, "_MAX_PENDING", 2)
     seen = []
     server.act = lambda call, environ: seen.append(sum(server.answered()))
     for _ in range(5):
@@ -196,7 +197,9 @@ def test_a_request_that_is_not_of_the_kind_ends_it(
     def act(call: int, environ: Any) -> None:
         seen.append(sum(server.answered()))
         if call == 2:
-            monkeypatch.setattr(turn_module, *(("_MOST", 0.0) if limit == "slow" else ("_LEAST", 600.0)))
+            monkeypatch.setattr(
+                turn_module, *(("_SLOWEST", 0.0) if limit == "slow" else ("_QUICKEST", 600.0))
+            )
 
     server.act = act
     for _ in range(4):
@@ -206,7 +209,7 @@ def test_a_request_that_is_not_of_the_kind_ends_it(
     for client in server.clients:
         client.until(1)
     assert seen == [0, 0, 2, 3]
-    assert not server.turn.holds
+    assert not server.turn.active
 
 
 def test_a_slow_request_holds_back_only_what_was_finished_before_it(server: Server) -> None:
@@ -226,18 +229,18 @@ def test_the_streak_is_long_and_of_requests_that_are_quick_but_not_too_quick() -
     for broken in 0.0011, 0.00002:
         turn = WriteCoalescer(None)
         for _ in range(199):
-            turn.took(0.0001)
-        assert not turn.holds
-        turn.took(broken)
-        turn.took(0.0001)
-        assert not turn.holds
+            turn.record_duration(0.0001)
+        assert not turn.active
+        turn.record_duration(broken)
+        turn.record_duration(0.0001)
+        assert not turn.active
         for _ in range(199):
-            turn.took(0.0009)
-        assert turn.holds
-        turn.took(broken)
-        assert not turn.holds
-        turn.took(0.0001)
-        assert not turn.holds
+            turn.record_duration(0.0009)
+        assert turn.active
+        turn.record_duration(broken)
+        assert not turn.active
+        turn.record_duration(0.0001)
+        assert not turn.active
 
 
 def test_all_servers_of_a_loop_share_its_turn(server: Server) -> None:
@@ -245,20 +248,20 @@ def test_all_servers_of_a_loop_share_its_turn(server: Server) -> None:
 
 
 def test_a_new_server_finds_its_streak_by_itself(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    server.turn.took(601.0)
-    assert not server.turn.holds
+    server.turn.record_duration(601.0)
+    assert not server.turn.active
     monkeypatch.setattr(turn_module, "_STREAK", 10)
     client = server.connect()
 
     def held() -> bool:
         client.send()
         client.until(1)
-        return server.turn.holds
+        return server.turn.active
 
     # only some requests are timed as long as there is no streak
-    worker: Any = server.gateway.worker
+    worker: Any = server.listener.worker
     worker.nr = 0
-    assert sum(not held() for _ in range(100)) == turn_module.SAMPLE + 8
+    assert sum(not held() for _ in range(100)) == turn_module._SAMPLE + 8
 
 
 # --- order -------------------------------------------------------------------------------------------
@@ -331,8 +334,8 @@ def test_what_does_not_fit_is_not_forgotten_while_the_application_closes(server:
     server.act = lambda call, environ: Result(BIG, close=done.wait if waits else lambda: None)
     client = server.connect(SO_SNDBUF=4096)
     client.send()
-    wait_for(lambda: client.connection._stuck or client.connection._sending)
-    assert bool(client.connection._stuck) == waits
+    wait_for(lambda: client.connection._blocked or client.connection._sending)
+    assert bool(client.connection._blocked) == waits
     done.set()
     assert client.until(1) == [BIG]
     server.act = lambda call, environ: None
@@ -355,7 +358,7 @@ def test_a_client_that_goes_leaves_nothing(server: Server) -> None:
     (client,) = gone
     server.clients.remove(client)
     assert server.clients[0].until(1) == [b"ok"]
-    assert client.connection.held == b""
+    assert client.connection.pending == b""
 
 
 # --- whatever else happens on the connection ---------------------------------------------------------
@@ -410,33 +413,32 @@ def test_a_connection_that_is_killed_meanwhile(server: Server) -> None:
     wait_for(lambda: client.read() == b"" and client.ended)
 
 
-@pytest.mark.parametrize(("own", "pipelined"), [(True, b""), (True, GET), (False, b"")])
-def test_a_connection_that_is_given_away_meanwhile(server: Server, own: bool, pipelined: bytes) -> None:
-    """By the application of its own request, or by that of another."""
-    given = []
-    taken = []
+def test_only_an_idle_connection_is_detached(server: Server) -> None:
+    """Not one whose greenlet still waits for the next request, nor one whose response is pending."""
+    popped = []
 
-    def take(sock: Any, addr: Any, early: bytes) -> None:
-        taken.append(early)
-        sock.close()
+    def act(call: int, environ: Any) -> None:
+        popped.append(server.acceptor.pop_idle_connection())
 
-    def act(call: int, environ: Any) -> Any:
-        if own and call == 1:
-            given.append(server.clients[0])
-            given[0].connection.give_up(take)
-        elif call == 2 and not own:
-            given.append(server.held())
-            given[0].connection.give_up(take)
-        return [BIG]
-
-    for client in [server.connect(SO_SNDBUF=4096) for _ in range(1 if own else 2)]:
-        client.send(GET + pipelined)
+    clients = [server.connect(), server.connect()]
+    for client in clients:
+        client.send()
     server.act = act
-    for client in server.clients:
-        assert client.until(1) == [BIG]
-    wait_for(lambda: taken)
-    assert taken == [pipelined]
-    wait_for(lambda: given[0].read() == b"" and given[0].ended)
+    for client in clients:
+        assert client.until(1) == [b"ok"]
+    assert popped == [None, None]
+    wait_for(lambda: all(client.connection.is_idle() for client in clients))
+    sock, addr = server.acceptor.pop_idle_connection()
+    assert addr == ""
+    (detached,) = [client for client in clients if client.connection.state is ConnectionState.CLOSED]
+    (kept,) = [client for client in clients if client is not detached]
+    detached.send()
+    assert not select.select([detached.sock], [], [], 0)[0]
+    sock.sendall(b"from its new owner")
+    wait_for(lambda: detached.read() == b"from its new owner")
+    sock.close()
+    kept.send()
+    assert kept.until(1) == [b"ok"]
 
 
 def test_a_forked_child_does_not_send_what_its_parent_sends(server: Server) -> None:
@@ -449,7 +451,7 @@ def test_a_forked_child_does_not_send_what_its_parent_sends(server: Server) -> N
             if not pid:
                 left = True
                 try:
-                    left = bool(connection.held or server.turn.holding)
+                    left = bool(connection.pending or server.turn.pending)
                 finally:
                     os._exit(left)
             statuses.append(os.waitpid(pid, 0)[1])
