@@ -22,7 +22,7 @@ from gunicorn_passenger.proxy import rewrite, sticky, upgrade, wire
 from gunicorn_passenger.proxy.copy_response import copy_response
 from gunicorn_passenger.proxy.events import HandlerFailed, UpstreamResponse, check_reason, checked
 from gunicorn_passenger.proxy.forwarded_request import ForwardedRequest
-from gunicorn_passenger.proxy.plan import ForwardPlan, expects_continue, plan_next_target, resolve
+from gunicorn_passenger.proxy.plan import ForwardPlan, plan_next_target, resolve
 from gunicorn_passenger.proxy.redirects import REDIRECTS, Redirects
 from gunicorn_passenger.proxy.request_headers import HeaderList
 from gunicorn_passenger.proxy.response_head import (
@@ -33,6 +33,7 @@ from gunicorn_passenger.proxy.response_head import (
 )
 from gunicorn_passenger.proxy.round_trip import RoundTrip, closed_by_upstream, no_response_in
 from gunicorn_passenger.proxy.upstream_io import DownstreamDisconnected
+from gunicorn_passenger.proxy.upstream_request import expects_continue
 
 
 def execute(  # noqa: PLR0915 - one function, so that the common case needs no other

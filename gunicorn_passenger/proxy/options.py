@@ -78,13 +78,15 @@ class Options:
 
     def __post_init__(self) -> None:
         for name in NAMES:
-            self._set(name, getattr(self, name))
-        self._derive()
+            self.apply(name, getattr(self, name))
+        self.derive()
 
-    def _set(self, name: str, value: Any) -> None:
+    def apply(self, name: str, value: Any) -> None:
+        """Set an option of a copy, after it was checked."""
         object.__setattr__(self, name, _CHECKS[name](name, value))
 
-    def _derive(self) -> None:
+    def derive(self) -> None:
+        """Compute what depends on several options."""
         if not self.secure and self.agent.has_context:
             raise SettingError(
                 "secure=False has no effect on an agent with an ssl_context of its own: leave secure out "
@@ -118,11 +120,11 @@ class Options:
             if name not in _CHECKS:
                 raise UnknownSetting(f"{where} has no option {name!r}; there are: {', '.join(NAMES)}")
             try:
-                merged._set(name, value)
+                merged.apply(name, value)
             except SettingError as error:
                 raise SettingError(f"{where}: {error}") from None
         try:
-            merged._derive()
+            merged.derive()
         except SettingError as error:
             raise SettingError(f"{where}: {error}") from None
         return merged

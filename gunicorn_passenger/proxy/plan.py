@@ -15,20 +15,28 @@ from urllib.parse import quote
 from gunicorn_passenger.errors import PoolExhausted, ProxyError, UpstreamRefused
 from gunicorn_passenger.http.body import EMPTY_BODY
 from gunicorn_passenger.http.downstream_api import DownstreamConnection
-from gunicorn_passenger.http.grammar import TOKEN
 from gunicorn_passenger.proxy import request_headers as rules
 from gunicorn_passenger.proxy import sticky, wire
 from gunicorn_passenger.proxy.downstream import CHUNKED, WsgiDownstream, is_sole_app
-from gunicorn_passenger.proxy.events import HandlerFailed, UpstreamRequest, checked
+from gunicorn_passenger.proxy.events import HandlerFailed, UpstreamRequest
 from gunicorn_passenger.proxy.forwarded_request import ForwardedRequest, LocalResponse, ProxyContext
 from gunicorn_passenger.proxy.log import log
 from gunicorn_passenger.proxy.mirror import MirroredRequest
 from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.pool import Pool
 from gunicorn_passenger.proxy.request_body import NO_BODY_SENDER, RequestBodySender
-from gunicorn_passenger.proxy.request_headers import ForwardedInfo, HeaderList, RequestHeaders
+from gunicorn_passenger.proxy.request_headers import ForwardedInfo, RequestHeaders
+from gunicorn_passenger.proxy.request_target import BadTarget, request_path, target_path
 from gunicorn_passenger.proxy.routes import Backend, Route
 from gunicorn_passenger.proxy.target import Target
+from gunicorn_passenger.proxy.upstream_request import (
+    checked_lines,
+    checked_request,
+    expects_continue,
+    replace_body,
+    serialize,
+    upstream_headers,
+)
 
 _PATH_SAFE = "/:@!$&'()*+,;=~-._"
 
@@ -129,8 +137,8 @@ def plan_request(  # noqa: PLR0915 - the decisions, one after the other
     last = _last_plan(client, block, keep_case) if block else None
     headers = last.headers if last is not None else client.headers(keep_case)
     try:
-        request.path, scheme = rules.request_path(environ, client.unmodified)
-    except rules.BadTarget as error:
+        request.path, scheme = request_path(environ, client.unmodified)
+    except BadTarget as error:
         raise LocalResponse(400, str(error)) from None
     if method in ("OPTIONS", "TRACE", "CONNECT") or headers.upgrade or not headers.valid or must_upgrade:
         _check_allowed(request, headers, must_upgrade)
@@ -238,7 +246,7 @@ def _plan_backend(
             request.leave_backend()
             backends = request.backends
             continue
-        path = rules.target_path(request.options, target, request.path, request.authority_prefix)
+        path = target_path(request.options, target, request.path, request.authority_prefix)
         events = request.proxy.events
         if events.any and events.has("start"):
             events.emit("start", request.werkzeug_request(), backend.target)
@@ -265,10 +273,10 @@ def plan_send(
     lines = None
     event = "proxy_req_ws" if headers.upgrade else "proxy_req"
     if events.any and events.has(event):
-        changed = UpstreamRequest(method, path, _upstream_headers(request, target, foreign), target)
+        changed = UpstreamRequest(method, path, upstream_headers(request, target, foreign), target)
         events.emit(event, changed, request.werkzeug_request(), options)
-        method, path = _checked_request(changed, event)
-        lines = _checked_lines(changed, event, target, options)
+        method, path = checked_request(changed, event)
+        lines = checked_lines(changed, event, target, options)
         if changed.body is not None:
             replace_body(request, changed.body)
     sender = request.sender
@@ -293,21 +301,12 @@ def plan_send(
     if plain and last is not None and last.fits(options, target):
         return last
     if lines is None:
-        text = _serialize(request, _upstream_headers(request, target, foreign), expect, False)
+        text = serialize(request, upstream_headers(request, target, foreign), expect, False)
     else:
-        text = _serialize(request, lines, expect, True)
+        text = serialize(request, lines, expect, True)
     plan = ForwardPlan(options, target, _pool(options, target), headers, request.forwarded_info, text)
     plan.reusable = plain
     return plan
-
-
-def expects_continue(request: ForwardedRequest) -> bool:
-    """Whether the client waits for "100 Continue" before it sends the body (RFC 9110 section 10.1.1)."""
-    return (
-        request.headers.expect
-        and request.sender.length != 0
-        and request.environ.get("SERVER_PROTOCOL") != "HTTP/1.0"
-    )
 
 
 def resolve(request: ForwardedRequest, target: Target) -> Target:
@@ -378,7 +377,7 @@ def _is_repeatable(plan: ForwardPlan, route: Route) -> bool:
             or headers.upgrade
             or headers.expect
         )
-        and rules.target_path(options, plan.target, "/x?y", "") == "/x?y"
+        and target_path(options, plan.target, "/x?y", "") == "/x?y"
     )
 
 
@@ -411,109 +410,12 @@ def _is_websocket(headers: RequestHeaders) -> bool:
     )
 
 
-# --- what is sent ------------------------------------------------------------------------------------
+# --- mirrored requests -------------------------------------------------------------------------------
 
 
 def _pool(options: Options, target: Target) -> Pool:
     pool: Pool = options.agent.pool(target, options.secure, options.local_address)
     return pool
-
-
-def _upstream_headers(request: ForwardedRequest, target: Target, foreign: bool) -> HeaderList:
-    options = request.options
-    lines = rules.upstream_headers(request.headers, options, target, request.forwarded_info, foreign)
-    return sticky.without_cookie(lines, options.sticky_name) if options.sticky else lines
-
-
-def _serialize(request: ForwardedRequest, lines: HeaderList, expect: bool, unframed: bool) -> bytes:
-    """The headers as they are sent, with the framing of the body that there is.
-
-    :param unframed: whether the length of the body has to be written.
-    """
-    headers = request.headers
-    sender = request.sender
-    options = request.options
-    own: HeaderList = []
-    if sender.length == CHUNKED:
-        own.append(("Transfer-Encoding", "chunked"))
-    elif sender.replaced or (unframed and (headers.measured or sender.length)):
-        own.append(("Content-Length", str(sender.length)))
-    if sender.length == CHUNKED or sender.replaced:
-        lines = [line for line in lines if line[0].lower() != "content-length"]
-    if expect:
-        own.append(("Expect", "100-continue"))
-    connection = []
-    if headers.te_trailers and request.connection is not None:
-        own.append(("TE", "trailers"))
-        connection.append("TE")
-    if headers.upgrade:
-        own.append(("Upgrade", headers.upgrade))
-        connection.append("Upgrade")
-    elif not options.agent.max_idle:
-        connection.append("close")
-    if connection:
-        own.append(("Connection", ", ".join(connection)))
-    if not options.preserve_header_key_case:
-        own = [(name.lower(), value) for name, value in own]
-    return wire.lines_of(lines + own) + b"\r\n"
-
-
-def replace_body(request: ForwardedRequest, body: Any) -> None:
-    """Send another body than the client's.
-
-    :param body: bytes, or a file.
-    :raises HandlerFailed: when it is something else.
-    """
-    sender = request.sender
-    if not isinstance(sender, RequestBodySender):
-        sender = request.sender = RequestBodySender(request.downstream, 0, request.options)
-    if sender.mirror is not None:
-        # the mirrored request was to have the client's body, which is not read now
-        sender.mirror.end(whole=False)
-        sender.mirror = None
-    if isinstance(body, (bytes, bytearray)):
-        sender.replace(bytes(body), len(body))
-        return
-    if isinstance(body, str) or not callable(getattr(body, "read", None)):
-        raise HandlerFailed(f"proxy_req: the body {type(body).__name__} is neither bytes nor a file")
-    try:
-        at = body.tell()
-        length = body.seek(0, 2) - at
-        body.seek(at)
-    except (AttributeError, OSError, ValueError):
-        length = CHUNKED
-    sender.replace(body, length)
-
-
-def _checked_request(changed: UpstreamRequest, event: str) -> tuple[str, str]:
-    """
-    :raises HandlerFailed: when a handler has left a method or a path that cannot be sent.
-    """
-    method, path = changed.method, changed.path
-    if not isinstance(method, str) or not TOKEN.fullmatch(method):
-        raise HandlerFailed(f"{event}: the method {method!r} is not a token")
-    if not isinstance(path, str) or not path or not path.isascii() or not path.isprintable() or " " in path:
-        raise HandlerFailed(f"{event}: the path {path!r} cannot stand in a request line")
-    return method, path
-
-
-def _checked_lines(changed: UpstreamRequest, event: str, target: Target, options: Options) -> HeaderList:
-    """The headers that a handler has left, with one Host. The handler does not frame the message.
-
-    :raises HandlerFailed: when they cannot be sent.
-    """
-    lines = [
-        (name, value)
-        for name, value in checked(changed.headers, event)
-        if name.lower() not in rules.ASIDE or name.lower() == "trailer"
-    ]
-    hosts = [value for name, value in lines if name.lower() == "host"]
-    if len(hosts) > 1:
-        raise HandlerFailed(f"{event}: the request has more than one Host: {', '.join(hosts)}")
-    return lines if hosts else rules.with_host(lines, target.authority, options.preserve_header_key_case)
-
-
-# --- mirrored requests -------------------------------------------------------------------------------
 
 
 def _mirror(request: ForwardedRequest) -> MirroredRequest | None:
@@ -524,7 +426,7 @@ def _mirror(request: ForwardedRequest) -> MirroredRequest | None:
     except UpstreamRefused as error:
         log.warning("proxy: %s: a request was not mirrored: %s", options.forward, error)
         return None
-    path = rules.target_path(options, target, request.path, request.authority_prefix)
+    path = target_path(options, target, request.path, request.authority_prefix)
     lines = rules.upstream_headers(request.headers, options, target, request.forwarded_info)
     length = request.sender.length
     if length == CHUNKED or request.sender.replaced:

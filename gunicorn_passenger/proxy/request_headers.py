@@ -11,7 +11,6 @@ import ipaddress
 import re
 from collections.abc import Collection, Iterable
 from typing import Any
-from urllib.parse import quote, unquote_to_bytes
 
 from gunicorn_passenger.errors import BadRequestBody
 from gunicorn_passenger.http.grammar import FIELD_VALUE, TOKEN
@@ -70,20 +69,13 @@ UNKNOWN = "unknown"
 #: headers whose keys in an environ have no prefix
 _CONTENT = ("CONTENT_TYPE", "CONTENT_LENGTH")
 
-#: RFC 9112 section 3.2.2, for the schemes that a proxy of HTTP serves
-_ABSOLUTE = re.compile(r"(https?)://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
-_VISIBLE = re.compile(r"[\x21-\x22\x24-\x7e]*")
 # a host, or host and port (RFC 9110 section 7.2)
-_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s/?#@:\[\]\\,]*)(?::[0-9]*)?")
-_PORT = re.compile(r":([0-9]+)$")
+HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s/?#@:\[\]\\,]*)(?::[0-9]*)?")
+PORT = re.compile(r":([0-9]+)$")
 #: RFC 9110 section 8.6 sets no bound; a length from here on fits no signed 64-bit number, and servers that
 #: compute with such numbers would read another one
 _LENGTHS = 1 << 63
 _DIGITS = len(str(_LENGTHS))
-
-
-class BadTarget(ValueError):
-    """A request has a target that no server may take; the text is for the client."""
 
 
 def protocols(upgrade: str) -> set[str]:
@@ -192,7 +184,7 @@ class RequestHeaders:
             self.upgrade = ""
         #: whether it says, as it must, for which host it is (RFC 9112 section 3.2)
         self.valid = (
-            self.version == "1.0" if self.host is None else bool(_HOST.fullmatch(self.host)) and not twice
+            self.version == "1.0" if self.host is None else bool(HOST.fullmatch(self.host)) and not twice
         )
         if "te" not in options:
             self.te_trailers = False  # RFC 9110 section 10.1.4: who sends TE names it there
@@ -208,7 +200,7 @@ class RequestHeaders:
         """The same request for another host."""
         other = self.changed(with_host(self.lines, host, keep_case))
         other.host = host
-        other.valid = self.valid and _HOST.fullmatch(host) is not None
+        other.valid = self.valid and HOST.fullmatch(host) is not None
         return other
 
     @property
@@ -305,7 +297,7 @@ def _x_forwarded(headers: HeaderList, options: Options, origin: ForwardedInfo) -
     """``X-Forwarded-*``, behind what a trusted client, such as a web server in front, has written."""
     appends = origin.trusted and options.xfwd == APPEND
     scheme = origin.scheme if appends else origin.own_scheme
-    port = _PORT.search(origin.host or "")
+    port = PORT.search(origin.host or "")
     said = {
         "X-Forwarded-For": origin.address,
         "X-Forwarded-Port": port[1] if port else "443" if scheme == "https" else "80",
@@ -425,95 +417,3 @@ def _key(name: str) -> str:
     """Where a header is in an environ."""
     key = name.upper().replace("-", "_")
     return key if key in _CONTENT else "HTTP_" + key
-
-
-def request_path(environ: dict[str, Any], pristine: bool = False) -> tuple[str, str]:
-    """What the client asked for: path and query as it wrote them.
-
-    A target in absolute form has a host, too. It is not asked here for which host the request is: the server
-    has put that into ``HTTP_HOST`` (RFC 9112 section 3.2.2), and a program may have put another one there.
-
-    An application that mounts the proxy somewhere has moved a part of the path to ``SCRIPT_NAME``, or has
-    changed ``PATH_INFO`` or ``QUERY_STRING``: what it has left in these is what counts.
-
-    :param pristine: whether the proxy is all of the application.
-    :returns: path and query; and the scheme of a target in absolute form, in lower case.
-    :raises BadTarget: for a target that is none of the forms of RFC 9112 section 3.2, or has no host, user
-        information or another scheme (RFC 9110 sections 4.2.1 to 4.2.4).
-    """
-    raw = environ.get("RAW_URI") or environ.get("REQUEST_URI") or ""
-    if pristine and raw[:1] == "/" and _VISIBLE.fullmatch(raw):
-        return raw, ""
-    scheme = ""
-    method = environ["REQUEST_METHOD"]
-    if raw and raw[0] != "/" and method != "CONNECT" and not (raw == "*" and method == "OPTIONS"):
-        scheme, rest = _absolute(raw)
-        # RFC 9112 section 3.2.4
-        raw = "*" if method == "OPTIONS" and not rest else "/" + rest.removeprefix("/")
-    if raw == "*" and method == "OPTIONS":
-        return raw, scheme
-    raw = raw.partition("#")[0]
-    if not pristine or raw[:1] != "/":
-        raw = _inside(environ, raw)
-    if not _VISIBLE.fullmatch(raw):
-        raw = quote(raw.encode("latin-1", "replace"), safe="/%?:@!$&'()*+,;=~-._[]\"<>\\^`{|}")
-    return raw, scheme
-
-
-def _absolute(raw: str) -> tuple[str, str]:
-    """A target in absolute form: its scheme, and what follows the host, but for a fragment.
-
-    :raises BadTarget: when it is not one of http or https with a host and without a user.
-    """
-    found = _ABSOLUTE.fullmatch(raw)
-    if found is None:
-        raise BadTarget("The request's target is neither a path nor a URL of http or https.")
-    scheme, authority, rest = found.groups()
-    if "@" in authority:
-        raise BadTarget("The request's target has user information, which RFC 9110 section 4.2.4 forbids.")
-    port = _PORT.search(authority)
-    if (
-        not authority
-        or authority[0] == ":"
-        or not _HOST.fullmatch(authority)
-        or (port and not 0 < int(port[1].lstrip("0")[:6] or "0") < 65536)
-    ):
-        raise BadTarget("The request's target has no valid host.")
-    return scheme.lower(), rest.partition("#")[0]
-
-
-def _inside(environ: dict[str, Any], raw: str) -> str:
-    """``PATH_INFO`` and the query, spelt as the client has where nobody has changed them."""
-    mount = environ.get("SCRIPT_NAME", "")
-    path = environ.get("PATH_INFO", "")
-    query = environ.get("QUERY_STRING", "")
-    raw_path, _, raw_query = raw.partition("?")
-    written = unquote_to_bytes(raw_path).decode("latin-1")
-    if written == mount + path and raw_query == query and raw_path.startswith(mount):
-        inside = raw[len(mount) :]
-    else:
-        inside = quote(path.encode("latin-1", "replace"), safe="/:@!$&'()*+,;=~-._")
-        if query:
-            inside += "?" + query
-    return inside if inside[:1] == "/" else "/" + inside
-
-
-def target_path(options: Options, target: Target, asked: str, before: str) -> str:
-    """What the target is asked for.
-
-    :param asked: path and query of the client's request.
-    :param before: what stands before them with ``to_proxy``, such as ``http://host``.
-    """
-    if asked == "*":
-        return asked
-    if options.to_proxy and before and not options.ignore_path:
-        return before + asked
-    if options.prepend_path:
-        base, query = (target.whole if options.ignore_path else target.base), target.query
-    else:
-        base = query = ""
-    path = base if options.ignore_path else base + asked
-    path = path or "/"
-    if query:
-        path += ("&" if "?" in path else "?") + query
-    return path

@@ -82,7 +82,7 @@ class TargetGroup:
 class Route:
     """The target of some requests, their options, and the path prefix that is removed."""
 
-    __slots__ = ("_function", "_known", "_several", "only", "options", "remove", "table")
+    __slots__ = ("_known", "function", "group", "only", "options", "remove", "table")
 
     def __init__(self, target: Any, host: str | None, options: Options) -> None:
         """
@@ -92,9 +92,9 @@ class Route:
         self.table: list[tuple[str, Route]] = []
         #: the path prefix that is removed
         self.remove = ""
-        self._function: Callable[..., Any] | None = None
+        self.function: Callable[..., Any] | None = None
         self._known: dict[Any, TargetGroup] = {}
-        self._several: TargetGroup | None = None
+        self.group: TargetGroup | None = None
         #: the only target, as a list, where there is just one
         self.only: list[Backend] | None = None
         if target is None:
@@ -105,20 +105,20 @@ class Route:
         elif isinstance(target, (list, tuple)):
             if not target:
                 raise SettingError("target=[] names no target")
-            self._several = TargetGroup([parse_target(one, host) for one in target])
+            self.group = TargetGroup([parse_target(one, host) for one in target])
         elif callable(target) and not isinstance(target, type):
-            self._function = target
+            self.function = target
         else:
-            self._several = TargetGroup([parse_target(target, host)])
-        if self._several is not None and len(self._several.backends) == 1 and not options.sticky:
-            self.only = self._several.backends
+            self.group = TargetGroup([parse_target(target, host)])
+        if self.group is not None and len(self.group.backends) == 1 and not options.sticky:
+            self.only = self.group.backends
 
     def __str__(self) -> str:
         if self.table:
             return ", ".join(f"{prefix} → {route}" for prefix, route in self.table)
-        if self._function is not None:
-            return getattr(self._function, "__name__", "a function")
-        return str(self._several) if self._several is not None else f"a copy to {self.options.forward}"
+        if self.function is not None:
+            return getattr(self.function, "__name__", "a function")
+        return str(self.group) if self.group is not None else f"a mirror to {self.options.forward}"
 
     def always_targets(self, target: Target) -> bool:
         """Whether every request goes to this target, with its path unchanged."""
@@ -131,7 +131,7 @@ class Route:
     @property
     def mirror_only(self) -> bool:
         """Whether requests are mirrored only."""
-        return self._several is None and self._function is None
+        return self.group is None and self.function is None
 
     def _make_table(self, table: Mapping[Any, Any], host: str | None) -> None:
         if not table:
@@ -165,7 +165,7 @@ class Route:
     @property
     def is_dynamic(self) -> bool:
         """Whether a function of the request chooses the target."""
-        return self._function is not None
+        return self.function is not None
 
     def choose(self, request: Any, options: Options, cookie: str | None) -> list[Backend] | None:
         """The targets to try, in their order; ``None`` when the function returns ``None``.
@@ -173,14 +173,14 @@ class Route:
         :param request: for a function.
         :raises SettingError: when the function returns something that is not a target.
         """
-        several = self._several
-        if several is None:
-            assert self._function is not None
-            said = self._function(request)
+        group = self.group
+        if group is None:
+            assert self.function is not None
+            said = self.function(request)
             if said is None:
                 return None
-            several = self._remembered(said)
-        return several.candidates(options, cookie)
+            group = self._remembered(said)
+        return group.candidates(options, cookie)
 
     def with_target(self, target: Any, options: Options) -> Route:
         """The same route with another target, for one request."""
@@ -188,8 +188,8 @@ class Route:
             return Route(target, None, options)
         route = copy.copy(self)
         route.options = options
-        route.table, route.remove, route.only, route._function = [], "", None, None
-        route._several = self._remembered(target)
+        route.table, route.remove, route.only, route.function = [], "", None, None
+        route.group = self._remembered(target)
         return route
 
     def _remembered(self, said: Any) -> TargetGroup:

@@ -8,7 +8,8 @@ import pytest
 from conftest import Client, fetch, refused, wait_for
 
 from gunicorn_passenger import http_proxy
-from gunicorn_passenger.proxy.request_headers import RequestHeaders, request_path
+from gunicorn_passenger.proxy.request_headers import RequestHeaders
+from gunicorn_passenger.proxy.request_target import request_path
 from gunicorn_passenger.proxy.target import parse_target
 
 
@@ -327,7 +328,7 @@ def test_bad_options(options, error, said):
 
 def test_hop_by_hop_fields_end_here():
     fields = [("A", "1"), ("Connection", "b, Close"), ("B", "2"), ("Upgrade", "x"), ("TE", "y"), ("A", "3")]
-    assert RequestHeaders(fields, keep_case=True).fields == [("A", "1"), ("A", "3")]
+    assert RequestHeaders(fields, keep_case=True).lines == [("A", "1"), ("A", "3")]
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ from gunicorn_passenger.proxy import request_headers as rules
 from gunicorn_passenger.proxy import wire
 from gunicorn_passenger.proxy.downstream import WsgiDownstream
 from gunicorn_passenger.proxy.options import Options
+from gunicorn_passenger.proxy.request_target import BadTarget, request_path
 from gunicorn_passenger.proxy.response_head import ResponseChunks, ResponseHead, serialize_headers
 from gunicorn_passenger.proxy.target import parse_target
 from gunicorn_passenger.system.text import printable
@@ -701,8 +702,8 @@ PARTS = st.sampled_from(
 def test_any_absolute_target_is_read_in_one_way(scheme, authority, rest, method):
     made = environ(RAW_URI=f"{scheme}://{authority}{rest}", REQUEST_METHOD=method, PATH_INFO="/x")
     try:
-        path, said = rules.request_path(made)
-    except rules.BadTarget:
+        path, said = request_path(made)
+    except BadTarget:
         good = scheme.lower() in ("http", "https") and authority in (
             "a",
             "a.example",
