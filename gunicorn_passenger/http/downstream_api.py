@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 
-class DisconnectWatch(Protocol):
+class DisconnectNotifier(Protocol):
     """Tells a greenlet that waits for another server that its own client has disconnected."""
 
     def watch(self, gone: Callable[..., Any], argument: Any) -> None:
@@ -113,7 +113,7 @@ class DownstreamContext(Protocol):
     known: dict[str, Any] | None
 
 
-class DownstreamConnection(DisconnectWatch, Protocol):
+class DownstreamConnection(DisconnectNotifier, Protocol):
     """A connection of our own HTTP server."""
 
     #: the request head as it came

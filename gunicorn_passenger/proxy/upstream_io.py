@@ -28,7 +28,7 @@ from gevent._hub_local import get_hub_if_exists
 from gevent.event import Event as GeventEvent
 
 from gunicorn_passenger.errors import UpstreamTimeout
-from gunicorn_passenger.http.downstream_api import DisconnectWatch
+from gunicorn_passenger.http.downstream_api import DisconnectNotifier
 from gunicorn_passenger.http.timeouts import TimeoutQueue
 from gunicorn_passenger.proxy.log import failed_callback
 
@@ -172,7 +172,9 @@ class Stream:
     flush_incomplete = False
     _poll: Any = None
 
-    def recv(self, most: int, seconds: float | None = None, client: DisconnectWatch | None = None) -> bytes:
+    def recv(
+        self, most: int, seconds: float | None = None, client: DisconnectNotifier | None = None
+    ) -> bytes:
         """The next bytes; empty at the end of the stream.
 
         :param seconds: how long to wait for them.
@@ -186,12 +188,12 @@ class Stream:
             except BlockingIOError:
                 self.wait(READ, seconds, client)
 
-    def recv_response(self, seconds: float | None = None, client: DisconnectWatch | None = None) -> bytes:
+    def recv_response(self, seconds: float | None = None, client: DisconnectNotifier | None = None) -> bytes:
         """The same as :meth:`recv`, for data that cannot be there yet: it waits first, which saves a call."""
         self.wait(READ, seconds, client)
         return self.recv(HEAD_READ, seconds, client)
 
-    def request(self, data: bytes, seconds: float | None, client: DisconnectWatch) -> bytes | None:
+    def request(self, data: bytes, seconds: float | None, client: DisconnectNotifier) -> bytes | None:
         """Send a request that has no body, and receive the first bytes of its response.
 
         :param seconds: how long to wait for them.
@@ -237,7 +239,7 @@ class Stream:
                 except BlockingIOError:
                     self.wait(WRITE, seconds)
 
-    def wait(self, what: int, seconds: float | None = None, client: DisconnectWatch | None = None) -> None:
+    def wait(self, what: int, seconds: float | None = None, client: DisconnectNotifier | None = None) -> None:
         raise NotImplementedError
 
     def is_quiet(self) -> bool:
@@ -280,7 +282,7 @@ class ThreadStream(Stream):
     def __init__(self, sock: Any) -> None:
         self.sock = sock
 
-    def wait(self, what: int, seconds: float | None = None, client: DisconnectWatch | None = None) -> None:
+    def wait(self, what: int, seconds: float | None = None, client: DisconnectNotifier | None = None) -> None:
         poll = _poll()
         poll.register(self.sock.fileno(), select.POLLIN if what == READ else select.POLLOUT)
         if not poll.poll(None if seconds is None else seconds * 1000):
@@ -322,7 +324,7 @@ class GeventStream(Stream):
         #: whether a request waits for the end of the iteration
         self._sending = False
 
-    def request(self, data: bytes, seconds: float | None, client: DisconnectWatch) -> bytes | None:
+    def request(self, data: bytes, seconds: float | None, client: DisconnectNotifier) -> bytes | None:
         if len(data) > SMALL_REQUEST:
             return super().request(data, seconds, client)
         self.partially_sent = False
@@ -350,7 +352,7 @@ class GeventStream(Stream):
         except BlockingIOError:
             return self.recv_response(seconds, client)
 
-    def wait(self, what: int, seconds: float | None = None, client: DisconnectWatch | None = None) -> None:
+    def wait(self, what: int, seconds: float | None = None, client: DisconnectNotifier | None = None) -> None:
         switch = getcurrent().switch
         if what == READ:
             watcher = self._readable

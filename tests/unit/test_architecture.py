@@ -1,0 +1,178 @@
+"""The layers of the package: which part may import which, lazily or for types included."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import gunicorn_passenger
+
+PACKAGE = "gunicorn_passenger"
+ROOT = Path(gunicorn_passenger.__file__).parent
+
+#: From the bottom up: a layer imports only from layers that stand before it. The names on one line may not import
+#: each other, but for the faces, which are single modules on the top level.
+LAYERS = [
+    ["_version", "errors"],
+    ["config"],
+    ["system"],
+    ["ipc"],
+    ["http"],
+    ["proxy"],
+    ["serving"],
+    ["interposition"],
+    ["master"],
+    ["daemons"],
+    ["status"],
+    ["arbiter"],
+    ["http_proxy", "hooks", "worker"],
+    ["script_runner"],
+    ["cli", ""],
+]
+
+#: Function-level imports, each with its reason.
+LAZY: dict[tuple[str, str], str] = {}
+
+
+class Import(NamedTuple):
+    module: str
+    target: str
+    line: int
+    lazy: bool
+    for_types: bool
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name below the package ("" is the package itself) to file."""
+    found = {}
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(module: str) -> Iterator[Import]:
+    """Every import of the package's own modules that a module has, wherever it stands."""
+
+    def visit(node: ast.AST, lazy: bool, for_types: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            inside = lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            types = for_types or (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test))
+            names: list[str] = []
+            if isinstance(child, ast.Import):
+                names = [alias.name for alias in child.names]
+            elif isinstance(child, ast.ImportFrom):
+                assert not child.level, f"{module}: relative import"
+                names = [f"{child.module}.{alias.name}" for alias in child.names]
+            for name in names:
+                if name == PACKAGE or name.startswith(PACKAGE + "."):
+                    target = name[len(PACKAGE) + 1 :]
+                    while target not in MODULES:
+                        target = target.rpartition(".")[0]
+                    yield Import(module, target, child.lineno, lazy, types)
+            yield from visit(child, inside, types)
+
+    yield from visit(ast.parse(MODULES[module].read_text()), False, False)
+
+
+def layer(module: str) -> int:
+    top = module.partition(".")[0]
+    return next(number for number, names in enumerate(LAYERS) if top in names)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_imports_only_from_the_layers_below(module: str) -> None:
+    top = module.partition(".")[0]
+    for found in imports(module):
+        if module == "" and found.for_types:
+            continue  # what the public face offers
+        assert layer(found.target) < layer(module) or found.target.partition(".")[0] == top, (
+            f"{ROOT.name}/{MODULES[module].relative_to(ROOT)}:{found.line} imports {found.target}, "
+            "which stands in a higher layer (see LAYERS)"
+        )
+
+
+def test_there_is_no_cycle() -> None:
+    """Not even one with imports inside functions or for types."""
+    graph = {
+        module: {
+            found.target
+            for found in imports(module)
+            if found.target != module and not (module == "" and found.for_types)
+        }
+        for module in MODULES
+    }
+    order: list[str] = []
+    state: dict[str, int] = {}
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        if state.get(module) == 2:
+            return
+        assert state.get(module) != 1, " imports ".join((*path[path.index(module) :], module))
+        state[module] = 1
+        for target in sorted(graph[module]):
+            visit(target, (*path, module))
+        state[module] = 2
+        order.append(module)
+
+    for module in sorted(graph):
+        visit(module, ())
+    assert len(order) == len(MODULES)
+
+
+def test_imports_inside_functions_are_few_and_have_a_reason() -> None:
+    found = {(one.module, one.target) for module in MODULES for one in imports(module) if one.lazy}
+    assert found == set(LAZY)
+
+
+def test_the_top_level_is_small() -> None:
+    own = [path.name for path in ROOT.glob("*.py")]
+    assert len(own) <= 10, own
+
+
+def test_no_two_classes_share_a_name() -> None:
+    places: dict[str, list[str]] = {}
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(f"{module}:{node.lineno}")
+    twice = {name: where for name, where in places.items() if len(where) > 1}
+    assert not twice, twice
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import gunicorn_passenger", ["gevent", "gunicorn", "werkzeug"]),
+        ("import gunicorn_passenger; gunicorn_passenger.__version__", ["gevent", "gunicorn", "werkzeug"]),
+        ("import gunicorn_passenger.cli", ["gevent", "werkzeug", f"{PACKAGE}.proxy", f"{PACKAGE}.http"]),
+        ("import gunicorn_passenger.config.address", ["gevent", "gunicorn"]),
+        ("import gunicorn_passenger.hooks", [f"{PACKAGE}.proxy", f"{PACKAGE}.http", "gevent"]),
+    ],
+)
+def test_an_import_brings_no_more_than_it_needs(statement: str, absent: list[str]) -> None:
+    code = f"{statement}; import sys; print([name for name in {absent!r} if name in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_public_modules_need_no_import_of_their_own() -> None:
+    code = (
+        "import gunicorn_passenger as p; print(p.http_proxy.create_server, p.status.spawn, p.spawn, p.Worker)"
+        "; print(sorted(set(p.__all__) - set(dir(p))))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert result.stdout.splitlines()[1] == "[]"
