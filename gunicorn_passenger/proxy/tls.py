@@ -16,7 +16,7 @@ from typing import Any
 
 from gevent.lock import Semaphore
 
-from gunicorn_passenger.http.downstream_api import DisconnectWatch
+from gunicorn_passenger.http.downstream_api import DisconnectNotifier
 from gunicorn_passenger.proxy.upstream_io import HEAD_READ, GeventStream, Stream
 
 
@@ -39,7 +39,7 @@ class TlsStream(Stream):
         # a reader may have to send, too, and records must not mix
         self._sending: Any = Semaphore() if isinstance(below, GeventStream) else contextlib.nullcontext()
 
-    def recv_response(self, seconds: float | None = None, client: DisconnectWatch | None = None) -> bytes:
+    def recv_response(self, seconds: float | None = None, client: DisconnectNotifier | None = None) -> bytes:
         return self.recv(HEAD_READ, seconds, client)
 
     def handshake(self, seconds: float) -> None:
@@ -61,14 +61,16 @@ class TlsStream(Stream):
             while data := self._outgoing.read():
                 self.below.send(data, seconds)
 
-    def _fill(self, seconds: float | None, client: DisconnectWatch | None) -> None:
+    def _fill(self, seconds: float | None, client: DisconnectNotifier | None) -> None:
         data = self.below.recv(65536, seconds, client)
         if data:
             self._incoming.write(data)
         else:
             self._incoming.write_eof()
 
-    def recv(self, most: int, seconds: float | None = None, client: DisconnectWatch | None = None) -> bytes:
+    def recv(
+        self, most: int, seconds: float | None = None, client: DisconnectNotifier | None = None
+    ) -> bytes:
         if self._ahead:
             ahead, self._ahead = self._ahead, b""
             return ahead
@@ -89,7 +91,7 @@ class TlsStream(Stream):
             view = view[self._tls.write(view[:65536]) :]
             self._flush(seconds)
 
-    def wait(self, what: int, seconds: float | None = None, client: DisconnectWatch | None = None) -> None:
+    def wait(self, what: int, seconds: float | None = None, client: DisconnectNotifier | None = None) -> None:
         self.below.wait(what, seconds, client)
 
     def is_quiet(self) -> bool:
