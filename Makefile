@@ -31,7 +31,7 @@ $(VENV)/linted: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[lint]' 'gunicorn$(GUNICORN)'
 	@touch $@
 
-# The seed's example under four workers; Ctrl-C stops it.
+# examples/seed under four workers; Ctrl-C stops it.
 run: $(VENV)/installed
 	@echo
 	@echo "The primary (a proxy, on the UNIX socket that a web server would reach):"
