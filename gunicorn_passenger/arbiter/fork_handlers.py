@@ -47,7 +47,7 @@ def _before_fork() -> None:
     # a stop that reaches a child before it has said what to do with one waits until then
     _masks[get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
     for broker in _brokers:
-        broker.before_fork()
+        broker.loop.before_fork()
 
 
 def _after_in_parent() -> None:

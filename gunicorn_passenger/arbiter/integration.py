@@ -21,7 +21,8 @@ from gunicorn_passenger.daemons.requested import requested_daemons
 from gunicorn_passenger.errors import PassengerError, SettingError
 from gunicorn_passenger.master import upgrade_state
 from gunicorn_passenger.master.broker import Broker
-from gunicorn_passenger.status import prometheus_multiproc
+from gunicorn_passenger.master.listener_sync import primary_listeners
+from gunicorn_passenger.status import prometheus_multiproc, report
 from gunicorn_passenger.status.control_server import ControlServer
 from gunicorn_passenger.system import listening_sockets
 from gunicorn_passenger.system.text import escape_error_log
@@ -59,29 +60,28 @@ def prepare_worker(age: int, listening: list[Any], cfg: Any, log: Any) -> tuple[
         elif again:
             # a reload, whose configuration has become ours just now
             _tell_reload(broker)
-        channel, board = broker.prepare(age, listening)
+        channel, board = broker.prepare_worker(age, listening)
     except (OSError, RuntimeError) as error:
         log.error(
             "gunicorn-passenger: the port broker failed (%s): the primary is served, ports asked for "
             "with listen() are not",
             error,
         )
-        return None, None, Broker.primary_listeners(listening)
-    return channel, board, broker.primary_listeners(listening)
+        return None, None, primary_listeners(listening)
+    return channel, board, primary_listeners(listening)
 
 
 def _start(listening: list[Any], cfg: Any, log: Any, channels: bool = True) -> Broker:
     """:param channels: whether the workers are ours, and so have channels; else there are daemons alone."""
-    broker = Broker(log, listening if channels else [], cfg)
+    broker = Broker(log, listening if channels else [], cfg, report.build, channels)
     escape_error_log(log)
     broker.arbiter = _known[0] if _known else None
     fork_handlers.install(broker)
     control = ControlServer(broker)
     control.open()
-    broker.add(control)
-    broker.watch_reports = control.watch_reports
-    _daemons[:] = [DaemonManager(broker, channels, prometheus_multiproc.directory.environment)]
-    broker.add(_daemons[0])
+    broker.loop.add(control)
+    _daemons[:] = [DaemonManager(broker, prometheus_multiproc.directory.environment)]
+    broker.loop.add(_daemons[0])
     if channels:
         _explain(listening, broker, log, cfg)
     return broker
@@ -93,9 +93,9 @@ def _begin(broker: Broker) -> None:
     :raises HaltServer: when a daemon that gunicorn.conf.py asks for cannot be had.
     """
     try:
-        with broker._hold():
-            for part in broker.parts:
-                part.started(broker.arbiter)
+        with broker.locked():
+            for service in broker.loop.services:
+                service.started(broker.arbiter)
     except PassengerError as error:
         raise HaltServer(str(error), _CONFIG_ERROR) from None
 
@@ -121,7 +121,7 @@ def _configure(broker: Broker, cfg: Any, log: Any, first: bool) -> None:
 
 def _explain(listening: list[Any], broker: Broker, log: Any, cfg: Any) -> None:
     """Say at the start what a reader of the log may not expect."""
-    primary = broker.primary_listeners(listening)
+    primary = primary_listeners(listening)
     ours = {listening_sockets.sockname(listener.sock) for listener in listening if listener.sock is not None}
     ours |= {name for daemons in _daemons for name in daemons.inherited()}
     for address in sorted(
@@ -240,9 +240,9 @@ def _reloaded(arbiter: Any) -> None:
 
 def _tell_reload(broker: Broker) -> None:
     requested_daemons.commit_config()
-    with broker._hold():
-        for part in broker.parts:
-            part.reloaded()
+    with broker.locked():
+        for service in broker.loop.services:
+            service.reloaded()
 
 
 def _know_arbiter(arbiter: Any) -> None:
@@ -258,7 +258,7 @@ def _arm(arbiter: Any, _worker: Any) -> None:
         _refresh(arbiter, broker)
     if broker is not None:
         broker.arbiter = arbiter
-        broker.arm()
+        broker.workers.mark_forking()
 
 
 def _refresh(arbiter: Any, broker: Broker | None) -> None:
@@ -266,7 +266,7 @@ def _refresh(arbiter: Any, broker: Broker | None) -> None:
     if broker is None:
         _attend(arbiter)
     elif _daemons:
-        with suppress(TimeoutError), broker._hold():
+        with suppress(TimeoutError), broker.locked():
             _daemons[0].refresh()
 
 
@@ -274,7 +274,7 @@ def _reaped(_arbiter: Any, worker: Any) -> None:
     prometheus_multiproc.directory.gone(worker.pid)
     broker = fork_handlers.current_broker()
     if broker is not None:
-        broker.reaped(worker.age)
+        broker.on_worker_reaped(worker.age)
 
 
 def _finish(_arbiter: Any) -> None:
@@ -292,7 +292,7 @@ def _handover(_arbiter: Any) -> None:
     # systemd's protocol has gunicorn's own sockets at 3 and above
     lowest = 3 + len(arbiter.LISTENERS)
     try:
-        state = broker.export_state(lowest)
+        state = broker.export_upgrade_state(lowest)
         state["daemons"] = [entry for daemons in _daemons for entry in daemons.export_state(lowest)]
         upgrade_state.hand_over(arbiter.cfg.env_orig, lowest, state)
     except OSError as error:
@@ -302,4 +302,4 @@ def _handover(_arbiter: Any) -> None:
             "open files (ulimit -n)",
             error,
         )
-    broker.number_listeners()
+    broker.sync.number_for_systemd()

@@ -19,7 +19,7 @@ from gunicorn_passenger.daemons.requested import requested_daemons
 from gunicorn_passenger.daemons.spec import MAX_MESSAGE, DaemonSpec, SpawnArguments, build_spec
 from gunicorn_passenger.daemons.standalone import standalone_daemons
 from gunicorn_passenger.errors import DaemonError, PassengerError
-from gunicorn_passenger.ipc.channel import DaemonSpawned, RequestDenied, SpawnDaemon
+from gunicorn_passenger.ipc.messages import DaemonSpawned, RequestDenied, SpawnDaemon
 from gunicorn_passenger.serving import server_errors
 from gunicorn_passenger.serving.registry import check_program_allocation, registry
 

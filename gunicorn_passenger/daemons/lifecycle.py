@@ -157,15 +157,10 @@ class DaemonLifecycle:
 
     def _send_reports(self, sock: Any) -> None:
         """Have the control server send reports on this socket."""
-        for owner in (self._broker, *self._broker.parts):
-            watch = getattr(owner, "watch_reports", None)
-            if watch is not None:
-                try:
-                    watch(sock)
-                except OSError as error:
-                    self._log_without_reports("status", error)
-                return
-        sock.close()
+        try:
+            self._broker.watch_reports(sock)
+        except OSError as error:
+            self._log_without_reports("status", error)
 
     def _log_without_reports(self, name: str, error: OSError) -> None:
         self._broker.log.warning(
@@ -222,7 +217,7 @@ class DaemonLifecycle:
 
     def record(self, daemon: DaemonState, text: str) -> None:
         """Add an event to the application's report."""
-        self._broker.history.note("daemon", f"{daemon.name} {text}")
+        self._broker.event_log.record("daemon", f"{daemon.name} {text}")
 
     # --- the end ---------------------------------------------------------------------------------
 
@@ -413,7 +408,7 @@ class DaemonLifecycle:
                 "and all daemons again%s",
                 supervisor.pid, f", and has killed {left} processes of theirs" if left else "",
             )  # fmt: skip
-            self._broker.history.note("daemon", "the supervisor of the daemons was started again")
+            self._broker.event_log.record("daemon", "the supervisor of the daemons was started again")
         self._pause = FIRST_PAUSE if now - self._supervisor_started >= STEADY else self._pause
         self._retry_at = now + self._pause
         self._pause = min(LONGEST_PAUSE, self._pause * 2)

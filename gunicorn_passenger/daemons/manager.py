@@ -24,28 +24,25 @@ from gunicorn_passenger.daemons.sockets import DaemonSockets
 from gunicorn_passenger.daemons.spec import MAX_DAEMONS, DaemonSpec
 from gunicorn_passenger.daemons.state import FAILED, DaemonState
 from gunicorn_passenger.errors import DaemonError, PassengerError
-from gunicorn_passenger.ipc.channel import DaemonSpawned, Message, RequestDenied, SpawnDaemon
+from gunicorn_passenger.ipc.messages import DaemonSpawned, Message, RequestDenied, SpawnDaemon
+from gunicorn_passenger.master.grace_timer import GraceTimer
+from gunicorn_passenger.master.service import BrokerService
 from gunicorn_passenger.system import listening_sockets, procfs
 
 #: Seconds that the supervisor has beyond the longest ``stop_timeout`` when gunicorn exits.
 _STOP_MARGIN = 5.0
 
 
-class DaemonManager:
-    """All daemons of this master: a :class:`~.service.BrokerService`."""
+class DaemonManager(BrokerService):
+    """All daemons of this master."""
 
     def __init__(
         self,
         broker: Any,
-        channels: bool = True,
         environment: Callable[[Mapping[str, str]], dict[str, str]] = dict,
     ) -> None:
-        """
-        :param channels: whether workers have channels, and so can request daemons.
-        :param environment: makes a daemon's environment of the master's.
-        """
+        """:param environment: makes a daemon's environment of the master's."""
         self._broker = broker
-        self._channels = channels
         self._daemons: dict[str, DaemonState] = {}
         self._sockets = DaemonSockets(broker, self._daemons)
         self._lifecycle = DaemonLifecycle(broker, self._daemons, self._sockets, environment)
@@ -57,7 +54,8 @@ class DaemonManager:
         #: whether all workers have been ready since
         self._settled = False
         self._begun = False
-        self._inherited_since: float | None = None
+        #: for how long no worker has used a daemon, by name, or the sockets of the previous master, by ""
+        self._unused = GraceTimer[str]()
 
     # --- gunicorn's hooks ------------------------------------------------------------------------
 
@@ -166,7 +164,7 @@ class DaemonManager:
         except Exception as error:
             # the worker gets a response, whatever it has requested
             text = f"the master cannot start the daemon: {error!r}"
-            self._broker.log.error("gunicorn-passenger: worker %s: %s", self._broker.pid(age), text)
+            self._broker.log.error("gunicorn-passenger: worker %s: %s", self._broker.workers.pid(age), text)
             return RequestDenied(number, "daemon", 0, text[:1000])
         # a daemon that is stopped or failed keeps its address for the next start
         return DaemonSpawned(number, daemon.name, *(daemon.places[0] if daemon.places else ()))
@@ -186,13 +184,13 @@ class DaemonManager:
                 self._broker.log.warning(
                     "gunicorn-passenger: worker %s requests the daemon %s with other arguments than earlier "
                     "workers; the daemon is unchanged until a reload",
-                    self._broker.pid(age),
+                    self._broker.workers.pid(age),
                     spec.name,
                 )
                 spec, run_as = known.spec, known.run_as
         daemon = self._apply(known, spec, run_as, by_workers=True)
         daemon.wanted_by.add(age)
-        daemon.unwanted_since = None
+        self._unused.restart(spec.name)
         return daemon
 
     def _may_change(self, known: DaemonState, age: int) -> bool:
@@ -228,37 +226,33 @@ class DaemonManager:
         self._lifecycle.serve()
 
     def tick(self, now: float) -> float | None:
-        return min([*self._lifecycle.tick(now), *self._drop_unwanted(now)], default=None)
+        due = [*self._lifecycle.tick(now), self._drop_unwanted(now)]
+        return min((at for at in due if at is not None), default=None)
 
-    def _drop_unwanted(self, now: float) -> list[float]:
+    def _drop_unwanted(self, now: float) -> float | None:
         """Stop daemons that no worker has used for the grace period; ports are closed in the same way.
 
         The timer is paused while a worker boots, which may be about to request the daemon.
+
+        :returns: when the next grace period ends (monotonic seconds).
         """
-        links = self._broker._links
-        settled = all(link.ready for link in links.values()) and (bool(links) or not self._channels)
-        if settled and any(link.age > self._last_before for link in links.values()):
+        workers = self._broker.workers
+        if workers.settled and any(worker.age > self._last_before for worker in workers):
             self._settled = True
+        unused = [
+            name
+            for name, daemon in self._daemons.items()
+            if daemon.by_workers and daemon.then != "forget" and not daemon.wanted_by
+        ]
+        if self._sockets.inherited and self._begun:
+            unused.append("")
         grace = self._broker.grace
-        due = []
-        for daemon in [d for d in self._daemons.values() if d.by_workers and d.then != "forget"]:
-            if daemon.wanted_by or not settled:
-                daemon.unwanted_since = None
-            elif daemon.unwanted_since is None:
-                daemon.unwanted_since = now
-            if daemon.unwanted_since is not None:
-                if now - daemon.unwanted_since >= grace:
-                    self._lifecycle.stop(daemon, "forget", f"no worker has used it for {grace:g} s")
-                else:
-                    due.append(daemon.unwanted_since + grace)
-        if self._sockets.inherited and settled and self._begun:
-            if self._inherited_since is None:
-                self._inherited_since = now
-            if now - self._inherited_since >= grace:
-                self._sockets.close_inherited()
+        for name in self._unused.expired(unused, now, grace, workers.settled):
+            if name:
+                self._lifecycle.stop(self._daemons[name], "forget", f"no worker has used it for {grace:g} s")
             else:
-                due.append(self._inherited_since + grace)
-        return due
+                self._sockets.close_inherited()
+        return self._unused.deadline(grace)
 
     # --- the operator ----------------------------------------------------------------------------
 
@@ -303,14 +297,14 @@ class DaemonManager:
 
         Called without the broker's lock, since its thread reads the supervisor's events meanwhile.
         """
-        with suppress(TimeoutError), self._broker._hold():
+        with suppress(TimeoutError), self._broker.locked():
             self._lifecycle.stop_all()
-        self._broker._wake()
+        self._broker.wake()
         longest = max((d.spec.stop_timeout for d in self._daemons.values() if d.key), default=0.0)
         deadline = time.monotonic() + longest + _STOP_MARGIN
         while self._lifecycle.supervised and time.monotonic() < deadline:
             time.sleep(0.02)
-        with suppress(TimeoutError), self._broker._hold():
+        with suppress(TimeoutError), self._broker.locked():
             self._lifecycle.kill_all()
 
     def forked(self) -> None:

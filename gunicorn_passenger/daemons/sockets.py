@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import _socket
 import os
-import resource
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -16,12 +15,12 @@ from typing import Any
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.config import listen_errors
+from gunicorn_passenger.daemons import daemon_errors
 from gunicorn_passenger.daemons.spec import DaemonListen, DaemonSpec
 from gunicorn_passenger.daemons.state import DaemonState
 from gunicorn_passenger.daemons.supervisor_client import DaemonSocket, daemon_socket, open_daemon_socket
 from gunicorn_passenger.master import upgrade_state
-from gunicorn_passenger.master.listeners import MAX_PORTS
-from gunicorn_passenger.system import listening_sockets
+from gunicorn_passenger.system import listening_sockets, port_opening
 
 
 class DaemonSockets:
@@ -86,14 +85,18 @@ class DaemonSockets:
     def _open_one(self, spec: DaemonSpec, want: DaemonListen, before: int) -> DaemonSocket:
         broker = self._broker
         # a master without a free descriptor could not even start workers
-        limit = min(MAX_PORTS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        limit = port_opening.port_limit(4)
         if sum(len(daemon.sockets) for daemon in self._daemons.values()) >= limit:
             raise listen_errors.too_many_ports(limit)
         cfg = broker.cfg
-        mode = 0o666 & ~cfg.umask if cfg.umask else 0o600
-        one = open_daemon_socket(
-            want, spec.within, broker.allocation, cfg.backlog, mode, self._port_user, before
-        )
+        if want.kind == "tcp":
+            broker.allocation.check(want.port)
+            if user := self._port_user(want.port):
+                raise daemon_errors.daemon_port_taken(str(want), user)
+        in_use = {one.port for daemon in self._daemons.values() for one in daemon.sockets}
+        in_use |= {port.port for port in broker.listeners.ports.values()}
+        mode = port_opening.unix_mode(cfg.umask)
+        one = open_daemon_socket(want, spec.within, broker.allocation, cfg.backlog, mode, in_use, before)
         if one.path and (cfg.uid, cfg.gid) != (os.geteuid(), os.getegid()):
             # As gunicorn does for its own sockets: the workers have to reach it. The operator has named the
             # path, but its directory may still be another user's: give() does not follow links.

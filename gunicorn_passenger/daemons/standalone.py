@@ -16,6 +16,7 @@ from gunicorn_passenger.daemons.spec import DaemonSpec
 from gunicorn_passenger.daemons.supervisor_client import DaemonSocket, SupervisorClient, open_daemon_socket
 from gunicorn_passenger.serving import standalone
 from gunicorn_passenger.system import unpatched
+from gunicorn_passenger.system.port_opening import DEFAULT_BACKLOG
 from gunicorn_passenger.system.text import printable
 
 
@@ -43,7 +44,7 @@ class StandaloneDaemons:
             for item in spec.listen:
                 listening.append(
                     open_daemon_socket(
-                        item, spec.within, standalone._allocation(), standalone._BACKLOG, 0o600, lambda _: ""
+                        item, spec.within, standalone.program_allocation(), DEFAULT_BACKLOG, 0o600
                     )
                 )
             if self._supervisor is None:

@@ -33,8 +33,6 @@ class DaemonState:
     wanted_by: set[int] = field(default_factory=set)
     #: the number of reloads before it was last requested
     generation: int = 0
-    #: since when no worker has used it (monotonic seconds)
-    unwanted_since: float | None = None
     state: str = WAITING
     #: the supervisor's key for it; empty while the supervisor does not run it
     key: str = ""

@@ -12,19 +12,17 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from gunicorn_passenger import errors
-from gunicorn_passenger.config import listen_errors
 from gunicorn_passenger.config.address import format_tcp
-from gunicorn_passenger.config.port_allocation import PortAllocation, format_ports, parse_ports
-from gunicorn_passenger.daemons import daemon_errors
+from gunicorn_passenger.config.port_allocation import PortAllocation
 from gunicorn_passenger.daemons.run_as import RunAs
 from gunicorn_passenger.daemons.spec import DaemonListen, DaemonSpec
 from gunicorn_passenger.system import listening_sockets, procfs, unpatched
+from gunicorn_passenger.system.port_opening import ListenRequest, open_listener
 
 _SUPERVISOR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "supervisor.py")
 #: Bytes of an event: lines of output, each character as the longest JSON escape.
@@ -253,40 +251,16 @@ def open_daemon_socket(
     allocation: PortAllocation,
     backlog: int,
     mode: int,
-    holder: Callable[[int], str],
+    in_use: Set[int] = frozenset(),
     before: int = 0,
 ) -> DaemonSocket:
     """Open a socket for a daemon, by the same rules as one for a server.
 
     :param within: the ports that the program limits itself to; empty for all allocated ports.
     :param mode: of a UNIX socket's file.
-    :param holder: names the daemon or server of this application that has a port; empty for none.
-    :param before: the port that "auto" had last, and gets again if possible.
-    :raises errors.ListenError: when the port is not allocated, or cannot be opened.
+    :param in_use: ports that this application holds.
+    :param before: the port that an "auto" had last, which it gets again if possible.
+    :raises errors.ListenError: when it is not allowed, or cannot be opened.
     """
-    if want.kind == "unix":
-        return daemon_socket(want, listening_sockets.open_unix(want.path, mode, backlog))
-    own = parse_ports(within, "the application") if within else None
-    family = socket.AF_INET6 if ":" in want.host else socket.AF_INET
-    if want.kind == "tcp":
-        allocation.check(want.port)
-        if user := holder(want.port):
-            raise daemon_errors.daemon_port_taken(str(want), user)
-        return daemon_socket(want, listening_sockets.open_tcp(family, want.host, want.port, backlog))
-    if not allocation.limited and own is None:
-        if before and not holder(before):
-            with suppress(errors.ListenError):
-                return daemon_socket(want, listening_sockets.open_tcp(family, want.host, before, backlog))
-        return daemon_socket(want, listening_sockets.open_tcp(family, want.host, 0, backlog))
-    ports = allocation.ports if allocation.limited else own or frozenset()
-    if own is not None:
-        ports &= own
-    for number in sorted(ports, key=lambda number: (number != before, number)):
-        allocation.check(number)
-        if holder(number):
-            continue
-        try:
-            return daemon_socket(want, listening_sockets.open_tcp(family, want.host, number, backlog))
-        except errors.PortInUse:
-            continue
-    raise listen_errors.no_port_free(format_ports(ports), allocation.sources)
+    request = ListenRequest(want.kind, want.host, want.port, want.path, backlog, False, mode, within)
+    return daemon_socket(want, open_listener(request, allocation, in_use, preferred=before))

@@ -130,7 +130,7 @@ class Closer:
         :raises OSError: as ``recv``.
         """
         data, ancillary, _, _ = sock.recvmsg(size, channel.ROOM, socket.MSG_CMSG_CLOEXEC)
-        for fd in channel.sent(ancillary):
+        for fd in channel.received_fds(ancillary):
             self.close(fd)
         return bytes(data)
 
@@ -148,7 +148,7 @@ class Closer:
                 data, ancillary, _, _ = sock.recvmsg(
                     channel.MAX_MESSAGE, channel.ROOM, socket.MSG_CMSG_CLOEXEC
                 )
-                for fd in channel.sent(ancillary):
+                for fd in channel.received_fds(ancillary):
                     self.close(fd)
                 empty += not data
         self.close(sock.detach())

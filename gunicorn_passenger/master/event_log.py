@@ -21,7 +21,7 @@ class EventLog:
         #: how many there were of each kind
         self.totals: Counter[str] = Counter()
 
-    def note(self, kind: str, text: str) -> None:
+    def record(self, kind: str, text: str) -> None:
         """
         :param kind: one word, such as ``"crash"``.
         :param text: one line for people.

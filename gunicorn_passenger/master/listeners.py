@@ -1,20 +1,18 @@
-"""The ports that the master holds: opening, adopting, handing over, closing.
+"""The ports that the master holds: opens, registers, exports and closes them.
 
-Runs in: the master, in the broker's thread (or before it starts). Must never: resolve a name,
-wait for anything, or open what the port allocation does not name.
+Process: the master, in the broker's thread (or before it starts). Never: resolves a name, waits, or opens a
+port that the allocation does not name.
 
-A port lives in the arbiter's own ``LISTENERS``, so that ``USR2`` hands it to the next master and a
+A port is in the arbiter's own ``LISTENERS``, so that ``USR2`` passes it to the new master and a
 shutdown closes it. gunicorn also closes every listener there when a reload changes ``bind``; a
-:class:`BrokerOwnedListener` listener survives that (see :meth:`Held.close`).
+:class:`BrokerOwnedListener` survives that (see :meth:`BrokerOwnedListener.close`).
 """
 
 from __future__ import annotations
 
 import os
-import resource
 import socket
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,31 +22,31 @@ from gunicorn.sock import TCP6Socket, TCPSocket, UnixSocket
 from gunicorn_passenger import errors
 from gunicorn_passenger.config import listen_errors
 from gunicorn_passenger.config.address import format_sockname, format_tcp
-from gunicorn_passenger.config.port_allocation import PortAllocation, format_ports, parse_ports
-from gunicorn_passenger.ipc.channel import OpenPort
+from gunicorn_passenger.config.port_allocation import PortAllocation
+from gunicorn_passenger.ipc.messages import OpenPort
 from gunicorn_passenger.ipc.scoreboard import SLOTS
-from gunicorn_passenger.system import listening_sockets
+from gunicorn_passenger.master.grace_timer import GraceTimer
+from gunicorn_passenger.system import listening_sockets, port_opening
+from gunicorn_passenger.system.port_opening import ListenRequest
 
-#: Marks, for the next master, a port of an "each" server.
+#: Marks, for the new master, a port of an "each" server.
 _EACH = "each "
-#: How many ports one application may hold: a runaway program must not use up the master.
-MAX_PORTS = 1024
 
 
 class BrokerOwnedListener:
     """Mixin for gunicorn's socket classes: a listener that the broker opened.
 
     gunicorn calls ``close()`` in two places: when it stops, and when a reload changes ``bind``. The
-    broker must tell them apart, since a port outlives a reload; so ``close()`` only reports, and the
-    broker closes by :meth:`close_now`.
+    broker must tell them apart, since a port outlives a reload; so ``close()`` only reports the request, and
+    the broker closes by :meth:`close_now`.
     """
 
-    surrendered: Callable[[], None] | None = None
+    on_close_request: Callable[[], None] | None = None
     sock: Any
 
     def close(self) -> None:
-        if self.surrendered is not None and self.sock is not None:
-            self.surrendered()
+        if self.on_close_request is not None and self.sock is not None:
+            self.on_close_request()
         else:
             self.close_now()
 
@@ -71,7 +69,7 @@ class BrokerOwnedUnix(BrokerOwnedListener, UnixSocket):
     """A run-time UNIX socket."""
 
     def getsockname(self) -> tuple[str, str]:
-        """No path: gunicorn would remove whatever stands there when it stops. The broker does it."""
+        """Without the path: gunicorn would remove the file when it stops. The broker does that."""
         return "unix", self.cfg_addr
 
 
@@ -85,85 +83,82 @@ class Port:
     port: int = 0
     path: str = ""
     family: int = socket.AF_INET
-    #: opened by the operator (gunicorn's bind, systemd): stays open whether wanted or not
-    bound: bool = False
+    #: opened by the operator (gunicorn's bind, systemd): stays open whether a worker wants it or not
+    from_config: bool = False
     #: device and inode of a UNIX socket's file, so that only our own file is removed
     file: tuple[int, int] | None = None
     backlog: int = 0
-    #: workers that want it: age to the number of their Open, in the order in which they asked
+    #: workers that want it: age to the ``id`` of their OpenPort, in the order of their requests
     wanted_by: dict[int, int] = field(default_factory=dict)
     placement: str = "shared"
-    #: the placement that was asked for last; it holds when nobody accepts by another
+    #: the placement of the last request; it takes effect once no worker accepts under the old one
     next_placement: str = "shared"
     v6only: bool = False
     #: those of them that may accept
     accepting: set[int] = field(default_factory=set)
-    #: with "each": which of its kind it is, from 1
+    #: with "each": its position among the ports of the server, from 1
     position: int = 0
     #: what the program calls the server
     name: str = ""
-    #: where workers count what they do (see ipc/scoreboard.py)
+    #: where workers count connections and requests (see ipc/scoreboard.py); -1 for nowhere
     slot: int = -1
     #: whether workers count its requests
     counts: bool = True
     #: the worker that it was opened for
     opened_for: int = -1
-    #: why nobody may accept, "stop" or "restart", while that is so
+    #: why no worker may accept: "stop", "restart", or an empty text when they may
     paused: str = ""
+    #: whether a server of the program has ever listened on it
+    claimed: bool = False
 
     @property
     def title(self) -> str:
-        """What people call it."""
+        """Its name for people."""
         return f"{self.name or self.key}.{self.position}" if self.position else self.name or self.key
-
-    #: when it was last wanted (monotonic seconds); None while it is
-    idle_since: float | None = None
-    claimed: bool = False
-
-
-def tcp_key(host: str, port: int) -> str:
-    return format_tcp(host, port)
 
 
 class Listeners:
     """All ports of this application, by key. Changed by the broker alone."""
 
-    def __init__(self, cfg: Any, log: Any) -> None:
+    def __init__(self, cfg: Any, log: Any, stopped: Iterable[str] = ()) -> None:
+        """:param stopped: keys of servers that an operator has stopped under the previous master."""
         self.cfg = cfg
         self.log = log
+        self.allocation = PortAllocation("")
         self.ports: dict[str, Port] = {}
         #: the arbiter's list, which also has the primary's own listeners
-        self.binds: list[Any] = []
-        #: servers that asked for "auto", by name and host -> key
+        self.listening: list[Any] = []
+        #: measures for how long ports have been unused, by key
+        self.idle = GraceTimer[str]()
+        #: "auto" servers, by host and name -> key
         self._autos: dict[str, str] = {}
-        #: ports of "each" servers, by what was asked for -> keys by position
+        #: ports of "each" servers, by host, port and name -> keys by position
         self._each: dict[str, dict[int, str]] = {}
         self._slots: set[int] = set()
-        #: slots of closed ports, on which these workers have written
-        self._cooling: dict[int, set[int]] = {}
-        #: keys of servers that an operator stopped under the master before
-        self.stopped: set[str] = set()
-        self.surrendered: Callable[[], None] = lambda: None
+        #: slots of closed ports, and the workers that may still count there
+        self._quarantined: dict[int, set[int]] = {}
+        self._stopped = set(stopped)
+        #: called when gunicorn closes a listener of ours
+        self.on_close_request: Callable[[], None] = lambda: None
 
-    # --- adopting -----------------------------------------------------------------------------
+    # --- registering ----------------------------------------------------------------------------
 
-    def adopt(self, listener: Any, bound: bool, now: float, auto: str = "") -> None:
-        """Take over a socket that is open already: from ``bind``, systemd, or the master before.
+    def register(self, listener: Any, from_config: bool, auto: str = "") -> None:
+        """Take over a socket that is open already: from ``bind``, systemd, or the previous master.
 
-        :param auto: what an ``"auto"`` server of the master before asked for it as.
+        :param auto: the label of an ``"auto"`` or ``"each"`` server of the previous master (see
+            :meth:`export_state`).
         """
         name = listening_sockets.sockname(listener.sock)
-        if not isinstance(name, tuple):
-            port = Port(format_sockname(name), listener, path=str(name), family=socket.AF_UNIX, bound=bound)
-            port.file = listening_sockets.inode_id(str(name))
-        else:
+        if isinstance(name, tuple):
             family = socket.AF_INET6 if len(name) == 4 else socket.AF_INET
-            port = Port(
-                tcp_key(name[0], name[1]), listener, host=name[0], port=name[1], family=family, bound=bound
-            )
-        if not bound:
-            port.listener = self._held(listener)
-            port.idle_since = now
+            port = Port(format_tcp(name[0], name[1]), listener, host=name[0], port=name[1], family=family)
+        else:
+            port = Port(format_sockname(name), listener, path=str(name), family=socket.AF_UNIX)
+            port.file = listening_sockets.inode_id(str(name))
+        port.from_config = from_config
+        if not from_config:
+            port.listener = self._as_owned(listener)
         self._add(port)
         if auto.startswith(_EACH):
             label, _, position = auto[len(_EACH) :].rpartition(" ")
@@ -176,28 +171,26 @@ class Listeners:
     def _add(self, port: Port) -> None:
         self.ports[port.key] = port
         # the first is the primary's
-        free = (n for n in range(1, SLOTS) if n not in self._slots and n not in self._cooling)
+        free = (n for n in range(1, SLOTS) if n not in self._slots and n not in self._quarantined)
         port.slot = next(free, -1)
         self._slots.add(port.slot)
-        if port.key in self.stopped:
-            self.stopped.discard(port.key)
+        if port.key in self._stopped:
+            self._stopped.discard(port.key)
             port.paused = "stop"
 
-    def cool(self, port: Port, ages: Iterable[int]) -> None:
-        """A port is closed: nobody counts in its slot before these workers are gone."""
+    def quarantine_slot(self, port: Port, ages: Iterable[int]) -> None:
+        """A port is closed: its slot is not used again before these workers are gone."""
         self._slots.discard(port.slot)
-        if port.slot > 0:
-            self._cooling[port.slot] = set(ages)
-            self.cooled(-1)
+        if port.slot > 0 and (remaining := set(ages)):
+            self._quarantined[port.slot] = remaining
 
-    def cooled(self, age: int) -> None:
-        """A worker is gone."""
-        for ages in self._cooling.values():
+    def on_worker_gone(self, age: int) -> None:
+        for ages in self._quarantined.values():
             ages.discard(age)
-        self._cooling = {slot: ages for slot, ages in self._cooling.items() if ages}
+        self._quarantined = {slot: ages for slot, ages in self._quarantined.items() if ages}
 
     def rebuild(self, listening: list[Any]) -> None:
-        """Make the table anew: of the listeners that are open, and what is still known of each.
+        """Make the table anew from the listeners that are open and what is still known of each.
 
         :param listening: the arbiter's list.
         """
@@ -208,16 +201,16 @@ class Listeners:
             if port is not None:
                 self.ports[port.key] = port
             elif isinstance(listener, BrokerOwnedListener) and listener.sock is not None:
-                self.adopt(listener, False, time.monotonic())
-        # those that an operator has stopped are open nowhere
+                self.register(listener, False)
+        # a port that an operator has stopped has no open listener
         self.ports |= {port.key: port for port in known.values() if port.paused}
         self._slots = {port.slot for port in self.ports.values()}
 
     def export_state(self) -> dict[str, Any]:
-        """The run-time ports for the next master.
+        """The run-time ports for the new master.
 
-        :returns: ``open``: pairs of a key and what an ``"auto"`` or ``"each"`` server asked for it as (see
-            :meth:`adopt`); ``stopped``: keys of servers that an operator has stopped.
+        :returns: ``open``: pairs of a key and the label of an ``"auto"`` or ``"each"`` server (see
+            :meth:`register`); ``stopped``: keys of servers that an operator has stopped.
         """
         autos = {key: auto for auto, key in self._autos.items()}
         for label, keys in self._each.items():
@@ -225,50 +218,49 @@ class Listeners:
         ports = self.ports.values()
         return {
             "open": [
-                [p.key, autos.get(p.key, "")] for p in ports if not p.bound and p.listener.sock is not None
+                [p.key, autos.get(p.key, "")]
+                for p in ports
+                if not p.from_config and p.listener.sock is not None
             ],
             "stopped": [p.key for p in ports if p.paused == "stop"],
         }
 
-    def _held(self, listener: Any) -> Any:
+    def _as_owned(self, listener: Any) -> Any:
         """The same socket as a listener of our own class, so that a reload does not close it."""
         if isinstance(listener, BrokerOwnedListener):
             return listener
-        sock = listener.sock
-        classes = {
+        name = listening_sockets.sockname(listener.sock)
+        return self._wrap(listener.FAMILY, name, listener.sock.detach())
+
+    def _wrap(self, family: int, name: Any, fd: int) -> Any:
+        classes: dict[int, Any] = {
             socket.AF_INET: BrokerOwnedTCP,
             socket.AF_INET6: BrokerOwnedTCP6,
             socket.AF_UNIX: BrokerOwnedUnix,
         }
-        name = listening_sockets.sockname(sock)
-        return self._wrap(classes[listener.FAMILY], name, sock.detach())
-
-    def _wrap(self, cls: Any, name: Any, fd: int) -> Any:
-        listener = cls(name, self.cfg, self.log, fd=fd)
-        listener.surrendered = self.surrendered
+        listener = classes[family](name, self.cfg, self.log, fd=fd)
+        listener.on_close_request = self.on_close_request
         return listener
 
     # --- opening ------------------------------------------------------------------------------
 
-    def open(self, ask: OpenPort, allocation: PortAllocation, same_user: bool) -> Port:
-        """The port that a worker asked for, opened now if it is not open yet.
+    def open(self, request: OpenPort, same_user: bool) -> Port:
+        """The port of a worker's request, opened now if it is not open yet.
 
-        :raises errors.ListenError: when it may not have it or it cannot be opened.
+        :raises errors.ListenError: when the worker may not have it, or it cannot be opened.
         """
-        if ask.kind == "unix":
-            return self._open_unix(ask, allocation, same_user)
-        if ask.kind == "auto":
-            return self._open_auto(ask, allocation)
-        if ask.kind == "tcp":
-            return self._open_tcp(ask, allocation)
-        raise listen_errors.bad_address(ask.kind[:40], "the worker asked for an unknown kind of address")
+        if request.kind == "unix":
+            return self._open_unix(request, same_user)
+        if request.kind == "auto":
+            return self._open_auto(request)
+        if request.kind == "tcp":
+            return self._open_tcp(request)
+        raise listen_errors.bad_address(request.kind[:40], "the worker asked for an unknown kind of address")
 
-    def open_each(
-        self, ask: OpenPort, allocation: PortAllocation, workers: int, age: int, waits: bool = False
-    ) -> Port | None:
+    def open_each(self, request: OpenPort, workers: int, age: int, waits: bool = False) -> Port | None:
         """With the placement "each": a port that no other worker has.
 
-        One that a worker has left is used again before another is opened, the lowest first.
+        A port whose worker is gone is used again before another is opened, the lowest position first.
 
         :param workers: how many workers there are to be, and so how many such ports.
         :param age: the worker that asks.
@@ -276,9 +268,9 @@ class Listeners:
         :returns: ``None`` when all of them are taken.
         :raises errors.ListenError: when there cannot be as many ports as workers.
         """
-        if ask.kind == "unix":
-            raise listen_errors.each_needs_tcp(ask.path)
-        label = f"{ask.host}/{ask.port}/{ask.name}"
+        if request.kind == "unix":
+            raise listen_errors.each_needs_tcp(request.path)
+        label = f"{request.host}/{request.port}/{request.name}"
         keys = self._each.get(label, {})
         for key in keys.values():
             if age in self.ports[key].wanted_by:
@@ -288,11 +280,16 @@ class Listeners:
                 return self.ports[keys[position]]
         if len(keys) >= workers:
             return None
+        first = 0
         try:
-            port = self._create_free(_family(ask.host), ask, allocation, workers - len(keys))
+            if request.kind == "tcp":
+                port_opening.address_family(request.host)
+                self.allocation.check(request.port)
+                first = max(request.port, 1)
+            port = self._create_auto(request, first, workers - len(keys))
         except errors.ListenError as error:
             if keys:
-                # there are more workers than at the start: this one waits for another's port
+                # there are more workers than at the start: this one waits for another worker's port
                 if not waits:
                     self.log.warning("gunicorn-passenger: a worker waits for a port: %s", error)
                 return None
@@ -302,171 +299,155 @@ class Listeners:
         self._each.setdefault(label, {})[port.position] = port.key
         return port
 
-    def _create_free(self, family: int, ask: OpenPort, allocation: PortAllocation, needed: int = 0) -> Port:
-        """Open the first of the ports in question that nobody has.
-
-        :param needed: how many of them must be free.
-        """
-        within = parse_ports(ask.within, "the worker") if ask.within else None
-        if ask.kind == "auto" and not allocation.limited and within is None:
-            return self._create_tcp(family, ask.host, 0, ask)
-        if allocation.limited:
-            ports = allocation.ports & within if within is not None else allocation.ports
-        else:
-            ports = within if within is not None else frozenset(range(max(ask.port, 1), 65536))
-        if ask.kind == "tcp":
-            allocation.check(ask.port)
-            ports = frozenset(number for number in ports if number >= ask.port)
-        taken = {p.port for p in self.ports.values()} | self._primary_ports()
-        free = sorted(ports - taken)
-        if len(free) < needed:
-            raise listen_errors.too_few_ports(format_ports(ports), needed, len(free), allocation.sources)
-        for number in free:
-            allocation.check(number)
-            try:
-                return self._create_tcp(family, ask.host, number, ask)
-            except errors.PortInUse:
-                continue
-        raise listen_errors.no_port_free(format_ports(ports), allocation.sources)
-
-    def _open_tcp(self, ask: OpenPort, allocation: PortAllocation) -> Port:
-        family = _family(ask.host)
-        if not 1 <= ask.port <= 65535:
-            raise listen_errors.bad_port(ask.port)
-        port = self.ports.get(tcp_key(ask.host, ask.port)) or self._bound_elsewhere(ask.port)
-        if port is None or not port.bound:
-            allocation.check(ask.port)
+    def _open_tcp(self, request: OpenPort) -> Port:
+        port_opening.address_family(request.host)
+        if not 1 <= request.port <= 65535:
+            raise listen_errors.bad_port(request.port)
+        port = self.ports.get(format_tcp(request.host, request.port))
         if port is None:
-            port = self._create_tcp(family, ask.host, ask.port, ask)
-        self._raise_backlog(port, _backlog(ask))
+            # a port that the operator's ``bind`` has opened serves any host
+            port = next((p for p in self.ports.values() if p.from_config and p.port == request.port), None)
+        if port is None or not port.from_config:
+            self.allocation.check(request.port)
+        if port is None:
+            try:
+                port = self._create(self._listen_request(request, "tcp", request.port))
+            except errors.PortInUse:
+                self._explain_own_port(request.host, request.port)
+                raise
+        self._raise_backlog(port, _backlog(request))
         return port
 
-    def _bound_elsewhere(self, number: int) -> Port | None:
-        """The operator's word on the host wins: a port that ``bind`` opened serves any listen on it."""
-        return next((p for p in self.ports.values() if p.bound and p.port == number), None)
+    def _explain_own_port(self, host: str, number: int) -> None:
+        """Name the server, where this application itself has the port that is in use.
 
-    def _create_tcp(self, family: int, host: str, number: int, ask: OpenPort) -> Port:
-        self._check_room()
-        own = next((p for p in self.ports.values() if number and p.port == number), None)
-        backlog = max(self.cfg.backlog, _backlog(ask))
-        try:
-            sock = listening_sockets.open_tcp(family, host, number, backlog, ask.v6only)
-        except errors.PortInUse:
-            holder = "this application itself, "
-            if own is not None:
-                holder += f"which holds it as {own.key}"
-            elif number in self._primary_ports():
-                holder += "whose primary it is (gunicorn's bind)"
-            else:
-                raise
-            raise listen_errors.in_use(format_tcp(host, number), holder) from None
-        name = sock.getsockname()
-        listener = self._wrap(
-            BrokerOwnedTCP6 if family == socket.AF_INET6 else BrokerOwnedTCP, name, sock.detach()
+        :raises errors.PortInUse: with the name.
+        """
+        own = next((p for p in self.ports.values() if p.port == number), None)
+        if own is not None:
+            owner = f"this application itself, which holds it as {own.key}"
+        elif number in self._primary_ports():
+            owner = "this application itself, whose primary it is (gunicorn's bind)"
+        else:
+            return
+        raise listen_errors.in_use(format_tcp(host, number), owner) from None
+
+    def _open_auto(self, request: OpenPort) -> Port:
+        label = f"{request.host}/{request.name}"
+        port = self.ports.get(self._autos.get(label, ""))
+        if port is None:
+            port = self._create_auto(request)
+            self._autos[label] = port.key
+        return port
+
+    def _create_auto(self, request: OpenPort, first: int = 0, needed: int = 0) -> Port:
+        in_use = {port.port for port in self.ports.values()} | self._primary_ports()
+        return self._create(self._listen_request(request, "auto", first), in_use, needed)
+
+    def _open_unix(self, request: OpenPort, same_user: bool) -> Port:
+        port = self.ports.get(f"unix:{request.path}")
+        if port is not None:
+            return port
+        # The worker chooses the path: a master with more rights than the worker opens none. A master with the
+        # same rights may still work in a directory that others can write: see listening_sockets.open_unix
+        # and listening_sockets.remove.
+        if not same_user:
+            raise listen_errors.unix_other_user(request.path, self.allocation.account)
+        if not os.path.isabs(request.path) or "\0" in request.path:
+            raise listen_errors.bad_address(request.path[:100], "the path of the UNIX socket is not absolute")
+        return self._create(self._listen_request(request, "unix", 0))
+
+    def _listen_request(self, request: OpenPort, kind: str, port: int) -> ListenRequest:
+        backlog = max(self.cfg.backlog, _backlog(request))
+        mode = port_opening.unix_mode(self.cfg.umask)
+        return ListenRequest(
+            kind, request.host, port, request.path, backlog, request.v6only, mode, request.within
         )
-        port = Port(
-            tcp_key(name[0], name[1]), listener, host=name[0], port=name[1], family=family, backlog=backlog
-        )
-        port.v6only = ask.v6only
+
+    def _create(
+        self,
+        request: ListenRequest,
+        in_use: Set[int] = frozenset(),
+        needed: int = 0,
+    ) -> Port:
+        limit = self.limit()
+        if len(self.ports) >= limit:
+            raise listen_errors.too_many_ports(limit)
+        sock = port_opening.open_listener(request, self.allocation, in_use, needed=needed)
+        family, name = sock.family, listening_sockets.sockname(sock)
+        listener = self._wrap(family, name, sock.detach())
+        if isinstance(name, tuple):
+            port = Port(format_tcp(name[0], name[1]), listener, host=name[0], port=name[1], family=family)
+            port.backlog, port.v6only = request.backlog, request.v6only
+        else:
+            port = Port(f"unix:{request.path}", listener, path=request.path, family=family)
+            port.file = listening_sockets.inode_id(request.path)
         self._add(port)
         return port
 
     def _primary_ports(self) -> set[int]:
         names = [
-            li.getsockname()
-            for li in self.binds
-            if li.sock is not None and not isinstance(li, BrokerOwnedListener)
+            listener.getsockname()
+            for listener in self.listening
+            if listener.sock is not None and not isinstance(listener, BrokerOwnedListener)
         ]
         return {name[1] for name in names if isinstance(name, tuple)}
 
     @staticmethod
-    def room() -> int:
-        """How many ports there may be: a master without a descriptor left could not even start workers."""
-        return min(MAX_PORTS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
-
-    def _check_room(self) -> None:
-        limit = self.room()
-        if len(self.ports) >= limit:
-            raise listen_errors.too_many_ports(limit)
+    def limit() -> int:
+        """How many ports there may be."""
+        return port_opening.port_limit(2)
 
     def check_share(self, age: int, workers: int) -> None:
         """One worker may not have all of the ports: its siblings need some that do not depend on it.
 
-        Those count that were opened for it and that no worker wants any more: they stay for the grace period.
+        Ports that were opened for the worker, and that no worker wants any more, count during their grace
+        period.
 
         :param age: the worker that asks for one more.
-        :param workers: how many there are to be.
+        :param workers: how many workers there are to be.
         :raises errors.ListenError: when it has as many as one worker may have.
         """
         if workers < 2:
             return
-        room = self.room()
-        limit = room - room // 4
+        limit = self.limit()
+        limit -= limit // 4
         ports = self.ports.values()
         if sum(age in p.wanted_by or (p.opened_for == age and not p.wanted_by) for p in ports) >= limit:
             raise listen_errors.too_many_ports_of_worker(limit)
 
-    def _open_auto(self, ask: OpenPort, allocation: PortAllocation) -> Port:
-        family = _family(ask.host)
-        label = f"{ask.host}/{ask.name}"
-        port = self.ports.get(self._autos.get(label, ""))
-        if port is None:
-            port = self._create_free(family, ask, allocation)
-            self._autos[label] = port.key
-        return port
-
-    def _open_unix(self, ask: OpenPort, allocation: PortAllocation, same_user: bool) -> Port:
-        port = self.ports.get(f"unix:{ask.path}")
-        if port is not None:
-            return port
-        # The path is the worker's word: a master with more rights than the worker touches none. One with the
-        # same rights may still work in a directory that others can write: see sockets.open_unix and
-        # sockets.remove.
-        if not same_user:
-            raise listen_errors.unix_other_user(ask.path, allocation.account)
-        if not os.path.isabs(ask.path) or "\0" in ask.path:
-            raise listen_errors.bad_address(ask.path[:100], "the path of the UNIX socket is not absolute")
-        self._check_room()
-        mode = 0o666 & ~self.cfg.umask if self.cfg.umask else 0o600
-        sock = listening_sockets.open_unix(ask.path, mode, max(self.cfg.backlog, _backlog(ask)))
-        listener = self._wrap(BrokerOwnedUnix, ask.path, sock.detach())
-        port = Port(f"unix:{ask.path}", listener, path=ask.path, family=socket.AF_UNIX)
-        port.file = listening_sockets.inode_id(ask.path)
-        self._add(port)
-        return port
-
     def _raise_backlog(self, port: Port, backlog: int) -> None:
-        """A program that asks for a longer queue gets it; a shorter one would rob its siblings."""
+        """A program that asks for a longer queue gets it; a shorter one would take from its siblings."""
         if port.backlog and backlog > port.backlog and port.listener.sock is not None:
             with suppress(OSError):
                 port.listener.sock.listen(backlog)
                 port.backlog = backlog
 
     def reopen(self, port: Port) -> None:
-        """Open again what was closed on the operator's word.
+        """Open a port again that an operator's command has closed.
 
-        :raises OSError: when somebody else has taken the address.
+        :raises OSError: when another program has taken the address.
         """
+        kind = "unix" if port.path else "tcp"
         backlog = max(self.cfg.backlog, port.backlog)
+        mode = port_opening.unix_mode(self.cfg.umask)
+        request = ListenRequest(kind, port.host, port.port, port.path, backlog, port.v6only, mode)
+        sock = port_opening.open_listener(request, None)
+        port.listener = self._wrap(port.family, listening_sockets.sockname(sock), sock.detach())
         if port.path:
-            mode = 0o666 & ~self.cfg.umask if self.cfg.umask else 0o600
-            sock = listening_sockets.open_unix(port.path, mode, backlog)
-            port.listener = self._wrap(BrokerOwnedUnix, port.path, sock.detach())
             port.file = listening_sockets.inode_id(port.path)
-            return
-        sock = listening_sockets.open_tcp(port.family, port.host, port.port, backlog, port.v6only)
-        cls = BrokerOwnedTCP6 if port.family == socket.AF_INET6 else BrokerOwnedTCP
-        port.listener = self._wrap(cls, sock.getsockname(), sock.detach())
 
     # --- closing ------------------------------------------------------------------------------
 
-    def drop(self, key: str, unlink: bool, ages: Iterable[int] = ()) -> None:
-        """Close a port that nobody wants any more.
+    def close(self, key: str, unlink: bool, ages: Iterable[int] = ()) -> None:
+        """Close a port that no worker wants any more.
 
-        :param ages: the workers that there are.
+        :param unlink: whether to remove the file of a UNIX socket.
+        :param ages: all workers, which may still count there.
         """
         port = self.ports.pop(key)
-        self.cool(port, ages)
+        self.idle.restart(key)
+        self.quarantine_slot(port, ages)
         self._autos = {label: k for label, k in self._autos.items() if k != key}
         for keys in self._each.values():
             if keys.get(port.position) == key:
@@ -477,13 +458,5 @@ class Listeners:
             listening_sockets.remove(port.path, port.file)
 
 
-def _backlog(ask: OpenPort) -> int:
-    return min(max(ask.backlog, 0), 65535)
-
-
-def _family(host: str) -> int:
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with suppress(OSError, ValueError):
-            socket.inet_pton(family, host)
-            return family
-    raise listen_errors.bad_address(host[:100], "the worker asked for a host that is no numeric address")
+def _backlog(request: OpenPort) -> int:
+    return min(max(request.backlog, 0), 65535)

@@ -1,12 +1,12 @@
-"""Who may accept where: the placements.
+"""Placement: which worker may accept on which port.
 
-Runs in: the master, in the broker's thread. Must never: let two workers accept where one may, wait, or trust
-a worker with more than its own wishes.
+Process: the master, in the broker's thread. Never: lets two workers accept where one may, waits, or trusts a
+worker with more than its own requests.
 
 - ``"shared"``: every worker that wants a port may accept on it.
-- ``"one"``: one of them may, the youngest that serves; when it is gone, or has given the port back, the
-  next. Between two masters (``USR2``) a lock decides (:mod:`.upgrade_lock`).
-- ``"each"``: a port has one worker; who finds none free waits for another's.
+- ``"one"``: one of them may, the youngest that serves; when it is gone, or has released the port, the
+  next one. Between two masters (``USR2``) a lock decides (:mod:`.upgrade_lock`).
+- ``"each"``: a port has one worker; a worker that finds no free port waits for another worker's.
 
 A worker gets the listening socket when it may accept, and not before.
 """
@@ -17,32 +17,25 @@ from typing import Any, Protocol
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.config import listen_errors
-from gunicorn_passenger.config.port_allocation import PortAllocation
 from gunicorn_passenger.errors import PassengerError
-from gunicorn_passenger.ipc import channel
-from gunicorn_passenger.ipc.channel import AcceptGranted, OpenPort, PauseAccept, PortOpened
+from gunicorn_passenger.ipc.messages import AcceptGranted, Message, OpenPort, PauseAccept, PortOpened
 from gunicorn_passenger.master.event_log import EventLog
 from gunicorn_passenger.master.listeners import Listeners, Port
 from gunicorn_passenger.master.upgrade_lock import UpgradeLock
+from gunicorn_passenger.master.worker_channels import WorkerChannels
 from gunicorn_passenger.system.text import printable
 
-#: How often the lock of another master is tried, in seconds.
-_TRY = 0.05
+#: Seconds between two attempts to acquire the lock that another master holds.
+_LOCK_INTERVAL = 0.05
 #: For how many ports a worker may wait.
-_MOST = 64
+_MAX_WAITING = 64
 
 
 class WorkerMessenger(Protocol):
-    """What this module asks of the broker."""
+    """What this module needs of the broker."""
 
-    def serving(self, age: int) -> bool:
-        """Whether a worker is ready and not leaving."""
-
-    def tell(self, age: int, message: channel.Message, fd: int | None = None) -> bool:
+    def send(self, age: int, message: Message, fd: int | None = None) -> bool:
         """Send a worker a message; false when it is gone."""
-
-    def pid(self, age: int) -> object:
-        """A worker's pid, for people."""
 
     def stopping(self) -> bool:
         """Whether gunicorn stops."""
@@ -51,269 +44,273 @@ class WorkerMessenger(Protocol):
     def log(self) -> Any:
         """gunicorn's logger."""
 
-    def opened(self, port: Port) -> None:
+    def on_port_opened(self, port: Port) -> None:
         """A port was opened."""
 
-    def shut(self, port: Port) -> None:
-        """A port is to be closed, and to be remembered."""
+    def close_port(self, port: Port) -> None:
+        """Close a port that an operator has stopped; its entry stays."""
 
-    def reopen(self, port: Port) -> None:
-        """Open it again."""
+    def reopen_port(self, port: Port) -> None:
+        """Open it again.
+
+        :raises OSError: when another program has taken the address.
+        """
 
 
 class PlacementScheduler:
-    """Wishes and grants of all ports."""
+    """The requests and grants of all ports."""
 
     def __init__(
-        self, listeners: Listeners, exclusive: UpgradeLock, history: EventLog, crew: WorkerMessenger
+        self,
+        listeners: Listeners,
+        workers: WorkerChannels,
+        upgrade_lock: UpgradeLock,
+        event_log: EventLog,
+        broker: WorkerMessenger,
     ) -> None:
         self._listeners = listeners
-        self.exclusive = exclusive
-        self._history = history
-        self._crew = crew
-        #: workers whose "each" server has found no port free: age and question
+        self._workers = workers
+        self.upgrade_lock = upgrade_lock
+        self._event_log = event_log
+        self._broker = broker
+        #: workers whose "each" server has found no free port: age and request
         self._waiting: list[tuple[int, OpenPort]] = []
-        #: "one" servers whose port is closed here, and who still accepts there: another master may have it
-        self._ending: dict[str, set[int]] = {}
-        #: sockets of a port that a worker has, and wants once more: key, age and question
+        #: "one" servers whose port is closed here, and the workers that may still accept there: no other
+        #: master may have it yet
+        self._draining: dict[str, set[int]] = {}
+        #: requests for one more socket of a port that the worker has: key, age and ``id``
         self._extra: list[tuple[str, int, int]] = []
         #: the last worker that accepted where one may: key to pid
         self._last: dict[str, object] = {}
-        #: what the last round allowed and how many workers there are to be
-        self._allocation = PortAllocation("")
-        self._workers = 1
+        #: how many workers there were to be at the last request
+        self._planned = 1
 
-    def want(
-        self, age: int, ask: OpenPort, allocation: PortAllocation, same_user: bool, workers: int
-    ) -> PortOpened:
+    def request(self, age: int, request: OpenPort, same_user: bool, workers: int) -> PortOpened:
         """A worker wants to listen.
 
-        :param workers: how many there are to be.
-        :returns: the answer; a grant follows it at once, or later.
-        :raises errors.ListenError: when it cannot.
+        :param workers: how many workers there are to be.
+        :returns: the response; an AcceptGranted follows it at once, or later.
+        :raises errors.ListenError: when the worker cannot have the port.
         """
-        self._allocation, self._workers = allocation, workers
+        self._planned = workers
         known = set(self._listeners.ports)
         self._listeners.check_share(age, workers)
-        if ask.placement == "each":
-            self._check_waiting(age, ask)
-            port = self._listeners.open_each(ask, allocation, workers, age)
-        elif ask.placement in ("shared", "one"):
-            port = self._listeners.open(ask, allocation, same_user)
+        if request.placement == "each":
+            self._check_waiting(age, request)
+            port = self._listeners.open_each(request, workers, age)
+        elif request.placement in ("shared", "one"):
+            port = self._listeners.open(request, same_user)
         else:
-            raise listen_errors.bad_address(ask.placement[:40], "the worker asked for an unknown placement")
+            raise listen_errors.bad_address(
+                request.placement[:40], "the worker asked for an unknown placement"
+            )
         if port is None:
-            self._waiting.append((age, ask))
-            return PortOpened(ask.id, "", granted=False)
+            self._waiting.append((age, request))
+            return PortOpened(request.id, "", granted=False)
         if port.key not in known:
             port.opened_for = age
-            self._crew.opened(port)
+            self._broker.on_port_opened(port)
         elif age in port.wanted_by:
-            return self._again(port, age, ask)
-        if ask.placement != "each":
-            # what a reload changes holds when nobody accepts by the rule of before
-            port.next_placement = ask.placement
+            return self._share_again(port, age, request)
+        if request.placement != "each":
+            # a placement changed by a reload takes effect once no worker accepts under the old one
+            port.next_placement = request.placement
             if not port.accepting:
-                port.placement = ask.placement
-        self._wanted(port, age, ask)
+                port.placement = request.placement
+        self._add_request(port, age, request)
         at_once = port.placement == port.next_placement != "one" and not port.paused
-        return PortOpened(ask.id, port.key, port.host, port.port, port.path, at_once)
+        return PortOpened(request.id, port.key, port.host, port.port, port.path, at_once)
 
-    def _again(self, port: Port, age: int, ask: OpenPort) -> PortOpened:
-        """A worker asks for what it has: right only for a program that shares the port with itself.
+    def _share_again(self, port: Port, age: int, request: OpenPort) -> PortOpened:
+        """A worker asks for a port that it has: allowed only for a program that shares the port with itself.
 
-        :raises errors.PortInUse: where one socket of the worker's is all that there may be.
+        :raises errors.PortInUse: where the worker may have only one socket.
         """
-        if not ask.again or port.placement != "shared" or ask.placement != "shared" or port.paused:
+        if not request.again or port.placement != "shared" or request.placement != "shared" or port.paused:
             raise listen_errors.duplicate_listen(port.key)
-        self._extra.append((port.key, age, ask.id))
-        return PortOpened(ask.id, port.key, port.host, port.port, port.path, True)
+        self._extra.append((port.key, age, request.id))
+        return PortOpened(request.id, port.key, port.host, port.port, port.path, True)
 
-    def _check_waiting(self, age: int, ask: OpenPort) -> None:
-        """One wish of a kind for each worker, and not too many."""
+    def _check_waiting(self, age: int, request: OpenPort) -> None:
+        """A worker may wait for one port of a server, and not for too many ports."""
         mine = [other for a, other in self._waiting if a == age]
-        if any((o.host, o.port, o.name) == (ask.host, ask.port, ask.name) for o in mine):
-            raise listen_errors.duplicate_listen(f"{ask.host}:{ask.port}")
-        if len(mine) >= _MOST:
-            raise listen_errors.too_many_ports(_MOST)
+        if any((o.host, o.port, o.name) == (request.host, request.port, request.name) for o in mine):
+            raise listen_errors.duplicate_listen(f"{request.host}:{request.port}")
+        if len(mine) >= _MAX_WAITING:
+            raise listen_errors.too_many_ports(_MAX_WAITING)
 
-    @staticmethod
-    def _wanted(port: Port, age: int, ask: OpenPort) -> None:
-        port.wanted_by[age] = ask.id
-        port.idle_since = None
+    def _add_request(self, port: Port, age: int, request: OpenPort) -> None:
+        port.wanted_by[age] = request.id
+        self._listeners.idle.restart(port.key)
         port.claimed = True
-        port.counts = ask.counts
-        if ask.name:
-            port.name = ask.name
+        port.counts = request.counts
+        if request.name:
+            port.name = request.name
 
     def release(self, age: int, key: str, number: int) -> None:
-        """A worker no longer wants a port; without a key, what the question of that number waits for."""
+        """A worker no longer wants a port; without a key, the one that its request ``number`` waits for."""
         if not key:
-            self._waiting = [(a, ask) for a, ask in self._waiting if (a, ask.id) != (age, number)]
+            self._waiting = [(a, request) for a, request in self._waiting if (a, request.id) != (age, number)]
             return
-        self._ended(age, key)
+        self._on_drained(age, key)
         port = self._listeners.ports.get(key)
         if port is not None and number in (0, port.wanted_by.get(age)):
             port.wanted_by.pop(age, None)
             port.accepting.discard(age)
 
-    def leaving(self, age: int) -> None:
-        """A worker accepts nowhere any more."""
-        self.gone(age)
-
-    def dropped(self, port: Port) -> None:
-        """A port is closed in this master; a worker may accept on it until it hears of it."""
+    def on_port_closed(self, port: Port) -> None:
+        """A port is closed in this master; a worker may accept on it until the message reaches it."""
         self._last.pop(port.key, None)
         if port.placement == "one" and port.accepting:
-            self._ending[port.key] = set(port.accepting)
+            self._draining[port.key] = set(port.accepting)
         else:
-            self.exclusive.give(port.key)
+            self.upgrade_lock.release(port.key)
 
-    def _ended(self, age: int, key: str) -> None:
-        ages = self._ending.get(key)
+    def _on_drained(self, age: int, key: str) -> None:
+        ages = self._draining.get(key)
         if ages is not None:
             ages.discard(age)
             if not ages:
-                del self._ending[key]
-                self.exclusive.give(key)
+                del self._draining[key]
+                self.upgrade_lock.release(key)
 
     def stop(self) -> None:
-        """gunicorn stops: nobody gets anything any more."""
+        """gunicorn stops: no worker gets a grant any more."""
         self._waiting.clear()
         self._extra.clear()
 
-    def paused(self, age: int, key: str) -> None:
-        """A worker has stopped to accept, as it was told."""
+    def on_accept_paused(self, age: int, key: str) -> None:
+        """A worker has stopped to accept, as PauseAccept said."""
         port = self._listeners.ports.get(key)
         if port is not None:
             port.accepting.discard(age)
 
-    def gone(self, age: int) -> None:
-        """A worker is gone."""
-        self._waiting = [(a, ask) for a, ask in self._waiting if a != age]
-        for key in list(self._ending):
-            self._ended(age, key)
+    def on_worker_gone(self, age: int) -> None:
+        """A worker is gone, or has stopped to accept for good."""
+        self._waiting = [(a, request) for a, request in self._waiting if a != age]
+        for key in list(self._draining):
+            self._on_drained(age, key)
         for port in self._listeners.ports.values():
             port.wanted_by.pop(age, None)
             port.accepting.discard(age)
 
-    def settle(self, now: float) -> float | None:
-        """Grant what can be granted. Called in every round.
+    def schedule(self, now: float) -> float | None:
+        """Grant what can be granted. Called in every iteration of the broker's loop.
 
-        :returns: when to be called again (monotonic seconds), if no message will come.
+        :returns: when to call it again (monotonic seconds); ``None`` when only a message matters.
         """
         due = None
-        if self._crew.stopping():
+        if self._broker.stopping():
             return None
-        for age, ask in list(self._waiting):
-            self._try_again(age, ask)
+        for age, request in list(self._waiting):
+            self._retry_each(age, request)
         extra, self._extra = self._extra, []
         for key, age, number in extra:
             again = self._listeners.ports.get(key)
             if again is not None and not again.paused:
-                self._tell(again, age, number)
+                self._send_grant(again, age, number)
         for port in list(self._listeners.ports.values()):
             if not port.accepting and port.placement != "each":
                 port.placement = port.next_placement
-            if port.paused and not self._resumes(port):
+            if port.paused and not self._may_resume(port):
                 continue
             if port.placement not in (port.next_placement, "each"):
                 continue
             if port.placement == "one":
-                if not self._give_to_one(port):
-                    due = now + _TRY
+                if not self._grant_to_one(port):
+                    due = now + _LOCK_INTERVAL
             else:
                 for age in [a for a in port.wanted_by if a not in port.accepting]:
                     self._grant(port, age)
         return due
 
-    def _try_again(self, age: int, ask: OpenPort) -> None:
+    def _retry_each(self, age: int, request: OpenPort) -> None:
         known = set(self._listeners.ports)
         try:
-            port = self._listeners.open_each(ask, self._allocation, self._workers, age, waits=True)
+            port = self._listeners.open_each(request, self._planned, age, waits=True)
         except errors.PassengerError:
             return
         if port is not None:
-            self._waiting.remove((age, ask))
+            self._waiting.remove((age, request))
             if port.key not in known:
                 port.opened_for = age
-                self._crew.opened(port)
-            self._wanted(port, age, ask)
+                self._broker.on_port_opened(port)
+            self._add_request(port, age, request)
 
-    def _give_to_one(self, port: Port) -> bool:
-        """:returns: false when another master has it."""
+    def _grant_to_one(self, port: Port) -> bool:
+        """:returns: false when another master holds its lock."""
         if port.accepting:
             return True
-        able = [age for age in port.wanted_by if self._crew.serving(age)]
+        able = [age for age in port.wanted_by if self._workers.is_serving(age)]
         if not able:
-            self.exclusive.give(port.key)
+            self.upgrade_lock.release(port.key)
             return True
-        if not self.exclusive.take(port.key):
+        if not self.upgrade_lock.acquire(port.key):
             return False
         for age in sorted(able, reverse=True):
             if self._grant(port, age):
-                before, pid = self._last.get(port.key), self._crew.pid(age)
+                before, pid = self._last.get(port.key), self._workers.pid(age)
                 self._last[port.key] = pid
                 if before is not None:
                     text = f"{port.title} ({port.key}): worker {pid} after worker {before}"
-                    self._history.note("takeover", text)
+                    self._event_log.record("takeover", text)
                 return True
         return False
 
     def _grant(self, port: Port, age: int) -> bool:
         port.accepting.add(age)
-        return self._tell(port, age, port.wanted_by[age])
+        return self._send_grant(port, age, port.wanted_by[age])
 
-    def _tell(self, port: Port, age: int, number: int) -> bool:
+    def _send_grant(self, port: Port, age: int, number: int) -> bool:
         granted = AcceptGranted(number, port.key, port.host, port.port, port.path, port.slot, port.position)
-        return self._crew.tell(age, granted, port.listener.fileno())
+        return self._broker.send(age, granted, port.listener.fileno())
 
-    # --- on an operator's word -------------------------------------------------------------------
+    # --- commands of an operator -----------------------------------------------------------------
 
     def command(self, verb: str, name: str) -> str | None:
         """``stop`` or ``restart`` all servers with a name or an address.
 
-        :returns: what was done; ``None`` when there are none.
+        :returns: what was done; ``None`` when no server has that name.
         :raises PassengerError: when it cannot be done.
         """
         ports = [
             p for p in self._listeners.ports.values() if name in (p.name, p.title, p.key, printable(p.key))
         ]
         for port in ports:
-            if port.bound and verb == "stop":
+            if port.from_config and verb == "stop":
                 raise PassengerError(
-                    f"{port.title} listens on {port.key}, which is in gunicorn's bind: take it out there "
+                    f"{port.title} listens on {port.key}, which is in gunicorn's bind: remove it from bind "
                     "and reload"
                 )
         for port in ports:
             if verb == "restart" and port.listener.sock is None:
                 try:
-                    self._crew.reopen(port)
+                    self._broker.reopen_port(port)
                 except OSError as error:
                     raise PassengerError(f"{port.title} cannot be opened again: {error}") from None
         for port in ports:
             port.paused = verb
             for age in list(port.accepting):
-                self._crew.tell(age, PauseAccept(0, port.key))
-            self._history.note(verb, f"{port.title} ({port.key})")
+                self._broker.send(age, PauseAccept(0, port.key))
+            self._event_log.record(verb, f"{port.title} ({port.key})")
         done = {"stop": "stopped", "restart": "restarted"}[verb]
         return ", ".join(f"{done} {port.title} ({port.key})" for port in ports) or None
 
-    def _resumes(self, port: Port) -> bool:
-        """Whether workers may accept again: all have stopped, and it was to be a restart."""
+    def _may_resume(self, port: Port) -> bool:
+        """Whether workers may accept again: all have stopped to accept, and the command was ``restart``."""
         if port.accepting:
             return False
         closed = port.listener.sock is None
         if port.paused == "stop":
             if not closed:
-                self._crew.shut(port)
+                self._broker.close_port(port)
             return False
         if closed:
             try:
-                self._crew.reopen(port)
+                self._broker.reopen_port(port)
             except OSError as error:
-                self._history.note("error", f"{port.title} cannot be opened again: {error}")
-                self._crew.log.error("gunicorn-passenger: %s cannot be opened again: %s", port.title, error)
+                self._event_log.record("error", f"{port.title} cannot be opened again: {error}")
+                self._broker.log.error("gunicorn-passenger: %s cannot be opened again: %s", port.title, error)
                 port.paused = "stop"
                 return False
         port.paused = ""

@@ -1,19 +1,19 @@
-"""What the broker's thread looks after besides the workers.
+"""The base class of what the broker's loop serves besides the workers.
 
-Runs in: the master. Must never: block, or raise for what somebody else sent.
+Process: the master. Never: blocks, or raises for what another process has sent.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
-from gunicorn_passenger.ipc.channel import Message
+from gunicorn_passenger.ipc.messages import Message
 
 
-class BrokerService(Protocol):
-    """Something with descriptors of its own in the broker's loop.
+class BrokerService:
+    """A service with descriptors of its own in the broker's loop. The methods here do nothing.
 
-    Called with the broker's gate held, where it does not say otherwise.
+    Called with the broker's lock held, where a method does not say otherwise.
     """
 
     def started(self, arbiter: Any) -> None:
@@ -24,39 +24,56 @@ class BrokerService(Protocol):
 
     def descriptors(self) -> dict[int, int]:
         """What to poll: descriptor to events of ``select.poll``."""
+        return {}
 
     def serve(self, fd: int, events: int) -> None:
-        """One of them is ready. A failure is the part's own to handle; what it raises is logged."""
+        """A descriptor is ready. The service handles its own failures; an exception is logged."""
 
     def tick(self, now: float) -> float | None:
-        """Called in every round.
+        """Called in every iteration of the loop.
 
         :param now: seconds on the monotonic clock.
-        :returns: when (on that clock) to be called again at the latest; ``None`` when only a descriptor
-        matters.
+        :returns: when (on that clock) to call it again; ``None`` when only a descriptor matters.
         """
+        return None
 
     def message(self, age: int, message: Message) -> Message | None:
-        """A worker has sent a message that the broker does not know.
+        """A worker has sent a message that the broker itself does not handle.
 
         :param age: the worker's number.
-        :returns: the answer; ``None`` when the message is none of this part's.
+        :returns: the response; ``None`` when the service does not handle the message either.
         """
+        return None
 
     def left(self, age: int) -> None:
         """A worker is gone."""
 
     def report(self) -> dict[str, Any]:
-        """What it adds to the report of the application, by key."""
+        """What the service adds to the application's report, by key."""
+        return {}
+
+    def watch_reports(self, sock: Any) -> bool:
+        """Send the report over a connected stream socket for as long as it is open.
+
+        :param sock: owned by the service, when it handles it.
+        :returns: whether the service handles it.
+        :raises OSError: when it handles too many already.
+        """
+        return False
 
     def command(self, verb: str, name: str) -> str | None:
-        """``restart`` or ``stop`` what has this name; the answer for people, ``None`` when it has none such.
+        """``restart`` or ``stop`` what has this name.
 
-        :raises PassengerError: when it cannot.
+        :returns: what was done, for people; ``None`` when the service has nothing of that name.
+        :raises PassengerError: when it cannot be done.
         """
+        return None
 
     def stop(self) -> None:
-        """gunicorn exits, its workers are gone: end everything, within a bound. In the main thread."""
+        """gunicorn exits, its workers are gone: end everything, within a bound.
+
+        Called in the main thread, without the lock.
+        """
 
     def forked(self) -> None:
         """In a child of the master: close what is the master's."""

@@ -40,7 +40,7 @@ class UpgradeLock:
         if self._fd < 0:
             self._fd = os.memfd_create(_NAME)
 
-    def take(self, key: str) -> bool:
+    def acquire(self, key: str) -> bool:
         """Whether this master has the lock of a server now."""
         try:
             fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _lock(key, fcntl.F_WRLCK))
@@ -48,7 +48,7 @@ class UpgradeLock:
             return False
         return True
 
-    def give(self, key: str) -> None:
+    def release(self, key: str) -> None:
         with suppress(OSError):
             fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _lock(key, fcntl.F_UNLCK))
 
@@ -57,7 +57,7 @@ class UpgradeLock:
         with suppress(OSError):
             os.close(self._fd)
 
-    def hand_over(self, lowest: int) -> int:
+    def export_descriptor(self, lowest: int) -> int:
         """In the child that becomes the next master: a descriptor that it inherits.
 
         :param lowest: the lowest number that it may have.

@@ -23,7 +23,7 @@ from gevent.event import AsyncResult
 from gunicorn_passenger import errors
 from gunicorn_passenger.config.address import Address, Auto, SockAddr, Tcp, Unix, format_tcp, resolve
 from gunicorn_passenger.ipc import channel
-from gunicorn_passenger.ipc.channel import (
+from gunicorn_passenger.ipc.messages import (
     AcceptGranted,
     AcceptPaused,
     Acknowledged,

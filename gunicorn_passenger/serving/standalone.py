@@ -17,20 +17,18 @@ from gevent import socket as gsocket
 from gevent.event import Event
 
 from gunicorn_passenger import errors
-from gunicorn_passenger.config import listen_errors
 from gunicorn_passenger.config.address import Address, Auto, Tcp, Unix, format_sockname, resolve
-from gunicorn_passenger.config.port_allocation import PortAllocation, format_ports
+from gunicorn_passenger.config.port_allocation import PortAllocation
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.serving import events
 from gunicorn_passenger.serving.acceptor_table import AcceptorTable
 from gunicorn_passenger.serving.drain import Drainable, finish_connections
 from gunicorn_passenger.serving.server import ListenAddress
 from gunicorn_passenger.system import listening_sockets
+from gunicorn_passenger.system.port_opening import ListenRequest, open_listener
 
 #: Where ``"passenger"`` is served, unless PORT says otherwise.
 DEVELOPMENT_PORT = 8000
-
-_BACKLOG = 2048
 
 
 class StandaloneServers(Drainable, Protocol):
@@ -73,37 +71,29 @@ def open_socket(want: Address | None, primary: bool) -> ListenAddress:
     :param primary: whether the server is the primary; its address is printed.
     :raises errors.ListenError: when it cannot be opened.
     """
-    if isinstance(want, Unix):
-        family, sock = int(gsocket.AF_UNIX), listening_sockets.open_unix(want.path, 0o600, _BACKLOG)
-    else:
-        family, sock = _open_tcp(want)
+    sock = _open(want)
     name = listening_sockets.sockname(sock)
     if primary:
         print(f"Serving on http://{format_sockname(name)}/ (plain Python, for development)", file=sys.stderr)
-    wrapped = gsocket.socket(family, gsocket.SOCK_STREAM, fileno=sock.detach())
+    wrapped = gsocket.socket(sock.family, gsocket.SOCK_STREAM, fileno=sock.detach())
     return ListenAddress(wrapped, name, format_sockname(name))
 
 
-def _open_tcp(want: Address | None) -> tuple[int, Any]:
+def _open(want: Address | None) -> Any:
+    if isinstance(want, Unix):
+        return open_listener(ListenRequest("unix", path=want.path), None)
     if isinstance(want, Tcp):
-        _allocation().check(want.port)
-        family, host = resolve(want.host, want.port)
-        return family, listening_sockets.open_tcp(family, host, want.port, _BACKLOG)
+        allocation = program_allocation()
+        # a refusal comes before the host name is resolved
+        allocation.check(want.port)
+        return open_listener(ListenRequest("tcp", resolve(want.host, want.port)[1], want.port), allocation)
     if isinstance(want, Auto):
-        allocation = _allocation()
-        family, host = resolve(want.host, 0)
-        for port in sorted(allocation.ports) if allocation.limited else [0]:
-            try:
-                return family, listening_sockets.open_tcp(family, host, port, _BACKLOG)
-            except errors.PortInUse:
-                continue
-        raise listen_errors.no_port_free(format_ports(allocation.ports), allocation.sources)
-    return gsocket.AF_INET, listening_sockets.open_tcp(
-        gsocket.AF_INET, "127.0.0.1", development_port(), _BACKLOG
-    )
+        return open_listener(ListenRequest("auto", resolve(want.host, 0)[1]), program_allocation())
+    return open_listener(ListenRequest("tcp", "127.0.0.1", development_port()), None)
 
 
-def _allocation() -> PortAllocation:
+def program_allocation() -> PortAllocation:
+    """The port allocation of a program without gunicorn."""
     return settings.operator_allocation(os.geteuid()).narrowed(settings.program_layer())
 
 

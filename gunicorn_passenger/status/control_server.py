@@ -26,9 +26,9 @@ import time
 from typing import Any, Protocol
 
 from gunicorn_passenger.errors import PassengerError
-from gunicorn_passenger.ipc.channel import Message
 from gunicorn_passenger.master.descriptors import Closer
 from gunicorn_passenger.master.event_log import EventLog
+from gunicorn_passenger.master.service import BrokerService
 from gunicorn_passenger.system import listening_sockets, runtime_dir
 from gunicorn_passenger.system.peer_credentials import peercred
 
@@ -52,7 +52,7 @@ class ControlBackend(Protocol):
     """What this module needs of the broker."""
 
     log: Any
-    history: EventLog
+    event_log: EventLog
 
     def report(self) -> dict[str, Any]: ...
     def command(self, verb: str, name: str) -> str: ...
@@ -82,7 +82,7 @@ class ControlConnection:
         return select.POLLOUT if self.response or b"\n" in self.received else select.POLLIN
 
 
-class ControlServer:
+class ControlServer(BrokerService):
     """The control socket of one master: a :class:`~.service.BrokerService`."""
 
     def __init__(self, broker: ControlBackend) -> None:
@@ -116,7 +116,7 @@ class ControlServer:
         self._path = path
         self._file = listening_sockets.inode_id(path)
 
-    def watch_reports(self, sock: Any) -> None:
+    def watch_reports(self, sock: Any) -> bool:
         """Send reports, and nothing else, on a connected stream socket for as long as it is open.
 
         Called with the broker locked.
@@ -129,6 +129,7 @@ class ControlServer:
             raise OSError(errno.EMFILE, f"{MAX_PERSISTENT} daemons already get reports, which is the limit")
         sock.setblocking(False)
         self._clients[sock.fileno()] = ControlConnection(sock, None)
+        return True
 
     # --- the broker's loop -----------------------------------------------------------------------
 
@@ -269,29 +270,14 @@ class ControlServer:
 
     # --- the other events of a service -----------------------------------------------------------
 
-    def started(self, arbiter: Any) -> None:
-        pass
-
     def reloaded(self) -> None:
         """Open the socket again where its file was removed, or its directory was not usable."""
-        self._broker.history.note(
+        self._broker.event_log.record(
             "reload", "gunicorn has read its configuration again and replaces its workers"
         )
         if self._file is None or listening_sockets.inode_id(self._path) != self._file:
             self._close_listener()
             self.open()
-
-    def message(self, age: int, message: Message) -> Message | None:
-        return None
-
-    def left(self, age: int) -> None:
-        pass
-
-    def report(self) -> dict[str, Any]:
-        return {}
-
-    def command(self, verb: str, name: str) -> str | None:
-        return None
 
     def stop(self) -> None:
         """Remove the socket's file, if it is still our own."""

@@ -1,4 +1,4 @@
-"""The report of an application: what ``gunicorn-passenger status`` shows and the status application serves.
+"""The report of an application: what ``gunicorn-passenger status`` shows and the status app serves.
 
 Process: the master, in the broker's thread. Never: trust a number that a worker wrote.
 """
@@ -13,11 +13,15 @@ from gunicorn_passenger._version import __version__
 from gunicorn_passenger.config.address import format_sockname
 from gunicorn_passenger.config.port_allocation import account_name, format_ports
 from gunicorn_passenger.ipc.scoreboard import PRIMARY_KEY, PRIMARY_SLOT
+from gunicorn_passenger.master.broker import Broker
+from gunicorn_passenger.master.worker_channels import WorkerChannel
 from gunicorn_passenger.system import procfs
+from gunicorn_passenger.system.text import printable_all
 
 
-def report(broker: Any, links: Iterable[Any], primary: list[Any]) -> dict[str, Any]:
-    """
+def build(broker: Broker) -> dict[str, Any]:
+    """The application as it is now, for people and for programs. Called with the broker's lock held.
+
     ``version``, ``name``, ``pid``, ``user``, ``started`` (Unix time), ``state`` (``"starting"``,
     ``"running"``, ``"stopping"``), ``memory`` (bytes resident, of the master alone);
 
@@ -25,18 +29,17 @@ def report(broker: Any, links: Iterable[Any], primary: list[Any]) -> dict[str, A
     ``"running"`` where the worker class is not ours), ``memory``;
 
     ``servers``: ``name``, ``address``, ``placement``, ``state`` (``"listening"``, ``"stopped"``),
-    ``connections``, ``accepted``, ``requests``, ``bytes``, ``errors`` (the last three ``None`` where they are
-    not counted), ``workers`` (pids of those that accept);
+    ``connections``, ``accepted``, ``requests``, ``bytes``, ``errors`` (the last three ``None`` where they
+    are not counted), ``workers`` (pids of those that accept);
 
     ``ports``: ``limited``, ``allocated``, ``open``, ``free`` (texts such as ``"9000-9002"``, or ``None``);
 
     ``events``: ``time`` (Unix time), ``kind``, ``text``; ``totals``: how many events of each kind there were.
     """
-    arbiter = broker.arbiter
-    by_age = {link.age: link for link in links}
-    pids = {worker.age: pid for pid, worker in dict(arbiter.WORKERS).items()} if arbiter is not None else {}
-    ready = [link for link in by_age.values() if link.ready]
-    return {
+    by_age = {worker.age: worker for worker in broker.workers}
+    pids = broker.workers.pids()
+    ready = any(worker.ready for worker in by_age.values())
+    report: dict[str, Any] = {
         "version": __version__,
         "name": _name(broker),
         "pid": os.getpid(),
@@ -45,37 +48,42 @@ def report(broker: Any, links: Iterable[Any], primary: list[Any]) -> dict[str, A
         "state": "stopping" if broker.stopping() else "running" if ready or not by_age else "starting",
         "memory": procfs.memory(os.getpid()),
         "workers": [_worker(age, pid, by_age.get(age)) for age, pid in sorted(pids.items())],
-        "servers": _servers(broker, by_age, pids, primary),
-        "events": broker.history.list(),
-        "totals": dict(broker.history.totals),
+        "servers": _servers(broker, by_age, pids),
+        "events": broker.event_log.list(),
+        "totals": dict(broker.event_log.totals),
     }
+    for service in broker.loop.services:
+        report |= service.report()
+    report["ports"] = _ports(broker, report.get("daemons", ()))
+    # the one place that makes the texts of a report fit for terminals, pages and UTF-8
+    cleaned: dict[str, Any] = printable_all(report)
+    return cleaned
 
 
-def _worker(age: int, pid: int, link: Any) -> dict[str, Any]:
+def _worker(age: int, pid: int, worker: WorkerChannel | None) -> dict[str, Any]:
     state = "running"
-    if link is not None:
-        state = "leaving" if link.leaving else "ready" if link.ready else "booting"
+    if worker is not None:
+        state = "leaving" if worker.draining else "ready" if worker.ready else "booting"
     return {
         "pid": pid,
         "number": age,
-        "started": round(link.started, 3) if link is not None else procfs.started(pid),
+        "started": round(worker.started, 3) if worker is not None else procfs.started(pid),
         "state": state,
         "memory": procfs.memory(pid),
     }
 
 
-def _servers(
-    broker: Any, by_age: dict[int, Any], pids: dict[int, int], primary: list[Any]
-) -> list[dict[str, Any]]:
-    boards = [link.board for link in by_age.values() if link.board is not None]
+def _servers(broker: Broker, by_age: dict[int, WorkerChannel], pids: dict[int, int]) -> list[dict[str, Any]]:
+    scoreboards = [worker.scoreboard for worker in by_age.values() if worker.scoreboard is not None]
+    primary = broker.sync.primary()
     found = []
     if by_age and primary:
-        total = broker.tally.total(PRIMARY_KEY, PRIMARY_SLOT, boards)
-        serving = [age for age, link in by_age.items() if link.ready and not link.leaving]
+        total = broker.retired_counters.total(PRIMARY_KEY, PRIMARY_SLOT, scoreboards)
+        serving = [age for age, worker in by_age.items() if worker.serving]
         names = ", ".join(format_sockname(li.sock.getsockname()) for li in primary if li.sock is not None)
         found.append(
             {
-                "name": broker.primary_name or "primary",
+                "name": broker.workers.primary_name or "primary",
                 "address": names,
                 "placement": "shared",
                 "state": "listening",
@@ -84,7 +92,8 @@ def _servers(
             }
         )
     for port in sorted(broker.listeners.ports.values(), key=lambda p: (p.port, p.key)):
-        counts: dict[str, Any] = broker.tally.total(port.key, port.slot, boards)._asdict()
+        total = broker.retired_counters.total(port.key, port.slot, scoreboards)
+        counts: dict[str, Any] = total._asdict()
         if not port.counts or port.slot < 0:
             counts |= dict.fromkeys(("requests", "bytes", "errors"))
         found.append(
@@ -100,7 +109,7 @@ def _servers(
     return found
 
 
-def ports(broker: Any, daemons: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def _ports(broker: Broker, daemons: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The ports of the application: those of its servers, and of its daemons."""
     allocation = broker.allocation
     held = {p.port for p in broker.listeners.ports.values() if p.port and p.listener.sock is not None}
@@ -117,5 +126,5 @@ def ports(broker: Any, daemons: Iterable[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _name(broker: Any) -> str:
+def _name(broker: Broker) -> str:
     return str(getattr(broker.arbiter, "proc_name", "") or broker.cfg.proc_name)

@@ -7,7 +7,7 @@ import pytest
 from conftest import NO_CONTROL, answers, descriptors, fetch, pids_answering, refused, wait_for
 
 #: In a worker: its end of the channel.
-BROKER = "__import__('gunicorn_passenger.serving.registry').serving.registry.registry.broker"
+LINK = "__import__('gunicorn_passenger.serving.registry').serving.registry.registry.broker"
 
 
 def run(process, code):
@@ -23,7 +23,7 @@ def process(start, port):
 
 
 def raw(data):
-    return f"{BROKER}._sock._sock.send({data!r})"
+    return f"{LINK}._sock._sock.send({data!r})"
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def raw(data):
 def test_a_message_that_is_none_is_logged_and_answered(process, port, data, said):
     (worker,) = process.workers()
     run(process, raw(data))
-    process.wait_log(rf"WARNING.*worker {worker} sent a message that is none: {said}")
+    process.wait_log(rf"WARNING.*worker {worker} sent a malformed message: {said}")
     process.wait_log(rf"the master rejected a message: {said}")
     assert answers(port)
     assert run(process, "passenger.listen('auto', whoami).listening") == "True"
@@ -50,7 +50,7 @@ def test_a_flood_of_garbage_costs_the_worker_its_channel_and_nobody_else(start, 
     process = start.gunicorn("anything", workers=2).wait_ready()
     pids_answering(port, 2)
     victim = run(process, f"[os.getpid(), [{raw(b'garbage')} for _ in range(150)]][0]")
-    process.wait_log(rf"closing the channel of worker {victim} after 100 such messages")
+    process.wait_log(rf"closing the channel of worker {victim} after 100 malformed messages")
     assert len(pids_answering(port, 2)) == 2  # itself, or who has taken its place
 
     def other():
@@ -67,7 +67,7 @@ def test_a_worker_that_never_reads_cannot_hold_the_master_up(start, port):
     flood = f"""
 from gevent import monkey
 sleep = monkey.get_original("time", "sleep")
-sock = {BROKER}._sock._sock
+sock = {LINK}._sock._sock
 while True:
     try:
         sock.send(b'{{"v":1,"type":"OpenPort","id":1,"kind":"tcp","host":"127.0.0.1","port":1}}')
@@ -129,7 +129,7 @@ if not pid:
 
 def test_more_ports_than_an_application_may_hold(start):
     start.write(
-        "gunicorn.conf.py", "from gunicorn_passenger.master import listeners\nlisteners.MAX_PORTS = 3\n"
+        "gunicorn.conf.py", "from gunicorn_passenger.system import port_opening\nport_opening.MAX_PORTS = 3\n"
     )
     start.write("program.py", "for _ in range(3): passenger.listen('auto', whoami)")
     process = start.gunicorn("anything", "-c", "gunicorn.conf.py", workers=1).wait_ready()
@@ -140,10 +140,10 @@ def test_more_ports_than_an_application_may_hold(start):
 
 BROKEN = {
     "no thread": """
-        from gunicorn_passenger import native
+        from gunicorn_passenger.system import unpatched
         def none(function):
             raise RuntimeError("can't start new thread")
-        native.start_thread = none
+        unpatched.start_thread = none
     """,
     "no socketpair": """
         import errno, os
@@ -163,7 +163,7 @@ def test_without_a_broker_gunicorn_serves_the_primary_and_says_what_is_lost(star
         # nobody answers: do not wait as long as in production
         (start.home / "gunicorn.conf.py").write_text(
             (start.home / "gunicorn.conf.py").read_text()
-            + "from gunicorn_passenger.serving import broker_client\nbroker_client.RESPONSE_TIMEOUT = 0.3\n"
+            + "from gunicorn_passenger.serving import broker_client\nbroker_client.ANSWER_TIMEOUT = 0.3\n"
         )
     text = f"server = passenger.create_server(whoami).listen({port})"
     if kind == "unmodified":
@@ -190,19 +190,19 @@ def test_the_brokers_thread_survives_a_failure(start, port):
         "gunicorn.conf.py",
         """
         from gunicorn_passenger.master.broker import Broker
-        serve, failed = Broker._serve, []
-        def fail_once(self, link):
+        serve, failed = Broker.serve_worker, []
+        def fail_once(self, fd):
             if not failed:
                 failed.append(True)
                 raise ZeroDivisionError("a mistake of ours")
-            serve(self, link)
-        Broker._serve = fail_once
+            serve(self, fd)
+        Broker.serve_worker = fail_once
         """,
     )
     process = start.gunicorn("two_servers", "-c", conf, env={"P1": port}).wait_ready()
     assert len(pids_answering(port, 2)) == 2
     assert "a mistake of ours" in process.log()
-    assert "the port broker failed and goes on" in process.log()
+    assert "the port broker failed; it continues" in process.log()
 
 
 def test_a_broker_that_hangs_does_not_wedge_a_fork(start, port):
@@ -210,14 +210,15 @@ def test_a_broker_that_hangs_does_not_wedge_a_fork(start, port):
         "gunicorn.conf.py",
         """
         import os, time
-        from gunicorn_passenger.master import broker
-        broker._FORK_WAIT = 0.2
-        settle = broker.Broker._settle
+        from gunicorn_passenger.master import loop
+        from gunicorn_passenger.master.listener_sync import ListenerSync
+        loop.LOCK_TIMEOUT = 0.2
+        decide = ListenerSync.decide_stop_or_reload
         def hang(self):
             while os.path.exists("hang"):
                 time.sleep(0.05)
-            settle(self)
-        broker.Broker._settle = hang
+            decide(self)
+        ListenerSync.decide_stop_or_reload = hang
         """,
     )
     process = start.gunicorn("two_servers", "-c", conf, workers=2, env={"P1": port}).wait_ready()
@@ -283,10 +284,10 @@ def test_whatever_is_asked_for_is_answered(process, port, field):
     code = f"""
 import gevent
 from gevent.event import AsyncResult
-broker = {BROKER}
-broker._pending[77] = AsyncResult()
-broker._sock._sock.send({ask.encode()!r})
-answer = type(broker._pending[77].get(timeout=30)[0]).__name__
+link = {LINK}
+link._waiting[77] = AsyncResult()
+link._sock._sock.send({ask.encode()!r})
+answer = type(link._waiting[77].get(timeout=30)[0]).__name__
 """
     assert fetch(process.socket, "/eval", "POST", code) == (200, "")
     assert run(process, "answer") == "'RequestDenied'"

@@ -177,7 +177,7 @@ for data in (b"garbage", b'{{"v":1,"type":"WorkerReady","id":0,"primary":"x"}}')
         for fd in fds: os.close(fd)
 """
     run(process, code)
-    process.wait_log("sent a message that is none: not a JSON packet", count=20)
+    process.wait_log("sent a malformed message: not a JSON packet", count=20)
     wait_for(lambda: len(descriptors(process.pid)) <= before, lambda: f"{before}: {descriptors(process.pid)}")
     assert run(process, GETS) == "True"
 
@@ -451,10 +451,10 @@ except OSError:
 DEATH = """
 import os
 from gunicorn_passenger import configure
-from gunicorn_passenger.master.broker import Broker
+from gunicorn_passenger.master.loop import BrokerLoop
 
 configure(grace_period=0.2)
-turn = Broker._round
+turn = BrokerLoop._run_once
 
 def die(self):
     turn(self)
@@ -462,7 +462,7 @@ def die(self):
         os.unlink("die")
         raise SystemExit("injected")
 
-Broker._round = die
+BrokerLoop._run_once = die
 """
 
 

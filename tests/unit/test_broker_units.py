@@ -21,10 +21,13 @@ from hypothesis import strategies as st
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.config.port_allocation import PortAllocation, parse_ports
-from gunicorn_passenger.ipc import channel, scoreboard
-from gunicorn_passenger.master import broker as broking
+from gunicorn_passenger.ipc import channel, messages, scoreboard
 from gunicorn_passenger.master import descriptors, upgrade_state
-from gunicorn_passenger.master.broker import Broker, WorkerChannel
+from gunicorn_passenger.master.broker import Broker
+from gunicorn_passenger.master.listeners import Listeners
+from gunicorn_passenger.master.service import BrokerService
+from gunicorn_passenger.master.worker_channels import WorkerChannel
+from gunicorn_passenger.status import report
 from gunicorn_passenger.system.text import MAX_NAME, escape_error_log, printable
 
 
@@ -57,17 +60,17 @@ class Workers:
     def __init__(self):
         self.log = Log()
         self.cfg = Config()
-        self.broker = Broker(self.log, [], self.cfg)
-        self.broker.allocation = PortAllocation("me")
+        self.broker = Broker(self.log, [], self.cfg, report.build)
+        self.broker.listeners.allocation = PortAllocation("me")
         self.ends = {}
         self.number = 0
 
     def add(self, age, ready=True):
         ours, theirs = channel.pair()
         ours.setblocking(False)
-        with self.broker._gate:
-            self.broker._links[ours.fileno()] = WorkerChannel(age, ours, scoreboard.Scoreboard(), ready=ready)
-        self.broker._start()
+        with self.broker.locked():
+            self.broker.workers.add(WorkerChannel(age, ours, scoreboard.Scoreboard(), ready=ready))
+        self.broker.loop.start()
         theirs.settimeout(30)
         self.ends[age] = theirs
         return theirs
@@ -86,7 +89,9 @@ class Workers:
             if fd is not None:
                 os.close(fd)
             # grants come by themselves
-            if isinstance(message, channel.AcceptGranted | channel.SuccessorReady | channel.AssignConnection):
+            if isinstance(
+                message, messages.AcceptGranted | messages.SuccessorReady | messages.AssignConnection
+            ):
                 continue
             if number is None or message.id == number:
                 return message
@@ -96,28 +101,28 @@ class Workers:
 
     def report(self, age):
         answer = self.ask(age, "GetReport")
-        assert isinstance(answer, channel.ReportSent), answer
-        with self.broker._gate:
+        assert isinstance(answer, messages.ReportSent), answer
+        with self.broker.locked():
             return self.broker.report()
 
     def lives(self, age):
-        return any(link.age == age for link in list(self.broker._links.values()))
+        return self.broker.workers.by_age(age) is not None
 
     def close(self):
         for end in self.ends.values():
             end.close()
-        wait_for(lambda: not self.broker._links, "the broker to see that its workers are gone")
-        with self.broker._gate:
+        wait_for(lambda: not self.broker.workers.ages(), "the broker to see that its workers are gone")
+        with self.broker.locked():
             for key in list(self.broker.listeners.ports):
-                self.broker.listeners.drop(key, True)
+                self.broker.listeners.close(key, True)
             # the thread ends as if the process did: an exception that nothing catches, and no revival
-            self.broker._revive = lambda: setattr(self.broker, "_running", False)
-            self.broker._round = end_of_thread
-        self.broker._wake()
-        wait_for(lambda: not self.broker._running, "the end of the thread")
-        self.broker.leases.exclusive.close()
-        os.close(self.broker._wake_read)
-        os.close(self.broker._wake_write)
+            self.broker.loop._restart = lambda: setattr(self.broker.loop, "running", False)
+            self.broker.loop._run_once = end_of_thread
+        self.broker.wake()
+        wait_for(lambda: not self.broker.loop.running, "the end of the thread")
+        self.broker.placement.upgrade_lock.close()
+        os.close(self.broker.loop._wake_read)
+        os.close(self.broker.loop._wake_write)
 
 
 def end_of_thread():
@@ -225,7 +230,7 @@ def test_a_socket_that_lingers_does_not_hold_the_master_up(workers, how):
     client, sock = lingering()
     try:
         # the broker waits meanwhile, so that the last reference is not this test's to close
-        with workers.broker._gate:
+        with workers.broker.locked():
             if how == "nested":
                 # it lies in the queue of a UNIX socket that is sent
                 outer, inner = socket.socketpair()
@@ -242,7 +247,7 @@ def test_a_socket_that_lingers_does_not_hold_the_master_up(workers, how):
                 send_last(workers.ends[1], {"type": "WorkerReady"}, sock, twice=how == "two")
             if how == "unread":
                 # it is thrown away with the channel
-                workers.broker._leave(next(li for li in workers.broker._links.values() if li.age == 1))
+                workers.broker._dispatcher.close_channel(workers.broker.workers.by_age(1))
         began = time.monotonic()
         assert "pid" in workers.report(2)
         assert time.monotonic() - began < 20
@@ -267,7 +272,7 @@ def test_a_worker_whose_descriptors_cannot_be_closed_loses_its_channel(workers, 
     monkeypatch.setattr(descriptors, "MOST", 3)
     held = [lingering() for _ in range(4)]
     try:
-        with workers.broker._gate:
+        with workers.broker.locked():
             for _, sock in held:
                 send_last(
                     workers.ends[1], {"type": "OfferConnection", "key": "primary", "addr": "null"}, sock
@@ -326,28 +331,25 @@ def test_a_number_that_is_too_long_is_a_setting_error():
 
 def test_a_name_that_is_too_long_is_refused(workers):
     answer = workers.open(1, "n" * (MAX_NAME + 1))
-    assert isinstance(answer, channel.RequestDenied)
+    assert isinstance(answer, messages.RequestDenied)
     assert f"a server's name may have {MAX_NAME} characters" in answer.text
     assert "listen(..., name=...)" in answer.text
-    assert isinstance(workers.open(1, "n" * MAX_NAME), channel.PortOpened)
+    assert isinstance(workers.open(1, "n" * MAX_NAME), messages.PortOpened)
 
 
 def test_one_worker_does_not_get_all_ports(workers, monkeypatch):
     workers.add(2)
     workers.cfg.set("workers", 2)
-    monkeypatch.setattr(broking.Listeners, "room", staticmethod(lambda: 8))
+    monkeypatch.setattr(Listeners, "limit", staticmethod(lambda: 8))
     opened = [workers.open(1, f"server {n}") for n in range(6)]
-    assert all(isinstance(answer, channel.PortOpened) for answer in opened)
+    assert all(isinstance(answer, messages.PortOpened) for answer in opened)
     refused = workers.open(1, "one more")
-    assert (
-        refused.text
-        == "this worker already has 6 ports, which is the limit for one worker; close some servers"
-    )
+    assert refused.text == "one worker may have 6 ports, and this one has them; close some servers"
     # those that it has given back, and that stay for the grace period, count
     for answer in opened:
         workers.ends[1].send(json.dumps({"v": 1, "type": "ReleasePort", "id": 0, "key": answer.key}).encode())
-    assert isinstance(workers.open(1, "one more"), channel.RequestDenied)
-    assert isinstance(workers.open(2, "another's"), channel.PortOpened)
+    assert isinstance(workers.open(1, "one more"), messages.RequestDenied)
+    assert isinstance(workers.open(2, "another's"), messages.PortOpened)
 
 
 NAMES = ["\ud800", "a\udcffb", "two\nlines", "\x1b]0;title\x07", "\u202egnp.exe", "\x9b31m", "\U000e0001"]
@@ -356,22 +358,22 @@ NAMES = ["\ud800", "a\udcffb", "two\nlines", "\x1b]0;title\x07", "\u202egnp.exe"
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_with_unprintable_characters_is_escaped_everywhere(workers, name):
     answer = workers.open(1, name)
-    assert isinstance(answer, channel.PortOpened)
+    assert isinstance(answer, messages.PortOpened)
     workers.ends[1].send(json.dumps({"v": 1, "type": "WorkerReady", "id": 0, "primary": name}).encode())
     report = workers.report(1)
     (server,) = [server for server in report["servers"] if server["address"] == answer.key]
     assert server["name"] == printable(name)
     assert all(text.isprintable() for text in strings(report))
     json.dumps(report, ensure_ascii=False).encode()
-    with workers.broker._gate:
-        assert workers.broker.primary_name == printable(name)
+    with workers.broker.locked():
+        assert workers.broker.workers.primary_name == printable(name)
         # the name as it is shown, and as the program has it
         assert "stopped" in workers.broker.command("stop", server["name"])
         with pytest.raises(errors.PassengerError):
             workers.broker.command("stop", name + "x")
         assert all(text.isprintable() for text in strings(workers.broker.report()))
     fault = workers.ask(1, "BootFailure", text=f"it failed: {name}")
-    assert isinstance(fault, channel.Acknowledged)
+    assert isinstance(fault, messages.Acknowledged)
     assert all(line.isprintable() for line in workers.log.lines), workers.log.lines
 
 
@@ -386,7 +388,7 @@ def strings(value):
 @pytest.mark.parametrize("path", ["/tmp/\ud800", "/tmp/" + "x" * 200, "relative", "/tmp/a\0b"])
 def test_a_path_that_is_none_is_refused(workers, path):
     answer = workers.ask(1, "OpenPort", kind="unix", path=path)
-    assert isinstance(answer, channel.RequestDenied)
+    assert isinstance(answer, messages.RequestDenied)
     assert all(line.isprintable() for line in workers.log.lines)
 
 
@@ -409,7 +411,7 @@ def test_a_path_that_is_none_is_refused(workers, path):
 def test_json_that_is_hard_to_read(workers, data):
     workers.add(2)
     answer = workers.exchange(1, data)
-    assert isinstance(answer, channel.PacketRejected | channel.OfferRejected | channel.RequestDenied)
+    assert isinstance(answer, messages.PacketRejected | messages.OfferRejected | messages.RequestDenied)
     assert workers.lives(1)
     assert not workers.log.grep("failed")
 
@@ -420,19 +422,19 @@ def test_a_mistake_of_ours_costs_one_worker_its_channel(workers, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError("a mistake of ours\nERROR forged line")
 
-    monkeypatch.setattr(workers.broker.leases, "paused", fail)
+    monkeypatch.setattr(workers.broker.placement, "on_accept_paused", fail)
     for _ in range(3):
         with contextlib.suppress(OSError):
             workers.ends[1].send(b'{"v":1,"type":"AcceptPaused","id":0,"key":"x"}')
     assert workers.ends[1].recv(10) == b""
-    assert isinstance(workers.open(2, "another's"), channel.PortOpened)
+    assert isinstance(workers.open(2, "another's"), messages.PortOpened)
     (line,) = workers.log.grep("the port broker failed at a AcceptPaused message of worker number 1")
     assert "ZeroDivisionError: a mistake of ours" in line
-    assert workers.broker._running
+    assert workers.broker.loop.running
 
 
-class Failing:
-    """A part that fails whatever it is asked."""
+class Failing(BrokerService):
+    """A service that fails whatever it is asked."""
 
     def __init__(self, fd):
         self.fd = fd
@@ -441,28 +443,37 @@ class Failing:
     def descriptors(self):
         return {self.fd: select.POLLIN}
 
-    def __getattr__(self, name):
-        def fail(*_):
-            self.calls.append(name)
-            raise ZeroDivisionError("a mistake of ours")
+    def serve(self, fd, events):
+        self.fail("serve")
 
-        return fail
+    def tick(self, now):
+        self.fail("tick")
+
+    def message(self, age, message):
+        self.fail("message")
+
+    def left(self, age):
+        self.fail("left")
+
+    def fail(self, name):
+        self.calls.append(name)
+        raise ZeroDivisionError("a mistake of ours")
 
 
-def test_a_part_that_fails_keeps_no_worker_waiting(workers):
+def test_a_service_that_fails_keeps_no_worker_waiting(workers):
     read, write = os.pipe()
-    part = Failing(read)
+    service = Failing(read)
     try:
         os.write(write, b"x")
-        workers.broker.add(part)
+        workers.broker.loop.add(service)
         for number in range(5):
-            assert isinstance(workers.open(1, f"server {number}"), channel.PortOpened)
-        assert {"serve", "tick"} <= set(part.calls)
-        assert workers.log.grep("the port broker failed at Failing and goes on")
-        assert not workers.log.grep("the port broker failed and goes on")
+            assert isinstance(workers.open(1, f"server {number}"), messages.PortOpened)
+        assert {"serve", "tick"} <= set(service.calls)
+        assert workers.log.grep("Failing, a service of the port broker, failed; it continues")
+        assert not workers.log.grep("the port broker failed; it continues")
     finally:
-        with workers.broker._gate:
-            workers.broker.parts.remove(part)
+        with workers.broker.locked():
+            workers.broker.loop.services.remove(service)
         os.close(read)
         os.close(write)
 
@@ -471,8 +482,8 @@ def test_a_report_that_fails_costs_nobody_a_channel(workers, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError("a mistake of ours")
 
-    monkeypatch.setattr(workers.broker, "report", fail)
-    assert isinstance(workers.ask(1, "GetReport"), channel.RequestDenied)
+    monkeypatch.setattr(workers.broker, "_build_report", fail)
+    assert isinstance(workers.ask(1, "GetReport"), messages.RequestDenied)
     assert workers.lives(1)
 
 
@@ -493,14 +504,14 @@ def packets(draw):
     """A packet: bytes, or a message of which some fields are as they should be."""
     if draw(st.integers(0, 4)) == 0:
         return draw(st.binary(min_size=1, max_size=200))
-    kind = draw(st.sampled_from(sorted(channel.Message.types)))
+    kind = draw(st.sampled_from(sorted(messages.Message.types)))
     fields = {"v": 1, "type": kind, "id": draw(st.integers(0, 1000))}
     import dataclasses
     from typing import get_type_hints
 
-    hints = get_type_hints(channel.Message.types[kind])
+    hints = get_type_hints(messages.Message.types[kind])
     right = {str: texts, int: st.integers(-5, 70000), bool: st.booleans()}
-    for field in dataclasses.fields(channel.Message.types[kind]):
+    for field in dataclasses.fields(messages.Message.types[kind]):
         if field.name != "id":
             wrong = draw(st.integers(0, 9)) == 0
             fields[field.name] = draw(values if wrong else right[hints[field.name]])
@@ -540,11 +551,11 @@ def test_whatever_a_worker_sends_the_broker_goes_on(several):
         end.close()
     wait_for(lambda: not workers.lives(2), "the end of the worker")
     del workers.ends[2]
-    with workers.broker._gate:
+    with workers.broker.locked():
         for key in list(workers.broker.listeners.ports):
-            workers.broker._close_port(workers.broker.listeners.ports[key])
+            workers.broker.sync.close_port(workers.broker.listeners.ports[key])
     assert "pid" in workers.report(1)
-    assert workers.broker._running
+    assert workers.broker.loop.running
     failed = [line for line in workers.log.lines if "failed" in line or "Traceback" in line]
     assert not failed, failed
     assert all(line.isprintable() for line in workers.log.lines), workers.log.lines
@@ -569,9 +580,9 @@ def the_broker():
 
 
 def test_whatever_a_worker_writes_on_its_board_stays_a_number(workers):
-    link = next(iter(workers.broker._links.values()))
+    worker = workers.broker.workers.by_age(1)
     answer = workers.open(1, "counted")
-    words = link.board._words
+    words = worker.scoreboard._words
     for index in range(len(words)):
         words[index] = (1 << 64) - 1
     for _ in range(3):

@@ -5,18 +5,17 @@ import os
 
 import pytest
 
-from gunicorn_passenger.ipc import channel
-from gunicorn_passenger.ipc.channel import (
+from gunicorn_passenger.ipc import channel, messages
+from gunicorn_passenger.ipc.channel import ChannelClosed, MalformedPacket, pack, receive, send, unpack
+from gunicorn_passenger.ipc.messages import (
     AcceptGranted,
     AcceptPaused,
     Acknowledged,
     AssignConnection,
     AssignResult,
     BootFailure,
-    ChannelClosed,
     DaemonSpawned,
     GetReport,
-    MalformedPacket,
     Message,
     OfferConnection,
     OfferRejected,
@@ -31,10 +30,6 @@ from gunicorn_passenger.ipc.channel import (
     SuccessorReady,
     WorkerLeaving,
     WorkerReady,
-    pack,
-    receive,
-    send,
-    unpack,
 )
 
 EXAMPLES = [
@@ -101,10 +96,10 @@ def packet(**changes):
         (packet(type="Nonsense"), "unknown type 'Nonsense'", 7),
         (packet(type=["ReleasePort"]), "unknown type", 7),
         (packet(key=...), "ReleasePort without key", 7),
-        (packet(key=5), "ReleasePort.key is no", 7),
-        (packet(key=None), "ReleasePort.key is no", 7),
-        (packet(id="7"), "ReleasePort.id is no", 0),
-        (packet(id=True), "ReleasePort.id is no", 0),
+        (packet(key=5), "ReleasePort.key is not a value of type str", 7),
+        (packet(key=None), "ReleasePort.key is not a value of type str", 7),
+        (packet(id="7"), "ReleasePort.id is not a value of type int", 0),
+        (packet(id=True), "ReleasePort.id is not a value of type int", 0),
         (packet(id=1 << 70), "out of range", 1 << 70),
         (packet(more=1), "ReleasePort with unknown field 'more'", 7),
         (packet(key="x" * 5000), "ReleasePort.key is too long", 7),
@@ -118,7 +113,7 @@ def test_malformed(data, said, number):
 
 
 def test_long_texts_are_cut_and_packets_bounded():
-    assert len(unpack(pack(BootFailure(0, "x" * 100000))).text) == channel.MAX_TEXT
+    assert len(unpack(pack(BootFailure(0, "x" * 100000))).text) == messages.MAX_TEXT
     with pytest.raises(ValueError, match="is too long"):
         pack(OpenPort(0, "\U0001f40d" * 4096, "\U0001f40d" * 4096))
 

@@ -1,0 +1,234 @@
+"""The messages between the master and a worker: one list, with a version.
+
+Process: the master and a worker. Never: decides or sends anything; a message is only data.
+
+A message's name says who does what to what: a verb and a noun for a request or a command (``OpenPort``,
+``PauseAccept``), a noun and a verb for what has happened (``PortOpened``, ``AcceptPaused``). ``id`` pairs a
+request with its response.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+#: Raised when a message changes its meaning; each side rejects packets of another version.
+VERSION = 1
+#: Characters of a text; longer texts are cut by the sender and rejected by the receiver.
+MAX_TEXT = 4096
+#: Characters of a key: a UNIX path or a host with a port, and the name of a listener.
+MAX_KEY = 300
+
+
+@dataclass(frozen=True)
+class Message:
+    """Base of all messages. ``id`` pairs a request with its response; 0 for a message without a response."""
+
+    id: int
+
+    types: ClassVar[dict[str, type[Message]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        Message.types[cls.__name__] = cls
+
+
+# --- from a worker to the master --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OpenPort(Message):
+    """The worker wants to accept on an address. Response: PortOpened or RequestDenied.
+
+    ``kind`` is ``"tcp"`` (numeric ``host``, ``port``), ``"auto"`` (numeric ``host``; equal servers of several
+    workers have the same ``name``) or ``"unix"`` (absolute ``path``).
+    """
+
+    kind: str
+    host: str = ""
+    port: int = 0
+    path: str = ""
+    name: str = ""
+    backlog: int = 0
+    v6only: bool = False
+    #: with "auto": the ports that the program allows itself; empty for all that are allocated
+    within: str = ""
+    placement: str = "shared"
+    #: whether the worker counts the server's requests
+    counts: bool = True
+    #: whether the worker may have it already, in a program that shares the port with itself (SO_REUSEPORT)
+    again: bool = False
+
+
+@dataclass(frozen=True)
+class ReleasePort(Message):
+    """The worker no longer wants ``key``. No response.
+
+    Without a key: the worker no longer waits for the port of its OpenPort with this ``id``.
+    """
+
+    key: str
+
+
+@dataclass(frozen=True)
+class AcceptPaused(Message):
+    """The worker has stopped to accept on ``key``, as PauseAccept said, and waits for an AcceptGranted.
+
+    No response.
+    """
+
+    key: str
+
+
+@dataclass(frozen=True)
+class WorkerReady(Message):
+    """The worker has loaded the program and serves. No response."""
+
+    #: the name of the primary's server
+    primary: str = ""
+
+
+@dataclass(frozen=True)
+class WorkerLeaving(Message):
+    """The worker drains: it has stopped to accept, and finishes its open connections.
+
+    Response: Acknowledged, after which the master assigns it no connection of a sibling.
+    """
+
+
+@dataclass(frozen=True)
+class OfferConnection(Message):
+    """A draining worker offers an idle connection, the packet's descriptor, to its siblings.
+
+    Response: Acknowledged when a sibling serves it from now on, else OfferRejected: then the worker keeps it.
+    """
+
+    #: which server accepted it: the key of a port, or "primary" and the listener's name
+    key: str
+    #: the client's address, as JSON
+    addr: str
+
+
+@dataclass(frozen=True)
+class AssignResult(Message):
+    """Whether the worker serves the connection of the AssignConnection with this ``id``. No response."""
+
+    taken: bool
+
+
+@dataclass(frozen=True)
+class GetReport(Message):
+    """The worker asks for the application's report. Response: ReportSent or RequestDenied."""
+
+
+@dataclass(frozen=True)
+class SpawnDaemon(Message):
+    """The program wants a daemon. Response: DaemonSpawned or RequestDenied."""
+
+    #: a JSON object, see daemons/spec.py
+    spec: str
+
+
+@dataclass(frozen=True)
+class BootFailure(Message):
+    """The worker cannot boot; the master logs the text once. Response: Acknowledged."""
+
+    text: str
+
+
+# --- from the master to a worker --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PortOpened(Message):
+    """The port is open, or is going to be; AcceptGranted says when the worker may accept.
+
+    ``key`` names the port in ReleasePort; it is empty while no port is free.
+    """
+
+    key: str
+    host: str = ""
+    port: int = 0
+    path: str = ""
+    #: whether an AcceptGranted follows at once
+    granted: bool = True
+
+
+@dataclass(frozen=True)
+class AcceptGranted(Message):
+    """The worker whose OpenPort had this ``id`` may accept from now on, on the packet's descriptor."""
+
+    key: str
+    host: str = ""
+    port: int = 0
+    path: str = ""
+    #: where the worker counts the server's connections and requests (see ipc/scoreboard.py)
+    slot: int = -1
+    #: with "each": the position of this port among those of the server, from 1
+    position: int = 0
+
+
+@dataclass(frozen=True)
+class SuccessorReady(Message):
+    """A sibling can take the connections of this draining worker. No response."""
+
+
+@dataclass(frozen=True)
+class OfferRejected(Message):
+    """No sibling can take the connection now."""
+
+
+@dataclass(frozen=True)
+class AssignConnection(Message):
+    """A sibling's idle connection for the worker: the packet's descriptor. Response: AssignResult."""
+
+    key: str
+    addr: str
+
+
+@dataclass(frozen=True)
+class ReportSent(Message):
+    """The application's report, a JSON object in the file that is the packet's descriptor."""
+
+
+@dataclass(frozen=True)
+class DaemonSpawned(Message):
+    """The daemon runs, or is going to. ``host`` and ``port``, or ``path``: where it listens, if it does."""
+
+    name: str
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class PauseAccept(Message):
+    """Stop to accept on ``key``, and finish the open connections. Response: AcceptPaused."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class RequestDenied(Message):
+    """The master denies what the worker asked for; ``kind`` is a key of ``errors.REFUSALS``."""
+
+    kind: str
+    errno: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Acknowledged(Message):
+    """The master has acted on the worker's message.
+
+    ``halt`` has a meaning for BootFailure alone: this one worker exits with gunicorn's status for a failed
+    boot. gunicorn halts on the first such status; a second one during the halt would abort the halt.
+    """
+
+    halt: bool = False
+
+
+@dataclass(frozen=True)
+class PacketRejected(Message):
+    """The packet with that ``id`` was not a message that the receiver knows."""
+
+    text: str

@@ -1,0 +1,355 @@
+"""Receives the workers' messages, and dispatches each to its handler.
+
+Process: the master, in the broker's thread. Never: blocks, trusts a worker, or lets the failure of one worker
+reach another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+from gunicorn_passenger import errors
+from gunicorn_passenger.config import listen_errors
+from gunicorn_passenger.config.address import UNIX_PATH_MAX
+from gunicorn_passenger.ipc import channel
+from gunicorn_passenger.ipc.messages import (
+    AcceptPaused,
+    Acknowledged,
+    AssignResult,
+    BootFailure,
+    GetReport,
+    Message,
+    OfferConnection,
+    OpenPort,
+    PacketRejected,
+    ReleasePort,
+    ReportSent,
+    RequestDenied,
+    SuccessorReady,
+    WorkerLeaving,
+    WorkerReady,
+)
+from gunicorn_passenger.ipc.scoreboard import RetiredCounters
+from gunicorn_passenger.master.connection_migration import ConnectionMigration
+from gunicorn_passenger.master.event_log import EventLog
+from gunicorn_passenger.master.listener_sync import ListenerSync
+from gunicorn_passenger.master.listeners import Listeners
+from gunicorn_passenger.master.loop import BrokerLoop
+from gunicorn_passenger.master.placement import PlacementScheduler
+from gunicorn_passenger.master.worker_channels import WorkerChannel, WorkerChannels
+from gunicorn_passenger.serving import server_errors
+from gunicorn_passenger.system import unpatched
+from gunicorn_passenger.system.text import MAX_NAME, printable
+
+#: How many malformed packets of one worker are tolerated before its channel is closed.
+_MAX_MALFORMED = 100
+#: How many messages of a worker that was reaped are still read.
+_MAX_REMAINING = 100
+#: How many different boot failures are logged, each once: a worker can invent as many as it likes.
+_MAX_BOOT_FAILURES = 64
+#: Characters of a text in a RequestDenied.
+_MAX_DENIAL = 1000
+
+
+class MessageDispatcher:
+    """What the master does with the messages of its workers, and with their end."""
+
+    def __init__(
+        self,
+        log: Any,
+        workers: WorkerChannels,
+        listeners: Listeners,
+        placement: PlacementScheduler,
+        sync: ListenerSync,
+        loop: BrokerLoop,
+        retired_counters: RetiredCounters,
+        event_log: EventLog,
+        report: Callable[[], dict[str, Any]],
+    ) -> None:
+        """:param report: makes the application's report."""
+        self._log = log
+        self._workers = workers
+        self._listeners = listeners
+        self._placement = placement
+        self._sync = sync
+        self._loop = loop
+        self._retired_counters = retired_counters
+        self._event_log = event_log
+        self._report = report
+        self._migration = ConnectionMigration(workers, listeners, self.reply)
+        #: texts of boot failures that were logged
+        self._boot_failures: set[str] = set()
+        #: age of the worker whose exit makes gunicorn halt; 0 for none
+        self._halting = 0
+        #: ages of workers whose channel was closed while they run, until they are reaped
+        self._expelled: set[int] = set()
+        self._handlers: dict[type[Message], Callable[[WorkerChannel, Any, int | None], object]] = {
+            OpenPort: self._on_open_port,
+            ReleasePort: self._on_release_port,
+            AcceptPaused: self._on_accept_paused,
+            WorkerReady: self._on_worker_ready,
+            WorkerLeaving: self._on_worker_leaving,
+            OfferConnection: self._on_offer_connection,
+            AssignResult: self._on_assign_result,
+            GetReport: self._on_get_report,
+            BootFailure: self._on_boot_failure,
+        }
+
+    # --- receiving -------------------------------------------------------------------------------
+
+    def serve(self, worker: WorkerChannel) -> None:
+        """Handle one packet of a worker."""
+        self._receive(worker)
+        if worker.closer.full:
+            self._log.error(
+                "gunicorn-passenger: worker %s sends descriptors faster than the master can close them; "
+                "the master closes its channel",
+                self._workers.pid(worker.age),
+            )
+            self.close_channel(worker, expelled=True)
+
+    def _receive(self, worker: WorkerChannel) -> None:
+        fd = None
+        try:
+            message, fd = channel.receive(worker.sock, worker.closer.close)
+        except BlockingIOError:
+            return
+        except channel.MalformedPacket as error:
+            self._on_malformed(worker, error)
+            return
+        except (channel.ChannelClosed, OSError):
+            self.close_channel(worker)
+            return
+        try:
+            handler = self._handlers.get(type(message), self._dispatch_to_services)
+            handler(worker, message, fd)
+        except Exception:
+            # A defect of ours that this worker's messages trigger. They would trigger it again and again, and
+            # all other workers need this thread: so it costs the worker its channel.
+            self._log.exception(
+                "gunicorn-passenger: the port broker failed at a %s message of worker %s and closes its "
+                "channel",
+                type(message).__name__,
+                self._workers.pid(worker.age),
+            )
+            self.close_channel(worker, expelled=True)
+        finally:
+            if fd is not None:
+                worker.closer.close(fd)
+
+    def _on_malformed(self, worker: WorkerChannel, error: channel.MalformedPacket) -> None:
+        worker.malformed += 1
+        self._log.warning(
+            "gunicorn-passenger: worker %s sent a malformed message: %s", self._workers.pid(worker.age), error
+        )
+        if worker.malformed >= _MAX_MALFORMED:
+            self._log.error(
+                "gunicorn-passenger: closing the channel of worker %s after %d malformed messages",
+                self._workers.pid(worker.age),
+                worker.malformed,
+            )
+            self.close_channel(worker, expelled=True)
+            return
+        self.reply(worker, PacketRejected(error.id, str(error)))
+
+    def reply(self, worker: WorkerChannel, message: Message, fd: int | None = None) -> bool:
+        """Send a worker a message; close its channel when that fails.
+
+        :returns: whether it was sent.
+        """
+        try:
+            channel.send(worker.sock, message, fd)
+        except (BlockingIOError, channel.ChannelClosed, OSError) as error:
+            does_not_read = isinstance(error, BlockingIOError)
+            if does_not_read:
+                self._log.error(
+                    "gunicorn-passenger: worker %s does not read its channel; closing it",
+                    self._workers.pid(worker.age),
+                )
+            self.close_channel(worker, expelled=does_not_read)
+            return False
+        return True
+
+    def _deny(self, worker: WorkerChannel, number: int, error: Exception, text: str) -> None:
+        kind = errors.refusal_kind(error) if isinstance(error, errors.ListenError) else "listen"
+        code = getattr(error, "errno", None) or 0
+        self.reply(worker, RequestDenied(number, kind, code, text[:_MAX_DENIAL]))
+
+    # --- handlers --------------------------------------------------------------------------------
+
+    def _on_open_port(self, worker: WorkerChannel, request: OpenPort, _fd: int | None) -> None:
+        if self._sync.stopping():
+            self.reply(worker, RequestDenied(request.id, "listen", 0, "the application is stopping"))
+            return
+        same_user = self._listeners.cfg.uid == os.geteuid()
+        try:
+            request = _check_text(request)
+            opened = self._placement.request(worker.age, request, same_user, self._planned_workers())
+        except errors.ListenError as error:
+            self._deny(worker, request.id, error, str(error))
+            return
+        except Exception as error:
+            # whatever a worker asks for, it gets a response
+            text = f"the master cannot open what was asked for: {error}"
+            self._log.error(
+                "gunicorn-passenger: worker %s: %s", self._workers.pid(worker.age), text[:_MAX_DENIAL]
+            )
+            self._deny(worker, request.id, error, text)
+            return
+        self.reply(worker, opened)
+
+    def _planned_workers(self) -> int:
+        """How many workers there are to be."""
+        arbiter = self._workers.arbiter
+        return int(arbiter.num_workers if arbiter is not None else self._listeners.cfg.workers)
+
+    def _on_release_port(self, worker: WorkerChannel, message: ReleasePort, _fd: int | None) -> None:
+        self._placement.release(worker.age, message.key, message.id)
+
+    def _on_accept_paused(self, worker: WorkerChannel, message: AcceptPaused, _fd: int | None) -> None:
+        self._placement.on_accept_paused(worker.age, message.key)
+
+    def _on_worker_ready(self, worker: WorkerChannel, message: WorkerReady, _fd: int | None) -> None:
+        worker.ready = True
+        self._workers.pid(worker.age)
+        self._workers.primary_name = printable(message.primary[:MAX_NAME]) or self._workers.primary_name
+        for other in self._workers:
+            if other.draining:
+                self.reply(other, SuccessorReady(0))
+        self._warn_unclaimed()
+
+    def _warn_unclaimed(self) -> None:
+        """Once a program is ready: name the binds that no server of it listens on."""
+        for port in self._listeners.ports.values():
+            if port.from_config and not port.claimed:
+                port.claimed = True
+                self._log.warning(
+                    "%s is in gunicorn's bind, but no server of the program listens on it: "
+                    "call listen() on it or take it out of bind",
+                    port.key,
+                )
+
+    def _on_worker_leaving(self, worker: WorkerChannel, message: WorkerLeaving, _fd: int | None) -> None:
+        worker.draining = True
+        self._placement.on_worker_gone(worker.age)
+        self.reply(worker, Acknowledged(message.id))
+        if any(other.serving for other in self._workers) and not self._sync.stopping():
+            self.reply(worker, SuccessorReady(0))
+
+    def _on_offer_connection(self, worker: WorkerChannel, message: OfferConnection, fd: int | None) -> None:
+        self._migration.offer(worker, message, fd, self._sync.stopping())
+
+    def _on_assign_result(self, worker: WorkerChannel, message: AssignResult, _fd: int | None) -> None:
+        self._migration.on_assign_result(worker, message)
+
+    def _on_get_report(self, worker: WorkerChannel, message: GetReport, _fd: int | None) -> None:
+        """Send the report in a file in memory, since a packet has a limited size."""
+        try:
+            fd = os.memfd_create("gunicorn-passenger-report")
+        except OSError as error:
+            self._deny(worker, message.id, error, f"no report: {error.strerror}")
+            return
+        try:
+            with os.fdopen(os.dup(fd), "wb") as file:
+                file.write(json.dumps(self._report()).encode())
+        except Exception as error:
+            # not the worker's fault, which would ask again after a restart
+            self._log.exception("gunicorn-passenger: the report failed")
+            self._deny(worker, message.id, error, f"no report: {error}")
+        else:
+            self.reply(worker, ReportSent(message.id), fd)
+        finally:
+            os.close(fd)
+
+    def _on_boot_failure(self, worker: WorkerChannel, message: BootFailure, _fd: int | None) -> None:
+        if self._sync.stopping():
+            # gunicorn stops anyway: that a worker can have nothing any more need not be logged
+            self.reply(worker, Acknowledged(message.id))
+            return
+        text = message.text
+        if text not in self._boot_failures and len(self._boot_failures) < _MAX_BOOT_FAILURES:
+            self._boot_failures.add(text)
+            self._log.error("%s", " ".join(text.split()))
+        self._halting = self._halting or worker.age
+        self.reply(worker, Acknowledged(message.id, self._halting == worker.age))
+
+    def forget_boot_failures(self) -> None:
+        """After a reload: log them again."""
+        self._boot_failures.clear()
+
+    def _dispatch_to_services(self, worker: WorkerChannel, message: Message, _fd: int | None) -> None:
+        for service in self._loop.services:
+            response = service.message(worker.age, message)
+            if response is not None:
+                self.reply(worker, response)
+                return
+        name = type(message).__name__
+        self._on_malformed(worker, channel.MalformedPacket(f"{name} is the master's", message.id))
+
+    # --- the end of a worker ---------------------------------------------------------------------
+
+    def on_worker_reaped(self, age: int) -> None:
+        """The arbiter has reaped a worker; processes that it has forked may keep its channel open."""
+        worker = self._workers.by_age(age)
+        if worker is not None:
+            self._drain_channel(worker)
+            self.close_channel(worker)
+        if age in self._expelled:
+            self._expelled.discard(age)
+            self._placement.on_worker_gone(age)
+
+    def _drain_channel(self, worker: WorkerChannel) -> None:
+        """Handle the messages that a worker has sent before its end."""
+        for _ in range(_MAX_REMAINING):
+            fd = worker.sock.fileno()
+            if self._workers.by_fd(fd) is not worker or not unpatched.is_readable(fd):
+                return
+            self.serve(worker)
+
+    def close_channel(self, worker: WorkerChannel, expelled: bool = False) -> None:
+        """A worker is gone: close its channel and withdraw its requests.
+
+        :param expelled: whether it still runs, and breaks the protocol. It exits when it notices that its
+            channel is closed, and gunicorn replaces it.
+        """
+        pid = self._workers.pid(worker.age)
+        if not self._workers.remove(worker):
+            return
+        worker.closer.close_socket(worker.sock)
+        self._retired_counters.gone(worker.scoreboard, self._listeners.ports.values())
+        self._migration.on_worker_gone(worker)
+        self._listeners.on_worker_gone(worker.age)
+        if expelled:
+            # it may accept until it notices: its ports move to others when it is reaped
+            self._expelled.add(worker.age)
+        else:
+            self._placement.on_worker_gone(worker.age)
+        if worker.serving and not self._sync.stopping():
+            self._event_log.record("crash", f"worker {pid} is gone without having finished")
+        for service in self._loop.services:
+            service.left(worker.age)
+
+
+def _check_text(request: OpenPort) -> OpenPort:
+    """The request with texts that can be logged, reported and encoded: the one place that checks them.
+
+    A host must be numeric (:mod:`gunicorn_passenger.system.port_opening`), so that only a name and a path are
+    free text.
+
+    :raises errors.ListenError: when a name is too long, or a path cannot be a path.
+    """
+    if len(request.name) > MAX_NAME:
+        raise server_errors.server_name_too_long(request.name, MAX_NAME)
+    try:
+        size = len(os.fsencode(request.path))
+    except UnicodeError:
+        raise listen_errors.bad_address(
+            request.path[:100], "the path of the UNIX socket cannot be encoded"
+        ) from None
+    if size > UNIX_PATH_MAX:
+        raise listen_errors.unix_path_too_long(request.path[:200], UNIX_PATH_MAX)
+    return dataclasses.replace(request, name=printable(request.name))

@@ -1,0 +1,177 @@
+"""The channels of all workers: the master's ends, by descriptor and by age.
+
+Process: the master, in the broker's thread and around a fork. Never: reads a message.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from gunicorn_passenger.ipc import channel
+from gunicorn_passenger.ipc.scoreboard import Scoreboard
+from gunicorn_passenger.master.descriptors import Closer
+
+
+@dataclass
+class WorkerChannel:
+    """The master's end of one worker's channel."""
+
+    #: gunicorn's number of the worker: the younger of two workers has the higher one
+    age: int
+    sock: Any
+    scoreboard: Scoreboard | None = None
+    #: 0 until the arbiter has stored it
+    pid: int = 0
+    ready: bool = False
+    draining: bool = False
+    #: when it was forked (Unix time)
+    started: float = field(default_factory=time.time)
+    #: how many packets it has sent that were not messages
+    malformed: int = 0
+    #: closes the descriptors that the worker sends
+    closer: Closer = field(default_factory=Closer)
+
+    @property
+    def serving(self) -> bool:
+        return self.ready and not self.draining
+
+
+@dataclass
+class PendingWorker:
+    """A worker between ``Worker.__init__`` and the fork."""
+
+    age: int
+    ours: Any
+    theirs: Any
+    scoreboard: Scoreboard | None
+    #: whether the next fork is the worker's own
+    forking: bool = False
+
+
+class WorkerChannels:
+    """All workers of this master that have channels. Iterating gives their channels."""
+
+    def __init__(self, expected: bool = True) -> None:
+        """:param expected: whether the workers are ours, and so have channels."""
+        self._expected = expected
+        self._by_fd: dict[int, WorkerChannel] = {}
+        self._by_age: dict[int, WorkerChannel] = {}
+        self._pending: PendingWorker | None = None
+        #: gunicorn's arbiter, once it is known
+        self.arbiter: Any = None
+        #: the name of the primary's server, once a worker is ready
+        self.primary_name = ""
+
+    def __iter__(self) -> Iterator[WorkerChannel]:
+        return iter(list(self._by_fd.values()))
+
+    def fds(self) -> list[int]:
+        return list(self._by_fd)
+
+    def ages(self) -> list[int]:
+        return list(self._by_age)
+
+    def by_fd(self, fd: int) -> WorkerChannel | None:
+        return self._by_fd.get(fd)
+
+    def by_age(self, age: int) -> WorkerChannel | None:
+        return self._by_age.get(age)
+
+    def is_serving(self, age: int) -> bool:
+        """Whether a worker is ready and not draining."""
+        worker = self._by_age.get(age)
+        return worker is not None and worker.serving
+
+    @property
+    def settled(self) -> bool:
+        """Whether no worker boots: each one that wants a port or a daemon has had the time to ask for it."""
+        return all(worker.ready for worker in self) and (bool(self._by_fd) or not self._expected)
+
+    def pids(self) -> dict[int, int]:
+        """Each worker that gunicorn knows: age to pid."""
+        workers = dict(self.arbiter.WORKERS) if self.arbiter is not None else {}
+        return {worker.age: pid for pid, worker in workers.items()}
+
+    def pid(self, age: int) -> object:
+        """A worker's pid, for the log; a text where the pid is not known."""
+        found = self.pids().get(age)
+        worker = self._by_age.get(age)
+        if worker is not None:
+            # the arbiter forgets a worker before the broker hears of its end
+            worker.pid = found or worker.pid
+            found = worker.pid
+        return found or f"number {age}"
+
+    def add(self, worker: WorkerChannel) -> None:
+        self._by_fd[worker.sock.fileno()] = self._by_age[worker.age] = worker
+
+    def remove(self, worker: WorkerChannel) -> bool:
+        """:returns: whether it was there. The caller closes the socket afterwards."""
+        if self._by_fd.pop(worker.sock.fileno(), None) is None:
+            return False
+        if self._by_age.get(worker.age) is worker:
+            del self._by_age[worker.age]
+        return True
+
+    # --- around a fork ---------------------------------------------------------------------------
+
+    def prepare(self, age: int) -> PendingWorker:
+        """Make the channel of a worker that is about to be forked.
+
+        :raises OSError: when the system gives no socketpair.
+        """
+        self._discard_pending()
+        ours, theirs = channel.pair()
+        ours.setblocking(False)
+        self._pending = PendingWorker(age, ours, theirs, _scoreboard())
+        return self._pending
+
+    def mark_forking(self) -> None:
+        """The next fork is that of the worker that was prepared last."""
+        if self._pending is not None:
+            self._pending.forking = True
+
+    def _discard_pending(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.ours.close()
+            pending.theirs.close()
+            if pending.scoreboard is not None:
+                pending.scoreboard.close()
+
+    def after_fork_in_parent(self) -> None:
+        pending = self._pending
+        if pending is not None and pending.forking:
+            self._pending = None
+            pending.theirs.close()
+            self.add(WorkerChannel(pending.age, pending.ours, pending.scoreboard))
+
+    def after_fork_in_child(self) -> bool:
+        """Close the master's ends of all channels.
+
+        :returns: whether this process is a worker.
+        """
+        pending, self._pending = self._pending, None
+        is_worker = pending is not None and pending.forking
+        if pending is not None:
+            pending.ours.close()
+            if not is_worker:
+                pending.theirs.close()
+        for worker in self:
+            worker.sock.close()
+            if worker.scoreboard is not None:
+                worker.scoreboard.close()
+        self._by_fd.clear()
+        self._by_age.clear()
+        return is_worker
+
+
+def _scoreboard() -> Scoreboard | None:
+    try:
+        return Scoreboard()
+    except (OSError, ValueError):
+        # the system has no memory for it: the worker serves, and is not counted
+        return None
