@@ -1,7 +1,7 @@
 """The broker of this process, and what happens to it around a fork.
 
-Runs in: the master, in the thread that forks, and for a moment in each child of it.
-Must never: keep a fork waiting without a bound, or leave anything of the master's open in a child.
+Process: the master, in the thread that forks, and for a moment in each child of it. Never: keeps a fork
+waiting without a bound, or leaves anything of the master's open in a child.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 from gunicorn_passenger.master.broker import Broker
 
-_brokers: list[Broker] = []
-_retired: list[Broker] = []
+_current: list[Broker] = []
+_parent: list[Broker] = []
 _hooked: list[bool] = []
-_told: list[bool] = []
+_stops: list[bool] = []
 #: the signals that a thread had blocked before the fork that it is in
 _masks: dict[int, Any] = {}
 
@@ -25,12 +25,12 @@ _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 def current_broker() -> Broker | None:
     """The broker of this process, if it is a master that has one."""
-    return _brokers[0] if _brokers else None
+    return _current[0] if _current else None
 
 
 def parent_broker() -> Broker | None:
     """The broker of the master that this process was forked from."""
-    return _retired[0] if _retired else None
+    return _parent[0] if _parent else None
 
 
 def install(broker: Broker) -> None:
@@ -40,29 +40,29 @@ def install(broker: Broker) -> None:
         os.register_at_fork(
             before=_before_fork, after_in_parent=_after_in_parent, after_in_child=_after_in_child
         )
-    _brokers[:] = [broker]
+    _current[:] = [broker]
 
 
 def _before_fork() -> None:
-    # a stop that reaches a child before it has said what to do with one waits until then
+    # a stop signal that reaches a child before it has installed its handlers waits until then
     _masks[get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
-    for broker in _brokers:
+    for broker in _current:
         broker.loop.before_fork()
 
 
 def _after_in_parent() -> None:
-    for broker in _brokers:
+    for broker in _current:
         broker.after_fork_in_parent()
     _unblock()
 
 
 def _after_in_child() -> None:
-    worker = any(broker.after_fork_in_child() for broker in _brokers)
-    # the arbiter's reexec child still asks its broker what to hand over
-    _retired[:] = _brokers
-    _brokers.clear()
+    worker = any(broker.after_fork_in_child() for broker in _current)
+    # the arbiter's reexec child still exports the state of its broker
+    _parent[:] = _current
+    _current.clear()
     if worker:
-        _handle_stops(_note)
+        _handle_stops(_record_stop)
     _unblock()
     if worker:
         _handle_stops(_exit)
@@ -75,36 +75,36 @@ def _unblock() -> None:
 
 
 def _handle_stops(handler: Any) -> None:
-    """A worker that is told to stop while it boots goes at once.
+    """A worker that is told to stop while it boots exits at once.
 
     Until it has set its own handlers it has the arbiter's, which only put the signal into a queue
-    that nobody reads in a child: the stop would be lost, and gunicorn wait for its timeout.
+    that no code reads in a child: the stop would be lost, and gunicorn would wait for its timeout.
     """
     for number in _STOPS:
         signal.signal(number, handler)
 
 
-def _note(_number: int, _frame: Any) -> None:
-    # what is raised inside a fork Python shows and ignores
-    _told.append(True)
+def _record_stop(_number: int, _frame: Any) -> None:
+    # Python prints and ignores an exception that is raised inside a fork
+    _stops.append(True)
 
 
 def _exit(_number: int, frame: Any) -> None:
-    _told.append(True)
+    _stops.append(True)
     ignore_further_stops()
     while frame is not None:
         if frame.f_code.co_name == "__del__":
-            # Python would show the exception, and ignore it: the worker leaves when it has booted
+            # Python would print the exception and ignore it: the worker exits when it has booted
             return
         frame = frame.f_back
     raise SystemExit(0)
 
 
 def ignore_further_stops() -> None:
-    """A worker that leaves hears of no further stop: a Ctrl-C comes from the terminal and from the master."""
+    """A worker that exits ignores further stops: a Ctrl-C comes from the terminal and from the master."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
 
 
 def stop_requested() -> bool:
     """Whether this worker was told to stop while it booted; an import may have swallowed the exit."""
-    return bool(_told)
+    return bool(_stops)

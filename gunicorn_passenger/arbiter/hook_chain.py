@@ -1,6 +1,6 @@
-"""Our place before or after a gunicorn hook of the user's own.
+"""Runs our handlers before or after a gunicorn hook of the user's own.
 
-Runs in: the master. Must never: swallow or reorder what the user's own hooks do.
+Process: the master. Never: swallows or reorders what the user's own hooks do.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Where the arbiter meets the broker.
 
-Runs in: the master, called from the worker class (which gunicorn instantiates before each fork)
-and from gunicorn's hooks. Must never: let a failure of the broker stop gunicorn.
+Process: the master; called from the worker class (which gunicorn instantiates before each fork) and from
+gunicorn's hooks. Never: lets a failure of the broker stop gunicorn.
 """
 
 from __future__ import annotations
@@ -32,35 +32,34 @@ _CONFIG_ERROR = 1
 
 
 def install_hooks(cfg: Any) -> None:
-    """Take the places in gunicorn's hooks that the broker needs; the user's own hooks stay."""
-    hook_chain.before(cfg, "when_ready", _ready)
-    hook_chain.before(cfg, "on_reload", _reloaded)
-    hook_chain.after(cfg, "pre_fork", _arm)
-    hook_chain.before(cfg, "child_exit", _reaped)
-    hook_chain.after(cfg, "pre_exec", _handover)
+    """Install our handlers in gunicorn's hooks; the user's own hooks stay."""
+    hook_chain.before(cfg, "when_ready", ready)
+    hook_chain.before(cfg, "on_reload", reloaded)
+    hook_chain.after(cfg, "pre_fork", _mark_forking)
+    hook_chain.before(cfg, "child_exit", _on_worker_reaped)
+    hook_chain.after(cfg, "pre_exec", _export_upgrade_state)
     hook_chain.before(cfg, "on_exit", _finish)
 
 
 def prepare_worker(age: int, listening: list[Any], cfg: Any, log: Any) -> tuple[Any, Any, list[Any]]:
     """Before the fork of a worker: its channel, and the listeners of the primary.
 
-    :returns: the worker's end of its channel, or ``None`` where the broker has failed; its board, or
+    :returns: the worker's end of its channel, or ``None`` where the broker has failed; its scoreboard, or
         ``None``; and the gunicorn listeners that the primary is served on.
     :raises HaltServer: at the start, when a setting cannot be used.
     """
     install_hooks(cfg)
     settings.leave_program_scope()
-    first = fork_handlers.current_broker() is None
+    is_first = fork_handlers.current_broker() is None
     try:
         broker = fork_handlers.current_broker() or _start(listening, cfg, log)
-        again = broker.cfg is not cfg
-        _configure(broker, cfg, log, first)
-        if first:
-            _begin(broker)
-        elif again:
-            # a reload, whose configuration has become ours just now
+        is_reload = broker.cfg is not cfg
+        _configure(broker, cfg, log, is_first)
+        if is_first:
+            _start_services(broker)
+        elif is_reload:
             _tell_reload(broker)
-        channel, board = broker.prepare_worker(age, listening)
+        channel, scoreboard = broker.prepare_worker(age, listening)
     except (OSError, RuntimeError) as error:
         log.error(
             "gunicorn-passenger: the port broker failed (%s): the primary is served, ports asked for "
@@ -68,14 +67,14 @@ def prepare_worker(age: int, listening: list[Any], cfg: Any, log: Any) -> tuple[
             error,
         )
         return None, None, primary_listeners(listening)
-    return channel, board, primary_listeners(listening)
+    return channel, scoreboard, primary_listeners(listening)
 
 
 def _start(listening: list[Any], cfg: Any, log: Any, channels: bool = True) -> Broker:
     """:param channels: whether the workers are ours, and so have channels; else there are daemons alone."""
     broker = Broker(log, listening if channels else [], cfg, report.build, channels)
     escape_error_log(log)
-    broker.arbiter = _known[0] if _known else None
+    broker.arbiter = _arbiters[0] if _arbiters else None
     fork_handlers.install(broker)
     control = ControlServer(broker)
     control.open()
@@ -83,14 +82,14 @@ def _start(listening: list[Any], cfg: Any, log: Any, channels: bool = True) -> B
     _daemons[:] = [DaemonManager(broker, prometheus_multiproc.directory.environment)]
     broker.loop.add(_daemons[0])
     if channels:
-        _explain(listening, broker, log, cfg)
+        _log_startup_notes(listening, broker, log, cfg)
     return broker
 
 
-def _begin(broker: Broker) -> None:
+def _start_services(broker: Broker) -> None:
     """The master is ready, and the broker has its settings.
 
-    :raises HaltServer: when a daemon that gunicorn.conf.py asks for cannot be had.
+    :raises HaltServer: when a daemon that gunicorn.conf.py asks for cannot be started.
     """
     try:
         with broker.locked():
@@ -111,7 +110,7 @@ def _configure(broker: Broker, cfg: Any, log: Any, first: bool) -> None:
     except SettingError as error:
         if first:
             raise HaltServer(str(error), _CONFIG_ERROR) from None
-        log.error("gunicorn-passenger: %s; the settings of before stay in force", error)
+        log.error("gunicorn-passenger: %s; the previous settings stay in force", error)
         allocation, grace = broker.allocation, broker.grace
     for sentence in allocation.ineffective_ports():
         log.warning("gunicorn-passenger: %s", sentence)
@@ -119,8 +118,8 @@ def _configure(broker: Broker, cfg: Any, log: Any, first: bool) -> None:
     prometheus_multiproc.directory.give(cfg, log)
 
 
-def _explain(listening: list[Any], broker: Broker, log: Any, cfg: Any) -> None:
-    """Say at the start what a reader of the log may not expect."""
+def _log_startup_notes(listening: list[Any], broker: Broker, log: Any, cfg: Any) -> None:
+    """Log at the start what an operator may not expect."""
     primary = primary_listeners(listening)
     ours = {listening_sockets.sockname(listener.sock) for listener in listening if listener.sock is not None}
     ours |= {name for daemons in _daemons for name in daemons.inherited()}
@@ -129,8 +128,8 @@ def _explain(listening: list[Any], broker: Broker, log: Any, cfg: Any) -> None:
     ):
         log.warning(
             "%s was opened in the master, by a server that the program starts while it is preloaded: its "
-            "threads stay in the master, and workers serve it only as far as it is gevent's. Open it in "
-            "post_worker_init or with passenger.create_server(), or leave --preload out",
+            "threads stay in the master, and workers serve it only if it is a gevent server. Open it in "
+            "post_worker_init or with passenger.create_server(), or run without --preload",
             address,
         )
     for listener in primary:
@@ -138,17 +137,17 @@ def _explain(listening: list[Any], broker: Broker, log: Any, cfg: Any) -> None:
         if not is_unix(name):
             log.info("The primary is served on %s, the first bind: bind names no UNIX socket", listener)
         elif isinstance(name, str) and name and not name.startswith("\0"):
-            _warn_if_open_to_all(name, log, cfg)
+            _warn_if_world_writable(name, log, cfg)
 
 
-def _warn_if_open_to_all(path: str, log: Any, cfg: Any) -> None:
+def _warn_if_world_writable(path: str, log: Any, cfg: Any) -> None:
     try:
         mode = os.stat(path).st_mode
     except OSError:
         return
-    if mode & 0o002 and _reachable_by_all(path):
+    if mode & 0o002 and _world_reachable(path):
         log.warning(
-            "Everybody on this machine may connect to unix:%s (its mode is %04o): set gunicorn's umask "
+            "Every user of this machine may connect to unix:%s (its mode is %04o): set gunicorn's umask "
             "(--umask 007, now %03o) so that only the web server's group may",
             path,
             mode & 0o7777,
@@ -156,8 +155,8 @@ def _warn_if_open_to_all(path: str, log: Any, cfg: Any) -> None:
         )
 
 
-def _reachable_by_all(path: str) -> bool:
-    """Whether every directory above the socket lets everybody through."""
+def _world_reachable(path: str) -> bool:
+    """Whether every user may pass through the directories above the socket."""
     directory = os.path.dirname(os.path.abspath(path))
     while True:
         if not os.stat(directory).st_mode & 0o001:
@@ -167,15 +166,15 @@ def _reachable_by_all(path: str) -> bool:
         directory = os.path.dirname(directory)
 
 
-_known: list[Any] = []
-#: the daemons of this master, or in a child of it those of the master that it was forked from
+_arbiters: list[Any] = []
+#: the daemons of this master; in a forked child, those of its master
 _daemons: list[DaemonManager] = []
 
 
 def install_hooks_for_other_workers(arbiter: Any) -> bool:
-    """Take the places in gunicorn's hooks, with whatever worker class (see :mod:`gunicorn_passenger.hooks`).
+    """Install our handlers with any worker class (see :mod:`gunicorn_passenger.hooks`).
 
-    :returns: whether they were not taken yet.
+    :returns: whether they were not installed yet.
     """
     if getattr(arbiter.cfg.when_ready, "_passenger", False):
         return False
@@ -193,39 +192,31 @@ def _workers_are_ours(arbiter: Any) -> bool:
 
 def ready(arbiter: Any) -> None:
     """gunicorn is ready, and starts its workers next."""
-    _ready(arbiter)
-
-
-def reloaded(arbiter: Any) -> None:
-    """gunicorn has read its configuration again, and starts new workers next."""
-    _reloaded(arbiter)
-
-
-def _ready(arbiter: Any) -> None:
-    _know_arbiter(arbiter)
+    _set_arbiter(arbiter)
     prometheus_multiproc.directory.give(arbiter.cfg, arbiter.log)
     settings.leave_program_scope()
     requested_daemons.handled = True
     requested_daemons.commit_config()
     upgrade_state.forget(arbiter.cfg)
     if requested_daemons.pending or upgrade_state.inherited().get("daemons"):
-        _attend(arbiter)
+        _start_for_daemons(arbiter)
 
 
-def _attend(arbiter: Any) -> None:
-    """Have a broker for the daemons that the master's own code asks for, before the first worker asks."""
+def _start_for_daemons(arbiter: Any) -> None:
+    """Start a broker for the daemons that the master's own code asks for, before a worker needs one."""
     try:
         broker = _start(arbiter.LISTENERS, arbiter.cfg, arbiter.log, _workers_are_ours(arbiter))
         _configure(broker, arbiter.cfg, arbiter.log, True)
-        _begin(broker)
+        _start_services(broker)
     except HaltServer as halt:
-        # gunicorn looks out for it only when it is beyond its start
+        # gunicorn catches HaltServer only after its start
         arbiter.halt(reason=halt.reason, exit_status=halt.exit_status)
     except (OSError, RuntimeError) as error:
         arbiter.log.error("gunicorn-passenger: the daemons cannot be started (%s)", error)
 
 
-def _reloaded(arbiter: Any) -> None:
+def reloaded(arbiter: Any) -> None:
+    """gunicorn has read its configuration again, and starts new workers next."""
     settings.leave_program_scope()
     broker = fork_handlers.current_broker()
     if broker is None:
@@ -235,7 +226,7 @@ def _reloaded(arbiter: Any) -> None:
         _configure(broker, arbiter.cfg, arbiter.log, False)
         _tell_reload(broker)
     except (OSError, RuntimeError) as error:
-        arbiter.log.error("gunicorn-passenger: the daemons do not hear of the reload (%s)", error)
+        arbiter.log.error("gunicorn-passenger: the daemons were not told of the reload (%s)", error)
 
 
 def _tell_reload(broker: Broker) -> None:
@@ -245,14 +236,14 @@ def _tell_reload(broker: Broker) -> None:
             service.reloaded()
 
 
-def _know_arbiter(arbiter: Any) -> None:
-    _known[:] = [arbiter]
+def _set_arbiter(arbiter: Any) -> None:
+    _arbiters[:] = [arbiter]
     broker = fork_handlers.current_broker()
     if broker is not None:
         broker.arbiter = arbiter
 
 
-def _arm(arbiter: Any, _worker: Any) -> None:
+def _mark_forking(arbiter: Any, _worker: Any) -> None:
     broker = fork_handlers.current_broker()
     if requested_daemons.pending:
         _refresh(arbiter, broker)
@@ -262,15 +253,15 @@ def _arm(arbiter: Any, _worker: Any) -> None:
 
 
 def _refresh(arbiter: Any, broker: Broker | None) -> None:
-    """One of the user's own hooks may have asked for a daemon since."""
+    """One of the user's own hooks may have asked for a daemon meanwhile."""
     if broker is None:
-        _attend(arbiter)
+        _start_for_daemons(arbiter)
     elif _daemons:
         with suppress(TimeoutError), broker.locked():
             _daemons[0].refresh()
 
 
-def _reaped(_arbiter: Any, worker: Any) -> None:
+def _on_worker_reaped(_arbiter: Any, worker: Any) -> None:
     prometheus_multiproc.directory.gone(worker.pid)
     broker = fork_handlers.current_broker()
     if broker is not None:
@@ -284,7 +275,7 @@ def _finish(_arbiter: Any) -> None:
     prometheus_multiproc.directory.finish()
 
 
-def _handover(_arbiter: Any) -> None:
+def _export_upgrade_state(_arbiter: Any) -> None:
     broker = fork_handlers.parent_broker()
     if broker is None:
         return
@@ -294,12 +285,12 @@ def _handover(_arbiter: Any) -> None:
     try:
         state = broker.export_upgrade_state(lowest)
         state["daemons"] = [entry for daemons in _daemons for entry in daemons.export_state(lowest)]
-        upgrade_state.hand_over(arbiter.cfg.env_orig, lowest, state)
+        upgrade_state.export(arbiter.cfg.env_orig, lowest, state)
     except OSError as error:
         arbiter.log.error(
-            "gunicorn-passenger: the next master does not learn which servers the program has opened (%s); "
-            "it keeps their ports as if they were in bind, and opens the daemons' anew. Raise the limit of "
-            "open files (ulimit -n)",
+            "gunicorn-passenger: the new master cannot be told which servers the program has opened (%s); it "
+            "keeps their ports as if they were in bind, and opens the daemons' sockets again. Raise the "
+            "limit of open files (ulimit -n)",
             error,
         )
     broker.sync.number_for_systemd()

@@ -1,11 +1,11 @@
-"""The scoreboard: what a worker counts, where the master can read it at any time.
+"""The scoreboard: a worker's counters, in memory that the master can read at any time.
 
-Runs in: a worker, which writes its own, and the master, which reads all. Must never: be trusted: a worker
-can write whatever it likes into its own.
+Process: a worker, which writes its own, and the master, which reads all. Never: trusted by the master,
+since a worker can write any number into its own.
 
-A board is a page of memory that the master shares with one worker. So the counts of a worker can be read
-while it is busy with anything, and after it was killed. A worker writes it once a second and when it leaves:
-what it had counted in the last second before it was killed is lost.
+A scoreboard is a page of memory that the master shares with one worker. So the master can read the counters
+of a worker that is busy, or was killed. A worker writes it once a second and when it exits: what it has
+counted in the last second before it was killed is lost.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Counters(NamedTuple):
     connections: int = 0
     #: accepted in all
     accepted: int = 0
-    #: answered
+    #: with a response
     requests: int = 0
-    #: sent to clients, heads included
+    #: sent to clients, headers included
     bytes: int = 0
-    #: answers of 500 and above, and those that broke off
+    #: responses of 500 and above, and incomplete ones
     errors: int = 0
 
     def plus(self, other: Counters) -> Counters:
@@ -71,27 +71,27 @@ class Scoreboard:
 
 
 class RetiredCounters:
-    """What workers that are gone have counted, by the key of a port."""
+    """The counters of workers that are gone, by the key of a port."""
 
     def __init__(self) -> None:
         self._gone: dict[str, Counters] = {}
 
-    def gone(self, board: Scoreboard | None, ports: Iterable[Any]) -> None:
-        """A worker is gone: keep what it has counted."""
-        if board is None:
+    def gone(self, scoreboard: Scoreboard | None, ports: Iterable[Any]) -> None:
+        """A worker is gone: keep its counters."""
+        if scoreboard is None:
             return
         for key, slot in [(PRIMARY_KEY, PRIMARY_SLOT), *((port.key, port.slot) for port in ports)]:
-            counts = board.read(slot)._replace(connections=0)
+            counts = scoreboard.read(slot)._replace(connections=0)
             self._gone[key] = self._gone.get(key, Counters()).plus(counts)
-        board.close()
+        scoreboard.close()
 
     def forget(self, key: str) -> None:
         """The port is closed."""
         self._gone.pop(key, None)
 
-    def total(self, key: str, slot: int, boards: Iterable[Scoreboard]) -> Counters:
-        """Of all workers, those that are gone included."""
+    def total(self, key: str, slot: int, scoreboards: Iterable[Scoreboard]) -> Counters:
+        """The counters of all workers, including those that are gone."""
         found = self._gone.get(key, Counters())
-        for board in boards:
-            found = found.plus(board.read(slot))
+        for scoreboard in scoreboards:
+            found = found.plus(scoreboard.read(slot))
         return found

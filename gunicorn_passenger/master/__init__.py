@@ -1,4 +1,4 @@
-"""What the gunicorn master holds: the ports, their placement, and the broker that answers the workers.
+"""What the gunicorn master holds: the ports, their placement, and the broker that serves the workers.
 
-Runs in: the master, in the broker's thread. Must never: block, or trust a worker.
+Process: the master, in the broker's thread. Never: blocks, or trusts a worker.
 """

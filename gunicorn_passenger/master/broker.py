@@ -27,9 +27,10 @@ from gunicorn_passenger.master import upgrade_lock, upgrade_state
 from gunicorn_passenger.master.dispatcher import MessageDispatcher
 from gunicorn_passenger.master.event_log import EventLog
 from gunicorn_passenger.master.listener_sync import ListenerSync
-from gunicorn_passenger.master.listeners import Listeners, Port
+from gunicorn_passenger.master.listeners import Listeners
 from gunicorn_passenger.master.loop import BrokerLoop
 from gunicorn_passenger.master.placement import PlacementScheduler
+from gunicorn_passenger.master.port import Port
 from gunicorn_passenger.master.worker_channels import WorkerChannels
 from gunicorn_passenger.serving import server_errors
 from gunicorn_passenger.system.text import printable

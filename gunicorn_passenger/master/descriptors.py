@@ -1,6 +1,6 @@
-"""Descriptors that a worker or a daemon has sent: closed without waiting, whatever they are.
+"""Closes descriptors that a worker or a daemon has sent, whatever they are, without waiting.
 
-Runs in: the master, in the broker's thread. Must never: wait for what a sender can delay, or ask the file
+Process: the master, in the broker's thread. Never: waits for what a sender can delay, or asks the file
 system of a descriptor for anything.
 
 ``close`` can block: for a TCP socket with SO_LINGER and bytes that its client does not take, also when it
@@ -26,9 +26,9 @@ from gunicorn_passenger.system import unpatched
 _FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 #: An empty packet looks like the end: the end is there after more of them than the buffer of a sender can
 #: hold.
-_MOST_EMPTY = 1024
-#: How many descriptors may wait to be closed before their sender is not heard any more.
-MOST = 64
+_MAX_EMPTY = 1024
+#: How many descriptors may wait to be closed before the channel of their sender is closed.
+MAX_WAITING = 64
 
 
 def is_connection(fd: int) -> bool:
@@ -83,8 +83,8 @@ class Closer:
 
     @property
     def full(self) -> bool:
-        """Whether so many wait that their sender is not to be heard any more."""
-        return len(self._waiting) >= MOST
+        """Whether so many wait that the channel of their sender is to be closed."""
+        return len(self._waiting) >= MAX_WAITING
 
     def close(self, fd: int) -> None:
         """Close a descriptor that the sender has sent."""
@@ -103,7 +103,7 @@ class Closer:
         try:
             unpatched.start_thread(self._run)
         except RuntimeError:
-            # there is no thread to be had: rather wait than leak
+            # the system has no thread for it: waiting is better than a leak
             self._run()
 
     def after_fork_in_child(self) -> None:
@@ -137,14 +137,14 @@ class Closer:
     def close_socket(self, sock: Any) -> None:
         """Close the master's end of a pair or a client's connection.
 
-        Messages that nobody has read would be thrown away with the descriptors in them, which may wait, too.
+        The kernel would close the descriptors in unread messages with the socket, and that may wait, too.
         """
         with suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)  # nothing more can be sent, so the loop ends
         with suppress(OSError):
             sock.setblocking(False)
             empty = 0
-            while empty < _MOST_EMPTY:
+            while empty < _MAX_EMPTY:
                 data, ancillary, _, _ = sock.recvmsg(
                     channel.MAX_MESSAGE, channel.ROOM, socket.MSG_CMSG_CLOEXEC
                 )

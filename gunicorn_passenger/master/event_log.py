@@ -1,6 +1,6 @@
 """The last events of the application: reloads, crashes, takeovers, daemons that died.
 
-Runs in: the master. Must never: grow without bound.
+Process: the master. Never: grows without bound.
 """
 
 from __future__ import annotations

@@ -18,8 +18,10 @@ from typing import Any
 
 from gunicorn_passenger.config.address import format_sockname, is_unix
 from gunicorn_passenger.ipc.scoreboard import RetiredCounters
-from gunicorn_passenger.master.listeners import BrokerOwnedListener, Listeners, Port
+from gunicorn_passenger.master.listeners import Listeners
+from gunicorn_passenger.master.owned_listener import BrokerOwnedListener
 from gunicorn_passenger.master.placement import PlacementScheduler
+from gunicorn_passenger.master.port import Port
 from gunicorn_passenger.master.worker_channels import WorkerChannels
 from gunicorn_passenger.system import listening_sockets
 

@@ -2,10 +2,6 @@
 
 Process: the master, in the broker's thread (or before it starts). Never: resolves a name, waits, or opens a
 port that the allocation does not name.
-
-A port is in the arbiter's own ``LISTENERS``, so that ``USR2`` passes it to the new master and a
-shutdown closes it. gunicorn also closes every listener there when a reload changes ``bind``; a
-:class:`BrokerOwnedListener` survives that (see :meth:`BrokerOwnedListener.close`).
 """
 
 from __future__ import annotations
@@ -14,10 +10,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Set
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
-
-from gunicorn.sock import TCP6Socket, TCPSocket, UnixSocket
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.config import listen_errors
@@ -26,95 +19,13 @@ from gunicorn_passenger.config.port_allocation import PortAllocation
 from gunicorn_passenger.ipc.messages import OpenPort
 from gunicorn_passenger.ipc.scoreboard import SLOTS
 from gunicorn_passenger.master.grace_timer import GraceTimer
+from gunicorn_passenger.master.owned_listener import OWNED_LISTENERS, BrokerOwnedListener
+from gunicorn_passenger.master.port import Port
 from gunicorn_passenger.system import listening_sockets, port_opening
 from gunicorn_passenger.system.port_opening import ListenRequest
 
 #: Marks, for the new master, a port of an "each" server.
 _EACH = "each "
-
-
-class BrokerOwnedListener:
-    """Mixin for gunicorn's socket classes: a listener that the broker opened.
-
-    gunicorn calls ``close()`` in two places: when it stops, and when a reload changes ``bind``. The
-    broker must tell them apart, since a port outlives a reload; so ``close()`` only reports the request, and
-    the broker closes by :meth:`close_now`.
-    """
-
-    on_close_request: Callable[[], None] | None = None
-    sock: Any
-
-    def close(self) -> None:
-        if self.on_close_request is not None and self.sock is not None:
-            self.on_close_request()
-        else:
-            self.close_now()
-
-    def close_now(self) -> None:
-        sock, self.sock = self.sock, None
-        if sock is not None:
-            with suppress(OSError):
-                sock.close()
-
-
-class BrokerOwnedTCP(BrokerOwnedListener, TCPSocket):
-    """A run-time port on IPv4."""
-
-
-class BrokerOwnedTCP6(BrokerOwnedListener, TCP6Socket):
-    """A run-time port on IPv6."""
-
-
-class BrokerOwnedUnix(BrokerOwnedListener, UnixSocket):
-    """A run-time UNIX socket."""
-
-    def getsockname(self) -> tuple[str, str]:
-        """Without the path: gunicorn would remove the file when it stops. The broker does that."""
-        return "unix", self.cfg_addr
-
-
-@dataclass
-class Port:
-    """One open address and the workers that want it."""
-
-    key: str
-    listener: Any
-    host: str = ""
-    port: int = 0
-    path: str = ""
-    family: int = socket.AF_INET
-    #: opened by the operator (gunicorn's bind, systemd): stays open whether a worker wants it or not
-    from_config: bool = False
-    #: device and inode of a UNIX socket's file, so that only our own file is removed
-    file: tuple[int, int] | None = None
-    backlog: int = 0
-    #: workers that want it: age to the ``id`` of their OpenPort, in the order of their requests
-    wanted_by: dict[int, int] = field(default_factory=dict)
-    placement: str = "shared"
-    #: the placement of the last request; it takes effect once no worker accepts under the old one
-    next_placement: str = "shared"
-    v6only: bool = False
-    #: those of them that may accept
-    accepting: set[int] = field(default_factory=set)
-    #: with "each": its position among the ports of the server, from 1
-    position: int = 0
-    #: what the program calls the server
-    name: str = ""
-    #: where workers count connections and requests (see ipc/scoreboard.py); -1 for nowhere
-    slot: int = -1
-    #: whether workers count its requests
-    counts: bool = True
-    #: the worker that it was opened for
-    opened_for: int = -1
-    #: why no worker may accept: "stop", "restart", or an empty text when they may
-    paused: str = ""
-    #: whether a server of the program has ever listened on it
-    claimed: bool = False
-
-    @property
-    def title(self) -> str:
-        """Its name for people."""
-        return f"{self.name or self.key}.{self.position}" if self.position else self.name or self.key
 
 
 class Listeners:
@@ -233,12 +144,7 @@ class Listeners:
         return self._wrap(listener.FAMILY, name, listener.sock.detach())
 
     def _wrap(self, family: int, name: Any, fd: int) -> Any:
-        classes: dict[int, Any] = {
-            socket.AF_INET: BrokerOwnedTCP,
-            socket.AF_INET6: BrokerOwnedTCP6,
-            socket.AF_UNIX: BrokerOwnedUnix,
-        }
-        listener = classes[family](name, self.cfg, self.log, fd=fd)
+        listener = OWNED_LISTENERS[family](name, self.cfg, self.log, fd=fd)
         listener.on_close_request = self.on_close_request
         return listener
 

@@ -20,7 +20,8 @@ from gunicorn_passenger.config import listen_errors
 from gunicorn_passenger.errors import PassengerError
 from gunicorn_passenger.ipc.messages import AcceptGranted, Message, OpenPort, PauseAccept, PortOpened
 from gunicorn_passenger.master.event_log import EventLog
-from gunicorn_passenger.master.listeners import Listeners, Port
+from gunicorn_passenger.master.listeners import Listeners
+from gunicorn_passenger.master.port import Port
 from gunicorn_passenger.master.upgrade_lock import UpgradeLock
 from gunicorn_passenger.master.worker_channels import WorkerChannels
 from gunicorn_passenger.system.text import printable

@@ -1,6 +1,6 @@
-"""Who may serve what only one worker of the application may serve: a lock between masters.
+"""The lock between two masters for servers that only one worker of the application may serve.
 
-Runs in: the master. Must never: wait.
+Process: the master. Never: waits.
 
 Within one master the broker knows who accepts. But while ``USR2`` upgrades gunicorn there are two masters,
 each with workers that want the same server. So a master locks a byte for each such server, in a file in
@@ -27,14 +27,14 @@ class UpgradeLock:
 
     def __init__(self, inherited: int = -1) -> None:
         """
-        :param inherited: a descriptor from the master before; negative for none.
+        :param inherited: a descriptor from the previous master; negative for none.
         :raises OSError: when the system has no room for the file.
         """
         path = f"/proc/self/fd/{inherited}"
         self._fd = -1
         with suppress(OSError):
             if inherited >= 0 and os.readlink(path).startswith(f"/memfd:{_NAME}"):
-                # a description of our own: a lock that the two share would exclude neither
+                # an open file description of our own: a lock that both masters share would exclude neither
                 self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
                 os.close(inherited)
         if self._fd < 0:
@@ -53,12 +53,12 @@ class UpgradeLock:
             fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _lock(key, fcntl.F_UNLCK))
 
     def close(self) -> None:
-        """In a worker: have no part in the locks."""
+        """In a worker: give up its share of the locks."""
         with suppress(OSError):
             os.close(self._fd)
 
     def export_descriptor(self, lowest: int) -> int:
-        """In the child that becomes the next master: a descriptor that it inherits.
+        """In the child that becomes the new master: a descriptor that it inherits.
 
         :param lowest: the lowest number that it may have.
         :raises OSError: when this process has no room for it.

@@ -1,14 +1,14 @@
-"""What one master tells the next when ``USR2`` upgrades gunicorn: one JSON object, in sections by service.
+"""What a master passes to the new one when ``USR2`` upgrades gunicorn: a JSON object, in sections by service.
 
-Runs in: the master, at its start; and the child of the master that is about to become the next one.
-Must never: put anything into the environment that grows with what workers ask for.
+Process: the master, at its start; and the child of the master that is about to become the new master. Never:
+puts anything into the environment that grows with the requests of workers.
 
-The object lies in a file in memory (memfd_create(2)) that the next master inherits; the environment has the
-number of its descriptor. The environment itself would do for a few servers: with many, or long names,
-``execve`` fails with E2BIG, and gunicorn would be without a next master.
+The object lies in a file in memory (memfd_create(2)) that the new master inherits; the environment has the
+number of its descriptor. The environment alone is too small: with many servers, or long names,
+``execve`` fails with E2BIG, and gunicorn would have no new master.
 
-Each section is what its service gives: ``"ports"`` (:mod:`.listeners`), ``"exclusive"``
-(:mod:`.upgrade_lock`) and ``"daemons"`` (:mod:`.api`).
+The sections: ``"ports"`` (:mod:`.listeners`), ``"exclusive"`` (:mod:`.upgrade_lock`) and ``"daemons"``
+(``daemons/manager.py``).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _state: list[dict[str, Any]] = []
 
 
 def inherited(environ: MutableMapping[str, str] = os.environ) -> dict[str, Any]:
-    """What the master before has told; empty at a first start. The environment is read once."""
+    """The state of the previous master; empty at a first start. The environment is read once."""
     if not _state:
         _state.append(_read(environ.pop(VARIABLE, "")))
     return _state[0]
@@ -49,7 +49,7 @@ def _read(number: str) -> dict[str, Any]:
     with suppress(OSError, ValueError, RecursionError):
         if not (number.isascii() and number.isdecimal() and len(number) < 10):
             return {}
-        # somebody's own variable must not close a descriptor of somebody else's
+        # a variable that the user has set must not close a descriptor of another part of the program
         if not os.readlink(f"/proc/self/fd/{number}").startswith(f"/memfd:{_NAME}"):
             return {}
         with os.fdopen(int(number), "rb") as file:
@@ -60,10 +60,10 @@ def _read(number: str) -> dict[str, Any]:
     return {}
 
 
-def hand_over(environ: MutableMapping[str, str], lowest: int, state: dict[str, Any]) -> None:
-    """In the child that becomes the next master: leave it a file with the state, and its number.
+def export(environ: MutableMapping[str, str], lowest: int, state: dict[str, Any]) -> None:
+    """In the child that becomes the new master: leave it a file with the state, and its number.
 
-    :param environ: what the next master is started with.
+    :param environ: what the new master is started with.
     :param lowest: the lowest number that the descriptor may have.
     :param state: the sections.
     :raises OSError: when the system has no room for the file.
@@ -78,7 +78,7 @@ def hand_over(environ: MutableMapping[str, str], lowest: int, state: dict[str, A
 
 
 def inheritable(fd: int, lowest: int) -> int:
-    """A copy of a descriptor that the next master inherits.
+    """A copy of a descriptor that the new master inherits.
 
     :param lowest: the lowest number that it may have.
     :raises OSError: when this process has no room for it.

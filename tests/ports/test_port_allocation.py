@@ -315,7 +315,9 @@ def test_a_reload_takes_a_new_allocation(start):
     # a bad value is reported, and the previous one stays in force
     start.write("gunicorn.conf.py", "raw_env = ['PASSENGER_GRACE_PERIOD=soon']\n" + text.format(first))
     process.hup(1)
-    process.wait_log("PASSENGER_GRACE_PERIOD: 'soon' is not a number of seconds")
+    process.wait_log(
+        "PASSENGER_GRACE_PERIOD: 'soon' is not a number of seconds; the previous settings stay in force"
+    )
     assert outcomes(process, first, first + 1) == ["PortNotAllocated", "had"]
 
 

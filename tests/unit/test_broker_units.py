@@ -269,7 +269,7 @@ def send_last(end, fields, sock, twice=False):
 
 def test_a_worker_whose_descriptors_cannot_be_closed_loses_its_channel(workers, monkeypatch):
     workers.add(2)
-    monkeypatch.setattr(descriptors, "MOST", 3)
+    monkeypatch.setattr(descriptors, "MAX_WAITING", 3)
     held = [lingering() for _ in range(4)]
     try:
         with workers.broker.locked():
@@ -627,7 +627,7 @@ def test_the_state_goes_through_a_file_in_memory():
     state = {"ports": {"open": [[f"127.0.0.1:{n}", "n" * 2000] for n in range(1024)], "stopped": []}}
     environ = {}
     before = open_descriptors()
-    upgrade_state.hand_over(environ, 40, state)
+    upgrade_state.export(environ, 40, state)
     (number,) = environ.values()
     assert int(number) >= 40
     assert os.get_inheritable(int(number))

@@ -50,7 +50,7 @@ def test_unix_and_tcp_binds(start):
 
 def test_socket_open_to_everybody_is_warned_of(start):
     process = start.gunicorn("two_servers", "--umask", "0").wait_ready()
-    process.wait_log(r"WARNING.*Everybody on this machine may connect to unix:.*--umask 007")
+    process.wait_log(r"WARNING.*Every user of this machine may connect to unix:.*--umask 007")
 
 
 def test_socket_for_the_group_is_not_warned_of(start):
