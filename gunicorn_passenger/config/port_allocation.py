@@ -181,7 +181,7 @@ def system_layer(account: str, uid: int, path: str = SYSTEM_FILE) -> AllocationS
 
     An account that is not in an existing file has no ports.
 
-    :returns: ``None`` where there is no such file.
+    :returns: ``None`` where the file does not exist.
     :raises SettingError: when root does not own it, others may write it, or it cannot be read.
     """
     text = _read_trusted(path)
@@ -213,7 +213,7 @@ def _read_trusted(path: str) -> str | None:
     except FileNotFoundError:
         above = os.path.dirname(path)
         if os.path.lexists(path) or (os.path.lexists(above) and not os.path.isdir(above)):
-            raise SettingError(f"{path}: leads to a file that is not there; mend or remove it") from None
+            raise SettingError(f"{path}: a link on this path has no target; correct or remove it") from None
         return None
     except OSError as error:
         raise SettingError(f"{path}: cannot be read: {error.strerror}") from None

@@ -46,7 +46,7 @@ def resolve_run_as(spec: DaemonSpec, uid: int, gid: int, initgroups: bool, trust
     :param uid: the workers' user, ``gid`` their group.
     :param initgroups: whether workers have all groups of their user.
     :param trusted: whether the operator requests it, and so may name any user that this process can become.
-    :raises errors.DaemonError: when there is no such user, or the daemon may not run as that user.
+    :raises errors.DaemonError: when the user does not exist, or the daemon may not run as that user.
     """
     user, primary = _user(spec, uid)
     group = _group(spec, gid if user == uid or primary is None else primary)

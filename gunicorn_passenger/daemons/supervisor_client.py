@@ -129,7 +129,7 @@ class SupervisorClient:
         """The supervisor's next event.
 
         :returns: ``None`` when the supervisor has exited.
-        :raises BlockingIOError: when there is no event.
+        :raises BlockingIOError: when no event is there yet.
         """
         try:
             data = self._sock.recv(_MAX_PACKET)

@@ -27,7 +27,7 @@ _MAX_RESPONSE = 32 << 20
 
 
 class Instance(NamedTuple):
-    """A running master with a control socket: its report, or why there is none."""
+    """A running master with a control socket: its report, or why it has sent none."""
 
     pid: int
     socket: str

@@ -94,7 +94,7 @@ class _MetricFamily:
         self._samples: dict[tuple[str, ...], float] = {}
 
     def add(self, value: float | None, *labels: str) -> None:
-        """:param value: ``None`` where the value is not counted; then there is no sample."""
+        """:param value: ``None`` where the value is not counted; then the sample is left out."""
         if value is not None:
             labels = tuple(printable(label) for label in labels)
             self._samples[labels] = self._samples.get(labels, 0) + value

@@ -111,7 +111,7 @@ class NullSource:
     serves = False
 
     def report(self) -> dict[str, Any]:
-        raise ReportUnavailable("there is no report: this program does not run under gunicorn")
+        raise ReportUnavailable("this program does not run under gunicorn, which would send the report")
 
 
 class ReportCache:

@@ -141,7 +141,7 @@ def _clear_stale(path: str) -> None:
 def has_listener(path: str) -> bool:
     """Whether a process listens on a UNIX socket; never waits.
 
-    A full backlog (EAGAIN) also has a listener; ECONNREFUSED means that there is none (connect(2)).
+    A full backlog (EAGAIN) also has a listener; with ECONNREFUSED the socket has no listener (connect(2)).
     """
     probe = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
