@@ -252,7 +252,7 @@ def test_configuration_and_environment_bound_the_program(start):
         "/eval",
         "POST",
         f"__import__('gunicorn_passenger.serving.registry').serving.registry.registry.broker.open_port("
-        f"__import__('gunicorn_passenger.config.address').address.Tcp('127.0.0.1', {c}), 'x')",
+        f"__import__('gunicorn_passenger.config.address').config.address.Tcp('127.0.0.1', {c}), 'x')",
     )
     assert status == 500
     assert f"PortNotAllocated: port {c} is not allocated" in text

@@ -1065,7 +1065,7 @@ def test_a_runtime_directory_below_one_of_another_users(home, monkeypatch):
     monkeypatch.delenv("PASSENGER_RUNTIME_DIR", raising=False)
     assert not runtime_dir.directory().startswith(str(theirs))
     monkeypatch.setenv("PASSENGER_RUNTIME_DIR", str(theirs / "run"))
-    with pytest.raises(PassengerError, match=r"theirs belongs to another user or may be written by others"):
+    with pytest.raises(PassengerError, match=r"theirs belongs to another user, or others may write to it"):
         runtime_dir.ensure()
 
 
