@@ -1011,13 +1011,14 @@ def test_a_worker_cannot_use_up_the_masters_descriptors(start):
 
 
 def test_what_a_worker_sends_is_no_daemon(start):
-    """Whatever a worker makes up is answered, and the master goes on."""
+    """The master denies a malformed request of a worker, and continues."""
     text = (
-        "from gunicorn_passenger.ipc.channel import Spawn\n"
-        "from gunicorn_passenger.daemons.spec import make\n"
-        "from gunicorn_passenger.serving.registry import application as here\n"
+        "from gunicorn_passenger.ipc.channel import SpawnDaemon\n"
+        "from gunicorn_passenger.daemons.spec import SpawnArguments, build_spec\n"
+        "from gunicorn_passenger.serving.registry import registry\n"
         "import dataclasses, json\n"
-        "good = json.loads(make(['sleep', '1'], None, 'auto', [], None, None, None, None, 'keep', 1, 1, '', False).pack())\n"
+        "given = SpawnArguments(target=['sleep', '1'], listen='auto', stop_timeout=1, give_up_after=1)\n"
+        "good = json.loads(build_spec(given).pack())\n"
         "bad = ['', '[]', '{', '[' * 4000, 'null', '{}']\n"
         "for name, value in [('name', 1), ('name', 'a\\nb'), ('listen', [{}]), ('listen', 7), ('env', [1]), ('command', []),\n"
         "    ('command', [1]), ('user', 0), ('user', 'root'), ('stop_timeout', 1e9), ('cwd', 'here'), ('extra', 1),\n"
@@ -1026,12 +1027,12 @@ def test_what_a_worker_sends_is_no_daemon(start):
         "    ('listen', [{'kind': 'tcp', 'host': 'localhost', 'port': 19999}]),\n"
         "    ('listen', [{'kind': 'unix', 'path': 'relative'}])]:\n"
         "    bad.append(json.dumps({**good, name: value}))\n"
-        "answers = sorted({type(here.link.ask(Spawn(0, text), 'it')).__name__ for text in bad})\n"
+        "answers = sorted({type(registry.broker.request(SpawnDaemon(0, text), 'it')).__name__ for text in bad})\n"
     )
     start.home.chmod(0o777)
     user = ["--user", "nobody", "--group", "nogroup"] if os.geteuid() == 0 else []
     process = start.gunicorn("daemon_app", *user, workers=1, env={"SPAWN": text}).wait_ready()
-    assert fetch(process.socket, "/answers")[1] == "['Refused']"
+    assert fetch(process.socket, "/answers")[1] == "['RequestDenied']"
     assert "runs as pid" not in process.log()
     assert "Traceback" not in process.log()
 
