@@ -1,6 +1,6 @@
 """A reverse proxy in the style of node-http-proxy: the public face of :mod:`gunicorn_passenger.proxy`.
 
-Runs in: a worker, or plain Python.
+Process: a worker, or plain Python.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = [
 class ProxyServer(Server):
     """A :class:`~gunicorn_passenger.Server` whose application is the proxy."""
 
-    #: its application is the proxy and nothing else, which may so take requests as they came in
+    #: its application is the proxy and nothing else: no middleware can have changed its requests
     only_proxy = True
 
     def __init__(self, proxy: Proxy) -> None:
@@ -63,7 +63,7 @@ class ProxyServer(Server):
     def web(
         self, environ: dict[str, Any], start_response: Callable[..., Any], **options: Any
     ) -> Iterable[bytes]:
-        """Carry one request: ``return proxy.web(environ, start_response)``, for an app that routes itself.
+        """Forward one request: ``return proxy.web(environ, start_response)``, for an app that routes itself.
 
         :param options: options that differ for this request.
         """
@@ -72,18 +72,18 @@ class ProxyServer(Server):
     def ws(
         self, environ: dict[str, Any], start_response: Callable[..., Any], **options: Any
     ) -> Iterable[bytes]:
-        """Carry one upgrade, such as a WebSocket, in the same way; it returns when that has ended."""
+        """Forward one upgrade, such as a WebSocket, in the same way; it returns when that has ended."""
         return self.proxy.ws(environ, start_response, **options)
 
     def on(self, event: str, fn: Callable[..., Any] | None = None) -> Any:
         """Call ``fn`` at an event; without ``fn``, a decorator. ``docs/proxy.md`` lists the events.
 
-        :raises ValueError: for an event that there is not.
+        :raises ValueError: for an unknown event.
         """
         return self.proxy.on(event, fn)
 
     def off(self, event: str, fn: Callable[..., Any]) -> None:
-        """Call it no more."""
+        """Do not call it any more."""
         self.proxy.events.off(event, fn)
 
     def close(self) -> None:
@@ -114,7 +114,7 @@ def create_server(target: Any = None, host: str | None = None, **options: Any) -
 def _find_server(name: str) -> Target:
     """The address of a server of this application.
 
-    :raises LookupError: when there is none, or it listens nowhere yet.
+    :raises LookupError: when there is no such server, or it does not listen yet.
     """
     address = registry.discovery.resolve_server(name)
     if isinstance(address, tuple):

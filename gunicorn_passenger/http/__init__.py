@@ -4,5 +4,8 @@ The way of a request: :mod:`.acceptor` accepts and makes a :mod:`.connection`, w
 (:mod:`.request_head`), calls the application through a :mod:`.listener_context` with a body (:mod:`.body`)
 and a response (:mod:`.response`), and waits for the next.
 
-Runs in: a worker, or plain Python. Must never: know of the master, or of the other servers.
+What the reverse proxy uses of a connection is in :mod:`.downstream_api`.
+
+Process: a worker, or plain Python.
+Never: imports the proxy, or uses the master.
 """

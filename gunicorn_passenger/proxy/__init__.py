@@ -1,4 +1,8 @@
 """The reverse proxy: targets, options, header rewriting, upstream connections, tunnels.
 
-Runs in: a worker or plain Python, wherever it is mounted. Must never: know of the master or of other servers.
+A request is planned (:mod:`.plan`) and then executed (:mod:`.forward`). Under our own server the
+proxy uses the connection through :mod:`gunicorn_passenger.http.downstream_api`; otherwise it uses WSGI alone.
+
+Process: a worker or plain Python, wherever the proxy is mounted.
+Never: uses the master or the broker.
 """

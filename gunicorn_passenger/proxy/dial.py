@@ -1,6 +1,7 @@
-"""Making a connection to a target.
+"""Connects to a target.
 
-Runs in: wherever the proxy is mounted. Must never: take longer than it may, or leave a socket behind.
+Process: any process in which the proxy is mounted.
+Never: takes longer than the caller allows, or leaves a socket behind.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from gunicorn_passenger.proxy.target import Target
 from gunicorn_passenger.proxy.tls import TlsStream
 from gunicorn_passenger.proxy.upstream_io import WRITE, Runtime, Stream
 
-#: what a connection says that is being made
+#: error codes of a connection that is being made
 _CONNECTING = {errno.EINPROGRESS, errno.EWOULDBLOCK}
 
 
@@ -96,7 +97,7 @@ def _connect_one(runtime: Runtime, family: int, address: Any, end: float, local:
             sock.bind((local, 0))
         code = sock.connect_ex(address)
         if family == socket.AF_UNIX and code == errno.EAGAIN:
-            # its backlog is full; the kernel tells nobody when there is room again
+            # its backlog is full, and the kernel does not report when there is room again
             code = _connect_patiently(sock, address, runtime, end)
         stream = runtime.open(sock)
         if code in _CONNECTING:

@@ -1,7 +1,7 @@
-"""What the handlers of a proxy's events get, and how they are called.
+"""Calls the handlers of a proxy's events, with the request and the response as they may change them.
 
-Runs in: wherever the proxy is mounted, in the request's greenlet or thread. Must never: let a handler
-send what would end a line or a message.
+Process: any process in which the proxy is mounted, in the greenlet or thread of the request.
+Never: lets a handler send text that would end a line or a message.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ EVENTS = (
 
 
 class HandlerFailed(Exception):
-    """A handler has raised, or has changed something so that it cannot be sent."""
+    """A handler has raised an exception, or has left something that cannot be sent."""
 
 
 class Events:
@@ -41,12 +41,12 @@ class Events:
 
     def __init__(self) -> None:
         self._handlers: dict[str, list[Callable[..., Any]]] = {}
-        #: whether there is any
+        #: whether it has any handler
         self.any = False
 
     def on(self, event: str, handler: Callable[..., Any]) -> None:
         """
-        :raises SettingError: for an event that there is not.
+        :raises SettingError: for an unknown event.
         """
         self.check(event)
         if not callable(handler):
@@ -56,13 +56,13 @@ class Events:
 
     def check(self, event: Any) -> None:
         """
-        :raises SettingError: for an event that there is not.
+        :raises SettingError: for an unknown event.
         """
         if event not in EVENTS:
             raise SettingError(f"there is no event {event!r}; there are: {', '.join(EVENTS)}")
 
     def off(self, event: str, handler: Callable[..., Any]) -> None:
-        """Take a handler away; harmless when it is none."""
+        """Take a handler away; harmless when it is not registered."""
         if handler in self._handlers.get(event, ()):
             self._handlers[event].remove(handler)
 
@@ -72,15 +72,15 @@ class Events:
     def emit(self, event: str, *arguments: Any) -> Any:
         """Call the handlers of an event in their order.
 
-        :returns: what the last of them returned that returned something.
-        :raises HandlerFailed: when one raises.
+        :returns: the last value other than ``None`` that a handler returned.
+        :raises HandlerFailed: when a handler raises.
         """
         result = None
         for handler in list(self._handlers.get(event, ())):
             try:
                 returned = handler(*arguments)
             except (ProxyError, ClientDisconnected, DownstreamDisconnected):
-                raise  # it has read the answer's body, and the target or the client has failed
+                raise  # it has read the body of the response, and the upstream or the client has failed
             except Exception as error:
                 raise HandlerFailed(f"a handler of {event!r} failed") from error
             if returned is not None:
@@ -91,11 +91,11 @@ class Events:
 class UpstreamRequest:
     """The request as it will be sent."""
 
-    def __init__(self, method: str, path: str, fields: HeaderList, target: Target) -> None:
+    def __init__(self, method: str, path: str, headers: HeaderList, target: Target) -> None:
         self.method = method
         #: path and query
         self.path = path
-        self.headers = Headers(fields)
+        self.headers = Headers(headers)
         self.target = target
         #: bytes to send in place of the client's body
         self.body: bytes | None = None
@@ -105,14 +105,14 @@ class UpstreamRequest:
 
 
 class UpstreamResponse:
-    """The answer of a target, before it is sent to the client."""
+    """The response of a target, before it is sent to the client."""
 
     def __init__(
-        self, status: int, reason: str, fields: HeaderList, target: Target, body: Iterator[bytes]
+        self, status: int, reason: str, headers: HeaderList, target: Target, body: Iterator[bytes]
     ) -> None:
         self.status_code = status
         self.reason = reason
-        self.headers = Headers(fields)
+        self.headers = Headers(headers)
         self.target = target
         self._body = body
         self._stream: io.BufferedReader | None = None
@@ -122,30 +122,30 @@ class UpstreamResponse:
 
     @property
     def stream(self) -> io.BufferedReader:
-        """The body, as it comes in: a file with ``read``, ``read1`` and ``readline``."""
+        """The body as it comes: a file with ``read``, ``read1`` and ``readline``."""
         if self._stream is None:
             self._stream = io.BufferedReader(_ResponseBodyFile(self._body), 65536)
         return self._stream
 
     def left(self) -> Iterator[bytes]:
-        """What of the body no handler has read."""
+        """The part of the body that the handlers have not read."""
         if self._stream is None:
             yield from self._body
         else:
-            while piece := self._stream.read1(65536):
-                yield piece
+            while chunk := self._stream.read1(65536):
+                yield chunk
 
     @property
     def status(self) -> str:
-        """Code and reason, as WSGI has them."""
+        """Status code and reason, as WSGI has them."""
         return f"{self.status_code} {self.reason}".rstrip() + (" " if not self.reason else "")
 
 
 class _ResponseBodyFile(io.RawIOBase):
-    """Pieces as a file."""
+    """Chunks as a file."""
 
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        self._pieces = pieces
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
         self._rest = memoryview(b"")
 
     def readable(self) -> bool:
@@ -153,10 +153,10 @@ class _ResponseBodyFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._rest:
-            piece = next(self._pieces, None)
-            if piece is None:
+            chunk = next(self._chunks, None)
+            if chunk is None:
                 return 0
-            self._rest = memoryview(piece)
+            self._rest = memoryview(chunk)
         count = min(len(buffer), len(self._rest))
         buffer[:count] = self._rest[:count]
         self._rest = self._rest[count:]
@@ -164,7 +164,7 @@ class _ResponseBodyFile(io.RawIOBase):
 
 
 def checked(headers: Headers, event: str) -> HeaderList:
-    """The fields that a handler has left.
+    """The headers that a handler has left.
 
     :raises HandlerFailed: when one of them cannot be sent.
     """
@@ -176,5 +176,7 @@ def checked(headers: Headers, event: str) -> HeaderList:
 
 def check_reason(reason: Any) -> str:
     if not isinstance(reason, str) or not FIELD_VALUE.fullmatch(reason):
-        raise HandlerFailed(f"proxy_res: the reason {reason!r} holds what no status line may")
+        raise HandlerFailed(
+            f"proxy_res: the reason {reason!r} holds a character that a status line cannot have"
+        )
     return reason

@@ -1,6 +1,7 @@
 """The proxy as WSGI middleware, with the arguments of Werkzeug's ``ProxyMiddleware``.
 
-Runs in: wherever it is mounted. Must never: send to a target what belongs to the application.
+Process: any process in which it is mounted.
+Never: sends a request of the application to a target.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from gunicorn_passenger.proxy.agent import Agent
 from gunicorn_passenger.proxy.handler import Proxy
 from gunicorn_passenger.proxy.options import Options, positive
 
-#: what an entry of Werkzeug's table may have
+#: the value of Werkzeug's ``host`` that stands for the host of the target
 _AUTO = "<auto>"
 
 
@@ -33,19 +34,19 @@ class ProxyMiddleware:
         **options: Any,
     ) -> None:
         """
-        :param app: gets what belongs to no target.
+        :param app: gets all requests that do not belong to a target.
         :param targets: path prefixes and for each a dict with ``target`` (a URL, or what else
             :func:`~gunicorn_passenger.http_proxy.create_server` takes), and perhaps ``remove_prefix``
             (default false), ``host`` (the Host field to send: ``"<auto>"``, the target's, by default;
             ``None``: the client's), ``headers`` and ``ssl_context``, and options of this proxy. The first
             that a path begins with counts.
-        :param chunk_size: accepted for Werkzeug's sake: pieces go on as they come in.
+        :param chunk_size: accepted for compatibility with Werkzeug: chunks are forwarded as they come.
         :param timeout: seconds for connecting and for the silence of a target.
         :param options: the proxy's, for all targets.
         :raises ValueError: for a value that cannot be used; ``TypeError`` for an unknown option.
         """
         if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-            raise SettingError(f"chunk_size={chunk_size!r} is no number of bytes")
+            raise SettingError(f"chunk_size={chunk_size!r} is not a number of bytes")
         seconds = positive("timeout", timeout)
         self.app = app
         self._seconds = seconds
@@ -72,7 +73,7 @@ class ProxyMiddleware:
             given["headers"] = {**(given.get("headers") or {}), "Host": host}
         if not self._agent_given and "agent" not in given:
             given["agent"] = Agent(connect_timeout=self._seconds, ssl_context=context)
-        # as in Werkzeug, the target's path counts where it takes the place of the prefix
+        # as in Werkzeug, the path of the target is used where it replaces the prefix
         given.setdefault("prepend_path", remove)
         options = common.merged(given, where)
         try:

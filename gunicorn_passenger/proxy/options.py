@@ -1,6 +1,7 @@
 """The proxy's options: node-http-proxy's in snake_case and some more, checked when the proxy is made.
 
-Runs in: wherever the proxy is mounted; no I/O. Must never: let an option through that fails later.
+Process: any process in which the proxy is mounted. It does no I/O.
+Never: accepts an option that fails later.
 """
 
 from __future__ import annotations

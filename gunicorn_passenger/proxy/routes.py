@@ -118,7 +118,7 @@ class Route:
             return ", ".join(f"{prefix} → {route}" for prefix, route in self.table)
         if self.function is not None:
             return getattr(self.function, "__name__", "a function")
-        return str(self.group) if self.group is not None else f"a mirror to {self.options.forward}"
+        return str(self.group) if self.group is not None else f"a mirror at {self.options.forward}"
 
     def always_targets(self, target: Target) -> bool:
         """Whether every request goes to this target, with its path unchanged."""
