@@ -14,7 +14,7 @@ import ipaddress
 import os
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gunicorn_passenger.errors import BadRequestBody
 from gunicorn_passenger.http.body import EMPTY_BODY
@@ -33,6 +33,13 @@ from gunicorn_passenger.proxy.request_headers import (
     present_headers,
 )
 from gunicorn_passenger.proxy.upstream_io import runtime
+
+if TYPE_CHECKING:
+    from gunicorn_passenger.http.connection import Connection
+
+    def _implements_the_contract(connection: Connection) -> DownstreamConnection:
+        return connection
+
 
 #: the length of a chunked body
 CHUNKED = -1

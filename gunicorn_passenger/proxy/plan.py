@@ -101,6 +101,7 @@ def remembered_plan(
         plan is None
         or plan.template is None
         or plan.template is not connection.context.known
+        or plan.options is not proxy.options  # another proxy has taken the place of the one that planned
         or (connection.listener.app is not proxy and not is_sole_app(connection.listener.app, proxy))
         or environ["REQUEST_METHOD"] != "GET"
         or environ["SERVER_PROTOCOL"] != "HTTP/1.1"
