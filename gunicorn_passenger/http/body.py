@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from gunicorn_passenger.errors import body_incomplete
-from gunicorn_passenger.http.chunked import ChunkedDecoder
+from gunicorn_passenger.http.chunked import CHUNKED, ChunkedDecoder
 
 #: The most that one read of the socket asks for.
 PIECE = 262144
@@ -283,6 +283,23 @@ class ChunkedBody(_IncomingBody):
 
     def finish(self) -> bool:
         return self.finished or self._drop()
+
+
+def incoming_body(connection: Any, environ: dict[str, Any], length: int, request: Any) -> RequestBody:
+    """The body of a request that has one.
+
+    :param connection: the :class:`.connection.Connection` that it comes in on.
+    :param length: its bytes, or ``CHUNKED``.
+    :param request: gives gunicorn's request object.
+    """
+    expect = (
+        "HTTP_EXPECT" in environ
+        and environ["SERVER_PROTOCOL"] != "HTTP/1.0"
+        and environ["HTTP_EXPECT"].lower() == "100-continue"
+    )
+    if length == CHUNKED:
+        return ChunkedBody(connection, expect, connection.listener.reader.field_limit, request)
+    return LengthBody(connection, length, expect)
 
 
 def _size(size: Any) -> int:

@@ -25,6 +25,8 @@ from gunicorn_passenger.http.grammar import CHUNK_LINE_BYTES, CHUNK_SIZE_BYTES, 
 
 InvalidChunkExtension = getattr(http_errors, "InvalidChunkExtension", InvalidChunkSize)
 
+#: Stands for the length of a body that is sent in chunks.
+CHUNKED = -1
 #: Bytes that the trailer section of a body may have.
 TRAILER_LIMIT = 65536
 #: The end of a chunked body without trailers.

@@ -1,18 +1,25 @@
-"""``gunicorn.socket``: a client's connection, as an application sees it that takes it over.
+"""``gunicorn.socket``: a client's connection for an application that takes it over.
 
-Runs in: a worker, in the application's greenlets. Must never: lie on the way of a plain request, for which
-the HTTP core works on the socket below.
+Process: a worker, in the application's greenlets.
+Never: be on the path of a plain request, for which the HTTP core uses the socket below.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
+import gevent
 from gevent import get_hub
 from gevent import socket as gsocket
 from gevent.lock import RLock
 
 _NOT_GIVEN = object()
+
+#: A server's Close frame with 1001, "going away" (RFC 6455 sections 5.5.1 and 7.4.1).
+_CLOSE_1001 = b"\x88\x02\x03\xe9"
+#: Seconds that a client has to reply to it.
+_CLOSE_TIMEOUT = 5.0
 
 
 class ClientSocket(gsocket.socket):
@@ -108,6 +115,18 @@ class ClientSocket(gsocket.socket):
             if not self._muted:
                 super().sendall(data)
                 self._muted = True
+
+    def close_websocket(self) -> None:
+        """Close the WebSocket that the application speaks over it (RFC 6455 section 7.1.1).
+
+        The application's library reads the client's Close frame as if the client had begun it.
+        """
+        connection = self.connection
+        with contextlib.suppress(OSError):
+            self.send_last(_CLOSE_1001)
+            gevent.sleep(_CLOSE_TIMEOUT)
+            if self.connection is connection:
+                self.shutdown(gsocket.SHUT_RDWR)
 
     def send(self, data: Any, flags: int = 0, timeout: Any = _NOT_GIVEN) -> int:
         self.taken = True

@@ -19,24 +19,22 @@ import re
 import socket
 import struct
 import sys
-from fcntl import ioctl
-from termios import FIONREAD
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
 import gevent
 from gevent import getcurrent
-from gunicorn import util
 from gunicorn.http.wsgi import FileWrapper
 from gunicorn.workers.base_async import ALREADY_HANDLED
 
-from gunicorn_passenger.errors import BodyTimeout, ClientDisconnected, TruncatedResponse, client_disconnected
-from gunicorn_passenger.http.body import EMPTY_BODY, ChunkedBody, LengthBody, RequestBody
+from gunicorn_passenger.errors import ClientDisconnected, client_disconnected
+from gunicorn_passenger.http.body import EMPTY_BODY, RequestBody, incoming_body
 from gunicorn_passenger.http.connection_state import ConnectionState, set_checked
 from gunicorn_passenger.http.disconnect import DisconnectWatch
+from gunicorn_passenger.http.failed_request import client_name, fail_request, send_error
 from gunicorn_passenger.http.faults import report_fault
 from gunicorn_passenger.http.listener_context import HookFailed, ListenerContext
-from gunicorn_passenger.http.request_head import CHUNKED
 from gunicorn_passenger.http.response import RESPONSE_SENT, Response
 from gunicorn_passenger.http.timeouts import TimeoutQueue
 from gunicorn_passenger.http.transport import READ_SIZE, Transport
@@ -44,10 +42,6 @@ from gunicorn_passenger.http.transport import READ_SIZE, Transport
 #: Requests that came in one read, after which other greenlets get their turn.
 _PIPELINED = 16
 
-#: A server's Close frame with 1001, "going away" (RFC 6455 sections 5.5.1 and 7.4.1).
-_CLOSE_1001 = b"\x88\x02\x03\xe9"
-#: Seconds that a client has to reply to it.
-_GOODBYE = 5.0
 _WEBSOCKET = re.compile(rb"\r\nupgrade:[ \t]*websocket[ \t]*\r\n", re.IGNORECASE)
 
 _ACTIVE, _IDLE, _PARKED = ConnectionState.ACTIVE, ConnectionState.IDLE, ConnectionState.PARKED
@@ -60,7 +54,11 @@ class _ConnectionGreenlet(gevent.Greenlet):
 
 
 class Connection(Transport):
-    """A client's connection and its present request."""
+    """A client's connection and its present request.
+
+    The class is long because its loop is: each call that the loop made into another class would be made for
+    each request.
+    """
 
     __slots__ = (
         "_acceptor",
@@ -214,14 +212,14 @@ class Connection(Transport):
             try:
                 environ, length, persist, request = read(head, self.context)
             except HookFailed as error:
-                self._refuse(error.request, error)
+                listener.refuse(error.request, self.sock, self.addr, error)
                 self._after(error.request, {})
                 return True
             except Exception as error:
-                self._refuse(None, error)
+                listener.refuse(None, self.sock, self.addr, error)
                 return True
             if length:
-                self._take_body(environ, length, request)
+                self.body = incoming_body(self, environ, length, self.request_of(request))
             else:
                 self.body = EMPTY_BODY
             upgrade = self.buf and not length and "HTTP_UPGRADE" in environ
@@ -231,7 +229,7 @@ class Connection(Transport):
 
             if not self._respond(environ, persist, request):
                 self._send_pending()
-                return self._unread() or (persist and self._more_came())
+                return self._unread() or (persist and self.has_input())
 
             if length and not self._next_begins():
                 return True
@@ -312,18 +310,18 @@ class Connection(Transport):
             finally:
                 if listener.logs and response.headers_sent:
                     took = perf_counter() - began
-                    listener.access.write(response, self._request_of(request), environ, took, self.head)
+                    listener.access.write(response, self.request_of(request), environ, took, self.head)
                 if result.__class__ is not list and hasattr(result, "close"):
                     result.close()
         except StopIteration as error:
             # Flask-Sock's way to say that it has taken the connection and is done with it
             if not self.sock.taken and not response.headers_sent:
-                self._failed(error, environ, request)
+                fail_request(self, error, environ, request)
             return False
         except gevent.GreenletExit:
             raise
         except BaseException as error:
-            self._failed(error, environ, request)
+            fail_request(self, error, environ, request)
             return False
         finally:
             if listener.after is not None:
@@ -335,57 +333,29 @@ class Connection(Transport):
     # --- what is rare ----------------------------------------------------------------------------
 
     def _rest_of_head(self, data: bytes) -> bytes:
-        """Wait for the rest of a head, until one deadline for the whole of it.
+        """Wait for the rest of a request's head, until one deadline for the whole of it.
 
-        :returns: nothing when the client has gone or been answered.
+        :returns: nothing when the client has disconnected or was sent an error.
         """
         listener = self.listener
+        context = self.context
         try:
-            return self._await_head(data)
+            return self.read_until_empty_line(
+                data, lambda came, seen: listener.reader.check_partial(came, seen, context)
+            )
         except ClientDisconnected as error:
             listener.log.debug("%s", error)
         except TimeoutError:
             listener.log.info(
-                "A request's head was not complete after %g s (%s)", listener.heads.seconds, self._from()
+                "A request's head was not complete after %g s (%s)",
+                listener.heads.seconds,
+                client_name(self.addr),
             )
-            self._say(408, "Request Timeout", "The request took too long.")
+            send_error(self.sock, 408, "Request Timeout", "The request took too long.")
         except Exception as error:
-            self._refuse(None, error)
+            listener.refuse(None, self.sock, self.addr, error)
             self._linger()
         return b""
-
-    def _await_head(self, data: bytes) -> bytes:
-        self.buf = data
-        heads = self.listener.heads
-        heads.add(self)
-        came = bytearray(data)
-        seen = 0
-        try:
-            while came.find(b"\r\n\r\n", max(seen - 3, 0)) < 0:
-                self.listener.reader.check_partial(came, seen, self.context)
-                seen = len(came)
-                self._wait(None)
-                more = b"" if self._expired else self._read(READ_SIZE)
-                if self._expired:
-                    raise TimeoutError
-                if not more:
-                    raise ClientDisconnected(0, "Ignored premature client disconnection in a request's head.")
-                came += more
-        finally:
-            heads.remove(self, None)
-        return bytes(came)
-
-    def _take_body(self, environ: dict[str, Any], length: int, request: Any) -> None:
-        expect = (
-            "HTTP_EXPECT" in environ
-            and environ["SERVER_PROTOCOL"] != "HTTP/1.0"
-            and environ["HTTP_EXPECT"].lower() == "100-continue"
-        )
-        if length == CHUNKED:
-            limit = self.listener.reader.field_limit
-            self.body = ChunkedBody(self, expect, limit, self._request_of(request))
-        else:
-            self.body = LengthBody(self, length, expect)
 
     def _next_begins(self) -> bool:
         """Whether the next request can begin: the body of this one is read, or small enough to be."""
@@ -402,51 +372,10 @@ class Connection(Transport):
         body.end()
         return not over
 
-    def _more_came(self) -> bool:
-        """Whether the client has sent more than the request after which the connection ends."""
-        if self.buffered():
-            return True
-        if self.sock.taken:
-            return False  # it may be closed
-        with contextlib.suppress(OSError):
-            return bool(ioctl(self._raw.fileno(), FIONREAD, b"\0\0\0\0") != b"\0\0\0\0")
-        return False
-
-    def _request_of(self, request: Any) -> Any:
-        """gunicorn's request object, made where it does not exist and somebody asks for it."""
+    def request_of(self, request: Any) -> Callable[[], Any]:
+        """Gives gunicorn's request object, which is made where it does not exist."""
         reader, head, context = self.listener.reader, self.head, self.context
         return lambda: reader.request(head, context) if request is None else request
-
-    def _refuse(self, request: Any, error: BaseException) -> None:
-        """A request that never reaches the application; nothing after it is read as a request."""
-        self.listener.refuse(request, self.sock, self.addr, error)
-
-    def _failed(self, error: BaseException, environ: dict[str, Any], request: Any) -> None:
-        """The application has failed, or its client has."""
-        listener = self.listener
-        response = self.response
-        assert response is not None
-        begun = response.headers_sent
-        if error is self.sock.error:
-            listener.log.debug("the client has gone from an application that took its connection: %s", error)
-        elif isinstance(error, ClientDisconnected):
-            listener.log.debug("%s", error)
-            if error.incomplete and not begun:
-                self._turn_away(400, "Bad Request", "The request's body is not complete.", environ, request)
-        elif isinstance(error, TruncatedResponse):
-            listener.log.warning("%s", error)
-        elif isinstance(error, BodyTimeout):
-            listener.log.info("%s (%s)", error, self._from())
-            if not begun:
-                self._turn_away(408, "Request Timeout", "The request took too long.", environ, request)
-        elif begun or self.sock.taken:
-            # a 500 now would be read as more of the body, or as another protocol
-            listener.log.exception("Error handling request", exc_info=error)
-        else:
-            self._refuse(self._request_of(request)(), error)
-        if begun and not response.chunked and response.response_length is None:
-            # its end is all that tells the client that it is whole: make that a reset
-            self._reset()
 
     def _after(self, request: Any, environ: dict[str, Any]) -> None:
         listener = self.listener
@@ -457,25 +386,10 @@ class Connection(Transport):
         except Exception:
             listener.log.exception("Exception in post_request hook")
 
-    def _from(self) -> str:
-        return str(self.addr[0]) if isinstance(self.addr, tuple) else "unix:"
-
-    def _turn_away(self, status: int, reason: str, text: str, environ: dict[str, Any], request: Any) -> None:
-        """Answer a client that has not kept its side; the access log has it, too."""
-        self._say(status, reason, text)
-        if self.listener.logs:
-            response = Response(self, environ, request)
-            response.status = f"{status} {reason}"
-            response.sent = len(text)
-            self.listener.access.write(response, self._request_of(request), environ, 0.0, self.head)
-
-    def _say(self, status: int, reason: str, text: str) -> None:
-        with contextlib.suppress(OSError):
-            util.write_error(self.sock, status, reason, text)
-
-    def _reset(self) -> None:
+    def reset(self) -> None:
+        """Let the end of the connection be a reset: the client sees that the response is not complete."""
         if isinstance(self.addr, tuple):
-            # and nothing is waited for, which would end it cleanly first
+            # and do not wait for the rest of the body, which would end the connection cleanly first
             self.body.end()
             self.body = EMPTY_BODY
             with contextlib.suppress(OSError):
@@ -527,27 +441,15 @@ class Connection(Transport):
     # --- the end ---------------------------------------------------------------------------------
 
     def begin_shutdown(self) -> None:
-        """The worker leaves: a client that has not begun gets as long as an idle one."""
+        """The worker drains: a client that has not sent a request gets as long as an idle one."""
         if self.leaving is not None:
             self.leaving()
         elif self.sock.switched and self.listener.closes_websockets_on_exit and _WEBSOCKET.search(self.head):
-            gevent.spawn(self._end_websocket)
+            gevent.spawn(self.sock.close_websocket)
         elif self.is_new and self.state is _PARKED:
             self._stop_waiting(self, None)
             self._stop_waiting = self.listener.idle.remove
             self.listener.idle.add(self)
-
-    def _end_websocket(self) -> None:
-        """The application speaks WebSocket over the connection: say goodbye for it (RFC 6455 section 7.1.1).
-
-        The library that speaks it hears the client's answer, as if the client had ended it.
-        """
-        sock = self.sock
-        with contextlib.suppress(OSError):
-            sock.send_last(_CLOSE_1001)
-            gevent.sleep(_GOODBYE)
-            if sock.connection is self:
-                sock.shutdown(socket.SHUT_RDWR)
 
     def is_idle(self) -> bool:
         """Whether the hub alone waits for the connection's next request. A new connection is not idle yet."""

@@ -34,16 +34,13 @@ from gunicorn.http.errors import (
 )
 from gunicorn.http.unreader import IterUnreader
 
-from gunicorn_passenger.http.chunked import check_lines
+from gunicorn_passenger.http.chunked import CHUNKED, check_lines
 from gunicorn_passenger.http.grammar import AUTHORITY, CONTROL_IN_TARGET, CONTROL_IN_VALUE, MAX_LENGTH
 
 try:
     import gunicorn_h1c
 except ImportError:
     gunicorn_h1c = None
-
-#: the length of a body that is sent in chunks
-CHUNKED = -1
 
 #: How many fields the C parser takes; what has more, or a line longer than it takes, is gunicorn's.
 _C_FIELDS = 100

@@ -402,6 +402,22 @@ class Response:
             return False
         return not self._bodiless
 
+    def _decide_close(self, unread: bool) -> bool:
+        """Decide whether the connection ends with this response, as its head is made.
+
+        :param unread: whether so much of the request's body is unread that the connection is not worth it.
+        """
+        listener = self._connection.listener
+        if (
+            self.must_close
+            or unread
+            or listener.closing
+            or not listener.worker.alive
+            or (self.response_length is None and self.should_close())
+        ):
+            self.must_close = True
+        return self.must_close
+
     def force_close(self) -> None:
         self.must_close = True
 
@@ -475,12 +491,7 @@ class Response:
         elif length is None:
             self.chunked = self._protocol != "HTTP/1.0"
         connection = self._connection
-        listener = connection.listener
-        if (unread and connection.body.unread) or listener.closing or not listener.worker.alive:
-            self.must_close = True
-        if self.should_close():
-            self.must_close = True
-        word = b"close" if self.must_close else b"keep-alive"
+        word = b"close" if self._decide_close(unread and connection.body.unread) else b"keep-alive"
         version = b"HTTP/1.0" if self._protocol == "HTTP/1.0" else b"HTTP/1.1"
         framing = b""
         if self.chunked:
@@ -518,8 +529,7 @@ class Response:
         if head.line.startswith("5"):
             listener.errors += 1
         self.headers_sent = True
-        if listener.closing or not listener.worker.alive or self.must_close:
-            self.must_close = True
+        if self._decide_close(False):
             wire = wire.removesuffix(b"keep-alive\r\n\r\n") + b"close\r\n\r\n"
         if len(body) < _JOIN and not self.must_close:
             listener.coalescer.enqueue(connection, wire + body)
@@ -567,15 +577,8 @@ class Response:
     def _send_head(self, body: bytes) -> None:
         connection = self._connection
         listener = connection.listener
-        if (
-            connection.body.unread
-            or listener.closing
-            or not listener.worker.alive
-            or self.must_close
-            or (self.response_length is None and self.should_close())
-        ):
-            self.must_close = True
-        word = "upgrade" if self.upgrade else "close" if self.must_close else "keep-alive"
+        close = self._decide_close(connection.body.unread)
+        word = "upgrade" if self.upgrade else "close" if close else "keep-alive"
         begin = _begin(self._protocol, self.status or "", word)
         if self.chunked:
             begin += b"Transfer-Encoding: chunked\r\n"

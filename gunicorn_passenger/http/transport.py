@@ -14,6 +14,9 @@ import contextlib
 import errno
 import os
 import socket
+from collections.abc import Callable
+from fcntl import ioctl
+from termios import FIONREAD
 from time import monotonic
 from typing import Any
 
@@ -21,7 +24,7 @@ import gevent
 from gevent import get_hub, getcurrent
 from gevent.exceptions import ConcurrentObjectUseError
 
-from gunicorn_passenger.errors import BodyTimeout, body_incomplete, client_disconnected
+from gunicorn_passenger.errors import BodyTimeout, ClientDisconnected, body_incomplete, client_disconnected
 from gunicorn_passenger.http.listener_context import ListenerContext
 from gunicorn_passenger.http.timeouts import TimeoutQueue
 
@@ -176,6 +179,45 @@ class Transport:
         """Called in the hub when a deadline has passed: the greenlet that waits for input finds out."""
         self._expired = True
         self._waiting.switch()
+
+    def read_until_empty_line(self, data: bytes, check: Callable[[bytearray, int], object]) -> bytes:
+        """Read until there is an empty line, until one deadline for all of it.
+
+        :param data: what has come in already.
+        :param check: is given what has come in, and how much of that it has been given before; raises an
+            error when it is wrong.
+        :raises TimeoutError: at the deadline.
+        :raises ClientDisconnected: when the client sends no more.
+        """
+        self.buf = data
+        heads = self.listener.heads
+        heads.add(self)
+        came = bytearray(data)
+        seen = 0
+        try:
+            while came.find(b"\r\n\r\n", max(seen - 3, 0)) < 0:
+                check(came, seen)
+                seen = len(came)
+                self._wait(None)
+                more = b"" if self._expired else self._read(READ_SIZE)
+                if self._expired:
+                    raise TimeoutError
+                if not more:
+                    raise ClientDisconnected(0, "Ignored premature client disconnection in a request's head.")
+                came += more
+        finally:
+            heads.remove(self, None)
+        return bytes(came)
+
+    def has_input(self) -> bool:
+        """Whether the client has sent bytes that are not used up."""
+        if self.at < len(self.buf):
+            return True
+        if self.sock.taken:
+            return False  # the application may have closed it
+        with contextlib.suppress(OSError):
+            return bool(ioctl(self._raw.fileno(), FIONREAD, b"\0\0\0\0") != b"\0\0\0\0")
+        return False
 
     def _read(self, most: int) -> bytes:
         """What there is to read, when the hub has said that there is something; empty after the deadline."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from gunicorn_passenger.errors import BadRequestBody
 from gunicorn_passenger.http.body import EMPTY_BODY
+from gunicorn_passenger.http.chunked import CHUNKED
 from gunicorn_passenger.http.downstream_api import DownstreamConnection
 from gunicorn_passenger.http.grammar import FIELD_SECTION_BYTES
 from gunicorn_passenger.proxy import wire
@@ -39,10 +40,6 @@ if TYPE_CHECKING:
 
     def _implements_the_contract(connection: Connection) -> DownstreamConnection:
         return connection
-
-
-#: the length of a chunked body
-CHUNKED = -1
 
 
 class WsgiDownstream:

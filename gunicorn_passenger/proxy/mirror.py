@@ -10,8 +10,7 @@ import queue
 from typing import Any
 
 from gunicorn_passenger.errors import ProxyError
-from gunicorn_passenger.http.chunked import LAST_CHUNK, encode_chunk
-from gunicorn_passenger.proxy.downstream import CHUNKED
+from gunicorn_passenger.http.chunked import CHUNKED, LAST_CHUNK, encode_chunk
 from gunicorn_passenger.proxy.log import failed_callback, log
 from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.pool import Pool

@@ -14,10 +14,11 @@ from urllib.parse import quote
 
 from gunicorn_passenger.errors import PoolExhausted, ProxyError, UpstreamRefused
 from gunicorn_passenger.http.body import EMPTY_BODY
+from gunicorn_passenger.http.chunked import CHUNKED
 from gunicorn_passenger.http.downstream_api import DownstreamConnection
 from gunicorn_passenger.proxy import request_headers as rules
 from gunicorn_passenger.proxy import sticky, wire
-from gunicorn_passenger.proxy.downstream import CHUNKED, WsgiDownstream, is_sole_app
+from gunicorn_passenger.proxy.downstream import WsgiDownstream, is_sole_app
 from gunicorn_passenger.proxy.events import HandlerFailed, UpstreamRequest
 from gunicorn_passenger.proxy.forwarded_request import ForwardedRequest, LocalResponse, ProxyContext
 from gunicorn_passenger.proxy.log import log

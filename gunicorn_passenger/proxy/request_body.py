@@ -12,9 +12,9 @@ from typing import Any
 import gevent
 
 from gunicorn_passenger.errors import BadRequestBody, BodyTimeout, ClientDisconnected
-from gunicorn_passenger.http.chunked import encode_chunk, last_chunk
+from gunicorn_passenger.http.chunked import CHUNKED, encode_chunk, last_chunk
 from gunicorn_passenger.proxy import wire
-from gunicorn_passenger.proxy.downstream import CHUNKED, WsgiDownstream
+from gunicorn_passenger.proxy.downstream import WsgiDownstream
 from gunicorn_passenger.proxy.mirror import MirroredRequest
 from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.pool import UpstreamConnection

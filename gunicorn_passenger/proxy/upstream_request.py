@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from gunicorn_passenger.http.chunked import CHUNKED
 from gunicorn_passenger.http.grammar import TOKEN
 from gunicorn_passenger.proxy import request_headers as rules
 from gunicorn_passenger.proxy import sticky, wire
-from gunicorn_passenger.proxy.downstream import CHUNKED
 from gunicorn_passenger.proxy.events import HandlerFailed, UpstreamRequest, checked
 from gunicorn_passenger.proxy.forwarded_request import ForwardedRequest
 from gunicorn_passenger.proxy.options import Options
