@@ -10,177 +10,27 @@ Attributes that gunicorn's hooks and loggers read are gunicorn's: ``status``, ``
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from typing import Any
 
-from gunicorn import SERVER, util
-from gunicorn.http.errors import InvalidHeader, InvalidHeaderName
+from gunicorn import SERVER
 
 from gunicorn_passenger.errors import TruncatedResponse
 from gunicorn_passenger.http.chunked import LAST_CHUNK, chunk_line, encode_chunk
 from gunicorn_passenger.http.downstream_api import UpstreamHead
-from gunicorn_passenger.http.grammar import FIELD_VALUE, STATUS, TOKEN
-
-try:
-    from gunicorn.http.errors import InvalidResponseHeader, InvalidResponseHeaderName
-except ImportError:  # gunicorn 23
-    InvalidResponseHeader, InvalidResponseHeaderName = InvalidHeader, InvalidHeaderName
+from gunicorn_passenger.http.response_cache import (
+    HeaderLine,
+    begin_head,
+    check_status,
+    header_block_of,
+    header_blocks,
+    statuses,
+)
 
 #: A body longer than this goes to the kernel beside its head instead of being copied behind it.
 _JOIN = 32768
 #: The most of a list of pieces that is sent as one.
 _GATHER = 65536
-#: How many fields and status lines are remembered as checked, and how long their values may be.
-_REMEMBER = 1000
-_SHORT = 100
-#: How many fields an answer may have whose fields are remembered as a whole.
-_FEW = 12
-
-_PLAIN, _LENGTH, _UPGRADE, _DROPPED = "plain", "length", "upgrade", "dropped"
-_statuses: dict[str, tuple[int, bool]] = {}
-
-
-class _HeaderLine:
-    """A field of a response, checked and ready to be sent."""
-
-    __slots__ = ("kind", "length", "line")
-
-    def __init__(self, name: Any, value: Any) -> None:
-        """
-        :raises InvalidResponseHeaderName: when the name is no token (RFC 9110 section 5.1).
-        :raises InvalidResponseHeader: when the value would end the line (RFC 9110 section 5.5).
-        """
-        for part in name, value:
-            if not isinstance(part, str):
-                raise TypeError(f"{part!r} is not a string")
-        if not TOKEN.fullmatch(name):
-            raise InvalidResponseHeaderName(repr(name))
-        if not FIELD_VALUE.fullmatch(value):
-            # the name only: the value may be a secret
-            raise InvalidResponseHeader(repr(name))
-        stripped = value.strip(" \t")
-        self.line = f"{name}: {stripped}\r\n".encode("latin-1")
-        self.length = 0
-        self.kind = _PLAIN
-        lower = name.lower()
-        if lower == "content-length":
-            self.kind = _LENGTH
-            self.length = _length(stripped)
-        elif lower == "connection" and stripped.lower() == "upgrade":
-            self.kind = _UPGRADE
-        elif util.is_hoppish(name) and (lower != "upgrade" or stripped.lower() != "websocket"):
-            # hop-by-hop fields are the server's, not the application's (PEP 3333)
-            self.kind = _DROPPED
-
-
-class _HeaderLineCache(dict[tuple[str, str], _HeaderLine]):
-    """The fields that the application has sent: most of them are sent again and again."""
-
-    def __missing__(self, pair: tuple[str, str]) -> _HeaderLine:
-        name, value = pair
-        field = _HeaderLine(name, value)
-        if len(value) <= _SHORT:
-            if len(self) >= _REMEMBER:
-                self.clear()
-            self[pair] = field
-        return field
-
-
-_fields = _HeaderLineCache()
-
-
-def _block_of(headers: Any) -> tuple[bytes, int | None, bool]:
-    """The fields of an application as they are sent.
-
-    :returns: the lines, what ``Content-Length`` says, and whether they switch protocols.
-    """
-    block = b""
-    length = None
-    upgrade = False
-    for pair in headers:
-        try:
-            field = _fields[pair]
-        except TypeError:
-            field = _HeaderLine(*pair)
-        if field.kind is not _PLAIN:
-            if field.kind is not _LENGTH:
-                if field.kind is _UPGRADE:
-                    upgrade = True
-                continue
-            if length is not None:
-                if length != field.length:
-                    raise InvalidResponseHeader("'Content-Length'")
-                continue
-            length = field.length
-        block += field.line
-    return block, length, upgrade
-
-
-class _HeaderBlockCache(dict[tuple[tuple[str, str], ...], tuple[bytes, "int | None", bool]]):
-    """All fields of an answer: many applications send the same ones again and again."""
-
-    def __missing__(self, headers: tuple[tuple[str, str], ...]) -> tuple[bytes, int | None, bool]:
-        # one with a field that was never sent before may be the only one of its kind
-        known = len(headers) <= _FEW and all(pair in _fields for pair in headers)
-        made = _block_of(headers)
-        if known:
-            if len(self) >= _REMEMBER:
-                self.clear()
-            self[headers] = made
-        return made
-
-
-_blocks = _HeaderBlockCache()
-
-
-def _code_of(status: Any) -> tuple[int, bool]:
-    """Check a status line, once.
-
-    :returns: the code, and whether it never has a body (RFC 9110 section 6.4.1).
-    """
-    if not isinstance(status, str):
-        raise TypeError(f"{status!r} is not a string")
-    if not STATUS.fullmatch(status):
-        raise ValueError(f"Invalid status {status!r}")
-    code = int(status[:3])
-    found = code, code in (204, 304) or 100 <= code < 200
-    if len(_statuses) >= _REMEMBER:
-        _statuses.clear()
-    _statuses[status] = found
-    return found
-
-
-class _StatusLineCache:
-    """The beginnings of heads, made once a second: status line, Server, Date and Connection."""
-
-    def __init__(self) -> None:
-        self._until = 0.0
-        self._date = ""
-        self._kept: dict[str, bytes] = {}
-
-    def begin(self, protocol: str, status: str, connection: str) -> bytes:
-        now = time.time()
-        if not self._until - 1.0 <= now < self._until:
-            self._until = int(now) + 1.0
-            self._date = util.http_date(int(now))
-            self._kept.clear()
-        if connection == "keep-alive" and protocol == "HTTP/1.1":
-            # nearly every one of a busy server
-            kept = self._kept.get(status)
-            if kept is None:
-                kept = self._kept[status] = self._make(protocol, status, connection)
-            return kept
-        return self._make(protocol, status, connection)
-
-    def _make(self, protocol: str, status: str, connection: str) -> bytes:
-        head = (
-            f"{protocol} {status}\r\nServer: {SERVER}\r\nDate: {self._date}\r\nConnection: {connection}\r\n"
-        )
-        return head.encode("latin-1")
-
-
-_begin = _StatusLineCache().begin
 
 
 class _ResponseSent(tuple[bytes, ...]):
@@ -238,18 +88,18 @@ class Response:
         """
         if exc_info is not None or self.status is not None:
             self._started_before(exc_info)
-        code, bodiless = _statuses.get(status) or _code_of(status)
+        code, bodiless = statuses.get(status) or check_status(status)
         if code >= 500:
             self._connection.listener.errors += 1
         pairs = tuple(headers)
         try:
-            block, length, upgrade = _blocks[pairs]
+            block, length, upgrade = header_blocks[pairs]
         except TypeError:
             # a list instead of a tuple, or what is no string
-            block, length, upgrade = _block_of(pairs)
+            block, length, upgrade = header_block_of(pairs)
         if length is not None and bodiless and code != 304:
             # RFC 9110 section 8.6: no Content-Length with 1xx and 204
-            block, length, upgrade = _block_of([p for p in pairs if p[0].lower() != "content-length"])
+            block, length, upgrade = header_block_of([p for p in pairs if p[0].lower() != "content-length"])
         self.status = status
         self.status_code = code
         self._block = block
@@ -294,7 +144,7 @@ class Response:
         lines = [b"HTTP/1.1 103 Early Hints\r\n"]
         for field in headers:
             name, value = (part.decode("latin-1") if isinstance(part, bytes) else part for part in field)
-            lines.append(_HeaderLine(name, value).line)
+            lines.append(HeaderLine(name, value).line)
         lines.append(b"\r\n")
         self._connection.send(b"".join(lines))
 
@@ -579,7 +429,7 @@ class Response:
         listener = connection.listener
         close = self._decide_close(connection.body.unread)
         word = "upgrade" if self.upgrade else "close" if close else "keep-alive"
-        begin = _begin(self._protocol, self.status or "", word)
+        begin = begin_head(self._protocol, self.status or "", word)
         if self.chunked:
             begin += b"Transfer-Encoding: chunked\r\n"
         self.headers_sent = True
@@ -591,10 +441,3 @@ class Response:
                 connection.send(data)
         else:
             connection.send_vector(b"%b%b\r\n" % (begin, self._block), body)
-
-
-def _length(value: str) -> int:
-    """RFC 9110 section 8.6: Content-Length = 1*DIGIT."""
-    if not (value.isascii() and value.isdecimal()):
-        raise ValueError(f"Content-Length {value!r} is no number of bytes")
-    return int(value)

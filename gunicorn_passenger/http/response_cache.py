@@ -1,0 +1,178 @@
+"""Caches of what responses begin with: header lines, header blocks and status lines.
+
+Process: a worker, in the greenlet that calls the application.
+Never: hold a header line that was not checked, or grow without a limit.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from gunicorn import SERVER, util
+from gunicorn.http.errors import InvalidHeader, InvalidHeaderName
+
+from gunicorn_passenger.http.grammar import FIELD_VALUE, STATUS, TOKEN
+
+try:
+    from gunicorn.http.errors import InvalidResponseHeader, InvalidResponseHeaderName
+except ImportError:  # gunicorn 23
+    InvalidResponseHeader, InvalidResponseHeaderName = InvalidHeader, InvalidHeaderName
+
+#: How many headers and status lines are remembered as checked, and how long their values may be.
+_REMEMBER = 1000
+_SHORT = 100
+#: How many headers a response may have whose header block is remembered as a whole.
+_FEW = 12
+
+_PLAIN, _LENGTH, _UPGRADE, _DROPPED = "plain", "length", "upgrade", "dropped"
+statuses: dict[str, tuple[int, bool]] = {}
+
+
+class HeaderLine:
+    """A header of a response, checked and ready to be sent."""
+
+    __slots__ = ("kind", "length", "line")
+
+    def __init__(self, name: Any, value: Any) -> None:
+        """
+        :raises InvalidResponseHeaderName: when the name is not a token (RFC 9110 section 5.1).
+        :raises InvalidResponseHeader: when the value would end the line (RFC 9110 section 5.5).
+        """
+        for part in name, value:
+            if not isinstance(part, str):
+                raise TypeError(f"{part!r} is not a string")
+        if not TOKEN.fullmatch(name):
+            raise InvalidResponseHeaderName(repr(name))
+        if not FIELD_VALUE.fullmatch(value):
+            # the name only: the value may be a secret
+            raise InvalidResponseHeader(repr(name))
+        stripped = value.strip(" \t")
+        self.line = f"{name}: {stripped}\r\n".encode("latin-1")
+        self.length = 0
+        self.kind = _PLAIN
+        lower = name.lower()
+        if lower == "content-length":
+            self.kind = _LENGTH
+            self.length = _length(stripped)
+        elif lower == "connection" and stripped.lower() == "upgrade":
+            self.kind = _UPGRADE
+        elif util.is_hoppish(name) and (lower != "upgrade" or stripped.lower() != "websocket"):
+            # hop-by-hop fields are the server's, not the application's (PEP 3333)
+            self.kind = _DROPPED
+
+
+class _HeaderLineCache(dict[tuple[str, str], HeaderLine]):
+    """The headers that the application has sent: most of them are sent again and again."""
+
+    def __missing__(self, pair: tuple[str, str]) -> HeaderLine:
+        name, value = pair
+        field = HeaderLine(name, value)
+        if len(value) <= _SHORT:
+            if len(self) >= _REMEMBER:
+                self.clear()
+            self[pair] = field
+        return field
+
+
+_fields = _HeaderLineCache()
+
+
+def header_block_of(headers: Any) -> tuple[bytes, int | None, bool]:
+    """The header lines of a response as they are sent.
+
+    :returns: the lines, what ``Content-Length`` says, and whether they switch protocols.
+    """
+    block = b""
+    length = None
+    upgrade = False
+    for pair in headers:
+        try:
+            field = _fields[pair]
+        except TypeError:
+            field = HeaderLine(*pair)
+        if field.kind is not _PLAIN:
+            if field.kind is not _LENGTH:
+                if field.kind is _UPGRADE:
+                    upgrade = True
+                continue
+            if length is not None:
+                if length != field.length:
+                    raise InvalidResponseHeader("'Content-Length'")
+                continue
+            length = field.length
+        block += field.line
+    return block, length, upgrade
+
+
+class _HeaderBlockCache(dict[tuple[tuple[str, str], ...], tuple[bytes, "int | None", bool]]):
+    """All headers of a response: many applications send the same ones again and again."""
+
+    def __missing__(self, headers: tuple[tuple[str, str], ...]) -> tuple[bytes, int | None, bool]:
+        # one with a field that was never sent before may be the only one of its kind
+        known = len(headers) <= _FEW and all(pair in _fields for pair in headers)
+        made = header_block_of(headers)
+        if known:
+            if len(self) >= _REMEMBER:
+                self.clear()
+            self[headers] = made
+        return made
+
+
+header_blocks = _HeaderBlockCache()
+
+
+def check_status(status: Any) -> tuple[int, bool]:
+    """Check a status line, once.
+
+    :returns: the code, and whether it never has a body (RFC 9110 section 6.4.1).
+    """
+    if not isinstance(status, str):
+        raise TypeError(f"{status!r} is not a string")
+    if not STATUS.fullmatch(status):
+        raise ValueError(f"Invalid status {status!r}")
+    code = int(status[:3])
+    found = code, code in (204, 304) or 100 <= code < 200
+    if len(statuses) >= _REMEMBER:
+        statuses.clear()
+    statuses[status] = found
+    return found
+
+
+class _StatusLineCache:
+    """The beginnings of heads, made once a second: status line, Server, Date and Connection."""
+
+    def __init__(self) -> None:
+        self._until = 0.0
+        self._date = ""
+        self._kept: dict[str, bytes] = {}
+
+    def begin(self, protocol: str, status: str, connection: str) -> bytes:
+        now = time.time()
+        if not self._until - 1.0 <= now < self._until:
+            self._until = int(now) + 1.0
+            self._date = util.http_date(int(now))
+            self._kept.clear()
+        if connection == "keep-alive" and protocol == "HTTP/1.1":
+            # nearly every one of a busy server
+            kept = self._kept.get(status)
+            if kept is None:
+                kept = self._kept[status] = self._make(protocol, status, connection)
+            return kept
+        return self._make(protocol, status, connection)
+
+    def _make(self, protocol: str, status: str, connection: str) -> bytes:
+        head = (
+            f"{protocol} {status}\r\nServer: {SERVER}\r\nDate: {self._date}\r\nConnection: {connection}\r\n"
+        )
+        return head.encode("latin-1")
+
+
+begin_head = _StatusLineCache().begin
+
+
+def _length(value: str) -> int:
+    """RFC 9110 section 8.6: Content-Length = 1*DIGIT."""
+    if not (value.isascii() and value.isdecimal()):
+        raise ValueError(f"Content-Length {value!r} is not a number of bytes")
+    return int(value)
