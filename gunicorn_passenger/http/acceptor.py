@@ -1,6 +1,7 @@
 """Accepts connections on one listening socket.
 
-Runs in: a worker, in its hub. Must never: block.
+Process: a worker, in its hub.
+Never: block.
 """
 
 from __future__ import annotations

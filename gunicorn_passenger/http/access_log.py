@@ -1,8 +1,9 @@
 """The access log: what a request leaves in it, and how it gets there.
 
-Runs in: a worker. Must never: change what gunicorn's logger would have written, but for characters that
-could forge a line or command a terminal: :class:`EscapedAtoms` is the one place where a value on its way into
-the access log is made safe, and gunicorn's logger uses it, too.
+Process: a worker.
+Never: change what gunicorn's logger would have written, but for characters that could forge a line or
+command a terminal: :class:`EscapedAtoms` is the one place where a value on its way into the access log is
+made safe, and gunicorn's logger uses it, too.
 
 gunicorn's logger makes every atom of every request that a format might ask for, environ and headers
 included, and hands them to ``logging``. Here the format is read once, and only its atoms are made. A

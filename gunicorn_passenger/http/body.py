@@ -1,8 +1,8 @@
 """A request's body, as ``wsgi.input``.
 
-Runs in: a worker, in the greenlet of the connection or of whoever the application lets read.
-Must never: collect a body that the application does not ask for, read past its end, or hand out a
-body that broke off as if it were whole.
+Process: a worker, in the connection's greenlet or another one of the application.
+Never: collect a body that the application does not ask for, read past its end, or hand out a body that
+broke off as if it were whole.
 """
 
 from __future__ import annotations

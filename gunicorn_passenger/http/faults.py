@@ -1,6 +1,7 @@
 """Reports errors that no code expected, from the places where the event loop calls us.
 
-Runs in: a worker, or plain Python, in the hub. Must never: raise, or fill the log with one fault.
+Process: a worker, or plain Python, in the hub.
+Never: raise, or fill the log with one fault.
 
 gevent stops a watcher whose callback raises. A callback that serves many connections therefore catches
 every exception, gives up the one connection that caused it, reports the fault here and goes on.

@@ -1,6 +1,7 @@
 """What is the same for all requests that come in on one listener.
 
-Runs in: a worker, or plain Python. Must never: hold anything of a single request.
+Process: a worker, or plain Python.
+Never: hold anything of a single request.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reading a request's head: bytes in, a WSGI environ out, or one of gunicorn's errors.
 
-Runs in: a worker, or plain Python. Must never: touch a socket, or let through what gunicorn's own
-parser would refuse.
+Process: a worker, or plain Python.
+Never: touch a socket, or let through what gunicorn's own parser would refuse.
 
 Two parsers agree here. gunicorn's Python parser has the rules, for every setting. A C parser
 (``gunicorn_h1c``) is several times faster and accepts less or more in places. So a head goes to the

@@ -1,7 +1,7 @@
 """A response: ``start_response``, and what goes over the wire after it.
 
-Runs in: a worker, in the greenlet that calls the application. Must never: let a field through that
-would end the head or begin another, or put two framings on one message.
+Process: a worker, in the greenlet that calls the application.
+Never: let a field through that would end the head or begin another, or put two framings on one message.
 
 Attributes that gunicorn's hooks and loggers read are gunicorn's: ``status``, ``status_code``,
 ``headers``, ``headers_sent``, ``response_length``, ``sent``, ``chunked``, ``must_close``, ``upgrade``.

@@ -1,6 +1,7 @@
-"""TimeoutQueue of one duration for many waiting connections.
+"""Timeouts of many waiting connections, without a timer for each.
 
-Runs in: a worker. Must never: cost anything while nobody waits.
+Process: a worker.
+Never: cost anything while no connection waits.
 
 A timer per wait would cost more than the wait. All waits of a kind have the same duration, so the
 first that began is the first that ends: an insertion-ordered dictionary is the queue, and one timer
