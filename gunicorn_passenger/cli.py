@@ -12,6 +12,7 @@ import os
 import sys
 from typing import Any
 
+from gunicorn_passenger._version import __version__
 from gunicorn_passenger.config.port_allocation import format_ports
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.errors import PassengerError
@@ -56,8 +57,6 @@ def main(argv: list[str] | None = None) -> int:
         print(_USAGE, end="")
         return 0
     if command in ("-V", "--version"):
-        from gunicorn_passenger._version import __version__
-
         print(f"gunicorn-passenger {__version__}")
         return 0
     problem = f"Error: unknown command {command!r}\n" if command else ""

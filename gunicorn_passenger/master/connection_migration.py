@@ -43,7 +43,7 @@ class _Offer(NamedTuple):
     successor: WorkerChannel
 
 
-class ConnectionMigration:
+class MigrationRelay:
     """The connections on their way between workers, one for each draining worker at a time."""
 
     def __init__(

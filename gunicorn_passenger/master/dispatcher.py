@@ -34,7 +34,7 @@ from gunicorn_passenger.ipc.messages import (
     WorkerReady,
 )
 from gunicorn_passenger.ipc.scoreboard import RetiredCounters
-from gunicorn_passenger.master.connection_migration import ConnectionMigration
+from gunicorn_passenger.master.connection_migration import MigrationRelay
 from gunicorn_passenger.master.event_log import EventLog
 from gunicorn_passenger.master.listener_sync import ListenerSync
 from gunicorn_passenger.master.listeners import Listeners
@@ -80,7 +80,7 @@ class MessageDispatcher:
         self._retired_counters = retired_counters
         self._event_log = event_log
         self._report = report
-        self._migration = ConnectionMigration(workers, listeners, self.reply)
+        self._migration = MigrationRelay(workers, listeners, self.reply)
         #: texts of boot failures that were logged
         self._boot_failures: set[str] = set()
         #: age of the worker whose exit makes gunicorn halt; 0 for none

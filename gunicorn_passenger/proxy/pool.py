@@ -9,16 +9,13 @@ from __future__ import annotations
 import ssl
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from gunicorn_passenger.errors import PoolExhausted
 from gunicorn_passenger.proxy.dial import connect
 from gunicorn_passenger.proxy.log import failed_callback
 from gunicorn_passenger.proxy.target import Target
 from gunicorn_passenger.proxy.upstream_io import Runtime, Stream
-
-if TYPE_CHECKING:
-    from gunicorn_passenger.proxy.response_head import RememberedHead
 
 
 class PoolLimits(Protocol):
@@ -90,7 +87,7 @@ class Pool:
         #: how many connections are in use, or being made
         self.used = 0
         #: the last response head, which :func:`~.response_head.parse_response_head` keeps here
-        self.last_head: RememberedHead | None = None
+        self.last_head: Any = None
         self._waiters: deque[_PoolWaiter] = deque()
         #: whether the agent has forgotten this pool
         self.forgotten = False

@@ -37,7 +37,13 @@ LAYERS = [
 ]
 
 #: Function-level imports, each with its reason.
-LAZY: dict[tuple[str, str], str] = {}
+LAZY = {
+    ("cli", "script_runner"): "only `start` runs a program; the other commands do not import gunicorn",
+    ("status", "status.web"): "importing the package must not import what serves the application",
+    ("status.web", "daemons.api"): "only spawn() needs it, in gunicorn.conf.py or the program",
+    ("status.web", "http.listener_context"): "only the daemon's own process serves",
+    ("status.web", "serving.acceptors"): "only the daemon's own process serves",
+}
 
 
 class Import(NamedTuple):

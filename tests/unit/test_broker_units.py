@@ -332,7 +332,7 @@ def test_a_number_that_is_too_long_is_a_setting_error():
 def test_a_name_that_is_too_long_is_refused(workers):
     answer = workers.open(1, "n" * (MAX_NAME + 1))
     assert isinstance(answer, messages.RequestDenied)
-    assert f"a server's name may have {MAX_NAME} characters" in answer.text
+    assert f"has {MAX_NAME + 1} characters, but {MAX_NAME} are allowed" in answer.text
     assert "listen(..., name=...)" in answer.text
     assert isinstance(workers.open(1, "n" * MAX_NAME), messages.PortOpened)
 
@@ -344,7 +344,10 @@ def test_one_worker_does_not_get_all_ports(workers, monkeypatch):
     opened = [workers.open(1, f"server {n}") for n in range(6)]
     assert all(isinstance(answer, messages.PortOpened) for answer in opened)
     refused = workers.open(1, "one more")
-    assert refused.text == "one worker may have 6 ports, and this one has them; close some servers"
+    assert (
+        refused.text
+        == "this worker already has 6 ports, which is the limit for one worker; close some servers"
+    )
     # those that it has given back, and that stay for the grace period, count
     for answer in opened:
         workers.ends[1].send(json.dumps({"v": 1, "type": "ReleasePort", "id": 0, "key": answer.key}).encode())

@@ -371,17 +371,18 @@ def test_every_callback_of_the_loop_is_known() -> None:
     known = {
         ("acceptor.py", "self._accept"),
         ("acceptor.py", "self._go_on"),
-        ("connection.py", "self._look"),
+        ("connection.py", "gone"),
         ("connection.py", "self._ready"),
-        ("connection.py", "self._wake"),
-        ("connection.py", "greenlet.throw"),
-        ("connection.py", "look"),
-        ("connection.py", "self._sending.switch"),
-        ("connection.py", "self._waiting.switch"),
         ("connection.py", "switch"),
+        ("disconnect.py", "self._check"),
+        ("disconnect.py", "self._on_readable"),
         ("timeouts.py", "self._fire"),
         ("timeouts.py", "self._next"),
-        ("write_coalescing.py", "self.let_go"),
+        ("transport.py", "greenlet.throw"),
+        ("transport.py", "self._sending.switch"),
+        ("transport.py", "self._waiting.switch"),
+        ("transport.py", "self._wake"),
+        ("write_coalescing.py", "self.flush"),
     }
     found = set()
     for file in Path(acceptor_module.__file__).parent.glob("*.py"):

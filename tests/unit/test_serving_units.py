@@ -11,7 +11,7 @@ from gevent import socket as gsocket
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.config.address import Tcp
-from gunicorn_passenger.ipc import channel
+from gunicorn_passenger.ipc import channel, messages
 from gunicorn_passenger.ipc.scoreboard import Counters
 from gunicorn_passenger.serving import broker_client, drain
 from gunicorn_passenger.serving.broker_client import BrokerClient
@@ -39,9 +39,9 @@ class Master:
         """A worker's request for a port, granted without its descriptor yet."""
         request = gevent.spawn(self.client.open_port, Tcp("127.0.0.1", 9000), "x")
         message = self.receive()
-        assert isinstance(message, channel.OpenPort)
-        channel.send(self.sock, channel.PortOpened(message.id, "127.0.0.1:9000", "127.0.0.1", 9000))
-        return request, channel.AcceptGranted(message.id, "127.0.0.1:9000", "127.0.0.1", 9000)
+        assert isinstance(message, messages.OpenPort)
+        channel.send(self.sock, messages.PortOpened(message.id, "127.0.0.1:9000", "127.0.0.1", 9000))
+        return request, messages.AcceptGranted(message.id, "127.0.0.1:9000", "127.0.0.1", 9000)
 
 
 @pytest.fixture
@@ -70,13 +70,13 @@ def test_a_grant_without_its_descriptor_is_explained_at_once(master):
     channel.send(master.sock, granted)
     with pytest.raises(errors.BrokerUnavailable, match=r"no descriptor is left .* open files"):
         request.get(timeout=30)
-    assert isinstance(master.receive(), channel.ReleasePort)
+    assert isinstance(master.receive(), messages.ReleasePort)
 
 
 def test_a_grant_for_a_port_that_was_released_is_returned(master):
     with socket.socket() as listener:
-        channel.send(master.sock, channel.AcceptGranted(77, "127.0.0.1:9000"), listener.fileno())
-        assert master.receive() == channel.ReleasePort(77, "127.0.0.1:9000")
+        channel.send(master.sock, messages.AcceptGranted(77, "127.0.0.1:9000"), listener.fileno())
+        assert master.receive() == messages.ReleasePort(77, "127.0.0.1:9000")
 
 
 def test_a_silent_master_is_an_error(master, monkeypatch):
@@ -87,7 +87,7 @@ def test_a_silent_master_is_an_error(master, monkeypatch):
 
 def test_a_message_of_another_version_is_ignored_and_logged(master, caplog):
     master.sock.send(b'{"v":2,"type":"PauseAccept","id":0,"key":"x"}')
-    channel.send(master.sock, channel.SuccessorReady(0))
+    channel.send(master.sock, messages.SuccessorReady(0))
     with gevent.Timeout(30):
         while not master.client.successor_ready:
             gevent.sleep(0)
