@@ -210,7 +210,7 @@ class AccessLog:
 
 
 def _is_plain(handler: Any) -> bool:
-    """Whether it is a handler that gunicorn has set up for its access log, and nobody has changed."""
+    """Whether it is a handler that gunicorn has set up for its access log, and that is unchanged."""
     return (
         (handler.__class__ is logging.FileHandler or handler.__class__ is logging.StreamHandler)
         and handler.stream is not None

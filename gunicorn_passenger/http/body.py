@@ -2,7 +2,7 @@
 
 Process: a worker, in the connection's greenlet or another one of the application.
 Never: collect a body that the application does not ask for, read past its end, or hand out a body that
-broke off as if it were whole.
+is incomplete as if it were whole.
 """
 
 from __future__ import annotations

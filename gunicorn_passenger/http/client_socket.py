@@ -75,7 +75,8 @@ class ClientSocket(gsocket.socket):
     def release(self) -> None:
         """Its connection is over: close it."""
         if self._bare and not self._io_refs:
-            # nobody has had its descriptor, so nobody waits for it whom gevent's close() would wake
+            # no other code has had its descriptor, so no greenlet waits for it that gevent's close() would
+            # wake
             slots: Any = self
             slots._closed = True
             slots._sock.close()

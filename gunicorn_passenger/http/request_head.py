@@ -179,7 +179,7 @@ class HeadReader:
         """
         :param cfg: gunicorn's configuration.
         :param sockname: the listener's name; a string for a UNIX socket.
-        :param always_request: whether somebody wants gunicorn's request object each time.
+        :param always_request: whether a hook or a log wants gunicorn's request object each time.
         :param before: called with that object before the environ is made of it.
         """
         self._before = before
@@ -209,7 +209,7 @@ class HeadReader:
         elif self.fields_limit < _C_FIELDS:
             self.slow_parser_reason = f"limit_request_fields is below {_C_FIELDS}"
         elif not isinstance(sockname, tuple) and (not self.unix or ":" in sockname):
-            self.slow_parser_reason = "the socket's name is no plain path"
+            self.slow_parser_reason = "the socket's name is not a plain path"
         if self.slow_parser_reason:
             self._parse = None
         #: first lines that were accepted: what they set in an environ
@@ -359,7 +359,7 @@ class HeadReader:
         except Exception:
             return None
         asked = self._of_line(parsed, len(line))
-        # a query is mostly new each time, and may hold what nobody should keep
+        # a query is mostly new each time, and may hold what must not be kept
         if asked is not None and len(line) <= _SHORT and b"?" not in line:
             if len(self._lines) >= _REMEMBER:
                 self._lines.clear()

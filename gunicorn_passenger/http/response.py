@@ -95,7 +95,7 @@ class Response:
         try:
             block, length, upgrade = header_blocks[pairs]
         except TypeError:
-            # a list instead of a tuple, or what is no string
+            # a list instead of a tuple, or a value that is not a string
             block, length, upgrade = header_block_of(pairs)
         if length is not None and bodiless and code != 304:
             # RFC 9110 section 8.6: no Content-Length with 1xx and 204
@@ -303,7 +303,7 @@ class Response:
         self.close()
 
     def _span(self, file: Any) -> tuple[int, int, int] | None:
-        """Descriptor, offset and length of what is left in a file; ``None`` when it is no file."""
+        """Descriptor, offset and length of what is left in a file; ``None`` when it is not a file."""
         try:
             fd = file.fileno()
             offset = os.lseek(fd, 0, os.SEEK_CUR)

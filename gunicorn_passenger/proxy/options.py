@@ -113,7 +113,7 @@ class Options:
         """These options with some of them changed.
 
         :param where: the call that was given them, for the error.
-        :raises UnknownSetting: (a ``TypeError``) for a name that is no option.
+        :raises UnknownSetting: (a ``TypeError``) for a name that is not an option.
         :raises SettingError: (a ``ValueError``) for a value that cannot be used.
         """
         merged = copy.copy(self)
@@ -156,7 +156,7 @@ def _text(name: str, value: Any) -> Any:
     if value is None or value is False:
         return None
     if not isinstance(value, str) or not value or not FIELD_VALUE.fullmatch(value):
-        raise SettingError(f"{name}={value!r} is no text that can stand in a header field")
+        raise SettingError(f"{name}={value!r} is not a text that a header can hold")
     return value
 
 
@@ -198,7 +198,7 @@ def positive(name: str, value: Any) -> float:
     :raises SettingError: names the option.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
-        raise SettingError(f"{name}={value!r} is no positive number of seconds")
+        raise SettingError(f"{name}={value!r} is not a positive number of seconds")
     return float(value)
 
 
@@ -209,7 +209,7 @@ def _written(name: str, value: Any) -> Any:
     if value in (False, None):
         return False
     if value not in (APPEND, REPLACE):
-        raise SettingError(f"{name}={value!r} is none of True, False, {APPEND!r} and {REPLACE!r}")
+        raise SettingError(f"{name}={value!r} is not one of True, False, {APPEND!r} and {REPLACE!r}")
     return value
 
 
@@ -243,7 +243,7 @@ def _via(name: str, value: Any) -> Any:
         return False
     if not isinstance(value, str) or not re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z:\[\]]+", value):
         raise SettingError(
-            f"{name}={value!r} is no pseudonym: letters, digits and -._ (RFC 9110 section 7.6.3)"
+            f"{name}={value!r} is not a pseudonym: letters, digits and -._ (RFC 9110 section 7.6.3)"
         )
     return value
 
@@ -256,7 +256,9 @@ def _address(name: str, value: Any) -> Any:
             raise ValueError
         return str(ipaddress.ip_address(value))
     except ValueError:
-        raise SettingError(f"{name}={value!r} is no address of this machine, such as '127.0.0.1'") from None
+        raise SettingError(
+            f"{name}={value!r} is not an address of this machine, such as '127.0.0.1'"
+        ) from None
 
 
 def _rewrite(name: str, value: Any) -> Any:
@@ -286,7 +288,7 @@ def _headers(name: str, value: Any) -> dict[str, str]:
     except (TypeError, ValueError) as error:
         if isinstance(error, SettingError):
             raise
-        raise SettingError(f"{name}={value!r} is no dict of field names and values") from None
+        raise SettingError(f"{name}={value!r} is not a dict of header names and values") from None
 
 
 def check_field(key: Any, text: Any, name: str, framing: bool = False) -> tuple[str, str]:
@@ -299,7 +301,7 @@ def check_field(key: Any, text: Any, name: str, framing: bool = False) -> tuple[
     if isinstance(text, int) and not isinstance(text, bool):
         text = str(text)
     if not isinstance(key, str) or not isinstance(text, str) or not TOKEN.fullmatch(key):
-        raise SettingError(f"{name}: {key!r}: {text!r} is no header field")
+        raise SettingError(f"{name}: {key!r}: {text!r} is not a valid header")
     if not FIELD_VALUE.fullmatch(text):
         raise SettingError(f"{name}: {key!r}: the value holds a line break or what else no header field may")
     if not framing and key.lower() in _FRAMING:
@@ -319,7 +321,7 @@ def _redirects(name: str, value: Any) -> int:
 
 def _buffer(name: str, value: Any) -> Any:
     if value is not None and (not callable(getattr(value, "read", None)) or isinstance(value, io.TextIOBase)):
-        raise SettingError(f"{name}={value!r} is no binary file object")
+        raise SettingError(f"{name}={value!r} is not a binary file object")
     return value
 
 
@@ -340,7 +342,7 @@ def _forward(name: str, value: Any) -> Target | None:
 def _choice(*choices: Any) -> Any:
     def check(name: str, value: Any) -> Any:
         if value not in choices:
-            raise SettingError(f"{name}={value!r} is none of {', '.join(map(repr, choices))}")
+            raise SettingError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
         return value
 
     return check
@@ -348,7 +350,7 @@ def _choice(*choices: Any) -> Any:
 
 def _name(name: str, value: Any) -> str:
     if not isinstance(value, str) or not TOKEN.fullmatch(value):
-        raise SettingError(f"{name}={value!r} is no name for a cookie")
+        raise SettingError(f"{name}={value!r} is not a name for a cookie")
     return value
 
 

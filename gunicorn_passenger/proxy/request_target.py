@@ -34,7 +34,7 @@ def request_path(environ: dict[str, Any], unmodified: bool = False) -> tuple[str
 
     :param unmodified: whether the proxy is all of the application.
     :returns: path and query; and the scheme of a target in absolute form, in lower case.
-    :raises BadTarget: for a target that is none of the forms of RFC 9112 section 3.2, or has no host, user
+    :raises BadTarget: for a target that has none of the forms of RFC 9112 section 3.2, or has no host, user
         information or another scheme (RFC 9110 sections 4.2.1 to 4.2.4).
     """
     raw = environ.get("RAW_URI") or environ.get("REQUEST_URI") or ""
@@ -79,7 +79,7 @@ def _absolute(raw: str) -> tuple[str, str]:
 
 
 def _inside(environ: dict[str, Any], raw: str) -> str:
-    """``PATH_INFO`` and the query, spelt as the client has where nobody has changed them."""
+    """``PATH_INFO`` and the query, spelt as the client has where they are unchanged."""
     mount = environ.get("SCRIPT_NAME", "")
     path = environ.get("PATH_INFO", "")
     query = environ.get("QUERY_STRING", "")

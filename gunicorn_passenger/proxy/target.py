@@ -84,13 +84,13 @@ def parse_target(target: object, host: str | None = None, what: str = "target") 
         return target
     if isinstance(target, int) and not isinstance(target, bool):
         if not 1 <= target <= 65535:
-            raise SettingError(f"{what}={target!r} is no port from 1 to 65535")
+            raise SettingError(f"{what}={target!r} is not a port from 1 to 65535")
         if host is not None and (not isinstance(host, str) or not re.fullmatch(r"[^\s/@\[\]]+", host)):
-            raise SettingError(f"host={host!r} is no host name or address")
+            raise SettingError(f"host={host!r} is not a host name or an address")
         return Target(host or "localhost", target)
     if isinstance(target, str):
         return _parse_text(target, what)
-    raise SettingError(f"{what}={target!r} is no target: use {_FORMS}")
+    raise SettingError(f"{what}={target!r} is not a target: use {_FORMS}")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -104,7 +104,7 @@ def _parse_text(target: str, what: str) -> Target:
     if colon:
         return _parse_url(target, scheme.lower(), what)
     if not target.strip() or len(target) > 200 or re.search(r"[\s/:?#]", target) or target.isdigit():
-        raise SettingError(f"{what}={target!r} is no target: use {_FORMS}")
+        raise SettingError(f"{what}={target!r} is not a target: use {_FORMS}")
     return Target(server=target)
 
 
@@ -121,7 +121,7 @@ def _parse_url(target: str, scheme: str, what: str) -> Target:
         raise SettingError(f"{what}={target!r} has no port from 1 to 65535, or a bad host") from None
     if not parts.hostname or not port or parts.fragment or parts.username is not None:
         hint = "; credentials go into the option 'auth'" if parts.username is not None else ""
-        raise SettingError(f"{what}={target!r} is no URL with a host and a path alone{hint}")
+        raise SettingError(f"{what}={target!r} is not a URL with only a host and a path{hint}")
     return Target(
         parts.hostname,
         port,

@@ -198,7 +198,7 @@ class Stream:
 
         :param seconds: how long to wait for them.
         :param client: the client of the request; the wait ends when that disconnects.
-        :returns: ``None`` when data came before the request was sent: it is no part of a response to it. The
+        :returns: ``None`` when data came before the request was sent: it is not part of a response to it. The
             request is sent only if the caller goes on reading.
         :raises TimeoutError, OSError, DownstreamDisconnected: as :meth:`recv`.
         """

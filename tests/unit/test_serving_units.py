@@ -68,7 +68,9 @@ def test_a_grant_without_its_descriptor_is_explained_at_once(master):
     """The kernel drops a descriptor for which the worker has no room; the master has responded all the same."""
     request, granted = master.open_port()
     channel.send(master.sock, granted)
-    with pytest.raises(errors.BrokerUnavailable, match=r"no descriptor is left .* open files"):
+    with pytest.raises(
+        errors.BrokerUnavailable, match=r"no file descriptor left; raise the limit of open files"
+    ):
         request.get(timeout=30)
     assert isinstance(master.receive(), messages.ReleasePort)
 
