@@ -45,6 +45,7 @@ class RequestBodySender:
         self._proxy_timeout = options.proxy_timeout
         #: the mirrored request, which gets the same body; feeding it does not block
         self.mirror: MirroredRequest | None = None
+        self._mirrored = False
         #: a body that is sent with the head; it is kept for the case that the request is sent again
         self.held: bytes | None = None
         #: whether the program has replaced the client's body
@@ -83,9 +84,11 @@ class RequestBodySender:
         ):
             self.held = self._read(self.length)
             self.started = True
-            if self.mirror is not None:
-                self.mirror.feed(self.held)
-                self.mirror.end()
+        if self.held is not None and self.mirror is not None and not self._mirrored:
+            # a retry sends the body again, but not to the mirror
+            self._mirrored = True
+            self.mirror.feed(self.held)
+            self.mirror.end()
         return self.held or b""
 
     @property

@@ -753,7 +753,7 @@ def test_a_hook_may_ask_again():
 
 @ROOT_ONLY
 def test_daemons_run_as_the_workers_user_unless_the_operator_says_otherwise(site, port):
-    site.start.home.chmod(0o777)
+    site.start.home.chmod(0o1777)
     # commands of the system: a Python in somebody's home is not for everybody to run
     process = site.run(
         f"passenger.spawn(['sh', '-c', 'id; exec sleep 1000'], name='default', listen={port})\n"
@@ -773,7 +773,7 @@ def test_daemons_run_as_the_workers_user_unless_the_operator_says_otherwise(site
 
 @ROOT_ONLY
 def test_the_application_gets_the_workers_user_and_no_other(start, port):
-    start.home.chmod(0o777)
+    start.home.chmod(0o1777)
     spawning = (
         f"spawn(['sh', '-c', 'id; exec sleep 1000'], name='it', listen={port})\n"
         "spawn(['id'], user='nobody', give_up_after=1)"
@@ -787,7 +787,7 @@ def test_the_application_gets_the_workers_user_and_no_other(start, port):
 @ROOT_ONLY
 @pytest.mark.parametrize("asked", ["user='root'", "user=0", "group='root'", "user='daemon'"])
 def test_the_application_may_not_choose_a_user(start, asked):
-    start.home.chmod(0o777)
+    start.home.chmod(0o1777)
     process = start.gunicorn(
         "daemon_app", "--user", "nobody", "--group", "nogroup", env={"SPAWN": f"spawn('id', {asked})"}
     )
@@ -799,7 +799,7 @@ def test_the_application_may_not_choose_a_user(start, asked):
 
 @ROOT_ONLY
 def test_a_unix_socket_of_a_daemon_is_not_for_workers_of_another_user(start):
-    start.home.chmod(0o777)
+    start.home.chmod(0o1777)
     process = start.gunicorn(
         "daemon_app",
         "--user",
@@ -1029,7 +1029,7 @@ def test_what_a_worker_sends_is_no_daemon(start):
         "    bad.append(json.dumps({**good, name: value}))\n"
         "answers = sorted({type(registry.broker.request(SpawnDaemon(0, text), 'it')).__name__ for text in bad})\n"
     )
-    start.home.chmod(0o777)
+    start.home.chmod(0o1777)
     user = ["--user", "nobody", "--group", "nogroup"] if os.geteuid() == 0 else []
     process = start.gunicorn("daemon_app", *user, workers=1, env={"SPAWN": text}).wait_ready()
     assert fetch(process.socket, "/answers")[1] == "['RequestDenied']"

@@ -7,7 +7,7 @@ import pytest
 from conftest import NO_CONTROL, answers, descriptors, fetch, pids_answering, refused, wait_for
 
 #: In a worker: its end of the channel.
-LINK = "__import__('gunicorn_passenger.serving.registry').serving.registry.registry.broker"
+BROKER = "__import__('gunicorn_passenger.serving.registry').serving.registry.registry.broker"
 
 
 def run(process, code):
@@ -23,7 +23,7 @@ def process(start, port):
 
 
 def raw(data):
-    return f"{LINK}._sock._sock.send({data!r})"
+    return f"{BROKER}._sock._sock.send({data!r})"
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_worker_that_never_reads_cannot_hold_the_master_up(start, port):
     flood = f"""
 from gevent import monkey
 sleep = monkey.get_original("time", "sleep")
-sock = {LINK}._sock._sock
+sock = {BROKER}._sock._sock
 while True:
     try:
         sock.send(b'{{"v":1,"type":"OpenPort","id":1,"kind":"tcp","host":"127.0.0.1","port":1}}')
@@ -284,10 +284,10 @@ def test_whatever_is_asked_for_is_answered(process, port, field):
     code = f"""
 import gevent
 from gevent.event import AsyncResult
-link = {LINK}
-link._waiting[77] = AsyncResult()
+link = {BROKER}
+link._pending[77] = AsyncResult()
 link._sock._sock.send({ask.encode()!r})
-answer = type(link._waiting[77].get(timeout=30)[0]).__name__
+answer = type(link._pending[77].get(timeout=30)[0]).__name__
 """
     assert fetch(process.socket, "/eval", "POST", code) == (200, "")
     assert run(process, "answer") == "'RequestDenied'"

@@ -328,7 +328,7 @@ needs_root = pytest.mark.skipif(
 
 def nobodys_home(home):
     """A home that nobody may use, with the modules that an unprivileged worker has to read."""
-    home.chmod(0o777)
+    home.chmod(0o1777)
 
 
 @needs_root
