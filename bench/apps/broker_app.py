@@ -26,7 +26,7 @@ def ask_broker(port):
     """The bare question: a descriptor from the master, and its release."""
     start = time.monotonic()
     lease = servers.broker.open_port(Tcp("127.0.0.1", port), "bench")
-    grant = lease.first()
+    grant = lease.take_initial_grant()
     answered = time.monotonic()
     os.close(grant.fd)
     servers.broker.release_port(lease.key, lease.number)

@@ -1013,7 +1013,7 @@ def test_a_worker_cannot_use_up_the_masters_descriptors(start):
 def test_what_a_worker_sends_is_no_daemon(start):
     """The master denies a malformed request of a worker, and continues."""
     text = (
-        "from gunicorn_passenger.ipc.channel import SpawnDaemon\n"
+        "from gunicorn_passenger.ipc.messages import SpawnDaemon\n"
         "from gunicorn_passenger.daemons.spec import SpawnArguments, build_spec\n"
         "from gunicorn_passenger.serving.registry import registry\n"
         "import dataclasses, json\n"

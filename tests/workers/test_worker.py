@@ -251,15 +251,15 @@ def test_a_stop_that_meets_a_finalizer_is_remembered_and_not_shown():
     """Python shows and ignores what is raised in a ``__del__``: the worker exits when it has booted."""
     program = """
 import sys
-from gunicorn_passenger.master import forks
+from gunicorn_passenger.arbiter import fork_handlers
 
 class Leaving:
     def __del__(self):
-        forks._exit(15, sys._getframe())
+        fork_handlers._exit(15, sys._getframe())
 
 leaving = Leaving()
 del leaving
-assert forks.told_to_leave()
+assert fork_handlers.stop_requested()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
