@@ -111,7 +111,7 @@ class ListenerContext:
         self.closes_websockets_on_exit = closes_websockets_on_exit
         #: whether the server accepts no more
         self.closing = False
-        #: requests that were passed on, bytes that were sent, responses of 500 and above or that were truncated
+        #: requests passed on, bytes sent, responses that failed (500 and above) or were truncated
         self.requests = self.sent = self.errors = 0
         #: whether the application is a proxy, whose code is short: responses may wait for it
         self.is_proxy = False

@@ -87,7 +87,11 @@ def test_hop_by_hop_fields_of_a_request_end_here(px, where):
     )
     nominated = [("x-hop", "secret"), ("x-second", "secret")]
     # inside an application, nothing tells what the client has sent from what the application has written
-    assert own(got) == [("host", "client.example"), ("x-kept", "1"), *(nominated if where == "inside" else [])]
+    assert own(got) == [
+        ("host", "client.example"),
+        ("x-kept", "1"),
+        *(nominated if where == "inside" else []),
+    ]
     for name in ("keep-alive", "upgrade", "te", "transfer-encoding"):
         assert not got.all(name), got
 
