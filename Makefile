@@ -42,7 +42,9 @@ run: $(VENV)/installed
 	@echo
 	@cd examples/seed && exec $(abspath $(BIN))/gunicorn -k gunicorn_passenger.Worker -w 4 --umask 007 -b unix:$(SOCKET) app
 
+# The tests start gunicorn with PYTHONDONTWRITEBYTECODE; without this each of those would compile the package again.
 test: $(VENV)/tested
+	$(BIN)/python -m compileall -q gunicorn_passenger
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TESTS)
 
 # The same seed each time; RUNS says how long.
