@@ -154,7 +154,8 @@ def fetch(
 def refused(where: Any) -> bool:
     """Whether nobody listens there."""
     try:
-        Client(where, timeout=5).connect()
+        with contextlib.suppress(ConnectionResetError):  # it is closed as we come
+            Client(where, timeout=5).connect()
     except (ConnectionRefusedError, FileNotFoundError):
         return True
     return False

@@ -542,9 +542,9 @@ def test_what_our_handler_does_not_do_is_gunicorns_and_is_said(start, port):
         env={"P1": port},
     ).wait_ready(port)
     process.wait_log(
-        r"DEBUG\] unix:.*app.sock is served by gunicorn's own handler: the PROXY protocol is set", 2
+        r"DEBUG\] gunicorn's own handler serves unix:.*app.sock, because the PROXY protocol is configured", 2
     )
-    assert f"{port} is served by gunicorn's own" not in process.log()
+    assert f"gunicorn's own handler serves 127.0.0.1:{port}" not in process.log()
     with connected(process.socket) as sock:
         sock.sendall(b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\nGET /pid HTTP/1.0\r\n\r\n")
         assert b"200 OK" in everything(sock)
@@ -556,7 +556,7 @@ if "protocol" in KNOWN_NAMES:  # gunicorn 23 knows no uwsgi protocol
         process = start.gunicorn(
             "http_core_app", "--protocol", "uwsgi", "--log-level", "debug", env={"P1": port}
         ).wait_ready(port)
-        process.wait_log(r"app.sock is served by gunicorn's own handler: the uwsgi protocol is set")
+        process.wait_log(r"gunicorn's own handler serves .*app.sock, because the uwsgi protocol is configured")
 
 
 def test_compatibility_settings_are_parsed_by_gunicorn_and_served_by_us(start, port):
@@ -565,7 +565,7 @@ def test_compatibility_settings_are_parsed_by_gunicorn_and_served_by_us(start, p
     )
     process.wait_ready(port)
     process.wait_log(
-        r"DEBUG\] .*: requests are parsed by gunicorn's Python parser: permit_obsolete_folding is set"
+        r"DEBUG\] .*: gunicorn's Python parser, which is slower, parses the requests: permit_obsolete_folding is set"
     )
     with connected(process.socket) as sock:
         sock.sendall(b"GET / HTTP/1.1\r\nA: b\r\n c\r\nConnection: close\r\n\r\n")

@@ -306,7 +306,7 @@ def test_what_is_remembered_is_used_and_bounded() -> None:
         assert "CI" not in os.environ, "gunicorn_h1c is missing"
         pytest.skip("gunicorn_h1c is not installed")
     gate.reader._parse = lambda head: calls.append(head) or parse(head)
-    peer = gate.peer("", None)
+    peer = gate.new_context("", None)
     fields = b"\r\nHost: h\r\nX-A: 1\r\n\r\n"
 
     def read(line: bytes, fields: bytes = fields) -> dict[str, Any]:

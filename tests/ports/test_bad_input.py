@@ -41,18 +41,18 @@ def fails(process, pattern, lines=1):
         ("passenger.create_server(whoami).listen('::1:9000')", r"an IPv6 address with a port is written \[::1\]:9000"),
         ("passenger.create_server(whoami).listen('[::1]9000')", r"written \[::1\]:9000"),
         ("passenger.create_server(whoami).listen('unix:')", "the path of the UNIX socket is empty"),
-        (f"passenger.create_server(whoami).listen('unix:{LONG}')", "has 125 bytes, the system takes at most 107"),
+        (f"passenger.create_server(whoami).listen('unix:{LONG}')", "has 125 bytes, but the system allows 107"),
         ("passenger.create_server(whoami).listen('unix:program.py')", "program.py' exists and is not a socket"),
         ("passenger.create_server(whoami).listen('unix:/no/where/x.sock')", "No such file.*create the directory"),
         ("passenger.create_server(whoami).listen('no.such.host.invalid:9000')", "'no.such.host.invalid' does not res"),
-        ("passenger.create_server(whoami).listen('192.0.2.1:9000')", "cannot listen on 192.0.2.1:9000: .*no address of"),
+        ("passenger.create_server(whoami).listen('192.0.2.1:9000')", "cannot listen on 192.0.2.1:9000: .*does not have that address"),
         (
             "passenger.create_server(whoami).listen('passenger', placement='one')",
-            "placement 'one' is for further servers: the primary is served by all workers",
+            "placement 'one' is not for the primary, which all workers serve",
         ),
         (
             "passenger.create_server(whoami).listen('unix:/tmp/x', placement='each')",
-            "placement 'each' needs a port for each worker, unix:/tmp/x is one",
+            "placement 'each' needs a port for each worker, but unix:/tmp/x is a single socket",
         ),
         ("passenger.create_server(whoami).listen(9000, placement='x')", "placement 'x' is unknown"),
         ("passenger.create_server(whoami).listen(9000, name='')", "a server's name must be a string of 1 to 200"),
@@ -252,8 +252,8 @@ def test_preload_that_asks_for_the_impossible(start):
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
-        ((), "takes the script first"),
-        (("-w", "2", "x.py"), "takes the script first"),
+        ((), "needs the script first"),
+        (("-w", "2", "x.py"), "needs the script first"),
         (("nowhere.py",), "the script 'nowhere.py' does not exist"),
         (("script_runner.py", "--preload"), "--preload does not work with gunicorn-passenger start"),
         (("script_runner.py", "-k", "sync"), "needs its own worker class instead of 'sync'"),

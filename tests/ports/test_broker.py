@@ -40,7 +40,7 @@ def test_a_message_that_is_none_is_logged_and_answered(process, port, data, said
     (worker,) = process.workers()
     run(process, raw(data))
     process.wait_log(rf"WARNING.*worker {worker} sent a malformed message: {said}")
-    process.wait_log(rf"the master rejected a message: {said}")
+    process.wait_log(rf"the master rejected a message of this worker: {said}")
     assert answers(port)
     assert run(process, "passenger.listen('auto', whoami).listening") == "True"
 

@@ -86,7 +86,7 @@ def test_twice_passenger_is_an_error(start):
     assert process.wait_end() != 0
     text = process.log()
     assert (
-        text.count("listen('passenger') was called a second time: server 'first' already has the primary")
+        text.count("listen('passenger') was called a second time, but server 'first' already has the primary socket")
         == 1
     )
     assert "listen(9000)" in text
@@ -125,7 +125,7 @@ def test_auto_install_captures_the_first_listen(start, port, how):
     assert refused(port)
     said = process.wait_log(r"second: (.*)").group(1)
     assert "was called a second time" in said  # what happened
-    assert "the first server for which listen was called" in said  # why
+    assert "the first server" in said  # why
     assert f"(on 127.0.0.1:{port})" in said
     assert "passenger.configure(auto_install=False)" in said  # what to write instead
     assert "listen('passenger')" in said

@@ -874,7 +874,7 @@ def test_what_fails_in_the_broker_is_an_answer(control, home):
     path = home / "run" / f"{os.getpid()}.sock"
     for name, error in (
         ("missing", "there is none"),
-        ("broken", "the master failed at stop; its log tells why"),
+        ("broken", "stop failed in the master; see its error log"),
     ):
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(str(path))

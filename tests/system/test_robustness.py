@@ -168,13 +168,16 @@ if os.getpid() == {flooder}:
 def test_descriptors_that_nobody_asked_for_are_closed(process, port, descriptors_sent):
     before = settled_descriptors(process)
     code = f"""
-import array, socket
+import array, fcntl, socket, termios, time
 end = {BROKER}._sock._sock
 for data in (b"garbage", b'{{"v":1,"type":"WorkerReady","id":0,"primary":"x"}}'):
     for _ in range(20):
         fds = [os.open("/dev/null", os.O_RDONLY) for _ in range({descriptors_sent})]
         end.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
         for fd in fds: os.close(fd)
+        # a flood would cost this worker its channel: wait until the master has read and closed these
+        while any(fcntl.ioctl(end.fileno(), termios.TIOCOUTQ, bytes(4))): time.sleep(0.01)
+        while len(os.listdir(f"/proc/{{os.getppid()}}/fd")) > {before + 40}: time.sleep(0.01)
 """
     run(process, code)
     process.wait_log("sent a malformed message: not a JSON packet", count=20)

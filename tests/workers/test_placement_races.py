@@ -261,4 +261,4 @@ def test_a_worker_too_many_says_so_once(start):
         report(start)
     assert process.log().count("a worker waits for a port") == 1
     assert process.stop() == 0
-    assert process.log().count("PortOpened") == 1
+    assert process.log().count("Opened") == 1
