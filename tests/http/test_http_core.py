@@ -556,7 +556,9 @@ if "protocol" in KNOWN_NAMES:  # gunicorn 23 knows no uwsgi protocol
         process = start.gunicorn(
             "http_core_app", "--protocol", "uwsgi", "--log-level", "debug", env={"P1": port}
         ).wait_ready(port)
-        process.wait_log(r"gunicorn's own handler serves .*app.sock, because the uwsgi protocol is configured")
+        process.wait_log(
+            r"gunicorn's own handler serves .*app.sock, because the uwsgi protocol is configured"
+        )
 
 
 def test_compatibility_settings_are_parsed_by_gunicorn_and_served_by_us(start, port):

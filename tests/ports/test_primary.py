@@ -86,7 +86,9 @@ def test_twice_passenger_is_an_error(start):
     assert process.wait_end() != 0
     text = process.log()
     assert (
-        text.count("listen('passenger') was called a second time, but server 'first' already has the primary socket")
+        text.count(
+            "listen('passenger') was called a second time, but server 'first' already has the primary socket"
+        )
         == 1
     )
     assert "listen(9000)" in text
