@@ -21,13 +21,17 @@ from gevent.event import Event
 from gunicorn.arbiter import Arbiter
 from gunicorn.workers.ggevent import GeventWorker
 
-from gunicorn_passenger import errors
+# A program uses `http_proxy`, `status` and both `api` modules. The master imports them before it forks: the
+# workers share their memory, and a worker that can open hardly any file cannot import anything.
+from gunicorn_passenger import errors, http_proxy, status  # noqa: F401
 from gunicorn_passenger.arbiter import fork_handlers, integration
 from gunicorn_passenger.config.address import format_sockname
 from gunicorn_passenger.config.settings import settings
+from gunicorn_passenger.daemons import api as daemons_api  # noqa: F401
 from gunicorn_passenger.errors import PassengerError
 from gunicorn_passenger.interposition import socket_patch
 from gunicorn_passenger.ipc.scoreboard import PRIMARY_SLOT
+from gunicorn_passenger.serving import api as serving_api  # noqa: F401
 from gunicorn_passenger.serving import events
 from gunicorn_passenger.serving.broker_client import BrokerClient
 from gunicorn_passenger.serving.drain import finish_connections

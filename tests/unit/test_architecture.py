@@ -31,7 +31,8 @@ LAYERS = [
     ["daemons"],
     ["status"],
     ["arbiter"],
-    ["http_proxy", "hooks", "worker"],
+    ["http_proxy", "hooks"],
+    ["worker"],
     ["script_runner"],
     ["cli", ""],
 ]
@@ -182,3 +183,15 @@ def test_public_modules_need_no_import_of_their_own() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert result.stdout.splitlines()[1] == "[]"
+
+
+def test_the_master_has_imported_all_that_a_program_uses_before_it_forks() -> None:
+    code = (
+        "import sys, gunicorn_passenger as p; p.Worker; before = set(sys.modules)"
+        "; [getattr(p, name) for name in p.__all__]"
+        f"; print([name for name in set(sys.modules) - before if name.startswith('{PACKAGE}')])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert result.stdout.strip() == "[]"
