@@ -179,7 +179,15 @@ def test_pipelined_requests_are_answered_in_order(served):
 def test_a_client_that_goes_leaves_nothing(served):
     process, where = served()
     (worker,) = process.workers()
-    before = open_sockets(worker)
+    seen = []
+
+    def settled():
+        # the connection that asked whether the worker is ready may still be open
+        seen.append(open_sockets(worker))
+        return len(seen) > 20 and len(set(seen[-20:])) == 1
+
+    wait_for(settled, lambda: f"the worker to settle: {seen[-20:]}")
+    before = seen[-1]
     for sent in (
         b"",
         b"GET / HT",

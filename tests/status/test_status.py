@@ -338,6 +338,8 @@ def test_after_usr2_each_master_has_its_own(start):
     os.kill(new, signal.SIGTERM)
     wait_for(lambda: [master["pid"] for master in status(start)] == [process.pid], "the roll-back")
     assert before.exists()
+    # gunicorn ignores USR2 until it has reaped the master that it started
+    wait_for(lambda: not os.path.exists(f"/proc/{new}"), "the end of the new master")
     process.signal(signal.SIGUSR2)
     masters = wait_for(lambda: len(found := status(start)) == 2 and found, "two masters")
     (new,) = {master["pid"] for master in masters} - {process.pid}
