@@ -75,7 +75,7 @@ _RESERVED = 300
 
 
 def _reserve(port: int) -> bool:
-    """Take a port for this test process, if nobody holds it on any address."""
+    """Take a port for this test process, if no other process holds it on any address."""
     if port in _reserved:
         return False
     token = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -89,7 +89,7 @@ def _reserve(port: int) -> bool:
         return False
     _reserved[port] = token
     if len(_reserved) > _RESERVED:
-        # it has long been used: a server listens there, or its test is over, or somebody keeps the token
+        # it has long been used: a server listens there, or its test is over, or another process keeps the token
         _reserved.pop(next(iter(_reserved)))
     return True
 
@@ -100,7 +100,7 @@ def kept(port: int) -> socket.socket:
 
 
 def free_port() -> int:
-    """A TCP port that nobody holds, below the range that the kernel gives to clients."""
+    """A TCP port that no process holds, below the range that the kernel gives to clients."""
     return free_range(1)
 
 
@@ -152,7 +152,7 @@ def fetch(
 
 
 def refused(where: Any) -> bool:
-    """Whether nobody listens there."""
+    """Whether no process listens there."""
     try:
         with contextlib.suppress(ConnectionResetError):  # it is closed as we come
             Client(where, timeout=5).connect()
@@ -248,7 +248,7 @@ class Process:
         os.kill(self.pid, number)
 
     def hup(self, workers: int, where: Any = None) -> None:
-        """Reload, and wait until the workers of before are gone."""
+        """Reload, and wait until the old workers are gone."""
         before = set(self.workers())
         self.signal(signal.SIGHUP)
         wait_for(

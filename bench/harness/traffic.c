@@ -110,7 +110,7 @@ static size_t receive(int fd, char *buffer, size_t size, int flags)
 {
     ssize_t got = recv(fd, buffer, size, flags);
     if (got <= 0)
-        fail("the other side broke off, or nothing came");
+        fail("the other side closed the connection, or nothing came");
     return got;
 }
 

@@ -754,7 +754,7 @@ def test_a_hook_may_ask_again():
 @ROOT_ONLY
 def test_daemons_run_as_the_workers_user_unless_the_operator_says_otherwise(site, port):
     site.start.home.chmod(0o1777)
-    # commands of the system: a Python in somebody's home is not for everybody to run
+    # commands of the system: other users cannot run a Python in a home directory
     process = site.run(
         f"passenger.spawn(['sh', '-c', 'id; exec sleep 1000'], name='default', listen={port})\n"
         "passenger.spawn(['sh', '-c', 'id; env; exec sleep 1000'], name='named', user='daemon')\n"
@@ -817,7 +817,7 @@ def test_a_master_that_is_not_root_becomes_nobody_else(asked):
     spec = dataclasses.replace(DaemonSpec("it", ("id",), "id"), **asked)
     child = os.fork()
     if child == 0:
-        # not by a program of its own: a Python in somebody's home is not for everybody to run
+        # not by a program of its own: other users cannot run a Python in a home directory
         status = 1
         try:
             os.setgroups([])
