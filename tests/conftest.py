@@ -82,7 +82,8 @@ def _reserve(port: int) -> bool:
     try:
         token.bind(f"\0gunicorn-passenger-test-port-{port}")
         with socket.socket(socket.AF_INET6) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # without SO_REUSEADDR, so that a port on which connections are in TIME_WAIT is not given out:
+            # tests bind these ports without it, too
             probe.bind(("::", port))
     except OSError:
         token.close()
