@@ -232,12 +232,12 @@ class DaemonManager(BrokerService):
     def _drop_unwanted(self, now: float) -> float | None:
         """Stop daemons that no worker has used for the grace period; ports are closed in the same way.
 
-        The timer is paused while a worker boots, which may be about to request the daemon.
+        The timer is paused while workers come and go: one that boots may be about to request the daemon.
 
         :returns: when the next grace period ends (monotonic seconds).
         """
         workers = self._broker.workers
-        if workers.settled and any(worker.age > self._last_before for worker in workers):
+        if workers.all_ready and any(worker.age > self._last_before for worker in workers):
             self._settled = True
         unused = [
             name

@@ -188,7 +188,7 @@ class MessageDispatcher:
         same_user = self._listeners.cfg.uid == os.geteuid()
         try:
             request = _check_text(request)
-            opened = self._placement.request(worker.age, request, same_user, self._planned_workers())
+            opened = self._placement.request(worker.age, request, same_user)
         except errors.ListenError as error:
             self._deny(worker, request.id, error, str(error))
             return
@@ -201,11 +201,6 @@ class MessageDispatcher:
             self._deny(worker, request.id, error, text)
             return
         self.reply(worker, opened)
-
-    def _planned_workers(self) -> int:
-        """How many workers there are to be."""
-        arbiter = self._workers.arbiter
-        return int(arbiter.num_workers if arbiter is not None else self._listeners.cfg.workers)
 
     def _on_release_port(self, worker: WorkerChannel, message: ReleasePort, _fd: int | None) -> None:
         self._placement.release(worker.age, message.key, message.id)

@@ -14,17 +14,20 @@ Key = TypeVar("Key", bound=Hashable)
 class GraceTimer(Generic[Key]):
     """Measures for how long each of several things has been unused.
 
-    The timer is paused while a worker boots, however long its imports take: that worker may be about to use
-    the thing, and a reload must never end one.
+    The timer is paused while workers come and go, however long their imports or their last requests take: a
+    worker that boots may be about to use the thing, and a reload must never end one.
     """
 
     def __init__(self) -> None:
-        #: the key of each unused thing, and since when (monotonic seconds)
-        self._unused_since: dict[Key, float] = {}
+        #: the key of each unused thing, and for how many seconds it has been unused, without the pauses
+        self._unused_for: dict[Key, float] = {}
+        #: when that was true (monotonic seconds)
+        self._updated = 0.0
+        self._paused = True
 
     def restart(self, key: Key) -> None:
         """A worker uses the thing, or has used it."""
-        self._unused_since.pop(key, None)
+        self._unused_for.pop(key, None)
 
     def expired(self, unused: Iterable[Key], now: float, grace: float, settled: bool) -> list[Key]:
         """The things that have been unused for the grace period; each is reported once.
@@ -32,12 +35,16 @@ class GraceTimer(Generic[Key]):
         :param unused: all things that no worker uses now.
         :param now: monotonic seconds.
         :param grace: the grace period in seconds.
-        :param settled: whether no worker boots.
+        :param settled: whether all workers serve; the timer is paused while it is false.
         """
-        self._unused_since = {key: self._unused_since.get(key, now) for key in unused} if settled else {}
-        found = [key for key, since in self._unused_since.items() if now - since >= grace]
+        elapsed = 0.0 if self._paused else now - self._updated
+        before, self._unused_for = self._unused_for, {}
+        for key in unused:
+            self._unused_for[key] = before[key] + elapsed if key in before else 0.0
+        self._updated, self._paused = now, not settled
+        found = [key for key, seconds in self._unused_for.items() if settled and seconds >= grace]
         for key in found:
-            del self._unused_since[key]
+            del self._unused_for[key]
         return found
 
     def deadline(self, grace: float) -> float | None:
@@ -45,4 +52,6 @@ class GraceTimer(Generic[Key]):
 
         :param grace: the grace period in seconds.
         """
-        return min(self._unused_since.values()) + grace if self._unused_since else None
+        if self._paused or not self._unused_for:
+            return None
+        return self._updated + grace - max(self._unused_for.values())

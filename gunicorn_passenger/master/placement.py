@@ -83,17 +83,15 @@ class PlacementScheduler:
         self._extra: list[tuple[str, int, int]] = []
         #: the last worker that accepted where one may: key to pid
         self._last: dict[str, object] = {}
-        #: how many workers there were to be at the last request
-        self._planned = 1
 
-    def request(self, age: int, request: OpenPort, same_user: bool, workers: int) -> PortOpened:
+    def request(self, age: int, request: OpenPort, same_user: bool) -> PortOpened:
         """A worker wants to listen.
 
-        :param workers: how many workers there are to be.
+        :param same_user: whether the worker runs as the master's user.
         :returns: the response; an AcceptGranted follows it at once, or later.
         :raises errors.ListenError: when the worker cannot have the port.
         """
-        self._planned = workers
+        workers = self._workers.planned
         known = set(self._listeners.ports)
         self._listeners.check_share(age, workers)
         if request.placement == "each":
@@ -228,7 +226,7 @@ class PlacementScheduler:
     def _retry_each(self, age: int, request: OpenPort) -> None:
         known = set(self._listeners.ports)
         try:
-            port = self._listeners.open_each(request, self._planned, age, waits=True)
+            port = self._listeners.open_each(request, self._workers.planned, age, waits=True)
         except errors.PassengerError:
             return
         if port is not None:

@@ -86,9 +86,26 @@ class WorkerChannels:
         return worker is not None and worker.serving
 
     @property
-    def settled(self) -> bool:
+    def planned(self) -> int:
+        """How many workers there are to be."""
+        return int(self.arbiter.num_workers) if self.arbiter is not None else 1
+
+    @property
+    def all_ready(self) -> bool:
         """Whether no worker boots: each one that wants a port or a daemon has had the time to ask for it."""
         return all(worker.ready for worker in self) and (bool(self._by_fd) or not self._expected)
+
+    @property
+    def settled(self) -> bool:
+        """Whether as many workers serve as there are to be, and none boots or drains.
+
+        Only then does a port or a daemon that no worker wants count as unused: gunicorn may start the
+        successor of a draining worker, which wants it again, only when that worker has exited.
+        """
+        if not self._expected:
+            return True
+        serving = [worker.serving for worker in self]
+        return all(serving) and len(serving) >= max(self.planned, 1)
 
     def pids(self) -> dict[int, int]:
         """Each worker that gunicorn knows: age to pid."""

@@ -26,8 +26,21 @@ def open_tcp(family: int, host: str, port: int, backlog: int, v6only: bool = Fal
     :raises errors.PortInUse: names the process that has the port, where the system tells.
     :raises errors.ListenError: when the kernel refuses for another reason.
     """
+    sock = open_tcp_if_free(family, host, port, backlog, v6only)
+    if sock is None:
+        raise listen_errors.in_use(format_tcp(host, port), port_owner.describe_owner(port, host))
+    return sock
+
+
+def open_tcp_if_free(
+    family: int, host: str, port: int, backlog: int, v6only: bool = False
+) -> _socket.socket | None:
+    """As :func:`open_tcp`, but ``None`` when the port is in use.
+
+    The search for the process that has a port reads all of /proc: a caller that tries many ports does not
+    need it.
+    """
     sock = None
-    label = format_tcp(host, port)
     try:
         sock = _socket.socket(family, socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -39,8 +52,8 @@ def open_tcp(family: int, host: str, port: int, backlog: int, v6only: bool = Fal
         if sock is not None:
             sock.close()
         if error.errno == errno.EADDRINUSE:
-            raise listen_errors.in_use(label, port_owner.describe_owner(port, host)) from None
-        raise listen_errors.cannot_open(label, error) from None
+            return None
+        raise listen_errors.cannot_open(format_tcp(host, port), error) from None
     return sock
 
 

@@ -63,18 +63,19 @@ def open_listener(
     """
     if request.kind == "unix":
         return listening_sockets.open_unix(request.path, request.mode, request.backlog)
-    family = address_family(request.host)
+    address = address_family(request.host), request.host
+    options = request.backlog, request.v6only
     if request.kind == "tcp":
         if allocation is not None:
             allocation.check(request.port)
-        return _open_tcp(family, request, request.port)
+        return listening_sockets.open_tcp(*address, request.port, *options)
     assert allocation is not None
     ports = _candidates(request, allocation)
     if ports is None:
         if preferred and preferred not in in_use:
             with suppress(errors.ListenError):
-                return _open_tcp(family, request, preferred)
-        return _open_tcp(family, request, 0)
+                return listening_sockets.open_tcp(*address, preferred, *options)
+        return listening_sockets.open_tcp(*address, 0, *options)
     free = sorted(ports - in_use)
     if len(free) < needed:
         raise listen_errors.too_few_ports(format_ports(ports), needed, len(free), allocation.sources)
@@ -82,13 +83,10 @@ def open_listener(
         free.insert(0, preferred)
     for number in free:
         allocation.check(number)
-        with suppress(errors.PortInUse):
-            return _open_tcp(family, request, number)
+        sock = listening_sockets.open_tcp_if_free(*address, number, *options)
+        if sock is not None:
+            return sock
     raise listen_errors.no_port_free(format_ports(ports), allocation.sources)
-
-
-def _open_tcp(family: int, request: ListenRequest, port: int) -> _socket.socket:
-    return listening_sockets.open_tcp(family, request.host, port, request.backlog, request.v6only)
 
 
 def _candidates(request: ListenRequest, allocation: PortAllocation) -> Set[int] | None:

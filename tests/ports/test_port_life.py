@@ -8,7 +8,17 @@ import socket
 import threading
 
 import pytest
-from conftest import GUNICORN, answers, descriptors, fetch, free_port, pids_answering, refused, wait_for
+from conftest import (
+    GUNICORN,
+    Client,
+    answers,
+    descriptors,
+    fetch,
+    free_port,
+    pids_answering,
+    refused,
+    wait_for,
+)
 
 
 class Knocking:
@@ -176,6 +186,47 @@ def test_port_stays_while_a_slow_program_boots(start, port, home):
         wait_for(lambda: knocking.asked > 500, "more than the grace period to pass")
     (home / "go").touch()
     wait_for(lambda: answers(port), "the successor to serve")
+    assert knocking.refused == 0
+    assert "Closed" not in process.log()
+
+
+LEAVING = """
+    import os
+    import time
+    import gunicorn_passenger as passenger
+
+    def application(environ, start_response):
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        if environ["PATH_INFO"] == "/slow":
+            yield b"begun"
+            while not os.path.exists("go"):
+                time.sleep(0.05)
+        yield str(os.getpid()).encode()
+
+    passenger.create_server(application).listen({port}, placement="{placement}")
+    """
+
+
+@pytest.mark.parametrize("placement", ["shared", "one", "each"])
+def test_port_stays_while_its_only_worker_leaves_slowly(start, port, home, placement):
+    """gunicorn starts the successor when the old worker has exited, and a long response may delay that."""
+    start.write("leaving.py", LEAVING.format(port=port, placement=placement))
+    process = start.gunicorn(
+        "leaving", "-c", grace_conf(start, 0.2), "--graceful-timeout", 600, "--timeout", 600, workers=1
+    ).wait_ready()
+    wait_for(lambda: answers(port), "the second server")
+    slow = Client(process.socket)
+    slow.request("GET", "/slow")
+    response = slow.getresponse()
+    assert response.read(5) == b"begun"
+    (worker,) = process.workers()
+    os.kill(worker, signal.SIGTERM)
+    with Knocking(port) as knocking:
+        wait_for(lambda: knocking.asked > 500, "more than the grace period to pass")
+    (home / "go").touch()
+    assert response.read() == str(worker).encode()
+    slow.close()
+    wait_for(lambda: worker not in process.workers() and answers(port), "the successor to serve")
     assert knocking.refused == 0
     assert "Closed" not in process.log()
 

@@ -26,7 +26,7 @@ from gunicorn_passenger.master import descriptors, upgrade_state
 from gunicorn_passenger.master.broker import Broker
 from gunicorn_passenger.master.listeners import Listeners
 from gunicorn_passenger.master.service import BrokerService
-from gunicorn_passenger.master.worker_channels import WorkerChannel
+from gunicorn_passenger.master.worker_channels import WorkerChannel, WorkerChannels
 from gunicorn_passenger.status import report
 from gunicorn_passenger.system.text import MAX_NAME, escape_error_log, printable
 
@@ -339,7 +339,7 @@ def test_a_name_that_is_too_long_is_refused(workers):
 
 def test_one_worker_does_not_get_all_ports(workers, monkeypatch):
     workers.add(2)
-    workers.cfg.set("workers", 2)
+    monkeypatch.setattr(WorkerChannels, "planned", 2)
     monkeypatch.setattr(Listeners, "limit", staticmethod(lambda: 8))
     opened = [workers.open(1, f"server {n}") for n in range(6)]
     assert all(isinstance(answer, messages.PortOpened) for answer in opened)

@@ -9,6 +9,7 @@ from conftest import free_port
 from gunicorn_passenger import errors
 from gunicorn_passenger.config.port_allocation import AllocationSource, PortAllocation
 from gunicorn_passenger.master.grace_timer import GraceTimer
+from gunicorn_passenger.system import port_owner
 from gunicorn_passenger.system.port_opening import ListenRequest, open_listener
 
 
@@ -21,14 +22,24 @@ def test_what_is_unused_for_the_grace_period_expires_once():
     assert timer.deadline(10) == 119
 
 
-def test_the_timer_begins_again_when_a_worker_boots_or_uses_the_thing():
+def test_the_timer_begins_again_when_a_worker_uses_the_thing():
     timer = GraceTimer()
     timer.expired(["a", "b"], 100, 10, settled=True)
     timer.restart("a")
     assert timer.expired(["a", "b"], 110, 10, settled=True) == ["b"]
-    assert timer.expired(["a"], 111, 10, settled=False) == []
+    assert timer.deadline(10) == 120
+
+
+def test_the_timer_is_paused_while_workers_come_and_go():
+    """Workers that are replaced all the time must not keep an unused port open for ever."""
+    timer = GraceTimer()
+    timer.expired(["a"], 100, 10, settled=True)
+    assert timer.expired(["a"], 106, 10, settled=False) == []
     assert timer.deadline(10) is None
     assert timer.expired(["a"], 200, 10, settled=True) == []
+    assert timer.deadline(10) == 204
+    assert timer.expired(["a"], 204, 10, settled=False) == []
+    assert timer.expired(["a"], 300, 10, settled=True) == ["a"]
 
 
 def allocation(*ports):
@@ -47,6 +58,24 @@ def test_auto_opens_the_preferred_port_and_skips_those_in_use():
         open_listener(request, allowed, {first, second})
     with pytest.raises(errors.ListenError, match="needs 3 more ports"):
         open_listener(request, allowed, needed=3)
+
+
+def test_auto_looks_for_no_holder_of_the_ports_that_it_tries(monkeypatch):
+    """The search reads all of /proc, with the lock held: 300 searches would lose the server."""
+    searched = []
+    monkeypatch.setattr(port_owner, "describe_owner", lambda *args: searched.append(args) or "a test")
+    with contextlib.ExitStack() as stack:
+        numbers = [free_port() for _ in range(5)]
+        for number in numbers[:-1]:
+            stack.enter_context(socket.create_server(("127.0.0.1", number)))
+        request = ListenRequest("auto", "127.0.0.1")
+        with contextlib.closing(open_listener(request, allocation(*numbers))) as sock:
+            assert sock.getsockname()[1] == numbers[-1]
+            with pytest.raises(errors.PortInUse):
+                open_listener(request, allocation(*numbers))
+        assert not searched
+        with pytest.raises(errors.PortInUse, match="by a test"):
+            open_listener(ListenRequest("tcp", "127.0.0.1", numbers[0]), allocation(*numbers))
 
 
 def test_a_fixed_port_must_be_allocated():
