@@ -10,6 +10,7 @@ import ssl
 from typing import Any
 
 from gunicorn_passenger.errors import SettingError
+from gunicorn_passenger.proxy.dial import Dialer, DialSettings
 from gunicorn_passenger.proxy.pool import Pool
 from gunicorn_passenger.proxy.target import Target
 from gunicorn_passenger.proxy.upstream_io import runtime
@@ -63,18 +64,18 @@ class Agent:
             f"idle_timeout={self.idle_timeout:g}, connect_timeout={self.connect_timeout:g})"
         )
 
-    def pool(self, target: Target, secure: bool, local_address: str | None) -> Pool:
+    def pool(self, target: Target, settings: DialSettings) -> Pool:
         """The pool of a target in the caller's event loop, or that of all threads without one."""
         here = runtime()
-        key = (target.host, target.port, target.path, target.scheme, secure, local_address, here)
+        key = (target.host, target.port, target.path, target.scheme, settings, here)
         found = self._pools.get(key)
         if found is None:
             if len(self._pools) >= _POOLS:
                 # a target function may return new targets without end
                 for old in [key for key, pool in self._pools.items() if pool.empty]:
                     self._pools.pop(old).forgotten = True
-            context = self.context(secure) if target.tls else None
-            found = self._pools.setdefault(key, Pool(self, target, here, local_address, context))
+            context = self.context(settings.secure) if target.tls else None
+            found = self._pools.setdefault(key, Pool(self, Dialer(target, here, settings, context)))
         return found
 
     def context(self, secure: bool) -> ssl.SSLContext:

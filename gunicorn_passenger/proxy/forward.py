@@ -50,10 +50,11 @@ def execute(  # noqa: PLR0915 - one function, so that the common case needs no o
     connection = request.connection
     new = False
     redirects: Redirects | None = None
+    client = request.downstream if connection is None else connection
     while True:
         pool = plan.pool
         try:
-            upstream = request.upstream = pool.acquire(new, request.waits)
+            upstream = request.upstream = pool.acquire(new, request.waits, client)
         except (UpstreamRefused, UpstreamTimeout, PoolExhausted) as error:
             if redirects is not None:
                 raise
@@ -66,11 +67,7 @@ def execute(  # noqa: PLR0915 - one function, so that the common case needs no o
         if not request.sender.length:
             options = plan.options
             try:
-                received = stream.request(
-                    request_head,
-                    options.proxy_timeout,
-                    request.downstream if connection is None else connection,
-                )
+                received = stream.request(request_head, options.proxy_timeout, client)
             except TimeoutError:
                 raise no_response_in(options.proxy_timeout) from None
             except OSError as error:

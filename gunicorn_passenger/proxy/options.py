@@ -18,6 +18,7 @@ from typing import Any
 from gunicorn_passenger.errors import SettingError, UnknownSetting
 from gunicorn_passenger.http.grammar import FIELD_VALUE, TOKEN
 from gunicorn_passenger.proxy.agent import Agent
+from gunicorn_passenger.proxy.dial import DialSettings
 from gunicorn_passenger.proxy.target import Target, parse_target
 
 #: Fields that the proxy writes itself: they frame the message or speak of the connection.
@@ -72,6 +73,8 @@ class Options:
 
     #: fields that are set on each request: lower-case name → name and value
     set_headers: dict[str, tuple[str, str]] = field(init=False)
+    #: how targets are connected to
+    dial: DialSettings = field(init=False)
     #: whether responses go to the client with nothing rewritten
     plain_response: bool = field(init=False)
     #: whether responses go to the client unchanged, and no response leads to another request
@@ -105,6 +108,7 @@ class Options:
             self.cookie_path_rewrite,
         )
         object.__setattr__(self, "set_headers", set_headers)
+        object.__setattr__(self, "dial", DialSettings(self.secure, self.local_address, self.fail_timeout))
         object.__setattr__(self, "plain_response", not any(rewrites))
         changes = self.via or self.self_handle_response or self.follow_redirects or self.sticky
         object.__setattr__(self, "copies_responses", self.plain_response and not changes)

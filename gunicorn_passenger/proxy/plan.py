@@ -416,7 +416,7 @@ def _is_websocket(headers: RequestHeaders) -> bool:
 
 
 def _pool(options: Options, target: Target) -> Pool:
-    pool: Pool = options.agent.pool(target, options.secure, options.local_address)
+    pool: Pool = options.agent.pool(target, options.dial)
     return pool
 
 

@@ -6,16 +6,19 @@ Never: hands out a connection on which unsolicited data has come, or makes more 
 
 from __future__ import annotations
 
-import ssl
+import contextlib
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import Any, Protocol
 
+from greenlet import getcurrent
+
 from gunicorn_passenger.errors import PoolExhausted
-from gunicorn_passenger.proxy.dial import connect
+from gunicorn_passenger.http.downstream_api import DisconnectNotifier
+from gunicorn_passenger.proxy.dial import Dialer
 from gunicorn_passenger.proxy.log import failed_callback
-from gunicorn_passenger.proxy.target import Target
-from gunicorn_passenger.proxy.upstream_io import Runtime, Stream
+from gunicorn_passenger.proxy.upstream_io import DownstreamDisconnected, Stream
 
 
 class PoolLimits(Protocol):
@@ -56,6 +59,19 @@ class UpstreamConnection:
         self.pool.evict(self)
 
 
+@contextlib.contextmanager
+def _watched(client: DisconnectNotifier | None) -> Iterator[None]:
+    """End what the calling greenlet waits for when a client disconnects."""
+    if client is None:
+        yield
+        return
+    client.watch(getcurrent().throw, DownstreamDisconnected)
+    try:
+        yield
+    finally:
+        client.unwatch()
+
+
 class _PoolWaiter:
     """A request that waits for a connection."""
 
@@ -69,19 +85,11 @@ class _PoolWaiter:
 class Pool:
     """The connections to one upstream."""
 
-    def __init__(
-        self,
-        limits: PoolLimits,
-        target: Target,
-        runtime: Runtime,
-        local_address: str | None,
-        context: ssl.SSLContext | None,
-    ) -> None:
+    def __init__(self, limits: PoolLimits, dialer: Dialer) -> None:
         self.limits = limits
-        self.target = target
-        self.runtime = runtime
-        self._local_address = local_address
-        self._context = context
+        self._dialer = dialer
+        self.target = dialer.target
+        self.runtime = runtime = dialer.runtime
         #: the idle connections; the one that was used last is at the end
         self._idle: list[UpstreamConnection] = []
         #: how many connections are in use, or being made
@@ -99,14 +107,18 @@ class Pool:
 
     # --- use -------------------------------------------------------------------------------------
 
-    def acquire(self, new: bool = False, wait: bool = True) -> UpstreamConnection:
+    def acquire(
+        self, new: bool = False, wait: bool = True, client: DisconnectNotifier | None = None
+    ) -> UpstreamConnection:
         """Take a connection for one request. The caller ends its use with :meth:`release` or :meth:`discard`.
 
         :param new: whether an idle connection will not do.
         :param wait: whether to wait when the pool has no room for another connection.
+        :param client: the client of the request; the wait ends when that disconnects.
         :raises PoolExhausted: when no connection becomes free within ``connect_timeout``, or at once with
             ``wait=False``.
         :raises UpstreamRefused, UpstreamTimeout: when the upstream cannot be connected to.
+        :raises DownstreamDisconnected: when the client disconnects meanwhile.
         """
         while self._idle and not new:
             if self._loop is not None:
@@ -123,7 +135,8 @@ class Pool:
                 return upstream
             # the upstream has closed it, or has sent what no request asked for
             self.discard(upstream)
-        return self._wait_or_connect(new, wait)
+        with _watched(client):
+            return self._wait_or_connect(new, wait)
 
     def release(self, upstream: UpstreamConnection) -> None:
         """Give back a connection whose response was read to its end: it may carry another request."""
@@ -187,9 +200,7 @@ class Pool:
                 return self.acquire(new, wait)
             given.stream.close()
         try:
-            stream = connect(
-                self.target, self.runtime, self.limits.connect_timeout, self._local_address, self._context
-            )
+            stream = self._dialer.connect(self.limits.connect_timeout)
         except BaseException:
             self._free_place()
             raise

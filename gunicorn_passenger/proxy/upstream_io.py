@@ -23,7 +23,7 @@ from typing import Any
 
 import gevent
 from gevent import getcurrent, monkey
-from gevent import socket as gsocket
+from gevent import select as gevent_select
 from gevent._hub_local import get_hub_if_exists
 from gevent.event import Event as GeventEvent
 
@@ -31,6 +31,7 @@ from gunicorn_passenger.errors import UpstreamTimeout
 from gunicorn_passenger.http.downstream_api import DisconnectNotifier
 from gunicorn_passenger.http.timeouts import TimeoutQueue
 from gunicorn_passenger.proxy.log import failed_callback
+from gunicorn_passenger.proxy.resolver import Resolver
 
 #: what a wait ends with
 _READY, _LATE, _GONE = "ready", "late", "gone"
@@ -49,6 +50,7 @@ READ, WRITE = 1, 2
 
 #: the system's own: gevent's would need a hub, which a thread does not have
 _poll = monkey.get_original("select", "poll")
+_start_new_thread = monkey.get_original("_thread", "start_new_thread")
 
 
 class DownstreamDisconnected(Exception):
@@ -63,6 +65,7 @@ class GeventRuntime:
 
     def __init__(self, hub: Any) -> None:
         self.hub = hub
+        self.resolver = Resolver(self)
         self._timeouts: dict[float, TimeoutQueue] = {}
         #: requests to be sent at the end of the iteration
         self._pending_sends: list[tuple[GeventStream, bytes]] = []
@@ -109,12 +112,18 @@ class GeventRuntime:
     def event(self) -> Any:
         return GeventEvent()
 
-    def resolve(self, host: str, port: int, seconds: float) -> list[Any]:
-        """
-        :raises TimeoutError: when it takes longer than ``seconds``.
-        """
-        with gevent.Timeout(max(seconds, 0.001), TimeoutError):
-            return list(gsocket.getaddrinfo(host, port, 0, socket.SOCK_STREAM))
+    def poll(self) -> Any:
+        """An object with the interface of :func:`select.poll`; its wait lets the hub run."""
+        return gevent_select.poll()
+
+    def start_native_thread(self, function: Callable[[], None]) -> None:
+        """Run a function in a thread that has no hub."""
+        _start_new_thread(function, ())
+
+    def call_from_thread(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Called in a native thread: call a function in the hub."""
+        with contextlib.suppress(Exception):  # the hub has ended meanwhile
+            self.hub.loop.run_callback_threadsafe(function, *arguments)
 
     def open(self, sock: Any) -> Stream:
         return GeventStream(sock, self)
@@ -124,6 +133,9 @@ class ThreadRuntime:
     """How threads without a gevent hub wait; there is one instance."""
 
     concurrent = False
+
+    def __init__(self) -> None:
+        self.resolver = Resolver(self)
 
     def lock(self) -> Any:
         """Keeps two threads from changing the same pool at a time."""
@@ -137,9 +149,14 @@ class ThreadRuntime:
     def event(self) -> Any:
         return threading.Event()
 
-    def resolve(self, host: str, port: int, seconds: float) -> list[Any]:
-        """The system's resolver decides how long it takes."""
-        return list(_socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM))
+    def poll(self) -> Any:
+        return _poll()
+
+    def start_native_thread(self, function: Callable[[], None]) -> None:
+        _start_new_thread(function, ())
+
+    def call_from_thread(self, function: Callable[..., None], *arguments: Any) -> None:
+        function(*arguments)
 
     def open(self, sock: Any) -> Stream:
         return ThreadStream(sock)

@@ -14,7 +14,7 @@ from test_proxy_units import frame
 from gunicorn_passenger.http import faults
 from gunicorn_passenger.proxy import agent as agents
 from gunicorn_passenger.proxy import mirror, tunnel
-from gunicorn_passenger.proxy import pool as pools
+from gunicorn_passenger.proxy.dial import Dialer, DialSettings
 from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.target import parse_target
 from gunicorn_passenger.proxy.tunnel import Tunnel, tls_bridge
@@ -195,15 +195,15 @@ def test_a_watcher_that_cannot_be_closed_leaves_no_descriptor(pairs):
 def pool(monkeypatch, pairs):
     """A pool whose connections lead to ``far`` of their links."""
 
-    def connect(target, waits, seconds, local_address, context):
+    def connect(dialer, seconds):
         near, far = pairs()
         stream = GeventStream(near, runtime())
         stream.far = far
         return stream
 
-    monkeypatch.setattr(pools, "connect", connect)
+    monkeypatch.setattr(Dialer, "connect", connect)
     agent = agents.Agent(idle_timeout=0.02)
-    yield agent.pool(parse_target(9), True, None)
+    yield agent.pool(parse_target(9), DialSettings())
     agent.close()
 
 

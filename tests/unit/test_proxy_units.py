@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gunicorn_passenger.errors import BadResponse, PoolExhausted
 from gunicorn_passenger.proxy import agent as agents
-from gunicorn_passenger.proxy import pool as pools
+from gunicorn_passenger.proxy.dial import Dialer, DialSettings
 from gunicorn_passenger.proxy.response_head import ResponseChunks, ResponseHead
 from gunicorn_passenger.proxy.target import parse_target
 from gunicorn_passenger.proxy.upstream_io import GeventStream, runtime
@@ -165,14 +165,14 @@ def pool(monkeypatch):
     gevent.get_hub()
     fars = []
 
-    def connect(target, waits, seconds, local_address, context):
+    def connect(dialer, seconds):
         stream, far = pair()
         fars.append(far)
         return stream
 
-    monkeypatch.setattr(pools, "connect", connect)
+    monkeypatch.setattr(Dialer, "connect", connect)
     agent = agents.Agent(max_connections=2, connect_timeout=30)
-    yield agent.pool(parse_target(9), True, None)
+    yield agent.pool(parse_target(9), DialSettings())
     agent.close()
     for far in fars:
         far.close()
