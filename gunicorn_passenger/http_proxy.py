@@ -22,7 +22,6 @@ from gunicorn_passenger.proxy.agent import Agent
 from gunicorn_passenger.proxy.handler import Proxy
 from gunicorn_passenger.proxy.middleware import ProxyMiddleware
 from gunicorn_passenger.proxy.options import Options
-from gunicorn_passenger.proxy.target import Target
 from gunicorn_passenger.serving.registry import registry
 from gunicorn_passenger.serving.server import Server
 
@@ -106,18 +105,6 @@ def create_server(target: Any = None, host: str | None = None, **options: Any) -
     where = "http_proxy.create_server()"
     checked = Options().merged(options, where)
     try:
-        return ProxyServer(Proxy(target, host, checked, _find_server))
+        return ProxyServer(Proxy(target, host, checked, registry.discovery))
     except SettingError as error:
         raise SettingError(f"{where}: {error}") from None
-
-
-def _find_server(name: str) -> Target:
-    """The address of a server of this application.
-
-    :raises LookupError: when there is no such server, or it does not listen yet.
-    """
-    address = registry.discovery.resolve_server(name)
-    if isinstance(address, tuple):
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
-        return Target(host, address[1])
-    return Target(path=address.removeprefix("unix:"))

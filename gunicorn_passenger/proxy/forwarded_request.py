@@ -27,7 +27,7 @@ from gunicorn_passenger.proxy.request_body import NO_BODY_SENDER, NoBodySender, 
 from gunicorn_passenger.proxy.request_headers import ForwardedInfo, RequestHeaders
 from gunicorn_passenger.proxy.round_trip import RoundTrip
 from gunicorn_passenger.proxy.routes import Backend, Route
-from gunicorn_passenger.proxy.target import Target
+from gunicorn_passenger.proxy.target import ServerDirectory, Target
 from gunicorn_passenger.proxy.upstream_io import DownstreamDisconnected
 from gunicorn_passenger.system.text import printable
 
@@ -53,7 +53,7 @@ class ProxyContext(Protocol):
     options: Options
     route: Route
     events: Events
-    find_server: Callable[[str], Target]
+    servers: ServerDirectory | None
 
     def buffer_for(self, options: Options) -> Any:
         """The body to send in place of the client's."""

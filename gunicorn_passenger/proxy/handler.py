@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from gunicorn_passenger.errors import SettingError
 from gunicorn_passenger.proxy import plan as planning
 from gunicorn_passenger.proxy.events import Events
 from gunicorn_passenger.proxy.forward import execute
 from gunicorn_passenger.proxy.forwarded_request import ForwardedRequest
 from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.routes import Route
-from gunicorn_passenger.proxy.target import Target
+from gunicorn_passenger.proxy.target import ServerDirectory
 
 
 class Proxy:
@@ -27,19 +26,18 @@ class Proxy:
         target: Any,
         host: str | None = None,
         options: Options | None = None,
-        find_server: Callable[[str], Target] | None = None,
+        servers: ServerDirectory | None = None,
     ) -> None:
         """
         :param target: see ``docs/proxy.md``.
         :param host: the host for a bare port.
-        :param find_server: gives the address of a server of this application by its name; raises
-            ``LookupError`` when there is no such server.
+        :param servers: the servers of this application, which a target may name.
         :raises SettingError: (a ``ValueError``) when the target cannot be used.
         """
         self.options = options or Options()
         self.route = Route(target, host, self.options)
         self.events = Events()
-        self.find_server = find_server or _no_server
+        self.servers = servers
         self._buffer: bytes | None = None
 
     def __str__(self) -> str:
@@ -116,10 +114,3 @@ class Proxy:
     def close(self) -> None:
         """Close the connections to the targets that no request uses."""
         self.options.agent.close()
-
-
-def _no_server(name: str) -> Target:
-    raise LookupError(name)
-
-
-__all__ = ["Proxy", "SettingError"]

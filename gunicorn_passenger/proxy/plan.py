@@ -29,7 +29,7 @@ from gunicorn_passenger.proxy.request_body import NO_BODY_SENDER, RequestBodySen
 from gunicorn_passenger.proxy.request_headers import ForwardedInfo, RequestHeaders
 from gunicorn_passenger.proxy.request_target import BadTarget, request_path, target_path
 from gunicorn_passenger.proxy.routes import Backend, Route
-from gunicorn_passenger.proxy.target import Target
+from gunicorn_passenger.proxy.target import Target, server_target
 from gunicorn_passenger.proxy.upstream_request import (
     checked_lines,
     checked_request,
@@ -215,7 +215,7 @@ def plan_next_target(request: ForwardedRequest, error: ProxyError) -> ForwardPla
     :raises ProxyError: ``error``, when there is no other target.
     """
     backend = request.backend
-    if backend is not None and backend.has_peers and not isinstance(error, PoolExhausted):
+    if backend is not None and not isinstance(error, PoolExhausted):
         backend.failed(request.options)
     if not request.backends:
         raise error
@@ -242,8 +242,7 @@ def _plan_backend(
         except UpstreamRefused as error:
             if not request.backends:
                 raise
-            if backend.has_peers:
-                backend.failed(request.options)
+            backend.failed(request.options)
             log.warning("proxy: %s: %s; the next target is tried", backend.target, error)
             request.leave_backend()
             backends = request.backends
@@ -319,7 +318,9 @@ def resolve(request: ForwardedRequest, target: Target) -> Target:
     if not target.server:
         return target
     try:
-        return request.proxy.find_server(target.server)
+        if request.proxy.servers is None:
+            raise LookupError(target.server)
+        return server_target(request.proxy.servers, target.server)
     except LookupError:
         raise UpstreamRefused(f"this application has no server with the name {target.server!r}") from None
 
@@ -349,7 +350,10 @@ def _choose(request: ForwardedRequest, route: Route) -> list[Backend] | None:
         request.sticky_id = sticky.target_id_in(request.environ.get("HTTP_COOKIE", ""), options.sticky_name)
     try:
         return route.choose(
-            request.werkzeug_request() if route.is_dynamic else None, options, request.sticky_id or None
+            request.werkzeug_request() if route.is_dynamic else None,
+            options,
+            request.sticky_id or None,
+            request.proxy.servers,
         )
     except Exception as error:
         raise HandlerFailed("the function that chooses the target failed") from error

@@ -8,33 +8,37 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from gunicorn_passenger.errors import SettingError
 from gunicorn_passenger.proxy.options import Options
-from gunicorn_passenger.proxy.target import Target, check_prefix, matches, parse_target
+from gunicorn_passenger.proxy.target import ServerDirectory, Target, check_prefix, matches, parse_target
 
 #: How many results of target functions are remembered.
 _REMEMBER = 1024
+
+_starts = itertools.count()
 
 
 class Backend:
     """A target, and its state."""
 
-    __slots__ = ("active", "failed_until", "has_peers", "id", "target")
+    __slots__ = ("active", "failed_until", "id", "target")
 
-    def __init__(self, target: Target, has_peers: bool) -> None:
+    def __init__(self, target: Target, key: bytes) -> None:
+        """
+        :param key: makes ids of which a client cannot tell the address.
+        """
         self.target = target
-        #: whether other targets can take its place
-        self.has_peers = has_peers
         #: how many requests and tunnels it has now
         self.active = 0
         #: until when it is skipped, on the monotonic clock
         self.failed_until = 0.0
         #: its id in a sticky cookie
-        self.id = ""
+        self.id = hashlib.blake2s(target.text.encode(), key=key, digest_size=9).hexdigest()
 
     def failed(self, options: Options) -> None:
         """Skip it for ``fail_timeout``: it cannot be connected to."""
@@ -46,22 +50,28 @@ class TargetGroup:
 
     def __init__(self, targets: list[Target]) -> None:
         unique = list(dict.fromkeys(targets))
-        self.backends = [Backend(target, len(unique) > 1) for target in unique]
-        self._next = 0
-        # the cookie must not tell what the addresses are
-        key = hashlib.blake2s("\n".join(backend.target.text for backend in self.backends).encode()).digest()
-        for backend in self.backends:
-            backend.id = hashlib.blake2s(backend.target.text.encode(), key=key, digest_size=9).hexdigest()
+        self._key = hashlib.blake2s("\n".join(target.text for target in unique).encode()).digest()
+        self.backends = [Backend(target, self._key) for target in unique]
+        #: the backends of servers that a target stands for, by their names
+        self._members: dict[str, Backend] = {}
+        #: whose turn it is. A program may make a proxy for each request, and they must not all begin with the
+        #: same one of the "each" servers.
+        self._next = next(_starts) if any(target.server for target in unique) else 0
 
     def __str__(self) -> str:
         return ", ".join(backend.target.text for backend in self.backends)
 
-    def candidates(self, options: Options, cookie: str | None) -> list[Backend]:
+    def candidates(
+        self, options: Options, cookie: str | None, servers: ServerDirectory | None
+    ) -> list[Backend]:
         """The targets in the order in which they are to be tried.
 
         :param cookie: the id of the target that the client had before, with sticky targets.
+        :param servers: the servers of the application: the name of an ``"each"`` server stands for several.
         """
         backends = self.backends
+        if servers is not None and any(backend.target.server for backend in backends):
+            backends = [member for backend in backends for member in self._expanded(backend, servers)]
         if len(backends) == 1:
             return backends
         at = self._next = (self._next + 1) % len(backends)
@@ -77,6 +87,20 @@ class TargetGroup:
         # the one that failed first is the likeliest to be back
         failed = [backend for backend in order if backend.failed_until > now]
         return well + sorted(failed, key=lambda backend: backend.failed_until)
+
+    def _expanded(self, backend: Backend, servers: ServerDirectory) -> list[Backend]:
+        """The backends that a backend stands for."""
+        target = backend.target
+        names = servers.member_names(target.server) if target.server else []
+        if not names or names == [target.server]:
+            return [backend]
+        found = []
+        for name in names:
+            member = self._members.get(name)
+            if member is None:
+                member = self._members[name] = Backend(Target(server=name), self._key)
+            found.append(member)
+        return found
 
 
 class Route:
@@ -110,8 +134,9 @@ class Route:
             self.function = target
         else:
             self.group = TargetGroup([parse_target(target, host)])
-        if self.group is not None and len(self.group.backends) == 1 and not options.sticky:
-            self.only = self.group.backends
+        backends = self.group.backends if self.group is not None else []
+        if len(backends) == 1 and not (options.sticky or backends[0].target.server):
+            self.only = backends
 
     def __str__(self) -> str:
         if self.table:
@@ -122,11 +147,7 @@ class Route:
 
     def always_targets(self, target: Target) -> bool:
         """Whether every request goes to this target, with its path unchanged."""
-        return (
-            self.only is not None
-            and self.only[0].target is target
-            and not (self.table or self.remove or target.server)
-        )
+        return self.only is not None and self.only[0].target is target and not (self.table or self.remove)
 
     @property
     def mirror_only(self) -> bool:
@@ -167,10 +188,13 @@ class Route:
         """Whether a function of the request chooses the target."""
         return self.function is not None
 
-    def choose(self, request: Any, options: Options, cookie: str | None) -> list[Backend] | None:
+    def choose(
+        self, request: Any, options: Options, cookie: str | None, servers: ServerDirectory | None
+    ) -> list[Backend] | None:
         """The targets to try, in their order; ``None`` when the function returns ``None``.
 
         :param request: for a function.
+        :param cookie, servers: as for :meth:`TargetGroup.candidates`.
         :raises SettingError: when the function returns something that is not a target.
         """
         group = self.group
@@ -180,7 +204,7 @@ class Route:
             if said is None:
                 return None
             group = self._remembered(said)
-        return group.candidates(options, cookie)
+        return group.candidates(options, cookie, servers)
 
     def with_target(self, target: Any, options: Options) -> Route:
         """The same route with another target, for one request."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from gunicorn_passenger.errors import SettingError
@@ -71,6 +71,31 @@ class Target:
     def origin(self) -> str:
         """What a URL on it begins with."""
         return f"{self.scheme}://{self.authority}"
+
+
+class ServerDirectory(Protocol):
+    """Where the servers of the application are."""
+
+    def resolve_server(self, name: str) -> tuple[str, int] | str:
+        """The address of a server: host and port, or ``unix:/path``.
+
+        :raises LookupError: when there is no such server, or it does not listen yet.
+        """
+
+    def member_names(self, name: str) -> list[str]:
+        """The servers that a name stands for: none, one, or those of all workers."""
+
+
+def server_target(servers: ServerDirectory, name: str) -> Target:
+    """The address of a server of the application, as a target.
+
+    :raises LookupError: when there is no such server.
+    """
+    address = servers.resolve_server(name)
+    if isinstance(address, tuple):
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
+        return Target(host, address[1])
+    return Target(path=address.removeprefix("unix:"))
 
 
 def parse_target(target: object, host: str | None = None, what: str = "target") -> Target:

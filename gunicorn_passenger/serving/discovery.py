@@ -21,6 +21,10 @@ from gunicorn_passenger.serving.third_party import ThirdPartyServer
 _CACHE_SECONDS = 1.0
 
 
+#: servers in other processes: their own names, and their addresses
+_Members = tuple[tuple[str, tuple[str, int] | str], ...]
+
+
 class _ServerInfo(NamedTuple):
     name: str
     address: tuple[str, int] | str | None
@@ -50,8 +54,8 @@ class ServerDiscovery:
         """
         self._servers = servers
         self._report = report
-        #: by name: the addresses in other processes, and the time at which they are asked for again
-        self._remembered: dict[str, tuple[tuple[tuple[str, int] | str, ...], float]] = {}
+        #: by name: the servers in other processes, and the time at which they are asked for again
+        self._remembered: dict[str, tuple[_Members, float]] = {}
         self._turns = count()
 
     def list_servers(self) -> list[ServerInfo]:
@@ -76,27 +80,42 @@ class ServerDiscovery:
         for server in self._servers:
             if server.name == name and server.address:
                 return server.address
+        found = self._members(name)
+        if not found:
+            raise LookupError(name)
+        return found[next(self._turns) % len(found)][1]
+
+    def member_names(self, name: str) -> list[str]:
+        """The own names of the servers that a name stands for: with ``"each"``, one in each worker.
+
+        :param name: as for :meth:`resolve_server`; the list is empty when no server has it.
+        """
+        if any(server.name == name for server in self._servers):
+            return [name]
+        return sorted({member for member, _ in self._members(name)})
+
+    def _members(self, name: str) -> _Members:
+        """The servers in other processes that a name stands for, as the master knows them."""
         now = monotonic()
         found, until = self._remembered.get(name, ((), 0.0))
         if now >= until:
             with suppress(errors.BrokerUnavailable):  # an old address is better than none
-                found = tuple(self._addresses_of(name))
+                found = tuple(self._members_in_report(name))
             self._remembered[name] = found, now + _CACHE_SECONDS
         if not found:
             self._remembered.pop(name, None)
-            raise LookupError(name)
-        return found[next(self._turns) % len(found)]
+        return found
 
-    def _addresses_of(self, name: str) -> Iterator[tuple[str, int] | str]:
-        """All addresses under a name, of servers and daemons, as the master knows them."""
+    def _members_in_report(self, name: str) -> Iterator[tuple[str, tuple[str, int] | str]]:
         report = self._report()
         for entry in [*report["servers"], *report.get("daemons", ())]:
-            known, address = entry["name"], entry["address"]
-            if entry.get("placement") == "each" and name != known:
-                known = known.rpartition(".")[0]
+            own_name, address = entry["name"], entry["address"]
+            known = own_name
+            if entry.get("placement") == "each" and name != own_name:
+                known = own_name.rpartition(".")[0]
             served = entry["state"] == "running" or (entry["state"] == "listening" and entry.get("workers"))
             if known == name and address and served:
-                yield address if address.startswith("unix:") else _host_and_port(address)
+                yield own_name, address if address.startswith("unix:") else _host_and_port(address)
 
     def _of_other_workers(self, base_names: set[str], known: set[str]) -> Iterator[ServerInfo]:
         try:

@@ -225,6 +225,40 @@ def test_the_proxy_addresses_each_and_all_of_them(start):
     assert fetch(process.socket, "/to/jobs.4")[0] == 502
 
 
+def test_a_client_stays_with_its_worker(start):
+    """Also when a sibling's server goes and another comes: the cookie names the server, not its position."""
+    first = free_range(4)
+    process = placed(start, first, "each", PASSENGER_PORTS=f"{first}-{first + 3}")
+    at = {str(pid_at(port)) for port in range(first, first + 3)}
+
+    def ask(cookie=""):
+        client = Client(process.socket)
+        client.request("GET", "/sticky/jobs", headers={"Cookie": cookie} if cookie else {})
+        answer = client.getresponse()
+        body = answer.read().decode()
+        client.close()
+        return body, answer.getheader("Set-Cookie", "").partition(";")[0]
+
+    cookies = {}
+    wait_for(lambda: cookies.update([ask()]) or len(cookies) == 3, "the servers of all workers")
+    assert cookies.keys() == at
+    assert len(set(cookies.values())) == 3
+
+    def stay():
+        return all(ask(cookie) == (pid, "") for pid, cookie in cookies.items() for _ in range(3))
+
+    assert stay()
+    process.signal(signal.SIGTTIN)
+    wait_for(lambda: len(servers(process)[1]) == 4, "the server of a fourth worker")
+    wait_for(lambda: len({ask()[0] for _ in range(8)}) == 4, "its turn")
+    assert stay()
+    gone = next(iter(cookies))
+    os.kill(int(gone), signal.SIGKILL)
+    cookie = cookies.pop(gone)
+    wait_for(lambda: ask(cookie)[0] not in ("", gone), "another worker")
+    assert stay()
+
+
 def test_each_with_fewer_ports_than_workers(start):
     first = free_range(2)
     process = start.gunicorn(
