@@ -59,7 +59,7 @@ class Events:
         :raises SettingError: for an unknown event.
         """
         if event not in EVENTS:
-            raise SettingError(f"there is no event {event!r}; there are: {', '.join(EVENTS)}")
+            raise SettingError(f"unknown event {event!r}; the events are: {', '.join(EVENTS)}")
 
     def off(self, event: str, handler: Callable[..., Any]) -> None:
         """Take a handler away; harmless when it is not registered."""

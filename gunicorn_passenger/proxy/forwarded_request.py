@@ -225,7 +225,7 @@ class ForwardedRequest:
         return error.get_response(self.environ)(self.environ, self.start_response)
 
     def _fail(self, error: ProxyError) -> Iterable[bytes]:
-        """There is no response of the upstream, or it is truncated."""
+        """The upstream sent no response, or a truncated one."""
         self.end(broken=True)
         error.target = error.target or self.target
         error.elapsed = time.monotonic() - self.began

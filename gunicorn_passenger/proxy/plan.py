@@ -169,7 +169,7 @@ def plan_request(  # noqa: PLR0915 - the decisions, one after the other
         raise LocalResponse(200)
     backends = route.only or _choose(request, route)
     if backends is None:
-        raise LocalResponse(404, "There is no target for this request.")
+        raise LocalResponse(404, "No target serves this request.")
     plan = _plan_backend(request, backends, last)
     connection = request.connection
     if block and connection is not None:
@@ -212,7 +212,7 @@ def _last_plan(client: WsgiDownstream, block: bytes, keep_case: bool) -> Forward
 def plan_next_target(request: ForwardedRequest, error: ProxyError) -> ForwardPlan:
     """The plan for the next of several targets, after one could not be connected to.
 
-    :raises ProxyError: ``error``, when there is no other target.
+    :raises ProxyError: ``error``, when no other target is left.
     """
     backend = request.backend
     if backend is not None and not isinstance(error, PoolExhausted):
@@ -313,7 +313,7 @@ def plan_send(
 def resolve(request: ForwardedRequest, target: Target) -> Target:
     """The address of a target that may name a server of this application.
 
-    :raises UpstreamRefused: when there is no such server.
+    :raises UpstreamRefused: when no server has that name.
     """
     if not target.server:
         return target
@@ -446,7 +446,7 @@ def _mirror(request: ForwardedRequest) -> MirroredRequest | None:
 
 
 def _send_mirror_alone(request: ForwardedRequest) -> None:
-    """Feed the body to the mirrored request: there is no other target."""
+    """Feed the body to the mirrored request, the only one that is sent."""
     mirror = request.sender.mirror
     for chunk in request.sender.chunks():
         if mirror is not None:

@@ -120,7 +120,7 @@ class RoundTrip:
         """The head of the final response; interim responses go to the client.
 
         :param expect: whether the body waits for "100 Continue".
-        :raises ProxyError: when there is none.
+        :raises ProxyError: when it does not come, or is malformed.
         :raises DownstreamDisconnected: when the client disconnects first.
         """
         upstream = self.upstream

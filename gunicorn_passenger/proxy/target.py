@@ -79,7 +79,7 @@ class ServerDirectory(Protocol):
     def resolve_server(self, name: str) -> tuple[str, int] | str:
         """The address of a server: host and port, or ``unix:/path``.
 
-        :raises LookupError: when there is no such server, or it does not listen yet.
+        :raises LookupError: when no server has the name, or it does not listen yet.
         """
 
     def member_names(self, name: str) -> list[str]:
@@ -89,7 +89,7 @@ class ServerDirectory(Protocol):
 def server_target(servers: ServerDirectory, name: str) -> Target:
     """The address of a server of the application, as a target.
 
-    :raises LookupError: when there is no such server.
+    :raises LookupError: when no server has the name.
     """
     address = servers.resolve_server(name)
     if isinstance(address, tuple):
