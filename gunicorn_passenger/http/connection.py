@@ -35,6 +35,7 @@ from gunicorn_passenger.http.disconnect import DisconnectWatch
 from gunicorn_passenger.http.failed_request import client_name, fail_request, send_error
 from gunicorn_passenger.http.faults import report_fault
 from gunicorn_passenger.http.listener_context import HookFailed, ListenerContext
+from gunicorn_passenger.http.request_head import NO_HEAD
 from gunicorn_passenger.http.response import RESPONSE_SENT, Response
 from gunicorn_passenger.http.timeouts import TimeoutQueue
 from gunicorn_passenger.http.transport import READ_SIZE, Transport
@@ -71,7 +72,7 @@ class Connection(Transport):
         "idle_since",
         "is_new",
         "leaving",
-        "memo",
+        "parsed",
         "response",
         "state",
         "tracked",
@@ -106,8 +107,8 @@ class Connection(Transport):
         #: for the :class:`~.timeouts.IdleTicker`: the tick since which it is idle, and whether it is tracked
         self.idle_since = 0
         self.tracked = False
-        #: what the proxy remembers of the last request
-        self.memo: Any = None
+        #: the headers of the last request
+        self.parsed = NO_HEAD
         #: called when the worker drains, by the code that has upgraded the connection
         self.leaving: Any = None
 
@@ -134,8 +135,7 @@ class Connection(Transport):
         self.greenlet = self._waiting = None
         self._expired = False
         self.head = b""
-        self.memo = None
-        self.context.forget()
+        self.parsed = NO_HEAD
         self._stop_waiting = deadlines.remove
         deadlines.add(self)
         self._reader().start(self._ready)
@@ -210,7 +210,7 @@ class Connection(Transport):
             self.is_new = False
             self.response = None
             try:
-                environ, length, persist, request = read(head, self.context)
+                environ, parsed, request = read(head, self.context, self.parsed)
             except HookFailed as error:
                 listener.refuse(error.request, self.sock, self.addr, error)
                 self._after(error.request, {})
@@ -218,6 +218,8 @@ class Connection(Transport):
             except Exception as error:
                 listener.refuse(None, self.sock, self.addr, error)
                 return True
+            self.parsed = parsed
+            length = parsed.length
             if length:
                 self.body = incoming_body(self, environ, length, self.request_of(request))
             else:
@@ -227,9 +229,9 @@ class Connection(Transport):
                 # who takes the connection reads from the socket: what came with the request is there, too
                 self.sock.early, self.buf = self.buf, b""
 
-            if not self._respond(environ, persist, request):
+            if not self._respond(environ, parsed.persist, request):
                 self._send_pending()
-                return self._unread() or (persist and self.has_input())
+                return self._unread() or (parsed.persist and self.has_input())
 
             if length and not self._next_begins():
                 return True
@@ -410,8 +412,7 @@ class Connection(Transport):
         self.at = 0
         self.sock.taken = True
         self.state = ConnectionState.UPGRADED
-        self.memo = None
-        self.context.forget()
+        self.parsed = NO_HEAD
         response.switch_protocols(status, fields)
         self.send(answer)
         return early

@@ -109,8 +109,13 @@ class DownstreamContext(Protocol):
     addr: Any
     #: whether gunicorn believes its forwarding headers
     trusted: bool
-    #: the environ template of the last headers, once they came twice; it is the same object while they repeat
-    known: dict[str, Any] | None
+
+
+class ParsedHeaders(Protocol):
+    """The headers of a request: the same object while the client repeats the same bytes."""
+
+    #: what the application has decided about them
+    plan: Any
 
 
 class DownstreamConnection(DisconnectNotifier, Protocol):
@@ -118,13 +123,14 @@ class DownstreamConnection(DisconnectNotifier, Protocol):
 
     #: the request head as it came
     head: bytes
-    #: what the application of the connection remembers for its next request; ``None`` after an idle period
-    memo: Any
     #: called when the worker drains, while the connection is a tunnel
     leaving: Any
 
     @property
     def body(self) -> Any: ...
+
+    @property
+    def parsed(self) -> ParsedHeaders: ...
 
     @property
     def context(self) -> DownstreamContext: ...

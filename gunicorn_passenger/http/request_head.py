@@ -1,18 +1,21 @@
-"""Reading a request's head: bytes in, a WSGI environ out, or one of gunicorn's errors.
+"""Reads a request's header section: bytes in, a WSGI environ out, or one of gunicorn's errors.
 
 Process: a worker, or plain Python.
-Never: touch a socket, or let through what gunicorn's own parser would refuse.
+Never: touches a socket, or accepts what gunicorn's own parser refuses.
 
-Two parsers agree here. gunicorn's Python parser has the rules, for every setting. A C parser
-(``gunicorn_h1c``) is several times faster and accepts less or more in places. So a head goes to the
-C parser first, and what comes out is used only where both are known to agree; for all else, errors
-included, gunicorn's parser has the last word. There is no third set of rules:
+Two parsers work together. gunicorn's Python parser has the rules, for every setting. A C parser
+(``gunicorn_h1c``) is several times faster, and accepts less or more in places. So a header section goes to
+the C parser first, and its result is used only where the two are known to agree. In all other cases, errors
+included, gunicorn's parser decides. There is no third set of rules:
 
 - what the C parser refuses is read again by gunicorn's;
 - what it accepts although gunicorn would not (a second space in the request line, a target outside
   ASCII) is caught by comparing lengths;
 - what needs a policy (names with an underscore, expectations, transfer codings other than chunked,
-  repeated or contradicting scheme fields) is left to gunicorn's parser.
+  repeated or contradicting scheme headers) is left to gunicorn's parser.
+
+Most clients send the same headers with every request of a connection. What was found in them is a
+:class:`ParsedHead`, which the connection keeps while its client repeats them.
 """
 
 from __future__ import annotations
@@ -42,20 +45,22 @@ try:
 except ImportError:
     gunicorn_h1c = None
 
-#: How many fields the C parser takes; what has more, or a line longer than it takes, is gunicorn's.
+#: How many headers the C parser takes. gunicorn's parser reads a section that has more of them.
 _C_FIELDS = 100
 
-#: How many first lines are remembered, and how long they may be.
+#: How many request lines are cached, and how many bytes a cached one has at most.
 _REMEMBER = 1000
 _SHORT = 100
 
-#: so many decimal digits always are at most :data:`.grammar.MAX_LENGTH`
+#: A number of so many decimal digits is always below :data:`.grammar.MAX_LENGTH`.
 _SAFE_DIGITS = 18
+#: The length of ``HTTP/1.1``, at the end of a request line.
+_VERSION = 8
 
-#: a field name with an underscore
+#: a header name with an underscore
 _UNDERSCORE = re.compile(rb"\n[^:\n]*_")
 
-#: gunicorn's compatibility settings, of which the C parser knows nothing; off unless set.
+#: gunicorn's compatibility settings, which the C parser does not know; all are off by default.
 _COMPATIBILITY = (
     "permit_obsolete_folding",
     "strip_header_spaces",
@@ -64,8 +69,8 @@ _COMPATIBILITY = (
     "casefold_http_method",
 )
 
-#: Heads that must be refused (RFC 9112 sections 2.2, 5.1, 5.2 and 6.3); older versions of the C
-#: parser accept some of them, and are not used then.
+#: Header sections that must be refused (RFC 9112 sections 2.2, 5.1, 5.2 and 6.3). Older versions of the C
+#: parser accept some of them, and are not used.
 _MUST_BE_REFUSED = (
     b"GET / HTTP/1.1\nHost: a\r\n\r\n",
     b"GET / HTTP/1.1\r\nHost: a\n\r\n",
@@ -88,7 +93,7 @@ _MUST_BE_REFUSED = (
 
 
 def c_parser() -> Any:
-    """The C parser, where it is there and refuses what it must; else ``None``."""
+    """The C parser; ``None`` when it is not installed, or accepts what must be refused."""
     parse = getattr(gunicorn_h1c, "parse_to_wsgi_environ", None)
     for head in _MUST_BE_REFUSED:
         try:
@@ -100,7 +105,7 @@ def c_parser() -> Any:
 
 
 class _GunicornRequest(message.Request):
-    """gunicorn's request, always read by its Python parser."""
+    """gunicorn's request object, which always uses the Python parser."""
 
     @property
     def _use_fast(self) -> bool:
@@ -112,62 +117,55 @@ class _GunicornRequest(message.Request):
 
 
 class _NoSocket:
-    """Stands for the client's socket while gunicorn makes the environ: it may not write to it."""
+    """Stands in for the client's socket while gunicorn makes the environ: gunicorn must not write to it."""
 
     def send(self, data: bytes) -> int:
         return len(data)
 
 
 class ConnectionContext:
-    """What a head is read against: who sent it, and what every environ of its connection holds."""
+    """What all requests of a connection share."""
 
-    __slots__ = (
-        "addr",
-        "base",
-        "fields",
-        "host",
-        "known",
-        "length",
-        "name",
-        "persist",
-        "port",
-        "scheme",
-        "trusted",
-    )
+    __slots__ = ("addr", "base", "trusted")
 
     def __init__(self, addr: Any, base: dict[str, Any], trusted: bool) -> None:
         """
         :param addr: a tuple as ``accept()`` gives it, or an empty string for a UNIX socket.
-        :param base: what goes into every environ. A key whose value belongs to each request is there with
-            ``None``: a dictionary that has its keys is not made larger by setting them.
-        :param trusted: whether gunicorn believes its forwarding headers.
+        :param base: what goes into every environ. A key whose value differs from request to request is there
+            with ``None``: a dictionary that has its keys already does not grow when they are set.
+        :param trusted: whether gunicorn believes the client's forwarding headers.
         """
         self.addr = addr
         self.base = base
         self.trusted = trusted
-        #: the last request's Host and scheme, and what they make of the server's name and port
-        self.host = self.scheme = self.name = self.port = ""
-        self.forget()
 
-    def forget(self) -> None:
-        """It pauses: what is remembered of its last request is not worth the memory."""
-        #: The fields of the last request as they came, from the end of its first line on. When they came
-        #: twice: the environ that was made of them, the length of the body and whether the connection is
-        #: kept.
-        self.fields = b""
-        self.known: dict[str, Any] | None = None
-        self.length = 0
-        self.persist = False
 
-    def set_host(self, host: str, scheme: str) -> None:
-        """Split a Host field: most connections send the same with every request."""
-        self.host, self.scheme = host, scheme
-        self.name, colon, port = host.partition(":")
-        self.port = port.partition(":")[0] if colon else ("443" if scheme == "https" else "80")
+class ParsedHead:
+    """The bytes behind a request's target, and what was found in them.
+
+    A connection keeps it while its client repeats the same bytes. A client that has repeated them once will
+    most likely repeat them again, so only then the environ is kept.
+    """
+
+    # class attributes: an object for each request has to be made quickly
+    #: the HTTP version and all headers, to the empty line
+    block = b""
+    #: the environ, without what the method and the target set; ``None`` until the bytes have repeated
+    template: dict[str, Any] | None = None
+    #: the length of the body in bytes, or ``CHUNKED``
+    length = 0
+    #: whether the client wants to keep the connection
+    persist = False
+    #: what the application that handles the connection has decided about these headers: the proxy's plan
+    plan: Any = None
+
+
+#: What a connection has before its first request, and after an idle period.
+NO_HEAD = ParsedHead()
 
 
 class HeadReader:
-    """Reads the heads that come in on one listener."""
+    """Reads the header sections of one listener's requests."""
 
     def __init__(
         self,
@@ -179,8 +177,8 @@ class HeadReader:
         """
         :param cfg: gunicorn's configuration.
         :param sockname: the listener's name; a string for a UNIX socket.
-        :param always_request: whether a hook or a log wants gunicorn's request object each time.
-        :param before: called with that object before the environ is made of it.
+        :param always_request: whether a hook needs gunicorn's request object for each request.
+        :param before: called with that object before the environ is made.
         """
         self._before = before
         self.cfg = cfg
@@ -194,7 +192,7 @@ class HeadReader:
         }
         self._drops_underscores = getattr(cfg, "header_map", "drop") == "drop"
         self._forwarders = bool(getattr(cfg, "forwarder_headers", ()))
-        #: why the C parser is not used here, for the log
+        #: why the C parser is not used, for the log
         self.slow_parser_reason = ""
         flags = [name for name in _COMPATIBILITY if getattr(cfg, name, False)]
         self._parse = c_parser()
@@ -212,126 +210,139 @@ class HeadReader:
             self.slow_parser_reason = "the socket's name is not a plain path"
         if self.slow_parser_reason:
             self._parse = None
-        #: first lines that were accepted: what they set in an environ
+        #: request lines that were accepted, and what they set in an environ
         self._lines: dict[bytes, tuple[str, str, str, str]] = {}
 
-    # --- a whole head ----------------------------------------------------------------------------
+    # --- a whole header section ------------------------------------------------------------------
 
-    def read(  # noqa: PLR0915 - the rules of what is read fast, one after the other
-        self, head: bytes, peer: ConnectionContext
-    ) -> tuple[dict[str, Any], int, bool, Any]:
-        """A head that ends with the first empty line in it.
+    def read(
+        self, head: bytes, context: ConnectionContext, last: ParsedHead
+    ) -> tuple[dict[str, Any], ParsedHead, Any]:
+        """Read a request up to the first empty line.
 
-        :returns: the environ (all but what belongs to the body and the response), the length of
-            the body or ``CHUNKED``, whether the client wants the connection kept, and gunicorn's
-            request object where its parser was used, else ``None``.
-        :raises gunicorn.http.errors.ParseException: when it is refused.
+        :param head: the bytes, the empty line included.
+        :param last: what the method returned for the last request of the connection.
+        :returns: the environ (without what belongs to the body and the response); what was found in the
+            headers, which is ``last`` when they repeat; and gunicorn's request object where its parser was
+            used, otherwise ``None``.
+        :raises gunicorn.http.errors.ParseException: when the request is refused.
         """
-        parse = self._parse
-        # One line longer than the limit is not in a head that is shorter than the limit.
-        if parse is None or len(head) > self.field_limit:
-            return self.parse_with_gunicorn(head, peer)
         line = head.find(b"\r\n")
-        fields = head[line:]
-        again = fields == peer.fields
-        if again and peer.known is not None:
-            # Most clients send the same fields with every request of a connection, and what was found to be
-            # right about them still is: nothing in them depends on a first line of HTTP/1.1.
-            asked = self._lines.get(head[:line]) or self._asked(head[:line])
-            if asked is not None:
-                environ = peer.known.copy()
-                (
-                    environ["REQUEST_METHOD"],
-                    environ["PATH_INFO"],
-                    environ["QUERY_STRING"],
-                    environ["RAW_URI"],
-                ) = asked
-                return environ, peer.length, peer.persist, None
+        block = head[line - _VERSION if line > _VERSION else 0 :]
+        if block != last.block:
+            parsed = ParsedHead()
+            parsed.block = block
+        else:
+            parsed = last
+            if parsed.template is not None:
+                # what was found to be right about these headers still is: it does not depend on the target
+                asked = self._lines.get(head[:line]) or self._read_request_line(head[:line])
+                if asked is not None:
+                    environ = parsed.template.copy()
+                    (
+                        environ["REQUEST_METHOD"],
+                        environ["PATH_INFO"],
+                        environ["QUERY_STRING"],
+                        environ["RAW_URI"],
+                    ) = asked
+                    return environ, parsed, None
+        # If a section is shorter than the limit for one line, none of its lines is longer.
+        if self._parse is not None and len(head) <= self.field_limit:
+            found = self._parse_with_c(head, line, context, parsed)
+            if found is not None:
+                if parsed is last:
+                    parsed.template = found.copy()
+                return found, parsed, None
+        return self._parse_with_gunicorn(head, context, parsed)
+
+    def _parse_with_c(
+        self, head: bytes, line: int, context: ConnectionContext, result: ParsedHead
+    ) -> dict[str, Any] | None:
+        """The environ by the C parser, where both parsers are known to agree.
+
+        :param line: the length of the request line.
+        :param result: gets the length of the body, and whether the connection persists.
+        :returns: ``None`` when gunicorn's own parser has to decide.
+        """
         try:
-            environ = parse(head)
+            parsed = self._parse(head)
         except Exception:
             # whatever it is, gunicorn's parser says what is wrong, or that nothing is
-            return self.parse_with_gunicorn(head, peer)
-        asked = self._of_line(environ, line)
+            return None
+        asked = self._check_request_line(parsed, line)
         if (
             asked is None
-            or environ.pop("_consumed") != len(head)
-            or "HTTP_EXPECT" in environ
+            or parsed.pop("_consumed") != len(head)
+            or "HTTP_EXPECT" in parsed
             # find() and not "in", which first tries to take the bytes for a number
-            or (head.find(b"_") >= 0 and self._minds_underscores(peer) and _UNDERSCORE.search(head))
+            or (head.find(b"_") >= 0 and self._minds_underscores(context) and _UNDERSCORE.search(head))
         ):
-            return self.parse_with_gunicorn(head, peer)
+            return None
 
         length = 0
-        if "HTTP_TRANSFER_ENCODING" in environ:
-            if environ["HTTP_TRANSFER_ENCODING"].lower() != "chunked":
-                return self.parse_with_gunicorn(head, peer)
+        if "HTTP_TRANSFER_ENCODING" in parsed:
+            if parsed["HTTP_TRANSFER_ENCODING"].lower() != "chunked":
+                return None
             length = CHUNKED
-        elif "CONTENT_LENGTH" in environ:
-            digits = environ["CONTENT_LENGTH"]
+        elif "CONTENT_LENGTH" in parsed:
+            digits = parsed["CONTENT_LENGTH"]
             if not 0 < len(digits) <= _SAFE_DIGITS or (digits[0] == "0" and len(digits) > 1):
-                return self.parse_with_gunicorn(head, peer)
+                return None
             length = int(digits)
 
         if (
-            peer.trusted
-            and not environ.keys().isdisjoint(self._scheme_fields)
-            and not self._set_scheme(environ)
+            context.trusted
+            and not parsed.keys().isdisjoint(self._scheme_fields)
+            and not self._set_scheme(parsed)
         ):
-            return self.parse_with_gunicorn(head, peer)
+            return None
 
-        parsed, environ = environ, peer.base.copy()
+        environ = context.base.copy()
         environ.update(parsed)
         method, environ["PATH_INFO"], _, environ["RAW_URI"] = asked
         environ["SCRIPT_NAME"] = self.script_name
         if self.unix:
-            # gunicorn's way: the Host field names the server where no address does
+            # as gunicorn does it: the Host header names the server where no address does
             host = environ.get("HTTP_HOST")
             if host:
-                scheme = environ["wsgi.url_scheme"]
-                if host != peer.host or scheme != peer.scheme:
-                    peer.set_host(host, scheme)
-                environ["SERVER_NAME"] = peer.name
-                environ["SERVER_PORT"] = peer.port
+                environ["SERVER_NAME"], colon, port = host.partition(":")
+                if colon:
+                    environ["SERVER_PORT"] = port.partition(":")[0]
+                else:
+                    environ["SERVER_PORT"] = "443" if environ["wsgi.url_scheme"] == "https" else "80"
             else:
                 environ["SERVER_NAME"] = self.sockname
                 environ["SERVER_PORT"] = ""
 
-        persist = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
+        persist: bool = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
         if "HTTP_CONNECTION" in environ:
             connection = environ["HTTP_CONNECTION"].lower()
             if persist:
                 persist = not _closes(connection)
             elif "," in connection:
-                return self.parse_with_gunicorn(head, peer)
+                return None
             else:
                 persist = connection == "keep-alive"
-        if method == "CONNECT":
-            persist = False  # what follows is tunnel data (RFC 9931 section 8)
-        if not again:
-            peer.fields = fields
-            peer.known = None
-        elif environ["SERVER_PROTOCOL"] == "HTTP/1.1":
-            peer.known = environ.copy()
-            peer.length = length
-            peer.persist = persist
-        return environ, length, persist, None
+        result.length = length
+        # what follows CONNECT is tunnel data (RFC 9931 section 8)
+        result.persist = persist and method != "CONNECT"
+        return environ
 
-    def _of_line(self, parsed: dict[str, Any], line: int) -> tuple[str, str, str, str] | None:
-        """What a first line says, where both parsers are known to agree about it.
+    def _check_request_line(self, parsed: dict[str, Any], line: int) -> tuple[str, str, str, str] | None:
+        """What a request line says, where both parsers are known to agree about it.
 
         :param parsed: by the C parser.
         :param line: the length of the line.
-        :returns: method, path without the name of the script, query, and both as they came.
+        :returns: method, path without ``SCRIPT_NAME``, query, and the target as it came.
         """
         path: str = parsed["PATH_INFO"]
         query: str = parsed["QUERY_STRING"]
         uri = f"{path}?{query}" if query else path
         method: str = parsed["REQUEST_METHOD"]
-        # method SP uri SP "HTTP/1.1": with one space more, an empty line before it or a lone "?",
-        # the line would be longer than that
+        # method SP uri SP "HTTP/1.1": with one more space, an empty line before it or a lone "?", the line
+        # would be longer than that
         if (
-            len(method) + len(uri) + 10 != line
+            len(method) + len(uri) + 2 + _VERSION != line
             or line > self.line_limit > 0
             or path[0] != "/"
             or path[1:2] == "/"
@@ -347,18 +358,18 @@ class HeadReader:
             path = unquote_to_bytes(path).decode("latin-1")
         return method, path, query, uri
 
-    def _asked(self, line: bytes) -> tuple[str, str, str, str] | None:
-        """What the first line of a head says whose fields are known; remembered where it is likely to return.
+    def _read_request_line(self, line: bytes) -> tuple[str, str, str, str] | None:
+        """What a request line says whose headers are known; it is cached where it is likely to come again.
 
-        :returns: nothing for one that has to be read with its fields.
+        :returns: ``None`` for a line that has to be read together with its headers.
         """
-        if not line.endswith(b" HTTP/1.1") or line.startswith(b"CONNECT "):
+        if line.startswith(b"CONNECT "):
             return None
         try:
             parsed = self._parse(line + b"\r\n\r\n")
         except Exception:
             return None
-        asked = self._of_line(parsed, len(line))
+        asked = self._check_request_line(parsed, len(line))
         # a query is mostly new each time, and may hold what must not be kept
         if asked is not None and len(line) <= _SHORT and b"?" not in line:
             if len(self._lines) >= _REMEMBER:
@@ -366,14 +377,14 @@ class HeadReader:
             self._lines[line] = asked
         return asked
 
-    def _minds_underscores(self, peer: ConnectionContext) -> bool:
-        """The C parser drops names with an underscore. So does gunicorn, unless told otherwise."""
-        return not self._drops_underscores or (peer.trusted and self._forwarders)
+    def _minds_underscores(self, context: ConnectionContext) -> bool:
+        """Whether a setting keeps names with an underscore. The C parser drops them, as gunicorn does."""
+        return not self._drops_underscores or (context.trusted and self._forwarders)
 
     def _set_scheme(self, environ: dict[str, Any]) -> bool:
-        """``secure_scheme_headers`` of a trusted peer.
+        """Set the scheme that a trusted client's ``secure_scheme_headers`` give.
 
-        :returns: whether they say one thing.
+        :returns: whether the headers agree.
         """
         schemes = set()
         for name, secure in self._scheme_fields.items():
@@ -381,49 +392,52 @@ class HeadReader:
             if value is None:
                 continue
             if "," in value:
-                return False  # the field may have been there twice
+                return False  # the header may have come twice
             schemes.add("https" if value == secure else "http")
         if len(schemes) != 1:
             return False
         environ["wsgi.url_scheme"] = schemes.pop()
         return True
 
-    # --- by gunicorn's own parser ----------------------------------------------------------------
+    # --- gunicorn's own parser -------------------------------------------------------------------
 
-    def request(self, head: bytes, peer: ConnectionContext) -> Any:
-        """gunicorn's request object for a head, which need not be a whole one.
+    def request(self, head: bytes, context: ConnectionContext) -> Any:
+        """gunicorn's request object for a header section, which may be incomplete.
 
         :raises gunicorn.http.errors.ParseException: when it is refused.
-        :raises gunicorn.http.errors.NoMoreData: when it is not refused so far, and not whole.
+        :raises gunicorn.http.errors.NoMoreData: when it is not refused so far, and incomplete.
         """
-        return _GunicornRequest(self.cfg, IterUnreader([head]), peer.addr)
+        return _GunicornRequest(self.cfg, IterUnreader([head]), context.addr)
 
-    def parse_with_gunicorn(
-        self, head: bytes, peer: ConnectionContext
-    ) -> tuple[dict[str, Any], int, bool, Any]:
-        """As :meth:`read`, all of it by gunicorn's own code."""
+    def _parse_with_gunicorn(
+        self, head: bytes, context: ConnectionContext, parsed: ParsedHead
+    ) -> tuple[dict[str, Any], ParsedHead, Any]:
+        """As :meth:`read`, with gunicorn's own code alone."""
         try:
-            request = self.request(head, peer)
+            request = self.request(head, context)
         except NoMoreData:
-            # an end that we see and it does not: nothing can be trusted to follow
+            # we see an end where gunicorn sees none: no byte behind it can be trusted
             raise InvalidRequestLine(head[:200].decode("latin-1")) from None
         reader = request.body.reader
         length = CHUNKED if isinstance(reader, message.ChunkedReader) else getattr(reader, "length", 0)
         _check_request(request, length)
         self._before(request)
-        request._expected_100_continue = False  # the body asks for it, when it is read
-        _, environ = wsgi.create(request, _NoSocket(), peer.addr, self.sockname, self.cfg)
-        environ.update((name, value) for name, value in peer.base.items() if value is not None)
-        persist = not request.should_close() and not _closes(environ.get("HTTP_CONNECTION", "").lower())
-        return environ, length, persist, request
+        request._expected_100_continue = False  # the body sends it, when the application reads
+        _, environ = wsgi.create(request, _NoSocket(), context.addr, self.sockname, self.cfg)
+        environ.update((name, value) for name, value in context.base.items() if value is not None)
+        parsed.length = length
+        parsed.persist = not request.should_close() and not _closes(
+            environ.get("HTTP_CONNECTION", "").lower()
+        )
+        return environ, parsed, request
 
-    # --- less than a head ------------------------------------------------------------------------
+    # --- an incomplete header section ------------------------------------------------------------
 
-    def check_partial(self, data: bytearray, seen: int, peer: ConnectionContext) -> None:
-        """Refuse as early as possible what can only become a refused head.
+    def check_partial(self, data: bytearray, seen: int, context: ConnectionContext) -> None:
+        """Refuse as early as possible what can only become a request that is refused.
 
-        :param data: what has come in so far; there is no empty line in it.
-        :param seen: how much of it has been checked before.
+        :param data: what has come so far; it has no empty line yet.
+        :param seen: how many of its bytes were checked before.
         :raises gunicorn.http.errors.ParseException: when it is refused.
         """
         # RFC 9112 section 2.2: lines end with CRLF
@@ -436,9 +450,9 @@ class HeadReader:
                 raise LimitRequestLine(len(data), self.line_limit or self.total_limit)
             return
         if line + 2 > seen:
-            # the request line has just been completed: gunicorn does not wait to judge it, either
+            # the request line has just become complete: gunicorn, too, checks it at once
             with contextlib.suppress(NoMoreData):
-                self.request(bytes(data), peer)
+                self.request(bytes(data), context)
         check_lines(data, max(seen, line + 2), len(data))
         if len(data) - data.rfind(b"\r\n") > self.field_limit + 4:
             raise LimitRequestHeaders("limit request headers fields size")
@@ -447,10 +461,10 @@ class HeadReader:
 
 
 def _check_request(request: Any, length: int) -> None:
-    """Refuse what gunicorn's parser lets through, and make the request say one thing.
+    """Refuse what gunicorn's parser accepts against the RFC, and make the request unambiguous.
 
     :param request: gunicorn's request object; its headers are changed where the RFC says so.
-    :param length: of its body, or ``CHUNKED``.
+    :param length: the length of its body, or ``CHUNKED``.
     :raises gunicorn.http.errors.ParseException: when the request is refused.
     """
     uri = request.uri
@@ -462,7 +476,7 @@ def _check_request(request: Any, length: int) -> None:
     if length > MAX_LENGTH:
         raise InvalidHeader("CONTENT-LENGTH", req=request)
     if length != CHUNKED:
-        # written anew, so that everyone behind this parser reads the same number
+        # rewritten, so that every later reader sees the same number
         request.headers = [
             (name, str(length) if name == "CONTENT-LENGTH" else value) for name, value in request.headers
         ]
@@ -481,12 +495,12 @@ def _check_request(request: Any, length: int) -> None:
 
 
 def _closes(connection: str) -> bool:
-    """Whether one of the options of a Connection field is "close" (RFC 9112 section 9.3)."""
+    """Whether one of the options of a Connection header is "close" (RFC 9112 section 9.3)."""
     return "close" in connection and "close" in (option.strip(" \t") for option in connection.split(","))
 
 
 def _limits(cfg: Any) -> tuple[int, int, int]:
-    """gunicorn's limits of request line (0: none), number of fields, and field."""
+    """gunicorn's limits for the request line (0: none), the number of headers, and the size of one."""
     line = cfg.limit_request_line
     if line < 0 or line >= message.MAX_REQUEST_LINE:
         line = message.MAX_REQUEST_LINE

@@ -44,9 +44,9 @@ class Proxy:
         return str(self.route)
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        # a connection remembers a plan only when no application stands between the proxy and the server
+        # headers have a plan only when no application stands between the proxy and the server
         connection = getattr(environ.get("gunicorn.socket"), "connection", None)
-        if connection is not None and connection.memo is not None:
+        if connection is not None and connection.parsed.plan is not None:
             plan = planning.remembered_plan(self, connection, environ)
             if plan is not None:
                 request = ForwardedRequest(self, environ, start_response, connection)

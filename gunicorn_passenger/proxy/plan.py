@@ -3,8 +3,8 @@
 Process: any process in which the proxy is mounted, in the greenlet or thread of the request.
 Never: sends anything to the target. That is the executor's part (:mod:`~.forward`).
 
-A client mostly sends the same headers again. Its connection remembers the last plan; while the headers repeat
-and nothing else can change the plan, :func:`remembered_plan` returns it and nothing is decided anew.
+A client mostly sends the same headers again. The connection keeps the plan with them; while the headers
+repeat and nothing else can change the plan, :func:`remembered_plan` returns it and nothing is decided anew.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from urllib.parse import quote
 from gunicorn_passenger.errors import PoolExhausted, ProxyError, UpstreamRefused
 from gunicorn_passenger.http.body import EMPTY_BODY
 from gunicorn_passenger.http.chunked import CHUNKED
-from gunicorn_passenger.http.downstream_api import DownstreamConnection
+from gunicorn_passenger.http.downstream_api import DownstreamConnection, ParsedHeaders
 from gunicorn_passenger.proxy import request_headers as rules
 from gunicorn_passenger.proxy import sticky, wire
 from gunicorn_passenger.proxy.downstream import WsgiDownstream, is_sole_app
@@ -47,16 +47,14 @@ class ForwardPlan:
 
     __slots__ = (
         "forwarded_info",
-        "header_block",
         "header_lines",
         "headers",
         "keep_case",
         "options",
         "pool",
-        "protocol",
+        "repeatable",
         "reusable",
         "target",
-        "template",
     )
 
     def __init__(
@@ -81,12 +79,8 @@ class ForwardPlan:
         self.keep_case = options.preserve_header_key_case
         #: whether the header lines do not depend on the body of the request
         self.reusable = False
-        #: the header section of the client's request that it was made for, and the version of that
-        self.header_block = b""
-        self.protocol = ""
-        #: the environ template of these headers, once the plan holds for every GET without a body that has
-        #: them: the parser gives the same object while the headers repeat
-        self.template: dict[str, Any] | None = None
+        #: whether it holds for every GET without a body that has the same headers
+        self.repeatable = False
 
     def fits(self, options: Options, target: Target) -> bool:
         """Whether its header lines can be used again."""
@@ -96,16 +90,14 @@ class ForwardPlan:
 def remembered_plan(
     proxy: ProxyContext, connection: DownstreamConnection, environ: dict[str, Any]
 ) -> ForwardPlan | None:
-    """The plan of the last request on this connection, when it holds for this one, too."""
-    plan: ForwardPlan | None = connection.memo
+    """The plan for the request's headers, when it holds for this request, too."""
+    plan: ForwardPlan | None = connection.parsed.plan
     if (
         plan is None
-        or plan.template is None
-        or plan.template is not connection.context.known
+        or not plan.repeatable
         or plan.options is not proxy.options  # another proxy has taken the place of the one that planned
         or (connection.listener.app is not proxy and not is_sole_app(connection.listener.app, proxy))
         or environ["REQUEST_METHOD"] != "GET"
-        or environ["SERVER_PROTOCOL"] != "HTTP/1.1"
         or connection.body is not EMPTY_BODY
         or not environ["RAW_URI"].isprintable()
         or proxy.events.any
@@ -135,8 +127,10 @@ def plan_request(  # noqa: PLR0915 - the decisions, one after the other
     client = request.downstream
     method = request.method = client.method
     keep_case = options.preserve_header_key_case
-    block = _header_block(client)
-    last = _last_plan(client, block, keep_case) if block else None
+    parsed = _parsed_headers(client)
+    last: ForwardPlan | None = parsed.plan if parsed is not None else None
+    if last is not None and last.keep_case is not keep_case:
+        last = None
     headers = last.headers if last is not None else client.headers(keep_case)
     try:
         request.path, scheme = request_path(environ, client.unmodified)
@@ -145,7 +139,7 @@ def plan_request(  # noqa: PLR0915 - the decisions, one after the other
     if method in ("OPTIONS", "TRACE", "CONNECT") or headers.upgrade or not headers.valid or must_upgrade:
         _check_allowed(request, headers, must_upgrade)
         if method in ("OPTIONS", "TRACE"):
-            block, last, headers = b"", None, headers.decremented()
+            parsed, last, headers = None, None, headers.decremented()
     length = client.length()
     if length and _is_websocket(headers):
         raise LocalResponse(400, "A WebSocket request has no body.")
@@ -171,42 +165,22 @@ def plan_request(  # noqa: PLR0915 - the decisions, one after the other
     if backends is None:
         raise LocalResponse(404, "No target serves this request.")
     plan = _plan_backend(request, backends, last)
-    connection = request.connection
-    if block and connection is not None:
-        if plan is not last:
-            plan.header_block = block
-            plan.protocol = client.protocol
-            connection.memo = plan
+    if parsed is not None:
+        parsed.plan = plan
         if plan.reusable and plan.options is route.options and _is_repeatable(plan, route):
-            connection.listener.is_proxy = True
-            response = connection.response
-            if response is not None and response.req is None:
-                plan.template = connection.context.known
+            assert client.connection is not None
+            client.connection.listener.is_proxy = True
+            plan.repeatable = client.protocol == "HTTP/1.1"
     return plan
 
 
-def _header_block(client: WsgiDownstream) -> bytes:
-    """The header section as it came, where a plan may be remembered for it; otherwise an empty text."""
+def _parsed_headers(client: WsgiDownstream) -> ParsedHeaders | None:
+    """The headers that a plan may be kept with; ``None`` when the plan depends on more than their bytes."""
     connection = client.connection
     if connection is None or not client.unmodified or client.environ["RAW_URI"][:1] != "/":
         # with a target in absolute form, the host is not that of the header
-        return b""
-    head = connection.head
-    return head[head.find(b"\r\n") + 2 :]
-
-
-def _last_plan(client: WsgiDownstream, block: bytes, keep_case: bool) -> ForwardPlan | None:
-    """The plan of the last request on this connection, when that had the same headers."""
-    assert client.connection is not None
-    plan: ForwardPlan | None = client.connection.memo
-    if (
-        plan is not None
-        and plan.header_block == block
-        and plan.keep_case is keep_case
-        and plan.protocol == client.protocol
-    ):
-        return plan
-    return None
+        return None
+    return connection.parsed
 
 
 def plan_next_target(request: ForwardedRequest, error: ProxyError) -> ForwardPlan:

@@ -307,11 +307,13 @@ def test_what_is_remembered_is_used_and_bounded() -> None:
         pytest.skip("gunicorn_h1c is not installed")
     gate.reader._parse = lambda head: calls.append(head) or parse(head)
     peer = gate.new_context("", None)
+    last = head_module.NO_HEAD
     fields = b"\r\nHost: h\r\nX-A: 1\r\n\r\n"
 
     def read(line: bytes, fields: bytes = fields) -> dict[str, Any]:
-        environ, length, persist, request = gate.reader.read(line + fields, peer)
-        assert (length, persist, request) == (0, True, None)
+        nonlocal last
+        environ, last, request = gate.reader.read(line + fields, peer, last)
+        assert (last.length, last.persist, request) == (0, True, None)
         return environ
 
     first, second = read(b"GET /a HTTP/1.1"), read(b"GET /a HTTP/1.1")
@@ -334,7 +336,7 @@ def test_what_is_remembered_is_used_and_bounded() -> None:
     read(b"GET /%b HTTP/1.1" % (b"x" * head_module._SHORT))
     assert 0 < len(gate.reader._lines) <= head_module._REMEMBER
     assert max(map(len, gate.reader._lines)) <= head_module._SHORT
-    peer.forget()
+    last = head_module.NO_HEAD
     assert read(b"GET /a HTTP/1.1") == first
 
 

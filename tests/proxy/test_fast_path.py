@@ -22,7 +22,7 @@ DATE = "Date: Mon, 23 Nov 2026 10:00:00 GMT"
 PLAIN = answer("200 OK", DATE)
 
 #: After so many requests, the next is executed with a remembered plan.
-WARM = 2
+WARM = 1
 
 #: Counts the requests that are executed with a remembered plan, and lets a test switch remembering off.
 COUNT = """
@@ -91,7 +91,7 @@ def warm(where, upstream: Upstream, sent: bytes, target: Wire | None = None) -> 
     return client, target
 
 
-def test_from_the_third_on(lab, proxy, upstream):
+def test_from_the_second_on(lab, proxy, upstream):
     with connect(proxy) as client:
         client.send(request("/first"))
         target = upstream.accept()
