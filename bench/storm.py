@@ -1,6 +1,6 @@
 """What clients lose while workers are reloaded, killed, replaced and upgraded.
 
-The engine is that of the tests (tests/storm_site.py); the storms and what is counted: bench/README.md.
+The engine is that of the tests: tests/support/storm_site.py. The storms and what is counted: bench/README.md.
 """
 
 import sys

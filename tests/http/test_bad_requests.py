@@ -8,26 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from conftest import KNOWN_NAMES
-from http_case_table import (
-    BAD,
-    Case,
-    Server,
-    Servers,
-    ask,
-    awkward,
-    calls,
-    chunked,
-    concurrently,
-    cut,
-    exchange,
-    get,
-    message,
-    parse,
-    post,
-    selected,
-    unique,
-)
+from http_case_table import BAD, Case, chunked, get, message, post, selected, unique
+from http_servers import Server, Servers, concurrently
+from http_wire import ask, awkward, calls, cut, exchange, parse
+from processes import KNOWN_NAMES
 
 #: gunicorn's setting http_parser: left alone, or set to the one whose rules are kept; and gunicorn's own worker.
 WORKERS = ["ours", *(["ours python", "reference"] if "http_parser" in KNOWN_NAMES else [])]

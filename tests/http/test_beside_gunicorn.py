@@ -16,34 +16,24 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import KNOWN_NAMES, wait_for
+from conditions import wait_for
 from http_case_table import (
     CASES,
-    EVERY_SPLIT,
     PROBE,
     TWO_CHUNKS,
-    Answer,
     Case,
-    Connection,
-    Server,
-    Servers,
-    ask,
-    calls,
     chunked,
-    concurrently,
-    exchange,
     get,
     message,
-    parse,
     post,
-    read_head,
     runs,
     selected,
     sized,
-    splits,
     unique,
-    whole,
 )
+from http_servers import Server, Servers, concurrently
+from http_wire import EVERY_SPLIT, Answer, Connection, ask, calls, exchange, parse, read_head, splits, whole
+from processes import KNOWN_NAMES
 
 pytestmark = pytest.mark.skipif(
     "http_parser" not in KNOWN_NAMES, reason="the rules are those of the Python parser of gunicorn 27"

@@ -8,7 +8,9 @@ import signal
 import socket
 
 import pytest
-from conftest import KNOWN_NAMES, fetch, wait_for
+from conditions import wait_for
+from http_client import fetch
+from processes import KNOWN_NAMES
 
 
 @contextlib.contextmanager

@@ -8,7 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Starter, fetch, free_port, wait_for
+from conditions import wait_for
+from free_ports import free_port
+from http_client import fetch
+from processes import Starter
 
 FORGED = "x\r\n\r\nGET /evil HTTP/1.1\r\nHost: a\r\nX-Role: admin\r\nX: y"
 

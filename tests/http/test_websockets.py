@@ -3,18 +3,18 @@
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import struct
-import tempfile
 import threading
-from pathlib import Path
 
 import pytest
 import socketio
 import websocket
-from conftest import Client, Starter, descriptors, fetch, free_port, wait_for
+from conditions import wait_for
+from free_ports import free_port
+from http_client import Client, fetch
+from processes import descriptors, starting
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect as ws_connect
 from websockets.sync.client import unix_connect
@@ -62,14 +62,8 @@ class Served:
 @pytest.fixture(scope="module")
 def shared_server():
     """One program for all tests that leave it as they found it."""
-    home = Path(tempfile.mkdtemp(prefix="gp-", dir="/tmp"))
-    starter = Starter(home)
-    try:
+    with starting() as starter:
         yield Served(starter)
-    finally:
-        left = [process.end() for process in starter.started]
-        shutil.rmtree(home, ignore_errors=True)
-    assert not any(left), f"processes had to be killed: {left}"
 
 
 @pytest.fixture

@@ -6,7 +6,9 @@ import socket
 import stat
 
 import pytest
-from conftest import fetch, free_port, free_range, refused, wait_for
+from conditions import wait_for
+from free_ports import free_port, free_range
+from http_client import fetch, refused
 
 LONG = "/tmp/" + "x" * 120
 
@@ -261,7 +263,7 @@ def test_preload_that_asks_for_the_impossible(start):
     ],
 )
 def test_start_that_cannot_start(start, arguments, pattern):
-    from conftest import COMMAND
+    from processes import COMMAND
 
     start.write("script_runner.py", "")
     process = start.python(COMMAND, "start", *arguments)
@@ -272,7 +274,7 @@ def test_start_that_cannot_start(start, arguments, pattern):
 
 
 def test_unknown_command(start):
-    from conftest import COMMAND
+    from processes import COMMAND
 
     process = start.python(COMMAND, "dance")
     assert process.wait_end() == 2

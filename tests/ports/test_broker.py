@@ -4,26 +4,16 @@ import os
 import signal
 
 import pytest
-from conftest import NO_CONTROL, answers, descriptors, fetch, pids_answering, refused, wait_for
-
-#: In a worker: its end of the channel.
-BROKER = "__import__('gunicorn_passenger.serving.registry').serving.registry.registry.broker"
-
-
-def run(process, code):
-    status, text = fetch(process.socket, "/eval", "POST", code)
-    assert status == 200, text
-    return text
+from broker_access import BROKER, raw, run
+from conditions import wait_for
+from http_client import answers, fetch, pids_answering, refused
+from processes import NO_CONTROL, descriptors
 
 
 @pytest.fixture
 def process(start, port):
     start.write("program.py", f"server = passenger.create_server(whoami).listen({port})")
     return start.gunicorn("anything", workers=1).wait_ready()
-
-
-def raw(data):
-    return f"{BROKER}._sock._sock.send({data!r})"
 
 
 @pytest.mark.parametrize(
@@ -324,7 +314,7 @@ except OSError as error:
 def gunicorn_command(start):
     import sys
 
-    from conftest import GUNICORN
+    from processes import GUNICORN
 
     return [sys.executable, GUNICORN, "-k", "gunicorn_passenger.Worker", "--umask", "007", "-b",
             f"unix:{start.home}/app.sock", "anything"]  # fmt: skip

@@ -6,7 +6,10 @@ import stat
 import time
 
 import pytest
-from conftest import NO_CONTROL, answers, fetch, free_port, free_range, pids_answering, refused, wait_for
+from conditions import wait_for
+from free_ports import free_port, free_range
+from http_client import answers, fetch, pids_answering, refused
+from processes import NO_CONTROL
 
 
 def ask(process, code):

@@ -8,17 +8,9 @@ import socket
 import sys
 
 import pytest
-from conftest import (
-    COMMAND,
-    GUNICORN,
-    answers,
-    fetch,
-    free_port,
-    free_range,
-    pids_answering,
-    refused,
-    require,
-)
+from free_ports import free_port, free_range
+from http_client import answers, fetch, pids_answering, refused
+from processes import COMMAND, GUNICORN, require
 
 from gunicorn_passenger.config.port_allocation import (
     AllocationSource,

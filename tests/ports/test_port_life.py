@@ -8,17 +8,10 @@ import socket
 import threading
 
 import pytest
-from conftest import (
-    GUNICORN,
-    Client,
-    answers,
-    descriptors,
-    fetch,
-    free_port,
-    pids_answering,
-    refused,
-    wait_for,
-)
+from conditions import wait_for
+from free_ports import free_port
+from http_client import Client, answers, fetch, pids_answering, refused
+from processes import GUNICORN, descriptors
 
 
 class Knocking:

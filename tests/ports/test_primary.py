@@ -5,7 +5,9 @@ import os
 import signal
 
 import pytest
-from conftest import answers, fetch, free_port, pids_answering, refused, wait_for
+from conditions import wait_for
+from free_ports import free_port
+from http_client import answers, fetch, pids_answering, refused
 
 ANSWERS = """
     import os
@@ -179,7 +181,7 @@ def test_start_runs_an_unmodified_script_in_every_worker(start):
 
 
 def test_start_without_bind_uses_the_runtime_directory(start, home):
-    from conftest import COMMAND
+    from processes import COMMAND
 
     script = start.write("server.py", SCRIPT)
     process = start.python(COMMAND, "start", script)
@@ -284,7 +286,7 @@ def test_a_script_that_fails_later_is_started_again(start, home):
 
 def test_the_seeds_program(start, port):
     """The document's program, with its proxy, under four workers; and through a reload."""
-    from conftest import ROOT
+    from processes import ROOT
 
     text = (ROOT / "examples/seed/app.py").read_text().replace("9000", str(port))
     (start.home / "app.py").write_text(text)
@@ -301,7 +303,7 @@ def test_the_seeds_program(start, port):
 
 
 def test_the_seeds_program_with_plain_python(start, port):
-    from conftest import ROOT
+    from processes import ROOT
 
     dev = free_port()
     text = (ROOT / "examples/seed/app.py").read_text().replace("9000", str(port))
@@ -358,7 +360,7 @@ def test_a_scripts_own_sigterm_handler_does_not_break_the_stop(start, home):
 
 
 def test_start_with_chdir_survives_a_reload(start, home):
-    from conftest import COMMAND
+    from processes import COMMAND
 
     (home / "elsewhere").mkdir()
     start.write("server.py", SCRIPT)
@@ -370,7 +372,7 @@ def test_start_with_chdir_survives_a_reload(start, home):
 
 
 def test_start_checks_a_configuration_without_running_the_script(start):
-    from conftest import COMMAND
+    from processes import COMMAND
 
     start.write("server.py", "    print('it ran')\n" + SCRIPT)
     process = start.python(COMMAND, "start", "server.py", "--check-config")

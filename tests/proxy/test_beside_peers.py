@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, free_port, require, wait_for
+from conditions import wait_for
+from free_ports import free_port
 from peer_servers import (
     LIMIT,
     nginx,
-    node_modules,  # noqa: F401 (a fixture)
     node_server,
-    starting,
     wait_listening,
 )
+from processes import ROOT, require, starting
 from proxy_case_table import CASES, DATE, DEMANDED, DIFFERENCES, Case, answer
 
 PEERS = ("nginx", "node", "ours")
@@ -378,7 +378,7 @@ def node_proxy(start: Any, recorder: Recorder) -> int:
 
 
 @pytest.fixture(scope="module")
-def peers(node_modules):  # noqa: F811
+def peers(node_modules):
     with starting() as start, contextlib.ExitStack() as stack:
         found = []
         every = {"nginx": nginx_proxy, "node": node_proxy, "ours": gunicorn}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import trustme
-from conftest import wait_for
+from conditions import wait_for
 from proxy_laboratory import OK, Origin, answer, laboratory, read_request, read_response, request
 from upstream_sockets import Upstream, Wire, connect
 
@@ -49,17 +49,6 @@ def gunicorn():
     ) as lab:
         lab.scene().run(COUNT)
         yield lab
-
-
-@pytest.fixture
-def lab(gunicorn):
-    return gunicorn.scene()
-
-
-@pytest.fixture
-def upstream(port):
-    with Upstream(port) as upstream:
-        yield upstream
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import base64
 import re
 
 import pytest
-from conftest import fetch
 from proxy_harness import ALL, OK, PLACES, Message, came, get, path, proxied, request_of, response_of
 from upstream_sockets import connect
 
@@ -31,19 +30,6 @@ SERVERS = {
     "based": "'http://127.0.0.1:%d/base/' % UP",
     "to_proxy": "UP, HOST, to_proxy=True",
 }
-
-
-@pytest.fixture(scope="module")
-def shared():
-    with proxied(SERVERS) as px:
-        yield px
-
-
-@pytest.fixture
-def px(shared):
-    yield shared
-    fetch(shared.status)
-    shared.quiet()
 
 
 def answer(*fields: str, status: str = "200 OK") -> bytes:

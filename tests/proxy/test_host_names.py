@@ -3,7 +3,8 @@
 import contextlib
 
 import pytest
-from conftest import free_port, wait_for
+from conditions import wait_for
+from free_ports import free_port
 from proxy_laboratory import Origin, get, laboratory, read_response, request
 from upstream_sockets import Upstream, connect
 

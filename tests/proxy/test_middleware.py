@@ -4,16 +4,16 @@ import contextlib
 import http.client
 import io
 import select
-import shutil
 import ssl
-import tempfile
 import threading
-from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
 import pytest
 import trustme
-from conftest import PROGRAMS, Client, Starter, free_port, wait_for
+from conditions import wait_for
+from free_ports import free_port
+from http_client import Client
+from processes import PROGRAMS, starting
 from proxy_laboratory import (
     Message,
     Origin,
@@ -434,14 +434,8 @@ class Served:
 
 @pytest.fixture(scope="module", params=["wsgiref", *THREADED])
 def served(request):
-    home = Path(tempfile.mkdtemp(prefix="gp-", dir="/tmp"))
-    starter = Starter(home)
-    try:
+    with starting() as starter:
         yield Served(starter, request.param)
-    finally:
-        left = [process.end() for process in starter.started]
-        shutil.rmtree(home, ignore_errors=True)
-    assert left == [[]]
 
 
 @pytest.fixture

@@ -1,23 +1,22 @@
 """Each option of the proxy: its forms, its default, and what cannot be used."""
 
 import base64
-import http.client
 import io
-import select
 import ssl
 import threading
-import time
+from urllib.parse import urlsplit
 
 import pytest
-from conftest import Client, fetch, free_port
+from free_ports import free_port
+from http_client import fetch
 from proxy_laboratory import (
+    MODES,
     OK,
     Message,
     accept,
     answer,
     ask,
-    has_ipv6,
-    laboratory,
+    kept,
     read_request,
     read_response,
     refuse,
@@ -27,37 +26,7 @@ from upstream_sockets import Upstream, connect
 
 from gunicorn_passenger import http_proxy
 
-#: The options are given when the proxy is made, or with each request: the same must come of it.
-MODES = pytest.mark.parametrize("mode", ["direct", "routed"])
-
-
-@pytest.fixture(scope="module")
-def gunicorn():
-    with laboratory() as lab:
-        yield lab
-
-
-@pytest.fixture
-def lab(gunicorn):
-    return gunicorn.scene()
-
-
-@pytest.fixture
-def upstream(port):
-    with Upstream(port) as upstream:
-        yield upstream
-
-
-def forwarded_elements(message):
-    """The elements of Forwarded, each as a dict."""
-    elements = []
-    for element in ",".join(message.get("forwarded")).split(","):
-        pairs = (pair.partition("=") for pair in element.strip().split(";"))
-        elements.append({name.lower(): value for name, _, value in pairs})
-    return elements
-
-
-# --- what is done without any option -------------------------------------------------------------
+# --- what is done without any option -----------------------------------------------------------------
 
 
 @MODES
@@ -85,7 +54,7 @@ def test_defaults(lab, upstream, port, mode):
     assert came.get("via") == ["1.1 origin"]
 
 
-# --- the request's target ------------------------------------------------------------------------
+# --- the request's target ----------------------------------------------------------------------------
 
 
 @MODES
@@ -142,7 +111,7 @@ def test_without_to_proxy_an_absolute_url_is_asked_for_by_its_path(lab, upstream
     assert got.get("host") == ["elsewhere.example"]
 
 
-# --- the request's fields ------------------------------------------------------------------------
+# --- the request's fields ----------------------------------------------------------------------------
 
 
 @MODES
@@ -260,399 +229,8 @@ def test_the_letter_case_is_lower_by_default(lab, upstream, port):
     assert all(name == name.lower() for name, _ in got.fields), got.fields
 
 
-# --- X-Forwarded-*, Forwarded, Via ---------------------------------------------------------------
+# --- ws and other upgrades ---------------------------------------------------------------------------
 
-
-@MODES
-@pytest.mark.parametrize("value", ["True", "'append'", "'replace'"])
-def test_xfwd_writes_the_four_fields(lab, upstream, port, mode, value):
-    where = lab.serve(f"{port}, xfwd={value}", mode)
-    got, _ = ask(where, upstream, request("/x", "Host: example.org:81"))
-    assert got.get("x-forwarded-for") == ["127.0.0.1"]
-    assert got.get("x-forwarded-proto") == ["http"]
-    assert got.get("x-forwarded-port") == ["81"]
-    assert got.get("x-forwarded-host") == ["example.org:81"]
-    assert got.get("host") == ["example.org:81"]
-
-
-def test_xfwd_without_a_port_in_host(lab, upstream, port):
-    got, _ = ask(lab.serve(f"{port}, xfwd=True"), upstream)
-    assert got.get("x-forwarded-port") == ["80"]
-
-
-SENT_FORWARDED = [
-    "X-Forwarded-For: 203.0.113.7", "X-Forwarded-Proto: https", "X-Forwarded-Port: 443",
-    "X-Forwarded-Host: outer.example",
-]  # fmt: skip
-
-
-@MODES
-@pytest.mark.parametrize("value", ["True", "'append'"])
-@pytest.mark.parametrize(
-    "trusted", ["", ", trusted='*'", ", trusted=['127.0.0.0/8']", ", trusted=['127.0.0.1']"]
-)
-def test_xfwd_appends_to_what_a_trusted_client_sent(lab, upstream, port, mode, value, trusted):
-    where = lab.serve(f"{port}, xfwd={value}{trusted}", mode, free_port())
-    got, _ = ask(where, upstream, request("/x", *SENT_FORWARDED))
-    assert [v.strip() for v in ",".join(got.get("x-forwarded-for")).split(",")] == [
-        "203.0.113.7",
-        "127.0.0.1",
-    ]
-    for name, first in (("proto", "https"), ("port", "443"), ("host", "outer.example")):
-        assert ",".join(got.get(f"x-forwarded-{name}")).split(",")[0].strip() == first
-
-
-@MODES
-@pytest.mark.parametrize(
-    "options",
-    [
-        "xfwd='replace'", "xfwd='replace', trusted='*'", "xfwd=True, trusted=['203.0.113.0/24', '2001:db8::/32']",
-        "xfwd='append', trusted=['203.0.113.7']", "xfwd=True, trusted=[]",
-    ],
-)  # fmt: skip
-def test_xfwd_replaces(lab, upstream, port, mode, options):
-    where = lab.serve(f"{port}, {options}", mode, free_port())
-    got, _ = ask(where, upstream, request("/x", "X-FORWARDED-FOR: 198.51.100.1", *SENT_FORWARDED))
-    assert got.get("x-forwarded-for") == ["127.0.0.1"]
-    assert got.get("x-forwarded-proto") == ["http"]
-    assert got.get("x-forwarded-host") == ["example.org"]
-    assert got.get("x-forwarded-port") != ["443"]
-    assert len(got.get("x-forwarded-port")) == 1
-
-
-@pytest.mark.parametrize("xfwd", ["True", "'replace'"])
-def test_xfwd_under_another_spelling_is_no_way_around(lab, upstream, port, xfwd):
-    """A target that is WSGI or CGI takes an underscore for a hyphen."""
-    where = lab.serve(f"{port}, xfwd={xfwd}, trusted=[]", where=free_port())
-    got, _ = ask(where, upstream, request("/x", "X_Forwarded_For: 198.51.100.1"))
-    for name, value in got.fields:
-        if name.lower().replace("_", "-") == "x-forwarded-for":
-            assert value == "127.0.0.1"
-
-
-@MODES
-@pytest.mark.parametrize("value", ["True", "'append'", "'replace'"])
-def test_forwarded_is_written(lab, upstream, port, mode, value):
-    where = lab.serve(f"{port}, forwarded={value}", mode)
-    got, _ = ask(where, upstream, request("/x", "Host: example.org:81"))
-    (element,) = forwarded_elements(got)
-    assert element["for"] in ("127.0.0.1", '"127.0.0.1"')
-    assert element["proto"] == "http"
-    # a colon is no token character
-    assert element["host"] == '"example.org:81"'
-    assert not got.get("x-forwarded-for")
-
-
-@MODES
-def test_forwarded_appends_to_what_a_trusted_client_sent(lab, upstream, port, mode):
-    where = lab.serve(f"{port}, forwarded=True, trusted='*'", mode, free_port())
-    got, _ = ask(where, upstream, request("/x", 'Forwarded: for="[2001:db8::1]";proto=https'))
-    first, second = forwarded_elements(got)
-    assert first == {"for": '"[2001:db8::1]"', "proto": "https"}
-    assert second["for"] == "127.0.0.1"
-
-
-@MODES
-@pytest.mark.parametrize("options", ["forwarded='replace'", "forwarded=True, trusted=['203.0.113.7']"])
-def test_forwarded_replaces(lab, upstream, port, mode, options):
-    where = lab.serve(f"{port}, {options}", mode, free_port())
-    got, _ = ask(where, upstream, request("/x", "Forwarded: for=203.0.113.7", "forwarded: for=unknown"))
-    (element,) = forwarded_elements(got)
-    assert element["for"] == "127.0.0.1"
-    assert "203.0.113.7" not in repr(got)
-
-
-@pytest.mark.skipif(not has_ipv6(), reason="no IPv6")
-def test_forwarded_for_a_client_on_ipv6(lab, upstream, port):
-    own = free_port()
-    lab.run(f"serve('[::1]:{own}', 'direct', {port}, forwarded=True, xfwd=True)")
-    client = Client(("::1", own))
-    try:
-        client.request("GET", "/")
-        wire = upstream.accept()
-        got = read_request(wire)
-        wire.send(OK)
-        assert client.getresponse().read() == b"ok"
-    finally:
-        client.close()
-    assert forwarded_elements(got)[0]["for"] == '"[::1]"'
-    assert got.get("x-forwarded-for") == ["::1"]
-
-
-@MODES
-def test_via(lab, upstream, port, mode):
-    got, came = ask(lab.serve(f"{port}, via=True", mode), upstream)
-    for message in (got, came):
-        (value,) = message.get("via")
-        version, _, name = value.partition(" ")
-        assert version == "1.1"
-        assert name
-        assert " " not in name
-
-
-@MODES
-def test_via_with_a_pseudonym_is_appended(lab, upstream, port, mode):
-    where = lab.serve(f"{port}, via='edge'", mode)
-    sent = request("/x", "Via: 1.0 first, 1.1 second")
-    got, came = ask(where, upstream, sent, answer("200 OK", "Via: 1.1 origin"))
-    assert ", ".join(got.get("via")) == "1.0 first, 1.1 second, 1.1 edge"
-    assert ", ".join(came.get("via")) == "1.1 origin, 1.1 edge"
-
-
-def test_via_tells_the_version_that_was_received(lab, upstream, port):
-    where = lab.serve(f"{port}, via='edge'")
-    with connect(where) as client:
-        wire = accept(upstream, client.send(b"GET / HTTP/1.0\r\nHost: x\r\n\r\n"))
-        assert read_request(wire).get("via") == ["1.0 edge"]
-        wire.send(b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok")
-        assert read_response(client).get("via") == ["1.0 edge"]
-
-
-# --- Location ------------------------------------------------------------------------------------
-
-REWRITES = [
-    ("host_rewrite='public.example'", "http://public.example/a?b#c"),
-    ("host_rewrite='public.example:8443'", "http://public.example:8443/a?b#c"),
-    ("auto_rewrite=True", "http://example.org:81/a?b#c"),
-    ("protocol_rewrite='https'", "https://127.0.0.1:{port}/a?b#c"),
-    ("protocol_rewrite='http'", "http://127.0.0.1:{port}/a?b#c"),
-    ("host_rewrite='public.example', auto_rewrite=True", "http://public.example/a?b#c"),
-    ("host_rewrite='public.example', protocol_rewrite='https'", "https://public.example/a?b#c"),
-    ("auto_rewrite=True, protocol_rewrite='https'", "https://example.org:81/a?b#c"),
-    ("auto_rewrite=True, change_origin=True", "http://example.org:81/a?b#c"),
-    ("host_rewrite=None, auto_rewrite=False, protocol_rewrite=None", "http://127.0.0.1:{port}/a?b#c"),
-]
-
-
-def location(lab, upstream, port, options, status, value, mode="direct"):
-    where = lab.serve(f"'http://127.0.0.1:{port}', {options}", mode)
-    _, came = ask(
-        where, upstream, request("/x", "Host: example.org:81"), answer(status, f"Location: {value}")
-    )
-    (result,) = came.get("location")
-    return result
-
-
-@MODES
-@pytest.mark.parametrize(("options", "expected"), REWRITES)
-def test_location_is_rewritten(lab, upstream, port, mode, options, expected):
-    sent = f"http://127.0.0.1:{port}/a?b#c"
-    assert location(lab, upstream, port, options, "302 Found", sent, mode) == expected.format(port=port)
-
-
-@pytest.mark.parametrize(
-    "status", ["201 Created", "301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent"]
-)
-@pytest.mark.parametrize("options", ["host_rewrite='public.example'", "auto_rewrite=True"])
-def test_location_of_which_status(lab, upstream, port, options, status):
-    expected = "http://public.example/a" if "host" in options else "http://example.org:81/a"
-    assert location(lab, upstream, port, options, status, f"http://127.0.0.1:{port}/a") == expected
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        "http://elsewhere.example/a", "http://127.0.0.1/a", "http://127.0.0.1:1/a", "http://127.0.0.2:{port}/a",
-        "/a?b#c", "a", "//elsewhere.example/a", "?q", "http://127.0.0.1:{port}@elsewhere.example/a", "mailto:a@b",
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize(
-    "options", ["host_rewrite='public.example', protocol_rewrite='https'", "auto_rewrite=True"]
-)
-def test_location_that_is_not_the_targets_stays(lab, upstream, port, options, value):
-    value = value.format(port=port)
-    assert location(lab, upstream, port, options, "302 Found", value) == value
-
-
-def test_location_of_other_answers_stays(lab, upstream, port):
-    value = f"http://127.0.0.1:{port}/a"
-    assert location(lab, upstream, port, "host_rewrite='public.example'", "200 OK", value) == value
-
-
-def test_the_host_of_the_target_is_compared_without_case(lab, upstream, port):
-    where = lab.serve(f"'http://LOCALHOST:{port}', auto_rewrite=True")
-    reply = answer("302 Found", f"Location: HTTP://LocalHost:{port}/A")
-    assert ask(where, upstream, request(), reply)[1].get("location") == ["http://example.org/A"]
-
-
-# --- Set-Cookie ----------------------------------------------------------------------------------
-
-COOKIES = [
-    "a=1; Domain=old.example; Path=/old/; Secure",
-    "b=domain=old.example; DOMAIN=other.example;path=/other; HttpOnly",
-    "c=3",
-    "d=4; domain=Keep.example; Path=/keep; SameSite=Lax",
-]
-OLD_DOMAIN, OTHER_DOMAIN, KEEP_DOMAIN = (
-    "; Domain=old.example",
-    "; DOMAIN=other.example",
-    "; domain=Keep.example",
-)
-OLD_PATH, OTHER_PATH, KEEP_PATH = "; Path=/old/", ";path=/other", "; Path=/keep"
-
-
-def cookies(**changed):
-    """The cookies with their attributes replaced."""
-    result = []
-    for cookie in COOKIES:
-        for old, new in changed.items():
-            cookie = cookie.replace(globals()[old], new)
-        result.append(cookie)
-    return result
-
-
-@MODES
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ("", COOKIES),
-        ("cookie_domain_rewrite=False, cookie_path_rewrite=False", COOKIES),
-        ("cookie_domain_rewrite={}", COOKIES),
-        (
-            "cookie_domain_rewrite='new.example'",
-            cookies(OLD_DOMAIN="; Domain=new.example", OTHER_DOMAIN="; DOMAIN=new.example",
-                    KEEP_DOMAIN="; domain=new.example"),
-        ),
-        ("cookie_domain_rewrite=''", cookies(OLD_DOMAIN="", OTHER_DOMAIN="", KEEP_DOMAIN="")),
-        (
-            "cookie_domain_rewrite={'old.example': 'new.example'}",
-            cookies(OLD_DOMAIN="; Domain=new.example"),
-        ),
-        (
-            "cookie_domain_rewrite={'old.example': 'new.example', 'other.example': '', '*': 'rest.example'}",
-            cookies(OLD_DOMAIN="; Domain=new.example", OTHER_DOMAIN="", KEEP_DOMAIN="; domain=rest.example"),
-        ),
-        (
-            "cookie_domain_rewrite={'old.example': 'old.example', '*': ''}",
-            cookies(OTHER_DOMAIN="", KEEP_DOMAIN=""),
-        ),
-        ("cookie_domain_rewrite={'*': 'new.example'}", cookies(
-            OLD_DOMAIN="; Domain=new.example", OTHER_DOMAIN="; DOMAIN=new.example",
-            KEEP_DOMAIN="; domain=new.example")),
-        (
-            "cookie_path_rewrite='/new/'",
-            cookies(OLD_PATH="; Path=/new/", OTHER_PATH=";path=/new/", KEEP_PATH="; Path=/new/"),
-        ),
-        ("cookie_path_rewrite='/'", cookies(OLD_PATH="; Path=/", OTHER_PATH=";path=/", KEEP_PATH="; Path=/")),
-        ("cookie_path_rewrite=''", cookies(OLD_PATH="", OTHER_PATH="", KEEP_PATH="")),
-        (
-            "cookie_path_rewrite={'/keep': '/keep', '/old/': '/new', '*': ''}",
-            cookies(OLD_PATH="; Path=/new", OTHER_PATH=""),
-        ),
-        (
-            "cookie_domain_rewrite={'old.example': ''}, cookie_path_rewrite={'/other': '/new'}",
-            cookies(OLD_DOMAIN="", OTHER_PATH=";path=/new"),
-        ),
-    ],
-)  # fmt: skip
-def test_cookies_are_rewritten(lab, upstream, port, mode, options, expected):
-    where = lab.serve(f"{port}, {options}", mode)
-    _, came = ask(where, upstream, request(), answer("200 OK", *(f"Set-Cookie: {c}" for c in COOKIES)))
-
-    def parts(cookie):
-        name, *attributes = (part.strip() for part in cookie.split(";"))
-        return [name, *((k.lower(), v) for k, _, v in (a.partition("=") for a in attributes))]
-
-    assert [parts(cookie) for cookie in came.get("set-cookie")] == [parts(cookie) for cookie in expected]
-
-
-def test_cookies_that_are_not_rewritten_stay_byte_for_byte(lab, upstream, port):
-    odd = ['a="x; y"; path = /q', "b=1;;Path=/;", "c", 'd=4; expires=Thu, 01 Jan 1970 00:00:00 GMT;Domain=""']
-    where = lab.serve(f"{port}, cookie_domain_rewrite={{'old.example': 'new.example'}}")
-    _, came = ask(where, upstream, request(), answer("200 OK", *(f"Set-Cookie: {c}" for c in odd)))
-    assert came.get("set-cookie") == [c.strip() for c in odd]
-
-
-# --- forward -------------------------------------------------------------------------------------
-
-
-@MODES
-@pytest.mark.parametrize(
-    ("form", "path"),
-    [
-        ("{port}", "/x?q"),
-        ("'http://127.0.0.1:{port}'", "/x?q"),
-        ("'http://127.0.0.1:{port}/copy'", "/copy/x?q"),
-    ],
-)
-def test_forward_gets_a_copy(lab, upstream, port, mode, form, path):
-    second = free_port()
-    where = lab.serve(f"{port}, forward={form.format(port=second)}", mode)
-    with Upstream(second) as copies, connect(where) as client:
-        client.send(request("/x?q", "X-Thing: 1", method="POST", body=b"hello"))
-        wire = accept(upstream, client)
-        got = read_request(wire)
-        wire.send(OK)
-        assert read_response(client).text == b"ok"
-        copy = copies.accept()
-        copied = read_request(copy)
-        copy.send(answer("500 No", body=b"nobody reads this"))
-    assert (got.path, got.text) == ("/x?q", b"hello")
-    assert (copied.path, copied.text, copied.get("x-thing")) == (path, b"hello", ["1"])
-    assert copied.start.startswith("POST ")
-
-
-def test_forward_to_a_unix_socket(lab, upstream, port):
-    path = lab.place()
-    with Upstream(path) as copies:
-        _, came = ask(lab.serve(f"{port}, forward='unix:{path}'"), upstream)
-        assert came.status == 200
-        assert read_request(copies.accept()).path == "/x"
-
-
-def test_forward_is_none_by_default(lab, upstream, port):
-    got, came = ask(lab.serve(f"{port}, forward=None"), upstream)
-    assert (got.path, came.status) == ("/x", 200)
-
-
-def test_forward_that_refuses_does_no_harm(lab, upstream, port):
-    where = lab.serve(f"{port}, forward={free_port()}")
-    for _ in range(2):
-        got, came = ask(where, upstream, request(method="POST", body=b"hello"), answer(body=b"fine"))
-        assert (got.text, came.status, came.text) == (b"hello", 200, b"fine")
-        upstream.wires[-1].close()
-
-
-def test_forward_that_never_reads_does_not_delay(lab, upstream, port):
-    second = free_port()
-    body = b"0123456789abcdef" * 500_000
-    with Upstream(second) as copies:
-        where = lab.serve(f"{port}, forward={second}")
-        with connect(where) as client:
-            sender = threading.Thread(target=client.send, args=[request(method="POST", body=body)])
-            sender.start()
-            wire = upstream.accept()
-            assert len(read_request(wire).text) == len(body)
-            wire.send(OK)
-            assert read_response(client).text == b"ok"
-            sender.join()
-        assert copies.connects_within(30)
-
-
-def test_forward_alone_is_a_pure_copy(lab, upstream, port):
-    where = lab.serve(f"None, forward={port}")
-    with connect(where) as client:
-        client.send(request("/x", method="POST", body=b"hello"))
-        came = read_response(client)
-        assert (came.status, came.text) == (200, b"")
-        got = read_request(upstream.accept())
-        assert (got.start, got.text) == ("POST /x HTTP/1.1", b"hello")
-        # a client's connection is in order for the next one
-        client.send(request("/y"))
-        assert read_response(client).status == 200
-
-
-def test_forward_alone_that_refuses_is_still_200(lab):
-    came = refuse(lab.serve(f"None, forward={free_port()}"))
-    assert (came.status, came.text) == (200, b"")
-
-
-def test_a_target_or_forward_must_be_given():
-    with pytest.raises(ValueError, match="target"):
-        http_proxy.create_server(None)
-
-
-# --- ws and other upgrades -----------------------------------------------------------------------
 
 UPGRADE = request(
     "/chat", "Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Key: x", "Sec-WebSocket-Version: 13"
@@ -698,246 +276,7 @@ def test_ws_timeout(lab, upstream, port, mode):
         wire.rest()
 
 
-# --- timeouts ------------------------------------------------------------------------------------
-
-
-@MODES
-def test_proxy_timeout_while_the_answer_is_awaited_is_504(lab, upstream, port, mode):
-    where = lab.serve(f"{port}, proxy_timeout=0.2", mode)
-    with connect(where) as client:
-        wire = accept(upstream, client.send(request("/late")))
-        wire.head()
-        assert read_response(client).status == 504
-        assert wire.ended()
-    log = lab.wait_log("504")
-    assert "GET /late" in log
-    assert "Traceback" not in log
-
-
-def test_proxy_timeout_in_the_body_truncates(lab, upstream, port):
-    where = lab.serve(f"{port}, proxy_timeout=3")
-    client = Client(where)
-    try:
-        client.request("GET", "/")
-        wire = upstream.accept()
-        wire.head()
-        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf")
-        response = client.getresponse()
-        assert response.status == 200
-        with pytest.raises((http.client.IncompleteRead, ConnectionError)):
-            response.read()
-        assert wire.ended()
-    finally:
-        client.close()
-
-
-@MODES
-def test_timeout_of_a_client_that_is_silent_in_its_body_is_408(lab, upstream, port, mode):
-    where = lab.serve(f"{port}, timeout=0.3", mode)
-    with connect(where) as client:
-        client.send(request("/x", "Content-Length: 100", method="POST") + b"half")
-        assert read_response(client).status == 408
-    assert "Traceback" not in lab.log()
-
-
-def test_timeout_does_not_end_a_request_that_is_whole(lab, upstream, port):
-    """The client has said all: that it is silent while the target thinks is in order."""
-    where = lab.serve(f"{port}, timeout=0.2")
-    with connect(where) as client:
-        client.send(request("/x", method="POST", body=b"hello"))
-        wire = accept(upstream, client)
-        read_request(wire)
-        begin = time.monotonic()
-        while time.monotonic() < begin + 0.5:
-            time.sleep(0.05)
-        wire.send(OK)
-        assert read_response(client).status == 200
-
-
-# --- follow_redirects ----------------------------------------------------------------------------
-
-
-def redirected(where, upstream, sent, *replies):
-    """One request of a client whose target answers so: all that the target got, and what the client got."""
-    got = []
-    with connect(where) as client:
-        client.send(sent)
-        wire = None
-        for reply in replies:
-            if wire is None:
-                wire = accept(upstream, client)
-            elif not kept(wire, upstream, client):
-                wire = upstream.accept()
-            got.append(read_request(wire))
-            wire.send(reply)
-        return got, read_response(client, sent.split(b" ")[0].decode())
-
-
-def kept(wire, upstream, client):
-    """Whether the next request comes on the same connection."""
-    if wire.data:
-        return True
-    ready, _, _ = select.select([wire.sock, upstream.listener, client.sock], [], [], 30)
-    assert ready, "no next request"
-    assert client.sock not in ready, f"answered: {client.sock.recv(1000)!r}"
-    if wire.sock in ready:
-        try:
-            wire.data += wire.sock.recv(65536)
-        except ConnectionError:
-            return False
-        return bool(wire.data)
-    return False
-
-
-def moved(status, to):
-    return answer(status, f"Location: {to}", body=b"moved")
-
-
-@MODES
-def test_redirects_are_not_followed_by_default(lab, upstream, port, mode):
-    for options in ("", ", follow_redirects=False"):
-        _, came = ask(lab.serve(f"{port}{options}", mode), upstream, request(), moved("302 Found", "/y"))
-        assert (came.status, came.get("location"), came.text) == (302, ["/y"], b"moved")
-
-
-@MODES
-@pytest.mark.parametrize("value", ["True", "1", "5"])
-def test_redirects_are_followed(lab, upstream, port, mode, value):
-    where = lab.serve(f"{port}, follow_redirects={value}", mode)
-    got, came = redirected(where, upstream, request("/a/b", "Cookie: k=v"), moved("302 Found", "/y?q"), OK)
-    assert [message.path for message in got] == ["/a/b", "/y?q"]
-    assert got[1].get("cookie") == ["k=v"]
-    assert (came.status, came.text, came.get("location")) == (200, b"ok", [])
-
-
-@pytest.mark.parametrize(
-    ("to", "path"),
-    [
-        ("c", "/a/c"), ("../c?q", "/c?q"), ("?q", "/a/b?q"), ("http://127.0.0.1:{port}/z", "/z"),
-        ("//127.0.0.1:{port}/z", "/z"), ("/c#fragment", "/c"), ("http://127.0.0.1:{port}", "/"),
-    ],
-)  # fmt: skip
-def test_where_a_redirect_leads(lab, upstream, port, to, path):
-    """Relative to what was asked of the target, whatever the client's Host says."""
-    where = lab.serve(f"'http://127.0.0.1:{port}', follow_redirects=True")
-    sent = request("/a/b", "Host: evil.example")
-    got, came = redirected(where, upstream, sent, moved("302 Found", to.format(port=port)), OK)
-    assert got[1].path == path
-    assert came.status == 200
-
-
-@pytest.mark.parametrize(
-    ("status", "method", "body", "then"),
-    [
-        (301, "GET", b"", "GET"), (302, "GET", b"", "GET"), (303, "GET", b"", "GET"), (307, "GET", b"", "GET"),
-        (308, "GET", b"", "GET"), (302, "HEAD", b"", "HEAD"), (303, "HEAD", b"", "HEAD"), (307, "HEAD", b"", "HEAD"),
-        (301, "POST", b"hello", "GET"), (302, "POST", b"hello", "GET"), (303, "POST", b"hello", "GET"),
-        (303, "PUT", b"hello", "GET"), (303, "DELETE", b"", "GET"), (307, "DELETE", b"", "DELETE"),
-        (308, "OPTIONS", b"", "OPTIONS"),
-    ],
-)  # fmt: skip
-def test_the_method_after_a_redirect(lab, upstream, port, status, method, body, then):
-    where = lab.serve(f"{port}, follow_redirects=True")
-    sent = request("/a", "Content-Type: text/plain", method=method, body=body)
-    if then == "HEAD":
-        first = f"HTTP/1.1 {status} Moved\r\nLocation: /b\r\nContent-Length: 5\r\n\r\n".encode()
-    else:
-        first = moved(f"{status} Moved", "/b")
-    second = OK if then != "HEAD" else b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n"
-    got, came = redirected(where, upstream, sent, first, second)
-    assert [message.start for message in got] == [f"{method} /a HTTP/1.1", f"{then} /b HTTP/1.1"]
-    assert got[0].text == body
-    if then == "GET" and method != "GET":
-        assert got[1].text == b""
-        assert not [n for n, v in got[1].fields if n.lower().startswith(("content-", "transfer-"))], got[1]
-    assert came.status == 200
-
-
-@pytest.mark.parametrize("status", [307, 308])
-@pytest.mark.parametrize("framing", ["Content-Length: 5", "Transfer-Encoding: chunked"])
-def test_a_redirect_that_would_need_the_body_again_is_handed_over(lab, upstream, port, status, framing):
-    where = lab.serve(f"{port}, follow_redirects=True")
-    body = b"hello" if "Length" in framing else b"5\r\nhello\r\n0\r\n\r\n"
-    sent = request("/a", framing, method="POST") + body
-    got, came = ask(where, upstream, sent, moved(f"{status} Moved", "/b"))
-    assert got.text == b"hello"
-    assert (came.status, came.get("location"), came.text) == (status, ["/b"], b"moved")
-
-
-@pytest.mark.parametrize(
-    "status", ["200 OK", "201 Created", "300 Choices", "304 Not Modified", "404 Not Found"]
-)
-def test_what_is_no_redirect_is_not_followed(lab, upstream, port, status):
-    where = lab.serve(f"{port}, follow_redirects=True")
-    reply = f"HTTP/1.1 {status}\r\nLocation: /b\r\n".encode()
-    reply += b"\r\n" if "304" in status else b"Content-Length: 0\r\n\r\n"
-    assert ask(where, upstream, request(), reply)[1].status == int(status[:3])
-
-
-def test_a_redirect_without_location_is_handed_over(lab, upstream, port):
-    where = lab.serve(f"{port}, follow_redirects=True")
-    assert ask(where, upstream, request(), answer("302 Found"))[1].status == 302
-
-
-@pytest.mark.parametrize(
-    "to", ["ftp://127.0.0.1/x", "file:///etc/passwd", "unix:/tmp/x", "http://", "http://[x"]
-)
-def test_a_redirect_to_what_is_no_http_is_not_followed(lab, upstream, port, to):
-    where = lab.serve(f"{port}, follow_redirects=True")
-    came = ask(where, upstream, request(), moved("302 Found", to))[1]
-    assert came.status in (302, 502)
-    assert b"root:" not in came.body
-    assert "Traceback" not in lab.log()
-
-
-@pytest.mark.parametrize(("value", "count"), [("1", 1), ("3", 3), ("True", 21)])
-def test_how_many_redirects_are_followed(lab, upstream, port, value, count):
-    where = lab.serve(f"{port}, follow_redirects={value}")
-    replies = [moved("302 Found", f"/{number + 1}") for number in range(count + 1)]
-    got, came = redirected(where, upstream, request("/0"), *replies)
-    assert [message.path for message in got] == [f"/{number}" for number in range(count + 1)]
-    # the last one is handed over, or told of
-    assert came.status in (302, 502)
-
-
-def test_credentials_stay_with_their_origin(lab, upstream, port):
-    second = free_port()
-    where = lab.serve(f"'http://127.0.0.1:{port}', follow_redirects=True, headers={{'X-Kept': '1'}}")
-    sent = request(
-        "/a",
-        "Authorization: Bearer secret",
-        "Cookie: secret=1",
-        "Proxy-Authorization: Basic secret",
-        "Accept: x",
-    )
-    with Upstream(second) as other, connect(where) as client:
-        wire = accept(upstream, client.send(sent))
-        first = read_request(wire)
-        assert first.get("authorization") == ["Bearer secret"]
-        wire.send(moved("302 Found", f"http://127.0.0.1:{second}/b"))
-        wire = accept(other, client)
-        got = read_request(wire)
-        wire.send(OK)
-        assert read_response(client).status == 200
-    assert "secret" not in repr(got).lower()
-    assert got.get("accept") == ["x"]
-    assert got.get("host") == [f"127.0.0.1:{second}"]
-
-
-def test_the_proxys_own_credentials_stay_with_their_origin(lab, upstream, port):
-    second = free_port()
-    where = lab.serve(f"'http://127.0.0.1:{port}', follow_redirects=True, auth='user:secret'")
-    with Upstream(second) as other, connect(where) as client:
-        wire = accept(upstream, client.send(request()))
-        assert read_request(wire).get("authorization")
-        wire.send(moved("302 Found", f"http://127.0.0.1:{second}/b"))
-        wire = accept(other, client)
-        assert read_request(wire).get("authorization") == []
-        wire.send(OK)
-        assert read_response(client).status == 200
-
-
-# --- buffer --------------------------------------------------------------------------------------
+# --- buffer ------------------------------------------------------------------------------------------
 
 
 def buffered(lab, port, code, method="POST"):
@@ -1013,7 +352,8 @@ def test_buffer_leaves_the_clients_connection_in_order(lab, upstream, port):
         assert b"smuggled" not in rest.data
 
 
-# --- what cannot be used -------------------------------------------------------------------------
+# --- what cannot be used -----------------------------------------------------------------------------
+
 
 BAD_NUMBERS = [-1, -0.5, "x", "5", True, float("nan"), float("-inf"), [1]]
 BAD_SWITCHES = ["no", "yes", None, 2, []]
@@ -1202,3 +542,15 @@ def test_nothing_was_logged_as_a_bug(gunicorn, lab, upstream, port):
     assert fetch(where) == (200, "ok")
     thread.join()
     assert "gunicorn_passenger/proxy" not in lab.log()
+
+
+# --- 23, 24 ------------------------------------------------------------------------------------------
+
+
+@MODES
+@pytest.mark.parametrize("asked", ["/asked?q", "http://example.org/asked?q"])
+def test_the_path_of_the_target_alone_for_a_proxy(lab, upstream, port, mode, asked):
+    where = lab.serve(f"'http://127.0.0.1:{port}/base?x=1', to_proxy=True, ignore_path=True", mode)
+    got, _ = ask(where, upstream, request(asked))
+    url = urlsplit(got.path)
+    assert (url.path, url.query) == ("/base", "x=1"), got

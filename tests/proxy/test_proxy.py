@@ -5,7 +5,8 @@ import socket
 import threading
 
 import pytest
-from conftest import Client, fetch, refused, wait_for
+from conditions import wait_for
+from http_client import Client, fetch, refused
 
 from gunicorn_passenger import http_proxy
 from gunicorn_passenger.proxy.request_headers import RequestHeaders

@@ -2,33 +2,20 @@
 
 import ast
 import contextlib
-import io
 import logging
-import os
 import re
-import socket
 import ssl
-import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from conftest import free_port
+from free_ports import free_port
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from proxy_laboratory import (
-    Origin,
-    accept,
-    answer,
-    ask,
-    laboratory,
-    read_request,
-    read_response,
-    refuse,
-    request,
-)
-from upstream_sockets import Upstream, Wire, connect
+from proxy_harness import came
+from proxy_laboratory import Origin, accept, answer, ask, read_request, read_response, refuse, request
+from upstream_sockets import Upstream, connect
 from werkzeug.middleware.proxy_fix import ProxyFix
+from wsgi_calls import call, environ
 
 import gunicorn_passenger.proxy
 from gunicorn_passenger import http_proxy
@@ -40,12 +27,9 @@ from gunicorn_passenger.proxy.downstream import WsgiDownstream
 from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.request_target import BadTarget, request_path
 from gunicorn_passenger.proxy.response_head import ResponseChunks, ResponseHead, serialize_headers
-from gunicorn_passenger.proxy.target import parse_target
 from gunicorn_passenger.system.text import printable
 
 RELAXED = settings(deadline=None, derandomize=True, database=None)
-
-SMUGGLED = "x\r\nX-Role: admin\r\n\r\nGET x HTTP/1.1\r\nHost: a\r\nX: y"
 
 
 @pytest.fixture(scope="module")
@@ -53,167 +37,8 @@ def port():
     return free_port()
 
 
-@pytest.fixture(scope="module")
-def gunicorn():
-    with laboratory("--keep-alive", 30) as lab:
-        yield lab
-
-
-@pytest.fixture
-def lab(gunicorn):
-    return gunicorn.scene()
-
-
-@pytest.fixture
-def upstream(port):
-    with Upstream(port) as upstream:
-        yield upstream
-
-
-def routed(lab, create, code):
-    """An app that does something with ``environ`` and hands on to ``proxy``; where it listens."""
-    where = lab.place()
-    lab.run(f"""
-proxy = http_proxy.create_server({create})
-def app(environ, start_response):
-    {code}
-    return proxy.web(environ, start_response)
-passenger.create_server(app).listen("unix:{where}")
-""")
-    return where
-
-
-def environ(body=b"", **more):
-    """What another WSGI server gives an application."""
-    return {
-        "REQUEST_METHOD": "GET", "SCRIPT_NAME": "", "PATH_INFO": "/", "QUERY_STRING": "",
-        "SERVER_PROTOCOL": "HTTP/1.1", "SERVER_NAME": "a", "SERVER_PORT": "80", "HTTP_HOST": "client.example",
-        "REMOTE_ADDR": "192.0.2.7", "wsgi.url_scheme": "http", "wsgi.input": io.BytesIO(body),
-        "wsgi.version": (1, 0), "wsgi.errors": io.StringIO(), "wsgi.multithread": True,
-        "wsgi.multiprocess": False, "wsgi.run_once": False, **more,
-    }  # fmt: skip
-
-
-def call(app, environ):
-    """Status, headers and body of an application's response."""
-    said = []
-    made = app(environ, lambda status, headers, exc_info=None: said.append((status, headers)))
-    try:
-        body = b"".join(made)
-    finally:
-        getattr(made, "close", lambda: None)()
-    return int(said[0][0][:3]), said[0][1], body
-
-
-@pytest.fixture
-def foreign():
-    """A proxy under another WSGI server, and the requests that its target has got."""
-    number = free_port()
-    with Origin(number) as origin:
-
-        def run(environ, target=number, wrap=lambda app: app, **options):
-            before = len(origin.requests)
-            proxy = http_proxy.create_server(target, "127.0.0.1", **options)
-            try:
-                came = call(wrap(proxy.web), environ)
-            finally:
-                proxy.proxy.close()
-            return came, [message for _, message in origin.requests[before:]]
-
-        yield run
-
-
-# --- where a client says it comes from ---------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def named_client(where, name):
-    """A client on a UNIX socket that has given its own end a name."""
-    with tempfile.TemporaryDirectory(prefix="gp-", dir="/tmp") as home, socket.socket(socket.AF_UNIX) as sock:
-        place = Path(home, name)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        sock.bind(str(place))
-        sock.connect(where)
-        yield Wire(sock)
-
-
-@pytest.mark.parametrize("name", [SMUGGLED, "x\nX-Role: admin", "a,b", "10.9.8.7", "\u00e9"])
-@pytest.mark.parametrize("mode", ["direct", "routed"])
-@pytest.mark.parametrize("options", ["xfwd=True", "forwarded=True", "xfwd=True, trusted='10.0.0.0/8'"])
-def test_the_name_of_a_unix_client_is_not_handed_on(lab, upstream, port, name, mode, options):
-    where = lab.serve(f"{port}, '127.0.0.1', {options}", mode)
-    with named_client(where, name) as client:
-        client.send(request())
-        target = accept(upstream, client)
-        got = read_request(target)
-        assert not target.data
-        assert got.get("x-role") == []
-        if "forwarded" in options:
-            assert got.get("forwarded") == ["for=127.0.0.1;host=example.org;proto=http"]
-        else:
-            assert got.get("x-forwarded-for") == ["127.0.0.1"]
-        target.send(answer())
-        assert read_response(client).status == 200
-
-
-@pytest.mark.parametrize("wanted", ["X-Forwarded-For", "Forwarded"])
-def test_an_address_that_a_program_believes_is_written(lab, upstream, port, wanted):
-    option = "xfwd=True" if wanted[0] == "X" else "forwarded=True"
-    where = routed(lab, f"{port}, '127.0.0.1', {option}", "environ['REMOTE_ADDR'] = '203.0.113.5'")
-    got, _ = ask(where, upstream)
-    assert "203.0.113.5" in got.get(wanted)[0]
-
-
-ADDRESSES = {
-    "": "127.0.0.1",
-    "192.0.2.1": "192.0.2.1",
-    "2001:DB8::1": "2001:db8::1",
-    "fe80::1%eth0": "fe80::1",
-    "fe80::1%a\r\nX-Role: admin": "fe80::1",
-    "example.org": "unknown",
-    "192.0.2.1, 10.0.0.1": "unknown",
-    "192.0.2.1\r\nX-Role: admin": "unknown",
-    "192.0.2.1\n": "unknown",
-    "unix:": "unknown",
-    "0177.0.0.1": "unknown",
-    "\u0661.1.1.1": "unknown",
-}
-
-
-@pytest.mark.parametrize("said", ADDRESSES)
-def test_only_an_address_is_written_as_one(foreign, said):
-    wanted = ADDRESSES[said]
-    (status, _, _), (got,) = foreign(environ(REMOTE_ADDR=said), xfwd=True, forwarded=True)
-    assert status == 200
-    assert got.get("x-forwarded-for") == [wanted]
-    shown_as = f'"[{wanted}]"' if ":" in wanted else wanted
-    assert got.get("forwarded") == [f"for={shown_as};host=client.example;proto=http"]
-    assert got.get("x-role") == []
-
-
-NAMES = st.binary(max_size=60) | st.builds(lambda a, b: a + b"\r\nX: " + b, st.binary(), st.binary())
-
-
-@RELAXED
-@given(NAMES, st.booleans())
-def test_the_name_of_a_peer_is_never_more_than_an_address(name, forwarded):
-    """However a server decodes the name, and also under our own."""
-    options = Options().merged({"forwarded" if forwarded else "xfwd": True}, "test")
-    carrier = SimpleNamespace(head=b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", context=SimpleNamespace(addr=name))
-    for text in name.decode("latin-1"), os.fsdecode(name):
-        for client in (
-            WsgiDownstream(environ(REMOTE_ADDR=text), None),
-            WsgiDownstream(environ(REMOTE_ADDR=text), None, carrier),
-        ):
-            origin = client.forwarded_info(options, "a")
-            assert re.fullmatch(r"[0-9a-f.:]+|unknown|", origin.address), origin.address
-            lines = wire.lines_of(
-                rules.upstream_headers(client.headers(False), options, parse_target(9), origin)
-            )
-            assert b"\nX: " not in lines
-
-
 # --- the last place before the wire ------------------------------------------------------------------
+
 
 TEXTS = st.text(max_size=20) | st.sampled_from(
     ["a\r\nb: c", "a\nb", "a\rb", "a\0", "", " ", "\u20ac", "\udc80"]
@@ -348,6 +173,7 @@ def test_a_method_that_a_program_has_made_up_cannot_forge_a_line(foreign, caplog
 
 # --- the host (P2) -----------------------------------------------------------------------------------
 
+
 #: With these the program sees the header's host, or that of the target: our worker decides.
 EITHER = (["other.example"], ["example.org"])
 
@@ -373,9 +199,7 @@ proxy.on("proxy_req", lambda asked, request, options: seen.append(request.enviro
 
 
 def test_the_host_that_a_program_has_set_stays(lab, upstream, port):
-    where = routed(
-        lab, f"{port}, '127.0.0.1', xfwd=True, agent=False", "environ['HTTP_HOST'] = 'www.example'"
-    )
+    where = lab.route(f"{port}, '127.0.0.1', xfwd=True, agent=False", "environ['HTTP_HOST'] = 'www.example'")
     for target in "/x", "http://other.example/x":
         with connect(where) as client:
             client.send(request(target, "X-A: 1", "X-B: 2", "X-A: 3"))
@@ -415,7 +239,7 @@ def test_a_further_proxy_is_asked_for_the_host_that_the_program_sees(foreign):
 
 
 def test_a_header_of_the_program_stays_whatever_connection_names(lab, upstream, port):
-    where = routed(lab, f"{port}, '127.0.0.1', agent=False", "environ['HTTP_X_USER'] = 'alice'")
+    where = lab.route(f"{port}, '127.0.0.1', agent=False", "environ['HTTP_X_USER'] = 'alice'")
     # also the value that the program writes, which nothing tells from the program's
     for sent in (), ("X-User: mallory",), ("X-User: alice",):
         with connect(where) as client:
@@ -437,7 +261,7 @@ def test_a_header_that_the_client_has_sent_ends_here(lab, upstream, port):
 def test_a_wrapped_start_response_changes_nothing_of_that(lab, upstream, port):
     """As Sentry and OpenTelemetry do; fields keep their repetition."""
     code = "outer = start_response; start_response = lambda *a: outer(*a); environ['HTTP_X_USER'] = 'alice'"
-    where = routed(lab, f"{port}, '127.0.0.1'", code)
+    where = lab.route(f"{port}, '127.0.0.1'", code)
     got, _ = ask(where, upstream, request("/x", "Connection: X-User, X-Hop", "X-Hop: 1", "X-A: 1", "X-A: 2"))
     assert (got.get("x-user"), got.get("x-hop"), got.get("x-a")) == (["alice"], ["1"], ["1", "2"])
 
@@ -530,6 +354,7 @@ def test_a_unix_peer_is_believed_only_when_trusted_says_so(lab, port, upstream):
 
 # --- lengths (P7) ------------------------------------------------------------------------------------
 
+
 LENGTHS = {
     "0": 0, "5": 5, "05": 5, "0" * 30 + "5": 5, "0" * 4401: 0, "0" * 4400 + "7": 7,
     str(2**63 - 1): 2**63 - 1, str(2**63): None, str(2**64 + 5): None, "9" * 23: None, "9" * 4401: None,
@@ -595,6 +420,7 @@ def test_a_length_of_a_response_without_bound_is_502(lab, upstream, port):
 
 # --- upgrades with a body (P8) -----------------------------------------------------------------------
 
+
 UPGRADE = ("Connection: Upgrade", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==")
 BODIES = {
     "sized": ("Content-Length: 5", b"hello"),
@@ -653,6 +479,7 @@ def test_a_handler_cannot_give_a_websocket_a_body(lab, upstream, port):
 
 
 # --- targets in absolute form (P9) -------------------------------------------------------------------
+
 
 BAD_TARGETS = [
     "http:///x", "http://", "http://user@host/", "http://user:secret@host/x", "http://@host/", "file:///etc/passwd",
@@ -810,3 +637,27 @@ def test_trailers_of_a_response_have_64_kib(size):
     with contextlib.nullcontext() if size <= 65536 else pytest.raises(BadResponse, match="trailers"):
         decoder.feed(b"0\r\n" + section)
         assert decoder.finished
+
+
+# --- 3: what an app puts into environ ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "bob\r\nX-Admin: yes\r\n\r\nGET /smuggled HTTP/1.1\r\nHost: b",
+        "a\r\n b",
+        "a\nb",
+        "a\rb",
+        "a\0b",
+        "\u20ac",
+    ],
+)
+def test_a_field_that_an_app_has_broken_is_400(lab, upstream, port, value):
+    where = lab.route(port, f"environ['HTTP_X_USER'] = {value!a}")
+    with connect(where) as client:
+        client.send(request())
+        assert read_response(client).status == 400
+        if upstream.connects_within(0.1):
+            assert not came(upstream.wires[0])
+    lab.assert_calm()

@@ -7,9 +7,10 @@ import os
 import time
 
 import pytest
-from conftest import fetch, wait_for
+from conditions import wait_for
 from proxy_harness import (
     ALL,
+    EVERYWHERE,
     OK,
     PLACES,
     Message,
@@ -23,7 +24,6 @@ from proxy_harness import (
     final_of,
     get,
     path,
-    proxied,
     request_of,
     response_of,
 )
@@ -31,18 +31,7 @@ from upstream_sockets import connect
 
 MB = 1 << 20
 
-
-@pytest.fixture(scope="module")
-def shared():
-    with proxied({**PLACES, "to_unix": "UNIX"}) as px:
-        yield px
-
-
-@pytest.fixture
-def px(shared):
-    yield shared
-    fetch(shared.status)
-    shared.quiet()
+SERVERS = {**PLACES, "to_unix": "UNIX"}
 
 
 @contextlib.contextmanager
@@ -56,7 +45,6 @@ def talking(px, where, request):
         yield client, upstream.accept()
 
 
-EVERYWHERE = pytest.mark.parametrize("where", [*PLACES, "to_unix"])
 FRAMINGS = pytest.mark.parametrize("framing", ["length", "chunked"])
 HEADS = {
     "length": b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n",
@@ -158,6 +146,7 @@ def test_a_request_body_cut_anywhere(px, where, framing):
 
 # --- back-pressure -----------------------------------------------------------------------------------
 
+
 BLOCK = os.urandom(MB)
 
 
@@ -222,6 +211,7 @@ def test_memory_does_not_grow_with_a_body(px, where, framing):
 
 
 # --- 100-continue ------------------------------------------------------------------------------------
+
 
 EXPECTING = get("/", "Expect: 100-continue", "Content-Length: 5", method="POST")
 

@@ -11,7 +11,10 @@ import subprocess
 import urllib.request
 
 import pytest
-from conftest import Client, fetch, free_port, require, wait_for
+from conditions import wait_for
+from free_ports import free_port
+from http_client import Client, fetch
+from processes import require
 from websocket import create_connection
 
 #: Where screenshots are kept for someone to look at; without it they are only taken.

@@ -2,68 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
 import json
 import os
-import shutil
 import subprocess
-import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-from conftest import Process, Starter, free_port, refused, require, wait_for
+from conditions import wait_for
+from free_ports import free_port
+from http_client import refused
+from processes import Process, Starter, require
 
 NODE = Path(__file__).parent.parent / "node"
 
 #: Seconds that a client of the tests waits for any one thing.
 LIMIT = 60
-
-
-@pytest.fixture(scope="session")
-def node_modules() -> Path:
-    """The packages of tests/node/package-lock.json, installed once for all test processes."""
-    require("node")
-    npm = require("npm")
-    lock = (NODE / "package-lock.json").read_bytes()
-    wanted = hashlib.sha256(lock).hexdigest()
-    mark = NODE / "node_modules" / ".installed"
-    with (NODE / "package-lock.json").open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if not mark.exists() or mark.read_text() != wanted:
-            done = subprocess.run(
-                [npm, "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--loglevel=error"],
-                cwd=NODE,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if done.returncode:
-                assert "CI" not in os.environ, done.stderr
-                pytest.skip(f"npm installs nothing here: {done.stderr[-300:]}")
-            mark.write_text(wanted)
-    return NODE / "node_modules"
-
-
-@contextlib.contextmanager
-def starting() -> Iterator[Starter]:
-    """A Starter with a home of its own, for what several tests share; all that it started is ended."""
-    home = Path(tempfile.mkdtemp(prefix="gp-", dir="/tmp"))
-    home.chmod(0o755)
-    starter = Starter(home)
-    left: dict[int, list[int]] = {}
-    try:
-        yield starter
-    finally:
-        for process in reversed(starter.started):
-            if pids := process.end():
-                left[process.pid] = pids
-        shutil.rmtree(home, ignore_errors=True)
-    assert not left, f"processes had to be killed: {left}"
 
 
 def wait_listening(process: Process, where: Any) -> Process:

@@ -6,9 +6,7 @@ import contextlib
 import itertools
 import os
 import re
-import shutil
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Process, Starter, descriptors, fetch, free_port, kept, refused, wait_for
+from conditions import wait_for
+from free_ports import free_port, reservation_of
+from http_client import fetch, refused
+from processes import Process, Starter, descriptors, starting
 from upstream_sockets import Upstream, Wire, connect
 
 PROGRAM = """
@@ -37,7 +38,9 @@ P = {{}}
 
 #: The three places of a proxy: the primary on its UNIX socket, a second server on TCP, inside an app on TCP.
 PLACES = {"primary": "UP, HOST", "second": "UP, HOST", "inside": "UP, HOST"}
-ALL = pytest.mark.parametrize("where", ["primary", "second", "inside"])
+ALL = pytest.mark.parametrize("where", list(PLACES))
+#: The same, and a proxy whose upstream listens on a UNIX socket.
+EVERYWHERE = pytest.mark.parametrize("where", [*PLACES, "to_unix"])
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
@@ -220,7 +223,7 @@ class Proxied:
     ) -> None:
         self.up, self.status = free_port(), free_port()
         # nobody listens on the first between two tests, and other test processes look for free ports
-        self.reservations = [kept(self.up), kept(self.status)]
+        self.reservations = [reservation_of(self.up), reservation_of(self.status)]
         self.home = starter.home
         self.unix = f"{self.home}/up.sock"
         self.ports = {name: free_port() for name in servers if name != "primary"}
@@ -310,14 +313,8 @@ class Proxied:
 @contextlib.contextmanager
 def proxied(servers: dict[str, str], *arguments: Any, before: str = "", after: str = "") -> Iterator[Proxied]:
     """Start one, and end it whatever happens."""
-    home = Path(tempfile.mkdtemp(prefix="gp-", dir="/tmp"))
-    starter = Starter(home)
-    try:
+    with starting() as starter:
         yield Proxied(starter, servers, before, after, arguments)
-    finally:
-        left = [process.end() for process in starter.started]
-        shutil.rmtree(home, ignore_errors=True)
-    assert not any(left), f"processes had to be killed: {left}"
 
 
 @contextlib.contextmanager
@@ -391,3 +388,21 @@ def cpu(pid: int) -> float:
     """Seconds of a processor that a process has had."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def upstream_for(px, where):
+    return px.unix_upstream() if where == "to_unix" else px.upstream()
+
+
+def name_of(px, where="primary"):
+    return f"unix:{px.unix}" if where == "to_unix" else f"http://127.0.0.1:{px.up}"
+
+
+def asked(client, upstream, request=None, answer=OK):
+    """One exchange on a connection that the proxy makes for it."""
+    client.send(request or get())
+    wire = upstream.accept()
+    request_of(wire)
+    wire.send(answer)
+    assert final_of(client).status == int(answer.split(b" ")[1])
+    return wire

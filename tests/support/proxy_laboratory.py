@@ -5,18 +5,29 @@ from __future__ import annotations
 import ast
 import contextlib
 import itertools
+import re
 import select
-import shutil
 import socket
-import tempfile
 import textwrap
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from conftest import Process, Starter, fetch, wait_for
+import pytest
+from conditions import wait_for
+from free_ports import free_port
+from http_client import fetch
+from processes import Process, descriptors, starting
 from upstream_sockets import PATIENCE, Upstream, Wire, connect
+
+MB = 1 << 20
+
+#: The options are given when the proxy is made, or with each request: the same must come of it.
+MODES = pytest.mark.parametrize("mode", ["direct", "routed"])
+#: The proxy listens on a UNIX socket or a TCP port: :func:`listening_place`.
+WAYS = pytest.mark.parametrize("way", ["unix", "tcp"])
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
@@ -196,6 +207,26 @@ def refuse(where: Any, sent: bytes | None = None) -> Message:
         return read_response(client, sent.split(b" ")[0].decode())
 
 
+def labels(where: Any, count: int, sent: bytes | None = None) -> list[bytes]:
+    """The bodies of so many responses, each on a connection of its own."""
+    found = []
+    for _ in range(count):
+        message = get(where, sent)
+        assert message.status == 200, message
+        found.append(message.text)
+    return found
+
+
+def silent(wire: Wire, seconds: float = 0.3) -> bool:
+    """Whether nothing arrives in this time, not even the end of the connection."""
+    return not select.select([wire.sock], [], [], seconds)[0]
+
+
+def listening_place(way: str) -> int | None:
+    """Where a proxy listens: a port, or ``None`` for a UNIX socket of the scene's own."""
+    return free_port() if way == "tcp" else None
+
+
 def has_ipv6() -> bool:
     """Whether this machine can listen on ::1."""
     try:
@@ -212,7 +243,7 @@ class Scene:
         self.home = lab.home
         self.process = lab.process
         self.number = number
-        self.sockets = itertools.count()
+        self.places = itertools.count()
         self.begin = len(self.process.log())
 
     def run(self, code: str) -> Any:
@@ -223,7 +254,7 @@ class Scene:
 
     def place(self) -> str:
         """A path for a UNIX socket."""
-        return f"{self.home}/{self.number}-{next(self.sockets)}"
+        return f"{self.home}/{self.number}-{next(self.places)}"
 
     def serve(self, arguments: str, mode: str = "direct", where: Any = None) -> Any:
         """A proxy (``proxy`` in the scene) from the source of its arguments; where it listens."""
@@ -231,6 +262,24 @@ class Scene:
         address = f"unix:{where}" if isinstance(where, str) else where
         self.run(f"proxy = serve({address!r}, {mode!r}, {arguments})")
         return where
+
+    def route(self, create: str, code: str = "") -> str:
+        """An app that runs ``code`` (it has ``environ``) and then calls ``proxy``; where it listens."""
+        where = self.place()
+        self.run(f"""
+proxy = http_proxy.create_server({create})
+def app(environ, start_response):
+    {code or "pass"}
+    return proxy.web(environ, start_response)
+passenger.create_server(app).listen("unix:{where}")
+""")
+        return where
+
+    def note_errors(self) -> None:
+        """Note the class of each error of ``proxy``, and its target, in ``seen``."""
+        self.run(
+            "proxy.on('error', lambda error, request, target: seen.append((type(error).__name__, str(target))))"
+        )
 
     def seen(self) -> list[Any]:
         """What the handlers of this test have noted."""
@@ -250,6 +299,46 @@ class Scene:
         wait_for(lambda: text in self.log(), lambda: f"{text!r} in\n{self.log()}")
         return self.log()
 
+    def proxy_lines(self, part: str) -> list[str]:
+        """The proxy's lines in the log that have ``part``."""
+        return [line for line in self.log().splitlines() if "proxy: " in line and part in line]
+
+    def one_line(self, part: str, pattern: str) -> None:
+        """Wait for the line about a request. It is the only one, and nothing else went wrong."""
+        wait_for(lambda: self.proxy_lines(part), lambda: f"a line with {part} in\n{self.log()}")
+        fetch(self.process.socket)  # the worker's loop has turned once more
+        (line,) = self.proxy_lines(part)
+        assert re.search(pattern, line), line
+        self.assert_calm()
+
+    def assert_calm(self) -> None:
+        """Nothing raised in the worker."""
+        for word in ("Traceback", "RecursionError", "Error handling request"):
+            assert word not in self.log(), self.log()
+
+    def open_sockets(self) -> int:
+        """How many sockets the worker has open."""
+        (pid,) = self.process.workers()
+        return sum(name.startswith("socket:") for name in descriptors(pid))
+
+    def settled_sockets(self) -> int:
+        """How many sockets the worker has open, when those of the previous tests are closed."""
+
+        def same() -> int:
+            before = self.open_sockets()
+            time.sleep(0.1)
+            return before if self.open_sockets() == before else 0
+
+        return int(wait_for(same, "the descriptors to settle"))
+
+    def wait_sockets(self, most: int) -> None:
+        """Wait until the worker has at most so many sockets open."""
+        wait_for(
+            lambda: self.open_sockets() <= most,
+            lambda: f"{most} sockets; there are {self.open_sockets()}",
+            15,
+        )
+
 
 class Lab:
     """A gunicorn with one worker that runs ``programs/proxy_lab_app.py``."""
@@ -266,11 +355,44 @@ class Lab:
 @contextlib.contextmanager
 def laboratory(*arguments: object) -> Iterator[Lab]:
     """The lab, and its end."""
-    home = Path(tempfile.mkdtemp(prefix="gp-", dir="/tmp"))
-    starter = Starter(home)
-    try:
-        yield Lab(home, starter.gunicorn("proxy_lab_app", *arguments, workers=1).wait_ready())
-    finally:
-        left = [pid for process in starter.started for pid in process.end()]
-        shutil.rmtree(home, ignore_errors=True)
-    assert not left, f"processes had to be killed: {left}"
+    with starting() as starter:
+        yield Lab(starter.home, starter.gunicorn("proxy_lab_app", *arguments, workers=1).wait_ready())
+
+
+def kept(wire, upstream, client):
+    """Whether the next request comes on the same connection."""
+    if wire.data:
+        return True
+    ready, _, _ = select.select([wire.sock, upstream.listener, client.sock], [], [], 30)
+    assert ready, "no next request"
+    assert client.sock not in ready, f"answered: {client.sock.recv(1000)!r}"
+    if wire.sock in ready:
+        try:
+            wire.data += wire.sock.recv(65536)
+        except ConnectionError:
+            return False
+        return bool(wire.data)
+    return False
+
+
+#: notes the name of each event in ``seen``
+NOTE_ALL = """
+for name in ("start", "proxy_req", "proxy_req_ws", "proxy_res", "end", "open", "close", "error", "econnreset"):
+    proxy.on(name, lambda *arguments, name=name: seen.append(name))
+"""
+
+
+def handle(lab, event, body, arguments="upstream_request, request, options"):
+    """Add a handler, from the source of its body."""
+    lines = "\n".join("    " + line for line in body.strip().splitlines())
+    lab.run(f"\n@proxy.on({event!r})\ndef handler({arguments}):\n{lines}\n")
+
+
+def on_answer(lab, body):
+    handle(lab, "proxy_res", body, "upstream_response, request")
+
+
+def ask_again(where, upstream, sent=None, reply=OK):
+    """One more request, on the connection that was kept, or a new one."""
+    upstream.wires[-1].close()
+    return ask(where, upstream, sent, reply)

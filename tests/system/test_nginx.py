@@ -4,7 +4,10 @@ import os
 import threading
 
 import pytest
-from conftest import fetch, free_port, refused, require, wait_for
+from conditions import wait_for
+from free_ports import free_port
+from http_client import fetch, refused
+from processes import require
 
 
 @pytest.fixture

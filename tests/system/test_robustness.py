@@ -12,19 +12,10 @@ import sys
 import threading
 
 import pytest
-from conftest import (
-    GUNICORN,
-    NO_CONTROL,
-    Client,
-    answers,
-    descriptors,
-    fetch,
-    free_port,
-    pids_answering,
-    refused,
-    require,
-    wait_for,
-)
+from conditions import wait_for
+from free_ports import free_port
+from http_client import Client, answers, fetch, pids_answering, refused
+from processes import GUNICORN, NO_CONTROL, descriptors, require
 
 #: In a worker: its end of the channel.
 BROKER = "__import__('gunicorn_passenger.serving.registry').serving.registry.registry.broker"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import storm_site
-from conftest import free_range, wait_for
+from conditions import wait_for
+from free_ports import free_range
 from load_clients import CONTENT, UPLOAD, Connection, request
 from storm_site import Site
 

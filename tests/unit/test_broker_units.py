@@ -14,7 +14,8 @@ import threading
 import time
 
 import pytest
-from conftest import free_port, wait_for
+from conditions import wait_for
+from free_ports import free_port
 from gunicorn.config import Config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -4,7 +4,7 @@ import contextlib
 import socket
 
 import pytest
-from conftest import free_port
+from free_ports import free_port
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.config.port_allocation import AllocationSource, PortAllocation

@@ -9,7 +9,7 @@ from pathlib import Path
 import gevent
 import pytest
 from gevent.event import Event
-from test_proxy_units import frame
+from websocket_frames import frame
 
 from gunicorn_passenger.http import faults
 from gunicorn_passenger.proxy import agent as agents

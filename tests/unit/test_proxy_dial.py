@@ -9,7 +9,7 @@ import threading
 
 import gevent
 import pytest
-from conftest import free_port
+from free_ports import free_port
 
 from gunicorn_passenger.errors import UpstreamRefused, UpstreamTimeout
 from gunicorn_passenger.proxy import dial, resolver

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import _socket
-import struct
 
 import gevent
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from websocket_frames import frame
 
 from gunicorn_passenger.errors import BadResponse, PoolExhausted
 from gunicorn_passenger.proxy import agent as agents
@@ -17,18 +17,6 @@ from gunicorn_passenger.proxy.response_head import ResponseChunks, ResponseHead
 from gunicorn_passenger.proxy.target import parse_target
 from gunicorn_passenger.proxy.upstream_io import GeventStream, runtime
 from gunicorn_passenger.proxy.websocket_frames import FrameTracker, close_frame
-
-
-def frame(size: int, masked: bool) -> bytes:
-    mask = 128 if masked else 0
-    if size < 126:
-        head = bytes([0x82, mask | size])
-    elif size < 65536:
-        head = bytes([0x82, mask | 126]) + struct.pack("!H", size)
-    else:
-        head = bytes([0x82, mask | 127]) + struct.pack("!Q", size)
-    return head + (b"mask" if masked else b"") + b"x" * size
-
 
 SIZES = st.lists(st.sampled_from([0, 1, 2, 124, 125, 126, 127, 128, 129, 300, 65535, 65536]), max_size=6)
 

@@ -8,7 +8,9 @@ import time
 
 import pytest
 import websocket
-from conftest import Client, descriptors, fetch, pids_answering, refused, wait_for
+from conditions import wait_for
+from http_client import Client, fetch, pids_answering, refused
+from processes import descriptors
 
 KEPT = ("--keep-alive", 600, "--graceful-timeout", 600, "--timeout", 600)
 

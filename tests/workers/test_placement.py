@@ -1,6 +1,5 @@
 """Placements: one worker at a time, or a port for each; from the program, and from outside for unmodified ones."""
 
-import contextlib
 import json
 import os
 import re
@@ -9,31 +8,13 @@ import socket
 import threading
 
 import pytest
-from conftest import (
-    COMMAND,
-    PROGRAMS,
-    Client,
-    descriptors,
-    fetch,
-    free_range,
-    pids_answering,
-    refused,
-    wait_for,
-)
+from conditions import wait_for
+from free_ports import free_range
+from http_client import Client, fetch, pids_answering, refused
+from placement_site import accepting, children, placed, report, sockets_of, upgrade
+from processes import COMMAND, descriptors
 
 UNMODIFIED = ["gevent_pywsgi", "http_server", "http_server_threading", "waitress", "flask"]
-
-
-def placed(start, where, placement, workers=3, **env):
-    process = start.gunicorn(
-        "placed", workers=workers, env={"P1": where, "PLACEMENT": placement, "PYTHONPATH": PATH, **env}
-    )
-    process.wait_ready()
-    pids_answering(process.socket, workers)
-    return process
-
-
-PATH = str(PROGRAMS)
 
 
 def pid_at(port):
@@ -46,31 +27,7 @@ def servers(process):
     return json.loads(fetch(process.socket, "/servers")[1])
 
 
-def sockets_of(port, state):
-    """The inodes of this machine's sockets on a local port, in a state of /proc/net/tcp."""
-    with open("/proc/net/tcp") as file:
-        lines = [line.split() for line in file.readlines()[1:]]
-    return [line[9] for line in lines if line[1].endswith(f":{port:04X}") and line[3] == state]
-
-
-def accepting(inode, masters):
-    """The workers that wait for connections on a listening socket: it is in their epoll set."""
-    return [pid for master in masters for pid in children(master) if pid not in masters and polls(pid, inode)]
-
-
-def polls(pid, inode):
-    with contextlib.suppress(OSError):
-        named = {name: os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")}
-        mine = {name for name, what in named.items() if what == f"socket:[{inode}]"}
-        for name, what in named.items():
-            if mine and what == "anon_inode:[eventpoll]":
-                with open(f"/proc/{pid}/fdinfo/{name}") as file:
-                    if mine & set(re.findall(r"tfd:\s+(\d+)", file.read())):
-                        return True
-    return False
-
-
-# --- one ---------------------------------------------------------------------------------------------
+# --- one -------------------------------------------------------------------------------------------
 
 
 def test_one_worker_accepts(start, port):
@@ -111,13 +68,6 @@ def test_when_the_worker_is_killed_another_accepts_and_nobody_is_refused(start, 
     assert "takeover" in json.dumps(report(start))
 
 
-def report(start):
-    done = start.python(COMMAND, "status", "--json")
-    assert done.wait_end() == 0, done.log()
-    (found,) = json.loads(done.log())["applications"]
-    return found
-
-
 def test_two_never_accept_at_once_through_reloads_and_an_upgrade(start, port):
     process = placed(start, port, "one")
     (inode,) = sockets_of(port, "0A")
@@ -153,29 +103,7 @@ def test_two_never_accept_at_once_through_reloads_and_an_upgrade(start, port):
     assert samples[0] > 20
 
 
-def upgrade(process, masters):
-    """USR2; the next master's pid, once its three workers serve."""
-    before, booted = set(process.workers()), process.log().count("Booting worker")
-    process.signal(signal.SIGUSR2)
-    (second,) = wait_for(lambda: set(process.workers()) - before, "the next master")
-    masters.append(second)
-    wait_for(lambda: process.log().count("Booting worker") == booted + 3, "its workers to boot")
-    wait_for(
-        lambda: len({str(c) for c in children(second)} & pids_answering(process.socket, 6)) == 3,
-        "them to answer",
-    )
-    return second
-
-
-def children(pid):
-    try:
-        with open(f"/proc/{pid}/task/{pid}/children") as file:
-            return [int(child) for child in file.read().split()]
-    except FileNotFoundError:
-        return []
-
-
-# --- each --------------------------------------------------------------------------------------------
+# --- each ------------------------------------------------------------------------------------------
 
 
 def test_each_worker_has_a_port_that_a_successor_takes_over(start):
@@ -283,7 +211,7 @@ def test_a_worker_too_many_waits_for_a_port(start):
     assert wait_for(lambda: pid_at(first) if pid_at(first) != at[first] else 0, "the port to move") == third
 
 
-# --- from outside ------------------------------------------------------------------------------------
+# --- from outside ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", UNMODIFIED)
@@ -332,7 +260,7 @@ def test_a_server_that_polls_by_itself_hears_of_its_turn(start, port):
     assert process.stop() == 0
 
 
-# --- by an operator ----------------------------------------------------------------------------------
+# --- by an operator --------------------------------------------------------------------------------
 
 
 def command(start, *arguments):

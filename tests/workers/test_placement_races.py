@@ -6,19 +6,12 @@ import signal
 import socket
 
 import pytest
-from conftest import (
-    COMMAND,
-    GUNICORN,
-    Client,
-    fetch,
-    free_port,
-    free_range,
-    pids_answering,
-    refused,
-    wait_for,
-)
-from test_broker import BROKER, raw, run
-from test_placement import accepting, children, placed, report, sockets_of, upgrade
+from broker_access import BROKER, raw, run
+from conditions import wait_for
+from free_ports import free_port, free_range
+from http_client import Client, fetch, pids_answering, refused
+from placement_site import accepting, children, placed, report, sockets_of, upgrade
+from processes import COMMAND, GUNICORN
 
 
 def anything(start, program, workers=2, *arguments, **env):

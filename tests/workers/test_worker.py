@@ -7,7 +7,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import PROGRAMS, Client, answers, fetch, free_port, pids_answering, refused, require, wait_for
+from conditions import wait_for
+from free_ports import free_port
+from http_client import Client, answers, fetch, pids_answering, refused
+from processes import PROGRAMS, require
 
 
 @pytest.mark.parametrize("worker", ["gunicorn_passenger.Worker", "egg:gunicorn_passenger#passenger"])

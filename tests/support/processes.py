@@ -1,0 +1,247 @@
+"""Starts the programs under test, and ends them by pid with nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conditions import PATIENCE, wait_for
+from gunicorn.config import KNOWN_SETTINGS
+from http_client import answers
+
+KNOWN_NAMES = {setting.name for setting in KNOWN_SETTINGS}
+
+PROGRAMS = Path(__file__).parent.parent / "programs"
+
+ROOT = Path(__file__).parent.parent.parent
+
+#: The console scripts beside the Python that runs the tests (USR2 starts argv[0] again, so no ``-m``).
+GUNICORN = Path(sys.executable).parent / "gunicorn"
+
+COMMAND = Path(sys.executable).parent / "gunicorn-passenger"
+
+#: gunicorn's control socket (a thread and descriptors of its own in the master), for tests that count.
+NO_CONTROL = ["--no-control-socket"] if "control_socket_disable" in KNOWN_NAMES else []
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a shell's background job ignores it, and so would all that the tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def require(program: str) -> str:
+    """The path of a further program that a test needs; without it the test says so, and in CI it fails."""
+    path = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    if path is None:
+        assert "CI" not in os.environ, f"{program} is missing"
+        pytest.skip(f"{program} is not installed")
+    return path
+
+
+def descriptors(pid: int) -> list[str]:
+    """What the descriptors of a process point to."""
+    found = []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return found
+
+
+class Process:
+    """A program under test, its log, and its end."""
+
+    def __init__(
+        self, arguments: list[str], home: Path, env: dict[str, str], cwd: Path, **options: Any
+    ) -> None:
+        self.home = home
+        self.logfile = home / f"log-{time.monotonic_ns()}"
+        self.socket = str(home / "app.sock")
+        with self.logfile.open("wb") as log:
+            self.popen = subprocess.Popen(
+                arguments,
+                cwd=cwd,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                **options,
+            )
+        self.pid = self.popen.pid
+
+    def log(self) -> str:
+        return self.logfile.read_text(errors="replace")
+
+    def wait_log(self, pattern: str, count: int = 1) -> re.Match[str]:
+        """Wait until the log has ``count`` matches; returns the last."""
+
+        def look() -> re.Match[str] | None:
+            found = list(re.finditer(pattern, self.log()))
+            if len(found) >= count:
+                return found[-1]
+            if self.popen.poll() is not None and len(found) < count:
+                # one more look: it may have been written since
+                found = list(re.finditer(pattern, self.log()))
+                assert len(found) >= count, f"ended without {pattern!r}:\n{self.log()}"
+            return None
+
+        result: re.Match[str] = wait_for(look, lambda: f"{pattern!r} x {count} in\n{self.log()}")
+        return result
+
+    def wait_ready(self, where: Any = None) -> Process:
+        """Wait until the program answers on ``where`` (its UNIX socket)."""
+        where = where or self.socket
+
+        def ready() -> bool:
+            assert self.popen.poll() is None, f"ended with {self.popen.returncode}:\n{self.log()}"
+            return answers(where)
+
+        wait_for(ready, lambda: f"an answer on {where}:\n{self.log()}")
+        return self
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def hup(self, workers: int, where: Any = None) -> None:
+        """Reload, and wait until the old workers are gone."""
+        before = set(self.workers())
+        self.signal(signal.SIGHUP)
+        wait_for(
+            lambda: len(self.workers()) == workers and not before & set(self.workers()),
+            lambda: f"the reload; log:\n{self.log()[-3000:]}",
+        )
+
+    def workers(self) -> list[int]:
+        """The pids of the master's children."""
+        try:
+            with open(f"/proc/{self.pid}/task/{self.pid}/children") as file:
+                return [int(pid) for pid in file.read().split()]
+        except FileNotFoundError:
+            return []
+
+    def session(self) -> list[int]:
+        """All processes that this one has started, by their session."""
+        found = []
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                try:
+                    with open(f"/proc/{name}/stat") as file:
+                        fields = file.read().rpartition(")")[2].split()
+                except (FileNotFoundError, ProcessLookupError):
+                    continue
+                if int(fields[3]) == self.pid and fields[0] != "Z":
+                    found.append(int(name))
+        return found
+
+    def wait_end(self) -> int:
+        """Wait for the end of the process; its exit status."""
+        try:
+            return self.popen.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"did not end:\n{self.log()[-6000:]}") from None
+
+    def stop(self) -> int:
+        """SIGTERM; the exit status. Fails when a process is left over."""
+        with contextlib.suppress(ProcessLookupError):
+            self.signal(signal.SIGTERM)
+        status = self.wait_end()
+        wait_for(lambda: not self.session(), lambda: f"processes left over: {self.session()}", 10)
+        return status
+
+    def end(self) -> list[int]:
+        """Clean up, whatever state the test left; what had to be killed."""
+        with contextlib.suppress(ProcessLookupError):
+            self.popen.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.popen.wait(20)
+        left = self.session()
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            self.popen.kill()
+        self.popen.wait()
+        return left
+
+
+class Starter:
+    """Starts programs for one test."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.started: list[Process] = []
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("PASSENGER_", "GUNICORN_"))},
+            "HOME": str(home),
+            "PASSENGER_RUNTIME_DIR": str(home / "run"),
+            "PYTHONPATH": str(PROGRAMS),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+        self.environment.pop("PORT", None)
+        self.environment.pop("XDG_RUNTIME_DIR", None)
+
+    def write(self, name: str, text: str) -> Path:
+        """A file of this test's own, such as a program or a ``gunicorn.conf.py``."""
+        path = self.home / name
+        path.write_text(textwrap.dedent(text))
+        return path
+
+    def run(self, *arguments: object, cwd: Path | None = None, **options: Any) -> Process:
+        """Start any program; ``env`` adds to the environment."""
+        env = {**self.environment, **{k: str(v) for k, v in options.pop("env", {}).items()}}
+        process = Process([str(a) for a in arguments], self.home, env, cwd or self.home, **options)
+        self.started.append(process)
+        return process
+
+    def python(self, *arguments: object, **options: Any) -> Process:
+        """Start the Python that runs the tests."""
+        return self.run(sys.executable, *arguments, **options)
+
+    def gunicorn(
+        self, app: str, *arguments: object, workers: int = 2, bind: str = "", **options: Any
+    ) -> Process:
+        """Start gunicorn with our worker on a UNIX socket (or ``bind``)."""
+        default = ["-b", bind or f"unix:{self.home}/app.sock"]
+        return self.python(
+            GUNICORN, "-k", "gunicorn_passenger.Worker", "-w", workers,
+            "--umask", "007", *default, *arguments, app, **options,
+        )  # fmt: skip
+
+    def start_script(self, script: object, *arguments: object, **options: Any) -> Process:
+        """``gunicorn-passenger start`` on the home's UNIX socket."""
+        return self.python(
+            COMMAND, "start", script, "-b", f"unix:{self.home}/app.sock",
+            "--umask", "007", *arguments, **options,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[Starter]:
+    """A Starter with a directory of its own. At the end all that it started is ended.
+
+    The directory has a short path, because the path of a UNIX socket has at most 107 bytes.
+    """
+    home = Path(tempfile.mkdtemp(prefix="gp-", dir="/tmp"))
+    home.chmod(0o755)
+    starter = Starter(home)
+    try:
+        yield starter
+    finally:
+        for process in starter.started:
+            with contextlib.suppress(ProcessLookupError):
+                process.popen.terminate()
+        left = {process.pid: pids for process in reversed(starter.started) if (pids := process.end())}
+        shutil.rmtree(home, ignore_errors=True)
+    assert not left, f"processes had to be killed: {left}"
