@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from itertools import islice
 from socket import SOCK_STREAM
 from typing import Any
 
@@ -158,20 +159,17 @@ class Acceptor:
         for connection in list(self._connections):
             connection.begin_shutdown()
 
-    def has_capacity(self) -> bool:
-        """Whether it may serve another connection."""
-        return len(self._connections) < self._limit and not self.listener.closing
+    def room(self) -> int:
+        """How many more connections it may serve."""
+        return 0 if self.listener.closing else max(self._limit - len(self._connections), 0)
 
-    def pop_idle_connection(self) -> tuple[Any, Any] | None:
-        """Stop serving one connection that waits for a request.
+    def pop_idle_connections(self, most: int) -> list[tuple[Any, Any]]:
+        """Stop serving connections that wait for a request.
 
-        :returns: its socket and its client's address, which are the caller's from now on; ``None`` when no
-            connection is idle.
+        :returns: of each, its socket and its client's address, which are the caller's from now on.
         """
-        for connection in self._connections:
-            if connection.is_idle():
-                return connection.detach()
-        return None
+        idle = islice((c for c in self._connections if c.is_idle()), most)
+        return [connection.detach() for connection in list(idle)]
 
     @property
     def sockname(self) -> Any:

@@ -4,8 +4,8 @@ Process: the master (its end of each channel) and a worker (the other end). Neve
 
 - A channel is an ``AF_UNIX`` ``SOCK_SEQPACKET`` socketpair made before the fork: one message is
   one packet, an end that closes is an end-of-file for the other (unix(7)).
-- A packet is a JSON object ``{"v": 1, "type": "OpenPort", ...}``, at most ``MAX_MESSAGE`` bytes, with at most
-  one file descriptor (``SCM_RIGHTS``).
+- A packet is a JSON object ``{"v": 1, "type": "OpenPort", ...}``, at most ``MAX_MESSAGE`` bytes, with as many
+  file descriptors (``SCM_RIGHTS``) as the message may have: one, for most.
 - Neither side trusts the other's packets: a packet that is not a known message raises
   :class:`MalformedPacket`, and every descriptor that came with it is closed.
 """
@@ -19,6 +19,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any, get_type_hints
 
 from gunicorn_passenger.ipc.messages import MAX_TEXT, VERSION, Message
@@ -47,7 +48,7 @@ class ChannelClosed(Exception):
 def pack(message: Message) -> bytes:
     """The packet of a message; texts are cut to ``MAX_TEXT`` characters."""
     fields: dict[str, Any] = {"v": VERSION, "type": type(message).__name__}
-    for name, value in dataclasses.asdict(message).items():
+    for name, value in vars(message).items():
         fields[name] = value[:MAX_TEXT] if isinstance(value, str) else value
     data = json.dumps(fields, separators=(",", ":")).encode()
     if len(data) > MAX_MESSAGE:
@@ -75,7 +76,7 @@ def unpack(data: bytes) -> Message:
     kind = Message.types.get(name) if isinstance(name, str) else None
     if kind is None:
         raise MalformedPacket(f"unknown type {str(name)[:40]!r}", number)
-    hints = get_type_hints(kind)
+    hints = _hints(kind.__name__)
     for field in dataclasses.fields(kind):
         if field.name in fields:
             _check(fields[field.name], hints[field.name], f"{name}.{field.name}", number)
@@ -84,6 +85,12 @@ def unpack(data: bytes) -> Message:
     if unknown := fields.keys() - {f.name for f in dataclasses.fields(kind)}:
         raise MalformedPacket(f"{name} with unknown field {str(min(unknown))[:40]!r}", number)
     return kind(**fields)
+
+
+@cache
+def _hints(name: str) -> dict[str, Any]:
+    """The types of a message's fields."""
+    return get_type_hints(Message.types[name])
 
 
 def _check(value: object, hint: type, where: str, number: int) -> None:
@@ -103,21 +110,24 @@ def pair() -> tuple[_socket.socket, _socket.socket]:
     return _socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
-def send(sock: Any, message: Message, fd: int | None = None) -> None:
-    """Send one message, with a descriptor if given.
+def send(sock: Any, message: Message, *fds: int) -> None:
+    """Send one message, with descriptors if given.
 
     :raises BlockingIOError: the socket is non-blocking and the other end does not read.
     :raises ChannelClosed: the other end is closed.
     """
-    ancillary = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     try:
         sock.sendmsg([pack(message)], ancillary, socket.MSG_NOSIGNAL)
     except (BrokenPipeError, ConnectionResetError):
         raise ChannelClosed from None
 
 
-def receive(sock: Any, close: Callable[[int], object] = os.close) -> tuple[Message, int | None]:
-    """Receive one message and the descriptor that came with it, which the caller owns.
+def receive(sock: Any, close: Callable[[int], object] = os.close) -> tuple[Message, list[int]]:
+    """Receive one message and the descriptors that came with it, which the caller owns.
+
+    They are fewer than were sent when this process had no room for them (EMFILE), which is not the sender's
+    fault.
 
     :param close: closes the descriptors of a packet that is rejected.
     :raises ChannelClosed: the other end is closed.
@@ -134,14 +144,14 @@ def receive(sock: Any, close: Callable[[int], object] = os.close) -> tuple[Messa
         if flags & socket.MSG_TRUNC:
             raise MalformedPacket(f"longer than {MAX_MESSAGE} bytes")
         message = unpack(data)
-        # without any, this process had no room for the descriptor (EMFILE): that is not the sender's fault
-        if len(fds) > 1 or (flags & socket.MSG_CTRUNC and fds):
-            raise MalformedPacket("more than one descriptor", message.id)
+        most = message.max_descriptors
+        if len(fds) > most or (most == 1 and flags & socket.MSG_CTRUNC and fds):
+            raise MalformedPacket("more descriptors than the message may have", message.id)
     except BaseException:
         for fd in fds:
             close(fd)
         raise
-    return message, fds[0] if fds else None
+    return message, fds
 
 
 def received_fds(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:

@@ -18,6 +18,8 @@ VERSION = 1
 MAX_TEXT = 4096
 #: Characters of a key: a UNIX path or a host with a port, and the name of a listener.
 MAX_KEY = 300
+#: Connections in one OfferConnections: their addresses fit in a text, and OfferSettled has a bit for each.
+MAX_OFFERED = 32
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Message:
     id: int
 
     types: ClassVar[dict[str, type[Message]]] = {}
+    #: how many descriptors its packet may have
+    max_descriptors: ClassVar[int] = 1
 
     def __init_subclass__(cls) -> None:
         Message.types[cls.__name__] = cls
@@ -96,23 +100,27 @@ class WorkerLeaving(Message):
 
 
 @dataclass(frozen=True)
-class OfferConnection(Message):
-    """A draining worker offers an idle connection, the packet's descriptor, to its siblings.
+class OfferConnections(Message):
+    """A draining worker offers idle connections, the packet's descriptors, to its siblings.
 
-    Response: Acknowledged when a sibling serves it from now on, else OfferRejected: then the worker keeps it.
+    Response: OfferSettled. Until then the worker must not read from them.
     """
 
-    #: which server accepted it: the key of a port, or "primary" and the listener's name
+    max_descriptors: ClassVar[int] = MAX_OFFERED
+    #: which server accepted them: the key of a port, or "primary" and the listener's name
     key: str
-    #: the client's address, as JSON
-    addr: str
+    #: the clients' addresses, a JSON list
+    addrs: str
 
 
 @dataclass(frozen=True)
 class AssignResult(Message):
-    """Whether the worker serves the connection of the AssignConnection with this ``id``. No response."""
+    """How many connections of the AssignConnections with this ``id`` the worker can serve.
 
-    taken: bool
+    They are the first so many. Response: AssignSettled, before which the worker must not read from them.
+    """
+
+    taken: int
 
 
 @dataclass(frozen=True)
@@ -173,16 +181,30 @@ class SuccessorReady(Message):
 
 
 @dataclass(frozen=True)
-class OfferRejected(Message):
-    """No sibling can take the connection now."""
+class OfferSettled(Message):
+    """Which of the offered connections a sibling serves from now on; the worker keeps the others."""
+
+    #: bit n is set for connection n
+    taken: int
 
 
 @dataclass(frozen=True)
-class AssignConnection(Message):
-    """A sibling's idle connection for the worker: the packet's descriptor. Response: AssignResult."""
+class AssignConnections(Message):
+    """A sibling's idle connections for the worker: the packet's descriptors. Response: AssignResult."""
 
+    max_descriptors: ClassVar[int] = MAX_OFFERED
     key: str
-    addr: str
+    addrs: str
+
+
+@dataclass(frozen=True)
+class AssignSettled(Message):
+    """Whether the worker serves the connections that it can serve; otherwise they are its sibling's again.
+
+    They are when the AssignResult came too late.
+    """
+
+    serve: bool
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,11 @@ class Broker:
         self.sync.decide_stop_or_reload()
         for key in self.sync.close_unused(now, self.grace):
             self.log.info("Closed %s: no worker has wanted it for %g s", key, self.grace)
-        due = [self.placement.schedule(now), self.listeners.idle.deadline(self.grace)]
+        due = [
+            self.placement.schedule(now),
+            self.listeners.idle.deadline(self.grace),
+            self._dispatcher.migration.tick(now),
+        ]
         if self.sync.pending:
             due.append(now + _DECISION_INTERVAL)
         return min((at for at in due if at is not None), default=None)

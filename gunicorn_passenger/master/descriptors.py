@@ -28,7 +28,7 @@ _FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 #: hold.
 _MAX_EMPTY = 1024
 #: How many descriptors may wait to be closed before the channel of their sender is closed.
-MAX_WAITING = 64
+MAX_WAITING = 256
 
 
 def is_connection(fd: int) -> bool:

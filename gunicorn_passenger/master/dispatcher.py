@@ -23,7 +23,7 @@ from gunicorn_passenger.ipc.messages import (
     BootFailure,
     GetReport,
     Message,
-    OfferConnection,
+    OfferConnections,
     OpenPort,
     PacketRejected,
     ReleasePort,
@@ -80,7 +80,7 @@ class MessageDispatcher:
         self._retired_counters = retired_counters
         self._event_log = event_log
         self._report = report
-        self._migration = MigrationRelay(workers, listeners, self.reply)
+        self.migration = MigrationRelay(workers, listeners, self.reply)
         #: texts of boot failures that were logged
         self._boot_failures: set[str] = set()
         #: age of the worker whose exit makes gunicorn halt; 0 for none
@@ -93,7 +93,6 @@ class MessageDispatcher:
             AcceptPaused: self._on_accept_paused,
             WorkerReady: self._on_worker_ready,
             WorkerLeaving: self._on_worker_leaving,
-            OfferConnection: self._on_offer_connection,
             AssignResult: self._on_assign_result,
             GetReport: self._on_get_report,
             BootFailure: self._on_boot_failure,
@@ -113,9 +112,9 @@ class MessageDispatcher:
             self.close_channel(worker, expelled=True)
 
     def _receive(self, worker: WorkerChannel) -> None:
-        fd = None
+        fds: list[int] = []
         try:
-            message, fd = channel.receive(worker.sock, worker.closer.close)
+            message, fds = channel.receive(worker.sock, worker.closer.close)
         except BlockingIOError:
             return
         except channel.MalformedPacket as error:
@@ -125,8 +124,11 @@ class MessageDispatcher:
             self.close_channel(worker)
             return
         try:
-            handler = self._handlers.get(type(message), self._dispatch_to_services)
-            handler(worker, message, fd)
+            if isinstance(message, OfferConnections):
+                self.migration.offer(worker, message, fds, self._sync.stopping())
+            else:
+                handler = self._handlers.get(type(message), self._dispatch_to_services)
+                handler(worker, message, fds[0] if fds else None)
         except Exception:
             # A defect of ours that this worker's messages trigger. They would trigger it again and again, and
             # all other workers need this thread: so it costs the worker its channel.
@@ -138,7 +140,7 @@ class MessageDispatcher:
             )
             self.close_channel(worker, expelled=True)
         finally:
-            if fd is not None:
+            for fd in fds:
                 worker.closer.close(fd)
 
     def _on_malformed(self, worker: WorkerChannel, error: channel.MalformedPacket) -> None:
@@ -162,7 +164,7 @@ class MessageDispatcher:
         :returns: whether it was sent.
         """
         try:
-            channel.send(worker.sock, message, fd)
+            channel.send(worker.sock, message, *(() if fd is None else (fd,)))
         except (BlockingIOError, channel.ChannelClosed, OSError) as error:
             does_not_read = isinstance(error, BlockingIOError)
             if does_not_read:
@@ -235,11 +237,8 @@ class MessageDispatcher:
         if any(other.serving for other in self._workers) and not self._sync.stopping():
             self.reply(worker, SuccessorReady(0))
 
-    def _on_offer_connection(self, worker: WorkerChannel, message: OfferConnection, fd: int | None) -> None:
-        self._migration.offer(worker, message, fd, self._sync.stopping())
-
     def _on_assign_result(self, worker: WorkerChannel, message: AssignResult, _fd: int | None) -> None:
-        self._migration.on_assign_result(worker, message)
+        self.migration.on_assign_result(worker, message)
 
     def _on_get_report(self, worker: WorkerChannel, message: GetReport, _fd: int | None) -> None:
         """Send the report in a file in memory, since a packet has a limited size."""
@@ -316,7 +315,7 @@ class MessageDispatcher:
             return
         worker.closer.close_socket(worker.sock)
         self._retired_counters.gone(worker.scoreboard, self._listeners.ports.values())
-        self._migration.on_worker_gone(worker)
+        self.migration.on_worker_gone(worker)
         self._listeners.on_worker_gone(worker.age)
         if expelled:
             # it may accept until it notices: its ports move to others when it is reaped

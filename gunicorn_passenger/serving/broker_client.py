@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import gevent
 from gevent import socket as gsocket
@@ -27,12 +27,14 @@ from gunicorn_passenger.ipc.messages import (
     AcceptGranted,
     AcceptPaused,
     Acknowledged,
-    AssignConnection,
+    AssignConnections,
     AssignResult,
+    AssignSettled,
     BootFailure,
     GetReport,
     Message,
-    OfferConnection,
+    OfferConnections,
+    OfferSettled,
     OpenPort,
     PacketRejected,
     PauseAccept,
@@ -52,8 +54,14 @@ from gunicorn_passenger.system.text import MAX_NAME
 #: Seconds that a worker waits for the broker, which responds within milliseconds unless it hangs.
 RESPONSE_TIMEOUT = 10.0
 
-#: Starts to serve a connection that a sibling has offered.
-StartServing = Callable[[], object]
+
+class AssignedConnection(NamedTuple):
+    """A sibling's connection that this worker can serve, and must not read from yet."""
+
+    serve: Callable[[], object]
+    #: closes this worker's copy of it
+    close: Callable[[], object]
+
 
 T = TypeVar("T")
 
@@ -70,9 +78,12 @@ class BrokerClient:
         self._leases: dict[int, PortLease] = {}
         #: whether a sibling can take the connections of this worker while it drains
         self.successor_ready = False
-        #: receives a sibling's connection: the key of its server, the client's address and the descriptor.
-        #: Returns the function that begins to serve it, or ``None`` when this worker cannot.
-        self.on_connection_assigned: Callable[[str, Any, int], StartServing | None] | None = None
+        #: receives a sibling's connections: the key of their server, the clients' addresses and the
+        #: descriptors. Takes the first few of them, as many as this worker can serve.
+        self.on_connections_assigned: Callable[[str, list[Any], list[int]], list[AssignedConnection]] | None
+        self.on_connections_assigned = None
+        #: connections of siblings that wait for the master's decision, by the ``id`` of their message
+        self._assigned: dict[int, list[AssignedConnection]] = {}
         #: whether this worker has announced its exit
         self.exit_announced = False
         #: called when the master has closed the channel
@@ -80,7 +91,7 @@ class BrokerClient:
         self._handlers: dict[type[Message], Callable[[Any, int | None], object]] = {
             AcceptGranted: self._on_accept_granted,
             PauseAccept: self._on_pause_accept,
-            AssignConnection: self._on_assign_connection,
+            AssignSettled: self._on_assign_settled,
             SuccessorReady: self._on_successor_ready,
             PacketRejected: self._on_packet_rejected,
         }
@@ -188,18 +199,19 @@ class BrokerClient:
         with suppress(errors.BrokerUnavailable):
             self._request(WorkerLeaving(next(self._numbers)), "the worker")
 
-    def offer_connection(self, key: str, addr: Any, fd: int) -> bool:
-        """Offer a connection that waits for a request to the siblings.
+    def offer_connections(self, key: str, addrs: list[Any], fds: list[int]) -> int:
+        """Offer connections that wait for a request to the siblings. Called in the worker's own thread.
 
-        :param key: see :class:`~gunicorn_passenger.ipc.channel.OfferConnection`.
-        :param addr: the client's address, as from ``accept()``.
-        :param fd: remains the caller's.
-        :returns: whether a sibling serves the connection from now on.
-        :raises errors.BrokerUnavailable: when that cannot be known.
+        :param key: see :class:`~gunicorn_passenger.ipc.messages.OfferConnections`.
+        :param addrs: the clients' addresses, as from ``accept()``; at most ``MAX_OFFERED``.
+        :param fds: remain the caller's.
+        :returns: which of them a sibling serves from now on: bit n is set for connection n.
+        :raises errors.BrokerUnavailable: when that cannot be known, since the master is gone.
         """
-        message = OfferConnection(next(self._numbers), key, json.dumps(addr))
-        response, _ = self._request(message, "a connection", fd)
-        return isinstance(response, Acknowledged)
+        message = OfferConnections(next(self._numbers), key, json.dumps(addrs))
+        # without a timeout: until the master responds, a sibling may read from them
+        response, _ = self._send_and_wait(message, "a connection", fds, None)
+        return response.taken if isinstance(response, OfferSettled) else 0
 
     def report(self) -> dict[str, Any]:
         """The state of the whole application (see ``status/report.py``).
@@ -268,20 +280,23 @@ class BrokerClient:
             with suppress(channel.ChannelClosed, OSError):
                 self.run_in_worker_thread(lambda: self._send(message))
 
-    def _send(self, message: Message, fd: int | None = None) -> None:
+    def _send(self, message: Message, *fds: int) -> None:
         # the kernel takes a packet whole or not at all, so greenlets need no lock
-        channel.send(self._sock, message, fd)
+        channel.send(self._sock, message, *fds)
 
     def _request(self, message: Message, label: str, fd: int | None = None) -> tuple[Message, int | None]:
+        fds = [] if fd is None else [fd]
+        return self.run_in_worker_thread(lambda: self._send_and_wait(message, label, fds, RESPONSE_TIMEOUT))
+
+    def _send_and_wait(
+        self, message: Message, label: str, fds: list[int], timeout: float | None
+    ) -> tuple[Message, int | None]:
         if self._unavailable:
             raise server_errors.broker_unavailable(label, self._unavailable)
-        return self.run_in_worker_thread(lambda: self._send_and_wait(message, label, fd))
-
-    def _send_and_wait(self, message: Message, label: str, fd: int | None) -> tuple[Message, int | None]:
         pending = self._pending[message.id] = AsyncResult()
         try:
-            self._send(message, fd)
-            response: tuple[Message, int | None] = pending.get(timeout=RESPONSE_TIMEOUT)
+            self._send(message, *fds)
+            response: tuple[Message, int | None] = pending.get(timeout=timeout)
             return response
         except gevent.Timeout:
             raise server_errors.broker_unavailable(
@@ -300,7 +315,7 @@ class BrokerClient:
         """Dispatch each message of the master. No message may end this greenlet."""
         while True:
             try:
-                message, fd = channel.receive(self._sock)
+                message, fds = channel.receive(self._sock)
             except channel.MalformedPacket as error:
                 self.log.warning(
                     "gunicorn-passenger: the worker ignores a malformed message from the master: %s; restart "
@@ -311,7 +326,11 @@ class BrokerClient:
             except (channel.ChannelClosed, OSError):
                 break
             try:
-                self._handlers.get(type(message), self._on_response)(message, fd)
+                if isinstance(message, AssignConnections):
+                    self._on_assign_connections(message, fds)
+                else:
+                    handler = self._handlers.get(type(message), self._on_response)
+                    handler(message, fds[0] if fds else None)
             except Exception:
                 self.log.exception(
                     "gunicorn-passenger: the worker could not act on the master's message %s",
@@ -322,6 +341,8 @@ class BrokerClient:
         self._unavailable = "has closed the channel"
         for pending in list(self._pending.values()):
             pending.set_exception(server_errors.broker_unavailable("the port", self._unavailable))
+        for number in list(self._assigned):
+            self._on_assign_settled(AssignSettled(number, False), None)
         self.on_lost()
 
     def _on_response(self, message: Message, fd: int | None) -> None:
@@ -360,26 +381,24 @@ class BrokerClient:
         else:
             lease.grant(AcceptGrant(fd, message.key, _sockname(message), message.slot, message.position))
 
-    def _on_assign_connection(self, message: AssignConnection, fd: int | None) -> None:
-        """Take a connection of a sibling that drains."""
-        start = None
-        if fd is not None and self.on_connection_assigned is not None and not self.exit_announced:
-            addr = json.loads(message.addr)
-            start = self.on_connection_assigned(
-                message.key, tuple(addr) if isinstance(addr, list) else addr, fd
-            )
-        if start is not None:
-            try:
-                self._send(AssignResult(message.id, True))
-            except (channel.ChannelClosed, OSError):
-                start = None
-        if start is not None:
-            start()
-            return
-        if fd is not None:
+    def _on_assign_connections(self, message: AssignConnections, fds: list[int]) -> None:
+        """Take connections of a sibling that drains, and serve them when the master says so."""
+        taken: list[AssignedConnection] = []
+        addrs = [tuple(addr) if isinstance(addr, list) else addr for addr in json.loads(message.addrs)]
+        if self.on_connections_assigned is not None and not self.exit_announced and len(fds) == len(addrs):
+            taken = self.on_connections_assigned(message.key, addrs, fds)
+        for fd in fds[len(taken) :]:
             os.close(fd)
+        self._assigned[message.id] = taken
         with suppress(channel.ChannelClosed, OSError):
-            self._send(AssignResult(message.id, False))
+            self._send(AssignResult(message.id, len(taken)))
+
+    def _on_assign_settled(self, message: AssignSettled, _fd: int | None) -> None:
+        for connection in self._assigned.pop(message.id, ()):
+            try:
+                (connection.serve if message.serve else connection.close)()
+            except Exception:
+                self.log.exception("gunicorn-passenger: a connection of another worker was closed")
 
 
 def _sockname(message: PortOpened | AcceptGranted) -> SockAddr | str:

@@ -3,9 +3,9 @@
 Process: a worker; under plain Python only the wait for the last connection.
 Never: ends a connection before the graceful timeout, or lets two workers read from one connection.
 
-The worker has closed its listening sockets. It then offers each connection that waits for a request to the
-siblings, one after the other. A connection is this worker's until a sibling says that it serves it; a request
-that comes meanwhile waits in the connection.
+The worker has closed its listening sockets. It then offers the connections that wait for a request to the
+siblings, some at a time. They are this worker's again when the master says that no sibling serves them; a
+request that comes meanwhile waits in the connection.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from functools import partial
 from time import monotonic
 from typing import Any, Protocol
 
@@ -21,9 +22,11 @@ import gevent
 from gunicorn_passenger import errors
 from gunicorn_passenger.http.acceptor import Acceptor
 from gunicorn_passenger.http.client_socket import ClientSocket
+from gunicorn_passenger.http.faults import report_fault
+from gunicorn_passenger.ipc.messages import MAX_OFFERED
 from gunicorn_passenger.serving.acceptor_table import AcceptorTable
 from gunicorn_passenger.serving.acceptors import ListenerHandler
-from gunicorn_passenger.serving.broker_client import BrokerClient, StartServing
+from gunicorn_passenger.serving.broker_client import AssignedConnection, BrokerClient
 
 #: Seconds between two looks for connections to offer.
 _OFFER_INTERVAL = 0.1
@@ -63,7 +66,7 @@ class ConnectionMigration:
     def __init__(self, broker: BrokerClient, acceptors: AcceptorTable) -> None:
         self._broker = broker
         self._acceptors = acceptors
-        #: whether a connection is on its way to a sibling
+        #: whether connections are on their way to a sibling
         self.in_flight = False
         #: connections of which it is unknown whether a sibling serves them; this worker must not read them
         self._unresolved: list[Any] = []
@@ -79,47 +82,54 @@ class ConnectionMigration:
         while monotonic() < deadline:
             for key, acceptor in self._acceptors.by_key():
                 while self._broker.successor_ready and monotonic() >= retry_at.get(key, 0.0):
-                    if not self._offer_one(key, acceptor):
+                    if not self._offer(key, acceptor):
                         retry_at[key] = monotonic() + _RETRY_DELAY
             gevent.sleep(_OFFER_INTERVAL)
 
-    def _offer_one(self, key: str, acceptor: ListenerHandler) -> bool:
-        """:returns: false when no connection waits for a request, or no sibling takes one."""
-        idle = acceptor.pop_idle_connection()
-        if idle is None:
+    def _offer(self, key: str, acceptor: ListenerHandler) -> bool:
+        """:returns: false when no connection waits for a request, or no sibling takes any."""
+        idle = acceptor.pop_idle_connections(MAX_OFFERED)
+        if not idle:
             return False
-        sock, addr = idle
         try:
             self.in_flight = True
-            accepted = self._broker.offer_connection(key, addr, sock.fileno())
+            addrs, fds = [addr for _, addr in idle], [sock.fileno() for sock, _ in idle]
+            taken = self._broker.offer_connections(key, addrs, fds)
         except errors.BrokerUnavailable:
-            # a sibling may serve it: it must not be read here again
+            # siblings may serve them: they must not be read here again
             self._broker.successor_ready = False
-            self._unresolved.append(sock)
+            self._unresolved.extend(sock for sock, _ in idle)
             return False
         finally:
             self.in_flight = False
-        if not accepted:
-            acceptor.adopt(sock, addr, begun=True)
-            return False
-        sock.release()
-        return True
+        for position, (sock, addr) in enumerate(idle):
+            if taken >> position & 1:
+                sock.release()
+                continue
+            try:
+                acceptor.adopt(sock, addr, begun=True)
+            except Exception as error:
+                report_fault("a connection that no other worker took was closed", error)
+        return taken != 0
 
-    def receive_connection(self, key: str, addr: Any, fd: int) -> StartServing | None:
-        """Take a connection that a sibling offers.
+    def receive_connections(self, key: str, addrs: list[Any], fds: list[int]) -> list[AssignedConnection]:
+        """Take connections that a sibling offers.
 
         :param key: of the sibling's server.
-        :param fd: the connection, which the returned function owns.
-        :returns: the function that begins to serve it; ``None`` when this worker cannot.
+        :param fds: the connections; the returned ones own theirs.
+        :returns: the first of them, as many as this worker can serve.
         """
         acceptor = next((a for known, a in self._acceptors.by_key() if known == key), None)
-        if self._acceptors.stopped or not isinstance(acceptor, Acceptor) or not acceptor.has_capacity():
-            return None
-        with socket.socket(fileno=os.dup(fd)) as probe:
-            family, proto = probe.family, probe.proto
-        os.set_blocking(fd, False)
-        sock = ClientSocket(family, socket.SOCK_STREAM, proto, fd)
-        return lambda: acceptor.adopt(sock, addr, begun=True)
+        if self._acceptors.stopped or not isinstance(acceptor, Acceptor):
+            return []
+        found = []
+        for addr, fd in list(zip(addrs, fds, strict=True))[: acceptor.room()]:
+            with socket.socket(fileno=os.dup(fd)) as probe:
+                family, proto = probe.family, probe.proto
+            os.set_blocking(fd, False)
+            sock = ClientSocket(family, socket.SOCK_STREAM, proto, fd)
+            found.append(AssignedConnection(partial(acceptor.adopt, sock, addr, begun=True), sock.release))
+        return found
 
 
 def finish_connections(

@@ -76,7 +76,7 @@ class ServerRegistry:
         self.log = worker.log
         self.acceptors.configure(secondary_config(worker.cfg), worker.log, worker)
         self.migration = ConnectionMigration(broker, self.acceptors)
-        broker.on_connection_assigned = self.migration.receive_connection
+        broker.on_connections_assigned = self.migration.receive_connections
 
     def start(self) -> None:
         """The program is loaded: open what waited for the fork, and accept on everything."""

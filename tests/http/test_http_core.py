@@ -618,12 +618,12 @@ def test_a_connection_can_be_taken_over_between_requests(start):
             return [part[-1:] for part in got.split(b"HTTP/1.1 200")[1:]]
 
         assert ask(2) == [b"1", b"1"]
-        assert first.pop_idle_connection() is None  # its greenlet still waits for the next request
+        assert first.pop_idle_connections(5) == []  # its greenlet still waits for the next request
 
         def migrate(source, target):
-            while (idle := source.pop_idle_connection()) is None:
+            while not (idle := source.pop_idle_connections(5)):
                 gevent.sleep(0.01)
-            target.adopt(*idle, begun=True)
+            target.adopt(*idle[0], begun=True)
 
         migrate(first, second)
         assert ask(2) == [b"2", b"2"]

@@ -176,7 +176,9 @@ for data in (b"garbage", b'{{"v":1,"type":"WorkerReady","id":0,"primary":"x"}}')
     assert run(process, GETS) == "True"
 
 
-@pytest.mark.parametrize("addr", ['["127.0.0.1", 5]', "{", "[]", "7", '{"a": 1}', '["x"]', "null"])
+@pytest.mark.parametrize(
+    "addr", ['[["127.0.0.1", 5]]', "{", "[]", "7", '[{"a": 1}]', '["x"]', "[null]", '[""]', '["", ""]']
+)
 @pytest.mark.parametrize("what", ["/dev/null", "a socket"])
 def test_a_connection_that_is_none_does_not_disturb_the_sibling_that_gets_it(process, port, addr, what):
     """A worker hands on what it says is a client's connection; the sibling must be able to ask on."""
@@ -187,7 +189,7 @@ if os.getpid() == {sender}:
     def hand(key):
         pair = socket.socketpair() if {what!r} == "a socket" else []
         fd = pair[0].fileno() if pair else os.open("/dev/null", os.O_RDONLY)
-        message = {{"v": 1, "type": "OfferConnection", "id": 0, "key": key, "addr": {addr!r}}}
+        message = {{"v": 1, "type": "OfferConnections", "id": 0, "key": key, "addrs": {addr!r}}}
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
         {BROKER}._sock._sock.sendmsg([json.dumps(message).encode()], rights)
         for end in pair: end.close()

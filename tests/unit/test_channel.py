@@ -11,14 +11,15 @@ from gunicorn_passenger.ipc.messages import (
     AcceptGranted,
     AcceptPaused,
     Acknowledged,
-    AssignConnection,
+    AssignConnections,
     AssignResult,
+    AssignSettled,
     BootFailure,
     DaemonSpawned,
     GetReport,
     Message,
-    OfferConnection,
-    OfferRejected,
+    OfferConnections,
+    OfferSettled,
     OpenPort,
     PacketRejected,
     PauseAccept,
@@ -41,11 +42,12 @@ EXAMPLES = [
     WorkerReady(0, "app.application"),
     WorkerLeaving(0),
     GetReport(4),
-    OfferConnection(6, "127.0.0.1:9000", '["127.0.0.1", 5]'),
+    OfferConnections(6, "127.0.0.1:9000", '[["127.0.0.1", 5]]'),
     SuccessorReady(0),
-    AssignResult(7, True),
-    OfferRejected(6),
-    AssignConnection(0, "primary unix:/a", '""'),
+    AssignResult(7, 32),
+    AssignSettled(7, True),
+    OfferSettled(6, 1 << 31),
+    AssignConnections(7, "primary unix:/a", '[""]'),
     SpawnDaemon(5, "{}"),
     BootFailure(3, "text"),
     Acknowledged(3, True),
@@ -76,7 +78,7 @@ def test_every_message_has_an_example():
 def test_there_and_back(message, ends):
     assert unpack(pack(message)) == message
     send(ends[0], message)
-    assert receive(ends[1]) == (message, None)
+    assert receive(ends[1]) == (message, [])
 
 
 def packet(**changes):
@@ -125,7 +127,7 @@ def open_descriptors():
 def test_descriptor_travels_and_is_not_inheritable(ends):
     read, write = os.pipe()
     send(ends[0], EXAMPLES[6], read)
-    _, fd = receive(ends[1])
+    _, (fd,) = receive(ends[1])
     assert fd not in (None, read)
     assert not os.get_inheritable(fd)
     os.write(write, b"x")
@@ -154,7 +156,7 @@ def test_too_many_descriptors_are_refused(ends):
     before = open_descriptors()
     fds = array.array("i", [0, 0])
     ends[0].sendmsg([pack(WorkerReady(0))], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
-    with pytest.raises(MalformedPacket, match="more than one descriptor"):
+    with pytest.raises(MalformedPacket, match="more descriptors than the message may have"):
         receive(ends[1])
     assert open_descriptors() == before
 

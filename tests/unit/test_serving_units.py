@@ -31,8 +31,8 @@ class Master:
         self.client = BrokerClient(theirs, LOG)
 
     def receive(self):
-        message, fd = channel.receive(self.sock)
-        assert fd is None
+        message, fds = channel.receive(self.sock)
+        assert not fds
         return message
 
     def open_port(self):

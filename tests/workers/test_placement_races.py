@@ -139,11 +139,11 @@ def test_after_an_upgrade_the_next_master_need_not_wait_for_slow_requests(start,
     wait_for(lambda: not process.session(), "the end of all")
 
 
-@pytest.mark.parametrize("addr", ["", "[]", '[["a"], 1]', '{"a": 1}', '["1.2.3.4", -1]', "[" * 3000])
+@pytest.mark.parametrize("addr", ["", "[]", '[[["a"], 1]]', '[{"a": 1}]', '[["1.2.3.4", -1]]', "[" * 3000])
 def test_a_connection_with_an_address_that_is_none_reaches_nobody(start, port, addr):
     process = anything(start, f"server = passenger.create_server(whoami).listen({port})")
     hand = json.dumps(
-        {"v": 1, "type": "OfferConnection", "id": 999, "key": f"127.0.0.1:{port}", "addr": addr}
+        {"v": 1, "type": "OfferConnections", "id": 999, "key": f"127.0.0.1:{port}", "addrs": addr}
     )
     run(
         process,
