@@ -31,6 +31,7 @@ from gunicorn_passenger.daemons import api as daemons_api  # noqa: F401
 from gunicorn_passenger.errors import PassengerError
 from gunicorn_passenger.interposition import socket_patch
 from gunicorn_passenger.ipc.scoreboard import PRIMARY_SLOT
+from gunicorn_passenger.master.owned_listener import BrokerOwnedListener
 from gunicorn_passenger.serving import api as serving_api  # noqa: F401
 from gunicorn_passenger.serving import events
 from gunicorn_passenger.serving.broker_client import BrokerClient
@@ -40,6 +41,12 @@ from gunicorn_passenger.serving.server import default_name
 from gunicorn_passenger.serving.third_party import ThirdPartyServer
 from gunicorn_passenger.status import prometheus_multiproc
 from gunicorn_passenger.system import listening_sockets
+
+
+def _gevent_socket(listener: Any) -> Any:
+    """The socket of one of gunicorn's listeners, for this worker."""
+    return gsocket.socket(listener.FAMILY, gsocket.SOCK_STREAM, fileno=listener.sock.detach())
+
 
 #: Seconds that a worker which cannot start waits for gunicorn to halt, when a sibling's exit causes that.
 _HALT_WAIT = 10.0
@@ -107,6 +114,8 @@ class Worker(GeventWorker):
             self.tmp = NullHeartbeat(self)
             self.worker_connections = cfg.worker_connections
         self._primary_name: Any = None
+        #: the other sockets of gunicorn's bind, by name; the primary is served where no server listens
+        self._other_binds: dict[str, Any] = {}
         #: for each unmodified server that becomes the primary, now or later
         self._primary_copy: Any = None
         #: the error that ended the program although it had started
@@ -123,15 +132,15 @@ class Worker(GeventWorker):
             self._keep_primary_listeners()
             monkey.patch_all()
             hub.reinit()
-            self.sockets = [
-                gsocket.socket(s.FAMILY, gsocket.SOCK_STREAM, fileno=s.sock.detach()) for s in self.sockets
-            ]
+            self.sockets = [_gevent_socket(listener) for listener in self.sockets]
+            self._other_binds = {key: _gevent_socket(li) for key, li in self._other_binds.items()}
             self._primary_name = self.sockets[0].getsockname()
             self._primary_copy = _socket.socket(fileno=os.dup(self.sockets[0].fileno()))
             self._exit_requested = Event()
             settings.enter_program_scope()
             broker = BrokerClient(self.channel, self.log)
             broker.on_lost = self._on_master_lost
+            broker.on_bind_claimed = self._on_bind_claimed
             registry.run_as_worker(self, broker)
             self._socket_patch = socket_patch.install(registry)
             # GeventWorker.init_process would patch and wrap again; its parent does the rest
@@ -143,7 +152,10 @@ class Worker(GeventWorker):
             raise
 
     def _keep_primary_listeners(self) -> None:
-        """Close all inherited listeners but the primary's: a worker requests its ports from the master."""
+        """Keep the listeners of gunicorn's bind, and close those that programs have opened.
+
+        A server of the program does not get its port from here, but from the master.
+        """
         self._inodes_at_fork = set(listening_sockets.own_listeners())
         if self.cfg.reuse_port:
             # gunicorn has just made sockets of this worker's own, one for each bind
@@ -152,9 +164,10 @@ class Worker(GeventWorker):
         else:
             spare = [s for s in self.inherited_listeners if s not in self.sockets]
         for listener in spare:
-            if listener.sock is not None:
-                listener.sock.close()
-                listener.sock = None
+            if isinstance(listener, BrokerOwnedListener):
+                listener.close_now()
+            elif listener.sock is not None:
+                self._other_binds[format_sockname(listening_sockets.sockname(listener.sock))] = listener
         self.inherited_listeners = []
 
     def init_signals(self) -> None:
@@ -208,7 +221,8 @@ class Worker(GeventWorker):
         self._warn_of_unmanaged_listeners()
         os.register_at_fork(after_in_child=registry.acceptors.pause_all)
         assert registry.broker is not None
-        registry.broker.announce_ready(self._primary_server_name())
+        all_binds = not isinstance(registry.primary, ThirdPartyServer)
+        registry.broker.announce_ready(self._primary_server_name(), all_binds)
         events.emit("ready", self, self.log)
         while self.alive:
             if os.getpid() != self.pid:
@@ -245,21 +259,32 @@ class Worker(GeventWorker):
     def _serve_primary(self) -> None:
         primary = registry.primary
         if isinstance(primary, ThirdPartyServer):
-            if len(self.sockets) > 1:
+            unserved = [*(format_sockname(s.getsockname()) for s in self.sockets[1:]), *self._other_binds]
+            if unserved:
                 self.log.warning(
                     "%s is the primary and a third-party server, which accepts from one socket only: %s is "
                     "not served; give gunicorn one bind",
                     primary.name,
-                    ", ".join(format_sockname(s.getsockname()) for s in self.sockets[1:]),
+                    ", ".join(unserved),
                 )
-            for sock in self.sockets:
+            for sock in (*self.sockets, *self._other_binds.values()):
                 sock.close()
+            self._other_binds.clear()
             return
         if primary is not None:
             self.wsgi = primary.app
+        self.sockets.extend(self._other_binds.values())
+        self._other_binds.clear()
         for sock in self.sockets:
             sock.setblocking(1)
             registry.acceptors.start_primary(sock, self.wsgi, self.cfg, PRIMARY_SLOT)
+
+    def _on_bind_claimed(self, key: str) -> None:
+        """A server of the program listens on a bind: from now on the primary is not served there."""
+        sock = self._other_binds.pop(key, None)
+        if sock is not None:
+            sock.close()
+        registry.acceptors.stop_primary_at(key)
 
     def set_primary_app(self, app: Any) -> None:
         """From now on the primary serves ``app``; for ``None``, the application that gunicorn loaded."""

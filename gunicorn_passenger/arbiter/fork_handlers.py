@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from threading import get_ident
 from typing import Any
+
+from gunicorn.arbiter import Arbiter
 
 from gunicorn_passenger.master.broker import Broker
 
@@ -57,7 +60,8 @@ def _after_in_parent() -> None:
 
 
 def _after_in_child() -> None:
-    worker = any(broker.after_fork_in_child() for broker in _current)
+    upgrades = _is_upgrade()
+    worker = any(broker.after_fork_in_child(upgrades) for broker in _current)
     # the arbiter's reexec child still exports the state of its broker
     _parent[:] = _current
     _current.clear()
@@ -66,6 +70,16 @@ def _after_in_child() -> None:
     _unblock()
     if worker:
         _handle_stops(_exit)
+
+
+def _is_upgrade() -> bool:
+    """Whether gunicorn forks the process that becomes the new master (``USR2``)."""
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_code is Arbiter.reexec.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _unblock() -> None:

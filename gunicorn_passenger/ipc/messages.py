@@ -89,6 +89,8 @@ class WorkerReady(Message):
 
     #: the name of the primary's server
     primary: str = ""
+    #: whether it serves the primary on the binds that no server of the program listens on, too
+    all_binds: bool = True
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,16 @@ class AcceptGranted(Message):
     slot: int = -1
     #: with "each": the position of this port among those of the server, from 1
     position: int = 0
+
+
+@dataclass(frozen=True)
+class BindClaimed(Message):
+    """A server listens on ``key``, which is in gunicorn's bind: the primary is not served there any more.
+
+    No response. The worker that has asked for the port gets it before its PortOpened.
+    """
+
+    key: str
 
 
 @dataclass(frozen=True)

@@ -184,15 +184,18 @@ class Broker:
         self.workers.after_fork_in_parent()
         self.loop.after_fork_in_parent()
 
-    def after_fork_in_child(self) -> bool:
-        """Close what is the master's. The ports themselves are closed by the worker (it may be an exec).
+    def after_fork_in_child(self, upgrades: bool) -> bool:
+        """Close what is the master's. A worker closes the ports itself.
 
+        :param upgrades: whether the child becomes the new master (``USR2``), which gets the ports.
         :returns: whether the child is a worker.
         """
         is_worker = self.workers.after_fork_in_child()
         if is_worker:
             # a worker that outlives the master must not keep the lock of another worker's server
             self.placement.upgrade_lock.close()
+        elif not upgrades:
+            self.sync.close_in_child()
         self.loop.after_fork_in_child()
         return is_worker
 
@@ -237,8 +240,7 @@ class Broker:
         self.log.info("Opened %s for the workers", port.key)
 
     def close_port(self, port: Port) -> None:
-        self.sync.remove(port)
-        port.listener.close_now()
+        self.sync.close_stopped(port)
         self.log.info("Closed %s: it was stopped", port.key)
 
     def reopen_port(self, port: Port) -> None:

@@ -217,16 +217,17 @@ class MessageDispatcher:
         for other in self._workers:
             if other.draining:
                 self.reply(other, SuccessorReady(0))
-        self._warn_unclaimed()
+        if message.all_binds:
+            self._name_unclaimed()
 
-    def _warn_unclaimed(self) -> None:
+    def _name_unclaimed(self) -> None:
         """Once a program is ready: name the binds that no server of it listens on."""
         for port in self._listeners.ports.values():
             if port.from_config and not port.claimed:
                 port.claimed = True
-                self._log.warning(
-                    "%s is in gunicorn's bind, but no server of the program listens on it: "
-                    "call listen() on it or take it out of bind",
+                self._log.info(
+                    "The primary is served on %s, too: it is in gunicorn's bind, and no server of the "
+                    "program listens on it",
                     port.key,
                 )
 

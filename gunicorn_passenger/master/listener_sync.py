@@ -176,17 +176,35 @@ class ListenerSync:
         for key, port in list(self._listeners.ports.items()):
             if isinstance(port.listener, BrokerOwnedListener):
                 self._placement.on_port_closed(port)
-                self._listeners.close(key, unlink, self._workers.ages())
+                # not for all: a worker may accept until gunicorn stops it
+                self._listeners.close(key, unlink, ages=self._workers.ages())
         self._placement.stop()
 
     def close_port(self, port: Port) -> None:
         """Close a port that no worker wants any more."""
         self.remove(port)
-        arbiter = self._arbiter
-        shared = arbiter is not None and (arbiter.reexec_pid or arbiter.master_pid)
         self._placement.on_port_closed(port)
-        self._listeners.close(port.key, not shared, self._workers.ages())
+        last = not self._is_shared()
+        self._listeners.close(port.key, last, last, self._workers.ages())
         self._retired_counters.forget(port.key)
+
+    def close_stopped(self, port: Port) -> None:
+        """Close a port that an operator has stopped; its entry stays."""
+        self.remove(port)
+        port.listener.close_now(for_all=not self._is_shared())
+
+    def _is_shared(self) -> bool:
+        """Whether another master (``USR2``) may have the same ports."""
+        arbiter = self._arbiter
+        return arbiter is not None and bool(arbiter.reexec_pid or arbiter.master_pid)
+
+    def close_in_child(self) -> None:
+        """In a child that the master has forked, and that is neither a worker nor the new master: close the
+        ports, which would stay open as long as the child runs."""
+        for port in self._listeners.ports.values():
+            if isinstance(port.listener, BrokerOwnedListener):
+                self.remove(port)
+                port.listener.close_now()
 
     def close_unused(self, now: float, grace: float) -> list[str]:
         """Close the ports that no worker has wanted for the grace period.

@@ -345,10 +345,11 @@ class Listeners:
 
     # --- closing ------------------------------------------------------------------------------
 
-    def close(self, key: str, unlink: bool, ages: Iterable[int] = ()) -> None:
+    def close(self, key: str, unlink: bool, for_all: bool = False, ages: Iterable[int] = ()) -> None:
         """Close a port that no worker wants any more.
 
         :param unlink: whether to remove the file of a UNIX socket.
+        :param for_all: see :meth:`.BrokerOwnedListener.close_now`.
         :param ages: all workers, which may still count there.
         """
         port = self.ports.pop(key)
@@ -359,7 +360,7 @@ class Listeners:
             if keys.get(port.position) == key:
                 del keys[port.position]
         self._each = {label: keys for label, keys in self._each.items() if keys}
-        port.listener.close_now()
+        port.listener.close_now(for_all)
         if unlink and port.file is not None:
             listening_sockets.remove(port.path, port.file)
 

@@ -34,9 +34,16 @@ class BrokerOwnedListener:
         else:
             self.close_now()
 
-    def close_now(self) -> None:
+    def close_now(self, for_all: bool = False) -> None:
+        """
+        :param for_all: whether the port must be closed for every process that has a copy of the socket, such
+            as a child that a hook of gunicorn's has forked.
+        """
         sock, self.sock = self.sock, None
         if sock is not None:
+            with suppress(OSError):
+                if for_all:
+                    sock.shutdown(socket.SHUT_RDWR)
             with suppress(OSError):
                 sock.close()
 

@@ -18,7 +18,14 @@ from typing import Any, Protocol
 from gunicorn_passenger import errors
 from gunicorn_passenger.config import listen_errors
 from gunicorn_passenger.errors import PassengerError
-from gunicorn_passenger.ipc.messages import AcceptGranted, Message, OpenPort, PauseAccept, PortOpened
+from gunicorn_passenger.ipc.messages import (
+    AcceptGranted,
+    BindClaimed,
+    Message,
+    OpenPort,
+    PauseAccept,
+    PortOpened,
+)
 from gunicorn_passenger.master.event_log import EventLog
 from gunicorn_passenger.master.listeners import Listeners
 from gunicorn_passenger.master.port import Port
@@ -145,6 +152,10 @@ class PlacementScheduler:
         port.counts = request.counts
         if request.name:
             port.name = request.name
+        if port.from_config:
+            first = len(port.wanted_by) == 1
+            for other in self._workers.ages() if first else [age]:
+                self._broker.send(other, BindClaimed(0, port.key))
 
     def release(self, age: int, key: str, number: int) -> None:
         """A worker no longer wants a port; without a key, the one that its request ``number`` waits for."""

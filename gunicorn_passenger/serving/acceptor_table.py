@@ -84,6 +84,16 @@ class AcceptorTable:
         for acceptor in self.primary:
             acceptor.stop_accepting()
 
+    def stop_primary_at(self, key: str) -> None:
+        """Close one listening socket of the primary; its open connections continue.
+
+        :param key: its name, as :func:`.format_sockname` gives it.
+        """
+        for acceptor in [a for a in self.primary if format_sockname(a.sockname) == key]:
+            self.primary.remove(acceptor)
+            acceptor.stop_accepting()
+            self._draining.append(acceptor)
+
     def stop_all(self) -> Iterable[Server]:
         """Close all listening sockets; open connections continue.
 

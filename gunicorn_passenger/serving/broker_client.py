@@ -30,6 +30,7 @@ from gunicorn_passenger.ipc.messages import (
     AssignConnections,
     AssignResult,
     AssignSettled,
+    BindClaimed,
     BootFailure,
     GetReport,
     Message,
@@ -86,10 +87,13 @@ class BrokerClient:
         self._assigned: dict[int, list[AssignedConnection]] = {}
         #: whether this worker has announced its exit
         self.exit_announced = False
+        #: called with the key of a bind that a server listens on from now on
+        self.on_bind_claimed: Callable[[str], object] = lambda key: None
         #: called when the master has closed the channel
         self.on_lost: Callable[[], object] = lambda: None
         self._handlers: dict[type[Message], Callable[[Any, int | None], object]] = {
             AcceptGranted: self._on_accept_granted,
+            BindClaimed: self._on_bind_claimed,
             PauseAccept: self._on_pause_accept,
             AssignSettled: self._on_assign_settled,
             SuccessorReady: self._on_successor_ready,
@@ -186,12 +190,13 @@ class BrokerClient:
         """The worker has stopped accepting on ``key``, and waits for a grant."""
         self._notify(AcceptPaused(0, key))
 
-    def announce_ready(self, primary: str) -> None:
+    def announce_ready(self, primary: str, all_binds: bool) -> None:
         """The worker serves.
 
         :param primary: the name of the primary's server.
+        :param all_binds: see :class:`~gunicorn_passenger.ipc.messages.WorkerReady`.
         """
-        self._notify(WorkerReady(0, primary))
+        self._notify(WorkerReady(0, primary, all_binds))
 
     def announce_exit(self) -> None:
         """The worker accepts nowhere any more. No connection of a sibling comes after the return."""
@@ -358,6 +363,9 @@ class BrokerClient:
 
     def _on_successor_ready(self, _message: SuccessorReady, _fd: int | None) -> None:
         self.successor_ready = True
+
+    def _on_bind_claimed(self, message: BindClaimed, _fd: int | None) -> None:
+        self.on_bind_claimed(message.key)
 
     def _on_pause_accept(self, message: PauseAccept, fd: int | None) -> None:
         for lease in list(self._leases.values()):

@@ -76,22 +76,26 @@ def _worker(age: int, pid: int, worker: WorkerChannel | None) -> dict[str, Any]:
 def _servers(broker: Broker, by_age: dict[int, WorkerChannel], pids: dict[int, int]) -> list[dict[str, Any]]:
     scoreboards = [worker.scoreboard for worker in by_age.values() if worker.scoreboard is not None]
     primary = broker.sync.primary()
+    ports = broker.listeners.ports.values()
+    unclaimed = [port.key for port in ports if port.from_config and not port.wanted_by]
     found = []
     if by_age and primary:
         total = broker.retired_counters.total(PRIMARY_KEY, PRIMARY_SLOT, scoreboards)
         serving = [age for age, worker in by_age.items() if worker.serving]
-        names = ", ".join(format_sockname(li.sock.getsockname()) for li in primary if li.sock is not None)
+        names = [format_sockname(li.sock.getsockname()) for li in primary if li.sock is not None]
         found.append(
             {
                 "name": broker.workers.primary_name or "primary",
-                "address": names,
+                "address": ", ".join([*names, *sorted(unclaimed)]),
                 "placement": "shared",
                 "state": "listening",
                 **total._asdict(),
                 "workers": sorted(pids[age] for age in serving if age in pids),
             }
         )
-    for port in sorted(broker.listeners.ports.values(), key=lambda p: (p.port, p.key)):
+    for port in sorted(ports, key=lambda p: (p.port, p.key)):
+        if port.key in unclaimed:
+            continue  # the primary is served there
         total = broker.retired_counters.total(port.key, port.slot, scoreboards)
         counts: dict[str, Any] = total._asdict()
         if not port.counts or port.slot < 0:

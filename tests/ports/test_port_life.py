@@ -8,10 +8,12 @@ import socket
 import threading
 
 import pytest
+from broker_access import run
 from conditions import wait_for
 from free_ports import free_port
 from http_client import Client, answers, fetch, pids_answering, refused
-from processes import GUNICORN, descriptors
+from placement_site import sockets_of
+from processes import COMMAND, GUNICORN, descriptors
 
 
 class Knocking:
@@ -222,6 +224,50 @@ def test_port_stays_while_its_only_worker_leaves_slowly(start, port, home, place
     wait_for(lambda: worker not in process.workers() and answers(port), "the successor to serve")
     assert knocking.refused == 0
     assert "Closed" not in process.log()
+
+
+FORKING_HOOK = """
+    import os
+
+    def on_reload(server):
+        # as gunicorn's dirty workers and multiprocessing do
+        if os.fork() == 0:
+            with open("child", "w") as file:
+                file.write(str(os.getpid()))
+            read, write = os.pipe()
+            os.read(read, 1)
+    """
+
+
+def test_a_child_that_a_hook_forks_keeps_no_port_open(start, port, home):
+    """Neither a stop nor a later start of the port may depend on such a child."""
+    start.write("gunicorn.conf.py", FORKING_HOOK)
+    start.write("program.py", f"server = passenger.create_server(whoami).listen({port}, name='jobs')")
+    process = start.gunicorn("anything", "-c", home / "gunicorn.conf.py").wait_ready()
+    wait_for(lambda: answers(port), "the server")
+    process.signal(signal.SIGHUP)
+    wait_for(lambda: (home / "child").exists() and (home / "child").read_text(), "the child")
+    child = int((home / "child").read_text())
+    try:
+        wait_for(lambda: answers(port), "the server")
+        (inode,) = sockets_of(port, "0A")
+        assert f"socket:[{inode}]" in descriptors(process.pid)
+        assert f"socket:[{inode}]" not in descriptors(child)
+        assert start.python(COMMAND, "stop", "jobs").wait_end() == 0
+        wait_for(lambda: refused(port), "the port to be closed")
+        assert start.python(COMMAND, "restart", "jobs").wait_end() == 0
+        wait_for(lambda: answers(port), "the server to be back")
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_stopped_port_is_closed_for_every_process_that_has_a_copy(start, port):
+    start.write("program.py", f"server = passenger.create_server(whoami).listen({port}, name='jobs')")
+    process = start.gunicorn("anything", workers=1).wait_ready()
+    wait_for(lambda: answers(port), "the server")
+    run(process, "kept = os.dup(server.socket.sock.fileno())")
+    assert start.python(COMMAND, "stop", "jobs").wait_end() == 0
+    wait_for(lambda: refused(port), "the port to be closed")
 
 
 def test_usr2_hands_the_port_to_the_next_master_and_back(start, port):

@@ -5,7 +5,8 @@ import resource
 import signal
 import socket
 
-from conftest import Client, fetch, pids_answering, wait_for
+from conditions import wait_for
+from http_client import Client, fetch, pids_answering
 
 KEPT = ("--keep-alive", 600, "--graceful-timeout", 600, "--timeout", 600)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from broker_access import run
 from conditions import wait_for
 from free_ports import free_port
 from http_client import Client, answers, fetch, pids_answering, refused
@@ -45,10 +46,29 @@ def test_unix_and_tcp_binds(start):
     ).wait_ready()
     # the operator's word on the host wins: the program asked for 127.0.0.1
     assert pids_answering(claimed, 2) == pids_answering(process.socket, 2)
-    process.wait_log(rf"127.0.0.1:{unclaimed} is in gunicorn's bind, but no server")
-    assert f":{claimed} is in gunicorn's bind" not in process.log()
-    assert "The primary is served on" not in process.log()
+    assert pids_answering(unclaimed, 2) == pids_answering(process.socket, 2)
+    process.wait_log(rf"The primary is served on 127.0.0.1:{unclaimed}, too")
     assert process.log().count("no server of the program listens") == 1
+
+
+def test_a_bind_that_a_server_claims_later_is_its_own_from_then_on(start, port):
+    """In all workers, although one of them alone has claimed it."""
+    text = "def other(environ, start_response):\n    start_response('200 OK', [])\n    return [b'other']"
+    start.write("program.py", text)
+    process = start.gunicorn("anything", "-b", f"127.0.0.1:{port}").wait_ready()
+    assert pids_answering(port, 2) == {str(pid) for pid in process.workers()}
+    idle = Client(port)
+    idle.request("GET", "/")
+    assert int(idle.getresponse().read()) in process.workers()
+    run(process, f"server = passenger.create_server(other).listen({port})")
+    wait_for(lambda: all(fetch(port)[1] == "other" for _ in range(20)), "the server of the program")
+    # a connection of before is finished where it is
+    idle.request("GET", "/")
+    response = idle.getresponse()
+    assert response.getheader("Connection") == "close"
+    assert int(response.read()) in process.workers()
+    idle.close()
+    assert "Traceback" not in process.log()
 
 
 def test_socket_open_to_everybody_is_warned_of(start):
