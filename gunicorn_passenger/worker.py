@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _socket
 import errno
+import logging
 import os
 import sys
 import threading
@@ -86,6 +87,14 @@ class Worker(GeventWorker):
     @classmethod
     def setup(cls) -> None:
         """gunicorn has read its configuration; with --preload it loads the program next."""
+        # gunicorn passes no configuration here, and calls nothing else before it loads the program
+        cfg = sys._getframe(1).f_locals.get("self")
+        if getattr(cfg, "preload_app", False) and not monkey.is_module_patched("socket"):
+            logging.getLogger("gunicorn.error").warning(
+                "--preload imports the program before gevent has patched the standard library: a program "
+                "that uses ssl (requests, urllib3) may then fail with RecursionError, and its locks may block "
+                "a worker. Begin gunicorn.conf.py with: from gevent import monkey; monkey.patch_all()"
+            )
         settings.config_file_loaded()
         prometheus_multiproc.directory.prepare()
         registry.run_as_master()

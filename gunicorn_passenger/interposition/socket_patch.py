@@ -177,7 +177,8 @@ class SocketPatch:
             registry.broker.discard(lease)
             raise listen_errors.duplicate_listen(lease.key)
         address = ListenAddress(None, lease.sockname).address
-        server = ThirdPartyServer(label, address, lease.key, LISTENING if lease.key else WAITING, placement)
+        state = LISTENING if lease.key else LOST if lease.is_late else WAITING
+        server = ThirdPartyServer(label, address, lease.key, state, placement)
         server.lease = lease
         if grant is not None:
             describe(server, grant)

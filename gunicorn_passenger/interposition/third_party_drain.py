@@ -14,12 +14,17 @@ import gc
 import os
 import socket
 import sys
+import time
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from types import CodeType, FrameType
 from typing import Any
 
 import greenlet
+
+#: How many times as long as a search the worker does without one.
+_SEARCH_PAUSE = 50
 
 
 def force_connection_close() -> None:
@@ -53,26 +58,47 @@ def force_connection_close() -> None:
         server.BaseHTTPRequestHandler.end_headers = end_headers
 
 
-def shutdown_idle_connections() -> None:
-    """End the connections on which such a server waits for a request.
+class IdleConnections:
+    """The connections on which such a server waits for a request."""
 
-    The server reads an end-of-file, as it would if the client had closed the connection.
-    """
-    for sock in list(_idle_sockets()):
-        with suppress(OSError):
-            sock.shutdown(socket.SHUT_RD)
+    def __init__(self) -> None:
+        self._greenlets: list[weakref.ref[greenlet.greenlet]] = []
+        #: when to search all objects of the process again (monotonic seconds)
+        self._search_at = 0.0
 
+    def shutdown(self) -> None:
+        """End them: the server reads an end-of-file, as it would if the client had closed the connection."""
+        for sock in list(self._sockets()):
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RD)
 
-def _idle_sockets() -> Iterator[Any]:
-    waiting = _functions_that_wait()
-    for candidate in gc.get_objects():
-        if isinstance(candidate, greenlet.greenlet) and candidate.gr_frame is not None:
+    def _sockets(self) -> Iterator[Any]:
+        began = time.monotonic()
+        if began >= self._search_at:
+            # there may be millions of objects, and a request in progress waits meanwhile
+            found = [weakref.ref(o) for o in gc.get_objects() if isinstance(o, greenlet.greenlet)]
+            self._greenlets = found
+            ended = time.monotonic()
+            self._search_at = ended + (ended - began) * _SEARCH_PAUSE
+        waiting = _functions_that_wait()
+        for reference in self._greenlets:
+            candidate = reference()
+            if candidate is None or candidate.gr_frame is None:
+                continue
             frame = _innermost_server_frame(candidate.gr_frame)
             if frame is not None and frame.f_code in waiting:
                 handler = frame.f_locals.get("self")
                 sock = getattr(handler, "socket", None) or getattr(handler, "connection", None)
                 if sock is not None:
                     yield sock
+
+
+_idle_connections = IdleConnections()
+
+
+def shutdown_idle_connections() -> None:
+    """End the connections on which such a server waits for a request."""
+    _idle_connections.shutdown()
 
 
 def _functions_that_wait() -> set[CodeType]:

@@ -135,7 +135,8 @@ class BrokerClient:
         :param counts: whether the worker will count the requests of the server.
         :param again: whether this worker may have the port already (``SO_REUSEPORT``).
         :returns: the lease. The listening socket is in its initial grant
-            (:meth:`.port_lease.PortLease.take_initial_grant`), or in a grant that comes later.
+            (:meth:`.port_lease.PortLease.take_initial_grant`), or in a grant that comes later: also when the
+            master did not respond in time, since it may be stopped for a while.
         :raises errors.ListenError: when the worker may not listen on the address.
         """
         number = next(self._numbers)
@@ -151,6 +152,8 @@ class BrokerClient:
         label = format_tcp(message.host, message.port) if isinstance(address, Tcp) else str(address)
         message = dataclasses.replace(message, placement=placement, counts=counts, again=again)
         lease = self._leases[number] = PortLease(number)
+        if isinstance(address, Tcp) and placement != "each":
+            lease.sockname = _sockname(message)
         try:
             response, _ = self._request(message, label)
             if isinstance(response, RequestDenied):
@@ -160,18 +163,24 @@ class BrokerClient:
                 raise server_errors.broker_unavailable(
                     label, "did not understand the request (does the master run another version?)"
                 )
-            if response.key:
-                lease.key, lease.sockname = response.key, _sockname(response)
+            self._on_port_opened(lease, response)
             if response.granted and not self.run_in_worker_thread(
                 lambda: lease.wait_for_grant(RESPONSE_TIMEOUT)
             ):
-                raise server_errors.broker_unavailable(
-                    label, f"did not respond within {RESPONSE_TIMEOUT:g} s"
-                )
-        except BaseException:
+                raise _timed_out(label)
+        except BaseException as error:
+            if isinstance(error, errors.BrokerUnavailable) and error.errno == errno.ETIMEDOUT:
+                self.log.error("%s", error)
+                lease.is_late = True
+                return lease
             self._leases.pop(number, None)
             raise
         return lease
+
+    @staticmethod
+    def _on_port_opened(lease: PortLease, response: PortOpened) -> None:
+        if response.key:
+            lease.key, lease.sockname = response.key, _sockname(response)
 
     def release_port(self, key: str, number: int = 0) -> None:
         """The worker no longer accepts on ``key``, or no longer waits for the port that it requested.
@@ -304,9 +313,7 @@ class BrokerClient:
             response: tuple[Message, int | None] = pending.get(timeout=timeout)
             return response
         except gevent.Timeout:
-            raise server_errors.broker_unavailable(
-                label, f"did not respond within {RESPONSE_TIMEOUT:g} s"
-            ) from None
+            raise _timed_out(label) from None
         except (channel.ChannelClosed, OSError) as error:
             if isinstance(error, errors.ListenError):
                 raise
@@ -354,8 +361,16 @@ class BrokerClient:
         pending = self._pending.get(message.id)
         if pending is not None:
             pending.set((message, fd))
-        elif fd is not None:
-            os.close(fd)  # the greenlet that sent the request waits no longer
+            return
+        # the greenlet that sent the request waits no longer
+        if fd is not None:
+            os.close(fd)
+        lease = self._leases.get(message.id)
+        if lease is not None and isinstance(message, PortOpened):
+            self._on_port_opened(lease, message)
+        elif lease is not None and isinstance(message, RequestDenied):
+            del self._leases[message.id]
+            self.log.error("gunicorn-passenger: a server of this worker gets no port: %s", message.text)
 
     def _on_packet_rejected(self, message: PacketRejected, fd: int | None) -> None:
         self.log.error("gunicorn-passenger: the master rejected a message of this worker: %s", message.text)
@@ -409,7 +424,7 @@ class BrokerClient:
                 self.log.exception("gunicorn-passenger: a connection of another worker was closed")
 
 
-def _sockname(message: PortOpened | AcceptGranted) -> SockAddr | str:
+def _sockname(message: OpenPort | PortOpened | AcceptGranted) -> SockAddr | str:
     if message.path:
         return message.path
     host, port = message.host, message.port
@@ -417,4 +432,5 @@ def _sockname(message: PortOpened | AcceptGranted) -> SockAddr | str:
 
 
 def _timed_out(label: str) -> errors.BrokerUnavailable:
-    return server_errors.broker_unavailable(label, f"did not respond within {RESPONSE_TIMEOUT:g} s")
+    why = f"did not respond within {RESPONSE_TIMEOUT:g} s"
+    return server_errors.broker_unavailable(label, why, errno.ETIMEDOUT)

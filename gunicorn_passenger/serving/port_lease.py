@@ -40,6 +40,8 @@ class PortLease:
         self.key = ""
         #: what the socket is bound to; ``None`` while that is not known
         self.sockname: SockAddr | str | None = None
+        #: whether the master did not respond in time
+        self.is_late = False
         self._initial: AsyncResult[AcceptGrant] = AsyncResult()
         self._on_grant: Callable[[AcceptGrant], object] | None = None
         self._on_pause: Callable[[], object] | None = None

@@ -221,7 +221,7 @@ class ServerRegistry:
             self._use_grant(server, grant)
         else:
             # another worker accepts; with "each" the address of this worker is not known yet
-            state = LISTENING if lease.key else WAITING
+            state = LISTENING if lease.key else LOST if lease.is_late else WAITING
             server.set_socket(ListenAddress(None, lease.sockname, lease.key), state)
         lease.subscribe(lambda grant: self._on_grant(server, grant), lambda: self._on_pause(server))
 

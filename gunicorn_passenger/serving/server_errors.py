@@ -74,11 +74,14 @@ def no_descriptor(address: str) -> ListenError:
     )
 
 
-def broker_unavailable(address: str, why: str) -> BrokerUnavailable:
+def broker_unavailable(address: str, why: str, code: int = errno.EPIPE) -> BrokerUnavailable:
+    remedy = "restart gunicorn to get the port back"
+    if code == errno.ETIMEDOUT:
+        remedy = "the port is served as soon as the broker responds; if it does not, restart gunicorn"
     return BrokerUnavailable(
-        errno.EPIPE,
+        code,
         f"{address} is not served by this worker: the master's port broker {why}; "
-        "the primary socket is still served; restart gunicorn to get the port back",
+        f"the primary socket is still served; {remedy}",
     )
 
 

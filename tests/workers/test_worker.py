@@ -311,3 +311,17 @@ def test_a_stop_that_comes_with_the_fork_is_not_lost(start, home):
     assert not os.path.exists(f"/proc/{first}")
     assert "Traceback" not in process.log()
     assert "ignored" not in process.log()
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_preload_without_a_patched_master_is_warned_of_before_the_program_runs(start, patched):
+    conf = start.write("gunicorn.conf.py", "from gevent import monkey; monkey.patch_all()" if patched else "")
+    start.write("program.py", "print('the program runs', flush=True)")
+    process = start.gunicorn("anything", "--preload", "-c", conf, workers=1).wait_ready()
+    before, _, _ = process.log().partition("the program runs")
+    assert before.count("from gevent import monkey; monkey.patch_all()") == (not patched)
+    assert process.log().count("monkey.patch_all()") == (not patched)
+
+
+def test_without_preload_there_is_nothing_to_patch(start):
+    assert "monkey" not in start.gunicorn("two_servers", workers=1).wait_ready().log()
