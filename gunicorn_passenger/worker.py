@@ -92,8 +92,8 @@ class Worker(GeventWorker):
         if getattr(cfg, "preload_app", False) and not monkey.is_module_patched("socket"):
             logging.getLogger("gunicorn.error").warning(
                 "--preload imports the program before gevent has patched the standard library: a program "
-                "that uses ssl (requests, urllib3) may then fail with RecursionError, and its locks may block "
-                "a worker. Begin gunicorn.conf.py with: from gevent import monkey; monkey.patch_all()"
+                "that uses ssl (requests, urllib3) may then fail with RecursionError, and its locks may "
+                "block a worker. Begin gunicorn.conf.py with: from gevent import monkey; monkey.patch_all()"
             )
         settings.config_file_loaded()
         prometheus_multiproc.directory.prepare()
