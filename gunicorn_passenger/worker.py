@@ -228,7 +228,7 @@ class Worker(GeventWorker):
         registry.start()
         self._serve_primary()
         self._warn_of_unmanaged_listeners()
-        os.register_at_fork(after_in_child=registry.acceptors.pause_all)
+        os.register_at_fork(after_in_child=registry.acceptors.leave_to_parent)
         assert registry.broker is not None
         all_binds = not isinstance(registry.primary, ThirdPartyServer)
         registry.broker.announce_ready(self._primary_server_name(), all_binds)

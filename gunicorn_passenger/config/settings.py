@@ -33,12 +33,14 @@ from gunicorn_passenger.errors import PassengerError, SettingError, UnknownSetti
 
 
 class Timeouts(NamedTuple):
-    """Seconds that a client may take (``head_timeout``, ``body_timeout``)."""
+    """Seconds that a client may take (``head_timeout``, ``body_timeout``, ``write_timeout``)."""
 
     #: from the first byte of the request line to the end of the headers
     head: float = 30.0
     #: without a byte, in a request body
     body: float = 60.0
+    #: without reading a byte, in a response
+    write: float = 60.0
 
 
 PLACEMENTS = ("shared", "one", "each")
@@ -120,6 +122,7 @@ _CHECKS: dict[str, Callable[[object, str], Any]] = {
     "grace_period": _seconds,
     "head_timeout": _timeout,
     "body_timeout": _timeout,
+    "write_timeout": _timeout,
     "ws_stop": _ws_stop,
     "prometheus": _bool,
     "status_hosts": parse_host_names,
@@ -201,9 +204,8 @@ class Settings:
 
     def timeouts(self) -> Timeouts:
         """Seconds that the clients of our servers may take."""
-        head, body = self._effective("head_timeout"), self._effective("body_timeout")
-        default = Timeouts()
-        return Timeouts(head or default.head, body or default.body)
+        given = {name: self._effective(f"{name}_timeout") for name in Timeouts._fields}
+        return Timeouts(**{name: seconds for name, seconds in given.items() if seconds is not None})
 
     def closes_websockets_on_exit(self) -> bool:
         """Whether a worker that exits closes the application's WebSockets."""
@@ -268,6 +270,7 @@ def configure(**values: object) -> None:
     :param head_timeout: seconds (default 30) that a client may take to send the request line and the headers;
         gunicorn's ``keepalive`` limits the pause between two requests.
     :param body_timeout: seconds (default 60) that a client may pause inside a request body.
+    :param write_timeout: seconds (default 60) that a client may take without reading anything of a response.
     :param ws_stop: what a worker that exits does with the application's WebSockets: ``"close"`` (the default)
         closes them with code 1001 at once, ``"wait"`` lets them end by themselves until gunicorn's
         ``graceful_timeout``. Proxied WebSockets have an option of their own.

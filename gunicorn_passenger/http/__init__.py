@@ -1,10 +1,10 @@
 """The HTTP/1.1 core: from an accepted connection to a WSGI call and back, on gevent.
 
-The way of a request: :mod:`.acceptor` accepts and makes a :mod:`.connection`, which reads a head
-(:mod:`.request_head`), calls the application through a :mod:`.listener_context` with a body (:mod:`.body`)
-and a response (:mod:`.response`), and waits for the next.
+The path of a request: :mod:`.acceptor` accepts and creates a :mod:`.connection`. That reads the headers
+(:mod:`.request_head`), calls the application of the :mod:`.listener_context` with a body (:mod:`.body`) and a
+response (:mod:`.response`), and waits for the next request.
 
-What the reverse proxy uses of a connection is in :mod:`.downstream_api`.
+:mod:`.downstream_api` lists what the reverse proxy uses of a connection.
 
 Process: a worker, or plain Python.
 Never: imports the proxy, or uses the master.

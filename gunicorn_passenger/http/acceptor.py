@@ -1,7 +1,11 @@
 """Accepts connections on one listening socket.
 
 Process: a worker, in its hub.
-Never: block.
+Never: blocks.
+
+The acceptor serves a limited number of connections. At the limit, a new client takes the place of the
+connection that has been idle longest: a client of a kept connection has to expect that it is closed at any
+time (RFC 9112 section 9.5). When all connections are busy, new clients wait in the backlog.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from socket import SOCK_STREAM
 from typing import Any
 
 import gevent
-from gevent import get_hub
+from gevent import get_hub, getcurrent
 
 from gunicorn_passenger.http.client_socket import ClientSocket
 from gunicorn_passenger.http.connection import Connection
@@ -21,12 +25,12 @@ from gunicorn_passenger.http.faults import log_from_hub, report_fault
 from gunicorn_passenger.http.listener_context import ListenerContext
 from gunicorn_passenger.ipc.scoreboard import Counters
 
-#: Connections accepted in one turn of the loop by a worker that has no siblings.
+#: How many connections a worker without siblings accepts in one event-loop iteration.
 _BURST = 64
-#: Seconds to wait when the system has no descriptor or memory for a connection, or whatever it lacks.
+#: Seconds until the next attempt when the system lacks a descriptor or memory for a connection.
 _PAUSE = 0.25
 
-#: The client has gone before it was accepted; every other error will be there the next time, too.
+#: The client has disconnected before it was accepted. Any other error would come again at once.
 _GONE = {errno.ECONNABORTED, errno.EPROTO, errno.EINTR, errno.EPERM}
 
 
@@ -36,9 +40,9 @@ class Acceptor:
     def __init__(self, sock: Any, listener: ListenerContext, limit: int, share: bool) -> None:
         """
         :param sock: a listening gevent socket; the acceptor owns it.
-        :param limit: how many connections it serves at a time; more wait in the backlog.
-        :param share: whether siblings accept from the same socket, so that one connection is
-            accepted at a time and they get theirs.
+        :param limit: how many connections it serves at a time.
+        :param share: whether siblings accept from the same socket. The acceptor then accepts one connection
+            at a time, so that they get their share.
         """
         self.listener = listener
         self._sock = sock
@@ -57,13 +61,21 @@ class Acceptor:
         self._watcher.start(self._accept)
 
     def serve(self, app: Any) -> None:
-        """From now on, serve this."""
+        """From now on, serve this application."""
         self.listener.app = app
         self.listener.is_proxy = False
 
     def _accept(self) -> None:
         raw = self._raw
         for _ in range(self._burst):
+            idle = None
+            if len(self._connections) >= self._limit:
+                idle = self.listener.silent.longest() or self.listener.idle.longest()
+                if idle is None:
+                    self._watcher.stop()
+                    return
+                if idle.has_input():
+                    return  # it has a request, and stops being idle in this iteration
             try:
                 fd, addr = raw._accept()
             except BlockingIOError:
@@ -73,13 +85,12 @@ class Acceptor:
                     self._wait_for_room(error)
                 return
             try:
+                if idle is not None:
+                    idle.expire()
                 self.adopt(self._client_socket(fd), addr)
             except Exception as error:
                 # gevent would stop this watcher, and the listener would be dead for all clients
                 report_fault("a connection was closed before it was served", error)
-            if len(self._connections) >= self._limit:
-                self._watcher.stop()
-                return
 
     def _client_socket(self, fd: int) -> ClientSocket:
         try:
@@ -107,7 +118,7 @@ class Acceptor:
         else:
             self._accepted += 1
         try:
-            connection.begin()
+            connection.start()
         except BaseException:
             connection.close()
             raise
@@ -116,19 +127,21 @@ class Acceptor:
     def on_connection_closed(self, connection: Connection) -> None:
         """Called by a connection at its end."""
         self._connections.discard(connection)
+        self._resume()
+
+    def on_connection_idle(self) -> None:
+        """Called by a connection that may be closed from now on to make room."""
+        self._resume()
+
+    def _resume(self) -> None:
         watcher = self._watcher
-        if (
-            watcher is not None
-            and not watcher.active
-            and self._pause is None
-            and len(self._connections) < self._limit
-        ):
+        if watcher is not None and not watcher.active and self._pause is None:
             watcher.start(self._accept)
 
     def _wait_for_room(self, error: OSError) -> None:
         self._watcher.stop()
         self._pause = get_hub().loop.timer(_PAUSE)
-        self._pause.start(self._go_on)
+        self._pause.start(self._end_pause)
         if not self._complained:
             self._complained = True
             log_from_hub(
@@ -137,11 +150,10 @@ class Acceptor:
                 error.strerror,
             )
 
-    def _go_on(self) -> None:
+    def _end_pause(self) -> None:
         self._pause.close()
         self._pause = None
-        if self._watcher is not None and len(self._connections) < self._limit:
-            self._watcher.start(self._accept)
+        self._resume()
 
     def _close_watcher(self) -> None:
         if self._pause is not None:
@@ -152,7 +164,7 @@ class Acceptor:
             self._watcher = None
 
     def stop_accepting(self) -> None:
-        """Close the listening socket; connections go on."""
+        """Close the listening socket; open connections continue."""
         self._close_watcher()
         self._sock.close()
         self.listener.closing = True
@@ -166,7 +178,7 @@ class Acceptor:
     def pop_idle_connections(self, most: int) -> list[tuple[Any, Any]]:
         """Stop serving connections that wait for a request.
 
-        :returns: of each, its socket and its client's address, which are the caller's from now on.
+        :returns: the socket of each, which the caller owns, and its client's address.
         """
         idle = islice((c for c in self._connections if c.is_idle()), most)
         return [connection.detach() for connection in list(idle)]
@@ -176,29 +188,37 @@ class Acceptor:
         """What it listens on."""
         return self.listener.sockname
 
-    def pause(self) -> None:
-        """Accept nothing more, and leave the listening socket open: it is another process's too."""
+    def leave_to_parent(self) -> None:
+        """In a forked child: the listening socket and the connections are the parent's.
+
+        The connection whose application has forked stays open, as in every other server.
+        """
         self._close_watcher()
+        self.listener.leave_to_parent()
+        current = getcurrent()
+        for connection in self._connections:
+            if connection.greenlet is not current:
+                connection.leave_to_parent()
 
     def idle(self) -> bool:
         """Whether there is no connection."""
         return not self._connections
 
     def done(self) -> bool:
-        """Whether nothing will change any more."""
+        """Whether it has stopped accepting, and no connection is open."""
         return self.listener.closing and not self._connections
 
     def counts(self) -> Counters:
-        """What it has done so far."""
+        """The counters since the start."""
         listener = self.listener
         return Counters(
             len(self._connections), self._accepted, listener.requests, listener.sent, listener.errors
         )
 
     def kill(self, timeout: float) -> None:
-        """End what still runs.
+        """Close the connections that are left.
 
-        :param timeout: seconds to wait for it.
+        :param timeout: seconds that their greenlets may take to end.
         """
         for connection in list(self._connections):
             if connection.greenlet is None:

@@ -1,13 +1,12 @@
-"""The access log: what a request leaves in it, and how it gets there.
+"""The access log: the values of a line, and how the line is written.
 
 Process: a worker.
-Never: change what gunicorn's logger would have written, but for characters that could forge a line or
-command a terminal: :class:`EscapedAtoms` is the one place where a value on its way into the access log is
-made safe, and gunicorn's logger uses it, too.
+Never: changes what gunicorn's logger would write, except for characters that could forge a line or control a
+terminal. :class:`EscapedAtoms` is the one place that escapes them; gunicorn's logger uses it, too.
 
-gunicorn's logger makes every atom of every request that a format might ask for, environ and headers
-included, and hands them to ``logging``. Here the format is read once, and only its atoms are made. A
-logger that is not gunicorn's own, or handlers that are not the one gunicorn set up, get all of it.
+gunicorn's logger computes every value that a format might contain (the "atoms"), environ and headers
+included, and passes them to ``logging``. Here the format is read once, and only its own atoms are computed.
+A logger that is not gunicorn's own gets all of them, and so do handlers that gunicorn has not set up.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from gunicorn.glogging import Logger, SafeAtoms
 
 from gunicorn_passenger.system.text import printable
 
-#: environ, response, request, seconds, head -> what stands in the line
+#: environ, response, request, seconds, head -> the value in the line
 Atom = Callable[[dict[str, Any], Any, Any, float, bytes], Any]
 
 _NAME = re.compile(r"%\(([^)]*)\)")
 
 
 class _LogClock:
-    """The time as the access log writes it, made once a second."""
+    """The time as the access log writes it, formatted once a second."""
 
     def __init__(self) -> None:
         self.second = 0
@@ -49,7 +48,7 @@ def _escaped(value: Any) -> Any:
 
 
 class EscapedAtoms(SafeAtoms):
-    """gunicorn's values for an access log line, with control characters escaped as well as quotes."""
+    """gunicorn's atoms, with control characters escaped as well as quotes."""
 
     def __init__(self, atoms: dict[str, Any]) -> None:
         super().__init__({key: printable(v) if isinstance(v, str) else v for key, v in atoms.items()})
@@ -72,25 +71,25 @@ def _last(pairs: Any, name: str) -> Any:
 
 
 def escape_access_log(log: Any) -> None:
-    """Have the lines that gunicorn's logger itself makes escaped, too: those of TLS, HTTP/2 and bad requests.
+    """Escape also the lines that gunicorn's logger itself writes: those of TLS, HTTP/2 and bad requests.
 
-    :param log: gunicorn's logger; one with a wrapper of its own is left alone.
+    :param log: gunicorn's logger; one that has its own wrapper class is not changed.
     """
     if getattr(log, "atoms_wrapper_class", None) is SafeAtoms:
         log.atoms_wrapper_class = EscapedAtoms
 
 
 class AccessLog:
-    """Writes the line of a request."""
+    """Writes one line for each request."""
 
     def __init__(self, cfg: Any, log: Any) -> None:
         self.cfg = cfg
         self._log = log
         self._now = _LogClock().now
         self._format = cfg.access_log_format
-        #: whether anything is written at all
+        #: whether there is an access log
         self.enabled = True
-        #: gunicorn's own logger, alone: its line can be made here
+        #: whether the logger is gunicorn's own, unchanged: then its line can be formatted here
         self._simple = (
             type(log).access is Logger.access
             and type(log).atoms is Logger.atoms
@@ -110,14 +109,14 @@ class AccessLog:
         escape_access_log(log)
         if self._simple:
             self._atoms = {name: self._atom(name) for name in _NAME.findall(self._format)}
-            self._simple = self._tries_out()
+            self._simple = self._can_format()
 
     def write(self, resp: Any, req: Any, environ: dict[str, Any], seconds: float, head: bytes) -> None:
         """
-        :param resp: the response, or something with its attributes.
-        :param req: gives gunicorn's request object, when it is called.
-        :param seconds: how long it took.
-        :param head: the request's, as it came.
+        :param resp: the response.
+        :param req: a function that returns gunicorn's request object.
+        :param seconds: the duration of the request.
+        :param head: the request's header section as it came.
         """
         if not self._simple:
             self._log.access(resp, req(), environ, timedelta(seconds=seconds))
@@ -142,12 +141,12 @@ class AccessLog:
                     stream.write(f"{line}\n")
                     stream.flush()
                 return
-            except Exception:  # noqa: S110 - a full disk, a closed stream: logging has its ways to tell
+            except Exception:  # noqa: S110 - logging itself reports a full disk or a closed stream
                 pass
         logger.info(self._format, atoms)
 
-    def _tries_out(self) -> bool:
-        """Whether the format can be filled from our atoms: an odd one is left to gunicorn."""
+    def _can_format(self) -> bool:
+        """Whether the format works with our atoms. gunicorn's logger handles one that does not."""
         try:
             self._format % dict.fromkeys(self._atoms, 0)
         except Exception:
@@ -197,7 +196,7 @@ class AccessLog:
         dropped = "_" in name
 
         def field(environ: dict[str, Any], resp: Any, req: Any, seconds: float, head: bytes) -> Any:
-            # from the head, as it came: the application may have changed the environ since
+            # from the header section as it came: the application may have changed the environ
             if dropped:
                 return _last(req().headers, name)
             found = line.findall(head)
@@ -210,7 +209,7 @@ class AccessLog:
 
 
 def _is_plain(handler: Any) -> bool:
-    """Whether it is a handler that gunicorn has set up for its access log, and that is unchanged."""
+    """Whether gunicorn has set up this handler for its access log, and nothing has changed it."""
     return (
         (handler.__class__ is logging.FileHandler or handler.__class__ is logging.StreamHandler)
         and handler.stream is not None

@@ -1,8 +1,8 @@
 """A request's body, as ``wsgi.input``.
 
 Process: a worker, in the connection's greenlet or another one of the application.
-Never: collect a body that the application does not ask for, read past its end, or hand out a body that
-is incomplete as if it were whole.
+Never: reads a body that the application does not ask for, reads past its end, or returns an incomplete body
+as if it were complete.
 """
 
 from __future__ import annotations
@@ -12,34 +12,35 @@ from typing import Any
 from gunicorn_passenger.errors import body_incomplete
 from gunicorn_passenger.http.chunked import CHUNKED, ChunkedDecoder
 
-#: The most that one read of the socket asks for.
-PIECE = 262144
-#: Bytes of a body that the application left unread, and that are read and dropped to keep the
-#: connection. More than that costs more than a new connection.
-DRAIN = 65536
+#: The most bytes that one read of the socket asks for.
+READ_SIZE = 262144
+#: The most bytes of an unread body that are discarded to keep the connection. To discard more would cost more
+#: than a new connection.
+MAX_DISCARD = 65536
 
 
 class RequestBody:
-    """What all bodies share: the file that PEP 3333 asks for."""
+    """What all bodies share: the file-like object of PEP 3333."""
 
-    __slots__ = ("_at", "_piece")
+    __slots__ = ("_at", "_chunk")
 
-    #: whether it is known where the next request starts
+    #: whether the end of the body, and so the next request, cannot be found any more
     failed = False
 
     def __init__(self) -> None:
-        #: what has been taken from the connection and not been read
-        self._piece = b""
+        #: bytes that were taken from the connection and not read yet
+        self._chunk = b""
         self._at = 0
 
     def _fill(self, most: int) -> bytes:
-        """The next bytes of the body, as they come in; empty at its end."""
+        """The next bytes of the body, as they arrive; empty at its end."""
         return b""
 
     def read(self, size: int | None = None) -> bytes:
-        """Read ``size`` bytes, waiting for them; fewer at the end of the body only.
+        """Read ``size`` bytes and wait for them; fewer only at the end of the body.
 
-        :raises gunicorn_passenger.errors.ClientDisconnected: (an ``OSError``) when it breaks off.
+        :raises gunicorn_passenger.errors.ClientDisconnected: (an ``OSError``) when the client disconnects
+            first.
         :raises TimeoutError: when the client sends nothing for the body timeout.
         """
         want = _size(size)
@@ -53,31 +54,31 @@ class RequestBody:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def read1(self, size: int | None = None) -> bytes:
-        """Read what is there, waiting only while nothing is: at most ``size`` bytes."""
+        """Read what has arrived, at most ``size`` bytes; wait only if nothing has."""
         want = _size(size)
         if want == 0:
             return b""
-        have = len(self._piece) - self._at
+        have = len(self._chunk) - self._at
         if not have:
-            return self._fill(min(want, PIECE))
+            return self._fill(min(want, READ_SIZE))
         if self._at == 0 and have <= want:
-            data, self._piece = self._piece, b""
+            data, self._chunk = self._chunk, b""
             return data
-        data = self._piece[self._at : self._at + want]
+        data = self._chunk[self._at : self._at + want]
         self._at += len(data)
-        if self._at == len(self._piece):
-            self._piece, self._at = b"", 0
+        if self._at == len(self._chunk):
+            self._chunk, self._at = b"", 0
         return data
 
     def readline(self, size: int | None = None) -> bytes:
         want = _size(size)
         parts = []
         while want > 0:
-            if self._at == len(self._piece):
-                self._piece, self._at = self._fill(PIECE), 0
-                if not self._piece:
+            if self._at == len(self._chunk):
+                self._chunk, self._at = self._fill(READ_SIZE), 0
+                if not self._chunk:
                     break
-            end = self._piece.find(b"\n", self._at, self._at + want)
+            end = self._chunk.find(b"\n", self._at, self._at + want)
             data = self.read1(want if end < 0 else end + 1 - self._at)
             parts.append(data)
             want -= len(data)
@@ -87,7 +88,7 @@ class RequestBody:
 
     def readlines(self, hint: int | None = None) -> list[bytes]:
         """
-        :param hint: bytes after which no further line is begun, as for other files.
+        :param hint: after so many bytes no further line is read, as with other files.
         """
         lines = []
         total = 0
@@ -108,64 +109,63 @@ class RequestBody:
         return line
 
     @property
-    def unread(self) -> bool:
-        """Whether so much is left unread that the connection had better not be kept for it."""
+    def too_much_unread(self) -> bool:
+        """Whether the connection should close, because too much of the body is unread."""
         return False
 
-    def finish(self) -> bool:
-        """Drop what the application left unread.
+    def drain(self) -> bool:
+        """Discard what the application has not read.
 
         :returns: whether the next request can follow.
         """
         return not self.failed
 
-    def end(self) -> None:
-        """The request is over; who still holds the body cannot read the next request with it."""
+    def detach(self) -> None:
+        """The request is over: code that still has the body cannot read the next request with it."""
 
 
 class EmptyBody(RequestBody):
-    """A request without one. There is nothing in it to tell two of them apart."""
+    """The body of a request without one. All such requests share one object."""
 
     __slots__ = ()
 
-    unread = False
+    too_much_unread = False
 
 
 EMPTY_BODY = EmptyBody()
 
 
 class _IncomingBody(RequestBody):
-    """A body that comes in over a connection."""
+    """A body that arrives over a connection."""
 
     __slots__ = ("_connection", "expect", "failed")
 
     def __init__(self, connection: Any, expect: bool) -> None:
         """
-        :param connection: the :class:`.connection.Connection` that it comes in on.
+        :param connection: the :class:`.connection.Connection`.
         :param expect: whether the client waits for "100 Continue" (RFC 9110 section 10.1.1).
         """
-        self._piece = b""
+        self._chunk = b""
         self._at = 0
         self._connection = connection
         self.expect = expect
         self.failed = False
 
     def _receive(self, most: int) -> bytes:
-        """The next bytes of the connection, at most so many, which belong to this body."""
-        data: bytes = self._from_client(most)
-        return data
+        """The next bytes of the body from the connection.
 
-    def _from_client(self, most: int, more: bool = False) -> Any:
+        :param most: how many bytes at most; 0 appends what arrives to the connection's buffer instead.
+        """
         connection = self._connection
         if connection is None:
             raise ValueError("the request is over: its body can no longer be read")
         try:
             if self.expect:
-                # the client may not have waited; then nothing need be sent
+                # a client that has not waited needs no "100 Continue"
                 self.expect = False
                 if not connection.buffered():
                     connection.send_continue()
-            data = connection.more() if more else connection.receive(most)
+            data: bytes = connection.read_some(most) if most else connection.fill_buffer()
         except BaseException:
             self.failed = True
             raise
@@ -174,15 +174,15 @@ class _IncomingBody(RequestBody):
             raise body_incomplete()
         return data
 
-    def end(self) -> None:
+    def detach(self) -> None:
         self._connection = None
 
-    def _drop(self) -> bool:
-        """Read and drop the rest, within bounds."""
+    def _discard(self) -> bool:
+        """Read and discard the rest, within bounds."""
         if self.failed or self.expect or self._connection is None:
             return False
-        dropped: bool = self._connection.drain(self, DRAIN)
-        return dropped
+        discarded: bool = self._connection.discard_body(self, MAX_DISCARD)
+        return discarded
 
 
 class LengthBody(_IncomingBody):
@@ -204,13 +204,13 @@ class LengthBody(_IncomingBody):
         return data
 
     @property
-    def unread(self) -> bool:
-        return self.expect or (self.left > DRAIN and self.left == self.length)
+    def too_much_unread(self) -> bool:
+        return self.expect or (self.left > MAX_DISCARD and self.left == self.length)
 
-    def finish(self) -> bool:
+    def drain(self) -> bool:
         if not self.left:
             return True
-        return self.left <= DRAIN and self._drop()
+        return self.left <= MAX_DISCARD and self._discard()
 
 
 class ChunkedBody(_IncomingBody):
@@ -220,13 +220,13 @@ class ChunkedBody(_IncomingBody):
 
     def __init__(self, connection: Any, expect: bool, line_limit: int, request: Any) -> None:
         """
-        :param line_limit: bytes of a line with a chunk's size.
-        :param request: gives gunicorn's request object, which checks and keeps the trailers.
+        :param line_limit: the most bytes that a line with a chunk's size may have.
+        :param request: returns gunicorn's request object, which checks and keeps the trailers.
         """
         _IncomingBody.__init__(self, connection, expect)
         self._decoder = ChunkedDecoder(line_limit)
         self._request = request
-        #: the headers behind the body, when it is read
+        #: the trailers, once the body was read
         self.trailers: list[tuple[str, str]] = []
 
     @property
@@ -249,7 +249,7 @@ class ChunkedBody(_IncomingBody):
             if decoder.finished:
                 return b""
         data = self._receive(min(decoder.left, most))
-        decoder.took(len(data))
+        decoder.consume(len(data))
         return data
 
     def _read_framing(self) -> None:
@@ -267,7 +267,7 @@ class ChunkedBody(_IncomingBody):
                         break
                     if decoder.in_trailers and not bounded:
                         bounded = connection.begin_deadline()
-                self._from_client(0, more=True)
+                self._receive(0)
         finally:
             if bounded:
                 connection.end_deadline()
@@ -278,19 +278,19 @@ class ChunkedBody(_IncomingBody):
             )
 
     @property
-    def unread(self) -> bool:
+    def too_much_unread(self) -> bool:
         return self.expect
 
-    def finish(self) -> bool:
-        return self.finished or self._drop()
+    def drain(self) -> bool:
+        return self.finished or self._discard()
 
 
 def incoming_body(connection: Any, environ: dict[str, Any], length: int, request: Any) -> RequestBody:
     """The body of a request that has one.
 
-    :param connection: the :class:`.connection.Connection` that it comes in on.
-    :param length: its bytes, or ``CHUNKED``.
-    :param request: gives gunicorn's request object.
+    :param connection: the :class:`.connection.Connection`.
+    :param length: its length in bytes, or ``CHUNKED``.
+    :param request: returns gunicorn's request object.
     """
     expect = (
         "HTTP_EXPECT" in environ

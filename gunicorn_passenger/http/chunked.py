@@ -1,11 +1,12 @@
 """The chunked transfer coding (RFC 9112 section 7.1), in both directions and without I/O.
 
 Process: any.
-Never: take a chunk apart in another way than the sender of the next hop would, or grow with bad input.
+Never: accepts framing that another recipient could read differently, or grows with bad input.
 
-:class:`ChunkedDecoder` reads the framing only. Its caller owns the buffer: a request body takes the content
-from the connection's buffer as the application asks for it (:meth:`ChunkedDecoder.advance`), the proxy takes
-whatever has come (:meth:`ChunkedDecoder.feed`).
+:class:`ChunkedDecoder` reads only the framing. The caller owns the buffer: a request body takes the content
+    from
+the connection's buffer when the application reads (:meth:`ChunkedDecoder.advance`), and the proxy takes
+everything that has arrived (:meth:`ChunkedDecoder.feed`).
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from gunicorn_passenger.http.grammar import CHUNK_LINE_BYTES, CHUNK_SIZE_BYTES, 
 
 InvalidChunkExtension = getattr(http_errors, "InvalidChunkExtension", InvalidChunkSize)
 
-#: Stands for the length of a body that is sent in chunks.
+#: The length of a body that is sent in chunks.
 CHUNKED = -1
-#: Bytes that the trailer section of a body may have.
+#: The most bytes that a trailer section may have.
 TRAILER_LIMIT = 65536
 #: The end of a chunked body without trailers.
 LAST_CHUNK = b"0\r\n\r\n"
 
-#: Bytes of a bad chunk line that an error shows.
+#: The most bytes of an invalid chunk line that an error shows.
 _SHOWN = 100
 
 
 def encode_chunk(data: bytes) -> bytes:
-    """One chunk with this content, which must not be empty: an empty chunk ends a body."""
+    """One chunk. The content must not be empty, because an empty chunk ends the body."""
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
@@ -50,7 +51,7 @@ def last_chunk(trailers: bytes) -> bytes:
 
 
 def chunk_line(size: int) -> bytes:
-    """The line before a chunk's content, for a caller that sends the content and a CRLF itself."""
+    """The size line of a chunk. The caller sends the content and the CRLF behind it."""
     return b"%x\r\n" % size
 
 
@@ -68,26 +69,26 @@ class ChunkedDecoder:
         self._line = line
         #: reads the next part of the framing
         self._part: Callable[[ChunkedDecoder, bytes, int], int] = ChunkedDecoder._chunk_line
-        #: bytes of that part that were examined before
+        #: how many bytes of that part were checked before
         self._ahead = 0
         self._buf = b""
-        #: bytes of the present chunk's content that the caller has not taken yet
+        #: how many bytes of the current chunk's content the caller has not consumed yet
         self.left = 0
         #: whether the body has ended
         self.finished = False
-        #: the field lines after the last chunk, each with its CRLF; not checked against the grammar
+        #: the lines after the last chunk, each with its CRLF; not checked against the grammar
         self.trailer_section = b""
 
     @property
     def in_trailers(self) -> bool:
-        """Whether the last chunk has come, and the end of the trailer section has not."""
+        """Whether the last chunk has arrived, but not the end of the trailer section."""
         return self._part is ChunkedDecoder._trailers and not self.finished
 
     def advance(self, buf: bytes, at: int) -> int:
         """Read the framing from ``buf[at:]``, up to the next content.
 
         Afterwards ``left`` is the size of the content that follows, or ``finished`` is true, or the framing
-        goes on behind the end of ``buf``.
+        is incomplete in ``buf``.
 
         :returns: where the content, the rest of the framing, or the next message begins.
         :raises gunicorn.http.errors.ParseException: when the framing is malformed.
@@ -99,14 +100,14 @@ class ChunkedDecoder:
             at = then
         return at
 
-    def took(self, count: int) -> None:
-        """The caller has taken so many bytes of the content."""
+    def consume(self, count: int) -> None:
+        """The caller has taken ``count`` bytes of the content."""
         self.left -= count
         if not self.left:
             self._part = ChunkedDecoder._end_of_chunk
 
     def feed(self, data: bytes) -> bytes:
-        """The content that has come with these bytes.
+        """The content in these bytes.
 
         :raises gunicorn.http.errors.ParseException: when the framing is malformed.
         """
@@ -123,7 +124,7 @@ class ChunkedDecoder:
                 break
             parts.append(content)
             at += len(content)
-            self.took(len(content))
+            self.consume(len(content))
         self._buf = buf[at:]
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
@@ -132,7 +133,7 @@ class ChunkedDecoder:
         """The bytes that were fed behind the body."""
         return self._buf
 
-    # --- the parts of the framing; each returns ``at`` when it is not complete -----------------------
+    # --- the parts of the framing; each returns ``at`` while it is incomplete ------------------------
 
     def _end_of_chunk(self, buf: bytes, at: int) -> int:
         end = buf[at : at + 2]
@@ -161,7 +162,7 @@ class ChunkedDecoder:
     def _size(self, line: bytes) -> int:
         found = self._line.fullmatch(line)
         if found is None:
-            # a bad size is reported as such, even with a bad extension
+            # an invalid size is reported as such, even if the extension is invalid, too
             size = line.partition(b";")[0]
             if CHUNK_SIZE_BYTES.fullmatch(size.rstrip(b" \t") if b";" in line else size):
                 raise InvalidChunkExtension("invalid chunk extension")
@@ -191,8 +192,8 @@ class ChunkedDecoder:
 def check_lines(data: bytes | bytearray, start: int, end: int, begin: int = 0) -> None:
     """RFC 9112 section 2.2: lines end with CRLF.
 
-    :param start: where to begin; the bytes before were checked.
-    :param end: where to stop.
+    :param start: where the check begins; the bytes before were checked.
+    :param end: where it ends.
     :param begin: where the first line begins.
     :raises InvalidHeader: for an LF alone.
     """

@@ -1,7 +1,7 @@
-"""``gunicorn.socket``: a client's connection for an application that takes it over.
+"""``gunicorn.socket``: the connection of a client, for an application that takes it over.
 
 Process: a worker, in the application's greenlets.
-Never: be on the path of a plain request, for which the HTTP core uses the socket below.
+Never: takes part in a plain request: for that the HTTP core uses the socket below it.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ _CLOSE_TIMEOUT = 5.0
 
 
 class ClientSocket(gsocket.socket):
-    """``gunicorn.socket``: the connection, for an application that speaks another protocol over it.
+    """The connection, for an application that speaks another protocol over it.
 
-    While it has no timeout, ``send`` sends all, as a blocking socket of the kernel does and as
-    WebSocket libraries expect; and what two greenlets send does not mix.
+    While it has no timeout, ``send`` sends all data, as the kernel's blocking sockets do and as WebSocket
+    libraries expect. The data of two greenlets is not interleaved.
     """
 
     __slots__ = ("_bare", "_muted", "_turn", "connection", "early", "error", "switched", "taken")
 
     def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
-        #: whether it lacks what only those need who wait for it
+        #: whether it lacks the watchers that only code which waits for it needs
         self._bare = fileno is not None
         if fileno is None:
             super().__init__(family, type, proto)
         else:
-            # As gevent's own does it, but for two watchers: they cost a connection with one request more than
-            # its socket does, and few applications ever use them.
+            # As in gevent's own constructor, without its two watchers: for a connection with one request they
+            # cost more than its socket does, and few applications use them.
             slots: Any = self
             slots._sock = self._gevent_sock_class(family, type, proto, fileno)
             slots._sock.setblocking(False)
@@ -46,22 +46,22 @@ class ClientSocket(gsocket.socket):
             slots._io_refs = 0
             slots.hub = get_hub()
             slots.timeout = gsocket.getdefaulttimeout()
-        #: bytes that were read ahead, and come first
+        #: bytes that were read ahead; ``recv`` returns them first
         self.early = b""
-        #: whether the application has used it
+        #: whether the application has used the socket
         self.taken = False
-        #: what went wrong when it did
+        #: the last error that the application got from it
         self.error: OSError | None = None
         #: the :class:`.connection.Connection`, while it has one
         self.connection: Any = None
         self._turn: Any = None
-        #: whether the application has said "101 Switching Protocols" over it; ``None`` before it said
+        #: whether the application has sent "101 Switching Protocols" over it; ``None`` before it sent
         #: anything
         self.switched: bool | None = None
         self._muted = False
 
     def __getattr__(self, name: str) -> Any:
-        """What is not there: gevent's watchers, so far, and whatever the socket below has."""
+        """Called for missing attributes: gevent's watchers until now, and those of the socket below."""
         if self._bare:
             self._bare = False
             slots: Any = self
@@ -73,15 +73,24 @@ class ClientSocket(gsocket.socket):
         return super().__getattr__(name)
 
     def release(self) -> None:
-        """Its connection is over: close it."""
+        """Close the socket at the end of its connection."""
         if self._bare and not self._io_refs:
-            # no other code has had its descriptor, so no greenlet waits for it that gevent's close() would
+            # no other code has used it, so there is no waiting greenlet that gevent's close() would have to
             # wake
             slots: Any = self
             slots._closed = True
             slots._sock.close()
         else:
             self.close()
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: close the child's copy, without waking the greenlets that wait for it."""
+        slots: Any = self
+        if not self._bare:
+            for event in slots._read_event, slots._write_event:
+                if event is not None:
+                    event.stop()
+        slots._sock.close()
 
     def recv(self, bufsize: int, flags: int = 0) -> bytes:
         self.taken = True
@@ -108,9 +117,9 @@ class ClientSocket(gsocket.socket):
             raise
 
     def send_last(self, data: bytes) -> None:
-        """Send this between two messages of the application, and drop what it sends from then on.
+        """Send this between two messages of the application, and discard what it sends from then on.
 
-        :raises OSError: when the client is gone.
+        :raises OSError: when the client has disconnected.
         """
         with self._lock():
             if not self._muted:

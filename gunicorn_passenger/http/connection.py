@@ -1,15 +1,17 @@
-"""One client connection: reads requests, calls the application, ends the connection.
+"""One client connection: reads requests, calls the application, closes the connection.
 
-Process: a worker, one greenlet per busy connection.
-Never: read what follows a refused request, or wait without a deadline for a client that owes something.
+Process: a worker, one greenlet for each busy connection.
+Never: reads what follows a refused request, or waits without a timeout for the client.
 
-A connection has a greenlet while it is busy. When its client pauses for a moment, the greenlet ends and the
-hub alone waits: an idle connection costs its socket and little else. :mod:`.connection_state` has the states.
+A connection has a greenlet while it is busy. When its client is idle for a moment, the greenlet ends and only
+the hub waits: an idle connection costs its socket and little else. The exception is an application that keeps
+something in a ``threading.local``, such as a connection to a database: gevent makes that local to the
+greenlet, so the greenlet stays as long as the connection. :mod:`.connection_state` has the states.
 
-The loop waits for readability *before* it reads: right after a response there is rarely data, so a read would
-cost a system call and an exception. And a client that always sends faster than it is served would keep the
-greenlet running and starve the other connections, as happens to gunicorn's gevent worker with its access log
-on.
+The loop waits for readability *before* it reads: right after a response there is rarely data, so a
+speculative read would cost a system call and an exception. And a client that always sends faster than it is
+served would keep the greenlet running and starve the other connections, as happens to gunicorn's gevent
+worker with its access log on.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 
 import gevent
 from gevent import getcurrent
+from gevent.local import all_local_dicts_for_greenlet
 from gunicorn.http.wsgi import FileWrapper
 from gunicorn.workers.base_async import ALREADY_HANDLED
 
@@ -34,13 +37,13 @@ from gunicorn_passenger.http.connection_state import ConnectionState, set_checke
 from gunicorn_passenger.http.disconnect import DisconnectWatch
 from gunicorn_passenger.http.failed_request import client_name, fail_request, send_error
 from gunicorn_passenger.http.faults import report_fault
-from gunicorn_passenger.http.listener_context import HookFailed, ListenerContext
-from gunicorn_passenger.http.request_head import NO_HEAD
+from gunicorn_passenger.http.listener_context import ListenerContext
+from gunicorn_passenger.http.request_head import NO_HEAD, RequestFailed
 from gunicorn_passenger.http.response import RESPONSE_SENT, Response
 from gunicorn_passenger.http.timeouts import TimeoutQueue
 from gunicorn_passenger.http.transport import READ_SIZE, Transport
 
-#: Requests that came in one read, after which other greenlets get their turn.
+#: How many pipelined requests are served before other greenlets run.
 _PIPELINED = 16
 
 _WEBSOCKET = re.compile(rb"\r\nupgrade:[ \t]*websocket[ \t]*\r\n", re.IGNORECASE)
@@ -49,16 +52,15 @@ _ACTIVE, _IDLE, _PARKED = ConnectionState.ACTIVE, ConnectionState.IDLE, Connecti
 
 
 class _ConnectionGreenlet(gevent.Greenlet):
-    """Serves one connection. gevent would note the stack that spawned it, which is always the same."""
+    """Serves one connection. gevent would record the stack that spawned it, which is always the same."""
 
     spawning_stack_limit = 0
 
 
 class Connection(Transport):
-    """A client's connection and its present request.
+    """A client's connection and its current request.
 
-    The class is long because its loop is: each call that the loop made into another class would be made for
-    each request.
+    The class is long because its loop is: a call from the loop into another class would cost each request.
     """
 
     __slots__ = (
@@ -71,7 +73,7 @@ class Connection(Transport):
         "head",
         "idle_since",
         "is_new",
-        "leaving",
+        "on_drain",
         "parsed",
         "response",
         "state",
@@ -83,7 +85,7 @@ class Connection(Transport):
 
     def __init__(self, acceptor: Any, listener: ListenerContext, sock: Any, addr: Any) -> None:
         """
-        :param acceptor: is told of the end.
+        :param acceptor: the :class:`~.acceptor.Acceptor`, which is told when the connection ends or is idle.
         :param sock: a :class:`~.client_socket.ClientSocket`, owned from now on.
         :param addr: what ``accept()`` gave.
         """
@@ -91,18 +93,17 @@ class Connection(Transport):
         self.state = ConnectionState.NEW
         self._acceptor = acceptor
         sock.connection = self
-        # A client of a UNIX socket can bind its own end to a name of any bytes. That is not an address, so
-        # it is dropped here.
+        # A client of a UNIX socket can bind its own end to a name of any bytes, which is not an address.
         self.addr = addr if addr.__class__ is tuple else ""
         self.context = listener.new_context(self.addr, sock)
         self.head = b""
         self.body: RequestBody = EMPTY_BODY
         self.response: Response | None = None
-        #: takes the connection out of the timeout queue in which it waits for a request
-        self._stop_waiting: Any = listener.heads.remove
-        #: made when it is first needed
+        #: removes the connection from the timeout queue in which it waits for a request
+        self._stop_waiting: Any = listener.new.remove
+        #: created when it is first needed
         self._disconnect: DisconnectWatch | None = None
-        #: whether it has had no request
+        #: whether it has had no request yet
         self.is_new = True
         #: for the :class:`~.timeouts.IdleTicker`: the tick since which it is idle, and whether it is tracked
         self.idle_since = 0
@@ -110,16 +111,16 @@ class Connection(Transport):
         #: the headers of the last request
         self.parsed = NO_HEAD
         #: called when the worker drains, by the code that has upgraded the connection
-        self.leaving: Any = None
+        self.on_drain: Any = None
 
     # --- between requests ------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """Serve it, in a greenlet of its own."""
+    def start(self) -> None:
+        """Serve the connection, in a greenlet of its own."""
         _ConnectionGreenlet(self._run).start()
 
     def _ready(self) -> None:
-        """Called in the hub when there is something to read."""
+        """Called in the hub when a parked connection is readable."""
         self._readable.stop()
         self._stop_waiting(self, None)
         self.state = _ACTIVE
@@ -129,19 +130,31 @@ class Connection(Transport):
             report_fault("an idle connection was closed", error)
             self.close()
 
-    def _park(self, deadlines: TimeoutQueue) -> None:
-        """Wait for a request without a greenlet."""
+    def _park(self, queue: TimeoutQueue) -> None:
+        """Wait for a request without a greenlet.
+
+        :param queue: closes the connection, or calls :meth:`wait_longer`, after its time.
+        """
         self.state = _PARKED
         self.greenlet = self._waiting = None
         self._expired = False
         self.head = b""
         self.parsed = NO_HEAD
-        self._stop_waiting = deadlines.remove
-        deadlines.add(self)
+        self._stop_waiting = queue.remove
+        queue.add(self)
         self._reader().start(self._ready)
+        if queue is not self.listener.new:
+            self._acceptor.on_connection_idle()
+
+    def wait_longer(self) -> None:
+        """Called in the hub: a new connection has sent nothing for the keep-alive time."""
+        silent = self.listener.silent
+        self._stop_waiting = silent.remove
+        silent.add(self)
+        self._acceptor.on_connection_idle()
 
     def expire(self) -> None:
-        """Called in the hub when a deadline has passed."""
+        """Called in the hub when a timeout has passed, or when an idle connection has to make room."""
         if self.state is _PARKED:
             self.close()
         else:
@@ -150,7 +163,7 @@ class Connection(Transport):
     # --- the loop --------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        """A greenlet's life: while the connection is busy."""
+        """The greenlet of a busy connection."""
         linger: bool | None = False
         try:
             linger = self.serve(getcurrent())
@@ -167,11 +180,11 @@ class Connection(Transport):
                 self.close()
 
     def serve(self, greenlet: Any) -> bool | None:  # noqa: PLR0915 - the hot loop is one, in one place
-        """Answer the requests that there are, until it must wait for the next or is to end.
+        """Serve requests until the connection is idle or ends.
 
-        :param greenlet: the current one.
-        :returns: whether the client may still be sending when the connection ends; ``None`` when it
-            does not end.
+        :param greenlet: the current greenlet.
+        :returns: whether the client may still be sending when the connection ends; ``None`` when the
+            connection is parked.
         """
         self.greenlet = self._waiting = greenlet
         if self.state is not _ACTIVE:
@@ -189,7 +202,7 @@ class Connection(Transport):
             try:
                 data = recv(READ_SIZE)
             except BlockingIOError:
-                self._park(listener.heads if self.is_new else listener.idle)
+                self._park(listener.new if self.is_new else listener.idle)
                 return None
             except OSError as error:
                 raise client_disconnected(error) from None
@@ -211,8 +224,8 @@ class Connection(Transport):
             self.response = None
             try:
                 environ, parsed, request = read(head, self.context, self.parsed)
-            except HookFailed as error:
-                listener.refuse(error.request, self.sock, self.addr, error)
+            except RequestFailed as error:
+                listener.refuse(error.request, self.sock, self.addr, error.cause)
                 self._after(error.request, {})
                 return True
             except Exception as error:
@@ -226,7 +239,8 @@ class Connection(Transport):
                 self.body = EMPTY_BODY
             upgrade = self.buf and not length and "HTTP_UPGRADE" in environ
             if upgrade:
-                # who takes the connection reads from the socket: what came with the request is there, too
+                # an application that takes over the connection reads from the socket: also what came with
+                # the request
                 self.sock.early, self.buf = self.buf, b""
 
             if not self._respond(environ, parsed.persist, request):
@@ -248,23 +262,34 @@ class Connection(Transport):
                 continue
             if readable is None:
                 readable = self._reader()
+            keeps_greenlet = False
             while True:
                 # where a busy connection spends its life
                 self.idle_since = idle_ticker.tick
                 self.state = _IDLE
-                if not self.tracked:
+                if keeps_greenlet:
+                    listener.idle.add(self)
+                elif not self.tracked:
                     idle_ticker.track(self)
                 readable.start(switch)
                 try:
                     wait()
                 finally:
                     readable.stop()
+                    if keeps_greenlet:
+                        listener.idle.remove(self, None)
                 if self.pending:
                     self.state = _ACTIVE
                     self._send_pending()
                 if self._expired:
-                    self._park(listener.idle)
-                    return None
+                    if listener.closing or not (keeps_greenlet or _has_locals(greenlet)):
+                        self._park(listener.idle)
+                        return None
+                    if keeps_greenlet:
+                        return False
+                    self._expired, keeps_greenlet = False, True
+                    self._acceptor.on_connection_idle()
+                    continue
                 try:
                     data = recv(READ_SIZE)
                 except BlockingIOError:
@@ -276,9 +301,9 @@ class Connection(Transport):
         return False
 
     def _respond(self, environ: dict[str, Any], persist: bool, request: Any) -> bool:
-        """Call the application and send what it says.
+        """Call the application and send its response.
 
-        :returns: whether the connection can go on.
+        :returns: whether the connection can serve another request.
         """
         listener = self.listener
         worker = listener.worker
@@ -298,7 +323,7 @@ class Connection(Transport):
             try:
                 result = listener.app(environ, response.start_response)
                 if result.__class__ is list or result.__class__ is tuple:
-                    response.send_all(result)
+                    response.write_all(result)
                 elif result is RESPONSE_SENT:
                     pass  # the proxy has sent it
                 elif isinstance(result, FileWrapper):
@@ -306,17 +331,17 @@ class Connection(Transport):
                 elif result is ALREADY_HANDLED:
                     return False
                 else:
-                    for piece in result:
-                        response.write(piece)
+                    for chunk in result:
+                        response.write(chunk)
                     response.close()
             finally:
                 if listener.logs and response.headers_sent:
-                    took = perf_counter() - began
-                    listener.access.write(response, self.request_of(request), environ, took, self.head)
+                    seconds = perf_counter() - began
+                    listener.access.write(response, self.request_of(request), environ, seconds, self.head)
                 if result.__class__ is not list and hasattr(result, "close"):
                     result.close()
         except StopIteration as error:
-            # Flask-Sock's way to say that it has taken the connection and is done with it
+            # Flask-Sock raises it when it has taken over the connection and is done with it
             if not self.sock.taken and not response.headers_sent:
                 fail_request(self, error, environ, request)
             return False
@@ -332,12 +357,12 @@ class Connection(Transport):
                 coalescer.record_duration(perf_counter() - began)
         return not response.must_close
 
-    # --- what is rare ----------------------------------------------------------------------------
+    # --- rare cases ------------------------------------------------------------------------------
 
     def _rest_of_head(self, data: bytes) -> bytes:
-        """Wait for the rest of a request's head, until one deadline for the whole of it.
+        """Wait for the rest of a header section, within one timeout for the whole of it.
 
-        :returns: nothing when the client has disconnected or was sent an error.
+        :returns: empty when the client has disconnected or was sent an error.
         """
         listener = self.listener
         context = self.context
@@ -349,7 +374,7 @@ class Connection(Transport):
             listener.log.debug("%s", error)
         except TimeoutError:
             listener.log.info(
-                "A request's head was not complete after %g s (%s)",
+                "The headers of a request were not complete after %g s (%s)",
                 listener.heads.seconds,
                 client_name(self.addr),
             )
@@ -360,22 +385,22 @@ class Connection(Transport):
         return b""
 
     def _next_begins(self) -> bool:
-        """Whether the next request can begin: the body of this one is read, or small enough to be."""
+        """Whether the next request can begin: the body of this one is read, or can be discarded."""
         body = self.body
-        if not body.finish():
+        if not body.drain():
             return False
-        body.end()
+        body.detach()
         return True
 
     def _unread(self) -> bool:
         """Whether the client may still be sending when the connection ends."""
         body = self.body
-        over = body is EMPTY_BODY or (not body.unread and body.finish())
-        body.end()
+        over = body is EMPTY_BODY or (not body.too_much_unread and body.drain())
+        body.detach()
         return not over
 
     def request_of(self, request: Any) -> Callable[[], Any]:
-        """Gives gunicorn's request object, which is made where it does not exist."""
+        """A function that returns gunicorn's request object, and creates it where there is none."""
         reader, head, context = self.listener.reader, self.head, self.context
         return lambda: reader.request(head, context) if request is None else request
 
@@ -389,20 +414,28 @@ class Connection(Transport):
             listener.log.exception("Exception in post_request hook")
 
     def reset(self) -> None:
-        """Let the end of the connection be a reset: the client sees that the response is not complete."""
+        """Make the close of the connection a reset: then the client sees that the response is incomplete."""
         if isinstance(self.addr, tuple):
-            # and do not wait for the rest of the body, which would end the connection cleanly first
-            self.body.end()
+            # the rest of the body is not discarded, because that would close the connection cleanly first
+            self.body.detach()
             self.body = EMPTY_BODY
             with contextlib.suppress(OSError):
                 self._raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
+    def abort(self) -> None:
+        if self.response is not None:
+            self.response.must_close = True
+        self.reset()
+        self.close()
+
     # --- what the proxy calls --------------------------------------------------------------------
 
-    def hijack(self, answer: bytes, status: str, fields: str) -> bytes:
-        """Another protocol begins, for which the caller works on the socket.
+    def hijack(self, head: bytes, status: str, headers: str) -> bytes:
+        """Switch to another protocol. The caller then reads and writes the socket.
 
-        :param answer: the head that says so, and its parts for the hooks and the log.
+        :param head: the response that announces the protocol.
+        :param status: its status, for the hooks and the log.
+        :param headers: its header lines, likewise.
         :returns: the bytes that the client has sent already.
         """
         response = self.response
@@ -413,16 +446,16 @@ class Connection(Transport):
         self.sock.taken = True
         self.state = ConnectionState.UPGRADED
         self.parsed = NO_HEAD
-        response.switch_protocols(status, fields)
-        self.send(answer)
+        response.switch_protocols(status, headers)
+        self.send(head)
         return early
 
     def watch(self, gone: Any, argument: Any, body: bool = False) -> None:
-        """Until :meth:`unwatch`, while the response is made: tell when the client disconnects.
+        """Until :meth:`unwatch`, while the response is made: watch whether the client disconnects.
 
-        :param gone: called in the hub, with ``argument``.
-        :param body: whether the request's body is being read. Then only a reset counts: a client that sends
-            no more may have sent all.
+        :param gone: called in the hub, with ``argument``, when it does.
+        :param body: whether a greenlet reads the request's body. Then only a reset counts: a client that
+            sends no more may have sent all.
         """
         if self._disconnect is None:
             tcp = isinstance(self.addr, tuple)
@@ -430,36 +463,40 @@ class Connection(Transport):
         self._disconnect.start(gone, argument, self.at < len(self.buf) or self.sock.taken, body)
 
     def unwatch(self) -> None:
-        """The response goes on: sending it tells when the client has disconnected."""
+        """Stop watching: a client that disconnects is noticed when the response is sent."""
         if self._disconnect is not None:
             self._disconnect.cancel()
 
     def send_continue(self) -> None:
-        """The application reads, and the client waits for that (RFC 9110 section 10.1.1)."""
+        """Ask the client for the body that the application reads (RFC 9110 section 10.1.1)."""
         if self.response is None or not self.response.headers_sent:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     # --- the end ---------------------------------------------------------------------------------
 
     def begin_shutdown(self) -> None:
-        """The worker drains: a client that has not sent a request gets as long as an idle one."""
-        if self.leaving is not None:
-            self.leaving()
+        """The worker drains. A client that has sent nothing gets as much time as an idle one."""
+        if self.on_drain is not None:
+            self.on_drain()
         elif self.sock.switched and self.listener.closes_websockets_on_exit and _WEBSOCKET.search(self.head):
             gevent.spawn(self.sock.close_websocket)
         elif self.is_new and self.state is _PARKED:
             self._stop_waiting(self, None)
             self._stop_waiting = self.listener.idle.remove
             self.listener.idle.add(self)
+        elif self.state is _IDLE and not self.tracked:
+            # it has kept its greenlet; only a parked connection can migrate
+            self._expired = True
+            self._hub.loop.run_callback(self._wake)
 
     def is_idle(self) -> bool:
-        """Whether the hub alone waits for the connection's next request. A new connection is not idle yet."""
+        """Whether only the hub waits for the next request. A connection is not idle before its first wait."""
         return self.state is _PARKED
 
     def detach(self) -> tuple[Any, Any]:
         """Stop serving an idle connection.
 
-        :returns: its socket and its client's address, which are the caller's from now on.
+        :returns: its socket and its client's address. The caller owns the socket.
         """
         assert self.is_idle()
         self._stop()
@@ -470,13 +507,15 @@ class Connection(Transport):
             self.greenlet.switch()
 
     def close(self) -> None:
-        """End the connection, whatever it is doing."""
+        """Close the connection, whatever it is doing."""
         if self.state is ConnectionState.CLOSED:
             return
         self._stop()
         self.sock.release()
 
     def _linger(self) -> None:
+        if self.state is ConnectionState.CLOSED:
+            return  # the response was interrupted
         self.state = ConnectionState.LINGERING
         self.lingering_close()
 
@@ -484,8 +523,13 @@ class Connection(Transport):
         try:
             self._end()
         except Exception as error:
-            report_fault("a connection was closed in the middle of its end", error)
+            report_fault("a connection was closed without its clean-up", error)
         self._acceptor.on_connection_closed(self)
+
+    def leave_to_parent(self) -> None:
+        if self._disconnect is not None:
+            self._disconnect.cancel()
+        Transport.leave_to_parent(self)
 
     def _end(self) -> None:
         """Stop everything that waits for this connection."""
@@ -495,6 +539,11 @@ class Connection(Transport):
             self.listener.idle_ticker.untrack(self)
         if self._disconnect is not None:
             self._disconnect.cancel()
-        self.body.end()
+        self.body.detach()
         self._release()
-        self.leaving = self.response = None
+        self.on_drain = self.response = None
+
+
+def _has_locals(greenlet: Any) -> bool:
+    """Whether the application has left something in a ``threading.local``."""
+    return any(values for _, values in all_local_dicts_for_greenlet(greenlet))

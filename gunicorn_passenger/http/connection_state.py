@@ -1,7 +1,7 @@
 """What a connection is doing, and what it may do next.
 
 Process: a worker.
-Never: decide anything: the connection changes its state, the others read it.
+Never: decides anything. The connection changes its state, and other objects read it.
 
 =========  ==============================================================  ===================================
 state      meaning                                                         next
@@ -12,9 +12,9 @@ ACTIVE     its greenlet reads a request or sends a response                IDLE,
 IDLE       its greenlet waits for the next request                         ACTIVE, PARKED, CLOSED
 PARKED     the hub waits for the next request; there is no greenlet        ACTIVE, CLOSED
 UPGRADED   another protocol is spoken; the server reads no more requests   LINGERING, CLOSED
-LINGERING  the response is sent; what the client still sends is dropped    CLOSED
+LINGERING  the response is sent; what the client still sends is discarded  CLOSED
            (RFC 9112 section 9.6)
-CLOSED     its socket is closed, or belongs to another owner
+CLOSED     its socket is closed, or has another owner
 =========  ==============================================================  ===================================
 
 Python's development mode (``python -X dev``) checks each transition.

@@ -1,8 +1,8 @@
 """Notices that a client disconnects while its response is made.
 
 Process: a worker, in the hub.
-Never: read what the client has sent, or take a client that only ends its sending side for one that is gone
-where the two can be told apart.
+Never: reads what the client has sent, or treats a client that only shut down its sending side as disconnected
+where the two can be distinguished.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from gevent import monkey
 
 from gunicorn_passenger.http.faults import report_fault
 
-#: Seconds between two polls of a client that has sent more than was read: the kernel then reports the
-#: connection as readable whether the client is there or not.
+#: Seconds between two polls of a client that has sent more than was read: the kernel reports its connection
+#: as readable whether the client is still there or not.
 _POLL_INTERVAL = 0.4
 
 #: the poll of the kernel, which does not go through the hub
@@ -24,7 +24,7 @@ _poll = monkey.get_original("select", "poll")
 
 
 class DisconnectWatch:
-    """Tells one caller at a time when the client of one connection disconnects."""
+    """Watches one connection, for one caller at a time."""
 
     __slots__ = ("_argument", "_armed", "_callback", "_fd", "_loop", "_readable", "_tcp", "_timer")
 
@@ -32,9 +32,9 @@ class DisconnectWatch:
         """
         :param loop: the event loop.
         :param fd: the connection's descriptor.
-        :param readable: the connection's watcher for reading; another user of it must not be active.
-        :param tcp: whether it is a TCP connection. A client on a UNIX socket that only shuts down its sending
-            side can be told from one that is gone; over TCP it cannot.
+        :param readable: the connection's watcher for reading; nothing else may use it meanwhile.
+        :param tcp: whether it is a TCP connection. Over TCP, a client that only shut down its sending side
+            looks like one that has disconnected; on a UNIX socket it does not.
         """
         self._loop = loop
         self._fd = fd
@@ -49,10 +49,10 @@ class DisconnectWatch:
         """Watch until :meth:`cancel`.
 
         :param callback: called in the hub, with ``argument``, when the client has disconnected.
-        :param unread: whether readiness for reading tells nothing: bytes are there that nothing reads now, or
-            the application uses the socket.
-        :param body: whether the request's body is being read. Then only a reset counts: a client that sends
-            no more may have sent all.
+        :param unread: whether a readable socket means nothing, because it holds bytes that are not read
+            now, or because the application uses it.
+        :param body: whether a greenlet reads the request's body. Then only a reset counts: a client that
+            sends no more may have sent all.
         """
         self._callback = callback
         self._argument = argument
@@ -76,7 +76,7 @@ class DisconnectWatch:
         self._armed = False
         self._readable.stop()
         if not self._check(not self._tcp):
-            # what the client has sent stays unread, and hides what comes behind it
+            # the next request stays unread, so the socket stays readable
             self._start_polling(False)
 
     def _start_polling(self, body: bool) -> None:
@@ -86,7 +86,7 @@ class DisconnectWatch:
     def _check(self, only_gone: bool) -> bool:
         """Call back when the client has disconnected.
 
-        :param only_gone: whether a client that shut down its sending side is still there.
+        :param only_gone: whether a client that shut down its sending side counts as connected.
         """
         callback = self._callback
         if callback is None:
@@ -98,5 +98,5 @@ class DisconnectWatch:
                 return False
             callback(self._argument)
         except Exception as error:
-            report_fault("a client that disconnects will not be noticed before it is sent to", error)
+            report_fault("a client that disconnects is noticed only when the response is sent", error)
         return True

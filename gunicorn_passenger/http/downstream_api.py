@@ -68,18 +68,8 @@ class DownstreamResponse(Protocol):
     def mark_sent(self) -> None:
         """The proxy has sent the response to its end."""
 
-    def switch_protocols(self, status: str, fields: str) -> None:
+    def switch_protocols(self, status: str, headers: str) -> None:
         """The connection is a tunnel from now on."""
-
-
-class DownstreamBody(Protocol):
-    """The body of a request."""
-
-    @property
-    def unread(self) -> bool:
-        """Whether so much of it is unread that the connection must end with the response."""
-
-    def read(self, size: int = -1) -> bytes: ...
 
 
 class GunicornWorker(Protocol):
@@ -103,9 +93,9 @@ class DownstreamListener(Protocol):
 
 
 class DownstreamContext(Protocol):
-    """The other end of a connection."""
+    """What all requests of a connection share."""
 
-    #: a tuple as ``accept()`` gives it, or the name of a UNIX socket
+    #: a tuple as ``accept()`` gives it, or an empty string on a UNIX socket
     addr: Any
     #: whether gunicorn believes its forwarding headers
     trusted: bool
@@ -121,10 +111,10 @@ class ParsedHeaders(Protocol):
 class DownstreamConnection(DisconnectNotifier, Protocol):
     """A connection of our own HTTP server."""
 
-    #: the request head as it came
+    #: the request line and the header section as they came
     head: bytes
     #: called when the worker drains, while the connection is a tunnel
-    leaving: Any
+    on_drain: Any
 
     @property
     def body(self) -> Any: ...
@@ -151,7 +141,10 @@ class DownstreamConnection(DisconnectNotifier, Protocol):
 
     def send_continue(self) -> None: ...
 
-    def hijack(self, answer: bytes, status: str, fields: str) -> bytes: ...
+    def hijack(self, head: bytes, status: str, headers: str) -> bytes: ...
+
+    def share_loop(self) -> None:
+        """Let other greenlets run when this connection has kept the loop busy for too long."""
 
     def count_sent(self, count: int) -> None: ...
 

@@ -1,7 +1,7 @@
-"""What the log and the client are told when a request fails after its head was read.
+"""Logs a request that fails after its headers were read, and sends an error to the client.
 
 Process: a worker, in the connection's greenlet.
-Never: send a second response, or let a response that breaks off look complete.
+Never: sends a second response, or makes a truncated response look complete.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class FailingConnection(Protocol):
 def fail_request(
     connection: FailingConnection, error: BaseException, environ: dict[str, Any], request: Any
 ) -> None:
-    """The application has raised an error, or its client has broken off.
+    """The application has raised an error, or its client has disconnected.
 
     :param environ: of the request.
     :param request: gunicorn's request object, where there is one.
@@ -43,11 +43,13 @@ def fail_request(
     assert response is not None
     begun = response.headers_sent
     if error is connection.sock.error:
-        listener.log.debug("the client has gone from an application that took its connection: %s", error)
+        listener.log.debug(
+            "the client of an application that took over its connection disconnected: %s", error
+        )
     elif isinstance(error, ClientDisconnected):
         listener.log.debug("%s", error)
         if error.incomplete and not begun:
-            _turn_away(
+            _send_and_log(
                 connection, 400, "Bad Request", "The request's body is not complete.", environ, request
             )
     elif isinstance(error, TruncatedResponse):
@@ -55,21 +57,21 @@ def fail_request(
     elif isinstance(error, BodyTimeout):
         listener.log.info("%s (%s)", error, client_name(connection.addr))
         if not begun:
-            _turn_away(connection, 408, "Request Timeout", "The request took too long.", environ, request)
+            _send_and_log(connection, 408, "Request Timeout", "The request took too long.", environ, request)
     elif begun or connection.sock.taken:
-        # the client would read a 500 now as more of the body, or as another protocol
+        # the client would read a 500 as a part of the body, or of another protocol
         listener.log.exception("Error handling request", exc_info=error)
     else:
         listener.refuse(connection.request_of(request)(), connection.sock, connection.addr, error)
     if begun and not response.chunked and response.response_length is None:
-        # only the end of the connection tells the client that the body is complete: make that a reset
+        # a clean close would tell the client that the body is complete
         connection.reset()
 
 
-def _turn_away(
+def _send_and_log(
     connection: FailingConnection, status: int, reason: str, text: str, environ: dict[str, Any], request: Any
 ) -> None:
-    """Send an error to a client that has broken off its request; the access log has it, too."""
+    """Send an error to a client whose request is incomplete, and write it to the access log."""
     send_error(connection.sock, status, reason, text)
     if connection.listener.logs:
         response = Response(connection, environ, request)

@@ -1,10 +1,10 @@
-"""Reports errors that no code expected, from the places where the event loop calls us.
+"""Reports unexpected errors in callbacks of the event loop.
 
 Process: a worker, or plain Python, in the hub.
-Never: raise, or fill the log with one fault.
+Never: raises, or fills the log with one fault.
 
-gevent stops a watcher whose callback raises. A callback that serves many connections therefore catches
-every exception, gives up the one connection that caused it, reports the fault here and goes on.
+gevent stops a watcher whose callback raises. A callback that serves many connections therefore catches every
+exception, gives up the one connection that caused it, reports the fault here, and continues.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from gevent._hub_local import get_hub_if_exists
 
 log = logging.getLogger("gunicorn.error")
 
-#: Seconds for which a fault that was logged with its traceback is only counted.
+#: Seconds after its traceback was logged in which a fault is only counted.
 _QUIET = 60.0
-#: How many different faults are told apart; a further one makes the log forget all of them.
+#: How many different faults are remembered; one more, and all of them are forgotten.
 _MAX_FAULTS = 64
 
 
@@ -58,7 +58,7 @@ def _write(*arguments: Any, exc_info: BaseException | None) -> None:
 
 
 def report_fault(what: str, error: BaseException) -> None:
-    """Log an unexpected error with its traceback; at most once a minute for each line that raises it.
+    """Log an unexpected error with its traceback, at most once a minute for each line that raises it.
 
     :param what: what was given up because of it, such as ``"a new connection was closed"``.
     """

@@ -1,7 +1,7 @@
 """The grammar of HTTP messages: each rule once, for requests, responses and what the proxy forwards.
 
 Process: any.
-Never: do I/O, or hold a rule without the section that defines it.
+Never: does I/O, or has a rule without the section that defines it.
 
 Rules on bytes are named ``..._BYTES``. All patterns are used with ``fullmatch``.
 """
@@ -35,8 +35,8 @@ AUTHORITY = re.compile(
     r"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9\-._~!$&'()*+;=]|%[0-9A-Fa-f]{2})+)(?::[0-9]{0,5})?"
 )
 
-#: What gunicorn before 25 lets through in a target (RFC 9112 section 3.2) or a value (RFC 9110 section 5.5);
-#: used with ``search``.
+#: What gunicorn before 25 accepts in a target (RFC 9112 section 3.2) or a value (RFC 9110 section 5.5),
+#: although it is invalid; used with ``search``.
 CONTROL_IN_TARGET = re.compile(r"[\x00-\x20\x7f]")
 CONTROL_IN_VALUE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
@@ -46,8 +46,8 @@ FIELD_LINE_BYTES = _bytes(_FIELD_LINE)
 FIELD_LINES_BYTES = _bytes(rf"((?:{_FIELD_LINE}\r\n)*)")
 #: Field lines, and the empty line that ends them.
 FIELD_SECTION_BYTES = _bytes(rf"((?:{_FIELD_LINE}\r\n)*)\r\n")
-#: RFC 9112 section 4: status-line = HTTP-version SP status-code SP [ reason-phrase ]; many servers leave out
-#: the second SP.
+#: RFC 9112 section 4: status-line = HTTP-version SP status-code SP [ reason-phrase ]; many servers omit the
+#: second SP.
 STATUS_LINE_BYTES = _bytes(_STATUS_LINE)
 #: A status line and a header section: minor version, status code, reason phrase, field lines.
 RESPONSE_HEAD_BYTES = _bytes(rf"{_STATUS_LINE}\r\n((?:{_FIELD_LINE}\r\n)*)\r\n")
@@ -62,5 +62,5 @@ CHUNK_LINE_BYTES = _bytes(
 LENIENT_CHUNK_LINE_BYTES = _bytes(rf"([0-9A-Fa-f]+)((?:[ \t]*;{_VCHAR}*)?)")
 
 #: The largest length of a body or a chunk, in bytes: a larger number does not fit into the signed 64 bits
-#: that web servers and file systems count in, so two parsers could disagree about it.
+#: that web servers and file systems use, so two parsers could read different numbers.
 MAX_LENGTH = (1 << 63) - 1

@@ -9,8 +9,10 @@ from __future__ import annotations
 import io
 import logging
 import sys
+from operator import methodcaller
 from typing import Any
 
+from gunicorn.http import errors as http_errors
 from gunicorn.http import message
 from gunicorn.http.wsgi import WSGIErrorsWrapper, base_environ
 from gunicorn.workers.base import Worker as GunicornWorker
@@ -22,13 +24,20 @@ from gunicorn_passenger.http.timeouts import IdleTicker, TimeoutQueue
 from gunicorn_passenger.http.write_coalescing import coalescer_for_hub
 from gunicorn_passenger.system.text import printable
 
-#: Addresses of peers of which is remembered whether they are trusted.
+#: How many clients' addresses are cached with whether they are trusted.
 _REMEMBER = 4096
-#: Seconds, at least, that a client may pause before its connection gives up its greenlet.
-_LULL = 0.1
-#: Seconds that a client gets to read its answer when the connection ends before its request has.
+#: Seconds: a connection that is idle for one to two ticks gives up its greenlet.
+_TICK = 0.1
+#: Seconds without a byte after which a client that was refused has sent all of its request.
 _LINGER = 2.0
 
+
+#: Parse errors that are not the client's fault: gunicorn sends 500. gunicorn 23 knows the first alone.
+_SERVER_ERRORS = tuple(
+    getattr(http_errors, name)
+    for name in ("ConfigurationProblem", "InvalidResponseHeader", "InvalidResponseHeaderName")
+    if hasattr(http_errors, name)
+)
 
 #: What every request sets in its environ.
 _EACH = (
@@ -42,27 +51,19 @@ _EACH = (
 )
 
 
-class HookFailed(Exception):
-    """``pre_request`` has raised."""
-
-    def __init__(self, request: Any) -> None:
-        super().__init__("the pre_request hook failed")
-        self.request = request
-
-
 class StandaloneWorker:
-    """What a listener asks of its process when that is not a worker."""
+    """Stands in for gunicorn's worker under plain Python."""
 
     alive = True
     nr = 0
     max_requests = sys.maxsize
 
     def request_exit(self) -> None:
-        """It need not be told."""
+        """Do nothing: plain Python has no limit of requests."""
 
 
 class ErrorStream(io.RawIOBase):
-    """``wsgi.errors``: gunicorn's error log, wherever it is written at that moment."""
+    """``wsgi.errors``: gunicorn's error log, which may be reopened at any time."""
 
     def __init__(self, cfg: Any) -> None:
         self._cfg = cfg
@@ -71,12 +72,12 @@ class ErrorStream(io.RawIOBase):
         return True
 
     def close(self) -> None:
-        """It is the server's, not the application's to close."""
+        """Do nothing: the log belongs to the server, not to the application."""
 
     def write(self, data: Any) -> int:
-        # made anew: the log may have been reopened since
+        # created for each text: the log may have been reopened since
         text = data.decode("utf-8", "backslashreplace") if isinstance(data, bytes) else str(data)
-        # the application chooses the lines, and a client may have chosen what is in them
+        # the application chooses the lines, and a client may have chosen their content
         WSGIErrorsWrapper(self._cfg).write(printable(text, keep="\t\n"))
         return len(data)
 
@@ -122,27 +123,38 @@ class ListenerContext:
             cfg,
             sockname,
             always_request=bool(before or self.after),
-            before=(lambda request: self._before(before, request)) if before else (lambda request: None),
+            before=(lambda request: before(worker, request)) if before else (lambda request: None),
         )
         self.access = AccessLog(cfg, log)
         #: whether there is an access log
         self.logs = self.access.enabled
-        # a connection that is idle or has not begun, and what a leaving worker gives it
-        self.idle = TimeoutQueue(cfg.keepalive or 1.0)
-        # how long a connection keeps its greenlet when its client pauses
-        self.idle_ticker = IdleTicker(_LULL)
+        keepalive = cfg.keepalive or 1.0
+        #: connections that wait for their next request
+        self.idle = TimeoutQueue(keepalive)
+        #: Connections that have sent nothing: at first as long as an idle one may wait, then until the
+        #: timeout for a header section. From then on the acceptor may close them to make room.
+        self.new = TimeoutQueue(min(keepalive, timeouts.head), methodcaller("wait_longer"))
+        self.silent = TimeoutQueue(max(timeouts.head - keepalive, 0.0))
+        #: busy connections that become idle
+        self.idle_ticker = IdleTicker(_TICK)
+        #: requests whose headers have not come to their end, and bodies
         self.heads = TimeoutQueue(timeouts.head)
         self.bodies = TimeoutQueue(timeouts.body)
+        #: responses that the client does not read
+        self.writes = TimeoutQueue(timeouts.write, methodcaller("on_write_timeout"))
         self.lingering = TimeoutQueue(_LINGER)
         self.coalescer = coalescer_for_hub()
-        self._template = base_environ(cfg) | {"wsgi.errors": ErrorStream(cfg), "wsgi.multithread": True}
+        self._template: dict[str, Any] = base_environ(cfg) | {
+            "wsgi.errors": ErrorStream(cfg),
+            "wsgi.multithread": True,
+        }
         self._template |= dict.fromkeys(_EACH)
         if isinstance(sockname, tuple):
             self._template |= {"SERVER_NAME": sockname[0], "SERVER_PORT": str(sockname[1])}
         self._trusted: dict[str, bool] = {}
 
     def _hook(self, name: str) -> Any:
-        """A hook of gunicorn's, where it does something: the default of one speaks at debug level."""
+        """A hook; ``None`` when it does nothing. The default ``pre_request`` only logs, at level debug."""
         hook = getattr(self.cfg, name)
         if hook is type(self.cfg.settings[name]).default and (name != "pre_request" or not self._debugs()):
             return None
@@ -154,14 +166,8 @@ class ListenerContext:
             return str(self.cfg.loglevel).lower() == "debug"
         return bool(logger.isEnabledFor(logging.DEBUG))
 
-    def _before(self, hook: Any, request: Any) -> None:
-        try:
-            hook(self.worker, request)
-        except Exception as error:
-            raise HookFailed(request) from error
-
     def new_context(self, addr: Any, sock: Any) -> ConnectionContext:
-        """What is known of one connection's client.
+        """What all requests of one connection share.
 
         :param addr: a tuple as ``accept()`` gives it, or an empty string for a client of a UNIX socket,
             which has no address.
@@ -192,11 +198,30 @@ class ListenerContext:
         return trusted
 
     def refuse(self, request: Any, sock: Any, addr: Any, error: BaseException) -> None:
-        """gunicorn's answer to a bad request or a failed application, in the logs and to the client."""
+        """Log and send what gunicorn does for a bad request or a failed application.
+
+        :param request: gunicorn's request object, where there is one: then it is in the access log, too.
+        """
+        if not isinstance(error, http_errors.ParseException) or isinstance(error, _SERVER_ERRORS):
+            self.errors += 1
         GunicornWorker.handle_error(self, request, sock, addr, error)
 
+    def leave_to_parent(self) -> None:
+        """In a forked child: no timeout of a connection concerns the child."""
+        for queue in (
+            self.idle,
+            self.new,
+            self.silent,
+            self.heads,
+            self.bodies,
+            self.writes,
+            self.lingering,
+        ):
+            queue.clear()
+        self.idle_ticker.clear()
+
     def on_max_requests(self) -> None:
-        """A worker that is to be replaced after so many requests has had them."""
+        """The worker has reached ``max_requests``: it exits, and gunicorn starts another one."""
         if self.worker.alive:
             self.log.info("Autorestarting worker after current request.")
             self.worker.alive = False

@@ -104,6 +104,18 @@ def c_parser() -> Any:
     return parse
 
 
+class RequestFailed(Exception):
+    """A request was read, but no environ can be made of it: a hook raised, or ``SCRIPT_NAME`` is wrong."""
+
+    def __init__(self, request: Any, cause: Exception) -> None:
+        """
+        :param request: gunicorn's request object.
+        """
+        super().__init__("the request cannot be passed to the application")
+        self.request = request
+        self.cause = cause
+
+
 class _GunicornRequest(message.Request):
     """gunicorn's request object, which always uses the Python parser."""
 
@@ -226,6 +238,7 @@ class HeadReader:
             headers, which is ``last`` when they repeat; and gunicorn's request object where its parser was
             used, otherwise ``None``.
         :raises gunicorn.http.errors.ParseException: when the request is refused.
+        :raises RequestFailed: when no environ can be made of it.
         """
         line = head.find(b"\r\n")
         block = head[line - _VERSION if line > _VERSION else 0 :]
@@ -421,9 +434,12 @@ class HeadReader:
         reader = request.body.reader
         length = CHUNKED if isinstance(reader, message.ChunkedReader) else getattr(reader, "length", 0)
         _check_request(request, length)
-        self._before(request)
-        request._expected_100_continue = False  # the body sends it, when the application reads
-        _, environ = wsgi.create(request, _NoSocket(), context.addr, self.sockname, self.cfg)
+        try:
+            self._before(request)
+            request._expected_100_continue = False  # the body sends it, when the application reads
+            _, environ = wsgi.create(request, _NoSocket(), context.addr, self.sockname, self.cfg)
+        except Exception as error:
+            raise RequestFailed(request, error) from error
         environ.update((name, value) for name, value in context.base.items() if value is not None)
         parsed.length = length
         parsed.persist = not request.should_close() and not _closes(

@@ -1,10 +1,11 @@
-"""A response: ``start_response``, and what goes over the wire after it.
+"""A response: ``start_response``, and what is sent after it.
 
 Process: a worker, in the greenlet that calls the application.
-Never: let a field through that would end the head or begin another, or put two framings on one message.
+Never: sends a header that would end the header section, or frames a message in two ways.
 
-Attributes that gunicorn's hooks and loggers read are gunicorn's: ``status``, ``status_code``,
-``headers``, ``headers_sent``, ``response_length``, ``sent``, ``chunked``, ``must_close``, ``upgrade``.
+gunicorn's hooks and loggers read these attributes, so they have gunicorn's names: ``status``,
+``status_code``, ``headers``, ``headers_sent``, ``response_length``, ``sent``, ``chunked``, ``must_close``,
+``upgrade``.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from gunicorn_passenger.http.response_cache import (
     statuses,
 )
 
-#: A body longer than this goes to the kernel beside its head instead of being copied behind it.
+#: A body of so many bytes or more is not copied behind its header section: the kernel gets both side by side.
 _JOIN = 32768
-#: The most of a list of pieces that is sent as one.
+#: The most bytes of a list of chunks that are joined before they are sent.
 _GATHER = 65536
 
 
@@ -45,9 +46,9 @@ RESPONSE_SENT = _ResponseSent()
 
 
 class Response:
-    """The answer to one request."""
+    """The response to one request."""
 
-    #: what gunicorn calls its own name
+    #: gunicorn's name for the ``Server`` header
     version = SERVER
 
     status: str | None = None
@@ -60,15 +61,15 @@ class Response:
     upgrade = False
     must_close = False
     _bodiless = False
-    #: whether the proxy has sent all of it: nothing may be written any more
+    #: whether the proxy has sent all of it, so that nothing may be written any more
     _complete = False
-    #: the application's fields, as they are sent
+    #: the application's header lines
     _block = b""
     _warned = False
 
     def __init__(self, connection: Any, environ: dict[str, Any], req: Any) -> None:
         """
-        :param connection: where it goes.
+        :param connection: the connection that it is sent on.
         :param req: gunicorn's request object, where there is one.
         """
         self._connection = connection
@@ -84,7 +85,7 @@ class Response:
         """PEP 3333's ``start_response``.
 
         :raises AssertionError: when it was called before, without ``exc_info``.
-        :raises ValueError: for a status or a field that cannot be sent.
+        :raises ValueError: for a status or a header that cannot be sent.
         """
         if exc_info is not None or self.status is not None:
             self._started_before(exc_info)
@@ -117,7 +118,7 @@ class Response:
 
     @property
     def headers(self) -> list[tuple[str, str]]:
-        """The fields, without what is not the application's to say; for hooks and loggers."""
+        """The application's headers without those of the connection; for hooks and loggers."""
         lines = self._block.decode("latin-1").split("\r\n")[:-1]
         return [(name, value) for name, _, value in (line.partition(": ") for line in lines)]
 
@@ -135,21 +136,21 @@ class Response:
             self.response_length = None
 
     def early_hints(self, headers: Any) -> None:
-        """``wsgi.early_hints``: send "103 Early Hints" (RFC 8297), as often as wanted before the head.
+        """``wsgi.early_hints``: send "103 Early Hints" (RFC 8297), any number of times before the response.
 
         :param headers: pairs of name and value, such as ``[("Link", "</a.css>; rel=preload")]``.
         """
         if self.headers_sent or self._protocol == "HTTP/1.0":
             return
         lines = [b"HTTP/1.1 103 Early Hints\r\n"]
-        for field in headers:
-            name, value = (part.decode("latin-1") if isinstance(part, bytes) else part for part in field)
+        for header in headers:
+            name, value = (part.decode("latin-1") if isinstance(part, bytes) else part for part in header)
             lines.append(HeaderLine(name, value).line)
         lines.append(b"\r\n")
         self._connection.send(b"".join(lines))
 
     def write(self, data: bytes) -> None:
-        """Send a piece of the body; the head goes with the first.
+        """Send a chunk of the body; the first one takes the header section with it.
 
         :raises gunicorn_passenger.errors.ClientDisconnected: (an ``OSError``) when the client is gone.
         """
@@ -160,14 +161,14 @@ class Response:
             and not self._bodiless
             and not self.headers_sent
         ):
-            # all of it in one piece, as most frameworks send it
+            # the whole body in one chunk, as most frameworks send it
             self.sent = self.response_length
             self._send_head(data)
             return
         if not isinstance(data, bytes):
             raise TypeError(f"{data!r} is not a byte")
         if not data:
-            # PEP 3333: the head waits for the first piece that is not empty
+            # PEP 3333: the header section waits for the first chunk that is not empty
             if self.status is None:
                 raise AssertionError("write() before start_response()")
             return
@@ -177,7 +178,7 @@ class Response:
         if length is not None:
             left = length - self.sent
             if len(data) > left:
-                # never more than was announced: the rest would be read as another answer
+                # never more than was announced: the client would read the rest as the next response
                 data = data[:left]
                 if not data:
                     if not self.headers_sent:
@@ -188,18 +189,19 @@ class Response:
             data = encode_chunk(data)
         if self.headers_sent:
             self._connection.send(data)
+            self._connection.share_loop()
         else:
             self._send_head(data)
 
-    # --- what the listener calls ------------------------------------------------------------------
+    # --- what the connection calls ------------------------------------------------------------------
 
-    def send_all(self, pieces: Any) -> None:
-        """Send a body that is there as a whole: a list or a tuple of pieces.
+    def write_all(self, chunks: Any) -> None:
+        """Send a body that is complete: a list or a tuple of chunks.
 
-        The head, the body and the end of it are one piece then, and one call of the system.
+        Header section and body are then sent with one system call.
         """
-        if len(pieces) == 1:
-            data = pieces[0]
+        if len(chunks) == 1:
+            data = chunks[0]
             if (
                 self.response_length == len(data)
                 and data
@@ -210,11 +212,11 @@ class Response:
                 self.sent = self.response_length
                 self._send_head(data)
                 return
-        elif sum(map(len, pieces)) <= _GATHER:
-            data = b"".join(pieces)
+        elif sum(map(len, chunks)) <= _GATHER:
+            data = b"".join(chunks)
         else:
-            for piece in pieces:
-                self.write(piece)
+            for chunk in chunks:
+                self.write(chunk)
             self.close()
             return
         if not data or not self.chunked or self.headers_sent or not isinstance(data, bytes):
@@ -225,7 +227,7 @@ class Response:
         self._send_head(encode_chunk(data) + LAST_CHUNK)
 
     def close(self) -> None:
-        """The body is over.
+        """End the body.
 
         :raises TruncatedResponse: when less was written than announced.
         """
@@ -247,15 +249,15 @@ class Response:
     def should_close(self) -> bool:
         """Whether the connection ends with this response (RFC 9112 sections 6.3 and 9.3)."""
         if self.must_close or (self.status_code is not None and self.status_code < 200):
-            return True  # what follows a 1xx is the final answer, or another protocol
+            return True  # what follows a 1xx is the final response, or another protocol
         if self.response_length is not None or self.chunked:
             return False
         return not self._bodiless
 
     def _decide_close(self, unread: bool) -> bool:
-        """Decide whether the connection ends with this response, as its head is made.
+        """Decide whether the connection ends with this response, before its header section is sent.
 
-        :param unread: whether so much of the request's body is unread that the connection is not worth it.
+        :param unread: whether too much of the request's body is unread to keep the connection.
         """
         listener = self._connection.listener
         if (
@@ -272,14 +274,14 @@ class Response:
         self.must_close = True
 
     def send_file(self, wrapper: Any, sendfile: bool) -> None:
-        """Send what ``wsgi.file_wrapper`` was given; by the kernel, where it is a file.
+        """Send what ``wsgi.file_wrapper`` was given. The kernel sends it if it is a file.
 
         :param sendfile: gunicorn's setting.
         """
         span = self._span(wrapper.filelike) if sendfile and not self._complete else None
         if span is None:
-            for piece in wrapper:
-                self.write(piece)
+            for chunk in wrapper:
+                self.write(chunk)
             self.close()
             return
         file, offset, count = span
@@ -303,7 +305,7 @@ class Response:
         self.close()
 
     def _span(self, file: Any) -> tuple[int, int, int] | None:
-        """Descriptor, offset and length of what is left in a file; ``None`` when it is not a file."""
+        """Descriptor, offset and length of the rest of a file; ``None`` when it is not a file."""
         try:
             fd = file.fileno()
             offset = os.lseek(fd, 0, os.SEEK_CUR)
@@ -311,7 +313,7 @@ class Response:
         except (AttributeError, OSError, ValueError):
             return None
         if not left:
-            return None  # /proc and the like say 0 for what can be read all the same
+            return None  # files in /proc say 0, and can be read all the same
         if self.response_length is not None:
             left = min(left, self.response_length - self.sent)
         return fd, offset, left
@@ -321,13 +323,13 @@ class Response:
     def begin_upstream_response(
         self, status: str, headers: bytes, length: int | None, body: bytes, whole: bool, unread: bool
     ) -> None:
-        """Send the head of another server's response: its headers as they are, checked by the caller.
+        """Send the header section of another server's response. The caller has checked the headers.
 
         :param status: code and reason.
         :param headers: the lines of all headers except ``Connection`` and ``Transfer-Encoding``.
         :param length: the value of ``Content-Length``, where it is among them.
-        :param body: the part of the body that has come; the caller has counted it in ``sent``.
-        :param whole: whether that is all of the body.
+        :param body: the received part of the body; the caller has counted it in ``sent``.
+        :param whole: whether that is the whole body.
         :param unread: whether the request body, if there is one, will not be read.
         """
         self.status = status
@@ -341,7 +343,7 @@ class Response:
         elif length is None:
             self.chunked = self._protocol != "HTTP/1.0"
         connection = self._connection
-        word = b"close" if self._decide_close(unread and connection.body.unread) else b"keep-alive"
+        word = b"close" if self._decide_close(unread and connection.body.too_much_unread) else b"keep-alive"
         version = b"HTTP/1.0" if self._protocol == "HTTP/1.0" else b"HTTP/1.1"
         framing = b""
         if self.chunked:
@@ -363,11 +365,11 @@ class Response:
             self.mark_sent()
 
     def send_upstream_response(self, head: UpstreamHead, wire: bytes, body: bytes) -> None:
-        """Send another server's response that has come as a whole, at the end of the event-loop iteration.
+        """Send another server's complete response, at the end of the event-loop iteration.
 
         :param head: its ``status``, the ``line`` of code and reason, and the ``lines`` of its headers.
-        :param wire: the head as it is sent when the connection is kept. The request was one of HTTP/1.1 that
-            has no body, and the response to it may have one.
+        :param wire: the header section as it is sent when the connection is kept. The request had HTTP/1.1
+            and no body, and the response may have one.
         """
         connection = self._connection
         listener = connection.listener
@@ -388,18 +390,18 @@ class Response:
 
     @property
     def bodiless(self) -> bool:
-        """Whether it has no body, whatever its fields say (RFC 9110 section 6.4.1)."""
+        """Whether it has no body, whatever its headers say (RFC 9110 section 6.4.1)."""
         return self._bodiless
 
     def mark_sent(self) -> None:
-        """The proxy has sent the response to its end: nothing is written after it."""
+        """The proxy has sent the whole response."""
         self._complete = True
 
-    def switch_protocols(self, status: str, fields: str) -> None:
-        """Another protocol begins after this head, which the caller sends."""
+    def switch_protocols(self, status: str, headers: str) -> None:
+        """Another protocol begins after this header section, which the caller sends."""
         self.status = status
         self.status_code = int(status[:3])
-        self._block = fields.encode("latin-1")
+        self._block = headers.encode("latin-1")
         self.headers_sent = self.upgrade = self.must_close = True
 
     # --- the wire --------------------------------------------------------------------------------
@@ -427,7 +429,7 @@ class Response:
     def _send_head(self, body: bytes) -> None:
         connection = self._connection
         listener = connection.listener
-        close = self._decide_close(connection.body.unread)
+        close = self._decide_close(connection.body.too_much_unread)
         word = "upgrade" if self.upgrade else "close" if close else "keep-alive"
         begin = begin_head(self._protocol, self.status or "", word)
         if self.chunked:

@@ -1,7 +1,7 @@
-"""Caches of what responses begin with: header lines, header blocks and status lines.
+"""Caches for the header sections of responses: header lines, header blocks and status lines.
 
 Process: a worker, in the greenlet that calls the application.
-Never: hold a header line that was not checked, or grow without a limit.
+Never: holds a header line that was not checked, or grows without a limit.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ try:
 except ImportError:  # gunicorn 23
     InvalidResponseHeader, InvalidResponseHeaderName = InvalidHeader, InvalidHeaderName
 
-#: How many headers and status lines are remembered as checked, and how long their values may be.
+#: How many header lines and status lines are cached, and how long the value of a cached one may be.
 _REMEMBER = 1000
 _SHORT = 100
-#: How many headers a response may have whose header block is remembered as a whole.
+#: The most headers of a response whose header block is cached as a whole.
 _FEW = 12
 
 _PLAIN, _LENGTH, _UPGRADE, _DROPPED = "plain", "length", "upgrade", "dropped"
@@ -45,7 +45,7 @@ class HeaderLine:
         if not TOKEN.fullmatch(name):
             raise InvalidResponseHeaderName(repr(name))
         if not FIELD_VALUE.fullmatch(value):
-            # the name only: the value may be a secret
+            # only the name: the value may be a secret
             raise InvalidResponseHeader(repr(name))
         stripped = value.strip(" \t")
         self.line = f"{name}: {stripped}\r\n".encode("latin-1")
@@ -58,12 +58,12 @@ class HeaderLine:
         elif lower == "connection" and stripped.lower() == "upgrade":
             self.kind = _UPGRADE
         elif util.is_hoppish(name) and (lower != "upgrade" or stripped.lower() != "websocket"):
-            # hop-by-hop fields are the server's, not the application's (PEP 3333)
+            # hop-by-hop headers belong to the server, not to the application (PEP 3333)
             self.kind = _DROPPED
 
 
 class _HeaderLineCache(dict[tuple[str, str], HeaderLine]):
-    """The headers that the application has sent: most of them are sent again and again."""
+    """Headers that the application has sent: most of them repeat."""
 
     def __missing__(self, pair: tuple[str, str]) -> HeaderLine:
         name, value = pair
@@ -81,7 +81,7 @@ _fields = _HeaderLineCache()
 def header_block_of(headers: Any) -> tuple[bytes, int | None, bool]:
     """The header lines of a response as they are sent.
 
-    :returns: the lines, what ``Content-Length`` says, and whether they switch protocols.
+    :returns: the lines, the value of ``Content-Length``, and whether they switch protocols.
     """
     block = b""
     length = None
@@ -106,10 +106,10 @@ def header_block_of(headers: Any) -> tuple[bytes, int | None, bool]:
 
 
 class _HeaderBlockCache(dict[tuple[tuple[str, str], ...], tuple[bytes, "int | None", bool]]):
-    """All headers of a response: many applications send the same ones again and again."""
+    """All headers of a response: many applications repeat them with each response."""
 
     def __missing__(self, headers: tuple[tuple[str, str], ...]) -> tuple[bytes, int | None, bool]:
-        # one with a field that was never sent before may be the only one of its kind
+        # a block with a header that was never sent before is unlikely to repeat
         known = len(headers) <= _FEW and all(pair in _fields for pair in headers)
         made = header_block_of(headers)
         if known:
@@ -123,7 +123,7 @@ header_blocks = _HeaderBlockCache()
 
 
 def check_status(status: Any) -> tuple[int, bool]:
-    """Check a status line, once.
+    """Check a status line, and cache the result.
 
     :returns: the code, and whether it never has a body (RFC 9110 section 6.4.1).
     """
@@ -140,7 +140,7 @@ def check_status(status: Any) -> tuple[int, bool]:
 
 
 class _StatusLineCache:
-    """The beginnings of heads, made once a second: status line, Server, Date and Connection."""
+    """The beginnings of header sections, built once a second: status line, Server, Date and Connection."""
 
     def __init__(self) -> None:
         self._until = 0.0
@@ -154,7 +154,7 @@ class _StatusLineCache:
             self._date = util.http_date(int(now))
             self._kept.clear()
         if connection == "keep-alive" and protocol == "HTTP/1.1":
-            # nearly every one of a busy server
+            # nearly every response of a busy server
             kept = self._kept.get(status)
             if kept is None:
                 kept = self._kept[status] = self._make(protocol, status, connection)

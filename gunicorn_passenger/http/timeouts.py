@@ -1,15 +1,17 @@
 """Timeouts of many waiting connections, without a timer for each.
 
 Process: a worker.
-Never: cost anything while no connection waits.
+Never: costs anything while no connection waits.
 
-A timer per wait would cost more than the wait. All waits of a kind have the same duration, so the
-first that began is the first that ends: an insertion-ordered dictionary is the queue, and one timer
-of the loop stands for its head.
+A timer per wait would cost more than the wait. All waits of a kind have the same duration, so the first that
+began is the first that ends: an insertion-ordered dictionary is the queue, and one timer of the loop stands
+for its first entry.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import methodcaller
 from typing import Any, Protocol
 
 from gevent import get_hub
@@ -17,32 +19,45 @@ from gevent import get_hub
 from gunicorn_passenger.http.connection_state import ConnectionState
 from gunicorn_passenger.http.faults import report_fault
 
-
-class Expirable(Protocol):
-    def expire(self) -> None:
-        """Its time is over. Called in the hub: it must not block."""
+_expire = methodcaller("expire")
 
 
 class TimeoutQueue:
     """Wakes what has waited for longer than ``seconds``."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, on_timeout: Callable[[Any], object] = _expire) -> None:
+        """
+        :param on_timeout: called with what has waited, in the hub: it must not block. By default it calls the
+            method ``expire()``.
+        """
         self.seconds = seconds
+        self._on_timeout = on_timeout
         self._loop = get_hub().loop
-        #: who waits, and since when on the loop's clock
+        #: what waits, and since when on the loop's clock
         self._since: dict[Any, float] = {}
         self._timer: Any = None
-        #: :meth:`add` and :meth:`remove` bracket every wait for a request: these two are the fast way
+        #: Every wait for a request calls :meth:`add` and ``remove``, so ``remove`` is the dictionary's own.
         self.remove = self._since.pop
 
-    def add(self, waiting: Expirable) -> None:
-        """It waits from now on, until ``remove(waiting, None)``."""
+    def add(self, waiting: Any) -> None:
+        """Begin a wait, which lasts until ``remove(waiting, None)``."""
         self._since[waiting] = self._loop.now()
         if self._timer is None:
             self._start(self.seconds)
 
     def __len__(self) -> int:
         return len(self._since)
+
+    def longest(self) -> Any:
+        """What has waited longest; ``None`` when nothing waits."""
+        return next(iter(self._since), None)
+
+    def clear(self) -> None:
+        """Forget all waits: no timeout is called any more."""
+        self._since.clear()
+        if self._timer is not None:
+            self._timer.close()
+            self._timer = None
 
     def _start(self, seconds: float) -> None:
         self._timer = self._loop.timer(max(seconds, 0.001))
@@ -51,20 +66,20 @@ class TimeoutQueue:
     def _fire(self) -> None:
         self._timer.close()
         self._timer = None
-        # The loop's clock is that of its last turn; a timer is never early by the same clock.
+        # The loop's clock is that of its last iteration; by the same clock, a timer is never early.
         limit = self._loop.now() - self.seconds + 0.001
         while self._since:
             waiting, since = next(iter(self._since.items()))
             if since > limit:
                 if self._timer is not None:
-                    self._timer.close()  # of one that was added meanwhile
+                    self._timer.close()  # a timeout has added a wait, which started a timer
                 self._start(since - limit)
                 return
             del self._since[waiting]
             try:
-                waiting.expire()
+                self._on_timeout(waiting)
             except Exception as error:
-                # the timer stands for all that wait: it has to be started again
+                # all other waits need the timer: it has to be started again
                 report_fault("a connection was not closed at its timeout", error)
 
 
@@ -76,19 +91,19 @@ class IdleConnection(Protocol):
     tracked: bool
 
     def expire(self) -> None:
-        """Its client has paused. Called in the hub: it must not block."""
+        """Its client has been idle for a tick. Called in the hub: it must not block."""
 
 
 class IdleTicker:
-    """Wakes busy connections whose clients pause, without a queue that each of their waits goes through.
+    """Notices busy connections that become idle, without a queue that each of their waits goes through.
 
-    A busy connection waits thousands of times in a second and is never late. So it only notes the tick in
-    which a wait began; who has waited for a whole tick is found when the next one ends.
+    A busy connection waits thousands of times a second and is never idle for long. So it only records the
+    tick in which a wait began. The ticker finds the connections that have waited for a whole tick.
     """
 
     def __init__(self, seconds: float) -> None:
         """
-        :param seconds: the length of a tick; a pause lasts between one and two of them.
+        :param seconds: the length of a tick; a connection expires after one to two ticks.
         """
         self.tick = 1
         self._seconds = seconds
@@ -96,7 +111,7 @@ class IdleTicker:
         self._timer: Any = None
 
     def track(self, connection: IdleConnection) -> None:
-        """It waits, and is looked at from now on until it pauses or is found to be doing something else."""
+        """Check a waiting connection at each tick, until it expires or is found busy."""
         connection.tracked = True
         self._tracked.add(connection)
         if self._timer is None:
@@ -107,12 +122,19 @@ class IdleTicker:
         connection.tracked = False
         self._tracked.discard(connection)
 
+    def clear(self) -> None:
+        """Track no connection any more."""
+        self._tracked.clear()
+        if self._timer is not None:
+            self._timer.close()
+            self._timer = None
+
     def _next(self) -> None:
         self.tick += 1
         begun = self.tick - 2
         for connection in list(self._tracked):
             if connection.state is not ConnectionState.IDLE:
-                # it may be long: it comes back with its next wait
+                # a long request: the connection is tracked again when it waits for the next one
                 self.untrack(connection)
             elif connection.idle_since <= begun and connection.tracked:
                 self.untrack(connection)
@@ -121,5 +143,4 @@ class IdleTicker:
                 except Exception as error:
                     report_fault("an idle connection kept its greenlet", error)
         if not self._tracked:
-            self._timer.close()
-            self._timer = None
+            self.clear()

@@ -1,7 +1,7 @@
 """The bytes of one client connection: buffered input, output, and the waits for both.
 
 Process: a worker, in the greenlets of the connection and of the application.
-Never: know a request or a response, or wait without a deadline for a client that owes something.
+Never: knows a request or a response, or waits without a timeout for the client.
 
 :class:`.connection.Connection` extends the class instead of owning an object of it: each response goes
     through
@@ -14,9 +14,10 @@ import contextlib
 import errno
 import os
 import socket
+import sys
 from collections.abc import Callable
 from fcntl import ioctl
-from termios import FIONREAD
+from termios import FIONREAD, TIOCOUTQ
 from time import monotonic
 from typing import Any
 
@@ -28,12 +29,14 @@ from gunicorn_passenger.errors import BodyTimeout, ClientDisconnected, body_inco
 from gunicorn_passenger.http.listener_context import ListenerContext
 from gunicorn_passenger.http.timeouts import TimeoutQueue
 
-#: Bytes that one read of the socket asks for while a request's head is awaited.
+#: Bytes that one read of the socket asks for while it waits for a request.
 READ_SIZE = 16384
-#: Bytes that ``sendfile`` sends before other greenlets get their turn.
+#: Bytes that ``sendfile`` sends before other greenlets run.
 _SENDFILE = 1 << 20
 #: Seconds that a closing connection reads what its client still sends.
 _LINGER = 10.0
+#: Seconds that one connection works, without a wait for its client, before other greenlets run.
+_QUANTUM = 0.005
 
 _READABLE, _WRITABLE = 1, 2
 _DISCONNECTED = {errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ECONNABORTED}
@@ -48,9 +51,11 @@ class Transport:
         "_budget",
         "_expired",
         "_hub",
+        "_quantum_ends",
         "_raw",
         "_readable",
         "_sending",
+        "_unsent",
         "_waiting",
         "_writable",
         "at",
@@ -69,38 +74,43 @@ class Transport:
         self.listener = listener
         self.sock = sock
         self._raw = sock._sock
-        #: bytes that have come in, and how many of them are used up
+        #: the bytes that were received, and how many of them are used up
         self.buf = b""
         self.at = 0
         self._hub = get_hub()
-        #: Watchers; each is made when it is first waited for. Most connections with one request need none.
+        #: Watchers; each is made when it is first needed. A connection with one request mostly needs none.
         self._readable: Any = None
         self._writable: Any = None
         #: the greenlet that serves the connection; ``None`` while there is none
         self.greenlet: Any = None
-        #: the greenlet that waits for input, and whether its deadline has passed
+        #: the greenlet that waits for input, and whether its timeout has passed
         self._waiting: Any = None
         self._expired = False
-        #: whether one deadline holds for all input, and how many bytes of it may be dropped while a body is
+        #: whether one timeout holds for all input; while a body is discarded, how many bytes it may still
+        #: have
         self._bounded = False
         self._budget: int | None = None
-        #: the greenlet that waits until it can send
+        #: the greenlet that waits until it can send, and the bytes in the kernel's buffer when it began to
+        #: wait
         self._sending: Any = None
-        #: A response that the coalescer has not sent, or what could not be sent of it: then output is
-        #: blocked. All other output sends it first.
+        self._unsent = 0
+        #: when other greenlets get their turn (by ``monotonic``); 0.0 before the present work is measured
+        self._quantum_ends = 0.0
+        #: A response that the coalescer has not sent, or the rest of one: then output is blocked. All other
+        #: output sends it first.
         self.pending = b""
         self._blocked = False
 
     # --- input -----------------------------------------------------------------------------------
 
     def buffered(self) -> int:
-        """Bytes that have come in and are not used up."""
+        """How many received bytes are not used up."""
         return len(self.buf) - self.at
 
-    def receive(self, most: int) -> bytes:
-        """The next bytes, at most so many; empty when the client sends no more.
+    def read_some(self, most: int) -> bytes:
+        """The next bytes, at most ``most``; empty when the client sends no more.
 
-        :raises BodyTimeout: when nothing comes for too long.
+        :raises BodyTimeout: when the client sends nothing for the body timeout.
         :raises ClientDisconnected: when the connection is broken.
         """
         at = self.at
@@ -113,8 +123,8 @@ class Transport:
         self.at = at + len(data)
         return data
 
-    def more(self) -> bytes:
-        """Wait for bytes and append them to the buffer; empty when the client sends no more."""
+    def fill_buffer(self) -> bytes:
+        """Receive bytes and append them to the buffer; empty when the client sends no more."""
         data = self._await(READ_SIZE)
         self.buf = self.buf[self.at :] + data
         self.at = 0
@@ -138,16 +148,30 @@ class Transport:
                 self._budget -= len(data)
                 if self._budget < 0:
                     raise BodyTimeout(0.0)
+            self.share_loop()
             return data
 
-    def drain(self, body: Any, most: int) -> bool:
-        """Read and drop the rest of a body, within the time of a request's head.
+    def share_loop(self) -> None:
+        """Let other greenlets run when this connection has worked for too long without a wait.
+
+        A client that always has data ready, or takes all that it is sent, would keep the event loop busy
+        alone.
+        """
+        now = monotonic()
+        if now > self._quantum_ends:
+            if self._quantum_ends:
+                gevent.sleep(0)
+                now = monotonic()
+            self._quantum_ends = now + _QUANTUM
+
+    def discard_body(self, body: Any, most: int) -> bool:
+        """Read and discard the rest of a body, within the timeout for a header section.
 
         :param body: a :class:`.body.RequestBody` of this connection.
         :param most: bytes that it may have on the wire, framing included.
         :returns: whether that was all of it.
         """
-        self._send_pending()  # the client may wait for it with the rest
+        self._send_pending()  # the client may send the rest only when it has the response
         self._budget = most - self.buffered()
         self.begin_deadline()
         try:
@@ -161,9 +185,9 @@ class Transport:
         return True
 
     def begin_deadline(self) -> bool:
-        """Until :meth:`end_deadline`, one deadline holds for all that is read: that of a request's head.
+        """Until :meth:`end_deadline`, one timeout holds for all input: that of a header section.
 
-        :returns: whether there was none before.
+        :returns: whether there was no such timeout before.
         """
         if self._bounded:
             return False
@@ -176,17 +200,17 @@ class Transport:
         self.listener.heads.remove(self, None)
 
     def expire(self) -> None:
-        """Called in the hub when a deadline has passed: the greenlet that waits for input finds out."""
+        """Called in the hub when a timeout has passed: wake the greenlet that waits for input."""
         self._expired = True
         self._waiting.switch()
 
     def read_until_empty_line(self, data: bytes, check: Callable[[bytearray, int], object]) -> bytes:
-        """Read until there is an empty line, until one deadline for all of it.
+        """Read up to an empty line, within one timeout.
 
-        :param data: what has come in already.
-        :param check: is given what has come in, and how much of that it has been given before; raises an
-            error when it is wrong.
-        :raises TimeoutError: at the deadline.
+        :param data: what was received already.
+        :param check: called with all that was received, and with how many of these bytes it knows from the
+            call before; it raises an error when they are invalid.
+        :raises TimeoutError: when the timeout has passed.
         :raises ClientDisconnected: when the client sends no more.
         """
         self.buf = data
@@ -203,7 +227,7 @@ class Transport:
                 if self._expired:
                     raise TimeoutError
                 if not more:
-                    raise ClientDisconnected(0, "Ignored premature client disconnection in a request's head.")
+                    raise ClientDisconnected(0, "the client disconnected within the headers of a request")
                 came += more
         finally:
             heads.remove(self, None)
@@ -215,12 +239,13 @@ class Transport:
             return True
         if self.sock.taken:
             return False  # the application may have closed it
+        fd = self._raw.fileno()  # negative when the connection was aborted
         with contextlib.suppress(OSError):
-            return bool(ioctl(self._raw.fileno(), FIONREAD, b"\0\0\0\0") != b"\0\0\0\0")
+            return fd >= 0 and bool(ioctl(fd, FIONREAD, b"\0\0\0\0") != b"\0\0\0\0")
         return False
 
     def _read(self, most: int) -> bytes:
-        """What there is to read, when the hub has said that there is something; empty after the deadline."""
+        """Read a socket that the hub has reported as readable; empty after the timeout."""
         while True:
             try:
                 data: bytes = self._raw.recv(most)
@@ -233,18 +258,19 @@ class Transport:
                 raise client_disconnected(error) from None
 
     def _reader(self) -> Any:
-        """The watcher that tells when there is something to read."""
+        """The watcher that reports when the socket is readable."""
         if self._readable is None:
             self._readable = self._hub.loop.io(self._raw.fileno(), _READABLE)
         return self._readable
 
     def _wait(self, queue: TimeoutQueue | None) -> None:
-        """Wait until there is something to read, or until the deadline (``_expired``)."""
+        """Wait until the socket is readable, or until the timeout (``_expired``)."""
         readable = self._reader()
         if readable.active:
             raise ConcurrentObjectUseError("another greenlet reads the request's body already")
         self._waiting = getcurrent()
         self._expired = False
+        self._quantum_ends = 0.0
         if queue is not None:
             queue.add(self)
         readable.start(self._waiting.switch)
@@ -261,7 +287,8 @@ class Transport:
     def send(self, data: bytes) -> None:
         """Send all of it.
 
-        :raises ClientDisconnected: when the connection is broken.
+        :raises ClientDisconnected: when the connection is broken, or the client reads nothing for the write
+            timeout.
         """
         try:
             sent = self._raw.send(data)
@@ -292,6 +319,17 @@ class Transport:
         """In a forked child: the parent process sends the pending response."""
         self.pending = b""
 
+    def leave_to_parent(self) -> None:
+        """In a forked child: the client is the parent's. No greenlet of the child may wake up for it.
+
+        A greenlet that wakes up for another reason finds the socket closed. It stays open in the parent.
+        """
+        self.drop_pending()
+        for watcher in self._readable, self._writable:
+            if watcher is not None:
+                watcher.stop()
+        self.sock.leave_to_parent()
+
     def _send_pending(self) -> None:
         pending, self.pending, self._blocked = self.pending, b"", False
         if pending:
@@ -299,9 +337,9 @@ class Transport:
             self.send(pending)
 
     def send_vector(self, head: bytes, body: bytes) -> None:
-        """Send both without copying the second.
+        """Send both without copying the body.
 
-        :raises ClientDisconnected: when the connection is broken.
+        :raises ClientDisconnected: as :meth:`send`.
         """
         try:
             sent = self._raw.sendmsg((head, body))
@@ -329,7 +367,7 @@ class Transport:
 
         :param file: its descriptor.
         :returns: how many of the ``count`` bytes the file had.
-        :raises ClientDisconnected: when the connection is broken.
+        :raises ClientDisconnected: as :meth:`send`.
         """
         done = 0
         while done < count:
@@ -351,7 +389,7 @@ class Transport:
         return done
 
     def count_sent(self, count: int) -> None:
-        """Other code has sent so many bytes to the client."""
+        """Count bytes that other code has sent to the client."""
         self.listener.sent += count
 
     def raw_fileno(self) -> int:
@@ -359,24 +397,62 @@ class Transport:
         return int(self._raw.fileno())
 
     def wait_writable(self) -> None:
-        """Wait until the client takes more."""
+        """Wait until the client takes more.
+
+        When the wait is interrupted, the connection is closed: the rest of the data will not be sent, so
+        whatever came next would be read in its place. An application interrupts it with ``gevent.Timeout``.
+
+        :raises ClientDisconnected: when the client reads nothing for the write timeout.
+        """
         if self._writable is None:
             self._writable = self._hub.loop.io(self._raw.fileno(), _WRITABLE)
         if self._writable.active:
             raise ConcurrentObjectUseError("another greenlet sends the response's body already")
+        writes = self.listener.writes
         self._sending = getcurrent()
+        self._unsent = self._count_unsent()
+        self._quantum_ends = 0.0
+        writes.add(self)
         self._writable.start(self._sending.switch)
+        timed_out: Any = True
         try:
-            self._hub.switch()
+            timed_out = self._hub.switch()
         finally:
             self._writable.stop()
+            writes.remove(self, None)
+            if timed_out:
+                self.abort()
+        if timed_out:
+            raise ClientDisconnected(
+                errno.ETIMEDOUT, f"the client has read nothing of a response for {writes.seconds:g} s"
+            )
+
+    def on_write_timeout(self) -> None:
+        """Called in the hub: the socket was not writable for the write timeout.
+
+        A slow client may need longer than that to empty enough of a large send buffer. It is not at fault
+        while the buffer shrinks.
+        """
+        unsent, self._unsent = self._unsent, self._count_unsent()
+        if self._unsent < unsent:
+            self.listener.writes.add(self)
+        else:
+            self._sending.switch(True)
+
+    def _count_unsent(self) -> int:
+        """Bytes in the kernel's buffer that the client has not acknowledged, or on a UNIX socket not read."""
+        return int.from_bytes(ioctl(self._raw.fileno(), TIOCOUTQ, b"\0\0\0\0"), sys.byteorder)
+
+    def abort(self) -> None:
+        """Close the connection in the middle of a response, with a reset where the protocol has one."""
+        raise NotImplementedError
 
     # --- the end ---------------------------------------------------------------------------------
 
     def lingering_close(self) -> None:
         """Let the client read its response although it may still be sending (RFC 9112 section 9.6).
 
-        After a close the kernel replies to what comes with a reset, which can overtake the response.
+        After a close, the kernel replies to further bytes with a reset, which can overtake the response.
         """
         try:
             self._send_pending()

@@ -1,25 +1,24 @@
 """Write coalescing: the finished responses of one event-loop iteration are sent together at its end.
 
 Process: a worker; one coalescer for each event loop.
-Never: wait for a client, or delay a response while requests are known to be slow.
+Never: waits for a client, or delays a response while requests are known to be slow.
 
-Waking a sleeping client can cost more than handling its request. A client that was woken stays awake while
-more responses come. So in a busy worker the responses of one event-loop iteration are kept until its end, and
-sent one after the other.
+Waking a sleeping client can cost more than handling its request, and a client that is awake stays awake while
+more responses arrive. So a busy worker keeps the responses of one event-loop iteration until its end, and
+then sends one after the other.
 
-But then a finished response waits for the code of other requests, and how long that runs cannot be known
-beforehand. So responses are coalesced only after a long streak of requests that all were quick, and are
-flushed
+But then a finished response waits for the code of other requests, and how long that runs is not known in
+advance. So responses are coalesced only after a long streak of requests that all were quick. They are flushed
 
-- at the end of the iteration: before the loop waits for anything;
+- at the end of the iteration, before the loop waits for anything;
 - when a request begins and the first of them has waited for 3 ms (``_MAX_DELAY``);
 - when there are 32 (``_MAX_PENDING``);
 - when one request has taken more than 1 ms, which also ends the streak.
 
-What remains is the first slow request after a streak: the responses finished in the 3 ms before it wait for
-its code, until it ends or waits for something itself. The next 200 responses are sent at once. The same holds
-for greenlets in the middle of a request that wake up in that iteration. The clients' next requests would have
-waited for that code in any case.
+One case remains: the first slow request after a streak. The responses that were finished in the 3 ms before
+it wait until its code ends or waits for something. The next 200 responses are sent at once. The same holds
+for greenlets in the middle of a request that wake up in that iteration. The clients' next requests would
+have waited for that code in any case.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from gunicorn_passenger.http.faults import report_fault
 #: One request of so many is timed while there is no streak.
 _SAMPLE = 16
 #: Seconds that each request of a streak takes, at least and at most. When requests are quicker, clients
-#: hardly have the time to fall asleep, and coalescing costs more than it saves; when they are slower, the
+#: hardly have the time to fall asleep, and coalescing costs more than it saves. When they are slower, the
 #: delay would be long and the gain small.
 _QUICKEST, _SLOWEST = 25e-6, 1e-3
 #: How many such requests in a row it takes before responses are coalesced.
@@ -48,7 +47,7 @@ _MAX_DELAY = 3e-3
 
 
 class WriteCoalescer:
-    """The pending responses of the present event-loop iteration, and whether responses are coalesced."""
+    """The pending responses of the current event-loop iteration, and whether responses are coalesced."""
 
     __slots__ = ("_due", "_loop", "active", "pending", "streak")
 
@@ -56,19 +55,19 @@ class WriteCoalescer:
         self._loop = loop
         #: the connections with a pending response
         self.pending: list[Any] = []
-        #: how many requests in a row have been quick, and whether responses are coalesced for that
+        #: how many requests in a row were quick, and whether responses are coalesced because of that
         self.streak = 0
         self.active = False
-        #: when (by ``perf_counter``) a request that begins flushes first
+        #: from when on (by ``perf_counter``) a request that begins flushes first
         self._due = inf
 
     def begin_request(self, number: int, timed: bool, proxied: bool) -> float:
-        """A request begins: flush what must not wait for its code.
+        """A request begins: flush the responses that must not wait for its code.
 
-        :param number: of the request, in this worker.
-        :param timed: whether its beginning is needed in any case.
+        :param number: the number of the request in this worker.
+        :param timed: whether the caller needs the time in any case.
         :param proxied: whether the application is a proxy, whose own code is short.
-        :returns: when it begins (by ``perf_counter``); 0.0 when its duration does not matter.
+        :returns: the time (by ``perf_counter``); 0.0 when the duration of the request does not matter.
         """
         if self.pending and not (self.active or proxied):
             self.flush()
@@ -95,7 +94,8 @@ class WriteCoalescer:
     def enqueue(self, connection: Any, response: bytes) -> None:
         """Send a response at the end of the iteration.
 
-        :param connection: gets it as ``pending``; its ``flush_pending()`` sends it without waiting.
+        :param connection: keeps the response as ``pending``; its ``flush_pending()`` sends it without
+            waiting.
         """
         connection.pending = response
         connection.listener.sent += len(response)

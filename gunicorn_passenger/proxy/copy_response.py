@@ -67,6 +67,7 @@ def copy_response(
             continue
         response.sent += len(chunk)
         connection.send(encode_chunk(chunk) if chunked else chunk)
+        connection.share_loop()
     if length is not None and response.sent < length and not response.bodiless:
         raise HandlerFailed("proxy_res: a handler has read a part of the body")
     if chunked:

@@ -22,6 +22,7 @@ from gunicorn_passenger.proxy.resolver import Address
 from gunicorn_passenger.proxy.target import Target
 from gunicorn_passenger.proxy.tls import TlsStream
 from gunicorn_passenger.proxy.upstream_io import Runtime, Stream
+from gunicorn_passenger.system.tcp_keepalive import enable_tcp_keepalive
 
 #: error codes of a connection that is being made
 _CONNECTING = {0, errno.EINPROGRESS, errno.EWOULDBLOCK}
@@ -30,16 +31,6 @@ _CONNECTING = {0, errno.EINPROGRESS, errno.EWOULDBLOCK}
 _ATTEMPT_DELAY = 0.25
 #: How many failed addresses of a target are remembered.
 _MAX_FAILED = 64
-
-#: With keepalive (RFC 9293 section 3.8.4), a host that has vanished is noticed after two minutes. An idle
-#: WebSocket has no other sign of that.
-_TCP_OPTIONS = (
-    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
-)
 
 
 class DialSettings(NamedTuple):
@@ -206,8 +197,9 @@ class Dialer:
     def _begin(self, address: Address) -> Any:
         sock = _new_socket(address.family)
         try:
-            for level, option, value in _TCP_OPTIONS:
-                sock.setsockopt(level, option, value)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # an idle WebSocket has no other sign of a host that has vanished
+            enable_tcp_keepalive(sock)
             if self._settings.local_address is not None:
                 sock.bind((self._settings.local_address, 0))
             code = sock.connect_ex(address.sockaddr)

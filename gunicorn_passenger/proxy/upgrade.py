@@ -79,8 +79,8 @@ def run(
         near, early = client._sock, b""
         if connection is not None:
             early = connection.hijack(response, f"101 {head.reason}", lines.decode("latin-1"))
-            connection.leaving = tunnel.begin_shutdown
-            stack.callback(setattr, connection, "leaving", None)
+            connection.on_drain = tunnel.begin_shutdown
+            stack.callback(setattr, connection, "on_drain", None)
             if connection.listener.closing or not connection.listener.worker.alive:
                 get_hub().loop.run_callback(tunnel.begin_shutdown)
             stack.callback(lambda: connection.count_sent(tunnel.bytes_out))

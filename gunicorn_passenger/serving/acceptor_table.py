@@ -105,10 +105,10 @@ class AcceptorTable:
             acceptor.stop_accepting()
         return list(self._by_server)
 
-    def pause_all(self) -> None:
-        """In a forked child of the worker: accept nothing, and leave the listening sockets to the worker."""
+    def leave_to_parent(self) -> None:
+        """In a forked child of the worker: all listening sockets and connections are the worker's."""
         for acceptor in self._all():
-            acceptor.pause()
+            acceptor.leave_to_parent()
 
     def idle(self) -> bool:
         """Whether no acceptor has a connection."""

@@ -1,7 +1,7 @@
 """Chooses the HTTP handler of a listener: ours, or gunicorn's own for features that ours lacks.
 
 Process: a worker, or plain Python.
-Never: knows of the master.
+Never: uses the master.
 
 Our handler speaks HTTP/1.x without TLS. gunicorn's serves TLS, HTTP/2, the PROXY protocol and the uwsgi
 protocol. The choice is made once for each listener, and logged at debug level. gunicorn's settings for
@@ -25,6 +25,7 @@ from gunicorn_passenger.http.acceptor import Acceptor
 from gunicorn_passenger.http.access_log import escape_access_log
 from gunicorn_passenger.http.listener_context import ListenerContext
 from gunicorn_passenger.ipc.scoreboard import Counters
+from gunicorn_passenger.system.tcp_keepalive import enable_tcp_keepalive
 
 #: gunicorn's settings for the primary's wire protocol, and their neutral values.
 _PRIMARY_ONLY = {
@@ -42,7 +43,7 @@ class ListenerHandler(Protocol):
     def start(self) -> None: ...
     def serve(self, app: Any) -> None: ...
     def stop_accepting(self) -> None: ...
-    def pause(self) -> None: ...
+    def leave_to_parent(self) -> None: ...
     def idle(self) -> bool: ...
     def kill(self, timeout: float) -> None: ...
     def counts(self) -> Counters: ...
@@ -77,6 +78,7 @@ def make_acceptor(sock: Any, app: Any, cfg: Any, log: Any, worker: Any) -> Liste
     """
     share = cfg.workers > 1
     escape_access_log(log)
+    enable_tcp_keepalive(sock)
     sockname = sock.getsockname()
     if reason := unsupported_features(cfg):
         log.debug(
@@ -195,8 +197,8 @@ class GunicornAcceptor:
         self._closed = True
         self.server.close()
 
-    def pause(self) -> None:
-        """Accept nothing more, and leave the listening socket open for the process that it belongs to."""
+    def leave_to_parent(self) -> None:
+        """In a forked child: accept nothing, and leave the listening socket open for the parent."""
         self.server._stop_event.set()
         self.server.stop_accepting()
 

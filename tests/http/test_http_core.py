@@ -82,7 +82,7 @@ def test_a_slow_head_has_one_deadline_for_all_of_it(served):
         wait_for(drip, "the answer to a slow head")
         assert answered[0].startswith(b"HTTP/1.1 408 Request Timeout\r\n")
         assert b"Connection: close" in answered[0]
-    process.wait_log(r"INFO\] A request's head was not complete after 1 s")
+    process.wait_log(r"INFO\] The headers of a request were not complete after 1 s")
     assert fetch(where, "/calls")[1].split() == ["/"] * fetch(where, "/calls")[1].count("/ ") + ["/calls"]
     assert process.stop() == 0
 
@@ -471,22 +471,138 @@ def test_an_application_that_takes_the_connection_gets_what_came_with_the_reques
         assert everything(sock) == b"HTTP/1.1 101 Mine\r\n\r\nearly bytes"
 
 
+def test_a_client_that_reads_nothing_is_given_up(served):
+    """FAULTS A13."""
+    process, where = served(PASSENGER_WRITE_TIMEOUT="0.5")
+    (worker,) = process.workers()
+    fetch(where)
+    before = open_sockets(worker)
+    with connected(where) as sock:
+        sock.sendall(b"GET /big HTTP/1.1\r\n\r\n")
+        wait_for(lambda: "/big" in fetch(where, "/calls")[1])
+        wait_for(lambda: open_sockets(worker) <= before, "the end of the connection")
+
+
+@pytest.mark.parametrize("path", ["/interrupted", "/interrupted?length"])
+def test_an_interrupted_write_ends_the_connection(served, path):
+    """FAULTS A14: nothing follows a chunk of which the rest is missing."""
+    process, where = served()
+    with connected(where) as sock:
+        # the second request was read together with the first
+        sock.sendall(b"GET %b HTTP/1.1\r\n\r\nGET /pid HTTP/1.1\r\n\r\n" % path.encode())
+        expected = "interrupted" if "length" in path else "interrupted ClientDisconnected"
+        wait_for(lambda: fetch(where, "/outcomes")[1] == expected)
+        data = b""
+        with contextlib.suppress(ConnectionError):
+            while piece := sock.recv(1 << 20):
+                data += piece
+        assert data.count(b"HTTP/1.1") <= 1
+        assert len(data) < 20_000_000
+        assert not data.endswith(b"0\r\n\r\n")
+    assert "/pid" not in fetch(where, "/calls")[1]
+    assert "ERROR" not in process.log()
+
+
+def test_a_forked_child_serves_no_client_of_the_worker(served):
+    """FAULTS A14: whether its connection was idle, parked, or busy."""
+    process, where = served("--keep-alive", "600")
+    (worker,) = process.workers()
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(connected(where)) for _ in range(10)]
+        for sock in socks[:5]:
+            sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            until(sock, b"ok")
+        wait_for(lambda: fetch(where, "/parked")[1] == "10")
+        for sock in socks[5:]:
+            sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            until(sock, b"ok")
+        socks[0].sendall(b"GET /big HTTP/1.1\r\n\r\n")
+        _, _, body = until(socks[0], b"xxx").partition(b"\r\n\r\n")
+        child = int(fetch(where, "/fork")[1])
+        try:
+            for _ in range(20):
+                for sock in socks[1:]:
+                    sock.sendall(b"GET /pid HTTP/1.1\r\n\r\n")
+                    assert until(sock, b"\r\n\r\n%d" % worker)
+            while len(body) < 20_000_000:
+                body += socks[0].recv(1 << 20)
+            assert body == b"x" * 10_000_000 + b"y" * 10_000_000
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_clients_that_vanish_are_noticed(served):
+    """FAULTS P5: the kernel probes TCP connections; a UNIX socket needs no probes."""
+    _, where = served()
+    alive, *values = map(int, fetch(where, "/keepalive")[1].split())
+    if isinstance(where, str):
+        assert (alive, values) == (0, [])
+    else:
+        idle, interval, probes = values
+        assert alive and idle + interval * probes <= 120
+
+
+def test_what_an_application_leaves_in_a_local_stays_as_long_as_the_connection(served):
+    """FAULTS S6: a database connection for each thread survives the pauses of a client."""
+    _, where = served("--keep-alive", "600")
+    with connected(where) as with_local, connected(where) as without:
+        for number in range(3):
+            with_local.sendall(b"GET /local?%d HTTP/1.1\r\n\r\n" % number)
+            until(with_local, b"\r\n\r\n" + (b"%d" % (number - 1) if number else b"nobody"))
+            without.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            until(without, b"ok")
+            # the other has been idle for longer than the one that has given up its greenlet
+            wait_for(lambda: fetch(where, "/parked")[1] == "1")
+
+
+def test_a_connection_with_locals_ends_after_keepalive(served):
+    _, where = served("--keep-alive", "1")
+    with connected(where) as sock:
+        sock.sendall(b"GET /local?a HTTP/1.1\r\n\r\n")
+        until(sock, b"nobody")
+        assert everything(sock) == b""
+
+
+def test_an_exception_of_the_application_counts_as_an_error(served):
+    """FAULTS N4."""
+    _, where = served()
+    for path, errors in (("/oserror", 1), ("/oserror", 2), ("/nothing", 2), ("/stop", 3)):
+        fetch(where, path)
+        assert fetch(where, "/errors-counted")[1] == str(errors)
+    with connected(where) as sock:
+        sock.sendall(b"nonsense\r\n\r\n")
+        assert b" 400 " in everything(sock)
+    assert fetch(where, "/errors-counted")[1] == "3"
+
+
 # --- limits ------------------------------------------------------------------------------------------
 
 
-def test_more_connections_than_the_worker_takes_wait(served):
-    _, where = served("--worker-connections", "3", "--keep-alive", "600")
+def test_idle_connections_make_room(served):
+    """FAULTS S10: they do not keep new clients out, also where they keep their greenlet."""
+    _, where = served("--worker-connections", "1", "--keep-alive", "600")
     with contextlib.ExitStack() as stack:
-        first = [stack.enter_context(connected(where)) for _ in range(3)]
-        for sock in first:
+        last = None
+        for path in (b"/", b"/local?x", b"/", b"/local?y"):
+            sock = stack.enter_context(connected(where))
+            sock.sendall(b"GET %b HTTP/1.1\r\n\r\n" % path)
+            until(sock, b"nobody" if path.startswith(b"/local") else b"ok")
+            assert last is None or everything(last) == b""
+            last = sock
+
+
+def test_connections_that_send_nothing_make_room(served):
+    """FAULTS A13: they have the keep-alive time when the places are taken."""
+    _, where = served("--worker-connections", "3", "--keep-alive", "1", PASSENGER_HEAD_TIMEOUT=600)
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(connected(where)) for _ in range(3)]
+        asking = stack.enter_context(connected(where))
+        asking.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        until(asking, b"ok")
+        assert everything(silent[0]) == b""
+        for sock in silent[1:]:
             sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
             until(sock, b"ok")
-        waiting = stack.enter_context(connected(where))
-        waiting.sendall(b"GET /pid HTTP/1.1\r\n\r\n")
-        first[0].sendall(b"GET /calls HTTP/1.1\r\n\r\n")
-        assert b"/pid" not in until(first[0], b"/calls")
-        first[0].close()
-        assert until(waiting, b"200 OK")
 
 
 def test_a_worker_without_descriptors_lets_connections_wait(served):

@@ -2,12 +2,14 @@
 
 import gc
 import os
+import socket
 import threading
 
 import gevent
 
 import gunicorn_passenger as passenger
 from gunicorn_passenger.http.connection import Connection
+from gunicorn_passenger.http.listener_context import ListenerContext
 
 if os.environ.get("CONFIGURE"):
     passenger.configure(**eval(os.environ["CONFIGURE"]))
@@ -48,6 +50,34 @@ def application(environ, start_response):
     elif path == "/parked":
         connections = [thing for thing in gc.get_objects() if isinstance(thing, Connection)]
         answer = b"%d" % sum(connection.is_idle() for connection in connections)
+    elif path == "/errors-counted":
+        listeners = [thing for thing in gc.get_objects() if isinstance(thing, ListenerContext)]
+        answer = b"%d" % sum(listener.errors for listener in listeners)
+    elif path == "/keepalive":
+        sock = environ["gunicorn.socket"]
+        options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        alive = sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        values = [sock.getsockopt(socket.IPPROTO_TCP, o) for o in options] if alive else []
+        answer = b"%d %s" % (alive, b" ".join(b"%d" % value for value in values))
+    elif path == "/fork":
+        # the child runs the event loop, as one that waits for its work does
+        worker, child = os.getpid(), os.fork()
+        if not child:
+            while os.getppid() == worker:
+                gevent.sleep(0.01)
+            os._exit(0)
+        answer = b"%d" % child
+    elif path == "/interrupted":
+        length = [("Content-Length", "20000000")] if environ["QUERY_STRING"] else []
+        write = start_response("200 OK", length)
+        try:
+            with gevent.Timeout(0.1):
+                write(b"x" * 20_000_000)
+        except gevent.Timeout:
+            kept.append(b"interrupted")
+            if not length:
+                kept.append(_outcome(write, b"more"))
+        return []
     elif path == "/pid":
         answer = b"%d" % os.getpid()
     elif path == "/greenlets":

@@ -92,6 +92,7 @@ def test_readme_gives_the_defaults():
     timeouts = settings.Timeouts()
     assert float(rows["head_timeout"]) == timeouts.head
     assert float(rows["body_timeout"]) == timeouts.body
+    assert float(rows["write_timeout"]) == timeouts.write
     assert float(rows["grace_period"]) == settings.DEFAULT_GRACE_PERIOD
 
 

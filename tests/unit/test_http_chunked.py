@@ -96,9 +96,9 @@ def test_a_caller_that_takes_the_content_itself():
     decoder = ChunkedDecoder(LIMIT)
     at = decoder.advance(stream, 0)
     assert (stream[at : at + 5], decoder.left) == (b"hello", 5)
-    decoder.took(2)
+    decoder.consume(2)
     assert decoder.advance(stream, at + 2) == at + 2
-    decoder.took(3)
+    decoder.consume(3)
     at = decoder.advance(stream, at + 5)
     assert decoder.finished
     assert stream[at:] == b"GET"

@@ -112,7 +112,7 @@ def boom(*args: Any, **kwargs: Any) -> Any:
     [
         (ListenerContext, "new_context"),
         (Connection, "__init__"),
-        (Connection, "begin"),
+        (Connection, "start"),
         (acceptor_module, "ClientSocket"),
     ],
 )
@@ -327,7 +327,7 @@ def test_a_log_handler_that_waits_does_not_end_a_listener(
         gevent.spawn(faults.log.error, "a line of a program")
         waiting_handler.inside.wait()
         with monkeypatch.context() as patch:
-            patch.setattr(Connection, "begin", boom)
+            patch.setattr(Connection, "start", boom)
             assert server.ask() == b""
         assert server.ask().startswith(b"HTTP/1.1 200")
         waiting_handler.go_on.set()
@@ -370,9 +370,10 @@ def test_every_callback_of_the_loop_is_known() -> None:
     """A new one needs a test here that raises in it."""
     known = {
         ("acceptor.py", "self._accept"),
-        ("acceptor.py", "self._go_on"),
+        ("acceptor.py", "self._end_pause"),
         ("connection.py", "gone"),
         ("connection.py", "self._ready"),
+        ("connection.py", "self._wake"),
         ("connection.py", "switch"),
         ("disconnect.py", "self._check"),
         ("disconnect.py", "self._on_readable"),

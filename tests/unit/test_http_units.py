@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import gevent
@@ -13,13 +15,16 @@ import pytest
 from gunicorn.config import Config
 from gunicorn.glogging import Logger
 
+from gunicorn_passenger.errors import ClientDisconnected
 from gunicorn_passenger.http import timeouts as deadlines_module
 from gunicorn_passenger.http.access_log import AccessLog
+from gunicorn_passenger.http.body import ChunkedBody
 from gunicorn_passenger.http.client_socket import ClientSocket
 from gunicorn_passenger.http.listener_context import ErrorStream
 from gunicorn_passenger.http.response import Response
 from gunicorn_passenger.http.response_cache import InvalidResponseHeader
 from gunicorn_passenger.http.timeouts import TimeoutQueue
+from gunicorn_passenger.http.transport import Transport
 from gunicorn_passenger.serving import acceptors
 from gunicorn_passenger.system.text import escape_error_log
 
@@ -111,11 +116,96 @@ class Wire:
 
     def __init__(self) -> None:
         self.listener = http_model.gateway(Config())
-        self.body = type("Body", (), {"unread": False})
+        self.body = type("Body", (), {"too_much_unread": False})
         self.sent = b""
 
     def send(self, data: bytes) -> None:
         self.sent += data
+
+    def share_loop(self) -> None:
+        pass
+
+
+class Transfer(Transport):
+    """One end of a pair of sockets, with a test at the other."""
+
+    __slots__ = ("aborted",)
+
+    def __init__(self, sock: Any) -> None:
+        queues = {name: TimeoutQueue(600.0) for name in ("writes", "bodies", "heads")}
+        listener: Any = SimpleNamespace(sent=0, **queues)
+        super().__init__(listener, sock)
+        self.aborted = False
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+@pytest.fixture
+def transfer() -> Iterator[tuple[Transfer, Any]]:
+    ours, client = gevent.socket.socketpair()
+    with ours, client:
+        yield Transfer(ours), client
+
+
+def test_a_client_that_reads_slowly_is_waited_for_and_one_that_reads_nothing_is_not(
+    transfer: tuple[Transfer, Any],
+) -> None:
+    ours, client = transfer
+    sending = gevent.spawn(ours.send, b"x" * 10_000_000)
+    gevent.sleep(0)
+    for _ in range(3):
+        assert len(ours.listener.writes) == 1
+        ours.listener.writes.clear()  # the timeout has passed
+        assert len(client.recv(50_000)) == 50_000
+        ours.on_write_timeout()
+        assert not sending.dead
+    ours.listener.writes.clear()
+    gevent.spawn(ours.on_write_timeout)
+    with pytest.raises(ClientDisconnected, match="has read nothing of a response for 600 s"):
+        sending.get(timeout=60)
+    assert ours.aborted
+
+
+def test_an_interrupted_write_closes_the_connection(transfer: tuple[Transfer, Any]) -> None:
+    ours, _ = transfer
+    with pytest.raises(gevent.Timeout), gevent.Timeout(0.01):
+        ours.send(b"x" * 10_000_000)
+    assert ours.aborted
+    assert len(ours.listener.writes) == 0
+
+
+def test_a_client_that_always_has_data_lets_others_run(transfer: tuple[Transfer, Any]) -> None:
+    ours, client = transfer
+    turns: list[int] = []
+
+    def others() -> None:
+        while True:
+            turns.append(ours.buffered())
+            gevent.sleep(0)
+
+    beside = gevent.spawn(others)
+    body = ChunkedBody(ours, False, 8190, None)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    client.setblocking(False)
+    sent = client.send(b"1\r\nx\r\n" * 25_000)
+    # all of it is there already: no read waits
+    while len(body.read1(1)) and ours._raw.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+        if turns:
+            break
+    beside.kill()
+    assert sent > 50_000
+    assert turns
+
+
+def test_a_response_of_many_small_chunks_lets_others_run() -> None:
+    answer, wire = response()
+    answer.start_response("200 OK", [])
+    shared: list[int] = []
+    wire.share_loop = lambda: shared.append(len(wire.sent))  # type: ignore[method-assign]
+    for _ in range(3):
+        answer.write(b"x")
+    assert len(shared) == 2
 
 
 def response(protocol: str = "HTTP/1.1", method: str = "GET") -> tuple[Response, Wire]:
@@ -128,7 +218,7 @@ def test_a_start_response_that_failed_leaves_nothing() -> None:
     with pytest.raises(InvalidResponseHeader):
         answer.start_response("101 Switching", [("Connection", "upgrade"), ("X", "a\r\nb")])
     answer.start_response("200 OK", [("Content-Length", "2")])
-    answer.send_all([b"ok"])
+    answer.write_all([b"ok"])
     assert b"Connection: keep-alive\r\n" in wire.sent
     assert b"X:" not in wire.sent
 
@@ -144,7 +234,7 @@ def test_a_bad_field_is_refused_each_time(value: str) -> None:
 def test_a_last_answer_of_1xx_ends_the_connection() -> None:
     answer, _ = response()
     answer.start_response("102 Processing", [])
-    answer.send_all([])
+    answer.write_all([])
     assert answer.should_close()
 
 
