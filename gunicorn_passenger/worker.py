@@ -300,7 +300,7 @@ class Worker(GeventWorker):
         if self.booted:
             self.wsgi = app or self._loaded
             for acceptor in registry.acceptors.primary:
-                acceptor.serve(self.wsgi)
+                acceptor.set_app(self.wsgi)
 
     def primary_name(self) -> Any:
         """The address of the primary socket."""

@@ -60,7 +60,7 @@ class Acceptor:
         self._watcher = get_hub().loop.io(self._sock.fileno(), 1)
         self._watcher.start(self._accept)
 
-    def serve(self, app: Any) -> None:
+    def set_app(self, app: Any) -> None:
         """From now on, serve this application."""
         self.listener.app = app
         self.listener.is_proxy = False
@@ -87,7 +87,7 @@ class Acceptor:
             try:
                 if idle is not None:
                     idle.expire()
-                self.adopt(self._client_socket(fd), addr)
+                self.attach(self._client_socket(fd), addr)
             except Exception as error:
                 # gevent would stop this watcher, and the listener would be dead for all clients
                 report_fault("a connection was closed before it was served", error)
@@ -99,7 +99,7 @@ class Acceptor:
             os.close(fd)
             raise
 
-    def adopt(self, sock: Any, addr: Any, begun: bool = False) -> Connection:
+    def attach(self, sock: Any, addr: Any, begun: bool = False) -> Connection:
         """Serve a connection that was accepted here or by a sibling.
 
         :param sock: a connected :class:`~.client_socket.ClientSocket`; the acceptor owns it, and closes it
@@ -204,7 +204,7 @@ class Acceptor:
         """Whether there is no connection."""
         return not self._connections
 
-    def done(self) -> bool:
+    def is_drained(self) -> bool:
         """Whether it has stopped accepting, and no connection is open."""
         return self.listener.closing and not self._connections
 

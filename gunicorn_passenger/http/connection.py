@@ -166,7 +166,7 @@ class Connection(Transport):
         """The greenlet of a busy connection."""
         linger: bool | None = False
         try:
-            linger = self.serve(getcurrent())
+            linger = self.serve_requests(getcurrent())
             if linger:
                 self._linger()
         except ClientDisconnected as error:
@@ -179,7 +179,7 @@ class Connection(Transport):
             if linger is not None:
                 self.close()
 
-    def serve(self, greenlet: Any) -> bool | None:  # noqa: PLR0915 - the hot loop is one, in one place
+    def serve_requests(self, greenlet: Any) -> bool | None:  # noqa: PLR0915 - the hot loop is one, in one place
         """Serve requests until the connection is idle or ends.
 
         :param greenlet: the current greenlet.
@@ -423,10 +423,13 @@ class Connection(Transport):
                 self._raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     def abort(self) -> None:
-        if self.response is not None:
-            self.response.must_close = True
+        response = self.response
         self.reset()
         self.close()
+        if response is not None:
+            # the application continues, and its request ends as others do
+            response.must_close = True
+            self.response = response
 
     # --- what the proxy calls --------------------------------------------------------------------
 

@@ -41,17 +41,17 @@ class ListenerHandler(Protocol):
     """The acceptor of a listener, as the worker uses it."""
 
     def start(self) -> None: ...
-    def serve(self, app: Any) -> None: ...
+    def set_app(self, app: Any) -> None: ...
     def stop_accepting(self) -> None: ...
     def leave_to_parent(self) -> None: ...
     def idle(self) -> bool: ...
     def kill(self, timeout: float) -> None: ...
     def counts(self) -> Counters: ...
     def pop_idle_connections(self, most: int) -> list[tuple[Any, Any]]: ...
-    def adopt(self, sock: Any, addr: Any, begun: bool = False) -> Any: ...
+    def attach(self, sock: Any, addr: Any, begun: bool = False) -> Any: ...
     @property
     def sockname(self) -> Any: ...
-    def done(self) -> bool: ...
+    def is_drained(self) -> bool: ...
 
 
 def unsupported_features(cfg: Any) -> str:
@@ -188,7 +188,7 @@ class GunicornAcceptor:
     def start(self) -> None:
         self.server.start()
 
-    def serve(self, app: Any) -> None:
+    def set_app(self, app: Any) -> None:
         """From now on, serve this application."""
         self._handler.wsgi = app
 
@@ -210,14 +210,14 @@ class GunicornAcceptor:
     def idle(self) -> bool:
         return bool(self.pool.free_count() == self.pool.size)
 
-    def done(self) -> bool:
+    def is_drained(self) -> bool:
         return self._closed and self.idle()
 
     def pop_idle_connections(self, most: int) -> list[tuple[Any, Any]]:
         """None: gunicorn's handler does not know its idle connections, and TLS state cannot migrate."""
         return []
 
-    def adopt(self, sock: Any, addr: Any, begun: bool = False) -> Any:
+    def attach(self, sock: Any, addr: Any, begun: bool = False) -> Any:
         raise NotImplementedError("gunicorn's handler takes no connections of siblings")
 
     @property

@@ -25,9 +25,9 @@ class AcceptorCounters:
     def write(self, scoreboard: Scoreboard) -> None:
         """Bring the worker's page up to date. Called once a second, and at the end."""
         for slot, acceptor in self._acceptors:
-            if acceptor.done():
+            if acceptor.is_drained():
                 self._finished[slot] = self._finished.get(slot, Counters()).plus(acceptor.counts())
-        self._acceptors = [(slot, acceptor) for slot, acceptor in self._acceptors if not acceptor.done()]
+        self._acceptors = [(slot, a) for slot, a in self._acceptors if not a.is_drained()]
         totals = dict(self._finished)
         for slot, acceptor in self._acceptors:
             totals[slot] = totals.get(slot, Counters()).plus(acceptor.counts())

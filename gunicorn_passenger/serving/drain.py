@@ -107,7 +107,7 @@ class ConnectionMigration:
                 sock.release()
                 continue
             try:
-                acceptor.adopt(sock, addr, begun=True)
+                acceptor.attach(sock, addr, begun=True)
             except Exception as error:
                 report_fault("a connection that no other worker took was closed", error)
         return taken != 0
@@ -128,7 +128,7 @@ class ConnectionMigration:
                 family, proto = probe.family, probe.proto
             os.set_blocking(fd, False)
             sock = ClientSocket(family, socket.SOCK_STREAM, proto, fd)
-            found.append(AssignedConnection(partial(acceptor.adopt, sock, addr, begun=True), sock.release))
+            found.append(AssignedConnection(partial(acceptor.attach, sock, addr, begun=True), sock.release))
         return found
 
 

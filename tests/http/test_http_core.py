@@ -708,15 +708,18 @@ def test_a_connection_can_be_taken_over_between_requests(start):
         "takeover.py",
         """
         import gevent, gevent.monkey; gevent.monkey.patch_all()
+        import threading
         from gevent import socket
         from gunicorn.config import Config
         from gunicorn_passenger.http.acceptor import Acceptor
         from gunicorn_passenger.http.listener_context import ListenerContext, StandaloneWorker
         from gunicorn_passenger.config.settings import Timeouts
 
-        cfg = Config()
+        cfg, local = Config(), threading.local()
         def acceptor(name):
             def app(environ, start_response):
+                if environ["QUERY_STRING"]:
+                    local.left = name
                 start_response("200 OK", [("Content-Length", "1")])
                 return [name]
             listener = socket.socket(); listener.bind(("127.0.0.1", 0)); listener.listen()
@@ -739,7 +742,7 @@ def test_a_connection_can_be_taken_over_between_requests(start):
         def migrate(source, target):
             while not (idle := source.pop_idle_connections(5)):
                 gevent.sleep(0.01)
-            target.adopt(*idle[0], begun=True)
+            target.attach(*idle[0], begun=True)
 
         migrate(first, second)
         assert ask(2) == [b"2", b"2"]
@@ -747,6 +750,18 @@ def test_a_connection_can_be_taken_over_between_requests(start):
         migrate(second, first)
         assert ask(3) == [b"1", b"1", b"1"]
         assert second.idle() and first.counts().connections == 1
+
+        # one that has something in a local keeps its greenlet until its worker drains
+        client.sendall(b"GET /?keep HTTP/1.1\\r\\n\\r\\n")
+        while not client.recv(1000).endswith(b"1"):
+            pass
+        (connection,) = first._connections
+        while connection.tracked:
+            gevent.sleep(0.01)
+        assert first.pop_idle_connections(1) == []
+        first.stop_accepting()
+        migrate(first, second)
+        assert ask(2) == [b"2", b"2"]
         print("all well")
         """,
     )

@@ -155,7 +155,7 @@ def ours(
     refused: list[BaseException] = []
     gate.refuse = lambda request, sock, addr, error: refused.append(error)  # type: ignore[method-assign]
     with contextlib.suppress(OSError):
-        connection.serve(getcurrent())
+        connection.serve_requests(getcurrent())
     if not end:
         end.append(_status(refused[0]) if refused else EOF)
     return got, end[0], bytes(raw.sent)

@@ -103,7 +103,7 @@ class FakeAcceptor:
         self.requests = requests
         self.finished = False
 
-    def done(self):
+    def is_drained(self):
         return self.finished
 
     def counts(self):

@@ -103,7 +103,7 @@ class Server:
             ours.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
         theirs.setblocking(False)
         sock = ClientSocket(ours.family, ours.type, ours.proto, ours.detach())
-        client = Client(theirs, self.acceptor.adopt(sock, ""))
+        client = Client(theirs, self.acceptor.attach(sock, ""))
         self.clients.append(client)
         act, self.act = self.act, lambda call, environ: None
         client.send()
