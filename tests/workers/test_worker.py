@@ -325,3 +325,45 @@ def test_preload_without_a_patched_master_is_warned_of_before_the_program_runs(s
 
 def test_without_preload_there_is_nothing_to_patch(start):
     assert "monkey" not in start.gunicorn("two_servers", workers=1).wait_ready().log()
+
+
+def test_gevents_plugins_are_called_and_the_installed_packages_read_once(start):
+    """gevent asks for plugins at each step of its patching; the metadata of packages is read for the first only."""
+    info = start.home / "plugin-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(
+        "[gevent.plugins.monkey.did_patch_module]\nmodule = plugin:module\n"
+        "[gevent.plugins.monkey.did_patch_all]\nall = plugin:all\n"
+    )
+    start.write(
+        "plugin.py",
+        """
+        def module(event):
+            print("plugin: patched", event.module_name)
+        def all(event):
+            print("plugin: patched all")
+        """,
+    )
+    conf = start.write(
+        "conf.py",
+        """
+        from importlib import metadata
+        def post_fork(server, worker):
+            read = metadata.entry_points
+            def counted(**group):
+                print("entry points read")
+                return read(**group)
+            metadata.entry_points = counted
+        def post_worker_init(worker):
+            print("restored", metadata.entry_points.__name__)
+        """,
+    )
+    process = start.gunicorn(
+        "two_servers:whoami", "-c", conf, workers=1, env={"PYTHONPATH": f"{PROGRAMS}:{start.home}"}
+    ).wait_ready()
+    process.wait_log("restored counted")
+    log = process.log()
+    assert "plugin: patched socket" in log
+    assert log.count("plugin: patched all") == 1
+    assert log.count("entry points read") == 1
