@@ -26,6 +26,8 @@ class RequestBody:
 
     #: whether the end of the body, and so the next request, cannot be found any more
     failed = False
+    #: whether the application has read a part of it
+    was_read = False
 
     def __init__(self) -> None:
         #: bytes that were taken from the connection and not read yet
@@ -138,7 +140,7 @@ EMPTY_BODY = EmptyBody()
 class _IncomingBody(RequestBody):
     """A body that arrives over a connection."""
 
-    __slots__ = ("_connection", "expect", "failed")
+    __slots__ = ("_connection", "expect", "failed", "was_read")
 
     def __init__(self, connection: Any, expect: bool) -> None:
         """
@@ -149,7 +151,7 @@ class _IncomingBody(RequestBody):
         self._at = 0
         self._connection = connection
         self.expect = expect
-        self.failed = False
+        self.failed = self.was_read = False
 
     def _receive(self, most: int) -> bytes:
         """The next bytes of the body from the connection.
@@ -197,6 +199,7 @@ class LengthBody(_IncomingBody):
 
     def _fill(self, most: int) -> bytes:
         left = self.left
+        self.was_read = True
         if not left:
             return b""
         data = self._receive(min(left, most))
@@ -236,6 +239,7 @@ class ChunkedBody(_IncomingBody):
 
     def _fill(self, most: int) -> bytes:
         decoder = self._decoder
+        self.was_read = True
         if self.failed:
             raise body_incomplete()
         if decoder.finished:

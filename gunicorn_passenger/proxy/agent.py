@@ -32,13 +32,16 @@ class Agent:
         idle_timeout: float = 30.0,
         connect_timeout: float = 10.0,
         ssl_context: ssl.SSLContext | None = None,
+        max_age: float | None = None,
     ) -> None:
         """
         :param max_connections: the most connections to each target, in each worker; ``None``: no bound.
             When all are in use, a request waits ``connect_timeout`` for one.
         :param max_idle: how many connections to each target stay open while no request uses them.
-        :param idle_timeout: seconds after which an idle connection is closed.
+        :param idle_timeout: seconds after which an idle connection is closed; sooner, when the target says so
+            (``Keep-Alive: timeout=5``).
         :param connect_timeout: seconds that connecting may take.
+        :param max_age: seconds after which a connection carries no further request; ``None``: no limit.
         :param ssl_context: for ``https`` targets, with client certificates and private authorities.
         :raises ValueError: for a value that cannot be used.
         """
@@ -51,6 +54,7 @@ class Agent:
         self.max_idle = max_idle
         self.idle_timeout = _seconds("idle_timeout", idle_timeout)
         self.connect_timeout = _seconds("connect_timeout", connect_timeout)
+        self.max_age = None if max_age is None else _seconds("max_age", max_age)
         self._contexts: dict[bool, ssl.SSLContext] = {}
         #: whether the program gave the TLS context: the option ``secure`` then has no effect on it
         self.has_context = ssl_context is not None

@@ -40,6 +40,8 @@ class DialSettings(NamedTuple):
     secure: bool = True
     #: the address to connect from
     local_address: str | None = None
+    #: the name that certificates must have, and that TLS tells the target (RFC 6066 section 3)
+    servername: str | None = None
     #: seconds for which an address that has failed is tried last
     fail_timeout: float = 10.0
 
@@ -89,7 +91,7 @@ class Dialer:
 
     def _secured(self, stream: Stream, context: ssl.SSLContext, end: float) -> Stream:
         try:
-            secured = TlsStream(stream, context, self.target.host)
+            secured = TlsStream(stream, context, self._settings.servername or self.target.host)
             secured.handshake(max(end - time.monotonic(), 0.001))
             return secured
         except BaseException as error:

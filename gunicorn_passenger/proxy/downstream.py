@@ -65,6 +65,8 @@ class WsgiDownstream:
         self.method: str = environ["REQUEST_METHOD"]
         self.body = environ["wsgi.input"]
         self.protocol: str = environ.get("SERVER_PROTOCOL", "HTTP/1.1")
+        self._watch: tuple[Callable[..., Any], Any] | None = None
+        self._reading_body = False
 
     def headers(self, keep_case: bool) -> RequestHeaders:
         """The headers of the request.
@@ -117,13 +119,17 @@ class WsgiDownstream:
         """How many bytes of the body have come already."""
         return 0
 
-    def forwarded_info(self, options: Options, host: str | None) -> ForwardedInfo:
-        """Where the request comes from."""
+    def forwarded_info(self, options: Options, host: str | None, prefix: str) -> ForwardedInfo:
+        """Where the request comes from.
+
+        :param prefix: the beginning of the path that the target is not sent.
+        """
         environ = self.environ
         address = self._address()
         trusted = self._trusted(address) if options.trusted is None else options.trusts(address)
         scheme = environ.get("wsgi.url_scheme", "http")
-        return ForwardedInfo(address, scheme, scheme if self.connection is None else "http", host, trusted)
+        own_scheme = scheme if self.connection is None else "http"
+        return ForwardedInfo(address, scheme, own_scheme, host, trusted, prefix)
 
     @property
     def tunnels(self) -> bool:
@@ -168,14 +174,37 @@ class WsgiDownstream:
     def send_continue(self) -> None:
         """Ask the client for the body; a WSGI server does that when the body is read."""
 
+    # what our own connection tells, also where the proxy may not send over it
+
+    @property
+    def body_was_read(self) -> bool:
+        """Whether the program has read a part of the body, as far as that is known."""
+        return bool(getattr(self.body, "was_read", False))
+
+    @property
+    def reports_disconnects(self) -> bool:
+        """Whether reading the body raises an exception when the client does not send all of it."""
+        return self._carrier is not None
+
     def watch(self, gone: Callable[..., Any], argument: Any) -> None:
         """Call ``gone(argument)`` in the hub when the client disconnects."""
+        if self._carrier is not None:
+            if self._reading_body:
+                self._watch = gone, argument
+            self._carrier.watch(gone, argument, self._reading_body)
 
     def unwatch(self) -> None:
         """Do not call it any more."""
+        if self._carrier is not None:
+            self._watch = None
+            self._carrier.unwatch()
 
     def set_reading_body(self, active: bool) -> None:
         """Whether a greenlet reads the body: reading then detects a disconnect, and nothing else may read."""
+        self._reading_body = active
+        if self._carrier is not None and not active and self._watch is not None:
+            self._carrier.unwatch()
+            self._carrier.watch(*self._watch)
 
 
 class NativeDownstream(WsgiDownstream):
@@ -197,8 +226,6 @@ class NativeDownstream(WsgiDownstream):
         super().__init__(environ, start_response, connection)
         self.connection = connection
         self.unmodified = unmodified
-        self._watch: tuple[Callable[..., Any], Any] | None = None
-        self._reading_body = False
 
     def headers(self, keep_case: bool) -> RequestHeaders:
         if not self.unmodified or self.environ["RAW_URI"][:1] != "/":
@@ -232,21 +259,6 @@ class NativeDownstream(WsgiDownstream):
         if getattr(self.body, "expect", False):
             self.body.expect = False
             self.connection.send_continue()
-
-    def watch(self, gone: Callable[..., Any], argument: Any) -> None:
-        if self._reading_body:
-            self._watch = gone, argument
-        self.connection.watch(gone, argument, self._reading_body)
-
-    def unwatch(self) -> None:
-        self._watch = None
-        self.connection.unwatch()
-
-    def set_reading_body(self, active: bool) -> None:
-        self._reading_body = active
-        if not active and self._watch is not None:
-            self.connection.unwatch()
-            self.connection.watch(*self._watch)
 
 
 def _unix_name(sock: Any) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from gunicorn_passenger.errors import (
+    BadResponse,
     PoolExhausted,
     ProxyError,
     UpstreamClosed,
@@ -31,7 +32,7 @@ from gunicorn_passenger.proxy.response_head import (
     serialize_headers,
     wire_head,
 )
-from gunicorn_passenger.proxy.round_trip import RoundTrip, closed_by_upstream, no_response_in
+from gunicorn_passenger.proxy.round_trip import IDEMPOTENT, RoundTrip, closed_by_upstream, no_response_in
 from gunicorn_passenger.proxy.upstream_io import DownstreamDisconnected
 from gunicorn_passenger.proxy.upstream_request import expects_continue
 
@@ -63,13 +64,13 @@ def execute(  # noqa: PLR0915 - one function, so that the common case needs no o
         stream = upstream.stream
         request_head = request.request_line + plan.header_lines
         received: bytes | None = b""
-        failure: UpstreamClosed | None = None
+        failure: ProxyError | None = None
         if not request.sender.length:
             options = plan.options
             try:
-                received = stream.request(request_head, options.proxy_timeout, client)
+                received = stream.request(request_head, options.upstream_timeout, client)
             except TimeoutError:
-                raise no_response_in(options.proxy_timeout) from None
+                failure = no_response_in(options.upstream_timeout)
             except OSError as error:
                 failure = closed_by_upstream("before it responded", error)
             if received is None:
@@ -87,13 +88,13 @@ def execute(  # noqa: PLR0915 - one function, so that the common case needs no o
             ):
                 last = pool.last_head
                 if last is not None and received.startswith(last.data) and last.keep_case is plan.keep_case:
-                    head: ResponseHead | None = last.head
+                    known: ResponseHead | None = last.head
                     end = len(last.data)
                 else:
                     end = received.find(b"\r\n\r\n") + 4
-                    head = parse_response_head(pool, received[:end], plan.keep_case) if end > 3 else None
-                if head is not None and head.length == len(received) - end:
-                    whole = wire_head(head) if head.wire is None else head.wire
+                    known = parse_response_head(pool, received[:end], plan.keep_case) if end > 3 else None
+                if known is not None and known.length == len(received) - end:
+                    whole = wire_head(known) if known.wire is None else known.wire
                     if whole:
                         if request.backend is not None:
                             request.backend.failed_until = 0.0
@@ -102,7 +103,7 @@ def execute(  # noqa: PLR0915 - one function, so that the common case needs no o
                         pool.release(upstream)
                         response = connection.response
                         assert response is not None
-                        response.send_upstream_response(head, whole, received[end:])
+                        response.send_upstream_response(known, whole, received[end:])
                         return RESPONSE_SENT
         upstream.buffer = received or b""
         round_trip = request.round_trip = RoundTrip(
@@ -121,12 +122,21 @@ def execute(  # noqa: PLR0915 - one function, so that the common case needs no o
                 expect = expects_continue(request)
                 round_trip.send_body(request_head, expect)
             head = round_trip.read_head(expect)
-        except UpstreamClosed:
-            if not round_trip.may_repeat():
+            unwanted = _may_try_next(request, round_trip, head.status)
+            rejected: ProxyError | None = BadResponse(f"it responded with {head.line}") if unwanted else None
+        except (UpstreamClosed, UpstreamTimeout, BadResponse) as error:
+            if isinstance(error, UpstreamClosed) and round_trip.may_repeat():
+                round_trip.drop()
+                request.round_trip = request.upstream = None
+                new = True
+                continue
+            if not _may_try_next(request, round_trip, error.status_code):
                 raise
+            rejected = error
+        if rejected is not None:
             round_trip.drop()
             request.round_trip = request.upstream = None
-            new = True
+            plan, new = plan_next_target(request, rejected), False
             continue
         backend = request.backend
         if backend is not None and redirects is None:
@@ -144,6 +154,19 @@ def execute(  # noqa: PLR0915 - one function, so that the common case needs no o
         if head.status == 101:
             return _tunnel(request, round_trip, head)
         return _respond(plan, request, round_trip, head)
+
+
+def _may_try_next(request: ForwardedRequest, round_trip: RoundTrip, status: int) -> bool:
+    """Whether the next target may get the request, after this one has failed with a status.
+
+    Only an idempotent request may be executed twice (RFC 9110 section 9.2.2), and only with its whole body.
+    """
+    return (
+        status in request.options.retry_statuses
+        and bool(request.backends)
+        and round_trip.method in IDEMPOTENT
+        and request.sender.replayable
+    )
 
 
 def _tunnel(request: ForwardedRequest, round_trip: RoundTrip, head: ResponseHead) -> Iterable[bytes]:
@@ -167,7 +190,8 @@ def _respond(
     connection = request.connection
     # a handler may have asked for the head alone
     headless = round_trip.method == "HEAD" and request.downstream.method != "HEAD"
-    plain = options.plain_response and not (options.via or options.self_handle_response)
+    prefix = request.forwarded_info.prefix
+    plain = options.plain_response and not (options.via or options.self_handle_response or prefix)
     changes = not plain or request.new_cookie or events.any or headless
     if connection is not None and not changes:
         # the lines are made once for equal heads
@@ -196,7 +220,7 @@ def _respond(
         raise HandlerFailed("self_handle_response is set, and 'proxy_res' has no handler")
     elif events.has("end"):
         request.upstream_response = UpstreamResponse(status, reason, headers, target, round_trip.body())
-    if not options.plain_response:
+    if prefix or not options.plain_response:
         headers = rewrite.rewrite_headers(
             headers, status, options, resolve(request, target), request.forwarded_info
         )

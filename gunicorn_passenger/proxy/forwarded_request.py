@@ -256,6 +256,14 @@ class ForwardedRequest:
         response.headers.extend(headers)
         return response(self.environ, self.start_response)
 
+    def mirror_failed(self, error: ProxyError, target: Target) -> None:
+        """The request was not mirrored. Handlers of ``error`` are told; what they return is not used."""
+        error.target = error.target or target
+        error.elapsed = time.monotonic() - self.began
+        log.warning("proxy: %s: a request was not mirrored: %s", target, error)
+        if self.proxy.events.has("error"):
+            self._notify("error", error, self.werkzeug_request(), target)
+
     def _shown_path(self) -> str:
         return (self.path or quote(self.environ.get("PATH_INFO", ""), encoding="latin-1"))[:200]
 

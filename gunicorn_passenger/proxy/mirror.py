@@ -7,9 +7,10 @@ Never: delays or breaks the request that it mirrors.
 from __future__ import annotations
 
 import queue
+from collections.abc import Callable
 from typing import Any
 
-from gunicorn_passenger.errors import ProxyError
+from gunicorn_passenger.errors import ProxyError, UpstreamClosed, UpstreamTimeout
 from gunicorn_passenger.http.chunked import CHUNKED, LAST_CHUNK, encode_chunk
 from gunicorn_passenger.proxy.log import failed_callback, log
 from gunicorn_passenger.proxy.options import Options
@@ -22,7 +23,7 @@ _MOST = 256
 #: How many bytes of a body may wait for the target, in one mirrored request and in all of them. Mirroring is
 #: given up beyond that.
 _WAITING, _WAITING_IN_ALL = 1 << 20, 16 << 20
-#: Seconds that the target may be silent, where ``proxy_timeout`` does not say.
+#: Seconds that the target may be silent, where the options set no limit.
 _SECONDS = 60.0
 
 _under_way: set[Any] = set()
@@ -37,16 +38,26 @@ class _MirrorTotal:
 class MirroredRequest:
     """One mirrored request."""
 
-    def __init__(self, target: Target, pool: Pool, head: bytes, length: int, options: Options) -> None:
+    def __init__(
+        self,
+        target: Target,
+        pool: Pool,
+        head: bytes,
+        length: int,
+        options: Options,
+        failed: Callable[[ProxyError, Target], None],
+    ) -> None:
         """
         :param head: as it is sent.
         :param length: of the body, or ``CHUNKED``.
+        :param failed: called when the target does not take it.
         """
+        self._failed = failed
         self._target = target
         self._pool = pool
         self._head = head
         self._length = length
-        self._seconds = options.proxy_timeout or _SECONDS
+        self._seconds = options.upstream_timeout or _SECONDS
         # SimpleQueue never blocks here: it is read with get_nowait(), as its locks would block the hub
         self._chunks: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._changed = pool.runtime.event()
@@ -134,13 +145,14 @@ class MirroredRequest:
             while b"\r\n\r\n" not in received and len(received) < HEAD_LIMIT:
                 data = stream.recv(65536, self._seconds)
                 if not data:
-                    break
+                    raise UpstreamClosed("it closed the connection before it responded")
                 received += data
         except TimeoutError:
-            log.warning("proxy: %s: mirroring a request took too long", self._target)
+            self._failed(UpstreamTimeout(f"it was silent for {self._seconds:g} s"), self._target)
         except (ProxyError, OSError) as error:
             if not self._given_up:
-                log.warning("proxy: %s: a request was not mirrored: %s", self._target, error)
+                failure = error if isinstance(error, ProxyError) else UpstreamClosed(str(error.strerror))
+                self._failed(failure, self._target)
         except Exception as error:
             failed_callback(f"a request that was mirrored to {self._target}", error)
         finally:

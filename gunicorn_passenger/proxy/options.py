@@ -45,6 +45,7 @@ class Options:
     trusted: Any = None
     via: Any = False
     secure: bool = True
+    servername: str | None = None
     to_proxy: bool = False
     prepend_path: bool = True
     ignore_path: bool = False
@@ -57,9 +58,13 @@ class Options:
     protocol_rewrite: str | None = None
     cookie_domain_rewrite: Any = False
     cookie_path_rewrite: Any = False
+    cookie_secure: bool | None = None
+    cookie_samesite: str | None = None
     headers: Any = None
-    proxy_timeout: float | None = None
+    proxy_timeout: float | None = 60.0
     timeout: float | None = None
+    max_body: int | None = None
+    rewrite: Any = None
     follow_redirects: Any = False
     self_handle_response: bool = False
     buffer: Any = None
@@ -68,11 +73,14 @@ class Options:
     ws_stop: str = "close"
     balance: str = "round_robin"
     fail_timeout: float = 10.0
+    retry_statuses: Any = ()
     sticky: str | None = None
     sticky_name: str = "passenger_target"
 
     #: fields that are set on each request: lower-case name → name and value
     set_headers: dict[str, tuple[str, str]] = field(init=False)
+    #: seconds that a target may be silent
+    upstream_timeout: float | None = field(init=False)
     #: how targets are connected to
     dial: DialSettings = field(init=False)
     #: whether responses go to the client with nothing rewritten
@@ -106,9 +114,15 @@ class Options:
             self.protocol_rewrite,
             self.cookie_domain_rewrite,
             self.cookie_path_rewrite,
+            self.cookie_secure is not None,
+            self.cookie_samesite,
         )
+        # as in node-http-proxy, "timeout" is for the whole exchange: it covers the wait for the target, too
+        seconds = min(filter(None, (self.proxy_timeout, self.timeout)), default=None)
+        object.__setattr__(self, "upstream_timeout", seconds)
         object.__setattr__(self, "set_headers", set_headers)
-        object.__setattr__(self, "dial", DialSettings(self.secure, self.local_address, self.fail_timeout))
+        dial = DialSettings(self.secure, self.local_address, self.servername, self.fail_timeout)
+        object.__setattr__(self, "dial", dial)
         object.__setattr__(self, "plain_response", not any(rewrites))
         changes = self.via or self.self_handle_response or self.follow_redirects or self.sticky
         object.__setattr__(self, "copies_responses", self.plain_response and not changes)
@@ -358,9 +372,53 @@ def _name(name: str, value: Any) -> str:
     return value
 
 
+def _servername(name: str, value: Any) -> Any:
+    if value is not None and (not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9._:-]+", value)):
+        raise SettingError(f"{name}={value!r} is not a host name")
+    return value
+
+
+def _optional_flag(name: str, value: Any) -> bool | None:
+    return None if value is None else _flag(name, value)
+
+
+def _bytes(name: str, value: Any) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise SettingError(f"{name}={value!r} is not a number of bytes")
+    return value
+
+
+def _path_rewrite(name: str, value: Any) -> Any:
+    """A function, or patterns and what replaces them."""
+    if value is None or (callable(value) and not isinstance(value, type)):
+        return value
+    if not isinstance(value, Mapping):
+        raise SettingError(f"{name}={value!r} is neither a function nor a dict of patterns and replacements")
+    rules = []
+    for pattern, replacement in value.items():
+        try:
+            compiled = re.compile(pattern)
+            compiled.sub(replacement, "")
+        except (re.error, TypeError, IndexError) as error:
+            raise SettingError(f"{name}: {pattern!r}: {replacement!r} is not a rule: {error}") from None
+        rules.append((compiled, replacement))
+    return tuple(rules)
+
+
+def _statuses(name: str, value: Any) -> frozenset[int]:
+    try:
+        found = frozenset(value or ())
+    except TypeError:
+        found = frozenset([None])
+    if not all(isinstance(status, int) and 400 <= status <= 599 for status in found):
+        raise SettingError(f"{name}={value!r} is not a list of status codes from 400 to 599")
+    return found
+
+
 _CHECKS: dict[str, Any] = {
     "forward": _forward,
     "ws": _flag,
+    "servername": _servername,
     "xfwd": _written,
     "forwarded": _written,
     "trusted": _trusted,
@@ -378,8 +436,12 @@ _CHECKS: dict[str, Any] = {
     "protocol_rewrite": _protocol,
     "cookie_domain_rewrite": _rewrite,
     "cookie_path_rewrite": _rewrite,
+    "cookie_secure": _optional_flag,
+    "cookie_samesite": _choice(None, "Lax", "Strict", "None"),
     "proxy_timeout": _seconds,
     "timeout": _seconds,
+    "max_body": _bytes,
+    "rewrite": _path_rewrite,
     "follow_redirects": _redirects,
     "self_handle_response": _flag,
     "buffer": _buffer,
@@ -388,6 +450,7 @@ _CHECKS: dict[str, Any] = {
     "ws_stop": _choice("close", "wait"),
     "balance": _choice("round_robin", "least_connections"),
     "fail_timeout": positive,
+    "retry_statuses": _statuses,
     "sticky": _choice(None, False, "cookie"),
     "sticky_name": _name,
     "headers": _headers,

@@ -27,7 +27,7 @@ from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.pool import Pool
 from gunicorn_passenger.proxy.request_body import NO_BODY_SENDER, RequestBodySender
 from gunicorn_passenger.proxy.request_headers import ForwardedInfo, RequestHeaders
-from gunicorn_passenger.proxy.request_target import BadTarget, request_path, target_path
+from gunicorn_passenger.proxy.request_target import BadTarget, request_path, rewritten_path, target_path
 from gunicorn_passenger.proxy.routes import Backend, Route
 from gunicorn_passenger.proxy.target import Target, server_target
 from gunicorn_passenger.proxy.upstream_request import (
@@ -143,15 +143,20 @@ def plan_request(  # noqa: PLR0915 - the decisions, one after the other
     length = client.length()
     if length and _is_websocket(headers):
         raise LocalResponse(400, "A WebSocket request has no body.")
+    if options.max_body is not None and length > options.max_body:
+        raise LocalResponse(413, f"The request's body has more than {options.max_body} bytes.")
     request.headers = headers
     if last is not None and last.options is options:
         request.forwarded_info = last.forwarded_info
     else:
-        request.forwarded_info = client.forwarded_info(options, headers.host)
+        prefix = environ.get("SCRIPT_NAME", "") + route.remove
+        request.forwarded_info = client.forwarded_info(options, headers.host, prefix)
     if options.to_proxy and headers.host:
         request.authority_prefix = f"{scheme or request.forwarded_info.scheme}://{headers.host}"
     if route.remove:
         _remove_prefix(request, route.remove)
+    if options.rewrite is not None and request.path != "*":
+        request.path = rewritten_path(options.rewrite, request.path, request.werkzeug_request)
     if length or options.forward is not None:
         request.sender = RequestBodySender(client, length, options)
     if options.buffer is not None and not _is_websocket(headers):
@@ -255,6 +260,7 @@ def plan_send(
         if changed.body is not None:
             replace_body(request, changed.body)
     sender = request.sender
+    sender.check_untouched()
     if sender.length and _is_websocket(headers):
         # a target that ignores such a body takes it for the next request
         raise HandlerFailed("proxy_req_ws: a WebSocket request has no body")
@@ -267,6 +273,7 @@ def plan_send(
         and method != "HEAD"
         and not headers.upgrade
         and options.copies_responses
+        and not (request.forwarded_info.prefix or (options.retry_statuses and request.backends))
         and request.environ["SERVER_PROTOCOL"] == "HTTP/1.1"
     )
     expect = expects_continue(request)
@@ -349,11 +356,13 @@ def _is_repeatable(plan: ForwardPlan, route: Route) -> bool:
     return (
         route.always_targets(plan.target)
         and options.copies_responses
+        and not plan.forwarded_info.prefix
         and headers.valid
         and not (
             options.buffer is not None
             or options.forward is not None
             or options.to_proxy
+            or options.rewrite is not None
             or headers.upgrade
             or headers.expect
         )
@@ -404,7 +413,7 @@ def _mirror(request: ForwardedRequest) -> MirroredRequest | None:
     try:
         target = resolve(request, options.forward)
     except UpstreamRefused as error:
-        log.warning("proxy: %s: a request was not mirrored: %s", options.forward, error)
+        request.mirror_failed(error, options.forward)
         return None
     path = target_path(options, target, request.path, request.authority_prefix)
     lines = rules.upstream_headers(request.headers, options, target, request.forwarded_info)
@@ -414,7 +423,8 @@ def _mirror(request: ForwardedRequest) -> MirroredRequest | None:
         framing = ("transfer-encoding", "chunked") if length == CHUNKED else ("content-length", str(length))
         lines.append(framing)
     head = wire.request_line(request.method, path) + wire.lines_of([*lines, ("connection", "close")])
-    mirror = MirroredRequest(target, _pool(options, target), head + b"\r\n", length, options)
+    pool = _pool(options, target)
+    mirror = MirroredRequest(target, pool, head + b"\r\n", length, options, request.mirror_failed)
     mirror.start()
     return mirror
 
@@ -422,6 +432,7 @@ def _mirror(request: ForwardedRequest) -> MirroredRequest | None:
 def _send_mirror_alone(request: ForwardedRequest) -> None:
     """Feed the body to the mirrored request, the only one that is sent."""
     mirror = request.sender.mirror
+    request.sender.check_untouched()
     for chunk in request.sender.chunks():
         if mirror is not None:
             mirror.feed(chunk)

@@ -28,12 +28,13 @@ class PoolLimits(Protocol):
     max_idle: int
     idle_timeout: float
     connect_timeout: float
+    max_age: float | None
 
 
 class UpstreamConnection:
     """A connection to an upstream: its stream, and the bytes that were read ahead."""
 
-    __slots__ = ("buffer", "idle", "idle_since", "pool", "reused", "stream")
+    __slots__ = ("buffer", "expires_at", "idle", "idle_since", "pool", "reused", "stream")
 
     def __init__(self, pool: Pool, stream: Stream) -> None:
         self.pool = pool
@@ -44,6 +45,9 @@ class UpstreamConnection:
         #: whether no request uses it, and since when on the pool's clock
         self.idle = False
         self.idle_since = 0.0
+        #: when it has reached its maximum age, on the pool's clock
+        age = pool.limits.max_age
+        self.expires_at = float("inf") if age is None else pool.clock() + age
         stream.on_unsolicited(self.on_unsolicited_data)
 
     def on_unsolicited_data(self) -> None:
@@ -92,6 +96,8 @@ class Pool:
         self.runtime = runtime = dialer.runtime
         #: the idle connections; the one that was used last is at the end
         self._idle: list[UpstreamConnection] = []
+        #: seconds for which the upstream keeps an idle connection
+        self._kept_by_upstream = float("inf")
         #: how many connections are in use, or being made
         self.used = 0
         #: the last response head, which :func:`~.response_head.parse_response_head` keeps here
@@ -135,13 +141,15 @@ class Pool:
                 return upstream
             # the upstream has closed it, or has sent what no request asked for
             self.discard(upstream)
-        with _watched(client):
+        with _watched(client if self.runtime.concurrent else None):
             return self._wait_or_connect(new, wait)
 
     def release(self, upstream: UpstreamConnection) -> None:
         """Give back a connection whose response was read to its end: it may carry another request."""
+        now = self.clock()
         if (
             upstream.buffer
+            or now >= upstream.expires_at
             or upstream.stream.flush_incomplete
             or not self.limits.max_idle
             or (len(self._idle) >= self.limits.max_idle and not self._waiters)
@@ -154,7 +162,7 @@ class Pool:
                 if self._serve_waiter(upstream):
                     return
                 upstream.idle = True
-                upstream.idle_since = self.clock()
+                upstream.idle_since = now
                 self._idle.append(upstream)
                 self.used -= 1
             self._evict_expired()
@@ -162,12 +170,12 @@ class Pool:
         if self._waiters and self._serve_waiter(upstream):
             return
         upstream.idle = True
-        upstream.idle_since = self.clock()
+        upstream.idle_since = now
         self._idle.append(upstream)
         self.used -= 1
         upstream.stream.rearm()
         if self._timer is None:
-            self._start_timer(self.limits.idle_timeout)
+            self._start_timer(self.idle_timeout)
 
     def discard(self, upstream: UpstreamConnection) -> None:
         """Close a connection that is in use."""
@@ -211,7 +219,7 @@ class Pool:
         with self._lock:
             while self._idle:
                 upstream = self._idle.pop()
-                if self.clock() - upstream.idle_since > self.limits.idle_timeout:
+                if self.clock() - upstream.idle_since > self.idle_timeout:
                     upstream.stream.close()
                     continue
                 upstream.idle = False
@@ -264,13 +272,30 @@ class Pool:
     # --- idle connections ------------------------------------------------------------------------
 
     @property
+    def idle_timeout(self) -> float:
+        """Seconds after which an idle connection is closed."""
+        return min(self.limits.idle_timeout, self._kept_by_upstream)
+
+    def keep_idle(self, seconds: float | None) -> None:
+        """Keep idle connections no longer than the upstream does.
+
+        :param seconds: what its ``Keep-Alive`` says, if anything.
+        """
+        before = self.idle_timeout
+        # we close it first, so that it does not close it just when a request is sent
+        self._kept_by_upstream = float("inf") if seconds is None else max(seconds - 1.0, seconds / 2)
+        if self.idle_timeout < before and self._timer is not None:
+            self._timer.close()
+            self._start_timer(self.idle_timeout)
+
+    @property
     def empty(self) -> bool:
         """Whether it has no connection, and no request waits for one."""
         return not (self.used or self._idle or self._waiters)
 
     def _evict_expired(self) -> None:
         """Close the connections that were idle for too long. Threads do this when they release one."""
-        limit = self.clock() - self.limits.idle_timeout + 0.001
+        limit = self.clock() - self.idle_timeout + 0.001
         while self._idle and self._idle[0].idle_since <= limit:
             self.evict(self._idle[0])
 
@@ -289,7 +314,7 @@ class Pool:
         finally:
             self._timer = None
             if self._idle:
-                self._start_timer(self._idle[0].idle_since + self.limits.idle_timeout - self.clock())
+                self._start_timer(self._idle[0].idle_since + self.idle_timeout - self.clock())
 
     def evict(self, upstream: UpstreamConnection) -> None:
         """Close an idle connection. A failure is logged: it must not keep the caller from the others."""

@@ -15,6 +15,7 @@ from gunicorn_passenger.errors import BadRequestBody, BodyTimeout, ClientDisconn
 from gunicorn_passenger.http.chunked import CHUNKED, encode_chunk, last_chunk
 from gunicorn_passenger.proxy import wire
 from gunicorn_passenger.proxy.downstream import WsgiDownstream
+from gunicorn_passenger.proxy.events import HandlerFailed
 from gunicorn_passenger.proxy.mirror import MirroredRequest
 from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.pool import UpstreamConnection
@@ -30,6 +31,12 @@ _INLINE = 65536
 _DISCARD, _LINGER = 1 << 20, 2.0
 
 
+_READ_BEFORE = (
+    "the program has read the request's body, or a part of it, before the proxy: pass all of it on with "
+    "buffer=io.BytesIO(body), or let the proxy read it"
+)
+
+
 class RequestBodySender:
     """The body of a request, on its way to an upstream."""
 
@@ -42,7 +49,8 @@ class RequestBodySender:
         self._stream = client.body
         # a thread without a hub cannot be woken
         self._seconds = options.timeout if runtime().concurrent else None
-        self._proxy_timeout = options.proxy_timeout
+        self._upstream_timeout = options.upstream_timeout
+        self._max_body = options.max_body
         #: the mirrored request, which gets the same body; feeding it does not block
         self.mirror: MirroredRequest | None = None
         self._mirrored = False
@@ -74,6 +82,13 @@ class RequestBodySender:
             self.started = True
         else:
             self._stream = body
+
+    def check_untouched(self) -> None:
+        """
+        :raises HandlerFailed: when the program has read the body, or a part of it, before the proxy.
+        """
+        if self.length and not (self.started or self.replaced) and self.client.body_was_read:
+            raise HandlerFailed(_READ_BEFORE)
 
     def take_small(self) -> bytes:
         """A small body that has come with its head; otherwise an empty text."""
@@ -142,14 +157,24 @@ class RequestBodySender:
         returns what has come.
         """
         left = self.length
+        most = None if self.replaced else self._max_body
         while left:
             data = self._read(_READ if left < 0 else min(_READ, left))
             if not data:
                 if left > 0:
-                    raise BadRequestBody(f"{left} bytes of the request's body are missing")
+                    if self.client.reports_disconnects:
+                        raise HandlerFailed(_READ_BEFORE)
+                    raise BadRequestBody(
+                        f"{left} bytes of the request's body are missing: the client has not sent them, or "
+                        "the program has read them and has to pass them on with buffer="
+                    )
                 return
             if left > 0:
                 left -= len(data)
+            if most is not None:
+                most -= len(data)
+                if most < 0:
+                    raise BadRequestBody(f"the request's body has more than {self._max_body} bytes", 413)
             yield data
 
     def _run(self, stop_on_response: bool = False) -> None:
@@ -165,7 +190,7 @@ class RequestBodySender:
                     if discarded == 0:
                         if stop_on_response and not stream.is_quiet():
                             return
-                        stream.send(encode_chunk(chunk) if chunked else chunk, self._proxy_timeout)
+                        stream.send(encode_chunk(chunk) if chunked else chunk, self._upstream_timeout)
                         self.chunks_sent += 1
                         continue
                 except OSError:
@@ -178,7 +203,7 @@ class RequestBodySender:
             if discarded:
                 return
             if chunked:
-                stream.send(self._last_chunk(), self._proxy_timeout)
+                stream.send(self._last_chunk(), self._upstream_timeout)
             self.finished = True
         except OSError as error:
             if isinstance(error, ClientDisconnected):
@@ -227,6 +252,9 @@ class NoBodySender:
     finished = sent = replayable = True
     started = replaced = waiting = False
     held = error = mirror = None
+
+    def check_untouched(self) -> None:
+        pass
 
     def take_small(self) -> bytes:
         return b""

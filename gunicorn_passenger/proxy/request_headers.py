@@ -11,6 +11,7 @@ import ipaddress
 import re
 from collections.abc import Collection, Iterable
 from typing import Any
+from urllib.parse import quote
 
 from gunicorn_passenger.errors import BadRequestBody
 from gunicorn_passenger.http.grammar import FIELD_VALUE, TOKEN
@@ -44,6 +45,7 @@ ORIGIN = {
     "x-forwarded-for",
     "x-forwarded-host",
     "x-forwarded-port",
+    "x-forwarded-prefix",
     "x-forwarded-proto",
     "x-real-ip",
 }
@@ -228,9 +230,11 @@ class RequestHeaders:
 class ForwardedInfo:
     """Where a request comes from, as far as the proxy knows it."""
 
-    __slots__ = ("address", "host", "own_scheme", "scheme", "trusted")
+    __slots__ = ("address", "host", "own_scheme", "prefix", "scheme", "trusted")
 
-    def __init__(self, address: str, scheme: str, own_scheme: str, host: str | None, trusted: bool) -> None:
+    def __init__(
+        self, address: str, scheme: str, own_scheme: str, host: str | None, trusted: bool, prefix: str = ""
+    ) -> None:
         """
         :param address: the peer's, as :func:`normal_address` has it; empty on a UNIX socket, whose peers are
             on this machine.
@@ -238,7 +242,10 @@ class ForwardedInfo:
         :param own_scheme: that of the connection itself.
         :param host: the host and port that it asked for.
         :param trusted: whether what it says of other origins is believed.
+        :param prefix: the beginning of the path that the target is not sent, because the program or a table
+            of prefixes has removed it.
         """
+        self.prefix = prefix.rstrip("/")
         self.address = address or "127.0.0.1"
         self.scheme = scheme if trusted else own_scheme
         self.own_scheme = own_scheme
@@ -261,6 +268,8 @@ def upstream_headers(
         host = target.authority
         headers = [header for header in headers if header[0].lower() != "host"]
         headers.insert(0, ("Host" if keep_case else "host", host))
+        if request.upgrade and origin.host:
+            headers = _with_own_origin(headers, origin.host, target)
     if options.xfwd:
         headers = _x_forwarded(headers, options, origin)
     if options.forwarded:
@@ -271,6 +280,20 @@ def upstream_headers(
         headers = [header for header in headers if header[0].lower() not in options.set_headers]
         headers += options.set_headers.values()
     return headers
+
+
+def _with_own_origin(headers: HeaderList, host: str, target: Target) -> HeaderList:
+    """The headers of an upgrade whose Host was changed: an ``Origin`` of the same host is changed with it.
+
+    Many servers accept a WebSocket only from their own pages (RFC 6455 section 10.2), and compare the two
+    headers for that. The origin of another host stays, so that they can refuse it.
+    """
+    return [
+        (name, target.origin)
+        if name.lower() == "origin" and value.lower().partition("://")[2] == host.lower()
+        else (name, value)
+        for name, value in headers
+    ]
 
 
 def with_host(headers: HeaderList, host: str, keep_case: bool) -> HeaderList:
@@ -303,6 +326,7 @@ def _x_forwarded(headers: HeaderList, options: Options, origin: ForwardedInfo) -
         "X-Forwarded-Port": port[1] if port else "443" if scheme == "https" else "80",
         "X-Forwarded-Proto": scheme,
         "X-Forwarded-Host": origin.host or "",
+        "X-Forwarded-Prefix": quote(origin.prefix, safe="/:@!$&'()*+,;=~-._", encoding="latin-1"),
     }
     headers, before = _take(headers, *(name.lower() for name in said))
     if not appends:
@@ -310,7 +334,9 @@ def _x_forwarded(headers: HeaderList, options: Options, origin: ForwardedInfo) -
     for name, own in said.items():
         low = name.lower()
         value = own
-        if low in before:
+        if low == "x-forwarded-prefix":
+            value = before.get(low, "").rstrip("/") + own
+        elif low in before:
             value = before[low] if low == "x-forwarded-host" else f"{before[low]}, {own}"
         if value:
             headers.append((name if options.preserve_header_key_case else low, value))

@@ -7,9 +7,11 @@ Never: takes the host of a request from anything but ``HTTP_HOST``.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes
 
+from gunicorn_passenger.proxy.events import HandlerFailed
 from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.request_headers import HOST, PORT
 from gunicorn_passenger.proxy.target import Target
@@ -92,6 +94,34 @@ def _inside(environ: dict[str, Any], raw: str) -> str:
         if query:
             inside += "?" + query
     return inside if inside[:1] == "/" else "/" + inside
+
+
+def rewritten_path(rewrite: Any, path: str, make_request: Callable[[], Any]) -> str:
+    """The path and query of a request after the option ``rewrite``.
+
+    :param rewrite: a function of the path and the request, or pairs of a pattern and its replacement, of
+        which the first that matches counts.
+    :param path: path and query; the query is kept.
+    :raises HandlerFailed: when the result cannot be sent.
+    """
+    path, mark, query = path.partition("?")
+    if callable(rewrite):
+        try:
+            result = rewrite(path, make_request())
+        except Exception as error:
+            raise HandlerFailed("the function of rewrite= failed") from error
+    else:
+        result = path
+        for pattern, replacement in rewrite:
+            result, count = pattern.subn(replacement, path)
+            if count:
+                break
+    if not isinstance(result, str) or not result.startswith("/") or not _VISIBLE.fullmatch(result):
+        raise HandlerFailed(
+            f"rewrite= makes {result!r} of the path {path!r}: a path begins with '/' and has visible ASCII "
+            "characters alone"
+        )
+    return result + ("&" if mark and "?" in result else mark) + query
 
 
 def target_path(options: Options, target: Target, asked: str, before: str) -> str:

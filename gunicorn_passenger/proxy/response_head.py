@@ -42,6 +42,9 @@ _LONGEST_REMEMBERED = 2048
 #: Status codes of responses that have no body (RFC 9110 section 6.4.1), or switch protocols.
 _NOT_PLAIN = (101, 204, 304)
 
+#: what servers say about idle connections; RFC 2068 section 19.7.1.1 leaves the parameters open
+_KEEP_ALIVE = re.compile(r"(?:^|[,;])[ \t]*timeout=([0-9]{1,6})(?![0-9])", re.IGNORECASE)
+
 # obs-fold, which a proxy replaces by a space (RFC 9112 section 5.2)
 _FOLD = re.compile(rb"\r\n[ \t]+")
 
@@ -50,6 +53,9 @@ class RemembersHead(Protocol):
     """A :class:`~.pool.Pool`."""
 
     last_head: RememberedHead | None
+
+    def keep_idle(self, seconds: float | None) -> None:
+        """:param seconds: how long the upstream keeps an idle connection, if it says so."""
 
 
 class RememberedHead(NamedTuple):
@@ -72,6 +78,7 @@ class ResponseHead:
         "close",
         "dated",
         "headers",
+        "keep_alive",
         "length",
         "line",
         "lines",
@@ -100,6 +107,8 @@ class ResponseHead:
         self.length: int | None = None
         self.chunked = False
         self.upgrade = ""
+        #: seconds for which the upstream keeps the connection when it is idle, if it says so
+        self.keep_alive: float | None = None
         #: the header lines for the client when they go on unchanged, once they were made; and the whole head
         self.lines: bytes | None = None
         self.wire: bytes | None = None
@@ -131,6 +140,8 @@ class ResponseHead:
                         headers.append((name if keep_case else low, value))
                 elif low == "trailer":
                     headers.append((name if keep_case else low, value))
+                elif low == "keep-alive" and (seconds := _KEEP_ALIVE.search(value)):
+                    self.keep_alive = float(seconds[1])
             elif colon and low[:6] != "proxy-":
                 if low == "date":
                     self.dated = True
@@ -178,6 +189,8 @@ def parse_response_head(pool: RemembersHead, data: bytes, keep_case: bool) -> Re
     if last is not None and last.data == data and last.keep_case is keep_case:
         return last.head
     head = ResponseHead(data, keep_case)
+    if head.status >= 200:
+        pool.keep_idle(head.keep_alive)
     if len(data) < _LONGEST_REMEMBERED:
         pool.last_head = RememberedHead(data, keep_case, head)
     return head

@@ -11,11 +11,13 @@ from urllib.parse import urljoin, urlsplit, urlunsplit
 
 from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.request_headers import ForwardedInfo, HeaderList
-from gunicorn_passenger.proxy.target import Target
+from gunicorn_passenger.proxy.target import Target, matches
 
 #: the status codes of responses whose Location is rewritten
 _RELOCATING = {201, 301, 302, 303, 307, 308}
 
+_SECURE = re.compile(r";[ \t]*secure[ \t]*(?:=[^;]*)?(?=;|$)", re.IGNORECASE)
+_SAMESITE = re.compile(r";[ \t]*samesite[ \t]*(?:=[^;]*)?(?=;|$)", re.IGNORECASE)
 _ATTRIBUTE = re.compile(r"(;[ \t]*)(domain|path)[ \t]*=([^;]*)", re.IGNORECASE)
 
 
@@ -29,7 +31,7 @@ def rewrite_headers(
         if low == "location" and status in _RELOCATING:
             result.append((name, location(value, options, target, origin)))
         elif low == "set-cookie":
-            result.append((name, cookie(value, options)))
+            result.append((name, cookie(value, options, origin.prefix)))
         else:
             result.append((name, value))
     return result
@@ -37,22 +39,35 @@ def rewrite_headers(
 
 def location(value: str, options: Options, target: Target, origin: ForwardedInfo) -> str:
     """A redirect to the target itself is made to lead through the proxy; others stay unchanged."""
-    if not (options.host_rewrite or options.auto_rewrite or options.protocol_rewrite):
-        return value
     try:
         parts = urlsplit(value)
-        if not parts.netloc or not _same_host(parts.netloc, parts.scheme, target):
-            return value
     except ValueError:
         return value
-    netloc, scheme = parts.netloc, parts.scheme
-    if options.host_rewrite:
-        netloc = options.host_rewrite
-    elif options.auto_rewrite and origin.host:
-        netloc = origin.host
-    if options.protocol_rewrite:
-        scheme = options.protocol_rewrite
-    return urlunsplit((scheme, netloc, parts.path, parts.query, parts.fragment))
+    netloc, scheme, path = parts.netloc, parts.scheme, parts.path
+    if netloc and _same_host(netloc, scheme, target):
+        if options.host_rewrite:
+            netloc = options.host_rewrite
+        elif options.auto_rewrite and origin.host:
+            netloc = origin.host
+        if options.protocol_rewrite:
+            scheme = options.protocol_rewrite
+    if origin.prefix and path.startswith("/") and netloc in ("", origin.host, options.host_rewrite):
+        path = _prefixed(path, origin.prefix, target.base)
+    if (scheme, netloc, path) == (parts.scheme, parts.netloc, parts.path):
+        return value
+    return urlunsplit((scheme, netloc, path, parts.query, parts.fragment))
+
+
+def _prefixed(path: str, prefix: str, base: str = "") -> str:
+    """A path of the target as the client has to write it.
+
+    :param base: what the proxy puts before the path of a request.
+    """
+    if matches(prefix, path):
+        return path  # the target knows the prefix, such as from X-Forwarded-Prefix
+    if base and matches(base, path):
+        path = path[len(base) :]
+    return prefix + path
 
 
 def _same_host(netloc: str, scheme: str, target: Target) -> bool:
@@ -60,21 +75,30 @@ def _same_host(netloc: str, scheme: str, target: Target) -> bool:
     return netloc.lower().removesuffix(usual) == target.authority.lower().removesuffix(usual)
 
 
-def cookie(value: str, options: Options) -> str:
-    """A ``Set-Cookie`` with its Domain and Path rewritten (RFC 6265 section 5.2)."""
+def cookie(value: str, options: Options, prefix: str = "") -> str:
+    """A ``Set-Cookie`` with its attributes rewritten (RFC 6265 section 5.2).
+
+    :param prefix: the prefix that was removed from the path of the request.
+    """
     rules = {"domain": options.cookie_domain_rewrite, "path": options.cookie_path_rewrite}
 
     def replace(found: re.Match[str]) -> str:
-        mapping = rules[found[2].lower()]
-        if not mapping:
-            return found[0]
+        attribute = found[2].lower()
+        mapping = rules[attribute] or {}
         old = found[3].strip(" \t")
-        new = mapping.get(old.lower() if found[2].lower() == "domain" else old, mapping.get("*"))
+        new = mapping.get(old.lower() if attribute == "domain" else old, mapping.get("*"))
         if new is None:
-            return found[0]
+            if attribute == "domain" or not prefix or not old.startswith("/"):
+                return found[0]
+            new = _prefixed(old, prefix).rstrip("/")
         return f"{found[1]}{found[2]}={new}" if new else ""
 
-    return _ATTRIBUTE.sub(replace, value)
+    value = _ATTRIBUTE.sub(replace, value)
+    if options.cookie_samesite:
+        value = _SAMESITE.sub("", value) + f"; SameSite={options.cookie_samesite}"
+    if options.cookie_secure is not None:
+        value = _SECURE.sub("", value) + ("; Secure" if options.cookie_secure else "")
+    return value
 
 
 def redirect(value: str, target: Target, path: str) -> tuple[Target, str] | None:

@@ -75,7 +75,7 @@ class RoundTrip:
         self.client = client
         self.sender = sender
         self._switching = switching
-        self._seconds = options.proxy_timeout
+        self._seconds = options.upstream_timeout
         self._keep_case = options.preserve_header_key_case
 
     # --- the request -----------------------------------------------------------------------------

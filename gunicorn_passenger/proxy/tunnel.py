@@ -24,7 +24,8 @@ from gunicorn_passenger.proxy.websocket_frames import FrameTracker, close_frame
 
 #: The size of one read, in bytes.
 _READ = 65536
-#: How long the two ends of a WebSocket may take to close it after they were sent a Close, in seconds.
+#: How long the two ends of a WebSocket may take to close it, in seconds, after they were sent a Close or one
+#: of them has ended its side.
 _CLOSING = 2.0
 
 
@@ -256,9 +257,20 @@ class Tunnel:
                     stack.callback(watcher.close)
 
     def on_direction_closed(self) -> None:
-        """Close the tunnel when both directions have ended."""
+        """Close the tunnel when both directions have ended; a WebSocket soon after the first of them.
+
+        A WebSocket has no half-close: a side that ends expects nothing more (RFC 6455 section 7.1.1).
+        """
         if self._up.finished and self._down.finished:
             self.close()
+        elif self._websocket:
+            self._close_soon()
+
+    def _close_soon(self) -> None:
+        if self._timer is not None:
+            self._timer.close()
+        self._timer = get_hub().loop.timer(_CLOSING)
+        self._timer.start(self.close)
 
     def _watch_silence(self, seconds: float) -> None:
         self._timer = get_hub().loop.timer(seconds / 4, seconds / 4)
@@ -282,10 +294,7 @@ class Tunnel:
             if not self.closed:
                 self._up.send_close_frame(masked=True)
             if not self.closed:
-                if self._timer is not None:
-                    self._timer.close()
-                self._timer = get_hub().loop.timer(_CLOSING)
-                self._timer.start(self.close)
+                self._close_soon()
         except Exception as error:
             self.failed(error)
 

@@ -347,20 +347,7 @@ class GeventStream(Stream):
         self.partially_sent = False
         self._sending = True
         self.runtime.send_at_end_of_iteration(self, data)
-        if seconds is not None:
-            self.wait(READ, seconds, client)
-        else:
-            # the same as wait(), with fewer calls: most requests have no timeout of their own
-            switch = getcurrent().switch
-            self._readable.start(switch, _READY)
-            client.watch(switch, _GONE)
-            try:
-                ended = self._hub.switch()
-            finally:
-                self._readable.callback, self._readable.args = self._on_readable, ()
-                client.unwatch()
-            if ended is not _READY:
-                raise DownstreamDisconnected
+        self.wait(READ, seconds, client)
         if self._sending:
             return None
         try:

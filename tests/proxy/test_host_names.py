@@ -5,19 +5,8 @@ import contextlib
 import pytest
 from conditions import wait_for
 from free_ports import free_port
-from proxy_laboratory import Origin, get, laboratory, read_response, request
+from proxy_laboratory import Origin, get, read_response, request
 from upstream_sockets import Upstream, connect
-
-
-@pytest.fixture(scope="module")
-def gunicorn():
-    with laboratory() as lab:
-        yield lab
-
-
-@pytest.fixture
-def lab(gunicorn):
-    return gunicorn.scene()
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def shared():
 
 
 @EVERYWHERE
-@PROTOCOLS
+@pytest.mark.parametrize("protocol", ["tcp"])  # a WebSocket has no half-close
 def test_the_client_says_no_more_and_still_listens(px, where, protocol):
     with tunnel(px, where, protocol) as (client, wire):
         client.send(b"the last")
@@ -65,7 +65,7 @@ def test_the_client_says_no_more_and_still_listens(px, where, protocol):
 
 
 @EVERYWHERE
-@PROTOCOLS
+@pytest.mark.parametrize("protocol", ["tcp"])  # a WebSocket has no half-close
 def test_the_upstream_says_no_more_and_still_listens(px, where, protocol):
     with tunnel(px, where, protocol) as (client, wire):
         wire.send(b"the last")

@@ -42,7 +42,7 @@ NAMING = [
     ROOT / "docs" / name for name in ("architecture.md", "glossary.md", "daemons.md", "http.md", "proxy.md")
 ]
 #: Classes of other libraries.
-OTHERS = frozenset({"ForkingMixIn", "StopIteration", "TypeError", "ValueError"})
+OTHERS = frozenset({"ForkingMixIn", "SameSite", "StopIteration", "TypeError", "ValueError"})
 
 
 def ids(path: Path) -> str:

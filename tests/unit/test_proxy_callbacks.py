@@ -388,7 +388,7 @@ def test_a_side_with_tls_that_fails_ends_the_tunnel(logged, side):
 
 def test_a_copy_that_fails_leaves_nothing(pool, logged, monkeypatch):
     monkeypatch.setattr(GeventStream, "send", fail)
-    mirror.MirroredRequest(parse_target(9), pool, b"GET / HTTP/1.1\r\n\r\n", 0, Options()).start()
+    mirror.MirroredRequest(parse_target(9), pool, b"GET / HTTP/1.1\r\n\r\n", 0, Options(), fail).start()
     until(lambda: not mirror._under_way)
     assert pool.empty
     logged()

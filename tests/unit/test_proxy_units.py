@@ -13,7 +13,7 @@ from websocket_frames import frame
 from gunicorn_passenger.errors import BadResponse, PoolExhausted
 from gunicorn_passenger.proxy import agent as agents
 from gunicorn_passenger.proxy.dial import Dialer, DialSettings
-from gunicorn_passenger.proxy.response_head import ResponseChunks, ResponseHead
+from gunicorn_passenger.proxy.response_head import ResponseChunks, ResponseHead, parse_response_head
 from gunicorn_passenger.proxy.target import parse_target
 from gunicorn_passenger.proxy.upstream_io import GeventStream, runtime
 from gunicorn_passenger.proxy.websocket_frames import FrameTracker, close_frame
@@ -151,19 +151,19 @@ def test_a_send_that_fails_soon_is_known():
 def pool(monkeypatch):
     """A pool of two connections at most; they lead nowhere."""
     gevent.get_hub()
-    fars = []
+    ends = []
 
     def connect(dialer, seconds):
         stream, far = pair()
-        fars.append(far)
+        ends.extend([stream, far])
         return stream
 
     monkeypatch.setattr(Dialer, "connect", connect)
     agent = agents.Agent(max_connections=2, connect_timeout=30)
     yield agent.pool(parse_target(9), DialSettings())
     agent.close()
-    for far in fars:
-        far.close()
+    for end in ends:
+        end.close()
 
 
 def test_a_connection_that_is_given_back_goes_to_who_waits_longest(pool):
@@ -211,6 +211,48 @@ def test_nobody_waits_for_ever(pool):
     with pytest.raises(PoolExhausted, match="all 2 connections are in use"):
         pool.acquire()
     assert pool.used == 2
+
+
+def test_a_connection_that_is_too_old_carries_no_further_request(pool, monkeypatch):
+    pool.limits.max_age = 100
+    now = [0.0]
+    monkeypatch.setattr(pool, "clock", lambda: now[0])
+    one = pool.acquire()
+    now[0] = 99.0
+    pool.release(one)
+    assert pool.acquire() is one
+    now[0] = 100.0
+    pool.release(one)
+    assert pool.empty
+    pool.limits.max_age = None
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [
+        ("timeout=5", 4),
+        ("max=100, timeout=5", 4),
+        ("TIMEOUT=1", 0.5),
+        ("timeout=600", 30),
+        ("max=5", 30),
+        ("", 30),
+    ],
+)
+def test_an_idle_connection_is_kept_no_longer_than_its_target_does(pool, said, seconds):
+    head = f"HTTP/1.1 200 OK\r\nKeep-Alive: {said}\r\nContent-Length: 0\r\n\r\n".encode()
+    parse_response_head(pool, head, False)
+    assert pool.idle_timeout == seconds
+    parse_response_head(pool, b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", False)
+    assert pool.idle_timeout == 30
+
+
+def test_a_shorter_time_counts_for_connections_that_are_idle_already(pool):
+    one = pool.acquire()
+    pool.release(one)
+    pool.keep_idle(0.02)
+    with gevent.Timeout(20):
+        while not pool.empty:
+            gevent.sleep(0.005)
 
 
 def test_a_connection_that_its_target_closes_while_idle_is_closed_here(pool):
