@@ -52,6 +52,8 @@ def spawn(
     on_reload: str = "keep",
     stop_timeout: float = 10.0,
     give_up_after: int = 10,
+    kill_mode: str = "mixed",
+    after: Sequence[str | Daemon] | None = None,
     report: bool = False,
 ) -> Daemon:
     """Run one further process for the whole application, for as long as the application runs.
@@ -75,6 +77,10 @@ def spawn(
     :param on_reload: ``"keep"`` it at a reload (``HUP``), or ``"restart"`` it. A daemon whose
         arguments have changed is always restarted.
     :param stop_timeout: seconds from ``SIGTERM`` to ``SIGKILL``.
+    :param kill_mode: ``"mixed"``: the first process alone gets ``SIGTERM``, and what it leaves behind is
+        killed. ``"group"``: all processes of the daemon get ``SIGTERM``.
+    :param after: the daemons, spawned earlier, that are stopped only when this one has stopped; by default
+        all that were spawned before it.
     :param give_up_after: stop restarting it after so many exits in a row, each within seconds (0: never).
     :param report: for this package's own daemons.
     :returns: its name and address.
@@ -100,6 +106,8 @@ def spawn(
             on_reload=on_reload,
             stop_timeout=stop_timeout,
             give_up_after=give_up_after,
+            kill_mode=kill_mode,
+            after=after,
             report=report,
         )
         spec = build_spec(given, within)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gunicorn_passenger.daemons.sockets import DaemonSockets
+from gunicorn_passenger.daemons.spec import stop_waves
 from gunicorn_passenger.daemons.state import (
     FAILED,
     PAUSING,
@@ -77,6 +78,8 @@ class DaemonLifecycle:
         self._retry_at: float | None = None
         #: until when events of the supervisor are not read (monotonic seconds)
         self._paused_until = 0.0
+        #: whether the supervisor has still to be told of a daemon that is to stop
+        self._stop_due = False
         self._started = False
         #: whether the previous master still runs its daemons
         self.waits_for_master = False
@@ -168,7 +171,7 @@ class DaemonLifecycle:
         )
 
     def stop(self, daemon: DaemonState, then: str, why: str) -> None:
-        """Stop a daemon.
+        """Stop a daemon, soon: with others that are to stop now, it is stopped in their order.
 
         :param then: what to do when it has stopped: ``"start"``, ``"stop"`` or ``"forget"``.
         """
@@ -179,11 +182,23 @@ class DaemonLifecycle:
         if daemon.state != STOPPING:
             daemon.state = STOPPING
             self._broker.log.info("Stopping the daemon %s: %s", daemon.name, why)
+            self._stop_due = True
+            self._broker.wake()
+
+    def _send_stops(self) -> float:
+        """Tell the supervisor which daemons are to stop, those that are stopping already among them.
+
+        :returns: the seconds after which all of them have stopped or are killed.
+        """
+        self._stop_due = False
+        stopping = {d.name: d for d in self._daemons.values() if d.key and d.state == STOPPING}
+        waves = stop_waves(daemon.spec for daemon in stopping.values())
+        if waves and self._supervisor is not None:
             try:
-                assert self._supervisor is not None
-                self._supervisor.stop(daemon.key)
+                self._supervisor.stop([[stopping[spec.name].key for spec in wave] for wave in waves])
             except OSError:
                 self._on_supervisor_lost()
+        return sum(max(spec.stop_timeout for spec in wave) for wave in waves)
 
     def restart(self, daemon: DaemonState, why: str) -> None:
         self.record(daemon, why)
@@ -221,17 +236,22 @@ class DaemonLifecycle:
 
     # --- the end ---------------------------------------------------------------------------------
 
-    def stop_all(self) -> None:
-        """Stop all daemons, and the supervisor after them."""
+    def stop_all(self) -> float:
+        """Stop all daemons, and the supervisor after them.
+
+        :returns: the seconds after which all daemons have stopped or are killed.
+        """
         self.stopping = True
         for daemon in self._daemons.values():
             if daemon.key:
                 daemon.state, daemon.then = STOPPING, "stop"
+        seconds = self._send_stops()
         if self._supervisor is not None:
             try:
-                self._supervisor.stop_all()
+                self._supervisor.exit()
             except OSError:
                 self._on_supervisor_lost()
+        return seconds
 
     def kill_all(self) -> None:
         """Kill the processes that have not stopped in time, and close all sockets."""
@@ -288,6 +308,8 @@ class DaemonLifecycle:
         :returns: when to be called again (monotonic seconds).
         """
         due = []
+        if self._stop_due:
+            self._send_stops()
         if self.waits_for_master:
             if self._sockets.previous_master_runs():
                 due.append(now + _CHECK_INTERVAL)
@@ -341,12 +363,16 @@ class DaemonLifecycle:
         )
 
     def _on_killing(self, daemon: DaemonState, event: Event) -> None:
-        self._broker.log.warning(
-            "Daemon %s has not stopped within %g s (stop_timeout): killing %s processes",
-            daemon.name,
-            daemon.spec.stop_timeout,
-            event["count"],
-        )
+        if event["first"] or daemon.spec.kill_mode == "group":
+            self._broker.log.warning(
+                "Daemon %s has not stopped within %g s (stop_timeout): killing %s processes",
+                daemon.name, daemon.spec.stop_timeout, event["count"],
+            )  # fmt: skip
+        else:
+            self._broker.log.info(
+                "Daemon %s has exited and left %s processes behind, which are killed (kill_mode='mixed')",
+                daemon.name, event["count"],
+            )  # fmt: skip
 
     def _on_stuck(self, daemon: DaemonState, event: Event) -> None:
         self._broker.log.error(

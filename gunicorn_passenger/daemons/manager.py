@@ -21,7 +21,7 @@ from gunicorn_passenger.daemons.lifecycle import DaemonLifecycle
 from gunicorn_passenger.daemons.requested import requested_daemons
 from gunicorn_passenger.daemons.run_as import RunAs, resolve_run_as
 from gunicorn_passenger.daemons.sockets import DaemonSockets
-from gunicorn_passenger.daemons.spec import MAX_DAEMONS, DaemonSpec
+from gunicorn_passenger.daemons.spec import MAX_DAEMONS, DaemonSpec, check_after
 from gunicorn_passenger.daemons.state import FAILED, DaemonState
 from gunicorn_passenger.errors import DaemonError, PassengerError
 from gunicorn_passenger.ipc.messages import DaemonSpawned, Message, RequestDenied, SpawnDaemon
@@ -29,7 +29,7 @@ from gunicorn_passenger.master.grace_timer import GraceTimer
 from gunicorn_passenger.master.service import BrokerService
 from gunicorn_passenger.system import listening_sockets, procfs
 
-#: Seconds that the supervisor has beyond the longest ``stop_timeout`` when gunicorn exits.
+#: Seconds that the supervisor has beyond the daemons' ``stop_timeout`` when gunicorn exits.
 _STOP_MARGIN = 5.0
 
 
@@ -128,6 +128,8 @@ class DaemonManager(BrokerService):
         elif known.spec == spec and known.run_as == run_as:
             if self._generation > known.generation:
                 known.generation = self._generation
+                # in the order in which the reloaded program spawns them
+                self._daemons[spec.name] = self._daemons.pop(spec.name)
                 if spec.on_reload == "restart" or known.state == FAILED:
                     self._lifecycle.restart(known, "restarted by the reload")
             return known
@@ -171,6 +173,7 @@ class DaemonManager(BrokerService):
 
     def _request_by_worker(self, age: int, spec: DaemonSpec) -> DaemonState:
         cfg = self._broker.cfg
+        check_after(spec, self._daemons)
         # with the workers' rights, also where the master has others
         run_as = resolve_run_as(spec, cfg.uid, cfg.gid, cfg.initgroups, trusted=False)
         for item in spec.listen:
@@ -293,15 +296,15 @@ class DaemonManager(BrokerService):
     # --- the end, and forks ----------------------------------------------------------------------
 
     def stop(self) -> None:
-        """Stop all daemons, each within its own ``stop_timeout``.
+        """Stop all daemons, one after the other, each within its own ``stop_timeout``.
 
         Called without the broker's lock, since its thread reads the supervisor's events meanwhile.
         """
+        seconds = 0.0
         with suppress(TimeoutError), self._broker.locked():
-            self._lifecycle.stop_all()
+            seconds = self._lifecycle.stop_all()
         self._broker.wake()
-        longest = max((d.spec.stop_timeout for d in self._daemons.values() if d.key), default=0.0)
-        deadline = time.monotonic() + longest + _STOP_MARGIN
+        deadline = time.monotonic() + seconds + _STOP_MARGIN
         while self._lifecycle.supervised and time.monotonic() < deadline:
             time.sleep(0.02)
         with suppress(TimeoutError), self._broker.locked():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from gunicorn_passenger.daemons import daemon_errors
-from gunicorn_passenger.daemons.spec import DaemonSpec
+from gunicorn_passenger.daemons.spec import DaemonSpec, check_after
 
 
 class RequestedDaemons:
@@ -27,12 +27,12 @@ class RequestedDaemons:
         """gunicorn is reading its configuration, which requests its daemons again at every reload.
 
         :raises errors.DaemonError: for a name that is used twice.
+        :raises errors.SettingError: when ``after`` names an unknown daemon.
         """
         module = sys.modules.get("__config__")
         if module is not self._reading_module:
             self._reading, self._reading_module = [], module
-        if any(other.name == spec.name for other in self._reading):
-            raise daemon_errors.duplicate_daemon_name(spec.name)
+        _check_names(spec, self._reading)
         self._reading.append(spec)
 
     def add_persistent(self, spec: DaemonSpec, trusted: bool) -> None:
@@ -40,12 +40,12 @@ class RequestedDaemons:
 
         :param trusted: whether the operator requests it, and not the program.
         :raises errors.DaemonError: for a name that is used twice.
+        :raises errors.SettingError: when ``after`` names an unknown daemon.
         """
         if (spec, trusted) in self._persistent:
             return  # a hook that gunicorn calls more than once
         known = [*self._from_config, *self._reading, *(other for other, _ in self._persistent)]
-        if any(other.name == spec.name for other in known):
-            raise daemon_errors.duplicate_daemon_name(spec.name)
+        _check_names(spec, known)
         self._persistent.append((spec, trusted))
 
     def commit_config(self) -> None:
@@ -64,6 +64,13 @@ class RequestedDaemons:
     def all(self) -> list[tuple[DaemonSpec, bool]]:
         """Each spec, and whether the operator requested it."""
         return [*((spec, True) for spec in self._from_config), *self._persistent]
+
+
+def _check_names(spec: DaemonSpec, known: list[DaemonSpec]) -> None:
+    names = [other.name for other in known]
+    if spec.name in names:
+        raise daemon_errors.duplicate_daemon_name(spec.name)
+    check_after(spec, names)
 
 
 requested_daemons = RequestedDaemons()

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -32,6 +33,11 @@ MAX_STOP_TIMEOUT = 3600.0
 MAX_MESSAGE = 4096
 
 ON_RELOAD = ("keep", "restart")
+KILL_MODES = ("mixed", "group")
+
+#: A word of a command line that only a shell understands: an operator, a redirection, a variable, "a;". Not
+#: one with quotes, which may be a text, or the script in ``sh -c "exec $COMMAND"``.
+_SHELL_WORD = re.compile(r"""&&?|\|\|?|\d*[<>].*|[^'"]*;|[^'"]*(\$[A-Za-z_({]|`)[^'"]*""")
 
 #: Runs a Python function in a separate interpreter.
 _FUNCTION_RUNNER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "function_runner.py")
@@ -70,6 +76,10 @@ class DaemonSpec:
     on_reload: str = "keep"
     stop_timeout: float = 10.0
     give_up_after: int = 10
+    #: which processes get SIGTERM: the first one ("mixed") or all ("group")
+    kill_mode: str = "mixed"
+    #: the daemons that are stopped only after this one; ``None`` for all that were spawned before it
+    after: tuple[str, ...] | None = None
     #: the ports that the program limits itself to; empty for all allocated ports
     within: str = ""
     #: whether the daemon may ask the master for reports
@@ -88,7 +98,9 @@ class DaemonSpec:
             values = json.loads(text)
             listen = tuple(DaemonListen(**item) for item in values.pop("listen"))
             env = tuple((name, value) for name, value in values.pop("env"))
-            spec = cls(listen=listen, env=env, command=tuple(values.pop("command")), **values)
+            after = values.pop("after")
+            after = None if after is None else tuple(after)
+            spec = cls(listen=listen, env=env, command=tuple(values.pop("command")), after=after, **values)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise errors.SettingError(
                 "the worker sent a malformed daemon specification (different versions?)"
@@ -119,7 +131,7 @@ def _check(spec: DaemonSpec) -> None:
     """
     for parameter, kind in (
         ("name", str), ("shown", str), ("cwd", str), ("user", str), ("group", str), ("on_reload", str),
-        ("within", str), ("report", bool), ("give_up_after", int),
+        ("within", str), ("report", bool), ("give_up_after", int), ("kill_mode", str),
     ):  # fmt: skip
         if type(getattr(spec, parameter)) is not kind:
             raise daemon_errors.bad_daemon(
@@ -143,6 +155,10 @@ def _check(spec: DaemonSpec) -> None:
         raise daemon_errors.bad_daemon("cwd", spec.cwd, "it is not an absolute path")
     if spec.on_reload not in ON_RELOAD:
         raise daemon_errors.bad_daemon("on_reload", spec.on_reload, "use 'keep' or 'restart'")
+    if spec.kill_mode not in KILL_MODES:
+        raise daemon_errors.bad_daemon("kill_mode", spec.kill_mode, "use 'mixed' or 'group'")
+    if not all(isinstance(after, str) for after in spec.after or ()):
+        raise daemon_errors.bad_daemon("after", spec.after, "use a list of daemons' names")
     timeout = spec.stop_timeout
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or math.isnan(timeout):
         raise daemon_errors.bad_daemon("stop_timeout", timeout, "it is not a number of seconds")
@@ -179,6 +195,37 @@ def _check_listen(item: DaemonListen) -> None:
         raise daemon_errors.bad_daemon("listen", item.kind[:40], "it is an unknown kind of address")
 
 
+def check_after(spec: DaemonSpec, names: Iterable[str]) -> None:
+    """Check that ``after`` names daemons that were spawned earlier.
+
+    :param names: of those.
+    :raises errors.SettingError: names the unknown daemon.
+    """
+    for unknown in sorted(set(spec.after or ()) - set(names)):
+        raise daemon_errors.bad_daemon(
+            "after", unknown, f"{spec.name!r} can only name daemons that were spawned before it"
+        )
+
+
+def stop_waves(specs: Iterable[DaemonSpec]) -> list[list[DaemonSpec]]:
+    """The order in which daemons stop: each wave when the one before it has stopped.
+
+    :param specs: in the order of ``spawn()``.
+    """
+    waves: list[list[DaemonSpec]] = []
+    stopped_in: dict[str, int] = {}
+    later: list[DaemonSpec] = []
+    for spec in reversed(list(specs)):
+        earliest = [
+            stopped_in[other.name] + 1 for other in later if other.after is None or spec.name in other.after
+        ]
+        stopped_in[spec.name] = number = max(earliest, default=0)
+        waves += [[] for _ in range(number + 1 - len(waves))]
+        waves[number].append(spec)
+        later.append(spec)
+    return waves
+
+
 def _is_numeric(host: str) -> bool:
     for family in (socket.AF_INET, socket.AF_INET6):
         with suppress(OSError, ValueError):
@@ -205,6 +252,8 @@ class SpawnArguments:
     on_reload: object = "keep"
     stop_timeout: object = 10.0
     give_up_after: object = 10
+    kill_mode: object = "mixed"
+    after: object = None
     report: bool = False
 
 
@@ -244,6 +293,8 @@ def build_spec(given: SpawnArguments, within: str = "") -> DaemonSpec:
         on_reload=given.on_reload,  # type: ignore[arg-type]
         stop_timeout=given.stop_timeout,  # type: ignore[arg-type]
         give_up_after=given.give_up_after,  # type: ignore[arg-type]
+        kill_mode=given.kill_mode,  # type: ignore[arg-type]
+        after=_after(given.after),
         within=within,
         report=given.report,
     )
@@ -255,8 +306,13 @@ def _command(target: object) -> list[str]:
     if isinstance(target, str):
         try:
             words = shlex.split(target)
+            quoted = shlex.split(target, posix=False)
         except ValueError as error:
             raise daemon_errors.bad_daemon("target", target, str(error).lower()) from None
+        for word in filter(_SHELL_WORD.fullmatch, quoted):
+            raise daemon_errors.bad_daemon(
+                "target", target, f"only a shell understands {word!r}; use ['sh', '-c', '...']"
+            )
     elif isinstance(target, list | tuple):
         words = _texts(target)
     else:
@@ -291,8 +347,10 @@ def _call(target: Any, args: list[object] | tuple[object, ...]) -> tuple[dict[st
             name, "it is a method of an object, which exists only in this process"
         )
     file = ""
-    if module in ("__main__", "__config__"):
-        owner = getattr(target, "__globals__", None) or vars(sys.modules[module])
+    owner = getattr(target, "__globals__", None) or getattr(sys.modules.get(module), "__dict__", {})
+    if module == "__main__" and owner.get("__spec__") is not None:
+        module = owner["__spec__"].name  # python -m: the file alone could not import from its package
+    elif module in ("__main__", "__config__"):
         file = owner.get("__file__") or ""
         if not file:
             raise daemon_errors.not_importable(name, "its module has no file")
@@ -310,12 +368,11 @@ def _call(target: Any, args: list[object] | tuple[object, ...]) -> tuple[dict[st
 
 
 def _own_path() -> list[str]:
-    """The entries of ``sys.path`` that a new interpreter would not have."""
+    """The entries of ``sys.path`` that a new interpreter would not have, such as the script's directory."""
     given = {os.path.abspath(item) for item in os.environ.get("PYTHONPATH", "").split(os.pathsep) if item}
     system = tuple({os.path.join(prefix, "lib") for prefix in (sys.prefix, sys.base_prefix, sys.exec_prefix)})
-    scripts = os.path.dirname(os.path.abspath(sys.argv[0])) if sys.argv and sys.argv[0] else ""
     own = [os.path.abspath(item) for item in sys.path]
-    return [p for p in own if p not in given and p != scripts and not p.startswith(system)]
+    return [p for p in own if p not in given and not p.startswith(system)]
 
 
 def _listen(value: object) -> list[DaemonListen]:
@@ -335,6 +392,14 @@ def _one(item: object) -> DaemonListen:
     if isinstance(want, address.Auto):
         return DaemonListen("auto", address.resolve(want.host, 0)[1])
     return DaemonListen("tcp", address.resolve(want.host, want.port)[1], want.port)
+
+
+def _after(value: object) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple):
+        raise daemon_errors.bad_daemon("after", value, "use a list of daemons' names")
+    return tuple(str(getattr(item, "name", item)) for item in value)
 
 
 def _path(cwd: object) -> str:

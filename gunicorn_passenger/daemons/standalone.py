@@ -12,7 +12,7 @@ from typing import Any
 
 from gunicorn_passenger.daemons import daemon_errors
 from gunicorn_passenger.daemons.run_as import resolve_run_as
-from gunicorn_passenger.daemons.spec import DaemonSpec
+from gunicorn_passenger.daemons.spec import DaemonSpec, check_after, stop_waves
 from gunicorn_passenger.daemons.supervisor_client import DaemonSocket, SupervisorClient, open_daemon_socket
 from gunicorn_passenger.serving import standalone
 from gunicorn_passenger.system import unpatched
@@ -26,8 +26,8 @@ class StandaloneDaemons:
     def __init__(self) -> None:
         self._supervisor: Any = None
         self._sockets: list[DaemonSocket] = []
-        #: names by the supervisor's key
-        self._names: dict[str, str] = {}
+        #: by the supervisor's key, in the order of spawn()
+        self._specs: dict[str, DaemonSpec] = {}
 
     def spawn(self, spec: DaemonSpec) -> tuple[str, int] | str | None:
         """Start a daemon.
@@ -35,8 +35,10 @@ class StandaloneDaemons:
         :returns: the address of its first socket.
         :raises PassengerError: when it cannot be started.
         """
-        if spec.name in self._names.values():
+        names = [known.name for known in self._specs.values()]
+        if spec.name in names:
             raise daemon_errors.duplicate_daemon_name(spec.name)
+        check_after(spec, names)
         spec.find_command(dict(spec.env).get("PATH", os.environ.get("PATH")))
         run_as = resolve_run_as(spec, os.geteuid(), os.getegid(), False, True)
         listening: list[DaemonSocket] = []
@@ -58,7 +60,7 @@ class StandaloneDaemons:
             for one in listening:
                 one.close(unlink=True)
             raise
-        self._names[key] = spec.name
+        self._specs[key] = spec
         self._sockets += listening
         first = listening[0] if listening else None
         return None if first is None else str(first) if first.path else (first.host, first.port)
@@ -66,7 +68,8 @@ class StandaloneDaemons:
     def _print_output(self) -> None:
         """The thread that prints the daemons' output to standard error."""
         while (event := self._supervisor.receive()) is not None:
-            name = self._names.get(event.get("key", ""), "")
+            spec = self._specs.get(event.get("key", ""))
+            name = spec.name if spec is not None else ""
             lines = event.get("lines", [])
             if event["event"] == "exited":
                 lines = [f"{event['how']}; it is started again"] if "pause" in event else [event["how"]]
@@ -78,8 +81,12 @@ class StandaloneDaemons:
 
     def _stop(self) -> None:
         """Stop the daemons and wait for the supervisor: their ports are free when the program has exited."""
+        keys = {spec.name: key for key, spec in self._specs.items()}
         with suppress(OSError):
-            self._supervisor.stop_all()
+            self._supervisor.stop(
+                [[keys[spec.name] for spec in wave] for wave in stop_waves(self._specs.values())]
+            )
+            self._supervisor.exit()
         for one in self._sockets:
             one.close(unlink=True)
         with suppress(OSError, ChildProcessError):

@@ -80,7 +80,7 @@ class SupervisedProcess:
         """
         :param key: the master's name for this daemon, in the environment of all its processes.
         :param spec: ``command``, ``env``, ``cwd``, ``ids`` (uid, gid, groups; or nothing), ``names`` (of the
-            sockets), ``stop_timeout`` (seconds), ``give_up_after`` (quick exits in a row).
+            sockets), ``stop_timeout`` (seconds), ``kill_mode``, ``give_up_after`` (quick exits in a row).
         """
         self.key = key
         self.mark = f"PASSENGER_DAEMON_KEY={key}".encode()
@@ -122,7 +122,11 @@ class Supervisor:
         self.channel = channel
         self.daemons: dict[str, SupervisedProcess] = {}
         self.unsent: deque[bytes] = deque()
-        self.stopping = False
+        #: What the master wants stopped: lists of waves, each a list of keys. The daemons of a wave are
+        #: stopped when those of the wave before it have stopped.
+        self.stop_plans: list[list[list[str]]] = []
+        #: whether the supervisor exits when it has no daemon left
+        self.exiting = False
         self.master_exited = False
         self._wake_read, self._wake_write = os.pipe()
         for fd in (self._wake_read, self._wake_write):
@@ -146,13 +150,8 @@ class Supervisor:
         try:
             _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         except OSError as error:
-            self.send_event(
-                {
-                    "event": "warning",
-                    "text": f"processes that a daemon leaves behind cannot be found: {error}",
-                }
-            )
-        while not (self.stopping and not self.daemons):
+            self.warn(f"processes that a daemon leaves behind cannot be found: {error}")
+        while not (self.exiting and not self.daemons):
             self.round()
         self.kill_stragglers()
         while self.unsent and not self.master_exited:
@@ -193,6 +192,7 @@ class Supervisor:
                 self.start(daemon)
             if daemon.kill_at is not None and now >= daemon.check_at:
                 self.check_exited(daemon, now)
+        self.follow_stop_plans()
 
     def timeout(self) -> float | None:
         """Milliseconds until the next timer expires."""
@@ -221,17 +221,12 @@ class Supervisor:
             self.on_master_exit()
             return
         message = json.loads(data)
-        verb, daemon = message["command"], self.daemons.get(message.get("key", ""))
-        if verb == "start":
+        if message["command"] == "start":
             self.add_daemon(message, list(fds))
-        elif verb == "stop_all":
-            self.stopping = True
-            for each in list(self.daemons.values()):
-                self.stop(each, each.spec["stop_timeout"])
-        elif (
-            daemon is not None
-        ):  # "stop"; otherwise it has stopped already, and the master will read the event
-            self.stop(daemon, daemon.spec["stop_timeout"])
+        elif message["command"] == "stop":
+            self.stop_plans.append(message["waves"])
+        else:
+            self.exiting = True
 
     def add_daemon(self, message: dict[str, Any], fds: list[int]) -> None:
         """A new daemon. The descriptors: a file with its spec, its sockets, and a socket for reports."""
@@ -245,7 +240,7 @@ class Supervisor:
 
     def on_master_exit(self) -> None:
         """The master has exited: stop everything, quickly."""
-        self.master_exited = self.stopping = True
+        self.master_exited = self.exiting = True
         self.unsent.clear()
         for daemon in list(self.daemons.values()):
             self.stop(daemon, min(MASTER_EXIT_TIMEOUT, daemon.spec["stop_timeout"]))
@@ -290,9 +285,7 @@ class Supervisor:
             for fd in opened:
                 os.close(fd)
             # too many processes or descriptors: treated as an immediate exit
-            self.send_event(
-                {"event": "warning", "text": f"cannot start a process for a daemon: {error.strerror}"}
-            )
+            self.warn(f"cannot start a process for a daemon: {error.strerror}")
             daemon.failure = f"cannot be started: {error.strerror}"
             daemon.started = daemon.ended = time.monotonic()
             self.on_all_exited(daemon)
@@ -334,7 +327,10 @@ class Supervisor:
                 if daemon.failure_pipe >= 0:
                     self.read_failure(daemon)
                 daemon.status = status
-                if daemon.kill_at is None:
+                if daemon.kill_at is not None:
+                    if daemon.spec["kill_mode"] == "mixed":
+                        daemon.kill_at = min(daemon.kill_at, daemon.ended)
+                else:
                     # its other processes are stopped, too
                     left = processes_of(daemon)
                     if left and not daemon.failure:
@@ -342,7 +338,10 @@ class Supervisor:
                     self.stop(daemon, daemon.spec["stop_timeout"], for_good=False)
 
     def stop(self, daemon: SupervisedProcess, timeout: float, for_good: bool = True) -> None:
-        """Send SIGTERM to all processes of a daemon, and kill those that are left after ``timeout`` seconds.
+        """Send SIGTERM to a daemon, and kill the processes that are left after ``timeout`` seconds.
+
+        With the kill mode "mixed", the first process alone gets SIGTERM, as with systemd's ``KillMode=mixed``
+        (systemd.kill(5)): it stops its own children in its own way. What it leaves behind is killed.
 
         :param for_good: otherwise it is started again afterwards.
         """
@@ -353,12 +352,26 @@ class Supervisor:
             daemon.kill_at = min(daemon.kill_at, deadline)
             return
         daemon.kill_at, daemon.killing = deadline, False
-        for pid in processes_of(daemon):
+        first_runs = daemon.pid and daemon.status is None
+        first_only = first_runs and daemon.spec["kill_mode"] == "mixed"
+        for pid in [daemon.pid] if first_only else processes_of(daemon):
             with suppress(OSError):
                 os.kill(pid, signal.SIGTERM)
                 # a process under SIGSTOP would not receive it
                 os.kill(pid, signal.SIGCONT)
         self.check_exited(daemon, time.monotonic())
+
+    def follow_stop_plans(self) -> None:
+        """Stop the daemons of each plan's first wave; the next wave is due when they have stopped."""
+        for plan in self.stop_plans:
+            while plan:
+                for daemon in [self.daemons[key] for key in plan[0] if key in self.daemons]:
+                    if not daemon.stopped_for_good:
+                        self.stop(daemon, daemon.spec["stop_timeout"])
+                if any(key in self.daemons for key in plan[0]):
+                    break
+                del plan[0]
+        self.stop_plans = [plan for plan in self.stop_plans if plan]
 
     def check_exited(self, daemon: SupervisedProcess, now: float) -> None:
         """Check whether the processes of a stopping daemon have exited."""
@@ -371,7 +384,10 @@ class Supervisor:
         if now >= daemon.kill_at:
             if left and not daemon.killing:
                 daemon.killing = True
-                self.send_event({"event": "killing", "key": daemon.key, "count": len(left)})
+                first_left = daemon.pid in left
+                self.send_event(
+                    {"event": "killing", "key": daemon.key, "count": len(left), "first": first_left}
+                )
             # repeatedly: one of them may have started another meanwhile
             for pid in left:
                 with suppress(OSError):

@@ -99,6 +99,7 @@ class SupervisorClient:
             "ids": [run_as.uid, run_as.gid, run_as.groups] if run_as.changes else [],
             "names": [spec.name for _ in listening],
             "stop_timeout": spec.stop_timeout,
+            "kill_mode": spec.kill_mode,
             "give_up_after": spec.give_up_after,
         }
         with os.fdopen(os.memfd_create("gunicorn-passenger-daemon"), "wb") as file:
@@ -112,15 +113,18 @@ class SupervisorClient:
         self._keys.append(key)
         return key
 
-    def stop(self, key: str) -> None:
-        """Stop a daemon; the event ``stopped`` follows."""
-        self._send({"command": "stop", "key": key})
+    def stop(self, waves: list[list[str]]) -> None:
+        """Stop daemons, given by key; the event ``stopped`` follows for each.
 
-    def stop_all(self) -> None:
-        """Stop all daemons; then the supervisor exits."""
-        self._send({"command": "stop_all"})
+        :param waves: the daemons of a wave stop together, when those of the wave before have stopped.
+        """
+        self._send({"command": "stop", "waves": waves})
 
-    def _send(self, message: dict[str, str], fds: Iterable[int] = ()) -> None:
+    def exit(self) -> None:
+        """Have the supervisor exit as soon as no daemon is left."""
+        self._send({"command": "exit"})
+
+    def _send(self, message: dict[str, Any], fds: Iterable[int] = ()) -> None:
         numbers = array.array("i", fds)
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers)] if numbers else []
         self._sock.sendmsg([json.dumps(message).encode()], ancillary, socket.MSG_NOSIGNAL)

@@ -18,6 +18,8 @@ BAD = [
     ("'sleep 9', listen='nowhere'", "cannot listen on 'nowhere': it has no port"),
     ("''", "the command is empty"),
     ("'sh \"'", "no closing quotation"),
+    ("'sleep 9 > log && true'", "only a shell understands '>'; use ['sh', '-c', '...']"),
+    ("'sleep $SECONDS'", "only a shell understands '$SECONDS'"),
     ("3", "use a command line, a list of strings or a function"),
     ("lambda: 1", "it is a lambda"),
     ("(lambda: [f for f in [lambda: 1]])()[0]", "it is a lambda"),
