@@ -1,4 +1,4 @@
-"""The command line: ``gunicorn-passenger start``, ``ports``, ``status``, ``restart`` and ``stop``.
+"""The command line: ``gunicorn-passenger start``, ``ports``, ``status``, ``health``, ``restart``, ``stop``.
 
 Process: the command line; ``start`` becomes the gunicorn master. Never: show a traceback for an error that
 the user can correct.
@@ -10,9 +10,12 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from gunicorn_passenger._version import __version__
+from gunicorn_passenger.config.address import tcp_ports
 from gunicorn_passenger.config.port_allocation import format_ports
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.errors import PassengerError
@@ -22,37 +25,48 @@ from gunicorn_passenger.system.text import printable
 
 _USAGE = """usage: gunicorn-passenger start SCRIPT [gunicorn's options]
        gunicorn-passenger ports [--json]
-       gunicorn-passenger status [--json] [--watch]
+       gunicorn-passenger status [--json] [--watch] [--app PID|NAME]
+       gunicorn-passenger health [--app PID|NAME]
        gunicorn-passenger restart|stop NAME [--app PID|NAME]
 
 start   run an unmodified script (its last line is serve_forever(), app.run() ...) under gunicorn:
         the first server that listens becomes the one that the web server reaches, on a UNIX socket
         (-b; by default a socket in the runtime directory)
-ports   list the ports allocated to this account: which are free, and which process holds each of the others
+ports   list the ports allocated to this account: which are free, and which server, daemon or process
+        holds each of the others
 status  show the running applications of this account: master and workers, servers, daemons, ports and
         recent events
+health  exit with status 0 while each running application has a worker that serves, otherwise with 1
 restart, stop
-        restart or stop a daemon or a server, by its name (--app chooses the application where several
-        have one of that name)
+        restart or stop a daemon or a server, given by its name, address or port (--app chooses the
+        application where several have one of that name)
 """
+
+_APP = "only the application with this pid or name"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = sys.argv[1:] if argv is None else argv
-    command = arguments[0] if arguments else ""
     try:
-        if command == "start":
-            return _start(arguments[1:])
-        if command == "ports":
-            return _ports(arguments[1:])
-        if command == "status":
-            return _status(arguments[1:])
-        if command in ("restart", "stop"):
-            return _command(command, arguments[1:])
+        status = _run(arguments[0] if arguments else "", arguments[1:])
+        sys.stdout.flush()
+        return status
     except PassengerError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # the reader (head, less) has closed the pipe; Python would report that again when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    commands = {"start": _start, "ports": _ports, "status": _status, "health": _health}
+    if command in commands:
+        return commands[command](arguments)
+    if command in ("restart", "stop"):
+        return _command(command, arguments)
     if command in ("-h", "--help", "help"):
         print(_USAGE, end="")
         return 0
@@ -82,45 +96,51 @@ def _start(arguments: list[str]) -> int:
 
 
 def _ports(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="gunicorn-passenger ports", description="List the ports allocated to this account."
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(arguments)
+    options = _parse("ports", "List the ports allocated to this account.", arguments, "json")
     found = port_report()
     if options.json:
         print(json.dumps(found, indent=2))
     else:
-        # other users choose the names of the processes that hold ports
+        # programs and other users choose the names of what holds ports
         print("\n".join(printable(line) for line in _port_lines(found)))
     return 0
 
 
 def _status(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="gunicorn-passenger status", description="Show the running applications of this account."
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--watch", action="store_true", help="update every second, until Ctrl-C")
-    options = parser.parse_args(arguments)
-    return terminal.status(options.json, options.watch)
+    text = "Show the running applications of this account."
+    options = _parse("status", text, arguments, "json", "watch", "app")
+    return terminal.status(options.json, options.watch, options.app)
+
+
+def _health(arguments: list[str]) -> int:
+    text = "Exit with status 0 while each running application has a worker that serves, otherwise with 1."
+    return terminal.health_check(_parse("health", text, arguments, "app").app)
 
 
 def _command(verb: str, arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog=f"gunicorn-passenger {verb}", description=f"{verb.capitalize()} a daemon or a server."
-    )
-    parser.add_argument("name", metavar="NAME", help="as 'gunicorn-passenger status' lists it")
-    parser.add_argument(
-        "--app", default="", metavar="PID|NAME", help="the application, where several use that name"
-    )
-    options = parser.parse_args(arguments)
+    options = _parse(verb, f"{verb.capitalize()} a daemon or a server.", arguments, "name", "app")
     print(control_client.command(verb, options.name, options.app))
     return 0
 
 
+def _parse(command: str, text: str, arguments: list[str], *wanted: str) -> argparse.Namespace:
+    """:param wanted: the options and arguments that the command takes."""
+    parser = argparse.ArgumentParser(prog=f"gunicorn-passenger {command}", description=text)
+    if "name" in wanted:
+        parser.add_argument(
+            "name", metavar="NAME", help="its name, address or port, as 'gunicorn-passenger status' lists it"
+        )
+    if "json" in wanted:
+        parser.add_argument("--json", action="store_true", help="print JSON")
+    if "watch" in wanted:
+        parser.add_argument("--watch", action="store_true", help="update every second, until Ctrl-C")
+    if "app" in wanted:
+        parser.add_argument("--app", default="", metavar="PID|NAME", help=_APP)
+    return parser.parse_args(arguments)
+
+
 def port_report() -> dict[str, Any]:
-    """What ``ports`` prints: the account, its port allocation, and which of those ports are taken.
+    """What ``ports`` prints: the account, its port allocation, which of those ports are taken, and by what.
 
     Without a port allocation, ``taken`` lists the ports that this account's own programs hold.
 
@@ -132,6 +152,7 @@ def port_report() -> dict[str, Any]:
     mine = {port for port, entries in listening.items() if any(u == os.geteuid() for _, u in entries)}
     shown = taken & allocation.ports if allocation.limited else mine
     found = port_owner.owners_of(shown)
+    holders = _holders(found)
     return {
         "account": allocation.account,
         "limited": allocation.limited,
@@ -139,10 +160,41 @@ def port_report() -> dict[str, Any]:
         "set_by": [layer.source for layer in allocation.layers],
         "free": format_ports(allocation.ports - taken) if allocation.limited else None,
         "taken": [
-            {"port": port, "by": owner.name or None, "pid": owner.pid, "user": owner.user}
+            {
+                "port": port,
+                "by": owner.name or None,
+                "pid": owner.pid,
+                "user": owner.user,
+                **holders.get(port, {"application": None, "server": None, "daemon": None}),
+            }
             for port, owner in sorted(found.items())
         ],
     }
+
+
+def _holders(owners: Mapping[int, port_owner.PortOwner]) -> dict[int, dict[str, str | None]]:
+    """Which server or daemon of which running application has a port.
+
+    A daemon may have opened its port itself: then it belongs to a process of the daemon's session.
+    """
+    found: dict[int, dict[str, str | None]] = {}
+    sessions = {port: _session(owner.pid) for port, owner in owners.items() if owner.pid is not None}
+    for instance in control_client.running():
+        report = instance.report or {}
+        for kind in ("server", "daemon"):
+            for entry in report.get(f"{kind}s", ()):
+                holder = {"application": instance.name, "server": None, "daemon": None, kind: entry["name"]}
+                ports = tcp_ports(entry["address"] or "")
+                if kind == "daemon" and entry["pid"]:
+                    ports |= {port for port, session in sessions.items() if session == entry["pid"]}
+                found |= dict.fromkeys(ports & set(owners), holder)
+    return found
+
+
+def _session(pid: int) -> int | None:
+    with suppress(OSError):
+        return os.getsid(pid)
+    return None
 
 
 def _port_lines(report: dict[str, Any]) -> list[str]:
@@ -156,6 +208,9 @@ def _port_lines(report: dict[str, Any]) -> list[str]:
         lines.append("taken      none")
     for index, entry in enumerate(report["taken"]):
         owner = f"{entry['by']} (pid {entry['pid']}, user {entry['user']})" if entry["pid"] else entry["user"]
+        for kind in ("server", "daemon"):
+            if entry[kind]:
+                owner = f"{kind} {entry[kind]} of {entry['application']}: {owner}"
         lines.append(f"{'taken' if index == 0 else '':9}  {entry['port']}  by {owner}")
     return lines
 

@@ -171,6 +171,8 @@ class Worker(GeventWorker):
             broker.on_bind_claimed = self._on_bind_claimed
             registry.run_as_worker(self, broker)
             self._socket_patch = socket_patch.install(registry)
+            # before the program starts a server that shows its metrics
+            prometheus_multiproc.directory.sum_in_worker()
             # GeventWorker.init_process would patch and wrap again; its parent does the rest
             super(GeventWorker, self).init_process()
         except PassengerError as error:
@@ -249,8 +251,8 @@ class Worker(GeventWorker):
         self._warn_of_unmanaged_listeners()
         os.register_at_fork(after_in_child=registry.acceptors.leave_to_parent)
         assert registry.broker is not None
-        all_binds = not isinstance(registry.primary, ThirdPartyServer)
-        registry.broker.announce_ready(self._primary_server_name(), all_binds)
+        serves_primary = not isinstance(registry.primary, ThirdPartyServer)
+        registry.broker.announce_ready(self._primary_server_name(), serves_primary)
         events.emit("ready", self, self.log)
         while self.alive:
             if os.getpid() != self.pid:

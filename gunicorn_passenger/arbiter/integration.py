@@ -36,6 +36,7 @@ def install_hooks(cfg: Any) -> None:
     hook_chain.before(cfg, "when_ready", ready)
     hook_chain.before(cfg, "on_reload", reloaded)
     hook_chain.after(cfg, "pre_fork", _mark_forking)
+    hook_chain.before(cfg, "post_worker_init", _sum_metrics)
     hook_chain.before(cfg, "child_exit", _on_worker_reaped)
     hook_chain.after(cfg, "pre_exec", _export_upgrade_state)
     hook_chain.before(cfg, "on_exit", _finish)
@@ -79,7 +80,8 @@ def _start(listening: list[Any], cfg: Any, log: Any, channels: bool = True) -> B
     control = ControlServer(broker)
     control.open()
     broker.loop.add(control)
-    _daemons[:] = [DaemonManager(broker, prometheus_multiproc.directory.environment)]
+    environment = prometheus_multiproc.directory.environment
+    _daemons[:] = [DaemonManager(broker, environment, control.watch_reports)]
     broker.loop.add(_daemons[0])
     if channels:
         _log_startup_notes(listening, broker, log, cfg)
@@ -259,6 +261,10 @@ def _refresh(arbiter: Any, broker: Broker | None) -> None:
     elif _daemons:
         with suppress(TimeoutError), broker.locked():
             _daemons[0].refresh()
+
+
+def _sum_metrics(_worker: Any) -> None:
+    prometheus_multiproc.directory.sum_in_worker()
 
 
 def _on_worker_reaped(_arbiter: Any, worker: Any) -> None:

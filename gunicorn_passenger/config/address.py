@@ -77,6 +77,12 @@ def format_sockname(name: SockAddr | str | bytes) -> str:
     return f"unix:{name}" if isinstance(name, str) else format_tcp(name[0], name[1])
 
 
+def tcp_ports(addresses: str) -> set[int]:
+    """The TCP ports in the addresses of a server or a daemon, as the report has them: divided by ``", "``."""
+    numbers = {one.rpartition(":")[2] for one in addresses.split(", ") if not one.startswith("unix:")}
+    return {int(number) for number in numbers if number.isdecimal()}
+
+
 def parse(address: object, host: str = "127.0.0.1") -> Address:
     """Parse the address that ``listen()`` was given.
 

@@ -31,6 +31,7 @@ from gunicorn_passenger.daemons.state import (
 )
 from gunicorn_passenger.daemons.supervisor_client import SupervisorClient
 from gunicorn_passenger.errors import PassengerError
+from gunicorn_passenger.master.broker import Broker
 from gunicorn_passenger.system.text import printable
 
 #: Lines of output that are logged at a time, and the pause after so many, in seconds. The rest stays in the
@@ -59,18 +60,21 @@ class DaemonLifecycle:
 
     def __init__(
         self,
-        broker: Any,
+        broker: Broker,
         daemons: dict[str, DaemonState],
         sockets: DaemonSockets,
-        environment: Callable[[Mapping[str, str]], dict[str, str]] = dict,
+        environment: Callable[[Mapping[str, str]], dict[str, str]],
+        watch_reports: Callable[[Any], None],
     ) -> None:
         """
         :param environment: makes a daemon's environment of the master's.
+        :param watch_reports: sends reports on a socket, for the status daemon.
         """
         self._broker = broker
         self._daemons = daemons
         self._sockets = sockets
         self._environment = environment
+        self._watch_reports = watch_reports
         self._supervisor: SupervisorClient | None = None
         self._supervisor_started = 0.0
         self._pause = FIRST_PAUSE
@@ -142,7 +146,10 @@ class DaemonLifecycle:
             if theirs is not None:
                 theirs.close()
         if ours is not None:
-            self._send_reports(ours)
+            try:
+                self._watch_reports(ours)
+            except OSError as error:
+                self._log_without_reports(daemon.name, error)
 
     def _start_waiting(self) -> None:
         for daemon in list(self._daemons.values()):
@@ -157,13 +164,6 @@ class DaemonLifecycle:
         except OSError as error:
             self._log_without_reports(daemon.name, error)
             return None, None
-
-    def _send_reports(self, sock: Any) -> None:
-        """Have the control server send reports on this socket."""
-        try:
-            self._broker.watch_reports(sock)
-        except OSError as error:
-            self._log_without_reports("status", error)
 
     def _log_without_reports(self, name: str, error: OSError) -> None:
         self._broker.log.warning(

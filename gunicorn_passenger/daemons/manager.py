@@ -25,6 +25,7 @@ from gunicorn_passenger.daemons.spec import MAX_DAEMONS, DaemonSpec, check_after
 from gunicorn_passenger.daemons.state import FAILED, DaemonState
 from gunicorn_passenger.errors import DaemonError, PassengerError
 from gunicorn_passenger.ipc.messages import DaemonSpawned, Message, RequestDenied, SpawnDaemon
+from gunicorn_passenger.master.broker import Broker
 from gunicorn_passenger.master.grace_timer import GraceTimer
 from gunicorn_passenger.master.service import BrokerService
 from gunicorn_passenger.system import listening_sockets, procfs
@@ -38,14 +39,18 @@ class DaemonManager(BrokerService):
 
     def __init__(
         self,
-        broker: Any,
-        environment: Callable[[Mapping[str, str]], dict[str, str]] = dict,
+        broker: Broker,
+        environment: Callable[[Mapping[str, str]], dict[str, str]],
+        watch_reports: Callable[[Any], None],
     ) -> None:
-        """:param environment: makes a daemon's environment of the master's."""
+        """
+        :param environment: makes a daemon's environment of the master's.
+        :param watch_reports: sends reports on a socket, for the status daemon.
+        """
         self._broker = broker
         self._daemons: dict[str, DaemonState] = {}
         self._sockets = DaemonSockets(broker, self._daemons)
-        self._lifecycle = DaemonLifecycle(broker, self._daemons, self._sockets, environment)
+        self._lifecycle = DaemonLifecycle(broker, self._daemons, self._sockets, environment, watch_reports)
         #: specs that failed; they are not tried again before the next reload
         self._refused: set[DaemonSpec] = set()
         self._generation = 0
@@ -276,9 +281,10 @@ class DaemonManager(BrokerService):
         }
 
     def command(self, verb: str, name: str) -> str | None:
-        daemon = self._daemons.get(name)
+        daemon = next((one for one in self._daemons.values() if one.goes_by(name)), None)
         if daemon is None or daemon.then == "forget":
             return None
+        name = daemon.name
         if self._lifecycle.waits_for_master:
             raise DaemonError(
                 f"this master starts daemon {name!r} only when the previous master has exited; use --app "

@@ -20,13 +20,14 @@ from gunicorn_passenger.daemons.spec import DaemonListen, DaemonSpec
 from gunicorn_passenger.daemons.state import DaemonState
 from gunicorn_passenger.daemons.supervisor_client import DaemonSocket, daemon_socket, open_daemon_socket
 from gunicorn_passenger.master import upgrade_state
+from gunicorn_passenger.master.broker import Broker
 from gunicorn_passenger.system import listening_sockets, port_opening
 
 
 class DaemonSockets:
     """Opens, keeps and closes the sockets of the daemons, and hands them to the next master (``USR2``)."""
 
-    def __init__(self, broker: Any, daemons: Mapping[str, DaemonState]) -> None:
+    def __init__(self, broker: Broker, daemons: Mapping[str, DaemonState]) -> None:
         self._broker = broker
         self._daemons = daemons
         #: sockets of the previous master: name of the daemon, index of the socket, the socket

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from gunicorn_passenger.config.address import format_tcp
 from gunicorn_passenger.daemons.run_as import RunAs
 from gunicorn_passenger.daemons.spec import DaemonSpec
 from gunicorn_passenger.daemons.supervisor_client import DaemonSocket
@@ -46,6 +47,11 @@ class DaemonState:
     @property
     def name(self) -> str:
         return self.spec.name
+
+    def goes_by(self, name: str) -> bool:
+        """Whether an operator means this daemon by its name, address or port."""
+        addresses = [f"unix:{path}" if path else format_tcp(host, port) for host, port, path in self.places]
+        return name in (self.name, *addresses, *(str(port) for _, port, _ in self.places if port))
 
     def set_sockets(self, sockets: list[DaemonSocket]) -> None:
         self.sockets = sockets

@@ -53,6 +53,7 @@ from gunicorn_passenger.interposition.socket_options import (
     unreachable_listener,
 )
 from gunicorn_passenger.ipc.scoreboard import PRIMARY_SLOT, Scoreboard
+from gunicorn_passenger.serving import program_metrics
 from gunicorn_passenger.serving.registry import ServerRegistry, check_program_allocation
 from gunicorn_passenger.serving.server import LISTENING, LOST, WAITING, ListenAddress
 from gunicorn_passenger.serving.third_party import ThirdPartyServer
@@ -123,7 +124,22 @@ class SocketPatch:
         set_options(sock, options)
         keep_nonblocking(sock)
         self._registry.on_third_party_listen(server)
+        self._warn_of_separate_metrics(server)
         return True
+
+    def _warn_of_separate_metrics(self, server: ThirdPartyServer) -> None:
+        several = (
+            server.lease is not None
+            and server.placement == "shared"
+            and self._registry.worker.cfg.workers > 1
+        )
+        if several and not os.environ.get(program_metrics.VARIABLE) and program_metrics.exporter_calls():
+            self._registry.log.warning(
+                "%s shows the metrics of whichever worker responds, which are different at each request: set "
+                "PASSENGER_PROMETHEUS=1, or configure(prometheus=True) in gunicorn.conf.py, to show the sums "
+                "over all workers",
+                server.name,
+            )
 
     def _take_primary(self, bind: DeferredBind) -> tuple[ThirdPartyServer, _socket.socket]:
         """An unmodified server becomes the primary: the server and a copy of the primary socket."""

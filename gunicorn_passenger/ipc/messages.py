@@ -89,8 +89,9 @@ class WorkerReady(Message):
 
     #: the name of the primary's server
     primary: str = ""
-    #: whether it serves the primary on the binds that no server of the program listens on, too
-    all_binds: bool = True
+    #: Whether the worker serves the primary itself: then also on the binds that no server of the program
+    #: listens on, and it counts the requests. Otherwise the primary is a third-party server.
+    serves_primary: bool = True
 
 
 @dataclass(frozen=True)

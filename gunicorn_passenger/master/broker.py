@@ -157,14 +157,6 @@ class Broker:
         """The application as it is now (see :mod:`gunicorn_passenger.status.report`)."""
         return self._build_report(self)
 
-    def watch_reports(self, sock: Any) -> None:
-        """Send reports over a connected stream socket for as long as it is open.
-
-        :raises OSError: when there are too many such sockets.
-        """
-        if not any(service.watch_reports(sock) for service in self.loop.services):
-            sock.close()
-
     def command(self, verb: str, name: str) -> str:
         """``"restart"`` or ``"stop"`` the servers or the daemon of a name.
 

@@ -214,10 +214,11 @@ class MessageDispatcher:
         worker.ready = True
         self._workers.pid(worker.age)
         self._workers.primary_name = printable(message.primary[:MAX_NAME]) or self._workers.primary_name
+        self._workers.primary_counts = message.serves_primary
         for other in self._workers:
             if other.draining:
                 self.reply(other, SuccessorReady(0))
-        if message.all_binds:
+        if message.serves_primary:
             self._name_unclaimed()
 
     def _name_unclaimed(self) -> None:

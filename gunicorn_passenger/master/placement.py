@@ -278,13 +278,15 @@ class PlacementScheduler:
     # --- commands of an operator -----------------------------------------------------------------
 
     def command(self, verb: str, name: str) -> str | None:
-        """``stop`` or ``restart`` all servers with a name or an address.
+        """``stop`` or ``restart`` all servers with a name, an address or a port.
 
         :returns: what was done; ``None`` when no server has that name.
         :raises PassengerError: when it cannot be done.
         """
         ports = [
-            p for p in self._listeners.ports.values() if name in (p.name, p.title, p.key, printable(p.key))
+            p
+            for p in self._listeners.ports.values()
+            if name in (p.name, p.title, p.key, printable(p.key), str(p.port or p.key))
         ]
         for port in ports:
             if port.from_config and verb == "stop":
@@ -298,12 +300,12 @@ class PlacementScheduler:
                     self._broker.reopen_port(port)
                 except OSError as error:
                     raise PassengerError(f"{port.title} cannot be opened again: {error}") from None
+        done = {"stop": "stopped", "restart": "restarted"}[verb]
         for port in ports:
             port.paused = verb
             for age in list(port.accepting):
                 self._broker.send(age, PauseAccept(0, port.key))
-            self._event_log.record(verb, f"{port.title} ({port.key})")
-        done = {"stop": "stopped", "restart": "restarted"}[verb]
+            self._event_log.record(verb, f"{port.title} ({port.key}) was {done} by an operator")
         return ", ".join(f"{done} {port.title} ({port.key})" for port in ports) or None
 
     def _may_resume(self, port: Port) -> bool:

@@ -52,15 +52,6 @@ class BrokerService:
         """What the service adds to the application's report, by key."""
         return {}
 
-    def watch_reports(self, sock: Any) -> bool:
-        """Send the report over a connected stream socket for as long as it is open.
-
-        :param sock: owned by the service, when it handles it.
-        :returns: whether the service handles it.
-        :raises OSError: when it handles too many already.
-        """
-        return False
-
     def command(self, verb: str, name: str) -> str | None:
         """``restart`` or ``stop`` what has this name.
 

@@ -64,6 +64,8 @@ class WorkerChannels:
         self.arbiter: Any = None
         #: the name of the primary's server, once a worker is ready
         self.primary_name = ""
+        #: whether its requests are counted; a third-party server's are not
+        self.primary_counts = True
 
     def __iter__(self) -> Iterator[WorkerChannel]:
         return iter(list(self._by_fd.values()))

@@ -199,13 +199,13 @@ class BrokerClient:
         """The worker has stopped accepting on ``key``, and waits for a grant."""
         self._notify(AcceptPaused(0, key))
 
-    def announce_ready(self, primary: str, all_binds: bool) -> None:
+    def announce_ready(self, primary: str, serves_primary: bool) -> None:
         """The worker serves.
 
         :param primary: the name of the primary's server.
-        :param all_binds: see :class:`~gunicorn_passenger.ipc.messages.WorkerReady`.
+        :param serves_primary: see :class:`~gunicorn_passenger.ipc.messages.WorkerReady`.
         """
-        self._notify(WorkerReady(0, primary, all_binds))
+        self._notify(WorkerReady(0, primary, serves_primary))
 
     def announce_exit(self) -> None:
         """The worker accepts nowhere any more. No connection of a sibling comes after the return."""

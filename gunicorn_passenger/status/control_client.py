@@ -14,13 +14,14 @@ import socket
 import time
 from typing import Any, NamedTuple
 
+from gunicorn_passenger.config.address import tcp_ports
 from gunicorn_passenger.config.port_allocation import account_name
 from gunicorn_passenger.errors import PassengerError
 from gunicorn_passenger.system import runtime_dir
 from gunicorn_passenger.system.peer_credentials import peercred
 from gunicorn_passenger.system.text import printable
 
-#: Seconds that a master has for its response.
+#: Seconds that a master has for its response, also to the status daemon.
 PATIENCE = 3.0
 #: Bytes of a response; a report has some hundred for each server and worker.
 _MAX_RESPONSE = 32 << 20
@@ -44,10 +45,14 @@ class Instance(NamedTuple):
         return printable(f"{self.name or '?'} (pid {self.pid})")
 
     def has(self, name: str) -> bool:
-        """Whether a server or a daemon has this name, or a server this address."""
+        """Whether a server or a daemon has this name, address or port."""
         report = self.report or {}
-        servers = {str(server[key]) for server in report.get("servers", []) for key in ("name", "address")}
-        return name in servers | {str(daemon["name"]) for daemon in report.get("daemons", [])}
+        entries = [*report.get("servers", ()), *report.get("daemons", ())]
+        return any(
+            name in (str(entry["name"]), entry["address"])
+            or (name.isdecimal() and int(name) in tcp_ports(entry["address"] or ""))
+            for entry in entries
+        )
 
 
 def find() -> list[Instance]:
@@ -65,6 +70,20 @@ def find() -> list[Instance]:
             except (OSError, KeyError, TypeError) as error:
                 found.append(Instance(pid, path, None, f"does not respond ({_reason(error)})"))
     return sorted(found)
+
+
+def running(app: str = "") -> list[Instance]:
+    """The running applications of this account.
+
+    :param app: only those with this pid or name.
+    :raises PassengerError: when applications run, but none has that pid or name.
+    """
+    found = find()
+    chosen = [one for one in found if app in ("", str(one.pid), one.name)]
+    if found and not chosen:
+        labels = ", ".join(one.label for one in found)
+        raise PassengerError(f"--app {app}: no such application; running: {labels} (use a name or a pid)")
+    return chosen
 
 
 def ask(path: str, request: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +137,7 @@ def _reason(error: BaseException) -> str:
 def command(verb: str, name: str, app: str = "") -> str:
     """``restart`` or ``stop`` a server or a daemon.
 
-    :param name: its name, or the address of a server.
+    :param name: its name, address or port.
     :param app: the pid or the name of the application, where several applications use that name.
     :returns: one line that says what the master did.
     :raises PassengerError: when the master cannot do it, or the name is ambiguous.
@@ -133,15 +152,11 @@ def command(verb: str, name: str, app: str = "") -> str:
 
 
 def _choose(verb: str, name: str, app: str) -> Instance:
-    running = find()
-    if not running:
+    chosen = running(app)
+    if not chosen:
         raise PassengerError(
             f"no application of account {account_name(os.geteuid())} runs under gunicorn-passenger"
         )
-    chosen = [one for one in running if app in (str(one.pid), one.name)] if app else running
-    if not chosen:
-        labels = ", ".join(one.label for one in running)
-        raise PassengerError(f"--app {app}: no such application; running: {labels} (use a name or a pid)")
     if len(chosen) > 1:
         chosen = [one for one in chosen if one.has(name)]
         if not chosen:

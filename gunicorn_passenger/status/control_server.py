@@ -116,7 +116,7 @@ class ControlServer(BrokerService):
         self._path = path
         self._file = listening_sockets.inode_id(path)
 
-    def watch_reports(self, sock: Any) -> bool:
+    def watch_reports(self, sock: Any) -> None:
         """Send reports, and nothing else, on a connected stream socket for as long as it is open.
 
         Called with the broker locked.
@@ -129,7 +129,6 @@ class ControlServer(BrokerService):
             raise OSError(errno.EMFILE, f"{MAX_PERSISTENT} daemons already get reports, which is the limit")
         sock.setblocking(False)
         self._clients[sock.fileno()] = ControlConnection(sock, None)
-        return True
 
     # --- the broker's loop -----------------------------------------------------------------------
 

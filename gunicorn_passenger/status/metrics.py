@@ -5,12 +5,11 @@ Process: a worker, or the status daemon. Never: let the program's own metrics sp
 
 from __future__ import annotations
 
-import logging
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from gunicorn_passenger.serving import program_metrics
 from gunicorn_passenger.status.sources import ReportUnavailable, reports
 from gunicorn_passenger.system.text import printable
 
@@ -30,8 +29,8 @@ def render(accept: str) -> tuple[str, bytes]:
 
     registry = CollectorRegistry()
     registry.register(_Collector(_families))
-    if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
-        registry.register(_Collector(_program_metrics))
+    if os.environ.get(program_metrics.VARIABLE):
+        registry.register(_Collector(program_metrics.sum_metrics))
     try:
         encode, content_type = choose_encoder(accept)
     except (TypeError, ValueError):
@@ -41,18 +40,10 @@ def render(accept: str) -> tuple[str, bytes]:
         return content_type, encode(registry)
     except (ValueError, TypeError, ArithmeticError) as error:
         # a label or a value of the program's own that the format cannot express, such as a lone surrogate
-        _log_program_metrics_omitted(error)
+        program_metrics.log_omitted(error)
         registry = CollectorRegistry()
         registry.register(_Collector(_families))
         return content_type, encode(registry)
-
-
-def _log_program_metrics_omitted(error: Exception) -> None:
-    logging.getLogger("gunicorn.error").warning(
-        "gunicorn-passenger: /metrics omits the program's own metrics: %s: %s",
-        type(error).__name__,
-        printable(str(error)[:1000]),
-    )
 
 
 class _Collector:
@@ -60,30 +51,6 @@ class _Collector:
 
     def __init__(self, families: Callable[[], Iterable[Any]]) -> None:
         self.collect = families
-
-
-def _program_metrics() -> Iterable[Any]:
-    """The program's own metrics of all its processes (``prometheus_client``'s multiprocess mode)."""
-    for last in (False, True):
-        try:
-            from prometheus_client import multiprocess
-
-            with os.scandir(os.environ["PROMETHEUS_MULTIPROC_DIR"]) as entries:
-                # a worker's named pipe would block whatever opens it
-                files = [
-                    entry.path
-                    for entry in entries
-                    if entry.name.endswith(".db") and entry.is_file(follow_symlinks=False)
-                ]
-            collector: Any = multiprocess.MultiProcessCollector
-            return list(collector.merge(files, accumulate=True))
-        except Exception as error:
-            if last:
-                # a full disk or a damaged file: the other metrics are still useful
-                _log_program_metrics_omitted(error)
-            else:
-                time.sleep(0.02)  # a worker may be creating its file
-    return []
 
 
 class _MetricFamily:

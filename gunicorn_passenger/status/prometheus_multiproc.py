@@ -32,10 +32,9 @@ from typing import Any
 
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.errors import PassengerError, SettingError
+from gunicorn_passenger.serving import program_metrics
+from gunicorn_passenger.serving.program_metrics import VARIABLE
 from gunicorn_passenger.system import runtime_dir
-
-#: Where ``prometheus_client`` looks.
-VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 #: What ``prometheus_client`` calls the gauges of live processes.
 _LIVE_MODES = ("liveall", "livemax", "livemin", "livemostrecent", "livesum")
@@ -182,6 +181,11 @@ class MultiprocDir:
             finally:
                 if not self._ours:
                     os.close(where)
+
+    def sum_in_worker(self) -> None:
+        """In a worker, before or after it has loaded the program."""
+        if self.path and os.environ.get(VARIABLE):
+            program_metrics.sum_default_registry()
 
     def _forked(self) -> None:
         """A child of the master counts in the workers' directory, and holds the lock of that one only."""

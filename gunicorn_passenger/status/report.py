@@ -10,12 +10,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from gunicorn_passenger._version import __version__
-from gunicorn_passenger.config.address import format_sockname
+from gunicorn_passenger.config.address import format_sockname, tcp_ports
 from gunicorn_passenger.config.port_allocation import account_name, format_ports
-from gunicorn_passenger.ipc.scoreboard import PRIMARY_KEY, PRIMARY_SLOT
+from gunicorn_passenger.ipc.scoreboard import PRIMARY_KEY, PRIMARY_SLOT, Counters
 from gunicorn_passenger.master.broker import Broker
 from gunicorn_passenger.master.worker_channels import WorkerChannel
-from gunicorn_passenger.system import procfs
+from gunicorn_passenger.system import port_owner, procfs
 from gunicorn_passenger.system.text import printable_all
 
 
@@ -89,7 +89,7 @@ def _servers(broker: Broker, by_age: dict[int, WorkerChannel], pids: dict[int, i
                 "address": ", ".join([*names, *sorted(unclaimed)]),
                 "placement": "shared",
                 "state": "listening",
-                **total._asdict(),
+                **_counts(total, broker.workers.primary_counts),
                 "workers": sorted(pids[age] for age in serving if age in pids),
             }
         )
@@ -97,36 +97,40 @@ def _servers(broker: Broker, by_age: dict[int, WorkerChannel], pids: dict[int, i
         if port.key in unclaimed:
             continue  # the primary is served there
         total = broker.retired_counters.total(port.key, port.slot, scoreboards)
-        counts: dict[str, Any] = total._asdict()
-        if not port.counts or port.slot < 0:
-            counts |= dict.fromkeys(("requests", "bytes", "errors"))
         found.append(
             {
                 "name": port.title,
                 "address": port.key,
                 "placement": port.placement,
                 "state": "stopped" if port.paused == "stop" else "listening",
-                **counts,
+                **_counts(total, port.counts and port.slot >= 0),
                 "workers": sorted(pids[age] for age in port.accepting if age in pids),
             }
         )
     return found
 
 
+def _counts(total: Counters, complete: bool) -> dict[str, int | None]:
+    """:param complete: whether requests are counted; of a third-party server only connections are."""
+    return {**total._asdict(), **({} if complete else dict.fromkeys(("requests", "bytes", "errors")))}
+
+
 def _ports(broker: Broker, daemons: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The ports of the application: those of its servers, and of its daemons."""
+    """The ports of the application: those of its servers, and of its daemons.
+
+    A port is free when no process listens on it. That includes daemons which open a port themselves.
+    """
     allocation = broker.allocation
     held = {p.port for p in broker.listeners.ports.values() if p.port and p.listener.sock is not None}
     for daemon in daemons:
-        for address in str(daemon.get("address") or "").split(", "):
-            number = address.rpartition(":")[2]
-            if not address.startswith("unix:") and number.isdecimal():
-                held.add(int(number))
+        held |= tcp_ports(daemon["address"] or "")
     return {
         "limited": allocation.limited,
         "allocated": format_ports(allocation.ports) if allocation.limited else None,
         "open": format_ports(frozenset(held)),
-        "free": format_ports(allocation.ports - held) if allocation.limited else None,
+        "free": format_ports(allocation.ports - held - set(port_owner.listening()))
+        if allocation.limited
+        else None,
     }
 
 

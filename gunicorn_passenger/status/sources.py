@@ -11,11 +11,10 @@ from typing import Any, Protocol
 
 from gunicorn_passenger.errors import PassengerError
 from gunicorn_passenger.serving.registry import registry
+from gunicorn_passenger.status.control_client import PATIENCE
 
 #: Seconds for which a report is used again.
 FRESH = 0.2
-#: Seconds that the status daemon waits for the master's report.
-PATIENCE = 2.0
 
 
 class ReportUnavailable(Exception):

@@ -15,40 +15,42 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gunicorn_passenger.config.port_allocation import account_name
-from gunicorn_passenger.status.control_client import Instance, find
+from gunicorn_passenger.status import health
+from gunicorn_passenger.status.control_client import Instance, running
 from gunicorn_passenger.system.text import printable
 
-#: Columns of a line where the output is not a terminal.
-_COLUMNS = 100
+#: Columns of a line where the output is not a terminal: a program reads it, and wants every name whole.
+_UNLIMITED = 1 << 16
 #: Events that the table shows.
 _EVENTS = 8
 #: Seconds between two updates of ``--watch``.
 _INTERVAL = 1.0
 
 
-def status(as_json: bool = False, watch: bool = False) -> int:
+def status(as_json: bool = False, watch: bool = False, app: str = "") -> int:
     """Print the running applications of this account.
 
     :param as_json: one JSON object instead of tables; with ``watch`` one on each line.
     :param watch: again each second, until interrupted.
+    :param app: only the application with this pid or name.
     :returns: the exit status: 1 when no application runs.
+    :raises PassengerError: when no application has that pid or name.
     """
     redraw = watch and not as_json and sys.stdout.isatty()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a name may contain letters that the terminal cannot show
     try:
         while True:
-            running = find()
-            account = account_name(os.geteuid())
+            found = running(app)
             if as_json:
-                _print_json(account, running, watch)
+                _print_json(found, watch)
             elif redraw:
-                _redraw(_screen(account, running))
+                _redraw(_screen(found))
             else:
-                lines = _screen(account, running)
-                print("\n".join(lines), file=sys.stdout if running or watch else sys.stderr, flush=True)
+                lines = _screen(found)
+                print("\n".join(lines), file=sys.stdout if found or watch else sys.stderr, flush=True)
             if not watch:
-                return 0 if running else 1
+                return 0 if found else 1
             time.sleep(_INTERVAL)
             if not as_json and not redraw:
                 print()
@@ -56,15 +58,40 @@ def status(as_json: bool = False, watch: bool = False) -> int:
         if redraw:
             print()
         return 0
-    except BrokenPipeError:
-        # the reader has closed the pipe; Python would report that again when it exits
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
-def _print_json(account: str, running: list[Instance], in_one_line: bool) -> None:
-    applications = [a.report or {"pid": a.pid, "error": a.error} for a in running]
-    found = {"account": account, "applications": applications}
+def health_check(app: str = "") -> int:
+    """Print one line for each application: whether at least one worker serves.
+
+    :param app: only the application with this pid or name.
+    :returns: the exit status: 1 when an application has no worker that serves, or none runs. Of several
+        masters with one name (``USR2``), one has to serve.
+    :raises PassengerError: when no application has that pid or name.
+    """
+    found = running(app)
+    if not found:
+        print(_nothing_runs(), file=sys.stderr)
+    healthy: dict[str, bool] = {}
+    for instance in found:
+        serves = False
+        if instance.report is None:
+            print(printable(f"pid {instance.pid}: {instance.error}"))
+        else:
+            counts = health.count_workers(instance.report)
+            serves = health.serves(counts)
+            states = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+            print(f"{instance.label}: {'healthy' if serves else 'not healthy'}; workers: {states or 'none'}")
+        healthy[instance.name] = serves or healthy.get(instance.name, False)
+    return 0 if healthy and all(healthy.values()) else 1
+
+
+def _nothing_runs() -> str:
+    return f"No application of account {account_name(os.geteuid())} runs under gunicorn-passenger"
+
+
+def _print_json(instances: list[Instance], in_one_line: bool) -> None:
+    applications = [a.report or {"pid": a.pid, "error": a.error} for a in instances]
+    found = {"account": account_name(os.geteuid()), "applications": applications}
     print(json.dumps(found, indent=None if in_one_line else 2), flush=True)
 
 
@@ -78,14 +105,14 @@ def _redraw(lines: list[str]) -> None:
     sys.stdout.flush()
 
 
-def _screen(account: str, running: list[Instance]) -> list[str]:
-    if not running:
-        return [f"No application of account {account} runs under gunicorn-passenger"]
-    width = max(80, shutil.get_terminal_size((_COLUMNS, 24)).columns if sys.stdout.isatty() else _COLUMNS)
+def _screen(instances: list[Instance]) -> list[str]:
+    if not instances:
+        return [_nothing_runs()]
+    width = max(80, shutil.get_terminal_size().columns) if sys.stdout.isatty() else _UNLIMITED
     lines: list[str] = []
-    for instance in running:
+    for instance in instances:
         if lines:
-            lines += ["", "-" * width]
+            lines += ["", "-" * min(width, 100)]
         if instance.report is None:
             lines.append(printable(f"pid {instance.pid}: {instance.error}"))
         else:
@@ -93,7 +120,7 @@ def _screen(account: str, running: list[Instance]) -> list[str]:
     return lines
 
 
-def table(report: dict[str, Any], width: int = _COLUMNS) -> list[str]:
+def table(report: dict[str, Any], width: int) -> list[str]:
     """The tables of one application.
 
     :param width: columns of a line, 80 or more.
@@ -189,8 +216,10 @@ def _ports(ports: dict[str, Any]) -> list[str]:
 
 
 def _event(event: dict[str, Any], now: float, width: int) -> str:
-    form = "%H:%M:%S" if now - event["time"] < 43200 else "%d %b %H:%M"
-    return _cut(printable(f"{time.strftime(form, time.localtime(event['time']))}  {event['text']}"), width)
+    at = time.localtime(event["time"])
+    today = at[:3] == time.localtime(now)[:3]
+    clock = time.strftime("%H:%M:%S" if today else "%d %b %H:%M", at)
+    return _cut(printable(f"{clock}  {event['text']}"), width)
 
 
 # --- layout --------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from gunicorn_passenger.config.address import Tcp, parse
 from gunicorn_passenger.config.settings import config_file_error, settings
 from gunicorn_passenger.errors import PassengerError, SettingError
 from gunicorn_passenger.serving.registry import registry
-from gunicorn_passenger.status import metrics
+from gunicorn_passenger.status import health, metrics
 from gunicorn_passenger.status.sources import NullSource, PipeSource, ReportUnavailable, reports
 from gunicorn_passenger.system.text import printable
 
@@ -161,13 +161,8 @@ def _route(environ: Environ) -> StatusResponse:
 def _health(_environ: Environ) -> StatusResponse:
     body: dict[str, Any] = {"status": "ok"}
     try:
-        counts = {"ready": 0, "leaving": 0, "booting": 0}
-        for worker in reports.get()["workers"]:
-            # "running": of another worker class, which reports nothing more
-            state = "ready" if worker["state"] == "running" else worker["state"]
-            counts[state] = counts.get(state, 0) + 1
-        serves = counts["ready"] + counts["leaving"] > 0
-        body["workers"] = counts
+        body["workers"] = counts = health.count_workers(reports.get())
+        serves = health.serves(counts)
     except ReportUnavailable as error:
         serves = reports.source.serves
         body |= {"workers": None, "why": str(error)}

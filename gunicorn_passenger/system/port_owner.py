@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from gunicorn_passenger.config.port_allocation import account_name
 from gunicorn_passenger.system import procfs
 
-_LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp (proc(5))
+#: States in /proc/net/tcp (proc(5)); the second is that of a connection which its listener has yet to accept.
+_LISTEN, _SYN_RECV = "0A", "03"
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,16 @@ def listening(host: str = "") -> dict[int, list[tuple[int, int]]]:
     for path in ("/proc/net/tcp", "/proc/net/tcp6"):
         try:
             with open(path, encoding="ascii") as file:
-                lines = file.read().splitlines()[1:]
+                next(file, "")
+                for line in file:
+                    fields = line.split()
+                    if len(fields) <= 9 or fields[3] not in (_LISTEN, _SYN_RECV):
+                        break  # the kernel lists listening sockets before connections: there may be very many
+                    local, _, number = fields[1].rpartition(":")
+                    if fields[3] == _LISTEN and (not host or _collide(host, _host(local))):
+                        table.setdefault(int(number, 16), []).append((int(fields[9]), int(fields[7])))
         except OSError:
             continue
-        for line in lines:
-            fields = line.split()
-            if len(fields) > 9 and fields[3] == _LISTEN:
-                local, _, number = fields[1].rpartition(":")
-                if host and not _collide(host, _host(local)):
-                    continue
-                port = int(number, 16)
-                table.setdefault(port, []).append((int(fields[9]), int(fields[7])))
     return table
 
 

@@ -54,3 +54,5 @@ if "P3" in os.environ:
     passenger.create_server(application).listen(int(os.environ["P3"]), placement="one", name="single")
 if "SPAWN" in os.environ:
     status.spawn(int(os.environ["SPAWN"]), name="health")
+if "FAILING" in os.environ:
+    passenger.spawn(os.environ["FAILING"], name="failing", give_up_after=1)

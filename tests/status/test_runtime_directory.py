@@ -351,6 +351,7 @@ def test_the_ports_that_other_users_processes_hold_are_printed_without_control_c
     monkeypatch, capsys
 ):
     taken = {"port": 9000, "by": "evil\x1b]0;title\x07\u202e", "pid": 7, "user": "mallory"}
+    taken |= {"application": "shop\n", "server": "jobs\x1b", "daemon": None}
     found = {"account": "me", "limited": False, "taken": [taken]}
     monkeypatch.setattr(cli, "port_report", lambda: found)
     assert cli.main(["ports"]) == 0

@@ -171,6 +171,8 @@ def test_page(browser, served, port):
     wait_for(lambda: cell(page, "Requests") == "3", "three requests on the page")
     assert page.run("window.untouched") is True
 
+    wait_for(lambda: re.fullmatch(r"[\d.]+", cell(page, "Per second")), "the rate of requests")
+
     # nothing but this page and its report is asked for
     asked = set(page.requests())
     assert asked - {"data:,"} == {url, f"{url}status.json"}
@@ -250,7 +252,7 @@ def test_for_a_screen_reader(browser, served, port):
     assert page.run("document.querySelectorAll('h1').length") == 1
 
 
-def test_says_when_there_is_no_answer_and_recovers(browser, start, port):
+def test_says_when_there_is_no_response_and_recovers(browser, start, port):
     process = start.gunicorn("status_app", "-n", "shop", workers=1, env={"P1": port}).wait_ready()
     wait_for(lambda: fetch(port, "/health")[0] == 200, "health")
     page = browser()
@@ -259,15 +261,40 @@ def test_says_when_there_is_no_answer_and_recovers(browser, start, port):
     assert process.stop() == 0
     wait_for(
         lambda: re.match(
-            r"No answer since \d\d:\d\d:\d\d", page.run("document.querySelector('#lost').innerText")
+            r"No response since \d\d:\d\d:\d\d", page.run("document.querySelector('#lost').innerText")
         ),
         "the page to say so",
     )
     assert "shop" in page.text()
+    assert page.run("document.title") == "shop: no response"
     page.shot("lost")
     again = start.gunicorn("status_app", "-n", "shop", workers=1, env={"P1": port}).wait_ready()
     wait_for(lambda: page.run("document.querySelector('#lost').innerText") == "", "the page to recover")
     assert str(again.pid) in page.text()
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_failed_daemon_is_what_one_sees_first(browser, start, port, width):
+    process = start.gunicorn(
+        "status_app", "-n", "shop", workers=1,
+        env={"P1": port, "FAILING": "false"},
+    ).wait_ready()  # fmt: skip
+    process.wait_log("Daemon failing is not started again")
+    page = browser()
+    page.open(f"http://127.0.0.1:{port}/", width=width)
+    wait_for(
+        lambda: page.run("document.querySelector('#state').innerText") == "running, 1 problem", "the problem"
+    )
+    problem = page.run("document.querySelector('#problems').innerText")
+    assert "The daemon failing has failed" in problem
+    assert "gunicorn-passenger restart failing" in problem
+    assert page.run("document.querySelector('#problems').getBoundingClientRect().bottom") < 500
+    assert page.run("document.querySelector('#state').className") == "badge bad"
+    assert page.run("document.title") == "shop: running, 1 problem"
+    dates = page.run("[...document.querySelectorAll('#events td.time')].map(e => e.textContent)")
+    assert dates
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", text) for text in dates), dates
+    page.shot(f"failed-{width}")
 
 
 def test_below_a_prefix(browser, served, port):
