@@ -9,8 +9,9 @@ import socket
 
 import pytest
 from conditions import wait_for
+from free_ports import free_port
 from http_client import fetch
-from processes import KNOWN_NAMES
+from processes import KNOWN_NAMES, starting
 
 
 @contextlib.contextmanager
@@ -58,6 +59,22 @@ def served(request, start, port):
         return process.wait_ready(), process.socket if request.param == "primary" else port
 
     return begin
+
+
+@pytest.fixture(scope="module")
+def program():
+    """The program with the defaults, and its two servers by name."""
+    with starting() as start:
+        port = free_port()
+        process = start.gunicorn("http_core_app", workers=1, env={"P1": port}).wait_ready()
+        yield process, {"primary": process.socket, "second": port}
+
+
+@pytest.fixture(params=["primary", "second"])
+def shared(request, program):
+    """The program and where it is to be reached, for tests that leave it as they found it."""
+    process, places = program
+    return process.begin_log(), places[request.param]
 
 
 # --- deadlines ---------------------------------------------------------------------------------------
@@ -157,16 +174,16 @@ def test_timeouts_may_be_set_by_the_program_and_by_the_operator(start, port):
 # --- clients that go, or send too much ---------------------------------------------------------------
 
 
-def test_a_half_closed_client_gets_its_answers(served):
-    _, where = served()
+def test_a_half_closed_client_gets_its_answers(shared):
+    _, where = shared
     with connected(where) as sock:
         sock.sendall(b"GET / HTTP/1.1\r\n\r\nGET /pid HTTP/1.1\r\n\r\n")
         sock.shutdown(socket.SHUT_WR)
         assert everything(sock).count(b"HTTP/1.1 200 OK") == 2
 
 
-def test_pipelined_requests_are_answered_in_order(served):
-    _, where = served()
+def test_pipelined_requests_are_answered_in_order(shared):
+    _, where = shared
     with connected(where) as sock:
         sock.sendall(
             b"".join(
@@ -178,8 +195,8 @@ def test_pipelined_requests_are_answered_in_order(served):
     assert answers == [b"%d" % n for n in range(100)]
 
 
-def test_a_client_that_goes_leaves_nothing(served):
-    process, where = served()
+def test_a_client_that_goes_leaves_nothing(shared):
+    process, where = shared
     (worker,) = process.workers()
     seen = []
 
@@ -206,8 +223,8 @@ def test_a_client_that_goes_leaves_nothing(served):
     assert "ERROR" not in process.log()
 
 
-def test_a_truncated_body_is_not_taken_for_whole(served):
-    process, where = served()
+def test_a_truncated_body_is_not_taken_for_whole(shared):
+    process, where = shared
     for head in b"Content-Length: 10\r\n\r\nabc", b"Transfer-Encoding: chunked\r\n\r\n5\r\nabc":
         with connected(where) as sock:
             sock.sendall(b"POST /read HTTP/1.1\r\n" + head)
@@ -218,9 +235,9 @@ def test_a_truncated_body_is_not_taken_for_whole(served):
     assert "Traceback" not in process.log()
 
 
-def test_the_answer_survives_an_upload_that_nobody_reads(served):
+def test_the_answer_survives_an_upload_that_nobody_reads(shared):
     """The connection ends, but not with a reset that would overtake the answer."""
-    _, where = served()
+    _, where = shared
     for _ in range(20):
         with connected(where) as sock:
             sock.sendall(b"POST / HTTP/1.1\r\nContent-Length: 3000000\r\n\r\n" + b"x" * 100000)
@@ -246,8 +263,8 @@ def test_a_small_unread_body_does_not_cost_the_connection(served):
         assert b"evil" not in until(sock, b"/calls")
 
 
-def test_a_refused_request_ends_the_connection(served):
-    process, where = served()
+def test_a_refused_request_ends_the_connection(shared):
+    process, where = shared
     with connected(where) as sock:
         sock.sendall(
             b"POST /smuggled HTTP/1.1\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -262,8 +279,8 @@ def test_a_refused_request_ends_the_connection(served):
     process.wait_log(r"WARNING\] Invalid request from ip=")
 
 
-def test_a_body_cannot_be_read_when_its_request_is_over(served):
-    _, where = served()
+def test_a_body_cannot_be_read_when_its_request_is_over(shared):
+    _, where = shared
     with connected(where) as sock:
         sock.sendall(b"POST /keep HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc")
         until(sock, b"ok")
@@ -272,8 +289,8 @@ def test_a_body_cannot_be_read_when_its_request_is_over(served):
         assert everything(sock).endswith(b"\r\n\r\n")
 
 
-def test_a_big_answer_to_a_slow_reader_arrives_whole(served):
-    _, where = served()
+def test_a_big_answer_to_a_slow_reader_arrives_whole(shared):
+    _, where = shared
     with connected(where) as slow, connected(where) as other:
         slow.sendall(b"GET /big HTTP/1.1\r\n\r\n")
         until(slow, b"\r\n\r\n")
@@ -284,9 +301,9 @@ def test_a_big_answer_to_a_slow_reader_arrives_whole(served):
         assert everything(slow).endswith(b"x" * 1000 + b"y" * 10_000_000)
 
 
-def test_answers_that_nobody_reads_yet_arrive_whole_and_in_order(served):
+def test_answers_that_nobody_reads_yet_arrive_whole_and_in_order(shared):
     """Held back or not, cut by a full socket or not: what is sent is what was answered."""
-    _, where = served()
+    _, where = shared
     numbers = [b"%04d" % n for n in range(50)]  # so many requests fit into a socket unread
     with connected(where) as patient, connected(where) as pipelining:
         for number in numbers:
@@ -298,8 +315,8 @@ def test_answers_that_nobody_reads_yet_arrive_whole_and_in_order(served):
             assert bodies == [number * 3000 for number in numbers]
 
 
-def test_many_clients_at_once_get_their_own_answers(served):
-    _, where = served()
+def test_many_clients_at_once_get_their_own_answers(shared):
+    _, where = shared
     with contextlib.ExitStack() as stack:
         socks = [stack.enter_context(connected(where)) for _ in range(50)]
         for turn in range(20):
@@ -337,15 +354,15 @@ def test_a_body_is_never_read_as_a_request_even_after_a_pause(served, sent, path
     assert process.workers() == [worker]
 
 
-def test_upgrade_requests_that_are_not_taken_up_are_plain_requests(served):
-    _, where = served()
+def test_upgrade_requests_that_are_not_taken_up_are_plain_requests(shared):
+    _, where = shared
     with connected(where) as sock:
         sock.sendall(b"GET / HTTP/1.1\r\nUpgrade: h2c\r\n\r\nGET /pid HTTP/1.1\r\nConnection: close\r\n\r\n")
         assert everything(sock).count(b"HTTP/1.1 200") == 2
 
 
-def test_a_body_that_is_dropped_is_counted_with_its_framing(served):
-    _, where = served()
+def test_a_body_that_is_dropped_is_counted_with_its_framing(shared):
+    _, where = shared
     with connected(where) as sock:
         sock.sendall(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
         until(sock, b"ok")
@@ -354,8 +371,8 @@ def test_a_body_that_is_dropped_is_counted_with_its_framing(served):
         assert sock.recv(10) == b""
 
 
-def test_trailers_have_a_limit(served):
-    _, where = served()
+def test_trailers_have_a_limit(shared):
+    _, where = shared
     with connected(where) as sock:
         sock.sendall(b"POST /read HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n")
         sock.sendall(b"".join(b"X-%d: %s\r\n" % (n, b"x" * 1000) for n in range(80)))
@@ -376,8 +393,8 @@ def test_a_greenlet_that_reads_on_after_the_response_holds_nothing(served):
     assert process.stop() == 0
 
 
-def test_what_a_client_leaves_in_a_local_is_not_anothers(served):
-    _, where = served()
+def test_what_a_client_leaves_in_a_local_is_not_anothers(shared):
+    _, where = shared
     for n in range(20):
         assert fetch(where, f"/local?{n}") == (200, "nobody")
 
@@ -388,8 +405,8 @@ def test_a_bug_that_raises_stop_iteration_is_answered_500(served):
     process.wait_log("Error handling request")
 
 
-def test_wsgi_errors_cannot_be_closed(served):
-    process, where = served()
+def test_wsgi_errors_cannot_be_closed(shared):
+    process, where = shared
     for _ in range(3):
         assert fetch(where, "/errors")[0] == 200
     process.wait_log("to the log", 3)
@@ -456,16 +473,16 @@ def test_an_answer_that_breaks_off_is_seen_to_be_broken(served):
                 everything(sock)
 
 
-def test_an_application_may_take_the_connection(served):
-    process, where = served()
+def test_an_application_may_take_the_connection(shared):
+    process, where = shared
     with connected(where) as sock:
         sock.sendall(b"GET /taken HTTP/1.1\r\n\r\n")
         assert everything(sock) == b"HTTP/1.1 101 Mine\r\n\r\nhello"
     assert "ERROR" not in process.log()
 
 
-def test_an_application_that_takes_the_connection_gets_what_came_with_the_request(served):
-    _, where = served()
+def test_an_application_that_takes_the_connection_gets_what_came_with_the_request(shared):
+    _, where = shared
     with connected(where) as sock:
         sock.sendall(b"GET /early HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\nearly bytes")
         assert everything(sock) == b"HTTP/1.1 101 Mine\r\n\r\nearly bytes"
@@ -531,9 +548,9 @@ def test_a_forked_child_serves_no_client_of_the_worker(served):
             os.kill(child, signal.SIGKILL)
 
 
-def test_clients_that_vanish_are_noticed(served):
+def test_clients_that_vanish_are_noticed(shared):
     """FAULTS P5: the kernel probes TCP connections; a UNIX socket needs no probes."""
-    _, where = served()
+    _, where = shared
     alive, *values = map(int, fetch(where, "/keepalive")[1].split())
     if isinstance(where, str):
         assert (alive, values) == (0, [])

@@ -39,7 +39,7 @@ def application(environ, start_response):
         while piece := body.read1(1000):
             answer += b"[%s]" % piece
     elif path == "/keep":
-        kept.append(body)
+        kept[:] = [body]
     elif path == "/kept":
         try:
             answer = kept[0].read()

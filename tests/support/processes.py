@@ -79,9 +79,16 @@ class Process:
                 **options,
             )
         self.pid = self.popen.pid
+        self.log_begin = 0
 
     def log(self) -> str:
-        return self.logfile.read_text(errors="replace")
+        """What was logged since the start, or since the last :meth:`begin_log`."""
+        return self.logfile.read_text(errors="replace")[self.log_begin :]
+
+    def begin_log(self) -> Process:
+        """A test begins that shares the program with others: the log begins here."""
+        self.log_begin += len(self.log())
+        return self
 
     def wait_log(self, pattern: str, count: int = 1) -> re.Match[str]:
         """Wait until the log has ``count`` matches; returns the last."""
