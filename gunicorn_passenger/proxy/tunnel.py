@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import _socket
 import contextlib
+import os
 import socket
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import gevent
 from gevent import get_hub, getcurrent
@@ -174,6 +176,7 @@ class Tunnel:
     """An upgraded connection, as the handlers of ``open`` and ``close`` get it."""
 
     __slots__ = (
+        "__weakref__",
         "_down",
         "_greenlet",
         "_make_request",
@@ -238,6 +241,7 @@ class Tunnel:
         self._up = _TunnelDirection(self, client, upstream, watchers[0], self._websocket)
         self._down = _TunnelDirection(self, upstream, client, watchers[1], self._websocket)
         self._greenlet = getcurrent()
+        _tunnels.add(self)
         try:
             if self._ws_timeout is not None:
                 self._watch_silence(self._ws_timeout)
@@ -303,6 +307,12 @@ class Tunnel:
         failed_callback(f"the tunnel to {self.target}", error)
         self.close()
 
+    def leave_to_parent(self) -> None:
+        """In a forked child: the tunnel is the parent's, so no callback of it may run."""
+        for part in self._timer, self._up, self._down:
+            if part is not None:
+                part.close()
+
     def close(self) -> None:
         """End it, in both directions; harmless when repeated. It raises nothing."""
         if self.closed:
@@ -321,6 +331,18 @@ class Tunnel:
     def _wake(self, greenlet: Any) -> None:
         if self._greenlet is greenlet:
             greenlet.switch()
+
+
+#: all tunnels of this process
+_tunnels: WeakSet[Tunnel] = WeakSet()
+
+
+def _leave_to_parent() -> None:
+    for tunnel in list(_tunnels):
+        tunnel.leave_to_parent()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _shut(sock: Any) -> None:

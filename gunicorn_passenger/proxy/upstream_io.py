@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import _socket
 import contextlib
+import os
 import select
 import socket
 import threading
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import gevent
 from gevent import getcurrent, monkey
@@ -340,6 +342,14 @@ class GeventStream(Stream):
         self._closed = False
         #: whether a request waits for the end of the iteration
         self._sending = False
+        _gevent_streams.add(self)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: the connection is the parent's. Close the copy, and wake no greenlet for it."""
+        self._readable.stop()
+        if self._writable is not None:
+            self._writable.stop()
+        self.sock.close()
 
     def request(self, data: bytes, seconds: float | None, client: DisconnectNotifier) -> bytes | None:
         if len(data) > SMALL_REQUEST:
@@ -450,3 +460,15 @@ class GeventStream(Stream):
                 self._writable.close()
         finally:
             self.sock.close()
+
+
+#: all streams of this process that wait through a hub
+_gevent_streams: WeakSet[GeventStream] = WeakSet()
+
+
+def _leave_to_parent() -> None:
+    for stream in list(_gevent_streams):
+        stream.leave_to_parent()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
