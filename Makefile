@@ -6,7 +6,7 @@ VENV ?= .venv
 GUNICORN ?= >=23
 TESTS ?= tests
 # The tests mostly wait for processes that they start, so more run at a time than there are processors.
-JOBS ?= 4
+JOBS ?= 6
 BIN = $(VENV)/bin
 SOCKET ?= $(abspath $(VENV))/seed.sock
 
@@ -42,10 +42,11 @@ run: $(VENV)/installed
 	@echo
 	@cd examples/seed && exec $(abspath $(BIN))/gunicorn -k gunicorn_passenger.Worker -w 4 --umask 007 -b unix:$(SOCKET) app
 
-# The tests start gunicorn with PYTHONDONTWRITEBYTECODE; without this each of those would compile the package again.
+# The tests start gunicorn with PYTHONDONTWRITEBYTECODE; without compileall each of those would compile the package
+# again. pytest itself may write bytecode: each of its processes imports all tests.
 test: $(VENV)/tested
-	$(BIN)/python -m compileall -q gunicorn_passenger
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TESTS)
+	$(BIN)/python -m compileall -q gunicorn_passenger tests/programs
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TESTS)
 
 # The same seed each time; RUNS says how long.
 fuzz: $(VENV)/tested

@@ -122,7 +122,7 @@ def test_a_worker_cannot_use_up_the_masters_descriptors(start):
     assert process.stop() == 0
 
 
-def test_what_a_worker_sends_is_no_daemon(start):
+def test_what_a_worker_sends_is_not_trusted_to_be_a_daemon(start):
     """The master denies a malformed request of a worker, and continues."""
     text = (
         "from gunicorn_passenger.ipc.messages import SpawnDaemon\n"

@@ -263,7 +263,7 @@ def test_a_killed_supervisor_takes_all_with_it_and_all_are_started_again(site, p
     assert process.stop() == 0
 
 
-def test_a_supervisor_that_is_told_to_stop_goes_on(site):
+def test_a_supervisor_that_gets_a_stop_signal_continues(site):
     """systemd tells every process of a unit; the master's end is what counts."""
     process = site.run("passenger.spawn('sleep 1000', name='it')").wait_ready()
     supervisor = supervisor_of(process)

@@ -75,7 +75,7 @@ def test_a_unix_socket_of_a_daemon_is_not_for_workers_of_another_user(start):
 @ROOT_ONLY
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 @pytest.mark.parametrize("asked", [{"user": "daemon"}, {"user": "root"}, {"group": "root"}])
-def test_a_master_that_is_not_root_becomes_nobody_else(asked):
+def test_a_master_that_is_not_root_becomes_no_other_user(asked):
     spec = dataclasses.replace(DaemonSpec("it", ("id",), "id"), **asked)
     child = os.fork()
     if child == 0:

@@ -216,7 +216,7 @@ def test_output_comes_line_by_line_under_its_name(site):
 
 
 @pytest.mark.parametrize("flood", ["daemon_jobs.flood", "'yes xxx', name='flood'"])
-def test_a_flood_waits_and_disturbs_nobody(site, flood):
+def test_a_flood_waits_and_disturbs_no_other_daemon(site, flood):
     process = site.run(f"passenger.spawn({flood})\npassenger.spawn('sleep 1000')").wait_ready()
     process.wait_log(r"\[flood\] xxx", 20000)
     supervisor = supervisor_of(process)

@@ -82,7 +82,7 @@ def test_refused(servers, group, worker):
 
 @pytest.mark.parametrize("worker", WORKERS)
 @pytest.mark.parametrize("application", ["ignore", "part"])
-def test_bad_chunks_that_nobody_reads(servers, worker, application):
+def test_bad_chunks_that_are_not_read(servers, worker, application):
     """The answer is on its way before they are found; then nothing more is a request."""
     (server,) = servers.get("default", worker)
     for body in (
@@ -103,7 +103,7 @@ def test_bad_chunks_that_nobody_reads(servers, worker, application):
 
 
 @pytest.mark.parametrize("worker", WORKERS)
-def test_program_that_goes_on_after_a_bad_chunk(servers, worker):
+def test_a_program_that_continues_after_a_bad_chunk(servers, worker):
     """The program catches the error and answers: the connection ends all the same."""
     (server,) = servers.get("default", worker)
     for body in (

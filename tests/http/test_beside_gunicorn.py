@@ -337,7 +337,7 @@ def test_length_given_twice(both):
 
 
 @pytest.mark.parametrize("application", ["length -1", "lengths differ"])
-def test_length_that_is_none(both, application):
+def test_a_length_that_is_not_a_number(both, application):
     def status(where: str) -> int:
         return parse(exchange(where, [runs(application, "Connection: close")])[0])[0][0].status
 
@@ -345,7 +345,7 @@ def test_length_that_is_none(both, application):
 
 
 @pytest.mark.parametrize("application", ["part str", "part bytearray", "string", "write str"])
-def test_part_that_is_no_bytes(both, application):
+def test_a_part_that_is_not_bytes(both, application):
     def answer(where: str) -> tuple[int, bool]:
         (answer,) = parse(exchange(where, [runs(application) + PROBE])[0])[0]
         return answer.status, answer.whole
@@ -380,7 +380,7 @@ def test_answer_shorter_than_its_length(both, application, version):
 
 
 @pytest.mark.parametrize("version", ["1.1", "1.0"])
-def test_head_of_a_short_answer_goes_on_with_both(both, version):
+def test_after_head_of_a_short_response_both_continue(both, version):
     """The answer to HEAD has a length and no body."""
     request = runs("too little", "Connection: keep-alive", method="HEAD", version=version)
     assert [goes_on(server.path, request) for server in both] == ["goes on"] * 2
@@ -406,7 +406,7 @@ def _expect_nothing(where: str | int, data: bytes, own_end: bool) -> tuple[list[
 @pytest.mark.parametrize(
     "fields", [("Content-Length: 5",), ("Transfer-Encoding: chunked",)], ids=["length", "chunked"]
 )
-def test_no_100_for_a_body_that_nobody_reads(both, fields):
+def test_no_100_for_a_body_that_is_not_read(both, fields):
     data = _expecting("ignore", *fields)
     check(
         "100 for a body that nobody reads",
@@ -484,14 +484,14 @@ KINDS = ["length", "part of length", "chunked"]
 
 @pytest.mark.parametrize("place", [0, 1], ids=["unix", "tcp"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_large_body_that_nobody_reads(both, kind, place):
+def test_a_large_body_that_is_not_read(both, kind, place):
     data = _large(kind, 600_000)
     check("large body that nobody reads", both, [goes_on(server.places[place], data) for server in both])
 
 
 @pytest.mark.parametrize("size", [1024, 8192, 60 * 1024])
 @pytest.mark.parametrize("kind", KINDS)
-def test_small_body_that_nobody_reads_goes_on_with_both(both, kind, size):
+def test_after_a_small_body_that_is_not_read_both_continue(both, kind, size):
     assert [goes_on(server.path, _large(kind, size)) for server in both] == ["goes on"] * 2
 
 

@@ -127,7 +127,7 @@ def test_a_body_that_stops_is_answered_408(served):
     assert "Traceback" not in process.log()
 
 
-def test_a_slow_body_that_goes_on_is_waited_for(served):
+def test_a_slow_body_that_keeps_coming_is_waited_for(served):
     _, where = served(PASSENGER_BODY_TIMEOUT=5)
     with connected(where) as sock:
         sock.sendall(b"POST /pieces HTTP/1.1\r\nContent-Length: 6\r\n\r\nab")
@@ -235,7 +235,7 @@ def test_a_truncated_body_is_not_taken_for_whole(shared):
     assert "Traceback" not in process.log()
 
 
-def test_the_answer_survives_an_upload_that_nobody_reads(shared):
+def test_the_response_survives_an_upload_that_is_not_read(shared):
     """The connection ends, but not with a reset that would overtake the answer."""
     _, where = shared
     for _ in range(20):
@@ -301,7 +301,7 @@ def test_a_big_answer_to_a_slow_reader_arrives_whole(shared):
         assert everything(slow).endswith(b"x" * 1000 + b"y" * 10_000_000)
 
 
-def test_answers_that_nobody_reads_yet_arrive_whole_and_in_order(shared):
+def test_responses_that_are_read_late_arrive_whole_and_in_order(shared):
     """Held back or not, cut by a full socket or not: what is sent is what was answered."""
     _, where = shared
     numbers = [b"%04d" % n for n in range(50)]  # so many requests fit into a socket unread

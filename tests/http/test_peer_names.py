@@ -61,7 +61,7 @@ def ask(where: str, name: bytes | str, path: str) -> bytes:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_client_with_any_name_is_served_and_harms_nobody(start: Starter, home: Path, workers: int) -> None:
+def test_a_client_with_any_name_is_served_and_does_no_harm(start: Starter, home: Path, workers: int) -> None:
     port = free_port()
     start.write("app.py", APP.format(port=port))
     log = home / "access.log"

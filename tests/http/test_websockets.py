@@ -149,7 +149,7 @@ def test_without_compression(served, where, path):
 
 @BOTH
 @PATHS
-def test_messages_that_wait_for_nobody(served, where, path):
+def test_messages_sent_before_the_first_response_is_read(served, where, path):
     """Many messages sent before the first answer is read keep their order."""
     with dial(served[where], path) as ws:
         for number in range(500):
@@ -595,7 +595,7 @@ def test_a_graceful_stop_ends_with_websockets_open(start, path):
     served.assert_quiet()
 
 
-def test_a_conversation_goes_on_while_the_worker_leaves(start):
+def test_a_conversation_continues_while_the_worker_drains(start):
     """Within the graceful timeout a client may still finish; then the worker ends without waiting for it."""
     served = Served(start, 1, "--graceful-timeout", 50, PASSENGER_WS_STOP="wait")
     with dial(served["primary"], "/sock") as one, dial(served["second"], "/raw") as other:

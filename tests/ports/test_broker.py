@@ -27,7 +27,7 @@ def process(start, port):
         (b"x" * 20000, "longer than 16384 bytes"),
     ],
 )
-def test_a_message_that_is_none_is_logged_and_answered(process, port, data, said):
+def test_an_invalid_message_is_logged_and_answered(process, port, data, said):
     (worker,) = process.workers()
     run(process, raw(data))
     process.wait_log(rf"WARNING.*worker {worker} sent a malformed message: {said}")
@@ -36,7 +36,7 @@ def test_a_message_that_is_none_is_logged_and_answered(process, port, data, said
     assert run(process, "passenger.listen('auto', whoami).listening") == "True"
 
 
-def test_a_flood_of_garbage_costs_the_worker_its_channel_and_nobody_else(start, port):
+def test_a_flood_of_garbage_costs_only_that_worker_its_channel(start, port):
     start.write("program.py", f"server = passenger.create_server(whoami).listen({port})")
     process = start.gunicorn("anything", workers=2).wait_ready()
     pids_answering(port, 2)

@@ -330,7 +330,7 @@ def test_never_more_than_one_retry(px, where):
 
 
 @ALL
-def test_a_fresh_connection_that_is_closed_is_no_stale_one(px, where):
+def test_a_fresh_connection_that_is_closed_is_not_a_stale_one(px, where):
     target = path()
     with px.upstream() as upstream, connect(px[where]) as client:
         client.send(get(target))
@@ -347,7 +347,7 @@ def test_a_fresh_connection_that_is_closed_is_no_stale_one(px, where):
     "part", [b"H", b"HTTP/1.1 200 OK\r\nContent-Le", b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\n"]
 )
 @pytest.mark.parametrize("end", ["close", "reset"])
-def test_a_connection_that_has_begun_to_answer_is_no_stale_one(px, where, part, end):
+def test_a_connection_that_has_begun_a_response_is_not_a_stale_one(px, where, part, end):
     target = path()
     with px.upstream() as upstream, connect(px[where]) as client:
         wire = asked(client, upstream)
@@ -418,7 +418,7 @@ def test_surplus_bytes_retire_the_connection(px, where, case, split):
 
 
 @EVERYWHERE
-def test_an_answer_that_nobody_asked_for_is_nobodys(px, where):
+def test_an_unrequested_response_reaches_no_client(px, where):
     with upstream_for(px, where) as upstream, connect(px[where]) as client:
         wire = asked(client, upstream)
         wire.send(POISON)
@@ -428,7 +428,7 @@ def test_an_answer_that_nobody_asked_for_is_nobodys(px, where):
 
 @EVERYWHERE
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_an_answer_in_the_same_moment_in_which_a_request_comes_is_nobodys(px, where, method):
+def test_a_response_at_the_moment_of_a_request_reaches_no_client(px, where, method):
     """The worker sees both at once, whichever it looks at first."""
     with upstream_for(px, where) as upstream, connect(px[where]) as client:
         wire = asked(client, upstream)
@@ -458,7 +458,7 @@ def test_a_connection_whose_request_was_not_sent_whole_is_not_used_again(px, whe
 
 
 @ALL
-def test_an_answer_that_its_client_did_not_wait_for_is_nobody_elses(px, where):
+def test_a_response_whose_client_has_left_reaches_no_other_client(px, where):
     with px.upstream() as upstream, connect(px[where]) as other:
         client = connect(px[where]).send(get("/secret"))
         wire = upstream.accept()

@@ -64,7 +64,7 @@ def test_forward_to_a_unix_socket(lab, upstream, port):
         assert read_request(copies.accept()).path == "/x"
 
 
-def test_forward_is_none_by_default(lab, upstream, port):
+def test_without_forward_there_is_no_copy(lab, upstream, port):
     got, came = ask(lab.serve(f"{port}, forward=None"), upstream)
     assert (got.path, came.status) == ("/x", 200)
 
@@ -151,7 +151,7 @@ proxy.on("proxy_req", change)
     lab.wait_sockets(before)
 
 
-def test_a_copy_of_a_request_whose_body_nobody_wanted_ends(lab, origins, upstream, port):
+def test_a_copy_of_a_request_whose_body_was_not_wanted_ends(lab, origins, upstream, port):
     second = free_port()
     origins(second)
     where = lab.serve(f"{port}, forward={second}, agent=False")

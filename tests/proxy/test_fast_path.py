@@ -249,7 +249,7 @@ def test_a_connection_that_was_closed_meanwhile_is_not_noticed_by_the_client(lab
     client.close()
 
 
-def test_what_nobody_asked_for_is_no_answer(lab, proxy, upstream):
+def test_unrequested_bytes_are_not_a_response(lab, proxy, upstream):
     """It comes in the same turn of the loop as the request for which it could be taken."""
     client, target = warm(proxy, upstream, request())
     for number in range(4):
@@ -273,7 +273,7 @@ def test_what_nobody_asked_for_is_no_answer(lab, proxy, upstream):
 
 
 @pytest.mark.parametrize("asked_first", [False, True])
-def test_what_comes_behind_an_answer_is_none_for_the_next_request_of_the_same_turn(
+def test_surplus_bytes_are_not_the_response_to_the_next_request_of_the_same_turn(
     lab, proxy, upstream, asked_first
 ):
     """The answer ends just where the proxy stops reading, and more is there behind it."""

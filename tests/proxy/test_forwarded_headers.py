@@ -79,7 +79,7 @@ def test_xfwd_replaces(lab, upstream, port, mode, options):
 
 
 @pytest.mark.parametrize("xfwd", ["True", "'replace'"])
-def test_xfwd_under_another_spelling_is_no_way_around(lab, upstream, port, xfwd):
+def test_xfwd_under_another_spelling_is_replaced_too(lab, upstream, port, xfwd):
     """A target that is WSGI or CGI takes an underscore for a hyphen."""
     where = lab.serve(f"{port}, xfwd={xfwd}, trusted=[]", where=free_port())
     got, _ = ask(where, upstream, request("/x", "X_Forwarded_For: 198.51.100.1"))

@@ -34,7 +34,7 @@ def test_h2c_in_a_field_of_its_own_is_not_handed_on(lab, upstream, port, values)
 
 
 @pytest.mark.parametrize("value", LISTS)
-def test_h2c_is_no_upgrade(lab, upstream, port, value):
+def test_h2c_is_not_an_upgrade(lab, upstream, port, value):
     where = lab.route(port, "return proxy.ws(environ, start_response)")
     with connect(where) as client:
         client.send(request("/x", "Connection: Upgrade", f"Upgrade: {value}"))

@@ -130,7 +130,7 @@ def test_the_client_goes_while_both_are_talking(px, where, how):
 
 
 @LEAVING
-def test_the_client_goes_with_a_body_that_nobody_reads(px, where, how):
+def test_the_client_leaves_a_body_that_is_not_read(px, where, how):
     """The upstream reads nothing, so what the client has sent cannot be handed on; it is missed all the same."""
     with upstream_for(px, where) as upstream:
         client = connect(px[where]).send(get("/", "Content-Length: 1000000000000", method="POST"))
@@ -210,7 +210,7 @@ def test_a_client_of_http_1_0_sees_by_a_reset_that_an_answer_broke_off(px, where
 @EVERYWHERE
 # a UNIX socket has no reset
 @pytest.mark.leave_out(lambda where: where == "to_unix")
-def test_a_reset_is_no_end_of_a_body_that_ends_with_its_connection(px, where):
+def test_a_reset_is_not_the_end_of_a_body_that_ends_with_its_connection(px, where):
     with px.upstream() as upstream, connect(px[where]) as client:
         client.send(get())
         wire = upstream.accept()
@@ -302,7 +302,7 @@ def test_an_answer_that_stops_in_its_body_is_cut_off(px, where, part):
 
 
 @pytest.mark.parametrize("where", ["late", "inside_late"])
-def test_a_slow_client_is_no_silent_upstream(px, where):
+def test_a_slow_client_is_not_a_silent_upstream(px, where):
     """proxy_timeout is about the target: while the body of the request is awaited, its silence is no fault."""
     with px.upstream() as upstream, connect(px[where]) as client:
         client.send(get("/", "Content-Length: 3", method="POST"))

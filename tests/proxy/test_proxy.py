@@ -373,7 +373,7 @@ def test_an_answer_that_could_be_cut_in_two_ways_is_502(proxied, port, head, sai
     assert "Traceback" not in process.log()
 
 
-def test_a_switch_that_nobody_asked_for_is_502(proxied, port):
+def test_an_unrequested_switch_is_502(proxied, port):
     process = wait_listening(proxied())
     with Upstream(port) as upstream:
         answer = b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\n\r\n"

@@ -114,7 +114,7 @@ def test_a_redirect_that_would_need_the_body_again_is_handed_over(lab, upstream,
 @pytest.mark.parametrize(
     "status", ["200 OK", "201 Created", "300 Choices", "304 Not Modified", "404 Not Found"]
 )
-def test_what_is_no_redirect_is_not_followed(lab, upstream, port, status):
+def test_what_is_not_a_redirect_is_not_followed(lab, upstream, port, status):
     where = lab.serve(f"{port}, follow_redirects=True")
     reply = f"HTTP/1.1 {status}\r\nLocation: /b\r\n".encode()
     reply += b"\r\n" if "304" in status else b"Content-Length: 0\r\n\r\n"
@@ -129,7 +129,7 @@ def test_a_redirect_without_location_is_handed_over(lab, upstream, port):
 @pytest.mark.parametrize(
     "to", ["ftp://127.0.0.1/x", "file:///etc/passwd", "unix:/tmp/x", "http://", "http://[x"]
 )
-def test_a_redirect_to_what_is_no_http_is_not_followed(lab, upstream, port, to):
+def test_a_redirect_to_another_scheme_is_not_followed(lab, upstream, port, to):
     where = lab.serve(f"{port}, follow_redirects=True")
     came = ask(where, upstream, request(), moved("302 Found", to))[1]
     assert came.status in (302, 502)

@@ -231,7 +231,7 @@ def test_self_handle_response_and_several_handlers(lab, upstream, port):
 
 @MODES
 @pytest.mark.parametrize("body", [None, "pass", "return 'text'", "return 5"])
-def test_self_handle_response_that_nobody_makes_is_500(lab, upstream, port, mode, body):
+def test_self_handle_response_without_a_response_is_500(lab, upstream, port, mode, body):
     where = lab.serve(f"{port}, self_handle_response=True", mode)
     if body:
         on_answer(lab, body)

@@ -266,7 +266,7 @@ def test_a_wrapped_start_response_changes_nothing_of_that(lab, upstream, port):
     assert (got.get("x-user"), got.get("x-hop"), got.get("x-a")) == (["alice"], ["1"], ["1", "2"])
 
 
-def test_another_server_does_not_tell_who_has_written_a_header(foreign):
+def test_another_server_does_not_tell_which_side_wrote_a_header(foreign):
     """So it stays: it may be the program's. What always speaks of one connection ends here all the same."""
     made = environ(HTTP_CONNECTION="X-User, TE", HTTP_X_USER="alice", HTTP_TE="trailers", HTTP_KEEP_ALIVE="5")
     _, (got,) = foreign(made)
@@ -312,7 +312,7 @@ HEADERS = st.lists(
 
 @RELAXED
 @given(HEADERS, st.dictionaries(st.sampled_from(["HTTP_X_A", "HTTP_X_B", "HTTP_X_C", "CONTENT_TYPE"]), TEXTS))
-def test_what_the_program_has_left_is_what_goes_on(came, changes):
+def test_what_the_program_has_left_is_what_is_sent(came, changes):
     made = {}
     for name, value in came:
         key = name.upper().replace("-", "_")

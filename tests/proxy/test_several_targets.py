@@ -122,7 +122,7 @@ def test_a_lone_target_is_never_skipped(lab, origins, port):
     assert get(where).status == 200
 
 
-def test_an_answer_of_500_or_a_closed_connection_is_no_refusal(lab):
+def test_a_500_or_a_closed_connection_is_not_a_refusal(lab):
     """A request that was sent is not given to another target."""
     ports = [free_port() for _ in range(2)]
     where = lab.serve(f"{ports}, fail_timeout=1000")

@@ -198,7 +198,7 @@ def test_broken_trailers_of_a_request_are_not_handed_on(px, where, bad):
         "foo",
     ],
 )
-def test_a_target_that_is_no_url_is_400(px, where, target):
+def test_a_target_that_is_not_a_url_is_400(px, where, target):
     with px.upstream() as upstream, connect(px[where]) as client:
         client.send(get(target))
         if upstream.connects_within(0.3):
@@ -312,7 +312,7 @@ BAD_ANSWERS = {
 
 
 @pytest.mark.parametrize("case", BAD_ANSWERS)
-def test_an_answer_that_is_no_http_is_502(px, case):
+def test_a_response_that_is_not_http_is_502(px, case):
     for where in PLACES:
         target = path()
         with px.upstream() as upstream, connect(px[where]) as client:

@@ -321,7 +321,7 @@ def test_a_client_that_waits_for_100_is_not_left_waiting_by_a_silent_upstream(px
 
 
 @ALL
-def test_a_late_100_of_the_upstream_is_no_second_one_to_the_client(px, where):
+def test_a_late_100_of_the_upstream_is_not_sent_to_the_client_again(px, where):
     with px.upstream() as upstream, connect(px[where]) as client:
         client.send(EXPECTING + b"hello")
         wire = upstream.accept()
@@ -643,7 +643,7 @@ def test_both_directions_at_once(px, where, framing):
 
 
 @EVERYWHERE
-def test_an_answer_that_ends_first_while_the_request_goes_on(px, where):
+def test_a_response_that_ends_while_the_request_continues(px, where):
     """Whole answer, then the rest of the body: the next request is not mixed up with it."""
     target = path()
     with talking(px, where, get(target, "Content-Length: 10", method="POST") + b"01234") as (client, wire):

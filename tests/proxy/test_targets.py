@@ -245,7 +245,7 @@ def test_a_function_that_returns_nonsense(lab, value):
     lab.wait_log("[ERROR]")
 
 
-def test_a_function_that_takes_its_time_holds_up_nobody(lab, origins, port):
+def test_a_slow_function_holds_up_no_other_request(lab, origins, port):
     origins(port)
     lab.run("gate = gevent.event.Event()\nhere = []")
     lab.run(f"""
@@ -412,7 +412,7 @@ def test_local_address_that_this_machine_has_not(lab, origins, port):
     assert "Traceback" not in lab.wait_log("(GET /x): 502")
 
 
-def test_local_address_of_the_other_family_is_no_hindrance_to_a_name(lab, origins, port):
+def test_local_address_of_the_other_family_does_not_hinder_a_name(lab, origins, port):
     """localhost may be ::1 first; only 127.0.0.1 can be reached from 127.0.0.9."""
     origin = origins(port)
     assert get(lab.serve(f"'http://localhost:{port}', local_address='127.0.0.9'")).status == 200

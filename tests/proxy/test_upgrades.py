@@ -230,7 +230,7 @@ def test_without_the_option_an_upgrade_is_501(px, where, protocol):
     ],
     ids=["not nominated", "no protocol", "close", "http/1.0", "empty"],
 )
-def test_what_is_no_upgrade_is_an_ordinary_request(px, where, request_):
+def test_what_is_not_an_upgrade_is_an_ordinary_request(px, where, request_):
     got, answer = px.exchange(request_, where=where)
     assert not got.all("upgrade")
     assert "upgrade" not in (got.get("connection") or "").lower()
@@ -246,7 +246,7 @@ def test_what_is_no_upgrade_is_an_ordinary_request(px, where, request_):
     ],
     ids=["another", "none"],
 )
-def test_a_switch_to_what_nobody_asked_for_is_502(px, where, answer):
+def test_a_switch_to_an_unrequested_protocol_is_502(px, where, answer):
     target = path()
     with px.upstream() as upstream, connect(px[where]) as client:
         client.send(upgrading(target))
@@ -301,7 +301,7 @@ def test_an_upgrade_that_is_not_answered_in_time_is_504(px):
     px.one_line(target, r"\): 504")
 
 
-def test_the_timeout_of_answers_is_none_of_a_tunnels(px):
+def test_the_timeout_of_responses_does_not_end_a_tunnel(px):
     with tunnel(px, "late") as (client, wire):
         time.sleep(1)
         client.send(b"still")

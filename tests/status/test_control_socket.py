@@ -56,7 +56,7 @@ def test_a_start_removes_what_killed_masters_have_left(start):
     assert {entry.name for entry in run.iterdir()} == {f"{process.pid}.sock", f"{dead.pid}.txt", "name.sock"}
 
 
-def test_a_socket_that_somebody_put_there_since_is_not_removed(start):
+def test_a_socket_that_another_program_has_put_there_is_not_removed(start):
     process = start.gunicorn("status_app", workers=1).wait_ready()
     path = control_socket(start, process)
     path.unlink()

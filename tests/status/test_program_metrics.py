@@ -87,7 +87,7 @@ def test_a_killed_masters_directory_is_removed_at_the_next_start(start, port):
     assert [os.path.basename(path) for path in directories(start)] == [f"prometheus-{again.pid}"]
 
 
-def test_a_directory_that_somebody_holds_is_not_removed(home):
+def test_a_directory_that_a_process_holds_is_not_removed(home):
     """Two containers with one runtime directory: the other's pids say nothing here."""
     path = home / f"prometheus-{1 << 22}"
     path.mkdir()
@@ -280,7 +280,7 @@ def test_what_is_nested_too_deeply_does_not_end_the_master(home):
 
 
 @needs_root
-def test_a_way_that_lets_nobody_through_is_said(start, port):
+def test_a_directory_that_workers_cannot_reach_is_reported(start, port):
     (start.home / "closed").mkdir(mode=0o700)
     process = counting(start, port, PASSENGER_RUNTIME_DIR=start.home / "closed" / "run")
     process.wait_log(r"own counters are not added up: .*but may not enter .*closed \(its mode is 0700\)")

@@ -80,7 +80,7 @@ def test_another_user_gets_nothing(start, home, monkeypatch):
 
 
 @needs_root
-def test_a_directory_of_somebody_else_is_not_believed(home, monkeypatch):
+def test_a_directory_of_another_user_is_not_trusted(home, monkeypatch):
     """An attacker has made the directory in /tmp before, with a socket that lies."""
     monkeypatch.setenv("PASSENGER_RUNTIME_DIR", str(home / "run"))
     (home / "run").mkdir(mode=0o700)
@@ -98,7 +98,7 @@ def test_a_directory_of_somebody_else_is_not_believed(home, monkeypatch):
 
 @needs_root
 @pytest.mark.parametrize("what", ["directory", "writable", "socket"])
-def test_a_status_socket_that_somebody_else_owns(start, home, what):
+def test_a_status_socket_of_another_user_is_not_trusted(start, home, what):
     run = home / "run"
     run.mkdir(mode=0o700)
     if what == "directory":
@@ -274,7 +274,7 @@ def test_a_directory_with_a_name_that_cannot_be_foreseen_stands_in(squatted, wha
 
 
 @needs_root
-def test_nobody_can_make_the_one_that_stands_in(squatted):
+def test_another_user_cannot_prepare_the_directory_that_stands_in(squatted):
     make_another_users(squatted, "directory")
     evil = squatted.with_name(f"{squatted.name}-aaaaaaaa")
     make_another_users(evil, "directory")

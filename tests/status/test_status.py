@@ -186,7 +186,7 @@ def test_watch_on_a_terminal_redraws(start):
         os.close(theirs)
 
 
-def test_watch_goes_on_when_the_application_ends(start):
+def test_watch_continues_when_the_application_ends(start):
     process = start.gunicorn("status_app", workers=1).wait_ready()
     watching = start.python(COMMAND, "status", "--watch")
     watching.wait_log("master +")

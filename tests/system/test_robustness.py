@@ -89,7 +89,7 @@ class Others:
 # --- workers that misbehave ---------------------------------------------------------------------------
 
 
-def test_a_flood_of_listen_and_close_leaks_nothing_and_disturbs_nobody(process, port):
+def test_a_flood_of_listen_and_close_leaks_nothing_and_disturbs_no_worker(process, port):
     (flooder, other) = process.workers()
     flood = f"sum({GETS} for _ in range(200))"
     assert run_in(process, flooder, flood) == "200"
@@ -156,7 +156,7 @@ if os.getpid() == {flooder}:
 
 
 @pytest.mark.parametrize("descriptors_sent", [1, 3, 20])
-def test_descriptors_that_nobody_asked_for_are_closed(process, port, descriptors_sent):
+def test_unexpected_descriptors_are_closed(process, port, descriptors_sent):
     before = settled_descriptors(process)
     code = f"""
 import array, fcntl, socket, termios, time
@@ -180,7 +180,7 @@ for data in (b"garbage", b'{{"v":1,"type":"WorkerReady","id":0,"primary":"x"}}')
     "addr", ['[["127.0.0.1", 5]]', "{", "[]", "7", '[{"a": 1}]', '["x"]', "[null]", '[""]', '["", ""]']
 )
 @pytest.mark.parametrize("what", ["/dev/null", "a socket"])
-def test_a_connection_that_is_none_does_not_disturb_the_sibling_that_gets_it(process, port, addr, what):
+def test_a_descriptor_that_is_not_a_connection_does_not_disturb_the_sibling(process, port, addr, what):
     """A worker hands on what it says is a client's connection; the sibling must be able to ask on."""
     (sender, other) = process.workers()
     code = f"""
@@ -317,7 +317,7 @@ if os.getpid() == {worker}:
 
 @pytest.mark.parametrize("spare", [0, 1, 2, 3, 4, 6, 8])
 @pytest.mark.parametrize("how", ["TTIN", "kill"])
-def test_a_master_without_descriptors_goes_on(process, port, spare, how):
+def test_a_master_without_descriptors_continues(process, port, spare, how):
     """It is to start a worker and has hardly a descriptor: the others serve, and with room again all is well."""
     (victim, other) = process.workers()
     with Others(process.socket, port) as others:
@@ -469,7 +469,7 @@ def kill_broker(process, count=1):
     process.wait_log(r"ERROR.*the port broker's thread has died \(SystemExit\('injected'\)\)", count=count)
 
 
-def test_a_broker_whose_thread_dies_goes_on_with_what_is_open(start, port):
+def test_a_broker_whose_thread_dies_continues_with_what_is_open(start, port):
     """Noticed, logged, started again: the ports stay open, who wants them is known, and new ones are opened."""
     other = free_port()
     start.write(

@@ -35,7 +35,7 @@ def ports():
 
 
 @pytest.mark.parametrize("name", STORMS)
-def test_nobody_who_was_let_in_is_dropped(home, ports, name):
+def test_no_accepted_client_is_dropped(home, ports, name):
     storm, times, options = STORMS[name]
     with storm_site.raised(storm, times, home, ports, **options) as (site, traffic, kills):
         outcome = storm_site.finish(site, traffic, kills)

@@ -393,7 +393,7 @@ def strings(value):
 
 
 @pytest.mark.parametrize("path", ["/tmp/\ud800", "/tmp/" + "x" * 200, "relative", "/tmp/a\0b"])
-def test_a_path_that_is_none_is_refused(workers, path):
+def test_a_path_that_is_not_valid_is_refused(workers, path):
     answer = workers.ask(1, "OpenPort", kind="unix", path=path)
     assert isinstance(answer, messages.RequestDenied)
     assert all(line.isprintable() for line in workers.log.lines)
@@ -485,7 +485,7 @@ def test_a_service_that_fails_keeps_no_worker_waiting(workers):
         os.close(write)
 
 
-def test_a_report_that_fails_costs_nobody_a_channel(workers, monkeypatch):
+def test_a_report_that_fails_costs_no_worker_its_channel(workers, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError("a mistake of ours")
 
@@ -536,7 +536,7 @@ def packets(draw):
         st.tuples(packets(), st.lists(st.sampled_from([None, *KINDS]), max_size=3)), min_size=1, max_size=6
     )
 )
-def test_whatever_a_worker_sends_the_broker_goes_on(several):
+def test_whatever_a_worker_sends_the_broker_continues(several):
     workers = THE_BROKER[0]
     workers.add(2)
     before = open_descriptors() - 2  # the two ends of this worker
@@ -646,7 +646,7 @@ def test_the_state_goes_through_a_file_in_memory():
 
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("number", ["", "x", "-1", "1", "99999999999999999999", "0", "³"])
-def test_a_variable_that_is_no_state_is_left_alone(number):
+def test_a_variable_that_is_not_a_state_is_left_alone(number):
     before = open_descriptors()
     assert upgrade_state.inherited({upgrade_state.VARIABLE: number}) == {}
     assert open_descriptors() == before
@@ -654,7 +654,7 @@ def test_a_variable_that_is_no_state_is_left_alone(number):
 
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("content", [b"", b"[" * 100000, b"[]", b'{"version": 2, "ports": {}}', b"\xff"])
-def test_a_state_that_cannot_be_read_is_none(content):
+def test_a_state_that_cannot_be_read_is_ignored(content):
     fd = os.memfd_create(upgrade_state._NAME)
     os.write(fd, content)
     assert upgrade_state.inherited({upgrade_state.VARIABLE: str(fd)}) == {}

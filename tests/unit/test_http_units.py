@@ -100,7 +100,7 @@ def test_each_wait_has_its_own_deadline_also_when_one_begins_another(loop: Loop)
     assert third.expired == []
 
 
-def test_nobody_waits_no_timer(loop: Loop) -> None:
+def test_without_a_waiting_connection_there_is_no_timer(loop: Loop) -> None:
     deadlines = TimeoutQueue(1.0)
     waiting = Waiting(loop)
     for _ in range(100):
@@ -410,7 +410,7 @@ def connected() -> tuple[ClientSocket, socket.socket]:
     return ClientSocket(ours.family, ours.type, ours.proto, ours.detach()), theirs
 
 
-def test_a_socket_that_nobody_has_used_is_gevents_all_the_same() -> None:
+def test_a_socket_that_was_not_used_is_gevents_all_the_same() -> None:
     sock, client = connected()
     with client:
         assert isinstance(sock, gevent.socket.socket)
@@ -426,7 +426,7 @@ def test_a_socket_that_nobody_has_used_is_gevents_all_the_same() -> None:
         assert client.recv(1) == b""
 
 
-def test_a_socket_that_is_released_wakes_those_who_wait_for_it() -> None:
+def test_a_socket_that_is_released_wakes_all_that_wait_for_it() -> None:
     sock, client = connected()
     with client:
 

@@ -236,7 +236,7 @@ def test_an_unused_connection_that_cannot_be_closed_keeps_no_other_open(pool, lo
     logged()
 
 
-def test_a_timer_of_unused_connections_that_raises_goes_on(pool, logged, monkeypatch):
+def test_a_timer_of_idle_connections_that_raises_continues(pool, logged, monkeypatch):
     one = pool.acquire()
     retire = pool._evict_expired
     calls = []

@@ -77,7 +77,7 @@ def test_bad_chunks(data):
         ResponseChunks().feed(data)
 
 
-def test_a_head_is_not_changed_by_who_reads_it_twice():
+def test_reading_a_head_twice_does_not_change_it():
     data = b"HTTP/1.1 200 OK\r\nX: 1\r\nContent-Length: 2, 2\r\n\r\n"
     head = ResponseHead(data, keep_case=False)
     assert head.headers == [("x", "1"), ("content-length", "2")]
@@ -166,7 +166,7 @@ def pool(monkeypatch):
         end.close()
 
 
-def test_a_connection_that_is_given_back_goes_to_who_waits_longest(pool):
+def test_a_connection_that_is_given_back_goes_to_the_request_that_waits_longest(pool):
     one, two = pool.acquire(), pool.acquire()
     waiting = [gevent.spawn(pool.acquire), gevent.spawn(pool.acquire)]
     gevent.sleep(0)
@@ -205,7 +205,7 @@ def test_who_is_killed_when_just_called_gives_the_place_back(pool):
     assert pool.empty
 
 
-def test_nobody_waits_for_ever(pool):
+def test_no_request_waits_for_ever(pool):
     pool.acquire(), pool.acquire()
     pool.limits.connect_timeout = 0.01
     with pytest.raises(PoolExhausted, match="all 2 connections are in use"):

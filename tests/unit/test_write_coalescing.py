@@ -373,7 +373,7 @@ def test_a_client_that_waits_for_its_answer_with_the_rest_of_its_body(server: Se
     client.until(1)
 
 
-def test_an_upload_that_nobody_reads_to_its_end(server: Server) -> None:
+def test_an_upload_that_is_not_read_to_its_end(server: Server) -> None:
     server.act = lambda call, environ: environ["wsgi.input"].read(1) and None
     client = server.connect()
     client.send(b"POST / HTTP/1.1\r\nContent-Length: 100000\r\n\r\nabc")

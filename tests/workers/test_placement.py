@@ -57,7 +57,7 @@ def connected(pid, port):
     return any(f"socket:[{inode}]" in descriptors(pid) for inode in sockets_of(port, "01"))
 
 
-def test_when_the_worker_is_killed_another_accepts_and_nobody_is_refused(start, port):
+def test_when_the_worker_is_killed_another_accepts_and_no_client_is_refused(start, port):
     process = placed(start, port, "one", 4)
     for _ in range(5):
         old = pid_at(port)

@@ -140,7 +140,7 @@ def test_after_an_upgrade_the_next_master_need_not_wait_for_slow_requests(start,
 
 
 @pytest.mark.parametrize("addr", ["", "[]", '[[["a"], 1]]', '[{"a": 1}]', '[["1.2.3.4", -1]]', "[" * 3000])
-def test_a_connection_with_an_address_that_is_none_reaches_nobody(start, port, addr):
+def test_a_connection_with_an_invalid_address_reaches_no_program(start, port, addr):
     process = anything(start, f"server = passenger.create_server(whoami).listen({port})")
     hand = json.dumps(
         {"v": 1, "type": "OfferConnections", "id": 999, "key": f"127.0.0.1:{port}", "addrs": addr}

@@ -224,7 +224,7 @@ def test_ctrl_c_ends_without_noise(start, port):
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_a_server_in_a_thread_that_is_no_daemon_does_not_keep_the_worker(start, port, how):
+def test_a_server_in_a_thread_that_is_not_a_daemon_does_not_keep_the_worker(start, port, how):
     start.write(
         "threaded.py",
         f"""
