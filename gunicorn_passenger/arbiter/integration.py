@@ -117,7 +117,7 @@ def _configure(broker: Broker, cfg: Any, log: Any, first: bool) -> None:
     for sentence in allocation.ineffective_ports():
         log.warning("gunicorn-passenger: %s", sentence)
     broker.configure(cfg, allocation, grace)
-    prometheus_multiproc.directory.give(cfg, log)
+    prometheus_multiproc.directory.give_to_workers(cfg, log)
 
 
 def _log_startup_notes(listening: list[Any], broker: Broker, log: Any, cfg: Any) -> None:
@@ -195,7 +195,7 @@ def _workers_are_ours(arbiter: Any) -> bool:
 def ready(arbiter: Any) -> None:
     """gunicorn is ready, and starts its workers next."""
     _set_arbiter(arbiter)
-    prometheus_multiproc.directory.give(arbiter.cfg, arbiter.log)
+    prometheus_multiproc.directory.give_to_workers(arbiter.cfg, arbiter.log)
     settings.leave_program_scope()
     requested_daemons.handled = True
     requested_daemons.commit_config()
@@ -268,7 +268,7 @@ def _sum_metrics(_worker: Any) -> None:
 
 
 def _on_worker_reaped(_arbiter: Any, worker: Any) -> None:
-    prometheus_multiproc.directory.gone(worker.pid)
+    prometheus_multiproc.directory.on_worker_exit(worker.pid)
     broker = fork_handlers.current_broker()
     if broker is not None:
         broker.on_worker_reaped(worker.age)

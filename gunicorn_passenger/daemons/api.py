@@ -16,12 +16,13 @@ from gunicorn_passenger import errors
 from gunicorn_passenger.config.settings import config_file_error, settings
 from gunicorn_passenger.daemons import daemon_errors
 from gunicorn_passenger.daemons.requested import requested_daemons
-from gunicorn_passenger.daemons.spec import MAX_MESSAGE, DaemonSpec, SpawnArguments, build_spec
+from gunicorn_passenger.daemons.spec import MAX_MESSAGE, DaemonSpec, build_spec
 from gunicorn_passenger.daemons.standalone import standalone_daemons
 from gunicorn_passenger.errors import DaemonError, PassengerError
 from gunicorn_passenger.ipc.messages import DaemonSpawned, RequestDenied, SpawnDaemon
 from gunicorn_passenger.serving import server_errors
 from gunicorn_passenger.serving.registry import check_program_allocation, registry
+from gunicorn_passenger.system.callers import called_in
 
 _hooked: list[bool] = []
 
@@ -94,8 +95,8 @@ def spawn(
     reading = is_reading_config()
     try:
         within = "" if reading else check_program_allocation(None)
-        given = SpawnArguments(
-            target=target,
+        spec = build_spec(
+            target,
             name=name,
             listen=listen,
             args=args,
@@ -109,8 +110,8 @@ def spawn(
             kill_mode=kill_mode,
             after=after,
             report=report,
+            within=within,
         )
-        spec = build_spec(given, within)
         if not reading:
             for item in spec.listen:
                 if item.kind == "tcp":
@@ -129,7 +130,7 @@ def _place(spec: DaemonSpec, reading: bool) -> Daemon:
     elif registry.worker is not None:
         return _ask_master(spec)
     elif registry.active or _under_gunicorn():
-        if _called_in("spawn_worker", "gunicorn.arbiter") or _forked_from_master():
+        if called_in("spawn_worker", "gunicorn.arbiter") or _forked_from_master():
             raise daemon_errors.spawn_without_worker(spec.name)
         # with --preload the program's own code runs in the master
         try:
@@ -147,10 +148,10 @@ def _place(spec: DaemonSpec, reading: bool) -> Daemon:
     return Daemon(spec.name, _known_address(spec))
 
 
-def _describe_only(target: Any, name: str | None, listen: Any) -> Daemon:
+def _describe_only(target: object, name: str | None, listen: object) -> Daemon:
     """In a daemon, which imports the program for its function: start nothing."""
     try:
-        spec = build_spec(SpawnArguments(target=target, name=name, listen=listen))
+        spec = build_spec(target, name=name, listen=listen)
     except (PassengerError, OSError):
         return Daemon(name or "")
     return Daemon(spec.name, _known_address(spec))
@@ -197,19 +198,9 @@ def _in_daemon() -> bool:
     return bool(getattr(sys.modules.get("__main__"), "IS_DAEMON", False))
 
 
-def _called_in(function: str, module: str) -> bool:
-    """Whether this call comes from a function of gunicorn's."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == function and frame.f_globals.get("__name__") == module:
-            return True
-        frame = frame.f_back
-    return False
-
-
 def is_reading_config() -> bool:
     """Whether this call comes from ``gunicorn.conf.py``."""
-    return _called_in("load_config", "gunicorn.app.base")
+    return called_in("load_config", "gunicorn.app.base")
 
 
 def _under_gunicorn() -> bool:
@@ -226,7 +217,7 @@ def _warn_unhandled() -> None:
     if (
         requested_daemons.pending
         and not requested_daemons.handled
-        and _called_in("spawn_worker", "gunicorn.arbiter")
+        and called_in("spawn_worker", "gunicorn.arbiter")
     ):
         requested_daemons.handled = True
         logging.getLogger("gunicorn.error").error(

@@ -64,7 +64,7 @@ class DaemonLifecycle:
         daemons: dict[str, DaemonState],
         sockets: DaemonSockets,
         environment: Callable[[Mapping[str, str]], dict[str, str]],
-        watch_reports: Callable[[Any], None],
+        watch_reports: Callable[[_socket.socket], None],
     ) -> None:
         """
         :param environment: makes a daemon's environment of the master's.
@@ -156,7 +156,7 @@ class DaemonLifecycle:
             if daemon.state == WAITING and not daemon.key:
                 self.start(daemon)
 
-    def _report_pair(self, daemon: DaemonState) -> tuple[Any, Any]:
+    def _report_pair(self, daemon: DaemonState) -> tuple[_socket.socket | None, _socket.socket | None]:
         if not daemon.spec.report:
             return None, None
         try:

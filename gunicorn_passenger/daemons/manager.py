@@ -8,6 +8,7 @@ Beside it: ``sockets.py`` opens and holds the sockets, ``lifecycle.py`` starts a
 
 from __future__ import annotations
 
+import _socket
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from typing import Any
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.config import listen_errors
+from gunicorn_passenger.config.address import SockAddr
 from gunicorn_passenger.daemons import daemon_errors
 from gunicorn_passenger.daemons.lifecycle import DaemonLifecycle
 from gunicorn_passenger.daemons.requested import requested_daemons
@@ -41,7 +43,7 @@ class DaemonManager(BrokerService):
         self,
         broker: Broker,
         environment: Callable[[Mapping[str, str]], dict[str, str]],
-        watch_reports: Callable[[Any], None],
+        watch_reports: Callable[[_socket.socket], None],
     ) -> None:
         """
         :param environment: makes a daemon's environment of the master's.
@@ -98,7 +100,7 @@ class DaemonManager(BrokerService):
             if spec.name not in self._daemons and spec not in self._refused:
                 self._try_request(spec, trusted)
 
-    def inherited(self) -> list[Any]:
+    def inherited(self) -> list[SockAddr | str]:
         """The names of the sockets that the previous master handed on."""
         return [listening_sockets.sockname(one.sock) for _, _, one in self._sockets.inherited]
 

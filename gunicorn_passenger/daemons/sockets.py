@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import _socket
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -22,6 +21,7 @@ from gunicorn_passenger.daemons.supervisor_client import DaemonSocket, daemon_so
 from gunicorn_passenger.master import upgrade_state
 from gunicorn_passenger.master.broker import Broker
 from gunicorn_passenger.system import listening_sockets, port_opening
+from gunicorn_passenger.system.callers import called_in
 
 
 class DaemonSockets:
@@ -138,7 +138,8 @@ class DaemonSockets:
 
         The child that becomes the next master keeps them until then (:meth:`export_state`).
         """
-        if not _is_reexec():
+        # gunicorn calls no hook before its fork for USR2
+        if not called_in("reexec", "gunicorn.arbiter"):
             for daemon in self._daemons.values():
                 for one in daemon.sockets:
                     one.sock.close()
@@ -159,16 +160,6 @@ class DaemonSockets:
                 want = one.want
                 entries.append([daemon.name, index, number, want.kind, want.host, want.port, want.path])
         return entries
-
-
-def _is_reexec() -> bool:
-    """Whether the current fork is the arbiter's own for ``USR2``, for which gunicorn calls no hook before."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "reexec" and frame.f_globals.get("__name__") == "gunicorn.arbiter":
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _inherited() -> list[tuple[str, int, DaemonSocket]]:

@@ -237,34 +237,30 @@ def _is_numeric(host: str) -> bool:
 # --- from the arguments of spawn() -----------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class SpawnArguments:
-    """The arguments of ``spawn()``, not checked yet."""
-
-    target: object
-    name: object = None
-    listen: object = None
-    args: object = ()
-    env: object = None
-    cwd: object = None
-    user: object = None
-    group: object = None
-    on_reload: object = "keep"
-    stop_timeout: object = 10.0
-    give_up_after: object = 10
-    kill_mode: object = "mixed"
-    after: object = None
-    report: bool = False
-
-
-def build_spec(given: SpawnArguments, within: str = "") -> DaemonSpec:
-    """Make the spec of the arguments of ``spawn()``.
+def build_spec(
+    target: object,
+    *,
+    name: str | None = None,
+    listen: object = None,
+    args: object = (),
+    env: object = None,
+    cwd: object = None,
+    user: object = None,
+    group: object = None,
+    on_reload: str = "keep",
+    stop_timeout: float = 10.0,
+    give_up_after: int = 10,
+    kill_mode: str = "mixed",
+    after: object = None,
+    report: bool = False,
+    within: str = "",
+) -> DaemonSpec:
+    """Make the spec of the arguments of ``spawn()``, which are not checked yet.
 
     :param within: the ports that the program limits itself to; empty for all allocated ports.
     :raises errors.SettingError: names the parameter that cannot be used.
     :raises errors.ListenError: for an invalid address.
     """
-    env, args = given.env, given.args
     if env is not None and not (
         isinstance(env, Mapping) and all(isinstance(text, str) for pair in env.items() for text in pair)
     ):
@@ -272,31 +268,31 @@ def build_spec(given: SpawnArguments, within: str = "") -> DaemonSpec:
     variables = dict(env or {})
     if not isinstance(args, list | tuple):
         raise daemon_errors.bad_daemon("args", args, "use a list or a tuple")
-    if callable(given.target):
-        call, default = _call(given.target, args)
+    if callable(target):
+        call, default = _call(target, args)
         command: tuple[str, ...] = (sys.executable, _FUNCTION_RUNNER, f"{call['module']}:{call['name']}")
         shown = f"{call['module']}.{call['name']}({', '.join(repr(arg) for arg in args)})"
         variables["PASSENGER_CALL"] = json.dumps(call, separators=(",", ":"))
     else:
-        command = (*_command(given.target), *_texts(args))
+        command = (*_command(target), *_texts(args))
         shown = shlex.join(command)
         default = os.path.basename(command[0])
     spec = DaemonSpec(
-        name=str(default)[:MAX_NAME] if given.name is None else given.name,  # type: ignore[arg-type]
+        name=str(default)[:MAX_NAME] if name is None else name,
         command=command,
         shown=shown[:200],
-        listen=tuple(_listen(given.listen)),
+        listen=tuple(_listen(listen)),
         env=tuple(sorted(variables.items())),
-        cwd=os.path.abspath(_path(given.cwd)),
-        user=_account("user", given.user),
-        group=_account("group", given.group),
-        on_reload=given.on_reload,  # type: ignore[arg-type]
-        stop_timeout=given.stop_timeout,  # type: ignore[arg-type]
-        give_up_after=given.give_up_after,  # type: ignore[arg-type]
-        kill_mode=given.kill_mode,  # type: ignore[arg-type]
-        after=_after(given.after),
+        cwd=os.path.abspath(_path(cwd)),
+        user=_account("user", user),
+        group=_account("group", group),
+        on_reload=on_reload,
+        stop_timeout=stop_timeout,
+        give_up_after=give_up_after,
+        kill_mode=kill_mode,
+        after=_after(after),
         within=within,
-        report=given.report,
+        report=report,
     )
     _check(spec)
     return spec

@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import os
 from contextlib import suppress
-from typing import Any
 
 from gunicorn_passenger.daemons import daemon_errors
 from gunicorn_passenger.daemons.run_as import resolve_run_as
@@ -24,7 +23,7 @@ class StandaloneDaemons:
     """The daemons of this process."""
 
     def __init__(self) -> None:
-        self._supervisor: Any = None
+        self._supervisor: SupervisorClient | None = None
         self._sockets: list[DaemonSocket] = []
         #: by the supervisor's key, in the order of spawn()
         self._specs: dict[str, DaemonSpec] = {}
@@ -50,11 +49,7 @@ class StandaloneDaemons:
                     )
                 )
             if self._supervisor is None:
-                self._supervisor = SupervisorClient()
-                self._supervisor.set_blocking(True)
-                atexit.register(self._stop)
-                os.register_at_fork(after_in_child=self._forked)
-                unpatched.start_thread(self._print_output)
+                self._supervisor = self._start_supervisor()
             key = self._supervisor.start(spec, run_as, [one.sock for one in listening], os.environ)
         except BaseException:
             for one in listening:
@@ -65,9 +60,17 @@ class StandaloneDaemons:
         first = listening[0] if listening else None
         return None if first is None else str(first) if first.path else (first.host, first.port)
 
-    def _print_output(self) -> None:
+    def _start_supervisor(self) -> SupervisorClient:
+        supervisor = SupervisorClient()
+        supervisor.set_blocking(True)
+        atexit.register(self._stop, supervisor)
+        os.register_at_fork(after_in_child=lambda: self._forked(supervisor))
+        unpatched.start_thread(lambda: self._print_output(supervisor))
+        return supervisor
+
+    def _print_output(self, supervisor: SupervisorClient) -> None:
         """The thread that prints the daemons' output to standard error."""
-        while (event := self._supervisor.receive()) is not None:
+        while (event := supervisor.receive()) is not None:
             spec = self._specs.get(event.get("key", ""))
             name = spec.name if spec is not None else ""
             lines = event.get("lines", [])
@@ -79,22 +82,20 @@ class StandaloneDaemons:
                 with suppress(OSError, ValueError):
                     os.write(2, f"[{name}] {printable(line.rstrip(chr(13)), keep=chr(9))}\n".encode())
 
-    def _stop(self) -> None:
+    def _stop(self, supervisor: SupervisorClient) -> None:
         """Stop the daemons and wait for the supervisor: their ports are free when the program has exited."""
         keys = {spec.name: key for key, spec in self._specs.items()}
         with suppress(OSError):
-            self._supervisor.stop(
-                [[keys[spec.name] for spec in wave] for wave in stop_waves(self._specs.values())]
-            )
-            self._supervisor.exit()
+            supervisor.stop([[keys[spec.name] for spec in wave] for wave in stop_waves(self._specs.values())])
+            supervisor.exit()
         for one in self._sockets:
             one.close(unlink=True)
         with suppress(OSError, ChildProcessError):
-            unpatched.unpatched("os", "waitpid")(self._supervisor.pid, 0)
+            unpatched.unpatched("os", "waitpid")(supervisor.pid, 0)
 
-    def _forked(self) -> None:
+    def _forked(self, supervisor: SupervisorClient) -> None:
         atexit.unregister(self._stop)
-        self._supervisor.close()
+        supervisor.close()
         for one in self._sockets:
             one.close(unlink=False)
 

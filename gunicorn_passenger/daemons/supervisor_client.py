@@ -75,9 +75,9 @@ class SupervisorClient:
         self,
         spec: DaemonSpec,
         run_as: RunAs,
-        listening: Iterable[Any],
+        listening: Iterable[_socket.socket],
         environ: Mapping[str, str],
-        report: Any = None,
+        report: _socket.socket | None = None,
     ) -> str:
         """Start a daemon, which the supervisor restarts from now on.
 
@@ -178,7 +178,7 @@ class SupervisorClient:
             self._keys.remove(key)
 
 
-def _spawn(channel: Any) -> int:
+def _spawn(channel: _socket.socket) -> int:
     """Start the supervisor; the caller, or gunicorn's master, reaps it.
 
     Not with ``os.fork``, which would call the registered fork handlers while the broker is locked, and not
@@ -223,7 +223,7 @@ class DaemonSocket:
     """A listening socket of a daemon, which the master holds."""
 
     want: DaemonListen
-    sock: Any
+    sock: _socket.socket
     #: the address that it is bound to
     host: str = ""
     port: int = 0
@@ -241,7 +241,7 @@ class DaemonSocket:
             listening_sockets.remove(self.path, self.file)
 
 
-def daemon_socket(want: DaemonListen, sock: Any) -> DaemonSocket:
+def daemon_socket(want: DaemonListen, sock: _socket.socket) -> DaemonSocket:
     """:param sock: a socket that listens."""
     name = listening_sockets.sockname(sock)
     if isinstance(name, tuple):

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from gunicorn_passenger.system.callers import called_in_packages
 from gunicorn_passenger.system.text import printable
 
 #: Where ``prometheus_client`` counts in its multiprocess mode.
@@ -108,9 +108,4 @@ class _RestrictedRegistry:
 
 def exporter_calls() -> bool:
     """Whether a server that shows the default registry makes this call."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__", "").partition(".")[0] in _EXPORTERS:
-            return True
-        frame = frame.f_back
-    return False
+    return called_in_packages(_EXPORTERS)

@@ -61,7 +61,7 @@ class ControlBackend(Protocol):
 class ControlConnection:
     """One connection, with what it has received of a request and not yet sent of a response."""
 
-    def __init__(self, sock: Any, deadline: float | None) -> None:
+    def __init__(self, sock: _socket.socket, deadline: float | None) -> None:
         """:param deadline: monotonic seconds; ``None`` for a persistent connection."""
         self.sock = sock
         self.deadline = deadline
@@ -116,7 +116,7 @@ class ControlServer(BrokerService):
         self._path = path
         self._file = listening_sockets.inode_id(path)
 
-    def watch_reports(self, sock: Any) -> None:
+    def watch_reports(self, sock: _socket.socket) -> None:
         """Send reports, and nothing else, on a connected stream socket for as long as it is open.
 
         Called with the broker locked.
@@ -296,7 +296,7 @@ class ControlServer(BrokerService):
             listener.close()
 
 
-def _may_ask(sock: Any) -> bool:
+def _may_ask(sock: _socket.socket) -> bool:
     """Whether the client runs as this user or as root, according to the kernel."""
     try:
         return peercred(sock).uid in (os.geteuid(), 0)

@@ -48,14 +48,14 @@ class MultiprocDir:
         #: where the workers keep their counters; empty when the setting is off
         self.path = ""
         #: where a master counts that is root while its workers are not; otherwise the same path
-        self._masters = ""
+        self._masters_path = ""
         #: whether this master has made it, and removes it
         self._ours = False
         self._pid = 0
-        self._held = -1
-        self._held_masters = -1
+        self._fd = -1
+        self._masters_fd = -1
         #: whether the workers' user owns the directory
-        self._given = False
+        self._owner_changed = False
         self._warnings: list[str] = []
         #: whether :meth:`_forked` is registered
         self._registered = False
@@ -67,18 +67,18 @@ class MultiprocDir:
         except SettingError:
             return  # raised when all settings are checked
         if not wanted:
-            self._let_go()
+            self._switch_off()
         elif not self.path or self._pid != os.getpid():
-            self._begin()
+            self._set_up()
         elif self._ours:
-            os.environ[VARIABLE] = self._masters
+            os.environ[VARIABLE] = self._masters_path
 
-    def _let_go(self) -> None:
+    def _switch_off(self) -> None:
         """A reload has switched it off: running workers continue, and new ones count only for themselves."""
-        if self._ours and os.environ.get(VARIABLE) == self._masters:
+        if self._ours and os.environ.get(VARIABLE) == self._masters_path:
             del os.environ[VARIABLE]
 
-    def _begin(self) -> None:
+    def _set_up(self) -> None:
         self._pid = os.getpid()
         try:
             parent = runtime_dir.ensure_world_traversable() if os.geteuid() == 0 else runtime_dir.ensure()
@@ -89,18 +89,18 @@ class MultiprocDir:
                 return
             _clear(parent)
             path = masters = os.path.join(parent, f"prometheus-{self._pid}")
-            self._held = _make(path)
+            self._fd = _make(path)
             if os.geteuid() == 0:
                 # the workers' user is not known yet
                 masters = os.path.join(parent, f"prometheus.master-{self._pid}")
-                self._held_masters = _make(masters)
+                self._masters_fd = _make(masters)
         except (PassengerError, OSError) as error:
             self._close()
             if _NAME.fullmatch(os.path.basename(os.environ.get(VARIABLE, ""))):
                 del os.environ[VARIABLE]  # the previous master's
             self._warnings.append(_not_added_up(error))
             return
-        self.path, self._masters, self._ours, self._given = path, masters, True, False
+        self.path, self._masters_path, self._ours, self._owner_changed = path, masters, True, False
         os.environ[VARIABLE] = masters
         if not self._registered:
             self._registered = True
@@ -113,26 +113,26 @@ class MultiprocDir:
             )
 
     def _close(self) -> None:
-        for fd in (self._held, self._held_masters):
+        for fd in (self._fd, self._masters_fd):
             if fd >= 0:
                 os.close(fd)
-        self._held = self._held_masters = -1
+        self._fd = self._masters_fd = -1
 
-    def give(self, cfg: Any, log: Any) -> None:
+    def give_to_workers(self, cfg: Any, log: Any) -> None:
         """The settings are known: give the directory to the workers' user, and log the warnings."""
         while self._warnings:
             log.warning("gunicorn-passenger: %s", self._warnings.pop(0))
         given = os.environ.get(VARIABLE, "")
-        if self._ours and given and given != self._masters:  # gunicorn's ``raw_env``
+        if self._ours and given and given != self._masters_path:  # gunicorn's ``raw_env``
             self.finish()
             self.path = given
-        if not self._ours or self._held_masters < 0:
+        if not self._ours or self._masters_fd < 0:
             return
         try:
-            if not self._given:
+            if not self._owner_changed:
                 # it is empty, and only root could have entered it
-                os.fchown(self._held, cfg.uid, cfg.gid)
-                self._given = True
+                os.fchown(self._fd, cfg.uid, cfg.gid)
+                self._owner_changed = True
             self._share(cfg)
         except OSError as error:
             log.warning("gunicorn-passenger: %s", _not_added_up(error))
@@ -142,9 +142,9 @@ class MultiprocDir:
 
         :raises OSError: when the disk is full.
         """
-        for name in os.listdir(self._held_masters):
+        for name in os.listdir(self._masters_fd):
             # only root can have made it: other users may not enter the master's own directory
-            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._held_masters)
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._masters_fd)
             try:
                 os.fchown(fd, -1, cfg.gid)
                 os.fchmod(fd, 0o640)
@@ -152,26 +152,24 @@ class MultiprocDir:
                 os.close(fd)
             # a file that a worker has put there under this name is replaced
             with suppress(FileNotFoundError, IsADirectoryError, PermissionError):
-                os.unlink(name, dir_fd=self._held)
+                os.unlink(name, dir_fd=self._fd)
             with suppress(FileExistsError):
-                os.link(
-                    name, name, src_dir_fd=self._held_masters, dst_dir_fd=self._held, follow_symlinks=False
-                )
+                os.link(name, name, src_dir_fd=self._masters_fd, dst_dir_fd=self._fd, follow_symlinks=False)
 
     def environment(self, environ: Mapping[str, str]) -> dict[str, str]:
         """The master's environment, as a process of the workers' user gets it."""
         found = dict(environ)
-        if self._ours and found.get(VARIABLE) == self._masters:
+        if self._ours and found.get(VARIABLE) == self._masters_path:
             found[VARIABLE] = self.path
         return found
 
-    def gone(self, pid: int) -> None:
+    def on_worker_exit(self, pid: int) -> None:
         """A worker has exited: remove its live gauges and keep its counters (``mark_process_dead``)."""
         if not self.path or self._pid != os.getpid():
             return
         with suppress(OSError):
             where = (
-                self._held if self._ours else os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                self._fd if self._ours else os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             )
             try:
                 # by name: a list of the directory would be as long as its owner likes
@@ -189,19 +187,19 @@ class MultiprocDir:
 
     def _forked(self) -> None:
         """A child of the master counts in the workers' directory, and holds the lock of that one only."""
-        if self._ours and os.environ.get(VARIABLE) == self._masters:
+        if self._ours and os.environ.get(VARIABLE) == self._masters_path:
             os.environ[VARIABLE] = self.path
-        if self._held_masters >= 0:
-            os.close(self._held_masters)
-            self._held_masters = -1
+        if self._masters_fd >= 0:
+            os.close(self._masters_fd)
+            self._masters_fd = -1
 
     def finish(self) -> None:
         """gunicorn exits: remove the directories."""
         if self._ours and self._pid == os.getpid():
-            for path in {self.path, self._masters}:
+            for path in {self.path, self._masters_path}:
                 _remove(path)
             self._close()
-            self.path, self._masters, self._ours = "", "", False
+            self.path, self._masters_path, self._ours = "", "", False
 
 
 def _make(path: str) -> int:

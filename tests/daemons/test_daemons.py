@@ -16,7 +16,7 @@ from processes import PROGRAMS, descriptors, require
 
 from gunicorn_passenger.daemons import supervisor
 from gunicorn_passenger.daemons.requested import RequestedDaemons
-from gunicorn_passenger.daemons.spec import SpawnArguments, build_spec
+from gunicorn_passenger.daemons.spec import build_spec
 from gunicorn_passenger.errors import DaemonError
 
 # --- with any worker class, by the hooks alone -------------------------------------------------------
@@ -279,7 +279,7 @@ def test_what_cannot_be_killed_is_left_alone(monkeypatch):
 
 def test_a_hook_may_ask_again():
     requested = RequestedDaemons()
-    spec = build_spec(SpawnArguments(target="sleep 1", name="one"))
+    spec = build_spec("sleep 1", name="one")
     for _ in range(2):
         requested.add_persistent(spec, True)
     assert requested.all() == [(spec, True)]

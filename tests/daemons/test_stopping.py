@@ -11,7 +11,7 @@ from daemon_site import lives
 from http_client import fetch
 from processes import COMMAND, GUNICORN, require
 
-from gunicorn_passenger.daemons.spec import SpawnArguments, build_spec, stop_waves
+from gunicorn_passenger.daemons.spec import build_spec, stop_waves
 
 HEAD = "from gunicorn_passenger.hooks import *\nimport gunicorn_passenger as passenger\n"
 
@@ -69,7 +69,7 @@ def stopped(process):
 
 
 def spec(name, **options):
-    return build_spec(SpawnArguments(target=["sleep", "9"], name=name, **options))
+    return build_spec(["sleep", "9"], name=name, **options)
 
 
 # --- the order -------------------------------------------------------------------------------------
