@@ -220,6 +220,8 @@ class PlacementScheduler:
             if again is not None and not again.paused:
                 self._send_grant(again, age, number)
         for port in list(self._listeners.ports.values()):
+            if port.is_settled:
+                continue
             if not port.accepting and port.placement != "each":
                 port.placement = port.next_placement
             if port.paused and not self._may_resume(port):

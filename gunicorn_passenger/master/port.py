@@ -49,6 +49,18 @@ class Port:
     claimed: bool = False
 
     @property
+    def is_settled(self) -> bool:
+        """Whether every worker that wants the port accepts on it, and nothing is about to change.
+
+        An application may have a thousand ports, and each of them is looked at for every message.
+        """
+        return (
+            len(self.accepting) == len(self.wanted_by)
+            and self.placement == self.next_placement != "one"
+            and not self.paused
+        )
+
+    @property
     def title(self) -> str:
         """Its name for people."""
         return f"{self.name or self.key}.{self.position}" if self.position else self.name or self.key

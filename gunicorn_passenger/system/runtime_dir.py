@@ -19,12 +19,14 @@ from gunicorn_passenger.system import listening_sockets, procfs
 
 #: The status socket of a master: its pid.
 SOCKET = re.compile(r"([1-9][0-9]*)\.sock")
+_TMP = "/tmp"  # noqa: S108 - what is there is checked where it is used
 #: The number of user ids (user_namespaces(7)).
 _ALL_USERS = (1 << 32) - 1
 
 
 def directory() -> str:
-    """The path: ``PASSENGER_RUNTIME_DIR``, else below ``XDG_RUNTIME_DIR``, ``/run`` (root) or ``/tmp``.
+    """The path: ``PASSENGER_RUNTIME_DIR``, else below ``XDG_RUNTIME_DIR``, ``/run`` (root), ``TMPDIR`` or
+    ``/tmp``.
 
     An ``XDG_RUNTIME_DIR`` that belongs to another user (``su`` and ``sudo`` may leave it) is not used.
     """
@@ -74,7 +76,13 @@ def ensure(warn: Callable[[str], object] = lambda _: None) -> str:
 
 
 def _in_tmp() -> str:
-    return f"/tmp/gunicorn-passenger-{os.geteuid()}"  # noqa: S108 - checked where it is used
+    """The directory for temporary files: ``TMPDIR``, else ``/tmp``."""
+    above = os.environ.get("TMPDIR", "").strip()
+    return _below(above if os.path.isabs(above) else _TMP)
+
+
+def _below(above: str) -> str:
+    return os.path.join(os.path.normpath(above), f"gunicorn-passenger-{os.geteuid()}")
 
 
 def _stand_ins() -> list[str]:
@@ -182,7 +190,13 @@ def directories() -> list[str]:
     if os.environ.get("PASSENGER_RUNTIME_DIR", "").strip():
         places = [directory()]
     else:
-        places = [directory(), f"/run/user/{uid}/gunicorn-passenger", _in_tmp(), *_stand_ins()]
+        places = [
+            directory(),
+            f"/run/user/{uid}/gunicorn-passenger",
+            _in_tmp(),
+            *_stand_ins(),
+            _below(_TMP),
+        ]
         if uid == 0:
             places.append("/run/gunicorn-passenger")
         places.extend(_set_for_processes(uid))
@@ -199,13 +213,15 @@ def _is_ours(path: str) -> bool:
 
 
 def _set_for_processes(uid: int) -> list[str]:
-    """The values of ``PASSENGER_RUNTIME_DIR`` that processes of this account were started with."""
+    """The directories that ``PASSENGER_RUNTIME_DIR`` and ``TMPDIR`` of this account's processes name."""
     found = []
     for pid in procfs.pids():
         for entry in procfs.environment(pid) if procfs.owner(pid) == uid else ():
             name, _, value = entry.partition(b"=")
             if name == b"PASSENGER_RUNTIME_DIR" and value.startswith(b"/"):
                 found.append(os.path.normpath(os.fsdecode(value)))
+            elif name == b"TMPDIR" and value.startswith(b"/"):
+                found.append(_below(os.fsdecode(value)))
     return found
 
 

@@ -12,6 +12,7 @@ import sys
 import traceback
 
 import pytest
+from conditions import wait_for
 from http_client import fetch, pids_answering
 from processes import COMMAND, require
 from status_commands import ask, command, control_socket, only, status
@@ -284,6 +285,24 @@ def test_another_user_cannot_prepare_the_directory_that_stands_in(squatted):
     link = squatted.with_name(f"{squatted.name}-cccccccc")
     link.symlink_to(squatted.parent)
     assert runtime_dir.ensure() not in {str(evil), str(open_to_all), str(link)}
+
+
+def test_the_directory_for_temporary_files_is_the_one_of_the_environment(start, home, monkeypatch):
+    """The command line finds it, although its own environment names none."""
+    monkeypatch.setattr(runtime_dir.os, "access", lambda *_: False)
+    for name in ("PASSENGER_RUNTIME_DIR", "XDG_RUNTIME_DIR", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    path = home / f"gunicorn-passenger-{os.geteuid()}"
+    path.mkdir(mode=0o700)
+    process = start.python("-c", "import signal; signal.pause()", env={"TMPDIR": home})
+    wait_for(lambda: str(path) in runtime_dir.directories(), "the environment of the process")
+    process.signal(signal.SIGKILL)
+    process.wait_end()
+    assert str(path) not in runtime_dir.directories()
+    monkeypatch.setenv("TMPDIR", "relative")
+    assert runtime_dir.directory() == f"/tmp/gunicorn-passenger-{os.geteuid()}"
+    monkeypatch.setenv("TMPDIR", f"{home}/")
+    assert runtime_dir.directory() == runtime_dir.ensure() == str(path)
 
 
 @needs_root
