@@ -7,25 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-# ruff: noqa: F401
-# for the modules that import them from here
-from conditions import PATIENCE, wait_for
-from free_ports import free_port, free_range
-from http_client import Client, answers, fetch, pids_answering, refused
-from processes import (
-    COMMAND,
-    GUNICORN,
-    KNOWN_NAMES,
-    NO_CONTROL,
-    PROGRAMS,
-    ROOT,
-    Process,
-    Starter,
-    descriptors,
-    require,
-    starting,
-)
+from free_ports import free_port
+from processes import Starter, starting
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

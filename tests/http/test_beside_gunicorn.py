@@ -337,7 +337,7 @@ def test_length_given_twice(both):
 
 
 @pytest.mark.parametrize("application", ["length -1", "lengths differ"])
-def test_a_length_that_is_not_a_number(both, application):
+def test_a_length_that_is_not_valid(both, application):
     def status(where: str) -> int:
         return parse(exchange(where, [runs(application, "Connection: close")])[0])[0][0].status
 
