@@ -119,7 +119,7 @@ class WsgiDownstream:
         """How many bytes of the body have come already."""
         return 0
 
-    def forwarded_info(self, options: Options, host: str | None, prefix: str) -> ForwardedInfo:
+    def forwarded_info(self, options: Options, host: str | None, prefix: str = "") -> ForwardedInfo:
         """Where the request comes from.
 
         :param prefix: the beginning of the path that the target is not sent.

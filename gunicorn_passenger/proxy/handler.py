@@ -112,5 +112,6 @@ class Proxy:
         return handler
 
     def close(self) -> None:
-        """Close the connections to the targets that no request uses."""
+        """End the health checks, and close the connections to the targets that no request uses."""
+        self.route.close()
         self.options.agent.close()

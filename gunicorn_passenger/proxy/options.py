@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gunicorn_passenger.errors import SettingError, UnknownSetting
-from gunicorn_passenger.http.grammar import FIELD_VALUE, TOKEN
+from gunicorn_passenger.http.grammar import FIELD_VALUE, REQUEST_TARGET, TOKEN
 from gunicorn_passenger.proxy.agent import Agent
 from gunicorn_passenger.proxy.dial import DialSettings
 from gunicorn_passenger.proxy.target import Target, parse_target
@@ -74,6 +74,8 @@ class Options:
     balance: str = "round_robin"
     fail_timeout: float = 10.0
     retry_statuses: Any = ()
+    health: str | None = None
+    health_interval: float = 10.0
     sticky: str | None = None
     sticky_name: str = "passenger_target"
 
@@ -378,6 +380,14 @@ def _servername(name: str, value: Any) -> Any:
     return value
 
 
+def _path(name: str, value: Any) -> str | None:
+    if value is not None and (
+        not isinstance(value, str) or not value.startswith("/") or not REQUEST_TARGET.fullmatch(value)
+    ):
+        raise SettingError(f"{name}={value!r} is not a path that begins with '/'")
+    return value
+
+
 def _optional_flag(name: str, value: Any) -> bool | None:
     return None if value is None else _flag(name, value)
 
@@ -451,6 +461,8 @@ _CHECKS: dict[str, Any] = {
     "balance": _choice("round_robin", "least_connections"),
     "fail_timeout": positive,
     "retry_statuses": _statuses,
+    "health": _path,
+    "health_interval": positive,
     "sticky": _choice(None, False, "cookie"),
     "sticky_name": _name,
     "headers": _headers,

@@ -16,8 +16,8 @@ from gunicorn_passenger.errors import PoolExhausted, ProxyError, UpstreamRefused
 from gunicorn_passenger.http.body import EMPTY_BODY
 from gunicorn_passenger.http.chunked import CHUNKED
 from gunicorn_passenger.http.downstream_api import DownstreamConnection, ParsedHeaders
+from gunicorn_passenger.proxy import health, sticky, wire
 from gunicorn_passenger.proxy import request_headers as rules
-from gunicorn_passenger.proxy import sticky, wire
 from gunicorn_passenger.proxy.downstream import WsgiDownstream, is_sole_app
 from gunicorn_passenger.proxy.events import HandlerFailed, UpstreamRequest
 from gunicorn_passenger.proxy.forwarded_request import ForwardedRequest, LocalResponse, ProxyContext
@@ -330,14 +330,16 @@ def _choose(request: ForwardedRequest, route: Route) -> list[Backend] | None:
     if options.sticky:
         request.sticky_id = sticky.target_id_in(request.environ.get("HTTP_COOKIE", ""), options.sticky_name)
     try:
-        return route.choose(
-            request.werkzeug_request() if route.is_dynamic else None,
-            options,
-            request.sticky_id or None,
-            request.proxy.servers,
-        )
+        group = route.find_group(request.werkzeug_request)
     except Exception as error:
         raise HandlerFailed("the function that chooses the target failed") from error
+    if group is None:
+        return None
+    servers = request.proxy.servers
+    backends = group.candidates(options, request.sticky_id or None, servers)
+    if options.health is not None and group.checks is None and len(backends) > 1:
+        health.start(group, options, servers)
+    return backends
 
 
 def _remove_prefix(request: ForwardedRequest, prefix: str) -> None:

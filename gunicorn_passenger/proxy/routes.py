@@ -26,7 +26,7 @@ _starts = itertools.count()
 class Backend:
     """A target, and its state."""
 
-    __slots__ = ("active", "failed_until", "id", "target")
+    __slots__ = ("active", "failed_until", "healthy", "id", "target")
 
     def __init__(self, target: Target, key: bytes) -> None:
         """
@@ -37,12 +37,14 @@ class Backend:
         self.active = 0
         #: until when it is skipped, on the monotonic clock
         self.failed_until = 0.0
+        #: whether the last health check has succeeded
+        self.healthy = True
         #: its id in a sticky cookie
         self.id = hashlib.blake2s(target.text.encode(), key=key, digest_size=9).hexdigest()
 
     def failed(self, options: Options) -> None:
         """Skip it for ``fail_timeout``: it cannot be connected to."""
-        self.failed_until = time.monotonic() + options.fail_timeout
+        self.failed_until = max(self.failed_until, time.monotonic() + options.fail_timeout)
 
 
 class TargetGroup:
@@ -54,6 +56,8 @@ class TargetGroup:
         self.backends = [Backend(target, self._key) for target in unique]
         #: the backends of servers that a target stands for, by their names
         self._members: dict[str, Backend] = {}
+        #: identifies the health checks that are under way, if any
+        self.checks: object | None = None
         #: whose turn it is. A program may make a proxy for each request, and they must not all begin with the
         #: same one of the "each" servers.
         self._next = next(_starts) if any(target.server for target in unique) else 0
@@ -69,9 +73,7 @@ class TargetGroup:
         :param cookie: the id of the target that the client had before, with sticky targets.
         :param servers: the servers of the application: the name of an ``"each"`` server stands for several.
         """
-        backends = self.backends
-        if servers is not None and any(backend.target.server for backend in backends):
-            backends = [member for backend in backends for member in self._expanded(backend, servers)]
+        backends = self.members(servers)
         if len(backends) == 1:
             return backends
         at = self._next = (self._next + 1) % len(backends)
@@ -87,6 +89,12 @@ class TargetGroup:
         # the one that failed first is the likeliest to be back
         failed = [backend for backend in order if backend.failed_until > now]
         return well + sorted(failed, key=lambda backend: backend.failed_until)
+
+    def members(self, servers: ServerDirectory | None) -> list[Backend]:
+        """The targets, with all servers that their names stand for."""
+        if servers is None or not any(backend.target.server for backend in self.backends):
+            return self.backends
+        return [member for backend in self.backends for member in self._expanded(backend, servers)]
 
     def _expanded(self, backend: Backend, servers: ServerDirectory) -> list[Backend]:
         """The backends that a backend stands for."""
@@ -183,28 +191,23 @@ class Route:
                 return route
         return None
 
-    @property
-    def is_dynamic(self) -> bool:
-        """Whether a function of the request chooses the target."""
-        return self.function is not None
+    def find_group(self, make_request: Callable[[], Any]) -> TargetGroup | None:
+        """The targets of a request; ``None`` when the function returns ``None``.
 
-    def choose(
-        self, request: Any, options: Options, cookie: str | None, servers: ServerDirectory | None
-    ) -> list[Backend] | None:
-        """The targets to try, in their order; ``None`` when the function returns ``None``.
-
-        :param request: for a function.
-        :param cookie, servers: as for :meth:`TargetGroup.candidates`.
+        :param make_request: gives the request for a function.
         :raises SettingError: when the function returns something that is not a target.
         """
-        group = self.group
-        if group is None:
-            assert self.function is not None
-            said = self.function(request)
-            if said is None:
-                return None
-            group = self._remembered(said)
-        return group.candidates(options, cookie, servers)
+        if self.function is None:
+            return self.group
+        said = self.function(make_request())
+        return None if said is None else self._remembered(said)
+
+    def close(self) -> None:
+        """End the health checks; the next request starts them again."""
+        for group in [*self._known.values(), *([self.group] if self.group is not None else [])]:
+            group.checks = None
+        for _, route in self.table:
+            route.close()
 
     def with_target(self, target: Any, options: Options) -> Route:
         """The same route with another target, for one request."""

@@ -131,6 +131,8 @@ def test_a_rewriting_function_that_raises():
         *(("rewrite", value) for value in ("^/a", {"(": "/"}, {"/a": 5}, {"/a": r"\1"}, ["a"], 5, str)),
         *(("max_body", value) for value in (-1, 1.5, "5", True)),
         *(("retry_statuses", value) for value in (502, "502", [200], ["502"], [None])),
+        *(("health", value) for value in ("health", "", "/a b", "/\n", 5, True)),
+        *(("health_interval", value) for value in (0, -1, None, "5")),
         *(("servername", value) for value in ("", "a b", "a\n", 5)),
         *(("cookie_secure", value) for value in ("yes", 1)),
         *(("cookie_samesite", value) for value in ("lax", True, "")),
