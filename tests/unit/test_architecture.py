@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -67,7 +68,8 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
-def imports(module: str) -> Iterator[Import]:
+@functools.cache
+def imports(module: str) -> tuple[Import, ...]:
     """Every import of the package's own modules that a module has, wherever it stands."""
 
     def visit(node: ast.AST, lazy: bool, for_types: bool) -> Iterator[Import]:
@@ -88,7 +90,7 @@ def imports(module: str) -> Iterator[Import]:
                     yield Import(module, target, child.lineno, lazy, types)
             yield from visit(child, inside, types)
 
-    yield from visit(ast.parse(MODULES[module].read_text()), False, False)
+    return tuple(visit(ast.parse(MODULES[module].read_text()), False, False))
 
 
 def layer(module: str) -> int:
