@@ -150,6 +150,7 @@ def test_the_number_of_look_ups_is_bounded(names, runtime, monkeypatch):
 
 def test_known_addresses_are_used_while_they_are_looked_up_again(names, runtime, monkeypatch):
     known = Resolver(runtime)
+    monkeypatch.setattr(resolver, "_FRESH", 600.0)
     names.addresses["name.test"] = ["127.0.0.8"]
     old = known.addresses("name.test", 80, 30)
     assert known.addresses("name.test", 80, 30) == old
