@@ -3,48 +3,71 @@
 #     docker build -t gunicorn-passenger .
 #     docker run -v sockets:/run/app --stop-timeout 35 gunicorn-passenger
 #
-# The web server in front mounts the same volume and connects to /run/app/app.sock. For your own program,
-# start from this image, copy the program to /app, and set your own command.
+# The web server in front mounts the same volume and connects to /run/app/app.sock. Your own image needs
+# three lines:
 #
-# Any base image works that has Python 3.10 or later with venv, useradd and CA certificates.
+#     FROM gunicorn-passenger
+#     COPY app.py /app/
+#     ENV PASSENGER_PORTS=9000
+#
+# docs/deployment.md says more: read-only file systems, OpenShift, ports that other containers reach.
+#
+# Any base image works that has Python 3.10 or later with venv, useradd, apt-get and CA certificates.
 ARG BASE=python:3.13-slim
-# The build image: the same Python, and a C compiler for gunicorn's HTTP parser in C. Without a compiler
-# the image works, too, but answers fewer requests per second.
-ARG BUILD=python:3.13
 
-FROM ${BUILD} AS build
-WORKDIR /src
-COPY . .
-# A venv, because pip refuses to install into Debian's own Python. To build with a package index of your
-# own, pass pip's configuration as a secret, so that no credentials stay in the image:
+FROM ${BASE} AS build
+# gunicorn's HTTP parser in C comes as source. The compiler stays in this stage.
+RUN if ! command -v gcc || ! python3 -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))'; then \
+        apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
+        && case $(readlink -f "$(command -v python3)") in /usr/bin/*) apt-get install -y --no-install-recommends python3-dev;; esac; \
+    fi
+# The environment of the image has no pip: the one in another environment fills it. Packages change less often
+# than the code, so they are a layer of their own.
+# To build with a package index of your own, pass pip's configuration as a secret, so that no credentials
+# stay in the image:
 #     docker build --secret id=pip.conf,src=$HOME/.config/pip/pip.conf .
 # If that index needs a CA bundle, pass it as the secret ca.pem (cert = /run/secrets/ca.pem in pip.conf).
+WORKDIR /src
+COPY constraints.txt .
 RUN --mount=type=secret,id=pip.conf --mount=type=secret,id=ca.pem \
-    python3 -m venv /opt/venv \
-    && export PIP_CONFIG_FILE=/run/secrets/pip.conf \
-    && /opt/venv/bin/pip install --no-cache-dir . \
-    && if command -v gcc; then /opt/venv/bin/pip install --no-cache-dir '.[fast]'; fi
+    export PIP_CONFIG_FILE=/run/secrets/pip.conf PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    && python3 -m venv /opt/pip && python3 -m venv --without-pip /opt/venv \
+    && /opt/pip/bin/pip install setuptools==84.2.1 \
+    && /opt/pip/bin/pip --python /opt/venv/bin/python install -r constraints.txt
+COPY setup.cfg pyproject.toml README.md LICENSE ./
+COPY gunicorn_passenger gunicorn_passenger
+RUN /opt/pip/bin/pip wheel --no-build-isolation --no-deps --wheel-dir /opt/wheel . \
+    && /opt/pip/bin/pip --python /opt/venv/bin/python install --no-index --no-deps /opt/wheel/*.whl \
+    && /opt/pip/bin/pip --python /opt/venv/bin/python check
 
 FROM ${BASE}
-# Fixed ids, so that a volume's owner and the web server's group can be named outside the image. The
-# socket's directory is open to its owner and group only; the umask in CMD does the same for the socket.
-RUN groupadd --gid 10001 app \
-    && useradd --uid 10001 --gid app --create-home --shell /usr/sbin/nologin app \
-    && install -d -o app -g app -m 0750 /run/app
+LABEL org.opencontainers.image.title="gunicorn-passenger" \
+      org.opencontainers.image.description="gunicorn workers with second servers, and a reverse proxy that joins them" \
+      org.opencontainers.image.licenses="MIT"
+# A fixed user id, so that a volume's owner can be named outside the image. OpenShift runs the image as any
+# user id in group 0, so group 0 owns what the program writes to. The socket's directory is open to its owner
+# and group only; the umask in CMD does the same for the socket.
+RUN useradd --uid 10001 --gid 0 --create-home --shell /usr/sbin/nologin app \
+    && install -d -o app -g 0 -m 0770 /run/app
 COPY --from=build /opt/venv /opt/venv
 COPY examples/seed/app.py /app/
 
 WORKDIR /app
-USER app
-VOLUME /run/app
-# The ports that the program may open, and the number of workers unless -w sets it.
-# GUNICORN_CMD_ARGS adds gunicorn options; those in CMD override it.
+# The ports that the program may open, the directory of the status socket, and the number of workers unless
+# -w sets it. GUNICORN_CMD_ARGS adds gunicorn options; those in CMD override it.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     PASSENGER_PORTS=9000 \
+    PASSENGER_RUNTIME_DIR=/run/app/gunicorn-passenger \
     WEB_CONCURRENCY=4
+# by number: Kubernetes can then see that it is not root (runAsNonRoot)
+USER 10001:0
+VOLUME /run/app
+EXPOSE 9000
 
+# Healthy while a worker serves. It asks the master, so it responds while all workers are busy.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["gunicorn-passenger", "health"]
 # gunicorn itself is process 1 and gets the signal. It finishes its requests within --graceful-timeout
 # (30 seconds), so `docker stop` should wait a little longer than that.
 STOPSIGNAL SIGTERM
