@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 import websocket
-from conftest import fetch, free_port, refused, require, wait_for
+from conditions import wait_for
+from free_ports import free_port
+from http_client import fetch, refused
+from processes import require
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/deployment.md").read_text()
@@ -108,6 +111,30 @@ def test_the_address_of_the_client(start, nginx, port, xfwd, proxies):
     # a client cannot choose its address: nginx appends the true one
     response = fetch(nginx, X_Forwarded_For="203.0.113.7", X_Forwarded_Proto="https")
     assert response == (200, "127.0.0.1 http")
+
+
+def test_an_asgi_application_in_a_daemon(start, port):
+    command = re.search(r"passenger\.spawn\(\"(uvicorn [^\"]+)\"", PAGE)[1]
+    start.write(
+        "app.py",
+        """
+        async def app(scope, receive, send):
+            if scope["type"] == "http":
+                await send({"type": "http.response.start", "status": 200, "headers": []})
+                await send({"type": "http.response.body", "body": b"asgi"})
+        """,
+    )
+    start.write(
+        "gunicorn.conf.py",
+        f"""
+        from gunicorn_passenger.hooks import *
+        import gunicorn_passenger as passenger
+        passenger.spawn("{os.path.dirname(sys.executable)}/{command}", name="api", listen={port})
+        """,
+    )
+    start.write("primary.py", "application = None")
+    start.gunicorn("primary", workers=1)
+    wait_for(lambda: not refused(port) and fetch(port) == (200, "asgi"), "a response of the daemon")
 
 
 def test_the_unit_is_valid(tmp_path):

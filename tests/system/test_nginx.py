@@ -12,7 +12,7 @@ from processes import require
 
 @pytest.fixture
 def nginx(start, home):
-    """nginx with the README's configuration for the socket of this test's home."""
+    """nginx as a web server is often configured: HTTP/1.0 to the application for the socket of this test's home."""
     program = require("nginx")
     port = free_port()
     conf = start.write(
