@@ -1,7 +1,7 @@
-"""What is the same for all requests that come in on one listener.
+"""What all requests of one listener share.
 
 Process: a worker, or plain Python.
-Never: hold anything of a single request.
+Never: holds anything of a single request.
 """
 
 from __future__ import annotations
@@ -108,13 +108,13 @@ class ListenerContext:
         self.worker = worker
         self.sockname = sockname
         self.keepalive = bool(cfg.keepalive)
-        #: whether a leaving worker ends WebSockets that the application speaks
+        #: whether a worker that exits closes the application's WebSockets
         self.closes_websockets_on_exit = closes_websockets_on_exit
-        #: whether the server accepts no more
+        #: whether the server has stopped accepting
         self.closing = False
-        #: requests passed on, bytes sent, responses that failed (500 and above) or were truncated
+        #: counters: requests, bytes sent, responses with a status of 500 or above
         self.requests = self.sent = self.errors = 0
-        #: whether the application is a proxy, whose code is short: responses may wait for it
+        #: whether the application is a proxy, whose code is short, so that pending responses may wait for it
         self.is_proxy = False
         self.sendfile = cfg.sendfile is not False
         self.after = self._hook("post_request")

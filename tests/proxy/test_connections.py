@@ -201,7 +201,7 @@ def test_a_place_becomes_free_when_its_client_goes_or_its_upstream_fails(px):
         with connect(px["queue"]) as one:
             one.send(get())
             wire = upstream.accept()
-        assert wire.until(b"\r\n\r\n")
+            assert wire.until(b"\r\n\r\n")
         assert wire.ended()
         with connect(px["queue"]) as two:
             two.send(get())
