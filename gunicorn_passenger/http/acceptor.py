@@ -85,9 +85,9 @@ class Acceptor:
                     self._wait_for_room(error)
                 return
             try:
+                self.attach(self._client_socket(fd), addr)
                 if idle is not None:
                     idle.expire()
-                self.attach(self._client_socket(fd), addr)
             except Exception as error:
                 # gevent would stop this watcher, and the listener would be dead for all clients
                 report_fault("a connection was closed before it was served", error)

@@ -478,6 +478,7 @@ class Transport:
             self._readable = None
         if self._writable is not None:
             if self._writable.active:
+                self.listener.writes.remove(self, None)
                 self._interrupt(self._writable, self._sending)
             self._writable.close()
         self.sock.error = self.sock.connection = None
