@@ -52,7 +52,7 @@ class Example:
         self.env = {
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "TMPDIR": str(start.home),
-            # an example has to find its own modules, and nobody else's
+            # an example finds its own modules, and no others
             "PYTHONPATH": "",
         }
 

@@ -623,6 +623,6 @@ _ids_lock = threading.Lock()
 
 
 def unique(prefix: str) -> str:
-    """A request target that nobody else uses."""
+    """A request target that no other test uses."""
     with _ids_lock:
         return f"/{prefix}-{os.getpid()}-{next(_ids)}"

@@ -98,7 +98,7 @@ class _Sock:
 
 
 class _Nothing:
-    """Stands for the hub, its loop and its watchers, where nobody ever waits."""
+    """Stands for the hub, its loop and its watchers, where no greenlet ever waits."""
 
     active = False
 

@@ -188,7 +188,7 @@ class Connection:
         except ConnectionResetError:
             data = b""
         except TimeoutError:
-            raise AssertionError(f"the connection goes on after {self.received[-300:]!r}") from None
+            raise AssertionError(f"the connection is still open after {self.received[-300:]!r}") from None
         self.received += data
         self.ended = not data
         return not self.ended

@@ -5,7 +5,7 @@ use :class:`Connection` by itself.
 
 What counts as a failure, on every request of every client:
 
-- ``refused``: nobody listens;
+- ``refused``: no process listens;
 - ``reset``: the connection was reset, or closed before any byte of the answer to its first request;
 - ``truncated``: the answer broke off, in its head or its body;
 - ``timeout``: nothing came for ``SILENCE`` seconds;
@@ -354,7 +354,7 @@ class Clients:
                 self._connections.discard(connection)
 
     def drain(self) -> None:
-        """From now on nobody connects; returns when the server has met every client that is connected.
+        """From now on no client connects; returns when the server has met every client that is connected.
 
         What happens after that happens to clients that were let in.
         """

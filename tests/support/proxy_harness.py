@@ -190,7 +190,7 @@ def came(wire: Wire, seconds: float = 0.2) -> bytes:
 class Settling(Upstream):
     """At its end the proxy has seen that its connections are gone before the next test listens on the port.
 
-    A request that a test has left unanswered is sent once more by the proxy; nobody else may get it.
+    The proxy sends a request once more that a test has left unanswered; the next test must not get it.
     """
 
     def __init__(self, where: int | str, status: int) -> None:
@@ -222,7 +222,7 @@ class Proxied:
         self, starter: Starter, servers: dict[str, str], before: str, after: str, arguments: tuple[Any, ...]
     ) -> None:
         self.up, self.status = free_port(), free_port()
-        # nobody listens on the first between two tests, and other test processes look for free ports
+        # between two tests no process listens on the first, and other test processes look for free ports
         self.reservations = [reservation_of(self.up), reservation_of(self.status)]
         self.home = starter.home
         self.unix = f"{self.home}/up.sock"
@@ -347,7 +347,7 @@ def fill(sock: socket.socket, data: bytes, bound: int) -> int:
     try:
         while True:
             sent += sock.send(view[sent % len(data) :])
-            assert sent <= bound, f"{sent} bytes were taken, and nobody has read one"
+            assert sent <= bound, f"{sent} bytes were taken, and none of them was read"
     except TimeoutError:
         return sent
     finally:

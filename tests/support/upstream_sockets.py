@@ -134,7 +134,7 @@ class Upstream:
         return wire
 
     def connects_within(self, seconds: float) -> bool:
-        """Whether anybody connects (to show that nobody does)."""
+        """Whether a client connects in this time (to show that none does)."""
         self.listener.settimeout(seconds)
         try:
             self.accept()
