@@ -34,9 +34,12 @@ class Planned:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+SLOW = {"import_time": 4.0}
 REPLACING = {"options": ["--max-requests", 100, "--max-requests-jitter", 20]}
 STORMS = {
     "hup": Planned("HUP", storm_site.hup, 50, 6),
+    "slow-hup": Planned("HUP, 4 s import", storm_site.hup, 20, 4, SLOW),
+    "slow-hup-1": Planned("HUP, 4 s import, 1 worker", storm_site.hup, 20, 4, {**SLOW, "workers": 1}),
     "kill": Planned("kill -9", storm_site.kill_9, 50, 10),
     "ttin": Planned("TTIN, TTOU", storm_site.ttin_ttou, 15, 2),
     "max_requests": Planned("max_requests=100", storm_site.max_requests, 100, 12, REPLACING),
@@ -45,7 +48,17 @@ STORMS = {
     "usr2-winch": Planned("USR2, WINCH, QUIT", storm_site.usr2_winch, 5, 1, {"daemon": True}),
 }
 
-HEAD = ["storm", "times", "contestant", "requests", *KINDS, "closed idle", "allowed losses", "stop, s"]
+HEAD = [
+    "storm",
+    "times",
+    "contestant",
+    "requests",
+    *KINDS,
+    "closed idle",
+    "allowed losses",
+    "slowest, s",
+    "stop, s",
+]
 
 
 @dataclass
@@ -66,7 +79,7 @@ class Result:
             return [*start, *["-"] * (len(HEAD) - len(start))]
         report = self.outcome.report
         counts = (report.requests, *map(report.count, KINDS), report.closed_idle, len(self.outcome.allowed))
-        return [*start, *map(str, counts), f"{self.outcome.took:.1f}"]
+        return [*start, *map(str, counts), f"{report.slowest:.2f}", f"{self.outcome.took:.1f}"]
 
 
 def raise_storm(name: str, contestant: str, quick: bool) -> Result:

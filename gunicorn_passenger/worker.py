@@ -23,6 +23,7 @@ from gevent import hub, monkey
 from gevent import socket as gsocket
 from gevent.event import Event
 from gunicorn.arbiter import Arbiter
+from gunicorn.reloader import reloader_engines
 from gunicorn.workers.ggevent import GeventWorker
 
 # A program uses `http_proxy`, `status` and both `api` modules. The master imports them before it forks: the
@@ -34,6 +35,7 @@ from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.daemons import api as daemons_api  # noqa: F401
 from gunicorn_passenger.errors import PassengerError
 from gunicorn_passenger.interposition import socket_patch
+from gunicorn_passenger.ipc.messages import BootVerdict
 from gunicorn_passenger.ipc.scoreboard import PRIMARY_SLOT
 from gunicorn_passenger.master.owned_listener import BrokerOwnedListener
 from gunicorn_passenger.serving import api as serving_api  # noqa: F401
@@ -71,6 +73,11 @@ def _entry_points_read_once() -> Iterator[None]:
         metadata.entry_points = read
 
 
+def _do_not_wait_for_threads() -> None:
+    """The interpreter would wait for a server in a non-daemon thread, until the master kills the worker."""
+    threading._shutdown = lambda: None  # type: ignore[attr-defined]
+
+
 class NullHeartbeat:
     """Stands in for gunicorn's ``WorkerTmp`` where the system has no room for its file."""
 
@@ -99,6 +106,7 @@ class Worker(GeventWorker):
     alive: bool
     sockets: list[Any]
     wsgi: Any
+    reloader: Any
 
     # --- in the master ---------------------------------------------------------------------------
 
@@ -148,6 +156,8 @@ class Worker(GeventWorker):
         #: the error that ended the program although it had started
         self.failure: PassengerError | None = None
         self._exit_requested: Any = None
+        #: by path: when a file of the program was changed last, as far as the reloader has said
+        self._changed_files: dict[str, float] = {}
         self._quitting = False
         self._socket_patch: Any = None
 
@@ -175,11 +185,13 @@ class Worker(GeventWorker):
             prometheus_multiproc.directory.sum_in_worker()
             # GeventWorker.init_process would patch and wrap again; its parent does the rest
             super(GeventWorker, self).init_process()
-        except PassengerError as error:
-            self._report_boot_failure(error)
-        except OSError as error:
-            self._explain_native_bind(error)
-            raise
+        except Exception as error:
+            refused = isinstance(error, PassengerError)
+            if isinstance(error, OSError) and not refused:
+                self._explain_native_bind(error)
+            if registry.broker is None or (self.booted and not refused):
+                raise
+            self._exit_after_boot_failure(error)
 
     def _keep_primary_listeners(self) -> None:
         """Keep the listeners of gunicorn's bind, and close those that programs have opened.
@@ -207,6 +219,10 @@ class Worker(GeventWorker):
 
     def load_wsgi(self) -> None:
         """Load the program; a refused ``listen()`` stops the start with one line in the log."""
+        if self.reloader is not None:
+            # gunicorn's own would end the worker, whether or not the changed program can start
+            kind = reloader_engines[self.cfg.reload_engine]
+            self.reloader = kind(extra_files=self.cfg.reload_extra_files, callback=self._on_file_changed)
         try:
             super().load_wsgi()
         except SystemExit:
@@ -216,15 +232,29 @@ class Worker(GeventWorker):
             raise registry.last_error from None
         self._loaded = self.wsgi
 
-    def _report_boot_failure(self, error: PassengerError) -> None:
-        """Have one line in the log say why the program cannot start, and gunicorn halt."""
+    def _exit_after_boot_failure(self, error: Exception) -> None:
+        """The program cannot start: exit as the master says.
+
+        :raises SystemExit: with the status on which gunicorn halts, or another one.
+        :raises Exception: ``error``, which gunicorn logs before it halts.
+        """
+        refused = isinstance(error, PassengerError)
+        broker = registry.broker
+        assert broker is not None
         try:
-            assert registry.broker is not None
-            halt = registry.broker.report_boot_failure(str(error))
+            verdict = broker.report_boot_failure(
+                str(error) if refused else f"{type(error).__name__}: {error}"
+            )
         except errors.BrokerUnavailable:
-            self.log.error("%s", error)
-            halt = True
-        if not halt:
+            verdict = BootVerdict(0, "halt", True)
+        if verdict.log and refused:
+            self.log.error("%s", " ".join(str(error).split()))
+        elif verdict.log and verdict.action != "halt":
+            self.log.error("Exception in worker process", exc_info=error)
+        _do_not_wait_for_threads()
+        if verdict.action == "exit":
+            sys.exit(1)
+        if verdict.action == "wait":
             # a sibling's exit halts gunicorn, which then stops this worker
             deadline = time.monotonic() + _HALT_WAIT
             while self.alive and time.monotonic() < deadline:
@@ -232,6 +262,8 @@ class Worker(GeventWorker):
                 self._exit_requested.wait(timeout=1.0)
             if not self.alive:
                 sys.exit(0)
+        if not refused:
+            raise error
         # on this status the master halts instead of starting another worker
         sys.exit(Arbiter.APP_LOAD_ERROR)
 
@@ -246,6 +278,9 @@ class Worker(GeventWorker):
 
     def run(self) -> None:
         """Serve until gunicorn stops the worker, then finish the open connections."""
+        if not self.alive and self.failure is None:
+            _do_not_wait_for_threads()
+            return  # it was stopped while it loaded the program
         registry.start()
         self._serve_primary()
         self._warn_of_unmanaged_listeners()
@@ -268,9 +303,7 @@ class Worker(GeventWorker):
         events.emit("exit", self, self.log)
         if self.failure is None:
             fork_handlers.ignore_further_stops()
-        # All connections are finished. The interpreter would now wait for a server in a non-daemon thread,
-        # until the master kills the worker.
-        threading._shutdown = lambda: None  # type: ignore[attr-defined]
+        _do_not_wait_for_threads()
         if self.failure is not None:
             self.alive = True  # while it waits for gunicorn to halt
             self._exit_requested.clear()
@@ -336,11 +369,6 @@ class Worker(GeventWorker):
         registry.acceptors.stop_primary()
         return _socket.socket(fileno=os.dup(self._primary_copy.fileno()))
 
-    def request_exit(self) -> None:
-        """Wake the worker's loop, which exits when ``alive`` is false; no signal announces this exit."""
-        if self._exit_requested is not None:
-            self._exit_requested.set()
-
     def _on_master_lost(self) -> None:
         """The master has closed the channel, and could not pause this worker's accepting any more."""
         if self.booted and self.alive:
@@ -354,7 +382,28 @@ class Worker(GeventWorker):
 
     # --- exit ------------------------------------------------------------------------------------
 
+    def retire(self) -> None:
+        """Have the master start a successor. This worker serves until that does, and gunicorn stops it."""
+        self.max_requests = sys.maxsize
+        assert registry.broker is not None
+        if not registry.broker.request_successor():
+            self.alive = False
+            self._exit_requested.set()
+
+    def _on_file_changed(self, path: str) -> None:
+        """Called by gunicorn's reloader, in its thread, every second for a file that was changed once."""
+        changed = 0.0
+        with contextlib.suppress(OSError):
+            changed = os.stat(path).st_mtime
+        if self._changed_files.get(path) != changed:
+            self._changed_files[path] = changed
+            self.log.info("Worker reloading: %s modified", path)
+            self.retire()
+
     def handle_exit(self, sig: int, frame: Any) -> None:
+        if sig and not self.booted:
+            _do_not_wait_for_threads()
+            fork_handlers.exit_boot(sig, frame)
         super().handle_exit(sig, frame)
         if self._exit_requested is not None:
             gevent.spawn(self._exit_requested.set)

@@ -69,7 +69,7 @@ def _after_in_child() -> None:
         _handle_stops(_record_stop)
     _unblock()
     if worker:
-        _handle_stops(_exit)
+        _handle_stops(exit_boot)
 
 
 def _is_upgrade() -> bool:
@@ -103,7 +103,11 @@ def _record_stop(_number: int, _frame: Any) -> None:
     _stops.append(True)
 
 
-def _exit(_number: int, frame: Any) -> None:
+def exit_boot(_number: int, frame: Any) -> None:
+    """The signal handler of a worker that boots; the import of a large program may take long.
+
+    :raises SystemExit: wherever Python runs now.
+    """
     _stops.append(True)
     ignore_further_stops()
     while frame is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from gunicorn.errors import HaltServer
 
-from gunicorn_passenger.arbiter import fork_handlers, hook_chain
+from gunicorn_passenger.arbiter import fork_handlers, hook_chain, succession
 from gunicorn_passenger.config.address import format_sockname, is_unix
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.daemons.manager import DaemonManager
@@ -109,14 +109,15 @@ def _configure(broker: Broker, cfg: Any, log: Any, first: bool) -> None:
         settings.check_environment()
         allocation = settings.operator_allocation(cfg.uid)
         grace = settings.grace_period()
+        overlap = settings.overlap(cfg.graceful_timeout)
     except SettingError as error:
         if first:
             raise HaltServer(str(error), _CONFIG_ERROR) from None
         log.error("gunicorn-passenger: %s; the previous settings stay in force", error)
-        allocation, grace = broker.allocation, broker.grace
+        allocation, grace, overlap = broker.allocation, broker.grace, broker.overlap
     for sentence in allocation.ineffective_ports():
         log.warning("gunicorn-passenger: %s", sentence)
-    broker.configure(cfg, allocation, grace)
+    broker.configure(cfg, allocation, grace, overlap)
     prometheus_multiproc.directory.give_to_workers(cfg, log)
 
 
@@ -195,6 +196,8 @@ def _workers_are_ours(arbiter: Any) -> bool:
 def ready(arbiter: Any) -> None:
     """gunicorn is ready, and starts its workers next."""
     _set_arbiter(arbiter)
+    if _workers_are_ours(arbiter):
+        succession.install(arbiter)
     prometheus_multiproc.directory.give_to_workers(arbiter.cfg, arbiter.log)
     settings.leave_program_scope()
     requested_daemons.handled = True

@@ -120,6 +120,7 @@ _CHECKS: dict[str, Callable[[object, str], Any]] = {
     "ports": parse_ports,
     "placement": _placement,
     "grace_period": _seconds,
+    "overlap": _seconds,
     "head_timeout": _timeout,
     "body_timeout": _timeout,
     "write_timeout": _timeout,
@@ -129,7 +130,7 @@ _CHECKS: dict[str, Callable[[object, str], Any]] = {
 }
 
 #: Settings that only the master can act on.
-_OPERATOR_ONLY = frozenset({"grace_period", "prometheus"})
+_OPERATOR_ONLY = frozenset({"grace_period", "overlap", "prometheus"})
 
 
 class Settings:
@@ -171,6 +172,15 @@ class Settings:
         self._config_module = module
         self.in_program = True
 
+    def discard_config_file(self, operator: dict[str, Any]) -> None:
+        """gunicorn cannot use the configuration that it has just read.
+
+        :param operator: what the previous configuration has set.
+        """
+        self.operator, self._reading = operator, {}
+        self._config_module = sys.modules.get("__config__")
+        self.in_program = False
+
     def leave_program_scope(self) -> None:
         """The master continues; a ``configure()`` call now comes from ``gunicorn.conf.py``."""
         self.in_program = False
@@ -197,6 +207,11 @@ class Settings:
         """Seconds that a port stays open after the last worker has released it."""
         value = self._effective("grace_period")
         return DEFAULT_GRACE_PERIOD if value is None else float(value)
+
+    def overlap(self, default: float) -> float:
+        """Seconds for which a worker that is to leave waits for a new one that boots."""
+        value = self._effective("overlap")
+        return default if value is None else float(value)
 
     def prometheus(self) -> bool:
         """Whether the program's own ``prometheus_client`` metrics are added up over all workers."""
@@ -267,6 +282,8 @@ def configure(**values: object) -> None:
     :param placement: port -> placement, such as ``{9000: "shared"}``.
     :param grace_period: seconds (default 10) that a port stays open after the last worker has released it;
         ``gunicorn.conf.py`` only.
+    :param overlap: seconds (default: gunicorn's ``graceful_timeout``) for which an old worker continues to
+        accept while its successor boots; 0 lets it leave at once; ``gunicorn.conf.py`` only.
     :param head_timeout: seconds (default 30) that a client may take to send the request line and the headers;
         gunicorn's ``keepalive`` limits the pause between two requests.
     :param body_timeout: seconds (default 60) that a client may pause inside a request body.

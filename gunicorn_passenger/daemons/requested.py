@@ -56,6 +56,10 @@ class RequestedDaemons:
             self._from_config, self._reading = self._reading, []
         self._config_module = module
 
+    def discard_config(self) -> None:
+        """gunicorn cannot use the configuration that it has just read: the previous daemons stay."""
+        self._reading, self._config_module = [], sys.modules.get("__config__")
+
     @property
     def pending(self) -> bool:
         """Whether any daemon was requested."""

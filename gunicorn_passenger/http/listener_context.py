@@ -58,7 +58,7 @@ class StandaloneWorker:
     nr = 0
     max_requests = sys.maxsize
 
-    def request_exit(self) -> None:
+    def retire(self) -> None:
         """Do nothing: plain Python has no limit of requests."""
 
 
@@ -221,8 +221,7 @@ class ListenerContext:
         self.idle_ticker.clear()
 
     def on_max_requests(self) -> None:
-        """The worker has reached ``max_requests``: it exits, and gunicorn starts another one."""
+        """The worker has reached ``max_requests``: another one replaces it."""
         if self.worker.alive:
             self.log.info("Autorestarting worker after current request.")
-            self.worker.alive = False
-            self.worker.request_exit()
+            self.worker.retire()

@@ -140,8 +140,17 @@ class SpawnDaemon(Message):
 
 
 @dataclass(frozen=True)
+class RequestSuccessor(Message):
+    """The worker has had its max_requests, or its files have changed. No response.
+
+    The worker serves until gunicorn stops it (SIGTERM), which the master does once a successor serves. A
+    repeated request says that a file has changed again, so the next boot need not wait.
+    """
+
+
+@dataclass(frozen=True)
 class BootFailure(Message):
-    """The worker cannot boot; the master logs the text once. Response: Acknowledged."""
+    """The worker cannot boot. Response: BootVerdict."""
 
     text: str
 
@@ -253,13 +262,21 @@ class RequestDenied(Message):
 
 @dataclass(frozen=True)
 class Acknowledged(Message):
-    """The master has acted on the worker's message.
+    """The master has acted on the worker's message."""
 
-    ``halt`` has a meaning for BootFailure alone: this one worker exits with gunicorn's status for a failed
-    boot. gunicorn halts on the first such status; a second one during the halt would abort the halt.
+
+@dataclass(frozen=True)
+class BootVerdict(Message):
+    """What a worker does that cannot boot.
+
+    ``action`` is ``"halt"``: exit with gunicorn's status for a failed boot, on which gunicorn halts;
+    ``"wait"``: a sibling's exit halts gunicorn, and a second such status would abort the halt; ``"exit"``:
+    other workers serve, and gunicorn continues.
     """
 
-    halt: bool = False
+    action: str
+    #: whether no worker has logged this failure yet
+    log: bool = False
 
 
 @dataclass(frozen=True)

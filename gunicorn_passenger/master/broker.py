@@ -24,6 +24,7 @@ from gunicorn_passenger.config.port_allocation import PortAllocation
 from gunicorn_passenger.ipc.messages import Message
 from gunicorn_passenger.ipc.scoreboard import RetiredCounters
 from gunicorn_passenger.master import upgrade_lock, upgrade_state
+from gunicorn_passenger.master.boot_failures import BootFailures
 from gunicorn_passenger.master.dispatcher import MessageDispatcher
 from gunicorn_passenger.master.event_log import EventLog
 from gunicorn_passenger.master.listener_sync import ListenerSync
@@ -59,6 +60,9 @@ class Broker:
         self.cfg = cfg
         self.started = time.time()
         self.grace = 10.0
+        #: seconds for which an old worker waits for a new one that boots
+        self.overlap = 0.0
+        self.boot_failures = BootFailures()
         self._build_report = build_report
         previous = upgrade_state.inherited()
         upgrade_state.forget(cfg)
@@ -85,6 +89,7 @@ class Broker:
             self.loop,
             self.retired_counters,
             self.event_log,
+            self.boot_failures,
             self.report,
         )
         #: ages of workers that the arbiter has reaped
@@ -106,16 +111,18 @@ class Broker:
     def allocation(self) -> PortAllocation:
         return self.listeners.allocation
 
-    def configure(self, cfg: Any, allocation: PortAllocation, grace: float) -> None:
+    def configure(self, cfg: Any, allocation: PortAllocation, grace: float, overlap: float) -> None:
         """Take the settings of the start, or of a reload.
 
         :param grace: the grace period in seconds.
+        :param overlap: see :attr:`overlap`.
         """
         with self.locked():
             self.cfg = self.listeners.cfg = cfg
             self.listeners.allocation = allocation
             self.grace = grace
-            self._dispatcher.forget_boot_failures()
+            self.overlap = overlap
+            self.boot_failures.forget()
 
     def prepare_worker(self, age: int, listening: list[Any]) -> tuple[Any, Any]:
         """Make the channel of a worker that is about to be forked.
@@ -128,6 +135,18 @@ class Broker:
             pending = self.workers.prepare(age)
         self.loop.start()
         return pending.theirs, pending.scoreboard
+
+    def survives_boot_failure(self) -> bool:
+        """Whether gunicorn need not halt because a worker has exited with the status of a failed boot."""
+        return (
+            self.workers.started and not self.boot_failures.halting and any(w.serving for w in self.workers)
+        )
+
+    def on_reload_rejected(self, text: str) -> None:
+        """gunicorn could not read its configuration again, and keeps the previous one."""
+        with suppress(TimeoutError), self.locked():
+            self.boot_failures.reload_rejected(text)
+            self.event_log.record("boot_failure", self.boot_failures.text)
 
     def on_worker_reaped(self, age: int) -> None:
         self._reaped.append(age)

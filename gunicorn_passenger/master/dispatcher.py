@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from gunicorn_passenger.ipc.messages import (
     Acknowledged,
     AssignResult,
     BootFailure,
+    BootVerdict,
     GetReport,
     Message,
     OfferConnections,
@@ -29,11 +31,13 @@ from gunicorn_passenger.ipc.messages import (
     ReleasePort,
     ReportSent,
     RequestDenied,
+    RequestSuccessor,
     SuccessorReady,
     WorkerLeaving,
     WorkerReady,
 )
 from gunicorn_passenger.ipc.scoreboard import RetiredCounters
+from gunicorn_passenger.master.boot_failures import BootFailures
 from gunicorn_passenger.master.connection_migration import MigrationRelay
 from gunicorn_passenger.master.event_log import EventLog
 from gunicorn_passenger.master.listener_sync import ListenerSync
@@ -49,8 +53,6 @@ from gunicorn_passenger.system.text import MAX_NAME, printable
 _MAX_MALFORMED = 100
 #: How many messages of a worker that was reaped are still read.
 _MAX_REMAINING = 100
-#: How many different boot failures are logged, each once: a worker can invent as many as it likes.
-_MAX_BOOT_FAILURES = 64
 #: Characters of a text in a RequestDenied.
 _MAX_DENIAL = 1000
 
@@ -68,6 +70,7 @@ class MessageDispatcher:
         loop: BrokerLoop,
         retired_counters: RetiredCounters,
         event_log: EventLog,
+        boot_failures: BootFailures,
         report: Callable[[], dict[str, Any]],
     ) -> None:
         """:param report: makes the application's report."""
@@ -79,12 +82,9 @@ class MessageDispatcher:
         self._loop = loop
         self._retired_counters = retired_counters
         self._event_log = event_log
+        self._boot_failures = boot_failures
         self._report = report
         self.migration = MigrationRelay(workers, listeners, self.reply)
-        #: texts of boot failures that were logged
-        self._boot_failures: set[str] = set()
-        #: age of the worker whose exit makes gunicorn halt; 0 for none
-        self._halting = 0
         #: ages of workers whose channel was closed while they run, until they are reaped
         self._expelled: set[int] = set()
         self._handlers: dict[type[Message], Callable[[WorkerChannel, Any, int | None], object]] = {
@@ -96,6 +96,7 @@ class MessageDispatcher:
             AssignResult: self._on_assign_result,
             GetReport: self._on_get_report,
             BootFailure: self._on_boot_failure,
+            RequestSuccessor: self._on_request_successor,
         }
 
     # --- receiving -------------------------------------------------------------------------------
@@ -212,12 +213,18 @@ class MessageDispatcher:
 
     def _on_worker_ready(self, worker: WorkerChannel, message: WorkerReady, _fd: int | None) -> None:
         worker.ready = True
+        worker.ready_at = time.monotonic()
+        if worker.age > self._workers.previous_generation:
+            self._boot_failures.on_worker_ready()
+        serving = sum(other.serving for other in self._workers)
+        self._workers.started = self._workers.started or serving >= max(self._workers.planned, 1)
         self._workers.pid(worker.age)
         self._workers.primary_name = printable(message.primary[:MAX_NAME]) or self._workers.primary_name
         self._workers.primary_counts = message.serves_primary
         for other in self._workers:
             if other.draining:
                 self.reply(other, SuccessorReady(0))
+        self._workers.wake_arbiter()
         if message.serves_primary:
             self._name_unclaimed()
 
@@ -238,6 +245,13 @@ class MessageDispatcher:
         self.reply(worker, Acknowledged(message.id))
         if any(other.serving for other in self._workers) and not self._sync.stopping():
             self.reply(worker, SuccessorReady(0))
+        self._workers.wake_arbiter()
+
+    def _on_request_successor(self, worker: WorkerChannel, _message: Message, _fd: int | None) -> None:
+        if worker.retiring:
+            self._boot_failures.retry_now()
+        worker.retiring = True
+        self._workers.wake_arbiter()
 
     def _on_assign_result(self, worker: WorkerChannel, message: AssignResult, _fd: int | None) -> None:
         self.migration.on_assign_result(worker, message)
@@ -262,20 +276,42 @@ class MessageDispatcher:
             os.close(fd)
 
     def _on_boot_failure(self, worker: WorkerChannel, message: BootFailure, _fd: int | None) -> None:
+        worker.failed = True
         if self._sync.stopping():
             # gunicorn stops anyway: that a worker can have nothing any more need not be logged
-            self.reply(worker, Acknowledged(message.id))
+            self.reply(worker, BootVerdict(message.id, "wait"))
             return
-        text = message.text
-        if text not in self._boot_failures and len(self._boot_failures) < _MAX_BOOT_FAILURES:
-            self._boot_failures.add(text)
-            self._log.error("%s", " ".join(text.split()))
-        self._halting = self._halting or worker.age
-        self.reply(worker, Acknowledged(message.id, self._halting == worker.age))
+        text = " ".join(message.text.split())
+        log = self._boot_failures.is_new(text)
+        if not self._boot_failures.halting and self._survives_without(worker):
+            self.reply(worker, BootVerdict(message.id, "exit", log))
+            self._note_boot_failure(text)
+            return
+        first = not self._boot_failures.halting
+        self._boot_failures.halting = True
+        self.reply(worker, BootVerdict(message.id, "halt" if first else "wait", log))
 
-    def forget_boot_failures(self) -> None:
-        """After a reload: log them again."""
-        self._boot_failures.clear()
+    def _survives_without(self, worker: WorkerChannel) -> bool:
+        """Whether gunicorn need not halt because this worker cannot boot.
+
+        Another worker serves, or one with the program from the other side of the last reload may become
+        ready. As long as not all workers of the first start have been ready, gunicorn halts as ever.
+        """
+        previous = self._workers.previous_generation
+        if not (self._workers.started or previous):
+            return False
+        return any(
+            other.serving or (other.booting and (other.age > previous) != (worker.age > previous))
+            for other in self._workers
+        )
+
+    def _note_boot_failure(self, text: str) -> None:
+        """A worker cannot boot, and others serve: say so once for each attempt."""
+        previous = self._workers.previous_generation
+        is_reload = any(other.serving and other.age <= previous for other in self._workers)
+        if self._boot_failures.record(text, is_reload, time.monotonic()):
+            self._boot_failures.report(self._log, self._event_log)
+        self._workers.wake_arbiter()
 
     def _dispatch_to_services(self, worker: WorkerChannel, message: Message, _fd: int | None) -> None:
         for service in self._loop.services:
@@ -326,6 +362,8 @@ class MessageDispatcher:
             self._placement.on_worker_gone(worker.age)
         if worker.serving and not self._sync.stopping():
             self._event_log.record("crash", f"worker {pid} is gone without having finished")
+        if worker.booting and not self._sync.stopping():
+            self._note_boot_failure("a worker ended while it loaded the program")
         for service in self._loop.services:
             service.left(worker.age)
 

@@ -27,8 +27,19 @@ class WorkerChannel:
     pid: int = 0
     ready: bool = False
     draining: bool = False
+    #: whether it asks for a successor
+    retiring: bool = False
+    #: whether it has sent a BootFailure
+    failed: bool = False
+    #: whether the arbiter has stopped it
+    stopped: bool = False
+    #: whether the log has said that it boots for longer than the overlap
+    overdue: bool = False
     #: when it was forked (Unix time)
     started: float = field(default_factory=time.time)
+    #: when it was forked, and when it became ready (monotonic seconds)
+    forked_at: float = field(default_factory=time.monotonic)
+    ready_at: float = 0.0
     #: how many packets it has sent that were not messages
     malformed: int = 0
     #: closes the descriptors that the worker sends
@@ -37,6 +48,11 @@ class WorkerChannel:
     @property
     def serving(self) -> bool:
         return self.ready and not self.draining
+
+    @property
+    def booting(self) -> bool:
+        """Whether it may become ready."""
+        return not (self.ready or self.draining or self.failed or self.stopped)
 
 
 @dataclass
@@ -62,6 +78,10 @@ class WorkerChannels:
         self._pending: PendingWorker | None = None
         #: gunicorn's arbiter, once it is known
         self.arbiter: Any = None
+        #: the youngest worker before the last reload: those up to this age run the previous program
+        self.previous_generation = 0
+        #: whether all workers of the first start were ready at the same time
+        self.started = False
         #: the name of the primary's server, once a worker is ready
         self.primary_name = ""
         #: whether its requests are counted; a third-party server's are not
@@ -69,6 +89,17 @@ class WorkerChannels:
 
     def __iter__(self) -> Iterator[WorkerChannel]:
         return iter(list(self._by_fd.values()))
+
+    def wake_arbiter(self) -> None:
+        """Have the arbiter look now which workers to start and to stop."""
+        if self.arbiter is not None:
+            self.arbiter.wakeup()
+
+    def mark_stopped(self, age: int) -> None:
+        """The arbiter stops a worker."""
+        worker = self._by_age.get(age)
+        if worker is not None:
+            worker.stopped = True
 
     def fds(self) -> list[int]:
         return list(self._by_fd)

@@ -117,7 +117,8 @@ class GunicornHandler(GeventWorker):
 
     @alive.setter
     def alive(self, value: bool) -> None:
-        self._worker.alive = value
+        # gunicorn's code sets it after max_requests
+        self._worker.retire()
 
     @property
     def nr(self) -> int:

@@ -26,12 +26,12 @@ from gunicorn_passenger.ipc import channel
 from gunicorn_passenger.ipc.messages import (
     AcceptGranted,
     AcceptPaused,
-    Acknowledged,
     AssignConnections,
     AssignResult,
     AssignSettled,
     BindClaimed,
     BootFailure,
+    BootVerdict,
     GetReport,
     Message,
     OfferConnections,
@@ -43,6 +43,7 @@ from gunicorn_passenger.ipc.messages import (
     ReleasePort,
     ReportSent,
     RequestDenied,
+    RequestSuccessor,
     SuccessorReady,
     WorkerLeaving,
     WorkerReady,
@@ -253,14 +254,24 @@ class BrokerClient:
             os.close(fd)
         return response
 
-    def report_boot_failure(self, text: str) -> bool:
-        """Have the master log, once for all workers, why this worker cannot start.
+    def request_successor(self) -> bool:
+        """Ask the master for a worker in place of this one, which serves until gunicorn stops it.
 
-        :returns: whether this worker's exit is to halt gunicorn.
+        :returns: whether the master can be reached.
+        """
+        self._notify(RequestSuccessor(0))
+        return not self._unavailable
+
+    def report_boot_failure(self, text: str) -> BootVerdict:
+        """Tell the master why this worker cannot start.
+
+        :returns: what this worker does.
         :raises errors.BrokerUnavailable: when the master cannot be reached.
         """
         response, _ = self._request(BootFailure(next(self._numbers), text), "the worker")
-        return not isinstance(response, Acknowledged) or response.halt
+        if not isinstance(response, BootVerdict):
+            raise server_errors.broker_unavailable("the worker", "did not say whether to halt")
+        return response
 
     # --- the wire ---------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from gunicorn_passenger.status.sources import ReportUnavailable, reports
 from gunicorn_passenger.system.text import printable
 
 #: Kinds of events whose counters exist from the start, so that the first event is an increase.
-_KINDS = ("crash", "reload", "takeover")
+_KINDS = ("boot_failure", "crash", "reload", "takeover")
 
 
 def render(accept: str) -> tuple[str, bytes]:
@@ -87,6 +87,8 @@ def _families() -> Iterator[Any]:
     up.add(1)
     info = _MetricFamily(Gauge, "info", "Name and version of the application; always 1", "name", "version")
     info.add(1, report["name"], report["version"])
+    failing = _MetricFamily(Gauge, "boot_failing", "Whether new workers cannot start (a failed reload)")
+    failing.add(bool(report.get("failure")))
     started = _MetricFamily(Gauge, "start_time_seconds", "Start of the master, in Unix time")
     started.add(report["started"])
     workers = _MetricFamily(Gauge, "workers", "Worker processes", "state")
@@ -103,7 +105,7 @@ def _families() -> Iterator[Any]:
         events.add(0, kind)
     for kind, count in report["totals"].items():
         events.add(count, kind)
-    for family in (up, info, started, workers, memory, events):
+    for family in (up, info, failing, started, workers, memory, events):
         yield family.finish()
     yield from _server_families(report["servers"], Gauge, Counter)
     yield from _daemon_families(report.get("daemons", []), Gauge, Counter)

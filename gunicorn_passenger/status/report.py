@@ -23,7 +23,8 @@ def build(broker: Broker) -> dict[str, Any]:
     """The application as it is now, for people and for programs. Called with the broker's lock held.
 
     ``version``, ``name``, ``pid``, ``user``, ``started`` (Unix time), ``state`` (``"starting"``,
-    ``"running"``, ``"stopping"``), ``memory`` (bytes resident, of the master alone);
+    ``"running"``, ``"stopping"``), ``failure`` (why new workers cannot start, such as
+    ``"reload failed: ..."``; empty when they can), ``memory`` (bytes resident, of the master alone);
 
     ``workers``: ``pid``, ``number``, ``started``, ``state`` (``"booting"``, ``"ready"``, ``"leaving"``,
     ``"running"`` where the worker class is not ours), ``memory``;
@@ -46,6 +47,7 @@ def build(broker: Broker) -> dict[str, Any]:
         "user": account_name(os.geteuid()),
         "started": round(broker.started, 3),
         "state": "stopping" if broker.stopping() else "running" if ready or not by_age else "starting",
+        "failure": broker.boot_failures.text,
         "memory": procfs.memory(os.getpid()),
         "workers": [_worker(age, pid, by_age.get(age)) for age, pid in sorted(pids.items())],
         "servers": _servers(broker, by_age, pids),

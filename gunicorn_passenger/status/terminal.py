@@ -132,6 +132,7 @@ def table(report: dict[str, Any], width: int) -> list[str]:
     )
     lines = [
         _cut(printable(title), width),
+        *([_cut(printable(report["failure"]), width)] if report.get("failure") else []),
         "",
         *_columns(
             ["PROCESS", "PID", "STATE", "AGE", "MEMORY"],

@@ -20,6 +20,9 @@ from urllib.parse import parse_qsl
 CONTENT = random.Random(1).randbytes(1 << 20)
 PIECES = 32
 
+# a large program takes its time to import
+time.sleep(float(os.environ.get("STORM_IMPORT", "0")))
+
 
 def pieces(pause):
     size = len(CONTENT) // PIECES

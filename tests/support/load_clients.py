@@ -213,6 +213,8 @@ class Clients:
         self.answered: Counter[tuple[str, str]] = Counter()
         self.workers: dict[str, set[int]] = {place: set() for place in places}
         self.requests = self.closed_idle = 0
+        #: seconds of the slowest small answer
+        self.slowest = 0.0
         self.failures: list[Failure] = []
         self._draining = False
         self._connections: set[Connection] = set()
@@ -262,8 +264,10 @@ class Clients:
 
     def _small(self, connection: Connection, *fields: str) -> None:
         token = f"n={next(self._numbers)}"
+        begun = time.monotonic()
         connection.send(request(f"/?{token}", *fields))
         self._check(connection.body(connection.head()), token.encode())
+        self.slowest = max(self.slowest, time.monotonic() - begun)
 
     def _download(self, place: str, framing: str, slow_server: bool) -> None:
         """1 MB that takes one or two seconds: the server takes its time, or the client does."""
@@ -383,6 +387,7 @@ class Clients:
             **self.counts(),
             "requests": self.requests,
             "closed_idle": self.closed_idle,
+            "slowest": self.slowest,
             "failures": [vars(failure) for failure in self.failures],
         }
 

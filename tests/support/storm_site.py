@@ -79,6 +79,7 @@ def _alive(pid: int) -> bool:
 CONTESTANTS: dict[str, str] = {
     "ours": "gunicorn_passenger.Worker",
     "gevent": "gevent",
+    "gthread": "gthread",
     "reuseport": "gevent",
 }
 
@@ -94,6 +95,7 @@ class Site:
         options: Sequence[object] = (),
         workers: int = WORKERS,
         daemon: bool = False,
+        import_time: float = 0.0,
     ) -> None:
         """
         :param home: a directory of its own.
@@ -101,6 +103,7 @@ class Site:
         :param contestant: a key of ``CONTESTANTS``.
         :param options: more of gunicorn's.
         :param daemon: whether gunicorn becomes a daemon, as it has to for ``WINCH``.
+        :param import_time: seconds that the import of the program takes.
         """
         from gunicorn.config import KNOWN_SETTINGS
 
@@ -109,12 +112,12 @@ class Site:
         self.places: dict[str, Address] = {"primary": self.socket}
         self.token = uuid.uuid4().hex
         self.logfile = home / "log"
-        variables = {"STORM_TOKEN": self.token}
+        variables = {"STORM_TOKEN": self.token, "STORM_IMPORT": str(import_time)}
         options = [*options, "-b", f"unix:{self.socket}"]
         if contestant == "ours":
             self.places |= {"ours": ports[0], "unmodified": ports[1]}
             variables |= {"STORM_OURS": str(ports[0]), "STORM_UNMODIFIED": str(ports[1])}
-        elif contestant == "gevent":
+        elif contestant in ("gevent", "gthread"):
             self.places["second bind"] = ports[0]
             options += ["-b", f"127.0.0.1:{ports[0]}"]
         else:
@@ -253,6 +256,8 @@ class Report:
     closed_idle: int
     failures: list[Failure]
     answered: dict[str, int]
+    #: seconds of the slowest small answer, wherever it was
+    slowest: float
 
     def count(self, kind: str) -> int:
         return sum(failure.kind == kind for failure in self.failures)
@@ -339,7 +344,9 @@ class Traffic:
         result = self._say("finish")
         self._popen.wait()
         failures = [Failure(**failure) for failure in result["failures"]]
-        return Report(result["requests"], result["closed_idle"], failures, result["answered"])
+        return Report(
+            result["requests"], result["closed_idle"], failures, result["answered"], result["slowest"]
+        )
 
 
 # --- what a killed worker had -----------------------------------------------------------------------

@@ -380,7 +380,7 @@ def test_a_name_with_unprintable_characters_is_escaped_everywhere(workers, name)
             workers.broker.command("stop", name + "x")
         assert all(text.isprintable() for text in strings(workers.broker.report()))
     fault = workers.ask(1, "BootFailure", text=f"it failed: {name}")
-    assert isinstance(fault, messages.Acknowledged)
+    assert isinstance(fault, messages.BootVerdict)
     assert all(line.isprintable() for line in workers.log.lines), workers.log.lines
 
 

@@ -146,7 +146,8 @@ PYWSGI = """
 
     def answer(environ, start_response):
         if environ["PATH_INFO"] == "/slow":
-            gevent.sleep(2)
+            while not os.path.exists("go"):
+                gevent.sleep(0.02)
         start_response("200 OK", [("Content-Type", "text/plain")])
         return [str(os.getpid()).encode()]
 
@@ -164,7 +165,8 @@ HTTP_SERVER = """
 
         def do_GET(self):
             if self.path == "/slow":
-                time.sleep(2)
+                while not os.path.exists("go"):
+                    time.sleep(0.02)
             body = str(os.getpid()).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
@@ -182,7 +184,7 @@ PATIENT = ("--keep-alive", 1, "--graceful-timeout", 600, "--timeout", 600)
 
 
 @pytest.mark.parametrize("text", [PYWSGI, HTTP_SERVER], ids=["pywsgi", "http_server"])
-def test_an_unmodified_server_says_close_and_its_idle_connections_delay_no_exit(start, port, text):
+def test_an_unmodified_server_says_close_and_its_idle_connections_delay_no_exit(start, home, port, text):
     start.write("program.py", text.replace("{port}", str(port)))
     process = start.gunicorn("program", *PATIENT, workers=1).wait_ready()
     wait_for(lambda: not refused(port), "the port")
@@ -193,6 +195,8 @@ def test_an_unmodified_server_says_close_and_its_idle_connections_delay_no_exit(
     busy.request("GET", "/slow")
     wait_for(lambda: accepted(process, busy.sock), "the slow request to be accepted")
     process.signal(signal.SIGHUP)
+    wait_for(lambda: not listens(old, port), "the old worker to drain")
+    (home / "go").touch()
     answer = busy.getresponse()
     assert (answer.getheader("Connection") or "").lower() == "close"
     assert int(answer.read()) == old
@@ -204,6 +208,14 @@ def test_an_unmodified_server_says_close_and_its_idle_connections_delay_no_exit(
     assert int(fetch(port)[1]) != old
     # (gunicorn 23 logs a SIGTERM of its own as an error)
     assert "[ERROR]" not in re.sub(r"\[ERROR\] Worker \(pid:\d+\) was sent SIGTERM!", "", process.log())
+
+
+def listens(pid, port):
+    """Whether a process has the socket that listens on a port."""
+    with open("/proc/net/tcp") as file:
+        lines = [line.split() for line in file.readlines()[1:]]
+    inodes = [line[9] for line in lines if line[3] == "0A" and line[1].endswith(f":{port:04X}")]
+    return any(f"socket:[{inode}]" in descriptors(pid) for inode in inodes)
 
 
 # --- WebSockets --------------------------------------------------------------------------------------

@@ -278,7 +278,7 @@ from gunicorn_passenger.arbiter import fork_handlers
 
 class Leaving:
     def __del__(self):
-        fork_handlers._exit(15, sys._getframe())
+        fork_handlers.exit_boot(15, sys._getframe())
 
 leaving = Leaving()
 del leaving
