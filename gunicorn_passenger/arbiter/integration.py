@@ -6,6 +6,7 @@ gunicorn's hooks. Never: lets a failure of the broker stop gunicorn.
 
 from __future__ import annotations
 
+import _socket
 import os
 import sys
 from contextlib import suppress
@@ -19,6 +20,7 @@ from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.daemons.manager import DaemonManager
 from gunicorn_passenger.daemons.requested import requested_daemons
 from gunicorn_passenger.errors import PassengerError, SettingError
+from gunicorn_passenger.ipc.scoreboard import Scoreboard
 from gunicorn_passenger.master import upgrade_state
 from gunicorn_passenger.master.broker import Broker
 from gunicorn_passenger.master.listener_sync import primary_listeners
@@ -42,7 +44,9 @@ def install_hooks(cfg: Any) -> None:
     hook_chain.before(cfg, "on_exit", _finish)
 
 
-def prepare_worker(age: int, listening: list[Any], cfg: Any, log: Any) -> tuple[Any, Any, list[Any]]:
+def prepare_worker(
+    age: int, listening: list[Any], cfg: Any, log: Any
+) -> tuple[_socket.socket | None, Scoreboard | None, list[Any]]:
     """Before the fork of a worker: its channel, and the listeners of the primary.
 
     :returns: the worker's end of its channel, or ``None`` where the broker has failed; its scoreboard, or

@@ -15,6 +15,7 @@ The broker puts its parts together, and is what the arbiter's side sees of them:
 
 from __future__ import annotations
 
+import _socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,7 +23,7 @@ from typing import Any
 
 from gunicorn_passenger.config.port_allocation import PortAllocation
 from gunicorn_passenger.ipc.messages import Message
-from gunicorn_passenger.ipc.scoreboard import RetiredCounters
+from gunicorn_passenger.ipc.scoreboard import RetiredCounters, Scoreboard
 from gunicorn_passenger.master import upgrade_lock, upgrade_state
 from gunicorn_passenger.master.boot_failures import BootFailures
 from gunicorn_passenger.master.dispatcher import MessageDispatcher
@@ -124,7 +125,7 @@ class Broker:
             self.overlap = overlap
             self.boot_failures.forget()
 
-    def prepare_worker(self, age: int, listening: list[Any]) -> tuple[Any, Any]:
+    def prepare_worker(self, age: int, listening: list[Any]) -> tuple[_socket.socket, Scoreboard | None]:
         """Make the channel of a worker that is about to be forked.
 
         :returns: the worker's end, and its scoreboard (``None`` when the system has no memory for one).

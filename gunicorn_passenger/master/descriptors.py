@@ -18,7 +18,6 @@ import socket
 import struct
 from collections import deque
 from contextlib import suppress
-from typing import Any
 
 from gunicorn_passenger.ipc import channel
 from gunicorn_passenger.system import unpatched
@@ -124,7 +123,7 @@ class Closer:
             with self._lock:
                 self._waiting.popleft()
 
-    def receive(self, sock: Any, size: int) -> bytes:
+    def receive(self, sock: _socket.socket, size: int) -> bytes:
         """Receive bytes from a stream; descriptors that come with them are closed.
 
         :raises OSError: as ``recv``.
@@ -134,7 +133,7 @@ class Closer:
             self.close(fd)
         return bytes(data)
 
-    def close_socket(self, sock: Any) -> None:
+    def close_socket(self, sock: _socket.socket) -> None:
         """Close the master's end of a pair or a client's connection.
 
         The kernel would close the descriptors in unread messages with the socket, and that may wait, too.

@@ -5,6 +5,7 @@ Process: the master, in the broker's thread and around a fork. Never: reads a me
 
 from __future__ import annotations
 
+import _socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ class WorkerChannel:
 
     #: gunicorn's number of the worker: the younger of two workers has the higher one
     age: int
-    sock: Any
+    sock: _socket.socket
     scoreboard: Scoreboard | None = None
     #: 0 until the arbiter has stored it
     pid: int = 0
@@ -60,8 +61,8 @@ class PendingWorker:
     """A worker between ``Worker.__init__`` and the fork."""
 
     age: int
-    ours: Any
-    theirs: Any
+    ours: _socket.socket
+    theirs: _socket.socket
     scoreboard: Scoreboard | None
     #: whether the next fork is the worker's own
     forking: bool = False

@@ -5,9 +5,10 @@ Process: the master and the command line. Never: trust what the peer itself says
 
 from __future__ import annotations
 
+import _socket
 import socket
 import struct
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class PeerCredentials(NamedTuple):
@@ -18,7 +19,7 @@ class PeerCredentials(NamedTuple):
     gid: int
 
 
-def peercred(sock: Any) -> PeerCredentials:
+def peercred(sock: _socket.socket) -> PeerCredentials:
     """
     :param sock: a connected UNIX socket.
     :raises OSError: when the kernel does not know the peer.

@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib
 import select
 import sys
+from _thread import LockType
+from collections.abc import Callable
 from typing import Any
 
 
@@ -22,7 +24,7 @@ def unpatched(module: str, name: str) -> Any:
     return monkey.get_original(module, name)
 
 
-def start_thread(function: Any) -> None:
+def start_thread(function: Callable[[], object]) -> None:
     """Run ``function()`` in a thread of the system.
 
     :raises RuntimeError: when the system cannot start a thread.
@@ -30,14 +32,16 @@ def start_thread(function: Any) -> None:
     unpatched("_thread", "start_new_thread")(function, ())
 
 
-def lock() -> Any:
+def lock() -> LockType:
     """A lock between threads of the system."""
-    return unpatched("_thread", "allocate_lock")()
+    made: LockType = unpatched("_thread", "allocate_lock")()
+    return made
 
 
-def poll() -> Any:
+def poll() -> select.poll:
     """A ``select.poll`` object; it holds no descriptor of its own."""
-    return unpatched("select", "poll")()
+    made: select.poll = unpatched("select", "poll")()
+    return made
 
 
 def is_readable(fd: int) -> bool:
