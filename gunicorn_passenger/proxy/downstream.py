@@ -238,7 +238,7 @@ class NativeDownstream(WsgiDownstream):
 
     def length(self) -> int:
         if self.body is EMPTY_BODY:
-            # an announced length of zero is told from none by the field, which is handed on
+            # "Content-Length: 0" is among the headers, where the client has sent it
             return 0
         return super().length()
 

@@ -43,7 +43,7 @@ def execute(  # noqa: PLR0915 - one function, so that the common case needs no o
     """Send a request as planned, and its response to the client.
 
     The common case comes first, with local variables alone: a connection, a request without a body, and a
-    response that has come as a whole with the first read. Whatever differs from that goes on below it.
+    response that has come as a whole with the first read. Everything else is below it.
 
     :returns: the body of the response, or ``RESPONSE_SENT``.
     :raises Exception: what :meth:`ForwardedRequest.end_with` makes a response of.

@@ -18,7 +18,7 @@ from gunicorn_passenger.errors import PoolExhausted
 from gunicorn_passenger.http.downstream_api import DisconnectNotifier
 from gunicorn_passenger.proxy.dial import Dialer
 from gunicorn_passenger.proxy.log import failed_callback
-from gunicorn_passenger.proxy.upstream_io import DownstreamDisconnected, Stream
+from gunicorn_passenger.proxy.upstream_io import DownstreamDisconnected, GeventRuntime, Stream
 
 
 class PoolLimits(Protocol):
@@ -106,7 +106,7 @@ class Pool:
         #: whether the agent has forgotten this pool
         self.forgotten = False
         #: the hub's loop, where there is one, and one timer for all idle connections
-        self._loop: Any = runtime.hub.loop if runtime.concurrent else None
+        self._loop: Any = runtime.hub.loop if isinstance(runtime, GeventRuntime) else None
         self.clock = self._loop.now if self._loop is not None else time.monotonic
         self._timer: Any = None
         self._lock = runtime.lock()

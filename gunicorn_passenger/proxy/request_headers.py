@@ -20,10 +20,10 @@ from gunicorn_passenger.proxy.target import Target
 
 HeaderList = list[tuple[str, str]]
 
-#: Fields that are not simply handed on: they speak of one connection (RFC 9110 section 7.6.1), or frame
+#: Headers that are not simply forwarded: they speak of one connection (RFC 9110 section 7.6.1), or frame
 #: the message and are written anew from what was parsed (RFC 9112 section 6). "Proxy" is not a header at
 #: all: CGI programs take it for the setting of a proxy. "HTTP2-Settings" belongs to an upgrade to h2c, which
-#: is never handed on.
+#: is never forwarded.
 ASIDE = frozenset(
     {
         "connection",
@@ -164,7 +164,7 @@ class RequestHeaders:
                 elif low == "content-length":
                     if not self.measured:
                         self.measured = True
-                        # a bad one is refused when the body's length is asked for
+                        # a malformed one is refused when the body's length is asked for
                         length = number_of_bytes(value)
                         headers.append((name if keep_case else low, value if length is None else str(length)))
                 elif low == "te":
@@ -189,7 +189,7 @@ class RequestHeaders:
             self.version == "1.0" if self.host is None else bool(HOST.fullmatch(self.host)) and not twice
         )
         if "te" not in options:
-            self.te_trailers = False  # RFC 9110 section 10.1.4: who sends TE names it there
+            self.te_trailers = False  # RFC 9110 section 10.1.4: a sender of TE names it there
         self.lines = headers
 
     def changed(self, headers: HeaderList) -> RequestHeaders:

@@ -59,7 +59,7 @@ class RemembersHead(Protocol):
 
 
 class RememberedHead(NamedTuple):
-    """The last response head of an upstream: within a second its responses often have the same."""
+    """The last response head of an upstream: its next responses often have the same."""
 
     data: bytes
     #: whether names keep their letter case in it

@@ -21,7 +21,7 @@ import gevent
 from gevent import get_hub, getcurrent
 
 from gunicorn_passenger.proxy.log import failed_callback
-from gunicorn_passenger.proxy.upstream_io import GeventStream, runtime
+from gunicorn_passenger.proxy.upstream_io import runtime
 from gunicorn_passenger.proxy.websocket_frames import FrameTracker, close_frame
 
 #: The size of one read, in bytes.
@@ -358,7 +358,7 @@ def tls_bridge(recv: Any, send: Any, close: Any) -> tuple[Any, Any]:
     :returns: the socket, and a function that ends the greenlets.
     """
     near, far = _socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    inner = GeventStream(far, runtime())
+    inner = runtime().open(far)
 
     def inward() -> None:
         try:

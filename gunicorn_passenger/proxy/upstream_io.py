@@ -164,7 +164,8 @@ class ThreadRuntime:
         return ThreadStream(sock)
 
 
-Runtime = Any
+#: how a pool and its connections wait
+Runtime = GeventRuntime | ThreadRuntime
 _threads = ThreadRuntime()
 
 
@@ -174,10 +175,10 @@ def runtime() -> Runtime:
     if hub is None:
         return _threads
     try:
-        return hub.passenger_runtime
+        found: GeventRuntime = hub.passenger_runtime
     except AttributeError:
-        hub.passenger_runtime = GeventRuntime(hub)
-        return hub.passenger_runtime
+        found = hub.passenger_runtime = GeventRuntime(hub)
+    return found
 
 
 class Stream:
@@ -218,7 +219,7 @@ class Stream:
         :param seconds: how long to wait for them.
         :param client: the client of the request; the wait ends when that disconnects.
         :returns: ``None`` when data came before the request was sent: it is not part of a response to it. The
-            request is sent only if the caller goes on reading.
+            request is sent only if the caller continues to read.
         :raises TimeoutError, OSError, DownstreamDisconnected: as :meth:`recv`.
         """
         self.send_request(data, seconds)

@@ -34,7 +34,7 @@ class FrameTracker:
         """
         size = len(data)
         if not self._left and not self._head and size > 1:
-            # mostly one small frame comes in one piece
+            # most reads get exactly one small frame
             second = data[1]
             if second < 126:
                 if second + 2 == size:

@@ -404,6 +404,7 @@ def test_every_callback_of_the_loop_is_known():
                 if name.endswith((".run_callback", ".start", "gevent.spawn")) and node.args:
                     found.add((file.name, ast.unparse(node.args[0])))
     assert found == {
+        ("plan.py", "group"),  # starts the health checks of a group of targets
         ("pool.py", "self._on_timer"),
         ("round_trip.py", "upstream"),  # not a callback
         ("round_trip.py", "self.upstream"),  # neither
