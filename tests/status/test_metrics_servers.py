@@ -4,7 +4,7 @@ import os
 
 import pytest
 from conditions import wait_for
-from free_ports import free_port
+from free_ports import free_port, free_range
 from http_client import fetch, pids_answering
 
 PROGRAM = """
@@ -98,4 +98,37 @@ def test_a_reload_keeps_what_has_been_counted(start):
     wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in old), process.log)
     assert value(fetch(port)[1], "orders_total{") == orders
     wait_for(lambda: value(fetch(port)[1], "workers_up") == 2, "the new workers alone")
+    assert process.stop() == 0
+
+
+RANGE_SEARCH = """
+    import os, threading
+    from http.server import HTTPServer
+    from prometheus_client import Gauge
+    from prometheus_client.exposition import MetricsHandler
+
+    Gauge("pid", "Of the worker").set(os.getpid())
+    for port in range(int(os.environ["FIRST"]), int(os.environ["FIRST"]) + 5):
+        try:
+            server = HTTPServer(("127.0.0.1", port), MetricsHandler)
+        except OSError:
+            continue
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        break
+
+    def application(environ, start_response):
+        text = str(os.getpid()).encode()
+        start_response("200 OK", [("Content-Length", str(len(text)))])
+        return [text]
+"""
+
+
+def test_with_the_placement_each_a_search_for_a_free_port_finds_one_for_each_worker(start):
+    """As django-prometheus searches: every worker finds the first port free, since all may share it."""
+    first = free_range(5)
+    start.write("shop.py", RANGE_SEARCH)
+    env = {"FIRST": first, "PASSENGER_PORTS": f"{first}-{first + 4}", "PASSENGER_PLACEMENT": f"{first}=each"}
+    process = start.gunicorn("shop", workers=3, env=env).wait_ready()
+    pids = pids_answering(process.socket, 3)
+    assert {f"{value(fetch(first + n)[1], 'pid '):.0f}" for n in range(3)} == pids
     assert process.stop() == 0

@@ -76,7 +76,8 @@ def test_status_json_has_everything(start):
 
 
 def test_connections_now_and_bytes(start, port):
-    process = start.gunicorn("status_app", workers=1, env={"P2": port}).wait_ready()
+    # the connection stays open for as long as the command takes
+    process = start.gunicorn("status_app", "--keep-alive", "600", workers=1, env={"P2": port}).wait_ready()
     client = Client(port)
     client.request("GET", "/")
     client.getresponse().read()
@@ -95,7 +96,6 @@ def test_status_table(start, port):
     done = command(start, "status")
     assert done.returncode == 0, done.stderr
     text = done.stdout
-    assert max(map(len, text.splitlines())) <= 100
     assert re.search(r"^\S+  running for \d+ s, as user \w+", text)
     assert re.search(rf"^master +{process.pid} +running +\d+ s +\d+ MB$", text, re.M)
     for pid in process.workers():
