@@ -102,8 +102,8 @@ class MigrationRelay:
     def _successors(self, key: str, giver: WorkerChannel) -> list[WorkerChannel]:
         """The workers that may take a connection of a server.
 
-        They are among the youngest, as many as there are to be: gunicorn stops the older ones of a reload,
-        and one that is busy may not know that yet.
+        They are among the youngest, as many as there are to be, and gunicorn has not stopped them: a busy
+        worker may not know yet that it has to leave.
         """
         port = self._listeners.ports.get(key) if len(key) <= MAX_KEY else None
         youngest = sorted(self._workers, key=lambda worker: worker.age)[-max(self._workers.planned, 1) :]
@@ -111,6 +111,7 @@ class MigrationRelay:
             worker
             for worker in youngest
             if worker.serving
+            and not worker.stopped
             and worker is not giver
             and worker.age not in self._busy
             and (port is None or worker.age in port.accepting)

@@ -128,6 +128,13 @@ def test_workers_that_gunicorn_is_about_to_stop_are_offered_nothing(site, connec
     assert not readable(site.ends[1])
 
 
+def test_a_worker_that_gunicorn_has_stopped_is_offered_nothing(site, connections):
+    giver = site.add(1, draining=True)
+    site.add(2, stopped=True)
+    site.offer(giver, connections)
+    assert site.received(1)[0] == messages.OfferSettled(7, 0)
+
+
 def readable(end):
     end.setblocking(False)
     try:
