@@ -34,12 +34,13 @@ from gunicorn_passenger.config.address import format_sockname
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.daemons import api as daemons_api  # noqa: F401
 from gunicorn_passenger.errors import PassengerError
-from gunicorn_passenger.interposition import socket_patch
+from gunicorn_passenger.interposition import pending_bind, replaced_methods
 from gunicorn_passenger.ipc.messages import BootVerdict
 from gunicorn_passenger.ipc.scoreboard import PRIMARY_SLOT
 from gunicorn_passenger.master.owned_listener import BrokerOwnedListener
 from gunicorn_passenger.serving import api as serving_api  # noqa: F401
 from gunicorn_passenger.serving import events
+from gunicorn_passenger.serving.background_work import finish_background_work
 from gunicorn_passenger.serving.broker_client import BrokerClient
 from gunicorn_passenger.serving.drain import finish_connections
 from gunicorn_passenger.serving.registry import registry
@@ -122,6 +123,7 @@ class Worker(GeventWorker):
                 "block a worker. Begin gunicorn.conf.py with: from gevent import monkey; monkey.patch_all()"
             )
         settings.config_file_loaded()
+        pending_bind.bind_locks.create()
         prometheus_multiproc.directory.prepare()
         registry.run_as_master()
 
@@ -159,6 +161,8 @@ class Worker(GeventWorker):
         #: by path: when a file of the program was changed last, as far as the reloader has said
         self._changed_files: dict[str, float] = {}
         self._quitting = False
+        #: the threads that run servers, and pools that wait for work
+        self._threads_at_start: set[threading.Thread] = set()
         self._socket_patch: Any = None
 
     # --- in the worker ---------------------------------------------------------------------------
@@ -180,7 +184,7 @@ class Worker(GeventWorker):
             broker.on_lost = self._on_master_lost
             broker.on_bind_claimed = self._on_bind_claimed
             registry.run_as_worker(self, broker)
-            self._socket_patch = socket_patch.install(registry)
+            self._socket_patch = replaced_methods.install(registry)
             # before the program starts a server that shows its metrics
             prometheus_multiproc.directory.sum_in_worker()
             # GeventWorker.init_process would patch and wrap again; its parent does the rest
@@ -285,6 +289,7 @@ class Worker(GeventWorker):
         self._serve_primary()
         self._warn_of_unmanaged_listeners()
         os.register_at_fork(after_in_child=registry.acceptors.leave_to_parent)
+        self._threads_at_start = set(threading.enumerate())
         assert registry.broker is not None
         serves_primary = not isinstance(registry.primary, ThirdPartyServer)
         registry.broker.announce_ready(self._primary_server_name(), serves_primary)
@@ -297,12 +302,21 @@ class Worker(GeventWorker):
             self._socket_patch.reap_closed_fds()
             self._write_counts()
             self._exit_requested.wait(timeout=1.0)
+        deadline = time.monotonic() + self.cfg.graceful_timeout
         if not self._quitting:
             self._drain()
         self._write_counts()
         events.emit("exit", self, self.log)
         if self.failure is None:
             fork_handlers.ignore_further_stops()
+            if not self._quitting:
+                finish_background_work(
+                    # the master kills the worker at the deadline, and the log should say so before
+                    deadline - time.monotonic() - 0.5,
+                    self.log,
+                    self.notify,
+                    self._threads_at_start | self._socket_patch.server_threads(),
+                )
         _do_not_wait_for_threads()
         if self.failure is not None:
             self.alive = True  # while it waits for gunicorn to halt
@@ -458,7 +472,7 @@ class Worker(GeventWorker):
         for server in registry.servers:
             if isinstance(server.address, tuple):
                 own.add(format_sockname(server.address))
-        if unmanaged := sorted(set(socket_patch.unmanaged_listeners(self._inodes_at_fork)) - own):
+        if unmanaged := sorted(set(replaced_methods.unmanaged_listeners(self._inodes_at_fork)) - own):
             self.log.warning(
                 "%s was opened without Python's socket module, so the master cannot share it: only this "
                 "worker accepts there (pid:%s); run gunicorn with --workers 1, or open the socket in Python",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from free_ports import free_port
+from obedient_workers import ObedientWorkers
 from processes import Starter, starting
 
 
@@ -40,3 +41,11 @@ def home(start: Starter) -> Path:
 @pytest.fixture
 def port() -> int:
     return free_port()
+
+
+@pytest.fixture
+def obedient(start: Starter) -> Iterator[ObedientWorkers]:
+    """Starts a program that does what the test tells each of its workers."""
+    workers = ObedientWorkers(start)
+    yield workers
+    workers.close()

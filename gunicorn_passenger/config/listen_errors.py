@@ -84,6 +84,14 @@ def in_use(address: str, holder: str) -> PortInUse:
     )
 
 
+def bound_by_sibling(address: str, pid: int) -> PortInUse:
+    return PortInUse(
+        errno.EADDRINUSE,
+        f"{address} is bound by worker {pid} of this application, which does not listen there; to share the "
+        "port, call listen() directly after bind()",
+    )
+
+
 def duplicate_listen(address: str) -> PortInUse:
     return PortInUse(
         errno.EADDRINUSE,

@@ -44,6 +44,8 @@ class Timeouts(NamedTuple):
 
 
 PLACEMENTS = ("shared", "one", "each")
+#: only in the setting: an unmodified server keeps the port that it opens, and the master has no part in it
+OFF = "off"
 
 DEFAULT_GRACE_PERIOD = 10.0
 
@@ -100,7 +102,8 @@ def _placement(value: object, where: str) -> dict[int, str]:
     for port, name in pairs:
         for number in parse_ports(port, where):
             try:
-                table[number] = check_placement(name.strip() if isinstance(name, str) else name)
+                word = name.strip() if isinstance(name, str) else name
+                table[number] = OFF if word == OFF else check_placement(word)
             except SettingError as error:
                 raise SettingError(f"{where}: port {number}: {error}") from None
     return table

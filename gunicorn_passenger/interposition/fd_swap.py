@@ -31,7 +31,9 @@ def swap_fd(fd: int, source: _socket.socket) -> None:
     :param fd: the descriptor that a server uses.
     :param source: the socket to put under it.
     """
-    registrations = _registrations(fd)
+    if fd == source.fileno():
+        return
+    registrations = epoll_registrations(fd)
     for epoll, event in registrations:
         _libc().epoll_ctl(epoll, _DELETE, fd, event)
     os.dup2(source.fileno(), fd, inheritable=os.get_inheritable(fd))
@@ -46,7 +48,7 @@ def _libc() -> Any:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def _registrations(fd: int) -> list[tuple[int, bytes]]:
+def epoll_registrations(fd: int) -> list[tuple[int, bytes]]:
     """The epoll sets that a descriptor is in, each with the event that it is registered with."""
     found = []
     for name in os.listdir("/proc/self/fd"):

@@ -3,21 +3,25 @@
 Process: a worker.
 Never: changes what a real TCP socket returns.
 
-A captured primary is an AF_UNIX socket under an object that says AF_INET. For such an object the peer is
-('127.0.0.1', 0), as for Passenger's Node programs, and TCP options have no effect.
+A captured primary is an AF_UNIX socket under an object that says AF_INET. For such an object each client has
+the address 127.0.0.1 and a port of its own, since programs tell clients apart by their address. TCP options
+have no effect.
 """
 
 from __future__ import annotations
 
 import _socket
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from gevent import _socket3, monkey
 
+from gunicorn_passenger.config.address import SockAddr
+
 INET = (socket.AF_INET, socket.AF_INET6)
 
-#: The peer address that a captured server sees.
+#: The address of a peer of which nothing is known.
 PEER: dict[int, Any] = {socket.AF_INET: ("127.0.0.1", 0), socket.AF_INET6: ("::1", 0, 0, 0)}
 
 NATIVE: Any = monkey.get_original("socket", "socket")
@@ -30,20 +34,23 @@ _TCP_LEVELS = (socket.IPPROTO_TCP, socket.IPPROTO_IP, socket.IPPROTO_IPV6)
 _enabled: list[bool] = []
 
 
-def enable() -> None:
-    """Emulate TCP from now on; called for the first captured server."""
+def enable(peer: Callable[[int], SockAddr | None]) -> None:
+    """Emulate TCP from now on; called for the first server that has a UNIX socket.
+
+    :param peer: finds the address that the peer of a descriptor was given.
+    """
     if _enabled:
         return
     _enabled.append(True)
     for cls in CLASSES:
-        _emulate_tcp(cls)
+        _emulate_tcp(cls, peer)
 
 
-def _emulate_tcp(cls: Any) -> None:
+def _emulate_tcp(cls: Any, find_peer: Callable[[int], SockAddr | None]) -> None:
     def getpeername(self: Any) -> Any:
         peer = _socket.socket.getpeername(self)
         if not isinstance(peer, tuple) and self.family in INET:
-            return PEER[self.family]
+            return find_peer(_socket.socket.fileno(self)) or PEER[self.family]
         return peer
 
     def setsockopt(self: Any, *args: Any) -> None:

@@ -10,13 +10,20 @@ carries the inode of its socket, and counts only while the descriptor still has 
 from __future__ import annotations
 
 import _socket
+import itertools
 import os
+import socket
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import get_ident
+from time import monotonic
+from typing import NamedTuple
 
-from gunicorn_passenger.config.address import SockAddr
-from gunicorn_passenger.interposition.fd_swap import swap_fd
+import gevent
+
+from gunicorn_passenger.config.address import SockAddr, format_sockname
+from gunicorn_passenger.interposition.fd_swap import epoll_registrations, swap_fd
 from gunicorn_passenger.interposition.own_fds import fds_of, inode_of
 from gunicorn_passenger.interposition.socket_options import Option, set_options, unreachable_listener
 from gunicorn_passenger.ipc.scoreboard import Counters, Scoreboard
@@ -24,6 +31,12 @@ from gunicorn_passenger.serving.port_lease import AcceptGrant
 from gunicorn_passenger.serving.registry import ServerRegistry
 from gunicorn_passenger.serving.server import CLOSED, LISTENING, STOPPED, ListenAddress
 from gunicorn_passenger.serving.third_party import ThirdPartyServer
+from gunicorn_passenger.system.unpatched import is_readable
+
+#: Seconds in which a program that listens is expected to accept.
+_ACCEPT_WITHIN = 5.0
+#: Seconds in which a server accepts the connections of its own worker.
+_PRIVATE_SECONDS = 5.0
 
 
 @dataclass
@@ -36,6 +49,24 @@ class LeasedFd:
     name: SockAddr
     #: what the program has set on its own socket
     options: list[Option]
+    #: when the program listened, in monotonic seconds
+    since: float = field(default_factory=monotonic)
+    #: whether the program has called accept(), or the log says that it has not
+    accepts: bool = False
+    #: the thread that listened, or has accepted last
+    thread: int = field(default_factory=get_ident)
+    #: while the worker connects to its own server: the listener for that, and the socket that it replaces
+    private: tuple[_socket.socket, _socket.socket] | None = None
+
+
+class AcceptedConnection(NamedTuple):
+    """A connection that a server has accepted from one of the master's sockets."""
+
+    #: of its socket
+    inode: int
+    server: ThirdPartyServer
+    #: the address of the server, as the program knows it
+    name: SockAddr
 
 
 class LeasedSockets:
@@ -44,8 +75,19 @@ class LeasedSockets:
     def __init__(self, registry: ServerRegistry) -> None:
         self._registry = registry
         self._by_fd: dict[int, LeasedFd] = {}
-        #: connections accepted from leased descriptors: descriptor -> inode, and the server
-        self._connections: dict[int, tuple[int, ThirdPartyServer]] = {}
+        #: connections accepted from leased descriptors, by descriptor
+        self._connections: dict[int, AcceptedConnection] = {}
+        #: the addresses of peers that have no TCP address: descriptor -> inode, address
+        self._peers: dict[int, tuple[int, SockAddr]] = {}
+        #: the ports of such clients count up
+        self._client_ports = itertools.cycle(range(1024, 65536))
+        self._fd_by_client_port: dict[int, int] = {}
+        #: whether the primary has been captured
+        self.captured = False
+        #: when a server has last listened
+        self._last = float("-inf")
+        #: identities (``Thread.ident``) of the threads in which servers accepted until the drain began
+        self.server_threads: set[int] = set()
         #: how many connections the servers that have closed had accepted, by slot
         self._accepted_before: Counter[int] = Counter()
 
@@ -54,7 +96,10 @@ class LeasedSockets:
     def add(self, fd: int, server: ThirdPartyServer, name: SockAddr, options: list[Option]) -> None:
         """The master's socket lies under a descriptor of a server from now on."""
         entry = self._by_fd[fd] = LeasedFd(inode_of(fd), server, name, options)
-        if server.lease is not None:
+        self._last = entry.since
+        if server.lease is None:
+            self.captured = True
+        else:
             server.lease.subscribe(lambda grant: self._on_grant(entry, grant), lambda: self._on_pause(entry))
 
     def find(self, fd: int) -> LeasedFd | None:
@@ -74,9 +119,7 @@ class LeasedSockets:
 
     def has(self, fd: int) -> bool:
         """Whether a descriptor is a socket of the master's: a leased one, or a copy of it."""
-        if not self._by_fd:
-            return False
-        return fd in self._by_fd or inode_of(fd) in self.inodes()
+        return bool(self._by_fd) and inode_of(fd) in self.inodes()
 
     def inodes(self) -> set[int]:
         return {entry.inode for entry in self._by_fd.values()}
@@ -85,6 +128,19 @@ class LeasedSockets:
         """A socket object is about to close its descriptor."""
         if fd in self._by_fd:
             self._end(fd)
+
+    def on_shutdown(self, fd: int, unreachable: _socket.socket) -> None:
+        """The program ends its accepting on a socket of the master's with ``shutdown``.
+
+        :param unreachable: takes the place of the socket.
+        """
+        inode = inode_of(fd)
+        for known, entry in list(self._by_fd.items()):
+            if entry.inode == inode:
+                del self._by_fd[known]
+                self._keep_count(entry.server)
+                self._swap(entry, unreachable, CLOSED)
+                self._registry.on_third_party_closed(entry.server)
 
     def on_deferred_close(self, fd: int) -> None:
         """The socket is closed for the program; the port is released when the descriptor closes."""
@@ -96,7 +152,25 @@ class LeasedSockets:
     def reap(self) -> None:
         """End the leases of descriptors that were closed without their socket object (``os.close``)."""
         for fd in list(self._by_fd):
-            self.find(fd)
+            entry = self.find(fd)
+            if entry is not None and not entry.accepts and monotonic() - entry.since > _ACCEPT_WITHIN:
+                entry.accepts = True
+                self._explain_lock(fd, entry)
+
+    def _explain_lock(self, fd: int, entry: LeasedFd) -> None:
+        """A program that listens and does not accept may use the port as a lock, which is not one here."""
+        worker, server = self._registry.worker, entry.server
+        if worker.cfg.workers > 1 and server.placement == "shared" and not epoll_registrations(fd):
+            label = format_sockname(entry.name)
+            self._registry.log.warning(
+                "%s listens, but its program has not accepted a connection for %g s (pid:%s). If the port "
+                "serves as a lock: all workers share it, so each of them believes that it has the lock. "
+                "Set PASSENGER_PLACEMENT=%s=off, and one worker has the port",
+                label,
+                _ACCEPT_WITHIN,
+                worker.pid,
+                entry.name[1],
+            )
 
     def _end(self, fd: int) -> None:
         """Release the port, unless another descriptor of this process has the socket (``dup``)."""
@@ -144,11 +218,16 @@ class LeasedSockets:
         assert self._registry.broker is not None
         self._registry.broker.confirm_pause(entry.server.key)
 
-    @staticmethod
-    def _swap(entry: LeasedFd, source: _socket.socket, state: str) -> None:
+    def _swap(self, entry: LeasedFd, source: _socket.socket, state: str, keep: int = -1) -> None:
         """Put another socket under the descriptors of a server, which does not notice."""
+        if entry.private is not None:
+            for sock in entry.private:
+                sock.close()
+            entry.private = None
+        kept = {keep, *self._registry.worker.primary_descriptors()}
         for fd in fds_of(entry.inode):
-            swap_fd(fd, source)
+            if fd not in kept:
+                swap_fd(fd, source)
         entry.inode = inode_of(source.fileno())
         entry.server.state = state
 
@@ -157,12 +236,12 @@ class LeasedSockets:
         self.reap()
         entries = list(self._by_fd.values())
         self._by_fd.clear()
+        self.server_threads = {entry.thread for entry in entries}
         for entry in entries:
             self._keep_count(entry.server)
             unreachable = unreachable_listener()
             try:
-                for fd in fds_of(entry.inode):
-                    swap_fd(fd, unreachable)
+                self._swap(entry, unreachable, entry.server.state)
             finally:
                 unreachable.close()
             lease = entry.server.lease
@@ -173,22 +252,90 @@ class LeasedSockets:
 
     # --- connections ------------------------------------------------------------------------------
 
-    def on_accept(self, listener: int, fd: int) -> None:
-        """A connection was accepted: remember it if it came from one of the master's sockets."""
+    def on_accept_call(self, listener: int) -> LeasedFd | None:
+        """The program calls ``accept``; the entry, if the socket is one of the master's."""
         if not self._by_fd:
-            return
+            return None
         entry = self._by_fd.get(listener)
         if entry is None:
             inode = inode_of(listener)
             entry = next((e for e in self._by_fd.values() if e.inode == inode), None)
         if entry is not None:
+            entry.accepts = True
+            entry.thread = get_ident()
+        return entry
+
+    def on_accept(self, entry: LeasedFd | None, fd: int) -> None:
+        """A connection was accepted: remember it if it came from one of the master's sockets."""
+        if entry is not None:
             entry.server.accepted += 1
-            self._connections[fd] = inode_of(fd), entry.server
+            self._connections[fd] = AcceptedConnection(inode_of(fd), entry.server, entry.name)
+            if entry.private is not None and not is_readable(entry.private[0].fileno()):
+                self._close_private(entry)
 
     def idle(self) -> bool:
         """Whether no connection is open that an unmodified server has accepted."""
-        self._connections = {fd: item for fd, item in self._connections.items() if inode_of(fd) == item[0]}
+        self._connections = {fd: it for fd, it in self._connections.items() if inode_of(fd) == it.inode}
+        self._peers = {fd: peer for fd, peer in self._peers.items() if inode_of(fd) == peer[0]}
         return not self._connections
+
+    # --- clients without a TCP address ---------------------------------------------------------------
+
+    def client_address(self, fd: int, family: int) -> SockAddr:
+        """The address of a client on a UNIX socket: each has a port of its own, as over TCP."""
+        port = next(port for port in self._client_ports if not self._has_client(port))
+        address: SockAddr = ("127.0.0.1", port) if family == socket.AF_INET else ("::1", port, 0, 0)
+        self.remember_peer(fd, address)
+        self._fd_by_client_port[port] = fd
+        return address
+
+    def _has_client(self, port: int) -> bool:
+        inode, address = self._peers.get(self._fd_by_client_port.get(port, -1), (-1, None))
+        return address is not None and address[1] == port and inode_of(self._fd_by_client_port[port]) == inode
+
+    def remember_peer(self, fd: int, address: SockAddr) -> None:
+        self._peers[fd] = inode_of(fd), address
+
+    def peer(self, fd: int) -> SockAddr | None:
+        """The address that the peer of a connection was given."""
+        inode = inode_of(fd)
+        known = self._peers.get(fd)
+        if known is None or known[0] != inode:  # a copy of the socket (dup)
+            known = next((peer for peer in self._peers.values() if peer[0] == inode), None)
+        return known[1] if known is not None else None
+
+    def local_address(self, fd: int) -> SockAddr | None:
+        """The address of the server that has accepted a connection."""
+        connection = self._connections.get(fd)
+        return connection.name if connection is not None and connection.inode == inode_of(fd) else None
+
+    # --- connections of the worker to its own servers ----------------------------------------------------
+
+    def recent(self, seconds: float) -> bool:
+        """Whether a server of this worker has listened in the last seconds."""
+        return monotonic() - self._last < seconds
+
+    def open_private(self, entry: LeasedFd) -> bytes:
+        """Have a server accept from a listener that only this worker finds, until it has accepted all there.
+
+        :returns: the name of the listener, an abstract UNIX socket.
+        """
+        if entry.private is None:
+            listener = unreachable_listener(64)
+            replaced = _socket.socket(fileno=os.dup(next(iter(fds_of(entry.inode)))))
+            self._swap(entry, listener, entry.server.state, replaced.fileno())
+            entry.private = listener, replaced
+            gevent.spawn_later(_PRIVATE_SECONDS, self._close_private, entry)
+        name: bytes = entry.private[0].getsockname()
+        return name
+
+    def _close_private(self, entry: LeasedFd) -> None:
+        if entry.private is not None:
+            replaced = _socket.socket(fileno=os.dup(entry.private[1].fileno()))
+            try:
+                self._swap(entry, replaced, entry.server.state)
+            finally:
+                replaced.close()
 
     def write_counts(self, scoreboard: Scoreboard) -> None:
         """Bring the worker's page of the scoreboard up to date; only connections are known here."""
@@ -196,7 +343,7 @@ class LeasedSockets:
         accepted = Counter(self._accepted_before)
         for server in {id(entry.server): entry.server for entry in self._by_fd.values()}.values():
             accepted[server.slot] += server.accepted
-        open_now = Counter(server.slot for _, server in self._connections.values())
+        open_now = Counter(connection.server.slot for connection in self._connections.values())
         for slot in accepted:
             scoreboard.write(slot, Counters(open_now[slot], accepted[slot]))
 

@@ -82,10 +82,10 @@ def keep_nonblocking(sock: _socket.socket) -> None:
         _socket.socket.settimeout(sock, FOREVER)
 
 
-def unreachable_listener() -> _socket.socket:
+def unreachable_listener(backlog: int = 1) -> _socket.socket:
     """A listening socket that no client can find: an abstract UNIX socket with a name of the kernel's."""
     sock = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.bind("")
-    sock.listen(1)
+    sock.listen(backlog)
     sock.setblocking(False)
     return sock

@@ -5,13 +5,10 @@ Never: touches a socket that does not bind a TCP port to listen: client sockets,
 
 Facts and rules:
 
-- A bind to a TCP port is noted and not done; see :mod:`.deferred_bind`.
+- The kernel does every ``bind``; :mod:`.pending_bind` says what happens until the program listens.
 - ``listen`` puts the master's socket under the program's own descriptor (``dup2``), so the program keeps its
   socket object; see :mod:`.leased_sockets`. The options that the program has set are set on the master's
   socket.
-- The two classes get the replacements from which all Python sockets derive their system calls: the standard
-  library's ``socket.socket`` and gevent's inner socket. So they also hold for names that were imported
-  before.
 - The siblings share the open file description, and so its ``O_NONBLOCK``, which the master sets. A socket of
   the standard library that the program sets to block keeps it: the socket waits with a timeout that never
   ends, for which Python polls.
@@ -24,27 +21,29 @@ import _socket
 import errno
 import os
 import socket
-import socketserver
+import threading
 from typing import Any
 
-from gevent import _socket3
+import gevent
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.config import listen_errors
-from gunicorn_passenger.config.address import SockAddr, Tcp, format_sockname, format_tcp
+from gunicorn_passenger.config.address import SockAddr, Tcp, format_tcp
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.interposition import inet_facade, third_party_drain
-from gunicorn_passenger.interposition.deferred_bind import (
-    DeferredBind,
-    DeferredBinds,
-    already_bound,
-    deferred,
-    is_port,
-)
+from gunicorn_passenger.interposition.fd_swap import swap_fd
 from gunicorn_passenger.interposition.leased_sockets import LeasedSockets, describe
-from gunicorn_passenger.interposition.own_fds import fds_of, inode_of
+from gunicorn_passenger.interposition.own_fds import fds_of
+from gunicorn_passenger.interposition.pending_bind import (
+    PendingBind,
+    PendingBinds,
+    bind_locks,
+    is_port,
+    pending_bind,
+    set_reuse,
+)
+from gunicorn_passenger.interposition.self_connection import SelfConnections
 from gunicorn_passenger.interposition.socket_options import (
-    FOREVER,
     changed_options,
     is_tcp,
     keep_nonblocking,
@@ -57,7 +56,10 @@ from gunicorn_passenger.serving import program_metrics
 from gunicorn_passenger.serving.registry import ServerRegistry, check_program_allocation
 from gunicorn_passenger.serving.server import LISTENING, LOST, WAITING, ListenAddress
 from gunicorn_passenger.serving.third_party import ThirdPartyServer
-from gunicorn_passenger.system import listening_sockets
+from gunicorn_passenger.system import unpatched
+
+#: Seconds between two looks at a bind for which siblings wait.
+_WATCH_INTERVAL = 0.01
 
 
 class SocketPatch:
@@ -66,66 +68,144 @@ class SocketPatch:
     def __init__(self, registry: ServerRegistry) -> None:
         self._registry = registry
         self._pid = os.getpid()
-        self.binds = DeferredBinds()
+        self._hub = gevent.get_hub()
+        self._watching = False
+        self.binds = PendingBinds(self._on_listening, self._on_lock)
         self.leased = LeasedSockets(registry)
+        self._self_connections = SelfConnections(registry, self.leased)
         #: the address to which the program has bound the captured primary
         self._primary_name: SockAddr | None = None
 
     # --- the calls -------------------------------------------------------------------------------
 
     def bind(self, sock: _socket.socket, address: Any) -> bool:
-        """Note a bind.
+        """Bind a socket to a TCP port.
 
-        :returns: false when the bind is not to a TCP port to listen on, and must be done.
+        Where the kernel refuses the port because a server of this application has it, or because it is
+        privileged, the socket becomes one of the master's at once.
+
+        :returns: false when the call must be done as it is.
         """
-        if os.getpid() != self._pid or not is_tcp(sock) or not is_port(address):
+        if not (os.getpid() == self._pid and is_tcp(sock) and is_port(address)):
             return False
-        fd = _socket.socket.fileno(sock)
-        if fd < 0 or self.leased.find(fd) is not None:
-            return False
-        if self.binds.find(fd) is not None:
-            raise already_bound()
-        bind = deferred(sock, address)
-        if bind is None:
-            return False  # let the kernel refuse the second bind
+        fd, port = _socket.socket.fileno(sock), address[1]
+        if fd < 0 or _socket.socket.getsockname(sock)[1:2] != (0,) or settings.placement(port, "") == "off":
+            return False  # the kernel refuses a second bind
+        bind = pending_bind(sock, address)
         if not shares_port(sock) and any(e.name[:2] == bind.name[:2] for e in self.leased.open_entries()):
-            raise listen_errors.duplicate_listen(format_tcp(bind.host, bind.port))
-        self.binds.add(fd, bind)
+            raise listen_errors.duplicate_listen(format_tcp(bind.host, port))
+        self.binds.wait_for_siblings(port, self._sleep)
+        try:
+            _socket.socket.bind(sock, bind.name)
+        except OSError as error:
+            try:
+                self._on_refused(sock, bind, error)
+            finally:
+                self.binds.release(port)
+            return True
+        self.binds.add(bind)
+        if not self._watching:
+            self._watching = True
+            self._hub.loop.run_callback_threadsafe(gevent.spawn, self._watch)
         return True
+
+    def _sleep(self, seconds: float) -> None:
+        """Let other greenlets run, where the caller has any."""
+        if self._hub.thread_ident == unpatched.unpatched("_thread", "get_ident")() and (
+            gevent.getcurrent() is not self._hub
+        ):
+            gevent.sleep(seconds)
+        else:
+            unpatched.unpatched("time", "sleep")(seconds)
+
+    def _on_refused(self, sock: _socket.socket, bind: PendingBind, error: OSError) -> None:
+        """The kernel refuses a bind: share the port, if it is this application's.
+
+        :raises OSError: the kernel's error, with the owner of the port where that can be told.
+        """
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            raise error
+        label = format_tcp(bind.host, bind.port)
+        if (pid := bind_locks.owner(bind.port)) and error.errno == errno.EADDRINUSE:
+            raise listen_errors.bound_by_sibling(label, pid) from None
+        try:
+            self._replace(sock, bind, 0)
+        except errors.PortInUse:
+            raise
+        except errors.PassengerError:
+            if error.errno == errno.EACCES:
+                raise
+            # not a server: perhaps a client that wants a local port
+            raise error from None
 
     def listen(self, sock: _socket.socket, backlog: int) -> bool:
         """Put the master's socket under a descriptor that was bound.
 
-        :returns: false when no bind was noted for the socket, and the call must be done.
+        :returns: false when the program has not bound the socket to a TCP port, and the call must be done.
         """
         fd = _socket.socket.fileno(sock)
-        if self.leased.find(fd) is not None:
+        if self.leased.has(fd):
             return True  # a second listen() would only change the queue that the siblings share
-        bind = self.binds.find(fd)
-        if bind is None:
+        if os.getpid() != self._pid or (bind := self.binds.find(fd)) is None:
             return False
+        self._replace(sock, bind, backlog)
+        self.binds.remove(bind)
+        return True
+
+    def connect(self, sock: _socket.socket, address: Any) -> bool:
+        """:returns: false when the call must be done as it is."""
+        if os.getpid() != self._pid:
+            return False
+        self.binds.on_connect(_socket.socket.fileno(sock))
+        return self._self_connections.connect(sock, address)
+
+    def shutdown(self, sock: _socket.socket) -> bool:
+        """End this worker's accepting on one of the master's sockets, as ``shutdown`` does for a socket.
+
+        :returns: false when the socket is not the master's, and the call must be done.
+        """
+        fd = _socket.socket.fileno(sock)
+        if not self.leased.has(fd):
+            return False
+        unreachable = unreachable_listener()
+        try:
+            if os.getpid() == self._pid:
+                self.leased.on_shutdown(fd, unreachable)
+            else:
+                os.dup2(unreachable.fileno(), fd, inheritable=os.get_inheritable(fd))
+            unreachable.shutdown(socket.SHUT_RDWR)  # accept() fails from now on
+        finally:
+            unreachable.close()
+        return True
+
+    def _replace(
+        self, sock: _socket.socket, bind: PendingBind, backlog: int, opened: bool = False
+    ) -> ThirdPartyServer:
+        """Put the master's socket under the descriptors of a socket that the program has bound.
+
+        :param opened: whether the socket listens already, and the master is to share this one.
+        :raises errors.PassengerError: when the program may not listen there; its socket is as before.
+        """
         try:
             if settings.auto_install(self._registry.script):
                 server, source = self._take_primary(bind)
             else:
-                server, source = self._request_port(sock, bind, backlog)
+                server, source = self._request_port(sock, bind, backlog, opened)
         except errors.PassengerError as error:
             self._registry.last_error = error
             raise
         options = changed_options(sock)
-        inode = inode_of(fd)
         try:
-            for copy in fds_of(inode):  # dup() had made them one socket, and they stay one
-                os.dup2(source.fileno(), copy, inheritable=os.get_inheritable(copy))
+            for fd in fds_of(bind.inode):  # dup() had made them one socket, and they stay one
+                swap_fd(fd, source)
         finally:
             source.close()
-        self.binds.remove(inode)
-        self.leased.add(fd, server, bind.name, options)
+        self.leased.add(bind.fd, server, bind.name, options)
         set_options(sock, options)
         keep_nonblocking(sock)
         self._registry.on_third_party_listen(server)
         self._warn_of_separate_metrics(server)
-        return True
+        return server
 
     def _warn_of_separate_metrics(self, server: ThirdPartyServer) -> None:
         several = (
@@ -141,7 +221,60 @@ class SocketPatch:
                 server.name,
             )
 
-    def _take_primary(self, bind: DeferredBind) -> tuple[ThirdPartyServer, _socket.socket]:
+    # --- what becomes of a bind ------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Look often at the binds for which siblings wait."""
+        try:
+            while self.binds.check():
+                gevent.sleep(_WATCH_INTERVAL)
+        finally:
+            self._watching = False
+
+    def _on_listening(self, bind: PendingBind) -> None:
+        """Something other than Python's socket module listens on a socket: have the master share that."""
+        label = format_tcp(bind.host, bind.port)
+        sock = _socket.socket(fileno=os.dup(bind.fd))
+        self.binds.take(bind)
+        try:
+            if os.get_blocking(bind.fd):
+                # a thread or a child waits in accept(), and must be able to
+                self._registry.log.warning(
+                    "%s: only this worker listens there (pid:%s), because the program listens without "
+                    "Python's socket module, on a blocking socket; make the socket non-blocking, and the "
+                    "workers share it",
+                    label,
+                    self._pid,
+                )
+                return
+            self._replace(sock, bind, 0, opened=True)
+            self._registry.log.info(
+                "%s: the program listens there without Python's socket module; the workers share its socket",
+                label,
+            )
+        except errors.PortNotAllocated as error:
+            unreachable = unreachable_listener()
+            for fd in fds_of(bind.inode):
+                swap_fd(fd, unreachable)
+            unreachable.close()
+            self._registry.log.error("%s; the server gets no connections", error)
+        except errors.PassengerError as error:
+            self._registry.log.error("%s; only this worker listens there (pid:%s)", error, self._pid)
+        finally:
+            sock.close()
+            self.binds.release(bind.port)
+
+    def _on_lock(self, bind: PendingBind) -> None:
+        """A port is bound and not listened on: a lock, if it was bound without ``SO_REUSEADDR``."""
+        if not bind.reuse:
+            self._registry.log.info(
+                "%s is bound by this worker, which does not listen there: other workers cannot bind it "
+                "(pid:%s)",
+                format_tcp(bind.host, bind.port),
+                self._pid,
+            )
+
+    def _take_primary(self, bind: PendingBind) -> tuple[ThirdPartyServer, _socket.socket]:
         """An unmodified server becomes the primary: the server and a copy of the primary socket."""
         registry, known = self._registry, self._primary_name
         current = registry.primary
@@ -156,13 +289,16 @@ class SocketPatch:
         registry.set_primary(server, label)
         source = registry.worker.dup_primary_socket()
         self._primary_name = bind.name
-        inet_facade.enable()
+        inet_facade.enable(self.leased.peer)
         return server, source
 
     def _request_port(
-        self, sock: _socket.socket, bind: DeferredBind, backlog: int
+        self, sock: _socket.socket, bind: PendingBind, backlog: int, opened: bool
     ) -> tuple[ThirdPartyServer, _socket.socket]:
-        """An unmodified server gets a port: the server and the master's socket, or an unreachable one."""
+        """An unmodified server gets a port: the server and the master's socket, or an unreachable one.
+
+        :param opened: whether ``sock`` listens already; then the master shares it.
+        """
         registry, label = self._registry, format_tcp(bind.host, bind.port)
         check_program_allocation(bind.port)
         placement = settings.placement(bind.port, "shared")
@@ -170,6 +306,9 @@ class SocketPatch:
         v6only = sock.family == socket.AF_INET6 and bool(
             sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
         )
+        own = [] if opened else self.binds.of_port(bind.port)
+        for other in own:
+            set_reuse(other, True)
         try:
             lease = registry.broker.open_port(
                 Tcp(bind.host, bind.port),
@@ -179,15 +318,21 @@ class SocketPatch:
                 v6only,
                 counts=False,
                 again=shares_port(sock),
+                opened=sock.fileno() if opened else None,
             )
         except errors.BrokerUnavailable as error:
             registry.log.error("%s", error)
-            inet_facade.enable()
+            inet_facade.enable(self.leased.peer)
             return ThirdPartyServer(label, (bind.host, bind.port), "", LOST), unreachable_listener()
+        finally:
+            for other in own:
+                set_reuse(other, other.reuse)
         grant = lease.take_initial_grant()
         source = _socket.socket(fileno=grant.fd) if grant is not None else unreachable_listener()
         if grant is None:
-            inet_facade.enable()  # until the grant comes, an AF_UNIX socket is under the program's object
+            inet_facade.enable(
+                self.leased.peer
+            )  # until the grant comes, an AF_UNIX socket is under the program's object
         if lease.key and registry.has_port(lease.key) and not shares_port(sock):
             source.close()
             registry.broker.discard(lease)
@@ -207,12 +352,11 @@ class SocketPatch:
 
     def sockname(self, sock: _socket.socket, real: Any) -> Any:
         """What ``getsockname()`` returns; ``real`` is what the kernel says."""
-        bind = self.binds.find(_socket.socket.fileno(sock))
-        if bind is not None:
-            return bind.name
         if not isinstance(real, tuple) and sock.family in inet_facade.INET:
             if (entry := self.leased.find(_socket.socket.fileno(sock))) is not None and entry.server.lease:
                 return entry.name
+            if (name := self.leased.local_address(_socket.socket.fileno(sock))) is not None:
+                return name
             return self._primary_name or inet_facade.PEER[sock.family]
         return real
 
@@ -220,12 +364,16 @@ class SocketPatch:
 
     def reap_closed_fds(self) -> None:
         """Notice descriptors that were closed without their socket object; called once a second."""
-        self.binds.reap()
+        self.binds.check()
         self.leased.reap()
 
     def write_counts(self, scoreboard: Scoreboard) -> None:
         """Bring the worker's page of the scoreboard up to date."""
         self.leased.write_counts(scoreboard)
+
+    def server_threads(self) -> set[threading.Thread]:
+        """The threads in which unmodified servers accepted until the drain began."""
+        return {thread for thread in threading.enumerate() if thread.ident in self.leased.server_threads}
 
     def stop_accepting(self) -> None:
         """The worker drains: unmodified servers accept nothing more, and each response is their last."""
@@ -239,133 +387,3 @@ class SocketPatch:
     def shutdown_idle_connections(self) -> None:
         """End the connections on which an unmodified server waits for a request."""
         third_party_drain.shutdown_idle_connections()
-
-
-# --- the replaced methods -------------------------------------------------------------------------
-
-_installed: list[SocketPatch] = []
-
-
-def install(registry: ServerRegistry) -> SocketPatch:
-    """Replace the calls in this process."""
-    patch = SocketPatch(registry)
-    if not _installed:
-        _installed.append(patch)
-        for cls in inet_facade.CLASSES:
-            _replace_calls(cls)
-        _notice_deferred_closes()
-        _never_wait_after_a_selector()
-    _installed[:] = [patch]
-    return patch
-
-
-def _notice_deferred_closes() -> None:
-    """gevent may close a descriptor in its next loop iteration; for the program the socket is closed now."""
-    close_later = _socket3.socket._drop_events_and_close
-
-    def _drop_events_and_close(self: Any, closefd: bool = True, *args: Any) -> None:
-        if closefd:
-            _installed[0].leased.on_deferred_close(_socket.socket.fileno(self._sock))
-        close_later(self, closefd, *args)
-
-    _socket3.socket._drop_events_and_close = _drop_events_and_close
-
-
-def _never_wait_after_a_selector() -> None:
-    """Let socketserver's ``accept`` fail where a sibling was faster; socketserver ignores that OSError.
-
-    It accepts when its selector reports a connection. If it waited for the next one, it could not be shut
-    down.
-    """
-    accept = socketserver.TCPServer.get_request
-
-    def get_request(self: Any) -> Any:
-        if not _installed[0].leased.has(self.socket.fileno()):
-            return accept(self)
-        before = self.socket.gettimeout()
-        self.socket.settimeout(0.0)
-        try:
-            return accept(self)
-        finally:
-            self.socket.settimeout(before)
-
-    socketserver.TCPServer.get_request = get_request  # type: ignore[method-assign]
-
-
-def _replace_calls(cls: Any) -> None:
-    def bind(self: Any, address: Any) -> None:
-        if not _installed[0].bind(self, address):
-            _socket.socket.bind(self, address)
-
-    def listen(self: Any, *args: int) -> None:
-        if not _installed[0].listen(self, args[0] if args else 128):
-            _socket.socket.listen(self, *args)
-
-    def connect(self: Any, address: Any) -> None:
-        _installed[0].binds.perform(self)
-        _socket.socket.connect(self, address)
-
-    def connect_ex(self: Any, address: Any) -> int:
-        try:
-            _installed[0].binds.perform(self)
-        except OSError as error:
-            return error.errno or errno.EADDRINUSE
-        return _socket.socket.connect_ex(self, address)
-
-    def _accept(self: Any) -> tuple[int, Any]:
-        while True:
-            try:
-                fd, peer = _socket.socket._accept(self)  # type: ignore[attr-defined]
-                break
-            except BlockingIOError:
-                # a blocking copy that was made after listen(), and that does not poll yet
-                if _socket.socket.gettimeout(self) is not None or not _installed[0].leased.has(self.fileno()):
-                    raise
-                keep_nonblocking(self)
-        _installed[0].leased.on_accept(_socket.socket.fileno(self), fd)
-        if not isinstance(peer, tuple) and self.family in inet_facade.INET:
-            peer = inet_facade.PEER[self.family]
-        return fd, peer
-
-    def getsockname(self: Any) -> Any:
-        return _installed[0].sockname(self, _socket.socket.getsockname(self))
-
-    def settimeout(self: Any, value: Any) -> None:
-        if value is None and _installed[0].leased.has(_socket.socket.fileno(self)):
-            value = FOREVER  # the description that the siblings share must never block
-        _socket.socket.settimeout(self, value)
-
-    def setblocking(self: Any, flag: bool) -> None:
-        settimeout(self, None if flag else 0.0)
-
-    # gevent's inner socket is closed by close(), the standard library's by _real_close()
-    if cls is inet_facade.NATIVE:
-        real_close = cls._real_close
-
-        def _real_close(self: Any, *args: Any, **kwargs: Any) -> None:
-            _installed[0].on_close(_socket.socket.fileno(self))
-            real_close(self, *args, **kwargs)
-
-        cls._real_close = _real_close
-        cls.settimeout = settimeout
-        cls.setblocking = setblocking
-    else:
-
-        def close(self: Any) -> None:
-            _installed[0].on_close(_socket.socket.fileno(self))
-            _socket.socket.close(self)
-
-        cls.close = close
-    for function in (bind, listen, connect, connect_ex, getsockname, _accept):
-        function.__qualname__ = f"{cls.__qualname__}.{function.__name__}"
-        setattr(cls, function.__name__, function)
-
-
-def unmanaged_listeners(inherited: set[int]) -> list[str]:
-    """Addresses that this process listens on without the master: opened without Python's socket module.
-
-    :param inherited: inodes of sockets that the master had open at the fork.
-    """
-    known = inherited.union(*(patch.leased.inodes() for patch in _installed))
-    listeners = listening_sockets.own_listeners().items()
-    return [format_sockname(name) for inode, name in listeners if inode not in known]

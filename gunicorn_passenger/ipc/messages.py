@@ -43,6 +43,9 @@ class Message:
 class OpenPort(Message):
     """The worker wants to accept on an address. Response: PortOpened or RequestDenied.
 
+    The packet may have the descriptor of a socket that listens on the address already: the program has opened
+    it without Python's socket module. The master then shares that socket.
+
     ``kind`` is ``"tcp"`` (numeric ``host``, ``port``), ``"auto"`` (numeric ``host``; equal servers of several
     workers have the same ``name``) or ``"unix"`` (absolute ``path``).
     """

@@ -184,14 +184,14 @@ class MessageDispatcher:
 
     # --- handlers --------------------------------------------------------------------------------
 
-    def _on_open_port(self, worker: WorkerChannel, request: OpenPort, _fd: int | None) -> None:
+    def _on_open_port(self, worker: WorkerChannel, request: OpenPort, fd: int | None) -> None:
         if self._sync.stopping():
             self.reply(worker, RequestDenied(request.id, "listen", 0, "the application is stopping"))
             return
         same_user = self._listeners.cfg.uid == os.geteuid()
         try:
             request = _check_text(request)
-            opened = self._placement.request(worker.age, request, same_user)
+            opened = self._placement.request(worker.age, request, same_user, fd)
         except errors.ListenError as error:
             self._deny(worker, request.id, error, str(error))
             return

@@ -150,9 +150,10 @@ class Listeners:
 
     # --- opening ------------------------------------------------------------------------------
 
-    def open(self, request: OpenPort, same_user: bool) -> Port:
+    def open(self, request: OpenPort, same_user: bool, opened: int | None = None) -> Port:
         """The port of a worker's request, opened now if it is not open yet.
 
+        :param opened: a descriptor of a socket that listens there already; it remains the caller's.
         :raises errors.ListenError: when the worker may not have it, or it cannot be opened.
         """
         if request.kind == "unix":
@@ -160,7 +161,7 @@ class Listeners:
         if request.kind == "auto":
             return self._open_auto(request)
         if request.kind == "tcp":
-            return self._open_tcp(request)
+            return self._open_tcp(request, opened)
         raise listen_errors.bad_address(request.kind[:40], "the worker asked for an unknown kind of address")
 
     def open_each(self, request: OpenPort, workers: int, age: int, waits: bool = False) -> Port | None:
@@ -205,7 +206,7 @@ class Listeners:
         self._each.setdefault(label, {})[port.position] = port.key
         return port
 
-    def _open_tcp(self, request: OpenPort) -> Port:
+    def _open_tcp(self, request: OpenPort, opened: int | None) -> Port:
         port_opening.address_family(request.host)
         if not 1 <= request.port <= 65535:
             raise listen_errors.bad_port(request.port)
@@ -217,7 +218,8 @@ class Listeners:
             self.allocation.check(request.port)
         if port is None:
             try:
-                port = self._create(self._listen_request(request, "tcp", request.port))
+                wanted = self._listen_request(request, "tcp", request.port)
+                port = self._create(wanted, opened=opened)
             except errors.PortInUse:
                 self._explain_own_port(request.host, request.port)
                 raise
@@ -275,11 +277,15 @@ class Listeners:
         request: ListenRequest,
         in_use: Set[int] = frozenset(),
         needed: int = 0,
+        opened: int | None = None,
     ) -> Port:
         limit = self.limit()
         if len(self.ports) >= limit:
             raise listen_errors.too_many_ports(limit)
-        sock = port_opening.open_listener(request, self.allocation, in_use, needed=needed)
+        if opened is None:
+            sock = port_opening.open_listener(request, self.allocation, in_use, needed=needed)
+        else:
+            sock = listening_sockets.listener_of(opened, request.host, request.port)
         family, name = sock.family, listening_sockets.sockname(sock)
         listener = self._wrap(family, name, sock.detach())
         if isinstance(name, tuple):

@@ -91,10 +91,11 @@ class PlacementScheduler:
         #: the last worker that accepted where one may: key to pid
         self._last: dict[str, object] = {}
 
-    def request(self, age: int, request: OpenPort, same_user: bool) -> PortOpened:
+    def request(self, age: int, request: OpenPort, same_user: bool, opened: int | None = None) -> PortOpened:
         """A worker wants to listen.
 
         :param same_user: whether the worker runs as the master's user.
+        :param opened: a descriptor of a socket that the worker listens on there; it remains the caller's.
         :returns: the response; an AcceptGranted follows it at once, or later.
         :raises errors.ListenError: when the worker cannot have the port.
         """
@@ -105,7 +106,7 @@ class PlacementScheduler:
             self._check_waiting(age, request)
             port = self._listeners.open_each(request, workers, age)
         elif request.placement in ("shared", "one"):
-            port = self._listeners.open(request, same_user)
+            port = self._listeners.open(request, same_user, opened)
         else:
             raise listen_errors.bad_address(
                 request.placement[:40], "the worker asked for an unknown placement"

@@ -128,6 +128,7 @@ class BrokerClient:
         within: str = "",
         counts: bool = True,
         again: bool = False,
+        opened: int | None = None,
     ) -> PortLease:
         """Ask the master to let this worker accept on an address.
 
@@ -135,6 +136,7 @@ class BrokerClient:
         :param within: the ports that the program allows itself, as text; empty for no limit of its own.
         :param counts: whether the worker will count the requests of the server.
         :param again: whether this worker may have the port already (``SO_REUSEPORT``).
+        :param opened: a descriptor of a socket that listens there already, for the master to share.
         :returns: the lease. The listening socket is in its initial grant
             (:meth:`.port_lease.PortLease.take_initial_grant`), or in a grant that comes later: also when the
             master did not respond in time, since it may be stopped for a while.
@@ -156,7 +158,7 @@ class BrokerClient:
         if isinstance(address, Tcp) and placement != "each":
             lease.sockname = _sockname(message)
         try:
-            response, _ = self._request(message, label)
+            response, _ = self._request(message, label, opened)
             if isinstance(response, RequestDenied):
                 kind_of_error = errors.REFUSALS.get(response.kind, errors.ListenError)
                 raise kind_of_error(response.errno, response.text)

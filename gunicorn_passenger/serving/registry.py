@@ -64,6 +64,11 @@ class ServerRegistry:
         """Whether the program runs under the worker class (or its master)."""
         return self._in_master or self.worker is not None
 
+    @property
+    def started(self) -> bool:
+        """Whether the worker has loaded the program, and its servers accept."""
+        return self._accepting
+
     def run_as_master(self) -> None:
         """This process is a gunicorn master; servers that the program makes now start in the workers."""
         self._in_master = True

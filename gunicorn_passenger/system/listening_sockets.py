@@ -57,6 +57,19 @@ def open_tcp_if_free(
     return sock
 
 
+def listener_of(fd: int, host: str, port: int) -> _socket.socket:
+    """A copy of a TCP socket that another process has opened, if it listens on this numeric address.
+
+    :raises errors.ListenError: when it does not.
+    """
+    sock = _socket.socket(fileno=os.dup(fd))
+    with suppress(OSError):
+        if is_tcp_listener(sock) and sock.getsockname()[:2] == (host, port):
+            return sock
+    sock.close()
+    raise listen_errors.bad_address(format_tcp(host, port), "the socket of the worker does not listen there")
+
+
 def open_unix(path: str, mode: int, backlog: int) -> _socket.socket:
     """A UNIX socket that listens at an absolute path; the file of a server that has exited is replaced.
 
@@ -164,6 +177,11 @@ def has_listener(path: str) -> bool:
         probe.close()
 
 
+def is_tcp_listener(sock: _socket.socket) -> bool:
+    tcp = sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM
+    return tcp and bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
 def own_listeners() -> dict[int, SockAddr]:
     """The listening TCP sockets of this process: inode -> address."""
     found: dict[int, SockAddr] = {}
@@ -176,8 +194,7 @@ def own_listeners() -> dict[int, SockAddr]:
         except OSError:
             continue
         with closing(sock):
-            tcp = sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM
-            if tcp and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            if is_tcp_listener(sock):
                 found[info.st_ino] = sock.getsockname()
     return found
 

@@ -1,7 +1,6 @@
 """What the replaced bind and listen do to a program's sockets, and what they leave alone."""
 
 import errno
-import json
 import os
 import re
 import socket
@@ -11,62 +10,10 @@ import pytest
 from conditions import wait_for
 from free_ports import free_port
 from http_client import Client, fetch, refused
+from obedient_workers import Told
 from unmodified_servers import Requests, answering, pid_in
 
 # --- what is left alone ------------------------------------------------------------------------------
-
-
-class Told(Exception):
-    """What a worker was told to do has failed there."""
-
-    def __init__(self, answer):
-        super().__init__(answer["text"])
-        self.kinds = answer["error"]
-        self.errno = answer["errno"]
-
-
-class Worker:
-    """One worker of the program ``obedient``, on a connection that is kept open."""
-
-    def __init__(self, where):
-        self.client = Client(where, timeout=15)
-        self.client.request("GET", "/")
-        self.pid = pid_in(self.client.getresponse())
-
-    def do(self, code):
-        """Run Python there; its ``result``."""
-        self.client.request("POST", "/", textwrap.dedent(code))
-        answer = json.loads(self.client.getresponse().read())
-        if "error" in answer:
-            raise Told(answer)
-        return answer["result"]
-
-
-@pytest.fixture
-def obedient(start):
-    """Starts ``obedient``; the process and a connection to each of its workers."""
-    workers = {}
-
-    def begin(count=2, *arguments, **env):
-        process = start.gunicorn(
-            "obedient", "--keep-alive", 600, *arguments, workers=count, env=env
-        ).wait_ready()
-
-        def connect():
-            worker = Worker(process.socket)
-            if worker.pid in workers:
-                worker.client.close()
-            workers.setdefault(worker.pid, worker)
-            return len(workers) == count
-
-        wait_for(connect, "a connection to each worker")
-        for worker in workers.values():
-            worker.do(f"import os, socket, threading; port, home = {free_port()}, {str(start.home)!r}")
-        return process, *workers.values()
-
-    yield begin
-    for worker in workers.values():
-        worker.client.close()
 
 
 @pytest.fixture

@@ -1,0 +1,168 @@
+"""Replaces the methods of Python's sockets by which :class:`.socket_patch.SocketPatch` learns what they do.
+
+Process: a worker, from just after the fork.
+Never: decides anything.
+
+The two classes get the replacements from which all Python sockets derive their system calls: the standard
+library's ``socket.socket`` and gevent's inner socket. So they also hold for names that were imported before.
+"""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import socketserver
+from collections.abc import Callable
+from typing import Any
+
+from gevent import _socket3
+
+from gunicorn_passenger.config.address import format_sockname
+from gunicorn_passenger.interposition import inet_facade
+from gunicorn_passenger.interposition.socket_options import FOREVER, keep_nonblocking
+from gunicorn_passenger.interposition.socket_patch import SocketPatch
+from gunicorn_passenger.serving.registry import ServerRegistry
+from gunicorn_passenger.system import listening_sockets
+
+_installed: list[SocketPatch] = []
+
+
+def install(registry: ServerRegistry) -> SocketPatch:
+    """Replace the calls in this process."""
+    patch = SocketPatch(registry)
+    if not _installed:
+        _installed.append(patch)
+        for cls in inet_facade.CLASSES:
+            _replace_calls(cls)
+            _replace_connection_calls(cls)
+        _notice_deferred_closes()
+        _never_wait_after_a_selector()
+    _installed[:] = [patch]
+    return patch
+
+
+def _notice_deferred_closes() -> None:
+    """gevent may close a descriptor in its next loop iteration; for the program the socket is closed now."""
+    close_later = _socket3.socket._drop_events_and_close
+
+    def _drop_events_and_close(self: Any, closefd: bool = True, *args: Any) -> None:
+        if closefd:
+            _installed[0].leased.on_deferred_close(_socket.socket.fileno(self._sock))
+        close_later(self, closefd, *args)
+
+    _socket3.socket._drop_events_and_close = _drop_events_and_close
+
+
+def _never_wait_after_a_selector() -> None:
+    """Let socketserver's ``accept`` fail where a sibling was faster; socketserver ignores that OSError.
+
+    It accepts when its selector reports a connection. If it waited for the next one, it could not be shut
+    down.
+    """
+    accept = socketserver.TCPServer.get_request
+
+    def get_request(self: Any) -> Any:
+        if not _installed[0].leased.has(self.socket.fileno()):
+            return accept(self)
+        before = self.socket.gettimeout()
+        self.socket.settimeout(0.0)
+        try:
+            return accept(self)
+        finally:
+            self.socket.settimeout(before)
+
+    socketserver.TCPServer.get_request = get_request  # type: ignore[method-assign]
+
+
+def _set_method(cls: Any, function: Callable[..., Any]) -> None:
+    function.__qualname__ = f"{cls.__qualname__}.{function.__name__}"
+    setattr(cls, function.__name__, function)
+
+
+def _replace_connection_calls(cls: Any) -> None:
+    def connect(self: Any, address: Any) -> None:
+        if not _installed[0].connect(self, address):
+            _socket.socket.connect(self, address)
+
+    def connect_ex(self: Any, address: Any) -> int:
+        try:
+            if _installed[0].connect(self, address):
+                return 0
+        except OSError as error:
+            return error.errno or errno.ECONNREFUSED
+        return _socket.socket.connect_ex(self, address)
+
+    def shutdown(self: Any, how: int) -> None:
+        if not _installed[0].shutdown(self):
+            _socket.socket.shutdown(self, how)
+
+    for function in (connect, connect_ex, shutdown):
+        _set_method(cls, function)
+
+
+def _replace_calls(cls: Any) -> None:
+    def bind(self: Any, address: Any) -> None:
+        if not _installed[0].bind(self, address):
+            _socket.socket.bind(self, address)
+
+    def listen(self: Any, *args: int) -> None:
+        if not _installed[0].listen(self, args[0] if args else 128):
+            _socket.socket.listen(self, *args)
+
+    def _accept(self: Any) -> tuple[int, Any]:
+        entry = _installed[0].leased.on_accept_call(_socket.socket.fileno(self))
+        while True:
+            try:
+                fd, peer = _socket.socket._accept(self)  # type: ignore[attr-defined]
+                break
+            except BlockingIOError:
+                # a blocking copy that was made after listen(), and that does not poll yet
+                if _socket.socket.gettimeout(self) is not None or not _installed[0].leased.has(self.fileno()):
+                    raise
+                keep_nonblocking(self)
+        _installed[0].leased.on_accept(entry, fd)
+        if not isinstance(peer, tuple) and self.family in inet_facade.INET:
+            peer = _installed[0].leased.client_address(fd, self.family)
+        return fd, peer
+
+    def getsockname(self: Any) -> Any:
+        return _installed[0].sockname(self, _socket.socket.getsockname(self))
+
+    def settimeout(self: Any, value: Any) -> None:
+        if value is None and _installed[0].leased.has(_socket.socket.fileno(self)):
+            value = FOREVER  # the description that the siblings share must never block
+        _socket.socket.settimeout(self, value)
+
+    def setblocking(self: Any, flag: bool) -> None:
+        settimeout(self, None if flag else 0.0)
+
+    # gevent's inner socket is closed by close(), the standard library's by _real_close()
+    if cls is inet_facade.NATIVE:
+        real_close = cls._real_close
+
+        def _real_close(self: Any, *args: Any, **kwargs: Any) -> None:
+            _installed[0].on_close(_socket.socket.fileno(self))
+            real_close(self, *args, **kwargs)
+
+        cls._real_close = _real_close
+        cls.settimeout = settimeout
+        cls.setblocking = setblocking
+    else:
+
+        def close(self: Any) -> None:
+            _installed[0].on_close(_socket.socket.fileno(self))
+            _socket.socket.close(self)
+
+        cls.close = close
+    for function in (bind, listen, getsockname, _accept):
+        _set_method(cls, function)
+
+
+def unmanaged_listeners(inherited: set[int]) -> list[str]:
+    """Addresses that this process listens on without the master: opened without Python's socket module.
+
+    :param inherited: inodes of sockets that the master had open at the fork.
+    """
+    known = inherited.union(*(patch.leased.inodes() for patch in _installed))
+    listeners = listening_sockets.own_listeners().items()
+    return [format_sockname(name) for inode, name in listeners if inode not in known]

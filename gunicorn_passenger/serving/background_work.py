@@ -1,0 +1,93 @@
+"""Finishes what the program does in threads of its own, before a worker exits.
+
+Process: a worker that has drained.
+Never: waits for longer than it is told, or for a thread that has no end.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+from collections.abc import Callable, Collection, Iterator
+from time import monotonic
+from types import FrameType
+from typing import Any
+
+import gevent
+import greenlet
+
+#: Seconds between two heartbeats.
+_HEARTBEAT_INTERVAL = 1.0
+
+
+def finish_background_work(
+    seconds: float, log: Any, on_tick: Callable[[], object], endless: Collection[threading.Thread]
+) -> None:
+    """Let the program's threads finish, as the end of a Python program does.
+
+    First the callbacks of ``threading._register_atexit`` run: with them, ``ThreadPoolExecutor`` finishes the
+    work that was submitted. Then the threads that are not daemons are waited for.
+
+    :param seconds: how long all that may take.
+    :param on_tick: called once a second meanwhile.
+    :param endless: threads that are not waited for.
+    """
+    deadline = monotonic() + seconds
+    finishing = gevent.spawn(_finish, log, endless)
+    while not finishing.ready() and (left := deadline - monotonic()) > 0:
+        finishing.join(timeout=min(left, _HEARTBEAT_INTERVAL))
+        on_tick()
+    if not finishing.ready():
+        names = ", ".join(sorted(thread.name for thread in _unfinished(endless)))
+        log.warning(
+            "Worker graceful timeout: the worker exits although the program's work in threads is not "
+            "finished: %s; raise --graceful-timeout if it may take longer",
+            names or "a pool of threads, or another callback at exit",
+        )
+
+
+def _finish(log: Any, endless: Collection[threading.Thread]) -> None:
+    callbacks: list[Callable[[], object]] = getattr(threading, "_threading_atexits", [])
+    for callback in reversed(callbacks):
+        try:
+            callback()
+        except Exception:
+            log.exception("A callback that the program runs at its exit raised an error")
+    pause = 0.05
+    while (thread := next(_unfinished(endless), None)) is not None:
+        thread.join(timeout=pause)  # it may become idle, and not end
+        pause = min(2 * pause, _HEARTBEAT_INTERVAL)
+
+
+def _unfinished(endless: Collection[threading.Thread]) -> Iterator[threading.Thread]:
+    """The threads that Python waits for at its end, without those that have no end."""
+    threads = [
+        thread
+        for thread in threading.enumerate()
+        if not (thread.daemon or isinstance(thread, threading._DummyThread))
+        and thread not in (threading.main_thread(), threading.current_thread(), *endless)
+    ]
+    if threads:
+        frames = _frames()
+        for thread in threads:
+            if thread.is_alive() and not _has_no_end(frames.get(thread.ident or 0)):
+                yield thread
+
+
+def _frames() -> dict[int, FrameType]:
+    """The innermost frame of each thread, by its identity; under gevent most threads are greenlets."""
+    frames: dict[int, FrameType] = dict(sys._current_frames())
+    for candidate in gc.get_objects():
+        if isinstance(candidate, greenlet.greenlet) and candidate.gr_frame is not None:
+            frames[id(candidate)] = candidate.gr_frame
+    return frames
+
+
+def _has_no_end(frame: FrameType | None) -> bool:
+    """Whether a thread is in ``serve_forever()``, as most servers call their loop."""
+    while frame is not None:
+        if frame.f_code.co_name == "serve_forever":
+            return True
+        frame = frame.f_back
+    return False

@@ -1,0 +1,206 @@
+"""Programs that connect to their own port: to see that it is free, that their server works, or to use it."""
+
+import os
+import signal
+import socket
+
+import pytest
+from conditions import wait_for
+from http_client import fetch
+from unmodified_servers import answering
+
+
+@pytest.fixture
+def environment(start, port):
+    return {"P1": port, "PYTHONPATH": f"{start.home}:{start.environment['PYTHONPATH']}"}
+
+
+SMTP = """
+    import os
+    from aiosmtpd.controller import Controller
+    from aiosmtpd.handlers import Sink
+    from answering import PORT, application
+
+    controller = Controller(Sink(), hostname="127.0.0.1", port=PORT)
+    controller.start()  # connects to its own port, and waits for its own server to accept
+    print("SMTP is served in", os.getpid(), flush=True)
+    if __name__ == "__main__":
+        import threading
+        threading.Event().wait()
+    """
+
+
+def banner(family, address):
+    with socket.socket(family) as sock:
+        sock.settimeout(20)
+        sock.connect(address)
+        return sock.recv(100)
+
+
+def test_a_server_that_looks_whether_it_accepts(start, port, environment):
+    pytest.importorskip("aiosmtpd")
+    start.write("mail.py", SMTP)
+    process = start.gunicorn("mail", workers=3, env=environment).wait_ready()
+    process.wait_log("SMTP is served in", 3)
+    assert banner(socket.AF_INET, ("127.0.0.1", port)).startswith(b"220 ")
+    process.hup(3)
+    process.wait_log("SMTP is served in", 6)
+    assert banner(socket.AF_INET, ("127.0.0.1", port)).startswith(b"220 ")
+    assert "Traceback" not in process.log()
+
+
+def test_a_captured_server_that_looks_whether_it_accepts(start, environment):
+    pytest.importorskip("aiosmtpd")
+    script = start.write("mail.py", SMTP)
+    process = start.start_script(script, "-w", 2, env=environment)
+    process.wait_log("SMTP is served in", 2)
+    assert banner(socket.AF_UNIX, process.socket).startswith(b"220 ")
+    assert "Traceback" not in process.log()
+
+
+CHERRYPY = """
+    import os
+    import cherrypy
+    from answering import PORT, application
+
+    class Root:
+        @cherrypy.expose
+        def index(self):
+            return str(os.getpid())
+
+    cherrypy.config.update({
+        "server.socket_host": "127.0.0.1", "server.socket_port": PORT, "engine.autoreload.on": False,
+        "log.screen": False,
+    })
+    """
+
+
+def test_cherrypy_as_a_captured_script(start, environment):
+    """It looks whether its port is free, and then whether it is taken."""
+    pytest.importorskip("cherrypy")
+    script = start.write("site.py", CHERRYPY.rstrip() + "\n    cherrypy.quickstart(Root())\n")
+    process = start.start_script(script, "-w", 2, env=environment).wait_ready()
+    wait_for(lambda: len(process.workers()) == 2, "two workers")
+    answering(process.socket, process.workers())
+
+
+def test_cherrypy_in_a_module(start, port, environment):
+    pytest.importorskip("cherrypy")
+    start.write(
+        "cherry.py", CHERRYPY.rstrip() + "\n    cherrypy.tree.mount(Root())\n    cherrypy.engine.start()\n"
+    )
+    process = start.gunicorn("cherry", workers=3, env=environment).wait_ready()
+    wait_for(lambda: len(process.workers()) == 3, "three workers")
+    answering(port, process.workers())
+    process.hup(3)
+    answering(port, process.workers())
+
+
+def test_a_script_that_requests_its_own_url(start, environment):
+    """Soon after it listens, and at any time later."""
+    script = start.write(
+        "own.py",
+        """
+        import threading
+        import urllib.request
+        from http.server import ThreadingHTTPServer
+        from answering import PORT, Handler
+        from gunicorn_passenger.interposition import self_connection
+
+        def request():
+            return urllib.request.urlopen(f"http://localhost:{PORT}/").read().decode()
+
+        class Own(Handler):
+            def do_GET(self):
+                if self.path == "/own":
+                    self_connection.STARTING = 0.0
+                    self.path = request()
+                    self.send_response(200)
+                    self.send_header("Content-Length", str(len(self.path)))
+                    self.end_headers()
+                    self.wfile.write(self.path.encode())
+                else:
+                    super().do_GET()
+
+        server = ThreadingHTTPServer(("127.0.0.1", PORT), Own)
+        threading.Thread(target=server.serve_forever).start()
+        print("own answer from", request(), "in", __import__("os").getpid(), flush=True)
+        """,
+    )
+    process = start.start_script(script, "-w", 2, env=environment).wait_ready()
+    found = process.wait_log(r"own answer from (\d+) in (\d+)\n", 2)
+    assert found[1] == found[2]
+    status, pid = fetch(process.socket, "/own")
+    assert status == 200
+    assert int(pid) in process.workers()
+
+
+def test_a_program_that_looks_whether_its_port_is_served(start, port, environment):
+    """It would find its siblings. As at the first start, the connection is refused, and the program serves."""
+    start.write(
+        "probe.py",
+        """
+        import socket
+        from answering import PORT, application
+        from gevent.pywsgi import WSGIServer
+
+        try:
+            socket.create_connection(("127.0.0.1", PORT)).close()
+        except ConnectionRefusedError:
+            WSGIServer(("127.0.0.1", PORT), application, log=None).start()
+        """,
+    )
+    process = start.gunicorn("probe", workers=2, env=environment).wait_ready(port)
+    wait_for(lambda: len(process.workers()) == 2, "two workers")
+    answering(port, process.workers())
+    victim, _ = process.workers()
+    os.kill(victim, signal.SIGKILL)
+    wait_for(lambda: len({*process.workers()} - {victim}) == 2, "the successor")
+    answering(port, process.workers())
+
+
+def test_each_client_of_a_captured_server_has_an_address_of_its_own(start, environment):
+    """As over TCP: programs tell their clients apart by it."""
+    script = start.write(
+        "chat.py",
+        """
+        from answering import PORT
+        from gevent.server import StreamServer
+
+        clients = {}
+
+        def handle(conn, address):
+            assert conn.getpeername() == conn.dup().getpeername() == address, (conn.getpeername(), address)
+            clients[address] = conn
+            for line in conn.makefile("rb"):
+                for other in clients.values():
+                    other.sendall(line)
+
+        StreamServer(("127.0.0.1", PORT), handle).serve_forever()
+        """,
+    )
+    process = start.start_script(script, "-w", 1, env=environment)
+    wait_for(lambda: os.path.exists(process.socket), "the primary")
+    clients = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+    try:
+        for client in clients:
+            client.settimeout(20)
+            client.connect(process.socket)
+            client.sendall(b"here\n")
+            assert client.recv(5) == b"here\n"
+        clients[0].sendall(b"end\n")
+        for client in clients:
+            read_until(client, b"end\n")
+    finally:
+        for client in clients:
+            client.close()
+    assert "Traceback" not in process.log()
+
+
+def read_until(sock, text):
+    found = b""
+    while text not in found:
+        data = sock.recv(100)
+        assert data, found
+        found += data
+    return found
