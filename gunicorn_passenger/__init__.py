@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from gunicorn_passenger.serving.api import active, create_server, listen, serve_forever, servers
     from gunicorn_passenger.serving.discovery import ServerInfo
     from gunicorn_passenger.serving.events import on
+    from gunicorn_passenger.serving.once import once
     from gunicorn_passenger.serving.server import Server
     from gunicorn_passenger.worker import Worker
 
@@ -54,6 +55,7 @@ __all__ = [
     "http_proxy",
     "listen",
     "on",
+    "once",
     "serve_forever",
     "servers",
     "spawn",
@@ -80,6 +82,7 @@ _HOME = {
     "http_proxy": "",
     "listen": "serving.api",
     "on": "serving.events",
+    "once": "serving.once",
     "serve_forever": "serving.api",
     "servers": "serving.api",
     "spawn": "daemons.api",

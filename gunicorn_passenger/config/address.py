@@ -57,6 +57,16 @@ class Unix:
         return f"unix:{self.path}"
 
 
+@dataclass(frozen=True)
+class Once:
+    """The right to run a function of this name."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"once({self.name!r})"
+
+
 Address = Primary | Tcp | Auto | Unix
 
 

@@ -165,7 +165,7 @@ class LeasedSockets:
             self._registry.log.warning(
                 "%s listens, but its program has not accepted a connection for %g s (pid:%s). If the port "
                 "serves as a lock: all workers share it, so each of them believes that it has the lock. "
-                "Set PASSENGER_PLACEMENT=%s=off, and one worker has the port",
+                "Use passenger.once(), or set PASSENGER_PLACEMENT=%s=off, and one worker has the port",
                 label,
                 _ACCEPT_WITHIN,
                 worker.pid,

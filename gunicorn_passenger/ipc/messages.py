@@ -47,7 +47,8 @@ class OpenPort(Message):
     it without Python's socket module. The master then shares that socket.
 
     ``kind`` is ``"tcp"`` (numeric ``host``, ``port``), ``"auto"`` (numeric ``host``; equal servers of several
-    workers have the same ``name``) or ``"unix"`` (absolute ``path``).
+    workers have the same ``name``), ``"unix"`` (absolute ``path``), or ``"once"`` (the right to run the
+    function ``name``).
     """
 
     kind: str

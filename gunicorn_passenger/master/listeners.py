@@ -6,11 +6,13 @@ port that the allocation does not name.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 from collections.abc import Callable, Iterable, Set
 from contextlib import suppress
 from typing import Any
+from zlib import crc32
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.config import listen_errors
@@ -21,7 +23,7 @@ from gunicorn_passenger.ipc.scoreboard import SLOTS
 from gunicorn_passenger.master.grace_timer import GraceTimer
 from gunicorn_passenger.master.owned_listener import OWNED_LISTENERS, BrokerOwnedListener
 from gunicorn_passenger.master.port import Port
-from gunicorn_passenger.system import listening_sockets, port_opening
+from gunicorn_passenger.system import listening_sockets, port_opening, runtime_dir
 from gunicorn_passenger.system.port_opening import ListenRequest
 
 #: Marks, for the new master, a port of an "each" server.
@@ -160,6 +162,8 @@ class Listeners:
             return self._open_unix(request, same_user)
         if request.kind == "auto":
             return self._open_auto(request)
+        if request.kind == "once":
+            return self._open_once(request)
         if request.kind == "tcp":
             return self._open_tcp(request, opened)
         raise listen_errors.bad_address(request.kind[:40], "the worker asked for an unknown kind of address")
@@ -251,6 +255,12 @@ class Listeners:
     def _create_auto(self, request: OpenPort, first: int = 0, needed: int = 0) -> Port:
         in_use = {port.port for port in self.ports.values()} | self._primary_ports()
         return self._create(self._listen_request(request, "auto", first), in_use, needed)
+
+    def _open_once(self, request: OpenPort) -> Port:
+        """The right to run a function: a UNIX socket on which no worker accepts stands for it."""
+        application = repr((self.cfg.address, self.cfg.chdir, request.name))
+        path = os.path.join(runtime_dir.ensure(), f"once-{crc32(application.encode()):08x}.sock")
+        return self._open_unix(dataclasses.replace(request, kind="unix", path=path), True)
 
     def _open_unix(self, request: OpenPort, same_user: bool) -> Port:
         port = self.ports.get(f"unix:{request.path}")

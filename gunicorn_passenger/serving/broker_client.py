@@ -21,7 +21,7 @@ from gevent import socket as gsocket
 from gevent.event import AsyncResult
 
 from gunicorn_passenger import errors
-from gunicorn_passenger.config.address import Address, Auto, SockAddr, Tcp, Unix, format_tcp, resolve
+from gunicorn_passenger.config.address import Address, Auto, Once, SockAddr, Tcp, Unix, format_tcp, resolve
 from gunicorn_passenger.ipc import channel
 from gunicorn_passenger.ipc.messages import (
     AcceptGranted,
@@ -120,7 +120,7 @@ class BrokerClient:
 
     def open_port(
         self,
-        address: Address,
+        address: Address | Once,
         name: str,
         placement: str = "shared",
         backlog: int = 0,
@@ -146,6 +146,8 @@ class BrokerClient:
         name = name[:MAX_NAME]
         if isinstance(address, Unix):
             message = OpenPort(number, "unix", path=address.path, name=name, backlog=backlog)
+        elif isinstance(address, Once):
+            message = OpenPort(number, "once", name=name)
         elif isinstance(address, Tcp | Auto):
             kind, port = ("auto", 0) if isinstance(address, Auto) else ("tcp", address.port)
             _, host = resolve(address.host, port)

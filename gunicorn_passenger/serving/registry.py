@@ -50,6 +50,8 @@ class ServerRegistry:
         self.worker: Any = None
         self.broker: BrokerClient | None = None
         self.log: Any = None
+        #: called when the worker begins to drain; each returns when what it ends has ended
+        self.before_drain: list[Callable[[], object]] = []
         #: called when a server becomes the primary
         self.on_primary: Callable[[], object] = lambda: None
         #: the last error of a ``listen()``, which a program may have turned into its own ``sys.exit()``
@@ -282,6 +284,8 @@ class ServerRegistry:
 
     def stop_accepting(self) -> None:
         """Close the listening sockets, the primary's too; their open connections continue."""
+        for function in self.before_drain:
+            function()
         for server in self.acceptors.stop_all():
             if server.placement != "shared":
                 # the next worker need not wait for the connections of this one

@@ -51,6 +51,10 @@ def name_taken(name: str, address: str) -> ListenError:
     )
 
 
+def once_twice(name: str) -> SettingError:
+    return SettingError(f"once({name!r}) was called twice in this worker; give each function its own name")
+
+
 def not_callable(app: object) -> NotCallable:
     return NotCallable(
         f"create_server() takes a WSGI application, which is callable; {app!r} is not: "

@@ -1,0 +1,115 @@
+"""``passenger.once()``: a function that runs in one worker of the application at a time.
+
+Process: a worker, plain Python, and the master with ``--preload``, where the function waits for the fork.
+Never: runs a function in a worker to which the master has not granted it.
+
+The master grants a function to one worker as it grants a port with the placement ``"one"``: to the youngest
+worker that serves, and to the next one when that worker drains or dies.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import gevent
+
+from gunicorn_passenger import errors
+from gunicorn_passenger.config.address import Once
+from gunicorn_passenger.serving import events, server_errors
+from gunicorn_passenger.serving.port_lease import AcceptGrant, PortLease
+from gunicorn_passenger.serving.registry import registry
+from gunicorn_passenger.system.text import MAX_NAME
+
+
+class OnceTask:
+    """A function of the program that one worker runs."""
+
+    def __init__(self, name: str, start: Callable[[], object], stop: Callable[[], object] | None) -> None:
+        self.name = name
+        self._start = start
+        self._stop = stop
+        self._lease: PortLease | None = None
+        self._running: Any = None
+
+    def request(self, _worker: Any) -> None:
+        """Ask the master for the right to run; under plain Python, run."""
+        if registry.broker is None:
+            self._run()
+            return
+        try:
+            self._lease = registry.broker.open_port(Once(self.name), self.name, "one", counts=False)
+        except errors.ListenError as error:
+            registry.log.error("passenger.once(%r) does not run in this worker: %s", self.name, error)
+            return
+        registry.before_drain.append(self.end)
+        self._lease.subscribe(self._on_grant, self._on_pause)
+
+    def _on_grant(self, grant: AcceptGrant) -> None:
+        os.close(grant.fd)  # nothing is accepted there
+        if self._running is None and not registry.acceptors.stopped:
+            registry.log.info("passenger.once(%r) starts in this worker", self.name)
+            self._run()
+
+    def _run(self) -> None:
+        self._running = gevent.spawn(self._call, self._start)
+
+    def _on_pause(self) -> None:
+        """An operator stops or restarts it."""
+        self.end()
+        assert registry.broker is not None
+        assert self._lease is not None
+        registry.broker.confirm_pause(self._lease.key)
+
+    def end(self, _worker: Any = None) -> None:
+        """Stop the function, if this worker runs it. Returns when it has ended."""
+        running, self._running = self._running, None
+        if running is None:
+            return
+        if self._stop is not None:
+            self._call(self._stop)
+        running.kill()
+        if registry.log is not None:
+            registry.log.info("passenger.once(%r) has stopped in this worker", self.name)
+
+    def _call(self, function: Callable[[], object]) -> None:
+        try:
+            function()
+        except Exception:
+            (registry.log or logging.getLogger("gunicorn.error")).exception(
+                "passenger.once(%r): the program's function raised an error", self.name
+            )
+
+
+_names: set[str] = set()
+
+
+def once(name: str, start: Callable[[], object], stop: Callable[[], object] | None = None) -> None:
+    """Run a function in one worker of the application at a time: a scheduler, a consumer of a queue.
+
+    When the worker drains or dies, or an operator restarts the function (``gunicorn-passenger restart
+    NAME``), it runs in another worker. Under plain Python it runs in ``serve_forever()``.
+
+    :param name: the same in every worker; ``gunicorn-passenger status`` lists it.
+    :param start: called without arguments, in a greenlet of its own, when the worker is ready. It may return
+        (a scheduler that has its own threads) or run until it is stopped. An error is logged.
+    :param stop: called without arguments when the worker is to end it. Afterwards ``start`` is ended with
+        ``GreenletExit``, if it still runs.
+    :raises SettingError: for a name that cannot be used, or is used twice.
+    :raises TypeError: when ``start`` or ``stop`` cannot be called.
+    """
+    if not isinstance(name, str) or not name.strip() or len(name) > MAX_NAME:
+        raise errors.SettingError(f"once({name!r}): a name is a string of 1 to {MAX_NAME} characters")
+    if name in _names:
+        raise server_errors.once_twice(name)
+    if not callable(start) or not (stop is None or callable(stop)):
+        raise TypeError(f"once({name!r}): start and stop must be functions without arguments")
+    _names.add(name)
+    task = OnceTask(name, start, stop)
+    events.on("exit", task.end)
+    if registry.started:
+        task.request(None)
+    else:
+        events.on("ready", task.request)
