@@ -184,7 +184,7 @@ class Worker(GeventWorker):
             broker.on_lost = self._on_master_lost
             broker.on_bind_claimed = self._on_bind_claimed
             registry.run_as_worker(self, broker)
-            self._socket_patch = replaced_methods.install(registry)
+            self._socket_patch = replaced_methods.install(registry, self._inodes_at_fork)
             # before the program starts a server that shows its metrics
             prometheus_multiproc.directory.sum_in_worker()
             # GeventWorker.init_process would patch and wrap again; its parent does the rest
@@ -287,7 +287,6 @@ class Worker(GeventWorker):
             return  # it was stopped while it loaded the program
         registry.start()
         self._serve_primary()
-        self._warn_of_unmanaged_listeners()
         os.register_at_fork(after_in_child=registry.acceptors.leave_to_parent)
         self._threads_at_start = set(threading.enumerate())
         assert registry.broker is not None
@@ -462,20 +461,3 @@ class Worker(GeventWorker):
     def _on_drain_tick(self) -> None:
         self.notify()
         self._write_counts()
-
-    # --- listeners without the master -------------------------------------------------------------
-
-    def _warn_of_unmanaged_listeners(self) -> None:
-        if self.cfg.workers < 2:
-            return
-        own = {format_sockname(self._primary_name)}
-        for server in registry.servers:
-            if isinstance(server.address, tuple):
-                own.add(format_sockname(server.address))
-        if unmanaged := sorted(set(replaced_methods.unmanaged_listeners(self._inodes_at_fork)) - own):
-            self.log.warning(
-                "%s was opened without Python's socket module, so the master cannot share it: only this "
-                "worker accepts there (pid:%s); run gunicorn with --workers 1, or open the socket in Python",
-                ", ".join(unmanaged),
-                self.pid,
-            )

@@ -126,6 +126,9 @@ class PendingBinds:
     def find(self, fd: int) -> PendingBind | None:
         return self._by_inode.get(inode_of(fd)) if self._by_inode else None
 
+    def inodes(self) -> set[int]:
+        return set(self._by_inode)
+
     def of_port(self, port: int) -> list[PendingBind]:
         return [bind for bind in self._by_inode.values() if bind.port == port]
 

@@ -17,19 +17,20 @@ from typing import Any
 
 from gevent import _socket3
 
-from gunicorn_passenger.config.address import format_sockname
 from gunicorn_passenger.interposition import inet_facade
 from gunicorn_passenger.interposition.socket_options import FOREVER, keep_nonblocking
 from gunicorn_passenger.interposition.socket_patch import SocketPatch
 from gunicorn_passenger.serving.registry import ServerRegistry
-from gunicorn_passenger.system import listening_sockets
 
 _installed: list[SocketPatch] = []
 
 
-def install(registry: ServerRegistry) -> SocketPatch:
-    """Replace the calls in this process."""
-    patch = SocketPatch(registry)
+def install(registry: ServerRegistry, inherited: set[int]) -> SocketPatch:
+    """Replace the calls in this process.
+
+    :param inherited: inodes of the sockets on which the master listened at the fork.
+    """
+    patch = SocketPatch(registry, inherited)
     if not _installed:
         _installed.append(patch)
         for cls in inet_facade.CLASSES:
@@ -156,13 +157,3 @@ def _replace_calls(cls: Any) -> None:
         cls.close = close
     for function in (bind, listen, getsockname, _accept):
         _set_method(cls, function)
-
-
-def unmanaged_listeners(inherited: set[int]) -> list[str]:
-    """Addresses that this process listens on without the master: opened without Python's socket module.
-
-    :param inherited: inodes of sockets that the master had open at the fork.
-    """
-    known = inherited.union(*(patch.leased.inodes() for patch in _installed))
-    listeners = listening_sockets.own_listeners().items()
-    return [format_sockname(name) for inode, name in listeners if inode not in known]

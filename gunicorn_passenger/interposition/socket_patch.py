@@ -51,6 +51,7 @@ from gunicorn_passenger.interposition.socket_options import (
     shares_port,
     unreachable_listener,
 )
+from gunicorn_passenger.interposition.unmanaged_listeners import UnmanagedListeners
 from gunicorn_passenger.ipc.scoreboard import PRIMARY_SLOT, Scoreboard
 from gunicorn_passenger.serving import program_metrics
 from gunicorn_passenger.serving.registry import ServerRegistry, check_program_allocation
@@ -65,7 +66,8 @@ _WATCH_INTERVAL = 0.01
 class SocketPatch:
     """Decides what the replaced calls do."""
 
-    def __init__(self, registry: ServerRegistry) -> None:
+    def __init__(self, registry: ServerRegistry, inherited: set[int]) -> None:
+        """:param inherited: inodes of the sockets on which the master listened at the fork."""
         self._registry = registry
         self._pid = os.getpid()
         self._hub = gevent.get_hub()
@@ -73,6 +75,7 @@ class SocketPatch:
         self.binds = PendingBinds(self._on_listening, self._on_lock)
         self.leased = LeasedSockets(registry)
         self._self_connections = SelfConnections(registry, self.leased)
+        self._unmanaged = UnmanagedListeners(registry, inherited)
         #: the address to which the program has bound the captured primary
         self._primary_name: SockAddr | None = None
 
@@ -363,9 +366,10 @@ class SocketPatch:
     # --- what the worker calls -------------------------------------------------------------------
 
     def reap_closed_fds(self) -> None:
-        """Notice descriptors that were closed without their socket object; called once a second."""
+        """Notice what the program does without its socket objects; called once a second."""
         self.binds.check()
         self.leased.reap()
+        self._unmanaged.check(self.leased.inodes() | self.binds.inodes())
 
     def write_counts(self, scoreboard: Scoreboard) -> None:
         """Bring the worker's page of the scoreboard up to date."""

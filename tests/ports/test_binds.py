@@ -257,3 +257,30 @@ def test_shutdown_in_a_child_leaves_the_workers_alone(obedient, port):
         """)
     answering(port, [worker.pid])
     assert pids_answering(process.socket, 2)
+
+
+LATE = """
+    import ctypes, struct
+    libc = ctypes.CDLL(None)
+    fd = libc.socket(socket.AF_INET, socket.SOCK_STREAM, 0)
+    one = ctypes.c_int(1)
+    if shared:
+        libc.setsockopt(fd, socket.SOL_SOCKET, socket.SO_REUSEPORT, ctypes.byref(one), 4)
+    address = struct.pack("=H", socket.AF_INET) + struct.pack("!H4s8x", port, socket.inet_aton("127.0.0.1"))
+    assert libc.bind(fd, address, len(address)) == libc.listen(fd, 5) == 0
+    """
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_server_that_binds_by_itself_later(obedient, port, shared):
+    process, worker, _ = obedient()
+    worker.do(f"shared, port = {shared}, {port}")
+    worker.do(LATE)
+    text = (
+        r"each worker accepts there by itself \(SO_REUSEPORT\)"
+        if shared
+        else "only this worker accepts there"
+    )
+    process.wait_log(
+        rf"\[WARNING\] 127.0.0.1:{port} was opened without Python's socket module, .*: {text}.*\(pid:{worker.pid}\)"
+    )

@@ -5,7 +5,7 @@ import signal
 import socket
 
 import pytest
-from conditions import wait_for
+from conditions import PATIENCE, wait_for
 from http_client import fetch
 from unmodified_servers import answering
 
@@ -180,11 +180,11 @@ def test_each_client_of_a_captured_server_has_an_address_of_its_own(start, envir
         """,
     )
     process = start.start_script(script, "-w", 1, env=environment)
-    wait_for(lambda: os.path.exists(process.socket), "the primary")
+    process.wait_log("Booting worker")
     clients = [socket.socket(socket.AF_UNIX) for _ in range(3)]
     try:
         for client in clients:
-            client.settimeout(20)
+            client.settimeout(PATIENCE)
             client.connect(process.socket)
             client.sendall(b"here\n")
             assert client.recv(5) == b"here\n"

@@ -1,0 +1,69 @@
+"""Finds the ports that the program opens without Python's socket module, which the master cannot share.
+
+Process: a worker.
+Never: touches such a socket.
+"""
+
+from __future__ import annotations
+
+import _socket
+import os
+from time import monotonic
+
+from gunicorn_passenger.config.address import SockAddr, format_sockname
+from gunicorn_passenger.config.settings import OFF, settings
+from gunicorn_passenger.interposition.own_fds import fds_of
+from gunicorn_passenger.interposition.socket_options import shares_port
+from gunicorn_passenger.serving.registry import ServerRegistry
+from gunicorn_passenger.system import listening_sockets
+
+#: Seconds between the first two searches; each pause is twice as long as the one before, up to the last.
+_FIRST_PAUSE, _LAST_PAUSE = 1.0, 300.0
+
+
+class UnmanagedListeners:
+    """Names each such port once in the log."""
+
+    def __init__(self, registry: ServerRegistry, inherited: set[int]) -> None:
+        """:param inherited: inodes of the sockets on which the master listened at the fork."""
+        self._registry = registry
+        self._known = set(inherited)
+        self._due = 0.0
+        self._pause = _FIRST_PAUSE
+        self._servers = -1
+
+    def check(self, managed: set[int]) -> None:
+        """Search now and then, and whenever the program has opened or closed a server.
+
+        :param managed: inodes of the sockets that are not looked for.
+        """
+        servers = len(self._registry.servers)
+        if self._registry.worker.cfg.workers < 2 or (monotonic() < self._due and servers == self._servers):
+            return
+        self._servers = servers
+        self._due = monotonic() + self._pause
+        self._pause = min(2 * self._pause, _LAST_PAUSE)
+        own = {self._registry.worker.primary_name(), *(server.address for server in self._registry.servers)}
+        for inode, name in listening_sockets.own_listeners().items():
+            if inode in self._known or inode in managed:
+                continue
+            self._known.add(inode)
+            if not {name, name[:2]} & own and settings.placement(name[1], "") != OFF:
+                self._warn(inode, name)
+
+    def _warn(self, inode: int, name: SockAddr) -> None:
+        sock = _socket.socket(fileno=os.dup(fds_of(inode)[0]))
+        try:
+            if shares_port(sock):
+                who = "each worker accepts there by itself (SO_REUSEPORT), and loses what waits when it exits"
+            else:
+                who = "only this worker accepts there"
+        finally:
+            sock.close()
+        self._registry.log.warning(
+            "%s was opened without Python's socket module, so the master cannot share it: %s (pid:%s); run "
+            "gunicorn with --workers 1, or open the socket in Python",
+            format_sockname(name),
+            who,
+            os.getpid(),
+        )
