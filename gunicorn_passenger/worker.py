@@ -39,12 +39,16 @@ from gunicorn_passenger.ipc.messages import BootVerdict
 from gunicorn_passenger.ipc.scoreboard import PRIMARY_SLOT
 from gunicorn_passenger.master.owned_listener import BrokerOwnedListener
 from gunicorn_passenger.serving import api as serving_api  # noqa: F401
-from gunicorn_passenger.serving import events
+from gunicorn_passenger.serving import (
+    events,
+    once,  # noqa: F401
+)
 from gunicorn_passenger.serving.background_work import finish_background_work
 from gunicorn_passenger.serving.broker_client import BrokerClient
 from gunicorn_passenger.serving.drain import finish_connections
 from gunicorn_passenger.serving.registry import registry
 from gunicorn_passenger.serving.server import default_name
+from gunicorn_passenger.serving.server_errors import with_program_line
 from gunicorn_passenger.serving.third_party import ThirdPartyServer
 from gunicorn_passenger.status import prometheus_multiproc
 from gunicorn_passenger.system import listening_sockets
@@ -57,6 +61,8 @@ def _gevent_socket(listener: Any) -> Any:
 
 #: Seconds that a worker which cannot start waits for gunicorn to halt, when a sibling's exit causes that.
 _HALT_WAIT = 10.0
+#: Seconds after which a program that is still being imported may need a hint.
+_LOADING_SECONDS = 10.0
 
 
 @contextlib.contextmanager
@@ -227,6 +233,7 @@ class Worker(GeventWorker):
             # gunicorn's own would end the worker, whether or not the changed program can start
             kind = reloader_engines[self.cfg.reload_engine]
             self.reloader = kind(extra_files=self.cfg.reload_extra_files, callback=self._on_file_changed)
+        hint = gevent.spawn_later(_LOADING_SECONDS, self._explain_endless_import)
         try:
             super().load_wsgi()
         except SystemExit:
@@ -234,7 +241,18 @@ class Worker(GeventWorker):
             if registry.last_error is None:
                 raise
             raise registry.last_error from None
+        finally:
+            hint.kill(block=False)
         self._loaded = self.wsgi
+
+    def _explain_endless_import(self) -> None:
+        """A module whose last line is ``app.run()`` is a script; gunicorn waits for its end."""
+        if not registry.script and any(isinstance(s, ThirdPartyServer) for s in registry.servers):
+            self.log.warning(
+                "The program is not loaded after %g s, and it runs a server: if its last line is app.run() "
+                "or serve_forever(), start it with: gunicorn-passenger start SCRIPT",
+                _LOADING_SECONDS,
+            )
 
     def _exit_after_boot_failure(self, error: Exception) -> None:
         """The program cannot start: exit as the master says.
@@ -247,12 +265,12 @@ class Worker(GeventWorker):
         assert broker is not None
         try:
             verdict = broker.report_boot_failure(
-                str(error) if refused else f"{type(error).__name__}: {error}"
+                with_program_line(error) if refused else f"{type(error).__name__}: {error}"
             )
         except errors.BrokerUnavailable:
             verdict = BootVerdict(0, "halt", True)
         if verdict.log and refused:
-            self.log.error("%s", " ".join(str(error).split()))
+            self.log.error("%s", " ".join(with_program_line(error).split()))
         elif verdict.log and verdict.action != "halt":
             self.log.error("Exception in worker process", exc_info=error)
         _do_not_wait_for_threads()

@@ -8,6 +8,8 @@ Each text is one line and says what happened, where, and what to do.
 from __future__ import annotations
 
 import errno
+import os
+import sys
 
 from gunicorn_passenger.errors import (
     AlreadyInstalled,
@@ -53,6 +55,26 @@ def name_taken(name: str, address: str) -> ListenError:
 
 def once_twice(name: str) -> SettingError:
     return SettingError(f"once({name!r}) was called twice in this worker; give each function its own name")
+
+
+def wrong_worker_class(worker_class: str) -> ListenError:
+    return ListenError(
+        errno.EINVAL,
+        f"this gunicorn runs the worker class {worker_class!r}, under which listen() does not work; start "
+        "gunicorn with -k gunicorn_passenger.Worker",
+    )
+
+
+def with_program_line(error: BaseException) -> str:
+    """The text of an error, and the line of the program that it comes from, where there is one."""
+    libraries = (os.path.dirname(os.__file__), os.path.dirname(os.path.dirname(__file__)), sys.prefix)
+    where, traceback = "", error.__traceback__
+    while traceback is not None:
+        path = traceback.tb_frame.f_code.co_filename
+        if not path.startswith((*libraries, "<")) and "site-packages" not in path:
+            where = f" ({os.path.relpath(path)}:{traceback.tb_lineno})"
+        traceback = traceback.tb_next
+    return f"{error}{where}"
 
 
 def not_callable(app: object) -> NotCallable:

@@ -6,6 +6,7 @@ Never: used by a worker.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ from gunicorn_passenger import errors
 from gunicorn_passenger.config.address import Address, Auto, Tcp, Unix, format_sockname, resolve
 from gunicorn_passenger.config.port_allocation import PortAllocation
 from gunicorn_passenger.config.settings import settings
-from gunicorn_passenger.serving import events
+from gunicorn_passenger.serving import events, server_errors
 from gunicorn_passenger.serving.acceptor_table import AcceptorTable
 from gunicorn_passenger.serving.drain import Drainable, finish_connections
 from gunicorn_passenger.serving.server import ListenAddress
@@ -69,14 +70,25 @@ def open_socket(want: Address | None, primary: bool) -> ListenAddress:
     """Open the listening socket of a server.
 
     :param primary: whether the server is the primary; its address is printed.
-    :raises errors.ListenError: when it cannot be opened.
+    :raises errors.ListenError: when it cannot be opened, or gunicorn runs another worker class.
     """
+    if (worker_class := _worker_class()) is not None:
+        raise server_errors.wrong_worker_class(worker_class)
     sock = _open(want)
     name = listening_sockets.sockname(sock)
     if primary:
         print(f"Serving on http://{format_sockname(name)}/ (plain Python, for development)", file=sys.stderr)
     wrapped = gsocket.socket(sock.family, gsocket.SOCK_STREAM, fileno=sock.detach())
     return ListenAddress(wrapped, name, format_sockname(name))
+
+
+def _worker_class() -> str | None:
+    """The worker class of the gunicorn that this process belongs to, if it does."""
+    arbiters = sys.modules.get("gunicorn.arbiter")
+    if arbiters is None:
+        return None
+    arbiter = next((found for found in gc.get_objects() if isinstance(found, arbiters.Arbiter)), None)
+    return None if arbiter is None else str(arbiter.cfg.worker_class_str)
 
 
 def _open(want: Address | None) -> Any:

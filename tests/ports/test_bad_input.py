@@ -9,6 +9,7 @@ import pytest
 from conditions import wait_for
 from free_ports import free_port, free_range
 from http_client import fetch, refused
+from processes import GUNICORN
 
 LONG = "/tmp/" + "x" * 120
 
@@ -298,3 +299,64 @@ def test_plain_python_shows_one_line_too(start):
     assert process.wait_end() == 1
     assert process.log().startswith("Error: cannot listen on 'nonsense': it has no port")
     assert process.log().count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "code", ["passenger.create_server(application).listen(9001)", "application.listen()"]
+)
+def test_another_worker_class(start, code):
+    """The error says which worker class runs and which is needed, and no development server is started."""
+    start.write(
+        "forgot.py",
+        f"""
+        import gunicorn_passenger as passenger
+        from answering import application as answer
+        application = passenger.create_server(answer)
+        {code.replace("application.listen()", 'application.listen("passenger")')}
+        """,
+    )
+    process = start.python(
+        GUNICORN, "-k", "gthread", "-b", f"unix:{start.home}/app.sock", "forgot",
+        env={"PYTHONPATH": f"{start.home}:{start.environment['PYTHONPATH']}"},
+    )  # fmt: skip
+    process.wait_log(
+        "this gunicorn runs the worker class 'gthread', under which listen.. does not work; start gunicorn "
+        "with -k gunicorn_passenger.Worker"
+    )
+    assert process.wait_end() != 0
+    assert "Serving on" not in process.log()
+
+
+def test_an_error_names_the_line_of_the_program(start, port):
+    start.write(
+        "denied.py",
+        """
+        import gunicorn_passenger as passenger
+        from answering import PORT, application
+
+        passenger.listen(PORT, application)
+        """,
+    )
+    env = {
+        "P1": port,
+        "PYTHONPATH": f"{start.home}:{start.environment['PYTHONPATH']}",
+        "PASSENGER_PORTS": port + 1,
+    }
+    process = start.gunicorn("denied", env=env)
+    process.wait_log(rf"port {port} is not allocated .*\(denied.py:5\)")
+    assert process.wait_end() != 0
+
+
+def test_a_module_whose_last_line_blocks(start, port):
+    start.write(
+        "endless.py",
+        """
+        from http.server import HTTPServer
+        from answering import PORT, Handler
+
+        HTTPServer(("127.0.0.1", PORT), Handler).serve_forever()
+        """,
+    )
+    env = {"P1": port, "PYTHONPATH": f"{start.home}:{start.environment['PYTHONPATH']}"}
+    process = start.gunicorn("endless", "--graceful-timeout", 1, workers=1, env=env)
+    process.wait_log(r"\[WARNING\] The program is not loaded after 10 s, .*: gunicorn-passenger start SCRIPT")
