@@ -116,6 +116,8 @@ def parse(address: object, host: str = "127.0.0.1") -> Address:
         return Auto(_host(host))
     if text.startswith("unix:"):
         return Unix(_unix_path(text[len("unix:") :], address))
+    if "://" in text:
+        raise listen_errors.bad_address(address, "a server listens on an address, not on a URL")
     return _parse_tcp(text, address, host)
 
 

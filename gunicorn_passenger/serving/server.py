@@ -7,6 +7,7 @@ Never: binds a port itself; :mod:`.registry` knows where sockets come from.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from inspect import iscoroutinefunction
 from typing import Any, Protocol, TypeVar
 
 from gunicorn_passenger import errors
@@ -61,6 +62,8 @@ class Server:
     def __init__(self, app: WSGIApp, host: ServerHost) -> None:
         if not callable(app):
             raise server_errors.not_callable(app)
+        if iscoroutinefunction(app) or iscoroutinefunction(type(app).__call__):
+            raise server_errors.not_wsgi(app)
         self.app = app
         self._host = host
         self.placement = "shared"
@@ -123,10 +126,11 @@ class Server:
     def listen(
         self: S,
         address: object,
-        *,
         host: str = "127.0.0.1",
+        *,
         name: str | None = None,
         placement: str = "shared",
+        **unknown: object,
     ) -> S:
         """Accept connections on an address; the listening socket comes from the gunicorn master.
 
@@ -142,7 +146,10 @@ class Server:
         :raises errors.ListenError: (an ``OSError``) when it cannot listen there; ``PortNotAllocated``
             and ``PortInUse`` are subclasses.
         :raises errors.AlreadyInstalled: when another server has the primary socket.
+        :raises TypeError: for an option that does not exist.
         """
+        for option in unknown:
+            raise server_errors.unknown_option("listen()", option, ("host", "name", "placement"))
         if self.state == CLOSED:
             raise server_errors.closed_server(self.name)
         if self.state != NEW:

@@ -7,8 +7,10 @@ import socket
 import gevent
 import gevent.event
 import pytest
+from free_ports import free_port
 from gevent import socket as gsocket
 
+import gunicorn_passenger as passenger
 from gunicorn_passenger import errors
 from gunicorn_passenger.config.address import Tcp
 from gunicorn_passenger.ipc import channel, messages
@@ -179,3 +181,47 @@ def test_a_name_is_resolved_in_turn_and_the_master_is_asked_once():
     assert asked == [1]
     with pytest.raises(LookupError):
         discovery.resolve_server("others")
+
+
+def application(environ, start_response):
+    start_response("200 OK", [])
+    return []
+
+
+async def asgi(scope, receive, send):
+    pass
+
+
+class Asgi:
+    async def __call__(self, scope, receive, send):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: passenger.create_server(application).listen("http://localhost:9000"), "not on a URL"),
+        (
+            lambda: passenger.create_server(application).listen(9000, placment="one"),
+            "did you mean 'placement'",
+        ),
+        (
+            lambda: passenger.create_server(application).listen(9000, backlog=5),
+            "there are: host, name, placement",
+        ),
+        (lambda: passenger.listen(9000, application, nam="x"), "did you mean 'name'"),
+        (lambda: passenger.create_server(asgi), "is an ASGI application"),
+        (lambda: passenger.create_server(Asgi()), "is an ASGI application"),
+    ],
+)
+def test_a_mistake_has_an_error_that_says_what_to_write(call, text):
+    with pytest.raises(errors.PassengerError, match=text):
+        call()
+
+
+def test_the_host_may_follow_the_port_as_in_node():
+    server = passenger.create_server(application).listen(free_port(), "127.0.0.2")
+    try:
+        assert server.address[0] == "127.0.0.2"
+    finally:
+        server.close()
