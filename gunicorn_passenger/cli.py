@@ -23,7 +23,7 @@ from gunicorn_passenger.status import control_client, terminal
 from gunicorn_passenger.system import port_owner
 from gunicorn_passenger.system.text import printable
 
-_USAGE = """usage: gunicorn-passenger start SCRIPT [gunicorn's options]
+_USAGE = """usage: gunicorn-passenger start SCRIPT [--primary PORT] [gunicorn's options]
        gunicorn-passenger ports [--json]
        gunicorn-passenger status [--json] [--watch] [--app PID|NAME]
        gunicorn-passenger health [--app PID|NAME]
@@ -31,7 +31,8 @@ _USAGE = """usage: gunicorn-passenger start SCRIPT [gunicorn's options]
 
 start   run an unmodified script (its last line is serve_forever(), app.run() ...) under gunicorn:
         the first server that listens becomes the one that the web server reaches, on a UNIX socket
-        (-b; by default a socket in the runtime directory)
+        (-b; by default a socket in the runtime directory). With --primary PORT it is the server that
+        listens on that port, and the others get ports of their own
 ports   list the ports allocated to this account: which are free, and which server, daemon or process
         holds each of the others
 status  show the running applications of this account: master and workers, servers, daemons, ports and

@@ -21,6 +21,7 @@ from typing import Any
 import gevent
 from gevent.event import Event
 from gunicorn.app.wsgiapp import WSGIApplication
+from gunicorn.config import Setting, validate_pos_int
 from gunicorn.errors import ConfigError
 
 from gunicorn_passenger.errors import PassengerError, ScriptError
@@ -33,6 +34,19 @@ from gunicorn_passenger.system import listening_sockets, runtime_dir
 _WARN_AFTER = 10.0
 #: A script that fails within so many seconds stops gunicorn instead of being restarted for ever.
 _STARTUP_SECONDS = 5.0
+
+
+class PrimaryPort(Setting):
+    """``--primary``; gunicorn's parser knows it once this module is imported."""
+
+    name = "script_primary"
+    section = "gunicorn-passenger start"
+    cli = ("--primary",)
+    meta = "PORT"
+    validator = staticmethod(validate_pos_int)
+    type = int
+    default = 0
+    desc = """The script's listen on this port becomes the primary; the others get ports of their own."""
 
 
 class ScriptApplication(WSGIApplication):
@@ -73,6 +87,7 @@ class ScriptApplication(WSGIApplication):
                 "--preload does not work with gunicorn-passenger start, because the script would run in the "
                 "master: leave it out, or start gunicorn with a module that has an application"
             )
+        registry.script_primary = self.cfg.script_primary
         worker = self.cfg.worker_class_str
         if "passenger" not in worker:
             raise ConfigError(

@@ -190,7 +190,7 @@ class SocketPatch:
         :raises errors.PassengerError: when the program may not listen there; its socket is as before.
         """
         try:
-            if settings.auto_install(self._registry.script):
+            if self._registry.captures(bind.port):
                 server, source = self._take_primary(bind)
             else:
                 server, source = self._request_port(sock, bind, backlog, opened)

@@ -47,6 +47,8 @@ class ServerRegistry:
         self.migration: ConnectionMigration | None = None
         #: a script that ``gunicorn-passenger start`` runs: its first listen becomes the primary
         self.script = False
+        #: the port of the script's listen that becomes the primary instead (``--primary``); 0 for the first
+        self.script_primary = 0
         self.worker: Any = None
         self.broker: BrokerClient | None = None
         self.log: Any = None
@@ -65,6 +67,13 @@ class ServerRegistry:
     def active(self) -> bool:
         """Whether the program runs under the worker class (or its master)."""
         return self._in_master or self.worker is not None
+
+    def captures(self, port: int | None) -> bool:
+        """Whether a listen becomes the primary although it names a port, in auto-install mode.
+
+        :param port: the port; ``None`` for an address without one.
+        """
+        return settings.auto_install(self.script) and self.script_primary in (0, port)
 
     @property
     def started(self) -> bool:
@@ -107,7 +116,9 @@ class ServerRegistry:
     def _add(self, server: Server) -> None:
         try:
             self._claim_name(server)
-            if server.is_primary or settings.auto_install(self.script):
+            address = server.requested_address
+            port = address.port if isinstance(address, Tcp) else None
+            if server.is_primary or self.captures(port):
                 self.set_primary(server, str(server.requested_address))
             self.servers.append(server)
             try:

@@ -133,7 +133,8 @@ def auto_installed_twice(first: str, second: str) -> AlreadyInstalled:
         f"server (on {first}) was installed on the primary socket, which the web server reaches, and has no "
         "port of its own. To run several servers, first call passenger.configure(auto_install=False), then "
         "listen('passenger') on the server that the web server should reach; every other listen() then gets "
-        "its port from the gunicorn master"
+        "its port from the gunicorn master. For a script without changes: gunicorn-passenger start SCRIPT "
+        "--primary PORT"
     )
 
 

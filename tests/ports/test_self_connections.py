@@ -6,7 +6,8 @@ import socket
 
 import pytest
 from conditions import PATIENCE, wait_for
-from http_client import fetch
+from free_ports import free_port
+from http_client import fetch, refused
 from unmodified_servers import answering
 
 
@@ -204,3 +205,37 @@ def read_until(sock, text):
         assert data, found
         found += data
     return found
+
+
+@pytest.mark.parametrize("primary", [0, 1])
+def test_a_script_with_several_servers(start, environment, primary):
+    """--primary names the one that the web server reaches; the other has its port."""
+    ports = free_port(), free_port()
+    script = start.write(
+        "several.py",
+        f"""
+        import threading
+        from http.server import ThreadingHTTPServer
+        from answering import Handler
+
+        class Named(Handler):
+            def do_GET(self):
+                text = str(self.server.number).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
+
+        for number, port in enumerate({ports}):
+            server = ThreadingHTTPServer(("127.0.0.1", port), Named)
+            server.number = number
+            threading.Thread(target=server.serve_forever).start()
+        """,
+    )
+    process = start.start_script(script, "-w", 2, "--primary", ports[primary], env=environment).wait_ready()
+    assert fetch(process.socket) == (200, str(primary))
+    other = ports[1 - primary]
+    wait_for(lambda: not refused(other), "the other server")
+    assert fetch(other) == (200, str(1 - primary))
+    assert refused(ports[primary])
+    assert process.stop() == 0
