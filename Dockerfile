@@ -47,7 +47,7 @@ LABEL org.opencontainers.image.title="gunicorn-passenger" \
 # A fixed user id, so that a volume's owner can be named outside the image. OpenShift runs the image as any
 # user id in group 0, so group 0 owns what the program writes to. The socket's directory is open to its owner
 # and group only; the umask in CMD does the same for the socket.
-RUN useradd --uid 10001 --gid 0 --create-home --shell /usr/sbin/nologin app \
+RUN useradd --uid 10001 --gid 0 --no-create-home --home-dir /run/app --shell /usr/sbin/nologin app \
     && install -d -o app -g 0 -m 0770 /run/app
 COPY --from=build /opt/venv /opt/venv
 COPY examples/seed/app.py /app/
@@ -55,7 +55,9 @@ COPY examples/seed/app.py /app/
 WORKDIR /app
 # The ports that the program may open, the directory of the status socket, and the number of workers unless
 # -w sets it. GUNICORN_CMD_ARGS adds gunicorn options; those in CMD override it.
+# A user id without an account has no home directory, where gunicorn puts its own control socket.
 ENV PATH=/opt/venv/bin:$PATH \
+    HOME=/run/app \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     PASSENGER_PORTS=9000 \
