@@ -29,7 +29,7 @@ from gunicorn.workers.ggevent import GeventWorker
 # A program uses `http_proxy`, `status` and both `api` modules. The master imports them before it forks: the
 # workers share their memory, and a worker that can open hardly any file cannot import anything.
 from gunicorn_passenger import errors, http_proxy, status  # noqa: F401
-from gunicorn_passenger.arbiter import fork_handlers, integration
+from gunicorn_passenger.arbiter import fork_handlers, integration, program_import
 from gunicorn_passenger.config.address import format_sockname
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.daemons import api as daemons_api  # noqa: F401
@@ -132,6 +132,7 @@ class Worker(GeventWorker):
         pending_bind.bind_locks.create()
         prometheus_multiproc.directory.prepare()
         registry.run_as_master()
+        program_import.install()
 
     @classmethod
     def check_config(cls, cfg: Any, _log: Any) -> None:

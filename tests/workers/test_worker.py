@@ -29,6 +29,37 @@ def test_module_and_callable_name(start):
     assert start.gunicorn("two_servers:whoami").wait_ready().stop() == 0
 
 
+@pytest.mark.parametrize("preload", [(), ("--preload",)], ids=["no preload", "preload"])
+def test_a_program_that_names_its_primary_needs_no_application(start, port, preload):
+    """A program ported word for word from Passenger's documentation (N6)."""
+    start.write("gunicorn.conf.py", "from gevent import monkey\nmonkey.patch_all()\n")
+    start.write(
+        "app.py",
+        f"""
+        import gunicorn_passenger as passenger
+        from gunicorn_passenger import http_proxy
+
+        http_proxy.create_server({port}, "localhost").listen("passenger")
+
+        def target(environ, start_response):
+            start_response("200 OK", [("Content-Type", "text/plain")])
+            return [b"request successfully proxied!"]
+
+        passenger.create_server(target).listen({port})
+        """,
+    )
+    process = start.gunicorn("app", *preload).wait_ready()
+    assert fetch(process.socket) == (200, "request successfully proxied!")
+    assert process.stop() == 0
+
+
+def test_a_program_without_application_and_primary_does_not_start(start):
+    start.write("app.py", "import gunicorn_passenger\n")
+    process = start.gunicorn("app")
+    assert process.wait_end() == 4
+    assert "Failed to find attribute 'application' in 'app'" in process.log()
+
+
 def test_without_unix_bind_the_first_bind_is_the_primary(start):
     first, second = free_port(), free_port()
     process = start.gunicorn(
