@@ -9,7 +9,10 @@ The texts are beside the code that raises the errors, or in a module of its subs
 from __future__ import annotations
 
 import errno
+import re
 import sys
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 
@@ -22,7 +25,24 @@ class SettingError(PassengerError, ValueError):
 
 
 class UnknownSetting(PassengerError, TypeError):
-    """``configure()`` was given a name that is not a setting."""
+    """A call was given a name that is not a setting or an option."""
+
+
+def unknown_name(where: str, kind: str, name: str, known: Iterable[str]) -> UnknownSetting:
+    """The error for a misspelt name: with what is meant, if one of the known names is close.
+
+    :param where: the call that was given the name.
+    :param kind: what it should be: ``"option"`` or ``"setting"``.
+    """
+    names = list(known)
+    close = get_close_matches(snake_case(name), names, 1)
+    hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(names)}"
+    return UnknownSetting(f"{where} has no {kind} {name!r}; {hint}")
+
+
+def snake_case(name: str) -> str:
+    """A name in the spelling of Node's libraries, in Python's: ``changeOrigin`` as ``change_origin``."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
 class NotCallable(PassengerError, TypeError):

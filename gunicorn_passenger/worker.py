@@ -198,7 +198,7 @@ class Worker(GeventWorker):
             super(GeventWorker, self).init_process()
         except Exception as error:
             refused = isinstance(error, PassengerError)
-            if isinstance(error, OSError) and not refused:
+            if not refused:
                 self._explain_native_bind(error)
             if registry.broker is None or (self.booted and not refused):
                 raise
@@ -290,8 +290,9 @@ class Worker(GeventWorker):
         # on this status the master halts instead of starting another worker
         sys.exit(Arbiter.APP_LOAD_ERROR)
 
-    def _explain_native_bind(self, error: OSError) -> None:
-        if error.errno == errno.EADDRINUSE and not self.booted:
+    def _explain_native_bind(self, error: Exception) -> None:
+        # pyzmq's ZMQError has the number, too, but is not an OSError
+        if getattr(error, "errno", None) == errno.EADDRINUSE and not self.booted:
             self.log.error(
                 "A server of the program opens its port without Python's socket module, so the master cannot "
                 "share the port among the workers (%s): run gunicorn with --workers 1, or pass the server a "

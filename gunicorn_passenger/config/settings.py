@@ -29,7 +29,7 @@ from gunicorn_passenger.config.port_allocation import (
     parse_ports,
     system_layer,
 )
-from gunicorn_passenger.errors import PassengerError, SettingError, UnknownSetting
+from gunicorn_passenger.errors import PassengerError, SettingError, UnknownSetting, unknown_name
 
 
 class Timeouts(NamedTuple):
@@ -89,6 +89,10 @@ def _timeout(value: object, where: str) -> float:
 
 
 def _placement(value: object, where: str) -> dict[int, str]:
+    if isinstance(value, str) and (value.strip() == OFF or value.strip() in PLACEMENTS):
+        raise SettingError(
+            f"{where}: say for which port, such as {{9000: {value.strip()!r}}} or '9000={value.strip()}'"
+        )
     if isinstance(value, str):
         # as in the environment: "9000=shared,9100=shared"
         pairs = [item.partition("=")[::2] for item in value.split(",") if item.strip()]
@@ -151,8 +155,7 @@ class Settings:
     def configure(self, **values: object) -> None:
         for name in values:
             if name not in _CHECKS:
-                known = ", ".join(sorted(_CHECKS))
-                raise UnknownSetting(f"configure() has no setting {name!r}; there are: {known}")
+                raise unknown_name("configure()", "setting", name, sorted(_CHECKS))
         checked = {name: _CHECKS[name](value, f"configure({name}=...)") for name, value in values.items()}
         if self.in_program:
             for name in sorted(_OPERATOR_ONLY & checked.keys()):

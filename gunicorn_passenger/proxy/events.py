@@ -12,7 +12,7 @@ from typing import Any
 
 from werkzeug.datastructures import Headers
 
-from gunicorn_passenger.errors import ClientDisconnected, ProxyError, SettingError
+from gunicorn_passenger.errors import ClientDisconnected, ProxyError, SettingError, snake_case
 from gunicorn_passenger.http.grammar import FIELD_VALUE
 from gunicorn_passenger.proxy.options import check_field
 from gunicorn_passenger.proxy.request_headers import HeaderList
@@ -59,7 +59,9 @@ class Events:
         :raises SettingError: for an unknown event.
         """
         if event not in EVENTS:
-            raise SettingError(f"unknown event {event!r}; the events are: {', '.join(EVENTS)}")
+            meant = snake_case(str(event))
+            hint = f"did you mean {meant!r}?" if meant in EVENTS else f"the events are: {', '.join(EVENTS)}"
+            raise SettingError(f"unknown event {event!r}; {hint}")
 
     def off(self, event: str, handler: Callable[..., Any]) -> None:
         """Take a handler away; harmless when it is not registered."""

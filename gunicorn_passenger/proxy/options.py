@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gunicorn_passenger.errors import SettingError, UnknownSetting
+from gunicorn_passenger.errors import SettingError, unknown_name
 from gunicorn_passenger.http.grammar import FIELD_VALUE, REQUEST_TARGET, TOKEN
 from gunicorn_passenger.proxy.agent import Agent
 from gunicorn_passenger.proxy.dial import DialSettings
@@ -139,7 +139,7 @@ class Options:
         merged = copy.copy(self)
         for name, value in changes.items():
             if name not in _CHECKS:
-                raise UnknownSetting(f"{where} has no option {name!r}; there are: {', '.join(NAMES)}")
+                raise unknown_name(where, "option", name, NAMES)
             try:
                 merged.apply(name, value)
             except SettingError as error:

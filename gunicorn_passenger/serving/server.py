@@ -149,7 +149,7 @@ class Server:
         :raises TypeError: for an option that does not exist.
         """
         for option in unknown:
-            raise server_errors.unknown_option("listen()", option, ("host", "name", "placement"))
+            raise errors.unknown_name("listen()", "option", option, ("host", "name", "placement"))
         if self.state == CLOSED:
             raise server_errors.closed_server(self.name)
         if self.state != NEW:

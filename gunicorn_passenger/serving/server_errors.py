@@ -10,8 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Sequence
-from difflib import get_close_matches
 
 from gunicorn_passenger.errors import (
     AlreadyInstalled,
@@ -20,7 +18,6 @@ from gunicorn_passenger.errors import (
     NotCallable,
     PassengerError,
     SettingError,
-    UnknownSetting,
 )
 
 
@@ -65,12 +62,6 @@ def not_wsgi(app: object) -> NotCallable:
         f"create_server() takes a WSGI application; {app!r} is an ASGI application: wrap it with an adapter "
         "such as a2wsgi.ASGIMiddleware, or run its own server as a daemon with passenger.spawn()"
     )
-
-
-def unknown_option(where: str, option: str, known: Sequence[str]) -> UnknownSetting:
-    close = get_close_matches(option, known, 1)
-    hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
-    return UnknownSetting(f"{where} has no option {option!r}; {hint}")
 
 
 def wrong_worker_class(worker_class: str) -> ListenError:

@@ -66,6 +66,16 @@ def fails(process, pattern, lines=1):
         (f"passenger.listen('{'a' * 64}.x:9000', whoami)", "a label has more than 63 characters"),
         ("from gunicorn_passenger import http_proxy\nhttp_proxy.create_server('ftp://x')", "target='ftp://x': a URL for a target begins with http:// or https://"),
         ("from gunicorn_passenger import http_proxy\nhttp_proxy.create_server(9000, zz=1)", "has no option 'zz'"),
+        (
+            "from gunicorn_passenger import http_proxy\nhttp_proxy.create_server(9000, changeOrigin=True)",
+            "has no option 'changeOrigin'; did you mean 'change_origin'",
+        ),
+        (
+            "from gunicorn_passenger import http_proxy\nhttp_proxy.create_server(9000).on('proxyReq', print)",
+            "unknown event 'proxyReq'; did you mean 'proxy_req'",
+        ),
+        ("passenger.configure(placment={9000: 'one'})", "no setting 'placment'; did you mean 'placement'"),
+        ("passenger.configure(placement='one')", "say for which port, such as .9000: 'one'."),
         ("passenger.create_server(whoami, zz=1)", "create_server.. has no option 'zz'"),
         ("passenger.configure(ports='9000-')", r"configure\(ports=...\): cannot read '9000-' \(item 1 of '9000-'\)"),
         ("passenger.configure(ports='1,70000')", r"'70000' \(item 2 of '1,70000'\) is outside 1-65535"),

@@ -157,6 +157,24 @@ def test_a_server_that_binds_by_itself_in_every_worker(start, port):
     assert refused(port)
 
 
+def test_an_error_of_another_kind_that_says_that_the_port_is_in_use(start):
+    """pyzmq's ``ZMQError`` has the number, but is not an ``OSError``."""
+    start.write(
+        "app.py",
+        """
+        import errno
+
+        class ZMQError(Exception):
+            errno = errno.EADDRINUSE
+
+        raise ZMQError("Address already in use")
+        """,
+    )
+    process = start.gunicorn("app", workers=1)
+    assert process.wait_end() != 0
+    assert "A server of the program opens its port without Python's socket module" in process.log()
+
+
 def test_a_server_that_binds_by_itself_in_one_worker(start, home, port):
     process = start.gunicorn("c_server", workers=2, env={"P1": port, "FIRST": home / "first"}).wait_ready()
     pid = process.wait_log(
