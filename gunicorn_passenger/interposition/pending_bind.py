@@ -70,7 +70,7 @@ class BindLocks:
 
     def owner(self, port: int) -> int:
         """The pid of the worker that has bound the port and does not listen; 0 for none."""
-        for byte in (_AS_LOCK + port, port):
+        for byte in (_AS_LOCK + port, port) if self._fd >= 0 else ():
             with suppress(OSError):
                 request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
                 kind, *_, pid = _FLOCK.unpack(fcntl.fcntl(self._fd, fcntl.F_GETLK, request))
@@ -170,6 +170,8 @@ class PendingBinds:
         :returns: whether some of them are so young that siblings wait.
         """
         for bind in list(self._by_inode.values()):
+            if bind.inode not in self._by_inode:
+                continue  # taken by another greenlet, while the master was asked for a port
             fds = [bind.fd] if inode_of(bind.fd) == bind.inode else fds_of(bind.inode)
             if not fds:
                 self.remove(bind)  # closed without its socket object (``os.close``)
@@ -188,11 +190,11 @@ class PendingBinds:
 
 
 def _tcp_state(fd: int) -> int:
-    sock = _socket.socket(fileno=os.dup(fd))
+    sock = _socket.socket(fileno=fd)  # not a copy: the process may have no room for one (EMFILE)
     try:
         return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
     finally:
-        sock.close()
+        sock.detach()
 
 
 def is_port(address: Any) -> bool:
