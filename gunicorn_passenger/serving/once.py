@@ -23,6 +23,9 @@ from gunicorn_passenger.serving.port_lease import AcceptGrant, PortLease
 from gunicorn_passenger.serving.registry import registry
 from gunicorn_passenger.system.text import MAX_NAME
 
+#: Seconds in which a function ends that is to end. The worker does not drain before.
+_END_WITHIN = 5.0
+
 
 class OnceTask:
     """A function of the program that one worker runs."""
@@ -64,14 +67,21 @@ class OnceTask:
         registry.broker.confirm_pause(self._lease.key)
 
     def end(self, _worker: Any = None) -> None:
-        """Stop the function, if this worker runs it. Returns when it has ended."""
+        """Stop the function, if this worker runs it. Returns when it has ended, or does not end in time."""
         running, self._running = self._running, None
         if running is None:
             return
         if self._stop is not None:
             self._call(self._stop)
-        running.kill()
-        if registry.log is not None:
+        running.kill(timeout=_END_WITHIN)
+        if not running.ready():
+            (registry.log or logging.getLogger("gunicorn.error")).error(
+                "passenger.once(%r) does not end in this worker (pid:%s), and may run in another one at the "
+                "same time: its function must not catch GreenletExit, as a bare 'except:' does",
+                self.name,
+                os.getpid(),
+            )
+        elif registry.log is not None:
             registry.log.info("passenger.once(%r) has stopped in this worker", self.name)
 
     def _call(self, function: Callable[[], object]) -> None:
