@@ -338,19 +338,20 @@ def test_worker_connections(serve, home, where):
 
 
 def test_max_requests_on_one_connection(serve):
-    """The last answer of a worker says that it closes; a further request goes to the next worker."""
+    """The connection moves to the next worker, or closes after a response that says so."""
     served = serve("--max-requests", 5, ready=False)
     with contextlib.closing(dial(served.primary)) as sock:
-        said = []
-        for _ in range(5):
+        said, pids = [], []
+        while len(set(pids)) < 2 and "close" not in said:
             sock.sendall(request("/pid", close=False))
             answer = Answer(sock)
             assert answer.status == 200
             said.append(answer.headers["Connection"])
-        assert said == ["keep-alive"] * 4 + ["close"]
-        assert ended(sock)
+            pids.append(answer.body.decode())
+        assert pids.count(pids[0]) >= 5
+        assert "close" not in said or ended(sock)
     served.process.wait_log("Autorestarting worker after current request")
-    wait_for(lambda: fetch(served.primary)[1] != answer.body.decode(), "the next worker")
+    wait_for(lambda: fetch(served.primary)[1] != pids[0], "the next worker")
 
 
 @pytest.mark.parametrize("jitter", [0, 3])

@@ -253,11 +253,13 @@ def test_post_worker_init_that_asks_for_the_impossible(start):
 
 def test_preloaded_server_that_cannot_be_opened(start):
     start.write("program.py", "passenger.create_server(whoami).listen(9500)")
+    start.write("gunicorn.conf.py", "from gevent import monkey; monkey.patch_all()")
     process = start.gunicorn("anything", "--preload", workers=4, env={"PASSENGER_PORTS": "9000"})
     fails(process, "port 9500 is not allocated")
 
 
 def test_preload_that_asks_for_the_impossible(start):
+    start.write("gunicorn.conf.py", "from gevent import monkey; monkey.patch_all()")
     start.write("program.py", "passenger.create_server(whoami).listen('nonsense')")
     fails(start.gunicorn("anything", "--preload", workers=4), "cannot listen on 'nonsense': it has no port")
 

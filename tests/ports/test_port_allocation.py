@@ -446,7 +446,17 @@ def test_ports_command(start):
             "allocated": f"{first}-{first + 2}",
             "set_by": ["PASSENGER_PORTS"],
             "free": f"{first},{first + 2}",
-            "taken": [{"port": first + 1, "by": name, "pid": os.getpid(), "user": user}],
+            "taken": [
+                {
+                    "port": first + 1,
+                    "by": name,
+                    "pid": os.getpid(),
+                    "user": user,
+                    "application": None,
+                    "server": None,
+                    "daemon": None,
+                }
+            ],
         }
         process = start.python(COMMAND, "ports", env={"PASSENGER_PORTS": f"{first}-{first + 2}"})
         assert process.wait_end() == 0

@@ -180,9 +180,9 @@ def test_nginx_sees_the_request_as_it_was(site):
 
 def test_nginx_redirects(site):
     status, fields, _ = site.get("/nginx/moved")
-    assert (status, fields["location"]) == (302, "/small.txt")
+    assert (status, fields["location"]) == (302, "/nginx/small.txt")
     status, fields, _ = site.get("/nginx/dir")
-    assert (status, fields["location"]) == (301, "/dir/")
+    assert (status, fields["location"]) == (301, "/nginx/dir/")
     assert site.get("/nginx/missing")[0] == 404
 
 
@@ -320,7 +320,7 @@ def test_node_cookies(site):
         response = client.getresponse()
         response.read()
         assert [value for name, value in response.getheaders() if name.lower() == "set-cookie"] == [
-            "a=1; Path=/",
+            "a=1; Path=/node",
             "b=2; Expires=Thu, 01 Jan 2032 00:00:00 GMT",
         ]
 

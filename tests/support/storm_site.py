@@ -411,7 +411,7 @@ def _connections(pid: int, places: dict[str, Address]) -> tuple[dict[str, set[in
             place = by_port.get(int(local.rpartition(":")[2], 16))
             if place is not None:
                 ports[place].add(int(remote.rpartition(":")[2], 16))
-    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+    for line in Path("/proc/net/unix").read_text(errors="surrogateescape").splitlines()[1:]:
         fields = line.split()
         if len(fields) == 8 and fields[6] in inodes and fields[5] == "03" and fields[7] in by_port:
             unix[by_port[fields[7]]] += 1
@@ -565,7 +565,8 @@ class Outcome:
 
 def finish(site: Site, traffic: Traffic, kills: list[Kill]) -> Outcome:
     """After a storm: workers and traffic are well; then a stop, which everybody survives who was let in."""
-    site.settled()
+    # with max_requests, successors start and old workers drain all the time
+    wait_for(lambda: len(site.workers()) >= site.number, site.settling)
     traffic.flow()
     traffic.drain()
     took, left = site.stop()

@@ -12,7 +12,7 @@ import pytest
 import websocket
 from conditions import wait_for
 from free_ports import free_port
-from http_client import fetch, refused
+from http_client import answers, fetch, refused
 from processes import require
 
 ROOT = Path(__file__).parents[2]
@@ -134,7 +134,8 @@ def test_an_asgi_application_in_a_daemon(start, port):
     )
     start.write("primary.py", "application = None")
     start.gunicorn("primary", workers=1)
-    wait_for(lambda: not refused(port) and fetch(port) == (200, "asgi"), "a response of the daemon")
+    wait_for(lambda: answers(port), "a response of the daemon")
+    assert fetch(port) == (200, "asgi")
 
 
 def test_the_unit_is_valid(tmp_path):
