@@ -24,6 +24,7 @@ from gunicorn.app.wsgiapp import WSGIApplication
 from gunicorn.config import Setting, validate_pos_int
 from gunicorn.errors import ConfigError
 
+from gunicorn_passenger.arbiter import fork_handlers
 from gunicorn_passenger.errors import PassengerError, ScriptError
 from gunicorn_passenger.serving import events
 from gunicorn_passenger.serving.registry import registry
@@ -186,7 +187,7 @@ def _threads_beside(before: set[threading.Thread]) -> bool:
 
 
 def _start_error(name: str, script: Any) -> BaseException:
-    if not script.ready():
+    if not script.ready() or fork_handlers.stop_requested():
         return SystemExit(0)  # gunicorn stops the worker
     error = script.value
     if error is None:
@@ -210,8 +211,8 @@ def _on_script_end(name: str, started: float, script: Any) -> None:
     """
     error = script.value
     worker = registry.worker
-    if error is None or not worker.alive:
-        return  # its server runs in greenlets of its own
+    if error is None or not worker.alive or fork_handlers.stop_requested():
+        return  # its server runs in greenlets of its own, or gunicorn stops the worker
     if isinstance(error, PassengerError):
         worker.failure = error
     else:

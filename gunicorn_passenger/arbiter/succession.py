@@ -89,6 +89,8 @@ class OverlappingArbiter(Arbiter):
     _reloading: int | None = None
     #: whether gunicorn's own choice of surplus workers is ignored
     _keeps_surplus = False
+    #: whether gunicorn stops altogether
+    _stopping = False
 
     # --- starting and stopping workers -----------------------------------------------------------
 
@@ -135,15 +137,21 @@ class OverlappingArbiter(Arbiter):
                 return Decision(0, [])  # the broker hangs: the next call decides
         return decide(found, self.num_workers)
 
+    def stop(self, graceful: bool = True) -> None:
+        """Stop all workers."""
+        self._stopping = True
+        super().stop(graceful)
+
     def reap_workers(self) -> None:
-        """gunicorn halts when a worker exits with a certain status; not while others serve."""
+        """gunicorn halts on certain exit statuses of a worker; not while others serve, or while it stops."""
         while True:
             try:
                 super().reap_workers()
                 return
             except HaltServer:
                 broker = fork_handlers.current_broker()
-                if broker is None or not broker.survives_boot_failure():
+                survives = broker is not None and broker.survives_boot_failure()
+                if not survives and not self._stopping:
                     raise
 
     # --- reloading -------------------------------------------------------------------------------

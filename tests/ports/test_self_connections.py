@@ -238,4 +238,28 @@ def test_a_script_with_several_servers(start, environment, primary):
     wait_for(lambda: not refused(other), "the other server")
     assert fetch(other) == (200, str(1 - primary))
     assert refused(ports[primary])
-    assert process.stop() == 0
+    assert process.stop() == 0, process.log()
+
+
+def test_a_stop_while_a_script_is_being_loaded(start, environment):
+    """One worker serves; the other one's script has not listened yet."""
+    script = start.write(
+        "slow.py",
+        """
+        import os
+        from wsgiref.simple_server import make_server
+        from answering import PORT, application
+
+        try:
+            os.close(os.open("first", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            print("loading", flush=True)
+            while True:  # so that the signal meets the script
+                pass
+        make_server("127.0.0.1", PORT, application).serve_forever()
+        """,
+    )
+    process = start.start_script(script, "-w", 2, env=environment).wait_ready()
+    process.wait_log("loading")
+    assert process.stop() == 0, process.log()
+    assert "Traceback" not in process.log()

@@ -132,10 +132,10 @@ def test_an_asgi_application_in_a_daemon(start, port):
         passenger.spawn("{os.path.dirname(sys.executable)}/{command}", name="api", listen={port})
         """,
     )
-    start.write("primary.py", "application = None")
-    start.gunicorn("primary", workers=1)
+    process = start.gunicorn("anything", workers=1).wait_ready()
     wait_for(lambda: answers(port), "a response of the daemon")
     assert fetch(port) == (200, "asgi")
+    assert process.stop() == 0
 
 
 def test_the_unit_is_valid(tmp_path):
