@@ -134,7 +134,8 @@ class OverlappingArbiter(Arbiter):
                 with broker.locked():
                     found = _candidates(broker, workers)
             except TimeoutError:
-                return Decision(0, [])  # the broker hangs: the next call decides
+                # the broker hangs: what it knows of the workers does not count, but they must not be missing
+                return Decision(max(self.num_workers - len(workers), 0), [])
         return decide(found, self.num_workers)
 
     def stop(self, graceful: bool = True) -> None:

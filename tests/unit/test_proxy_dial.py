@@ -151,18 +151,19 @@ def test_the_number_of_look_ups_is_bounded(names, runtime, monkeypatch):
 def test_known_addresses_are_used_while_they_are_looked_up_again(names, runtime, monkeypatch):
     known = Resolver(runtime)
     monkeypatch.setattr(resolver, "_FRESH", 600.0)
-    names.addresses["name.test"] = ["127.0.0.8"]
-    old = known.addresses("name.test", 80, 30)
-    assert known.addresses("name.test", 80, 30) == old
-    assert names.asked == ["name.test"]
+    names.addresses["renewed.test"] = ["127.0.0.8"]
+    old = known.addresses("renewed.test", 80, 30)
+    assert known.addresses("renewed.test", 80, 30) == old
+    # a look-up that the test before left behind may be counted, too
+    assert names.asked.count("renewed.test") == 1
 
     monkeypatch.setattr(resolver, "_FRESH", -1.0)
-    names.silence("name.test")
-    names.addresses["name.test"] = ["127.0.0.9"]
-    assert known.addresses("name.test", 80, 30) == old
-    names.answer("name.test")
-    until(lambda: known.addresses("name.test", 80, 30) != old)
-    assert known.addresses("name.test", 80, 30) == [Address(socket.AF_INET, ("127.0.0.9", 80))]
+    names.silence("renewed.test")
+    names.addresses["renewed.test"] = ["127.0.0.9"]
+    assert known.addresses("renewed.test", 80, 30) == old
+    names.answer("renewed.test")
+    until(lambda: known.addresses("renewed.test", 80, 30) != old)
+    assert known.addresses("renewed.test", 80, 30) == [Address(socket.AF_INET, ("127.0.0.9", 80))]
 
 
 def test_known_addresses_outlive_a_look_up_that_fails(names, runtime, monkeypatch):
