@@ -22,6 +22,7 @@ import errno
 import os
 import socket
 import threading
+from contextlib import suppress
 from typing import Any
 
 import gevent
@@ -260,6 +261,9 @@ class SocketPatch:
             for fd in fds_of(bind.inode):
                 swap_fd(fd, unreachable)
             unreachable.close()
+            # the master, or a child of the program, may still have a copy: the socket stops listening for all
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
             self._registry.log.error("%s; the server gets no connections", error)
         except errors.PassengerError as error:
             self._registry.log.error("%s; only this worker listens there (pid:%s)", error, self._pid)

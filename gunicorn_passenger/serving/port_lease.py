@@ -45,6 +45,8 @@ class PortLease:
         self._initial: AsyncResult[AcceptGrant] = AsyncResult()
         self._on_grant: Callable[[AcceptGrant], object] | None = None
         self._on_pause: Callable[[], object] | None = None
+        #: whether a pause came before the server could act on it
+        self._pause_due = False
 
     def wait_for_grant(self, timeout: float) -> bool:
         """Wait for the first grant.
@@ -65,10 +67,13 @@ class PortLease:
         return grant
 
     def subscribe(self, on_grant: Callable[[AcceptGrant], object], on_pause: Callable[[], object]) -> None:
-        """From now on call these, each in a greenlet of its own."""
+        """From now on call these, each in a greenlet of its own, and at once for what has come before."""
         self._on_grant, self._on_pause = on_grant, on_pause
         if (grant := self.take_initial_grant()) is not None:
             gevent.spawn(on_grant, grant)
+        if self._pause_due:
+            self._pause_due = False
+            gevent.spawn(on_pause)
 
     def grant(self, grant: AcceptGrant) -> None:
         """The master lets this worker accept."""
@@ -89,6 +94,8 @@ class PortLease:
         return True
 
     def pause(self) -> None:
-        """The master stops this worker's accepting."""
-        if self._on_pause is not None:
+        """The master stops this worker's accepting, and waits for the confirmation: no pause may be lost."""
+        if self._on_pause is None:
+            self._pause_due = True
+        else:
             gevent.spawn(self._on_pause)

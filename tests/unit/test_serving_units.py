@@ -56,6 +56,22 @@ def master():
     assert lost.wait(timeout=30)
 
 
+def test_a_pause_that_comes_before_the_server_knows_its_port_is_confirmed(master):
+    """The master closes a stopped port only when each worker has confirmed."""
+    request, granted = master.open_port()
+    channel.send(master.sock, granted, 0)
+    lease = request.get(timeout=30)
+    channel.send(master.sock, messages.PauseAccept(0, lease.key))
+    while not lease._pause_due:
+        gevent.sleep(0)
+    paused = gevent.event.Event()
+    granted_first = []
+    lease.subscribe(granted_first.append, paused.set)
+    assert paused.wait(timeout=30)
+    (grant,) = granted_first
+    os.close(grant.fd)
+
+
 def test_a_grant_brings_the_listening_socket(master):
     request, granted = master.open_port()
     with socket.socket() as listener:
