@@ -259,7 +259,8 @@ class SocketPatch:
         except errors.PortNotAllocated as error:
             unreachable = unreachable_listener()
             for fd in fds_of(bind.inode):
-                swap_fd(fd, unreachable)
+                if fd != sock.fileno():
+                    swap_fd(fd, unreachable)
             unreachable.close()
             # the master, or a child of the program, may still have a copy: the socket stops listening for all
             with suppress(OSError):

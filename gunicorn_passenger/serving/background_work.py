@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from time import monotonic
 from types import FrameType
@@ -16,6 +17,7 @@ from typing import Any
 
 import gevent
 import greenlet
+from gevent.queue import Queue, SimpleQueue
 
 #: Seconds between two heartbeats.
 _HEARTBEAT_INTERVAL = 1.0
@@ -69,22 +71,29 @@ def _unfinished(endless: Collection[threading.Thread]) -> Iterator[threading.Thr
         and thread not in (threading.main_thread(), threading.current_thread(), *endless)
     ]
     if threads:
-        frames = _frames()
+        frames, idle = _frames_and_idle()
         for thread in threads:
-            if thread.is_alive() and not _has_no_end(frames.get(thread.ident or 0)):
+            ident = thread.ident or 0
+            if thread.is_alive() and ident not in idle and not _serves_forever(frames.get(ident)):
                 yield thread
 
 
-def _frames() -> dict[int, FrameType]:
-    """The innermost frame of each thread, by its identity; under gevent most threads are greenlets."""
+def _frames_and_idle() -> tuple[dict[int, FrameType], set[int]]:
+    """The innermost frame of each thread, by its identity, and the threads that wait for work at an empty
+    queue, as those of a server's pool do. Under gevent most threads are greenlets, and queues are its own."""
     frames: dict[int, FrameType] = dict(sys._current_frames())
+    idle = set()
     for candidate in gc.get_objects():
         if isinstance(candidate, greenlet.greenlet) and candidate.gr_frame is not None:
             frames[id(candidate)] = candidate.gr_frame
-    return frames
+        elif isinstance(candidate, SimpleQueue | Queue) and candidate.empty():
+            # gevent does not publish its waiters; at an empty queue they wait to get
+            waiters = [w for d in gc.get_referents(candidate) if isinstance(d, deque) for w in d]
+            idle |= {id(o) for w in waiters for o in gc.get_referents(w) if isinstance(o, greenlet.greenlet)}
+    return frames, idle
 
 
-def _has_no_end(frame: FrameType | None) -> bool:
+def _serves_forever(frame: FrameType | None) -> bool:
     """Whether a thread is in ``serve_forever()``, as most servers call their loop."""
     while frame is not None:
         if frame.f_code.co_name == "serve_forever":

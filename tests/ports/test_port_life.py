@@ -51,16 +51,16 @@ def test_fifty_reloads_leave_the_master_flat_and_never_close_the_port(start, por
     conf = start.write(
         "gunicorn.conf.py", "import gunicorn_passenger\ngunicorn_passenger.configure(grace_period=0)\n"
     )
-    process = start.gunicorn("two_servers", "-c", conf, workers=2, env={"P1": port}).wait_ready()
+    process = start.gunicorn("two_servers", "-c", conf, workers=1, env={"P1": port}).wait_ready()
     for _ in range(5):
-        process.hup(2)
-    pids_answering(port, 2)
+        process.hup(1)
+    pids_answering(port, 1)
     wait_for(lambda: answers(port), "a response")
     before, memory = len(descriptors(process.pid)), rss(process.pid)
     with Knocking(port) as knocking:
         for _ in range(50):
-            process.hup(2)
-        pids_answering(port, 2)
+            process.hup(1)
+        pids_answering(port, 1)
     assert knocking.asked > 100
     assert knocking.refused == 0
     wait_for(lambda: len(descriptors(process.pid)) == before, lambda: f"{before}: {descriptors(process.pid)}")

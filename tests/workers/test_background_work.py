@@ -23,12 +23,21 @@ PROGRAM = """
         with open(f"{os.environ['DONE']}{path}", "w") as file:
             file.write(str(os.getpid()))
 
+    def consume(jobs):
+        while True:
+            work(jobs.get())
+
     def application(environ, start_response):
         path = environ["PATH_INFO"].strip("/")
         if path == "pool":
             pool.submit(work, path)
         elif path == "thread":
             threading.Thread(target=work, args=(path,), name="careful", daemon=False).start()
+        elif path == "queue":
+            jobs = queue.Queue()
+            for _ in range(2):
+                threading.Thread(target=consume, args=(jobs,), name="consumer", daemon=False).start()
+            jobs.put(path)
         elif path == "server":
             server = make_server("127.0.0.1", int(os.environ["P1"]), application)
             threading.Thread(target=server.serve_forever).start()
@@ -49,7 +58,7 @@ def run(start, home, port):
     return begin
 
 
-@pytest.mark.parametrize("where", ["pool", "thread"])
+@pytest.mark.parametrize("where", ["pool", "thread", "queue"])
 @pytest.mark.parametrize("how", ["TERM", "HUP", "max_requests"])
 def test_work_in_threads_is_finished(run, home, where, how):
     process = run(*(["--max-requests", 2] if how == "max_requests" else []))
@@ -65,7 +74,7 @@ def test_work_in_threads_is_finished(run, home, where, how):
     wait_for(lambda: pid not in process.workers(), "the exit of the worker")
     assert (home / f"done-{where}").read_text() == str(pid)
     assert process.stop() == 0
-    assert "is not finished" not in process.log()
+    assert "is not finished" not in process.log()  # the threads that wait for a next job do not count
 
 
 @pytest.mark.parametrize(("where", "named"), [("thread", "careful"), ("pool", "a pool of threads, .*")])
