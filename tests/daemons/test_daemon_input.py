@@ -1,5 +1,6 @@
 """What spawn() refuses, and how it says so."""
 
+import ast
 import os
 import re
 
@@ -7,15 +8,12 @@ import pytest
 from daemon_site import HEAD, Site, job, pid_of
 from free_ports import free_port, free_range
 from http_client import fetch
-from processes import NO_CONTROL, descriptors
+from processes import NO_CONTROL, descriptors, starting
 
 BAD = [
     ("'/no/such/thing'", "the command '/no/such/thing' does not exist; give its path, or install it"),
     ("'no-such-command-at-all'", "the command 'no-such-command-at-all' does not exist"),
     ("'/etc/passwd'", "the command '/etc/passwd' is not executable (chmod +x)"),
-    ("'sleep 9', listen=1", "port 1 is not allocated to account"),
-    ("'sleep 9', listen='passenger'", "the primary socket belongs to the workers"),
-    ("'sleep 9', listen='nowhere'", "cannot listen on 'nowhere': it has no port"),
     ("''", "the command is empty"),
     ("'sh \"'", "no closing quotation"),
     ("'sleep 9 > log && true'", "only a shell understands '>'; use ['sh', '-c', '...']"),
@@ -37,8 +35,44 @@ BAD = [
     ("'sleep 9', group='no-such-group'", "this machine has no group 'no-such-group'"),
 ]
 
+#: What gunicorn.conf.py asks for is opened at the start, and refused then.
+BAD_LISTEN = [
+    ("'sleep 9', listen=1", "port 1 is not allocated to account"),
+    ("'sleep 9', listen='passenger'", "the primary socket belongs to the workers"),
+    ("'sleep 9', listen='nowhere'", "cannot listen on 'nowhere': it has no port"),
+]
 
-@pytest.mark.parametrize(("arguments", "text"), BAD, ids=[text for text, _ in BAD])
+
+CATCH = f"""
+import daemon_jobs
+
+__name__ = "program"
+refused = []
+for arguments in {[arguments for arguments, _ in BAD]!r}:
+    try:
+        eval("passenger.spawn(" + arguments + ")")
+        refused.append("nothing was raised")
+    except Exception as error:
+        refused.append(str(error))
+"""
+
+
+@pytest.fixture(scope="module")
+def refusals():
+    """What each of these calls raises in an application that catches it and goes on."""
+    with starting() as start:
+        start.write("program.py", CATCH)
+        process = start.gunicorn("anything", workers=1, env={"PASSENGER_PORTS": free_port()}).wait_ready()
+        yield ast.literal_eval(fetch(process.socket, "/eval", "POST", "refused")[1])
+
+
+@pytest.mark.parametrize("which", range(len(BAD)), ids=[text for text, _ in BAD])
+def test_bad_input_is_one_clear_error(refusals, which):
+    assert BAD[which][1] in refusals[which]
+    assert "\n" not in refusals[which]
+
+
+@pytest.mark.parametrize(("arguments", "text"), [BAD[0], BAD[3], BAD[8], BAD[12], *BAD_LISTEN])
 @pytest.mark.parametrize("where", ["conf", "app"])
 def test_bad_input_stops_the_start_with_one_line(start, arguments, text, where):
     env = {"PASSENGER_PORTS": free_port()}

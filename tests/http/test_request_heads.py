@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 EXAMPLES = settings(
-    max_examples=1500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 
 

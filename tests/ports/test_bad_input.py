@@ -1,5 +1,6 @@
 """Bad input: one clear line, no traceback, a non-zero exit where it stops the start, nothing left behind."""
 
+import ast
 import os
 import re
 import socket
@@ -9,7 +10,7 @@ import pytest
 from conditions import wait_for
 from free_ports import free_port, free_range
 from http_client import fetch, refused
-from processes import GUNICORN
+from processes import GUNICORN, starting
 
 LONG = "/tmp/" + "x" * 120
 
@@ -31,62 +32,96 @@ def fails(process, pattern, lines=1):
     wait_for(lambda: not process.session(), "no process to be left")
 
 
+IMPOSSIBLE = [
+    ("passenger.create_server(whoami).listen(0)", "port 0 is not a number from 1 to 65535"),
+    ("passenger.create_server(whoami).listen(65536)", "port 65536 is not a number from 1 to 65535"),
+    ("passenger.create_server(whoami).listen(-1)", "port -1 is not a number from 1 to 65535"),
+    ("passenger.create_server(whoami).listen('127.0.0.1:http')", "port 'http' in '127.0.0.1:http' is not a"),
+    ("passenger.create_server(whoami).listen(True)", "cannot listen on True: it is neither a number nor"),
+    ("passenger.create_server(whoami).listen(None)", "cannot listen on None: it is neither a number nor"),
+    ("passenger.create_server(whoami).listen('nonsense')", "cannot listen on 'nonsense': it has no port"),
+    ("passenger.create_server(whoami).listen('::1:9000')", r"an IPv6 address with a port is written \[::1\]:9000"),
+    ("passenger.create_server(whoami).listen('[::1]9000')", r"written \[::1\]:9000"),
+    ("passenger.create_server(whoami).listen('unix:')", "the path of the UNIX socket is empty"),
+    (f"passenger.create_server(whoami).listen('unix:{LONG}')", "has 125 bytes, but the system allows 107"),
+    ("passenger.create_server(whoami).listen('unix:program.py')", "program.py' exists and is not a socket"),
+    ("passenger.create_server(whoami).listen('unix:/no/where/x.sock')", "No such file.*create the directory"),
+    ("passenger.create_server(whoami).listen('no.such.host.invalid:9000')", "'no.such.host.invalid' does not res"),
+    ("passenger.create_server(whoami).listen('192.0.2.1:9000')", "cannot listen on 192.0.2.1:9000: .*does not have that address"),
+    (
+        "passenger.create_server(whoami).listen('passenger', placement='one')",
+        "placement 'one' is not for the primary, which all workers serve",
+    ),
+    (
+        "passenger.create_server(whoami).listen('unix:/tmp/x', placement='each')",
+        "placement 'each' needs a port for each worker, but unix:/tmp/x is a single socket",
+    ),
+    ("passenger.create_server(whoami).listen(9000, placement='x')", "placement 'x' is unknown"),
+    ("passenger.create_server(whoami).listen(9000, name='')", "a server's name must be a string of 1 to 200"),
+    ("passenger.create_server(whoami).listen(80)", "port 80 is privileged .* account root; .*PASSENGER_PORTS=80"),
+    ("s = passenger.create_server(whoami)\ns.close()\ns.listen(9000)", "is closed and cannot listen again"),
+    ("s = passenger.create_server(whoami).listen('auto')\ns.listen(9000)", "already listens on 127.0.0.1"),
+    ("passenger.listen('9' * 5000, whoami)", "port '99999999999999999999' .*is not a number from 1 to 65535"),
+    (f"passenger.listen('{'a' * 64}.x:9000', whoami)", "a label has more than 63 characters"),
+    ("from gunicorn_passenger import http_proxy\nhttp_proxy.create_server('ftp://x')", "target='ftp://x': a URL for a target begins with http:// or https://"),
+    ("from gunicorn_passenger import http_proxy\nhttp_proxy.create_server(9000, zz=1)", "has no option 'zz'"),
+    (
+        "from gunicorn_passenger import http_proxy\nhttp_proxy.create_server(9000, changeOrigin=True)",
+        "has no option 'changeOrigin'; did you mean 'change_origin'",
+    ),
+    (
+        "from gunicorn_passenger import http_proxy\nhttp_proxy.create_server(9000).on('proxyReq', print)",
+        "unknown event 'proxyReq'; did you mean 'proxy_req'",
+    ),
+    ("passenger.configure(placment={9000: 'one'})", "no setting 'placment'; did you mean 'placement'"),
+    ("passenger.configure(placement='one')", "say for which port, such as .9000: 'one'."),
+    ("passenger.create_server(whoami, zz=1)", "create_server.. has no option 'zz'"),
+    ("passenger.configure(ports='9000-')", r"configure\(ports=...\): cannot read '9000-' \(item 1 of '9000-'\)"),
+    ("passenger.configure(ports='1,70000')", r"'70000' \(item 2 of '1,70000'\) is outside 1-65535"),
+    ("passenger.configure(ports='20-10')", "'20-10' .*runs backwards"),
+    ("passenger.configure(auto_install='maybe')", "'maybe' is neither true nor false"),
+    ("passenger.configure(grace_period=3)", "is for gunicorn.conf.py"),
+    ("passenger.configure(placement={9000: 'two'})", "port 9000: placement 'two' is unknown"),
+    ("passenger.configure(placement='x')", "placement"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def refusals():
+    """What each of these calls raises, in a worker that catches it and goes on."""
+    with starting() as start:
+        start.write(
+            "program.py",
+            f"""
+            refusals = []
+            for call in {[call for call, _ in IMPOSSIBLE]!r}:
+                try:
+                    exec(call)
+                    refusals.append("nothing was raised")
+                except Exception as error:
+                    refusals.append(str(error))
+            """,
+        )
+        process = start.gunicorn("anything", workers=1).wait_ready()
+        yield ast.literal_eval(fetch(process.socket, "/eval", "POST", "refusals")[1])
+
+
+@pytest.mark.parametrize("which", range(len(IMPOSSIBLE)), ids=[pattern for _, pattern in IMPOSSIBLE])
+def test_a_call_that_asks_for_the_impossible(refusals, which):
+    assert re.search(IMPOSSIBLE[which][1], refusals[which]), refusals[which]
+    assert "\n" not in refusals[which]
+
+
 @pytest.mark.parametrize(
     ("call", "pattern"),
     [
-        ("passenger.create_server(whoami).listen(0)", "port 0 is not a number from 1 to 65535"),
-        ("passenger.create_server(whoami).listen(65536)", "port 65536 is not a number from 1 to 65535"),
-        ("passenger.create_server(whoami).listen(-1)", "port -1 is not a number from 1 to 65535"),
-        ("passenger.create_server(whoami).listen('127.0.0.1:http')", "port 'http' in '127.0.0.1:http' is not a"),
-        ("passenger.create_server(whoami).listen(True)", "cannot listen on True: it is neither a number nor"),
-        ("passenger.create_server(whoami).listen(None)", "cannot listen on None: it is neither a number nor"),
-        ("passenger.create_server(whoami).listen('nonsense')", "cannot listen on 'nonsense': it has no port"),
-        ("passenger.create_server(whoami).listen('::1:9000')", r"an IPv6 address with a port is written \[::1\]:9000"),
-        ("passenger.create_server(whoami).listen('[::1]9000')", r"written \[::1\]:9000"),
-        ("passenger.create_server(whoami).listen('unix:')", "the path of the UNIX socket is empty"),
-        (f"passenger.create_server(whoami).listen('unix:{LONG}')", "has 125 bytes, but the system allows 107"),
-        ("passenger.create_server(whoami).listen('unix:program.py')", "program.py' exists and is not a socket"),
-        ("passenger.create_server(whoami).listen('unix:/no/where/x.sock')", "No such file.*create the directory"),
-        ("passenger.create_server(whoami).listen('no.such.host.invalid:9000')", "'no.such.host.invalid' does not res"),
-        ("passenger.create_server(whoami).listen('192.0.2.1:9000')", "cannot listen on 192.0.2.1:9000: .*does not have that address"),
-        (
-            "passenger.create_server(whoami).listen('passenger', placement='one')",
-            "placement 'one' is not for the primary, which all workers serve",
-        ),
-        (
-            "passenger.create_server(whoami).listen('unix:/tmp/x', placement='each')",
-            "placement 'each' needs a port for each worker, but unix:/tmp/x is a single socket",
-        ),
-        ("passenger.create_server(whoami).listen(9000, placement='x')", "placement 'x' is unknown"),
-        ("passenger.create_server(whoami).listen(9000, name='')", "a server's name must be a string of 1 to 200"),
-        ("passenger.create_server(whoami).listen(80)", "port 80 is privileged .* account root; .*PASSENGER_PORTS=80"),
-        ("s = passenger.create_server(whoami)\ns.close()\ns.listen(9000)", "is closed and cannot listen again"),
-        ("s = passenger.create_server(whoami).listen('auto')\ns.listen(9000)", "already listens on 127.0.0.1"),
-        ("passenger.listen('9' * 5000, whoami)", "port '99999999999999999999' .*is not a number from 1 to 65535"),
-        (f"passenger.listen('{'a' * 64}.x:9000', whoami)", "a label has more than 63 characters"),
-        ("from gunicorn_passenger import http_proxy\nhttp_proxy.create_server('ftp://x')", "target='ftp://x': a URL for a target begins with http:// or https://"),
-        ("from gunicorn_passenger import http_proxy\nhttp_proxy.create_server(9000, zz=1)", "has no option 'zz'"),
-        (
-            "from gunicorn_passenger import http_proxy\nhttp_proxy.create_server(9000, changeOrigin=True)",
-            "has no option 'changeOrigin'; did you mean 'change_origin'",
-        ),
-        (
-            "from gunicorn_passenger import http_proxy\nhttp_proxy.create_server(9000).on('proxyReq', print)",
-            "unknown event 'proxyReq'; did you mean 'proxy_req'",
-        ),
-        ("passenger.configure(placment={9000: 'one'})", "no setting 'placment'; did you mean 'placement'"),
-        ("passenger.configure(placement='one')", "say for which port, such as .9000: 'one'."),
-        ("passenger.create_server(whoami, zz=1)", "create_server.. has no option 'zz'"),
-        ("passenger.configure(ports='9000-')", r"configure\(ports=...\): cannot read '9000-' \(item 1 of '9000-'\)"),
-        ("passenger.configure(ports='1,70000')", r"'70000' \(item 2 of '1,70000'\) is outside 1-65535"),
-        ("passenger.configure(ports='20-10')", "'20-10' .*runs backwards"),
-        ("passenger.configure(auto_install='maybe')", "'maybe' is neither true nor false"),
-        ("passenger.configure(grace_period=3)", "is for gunicorn.conf.py"),
-        ("passenger.configure(placement={9000: 'two'})", "port 9000: placement 'two' is unknown"),
-        ("passenger.configure(placement='x')", "placement"),
+        entry
+        for entry in IMPOSSIBLE
+        if any(text in entry[0] for text in ("(0)", "192.0.2.1", "zz=1", "grace_period"))
     ],
-)  # fmt: skip
+)
 def test_program_that_asks_for_the_impossible(start, call, pattern):
+    """One of each kind: refused in the worker, by the master, for its type, and at the wrong place."""
     start.write("program.py", call)
     fails(start.gunicorn("anything", workers=4), pattern)
 
