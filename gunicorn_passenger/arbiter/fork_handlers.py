@@ -23,6 +23,8 @@ _stops: list[bool] = []
 #: the signals that a thread had blocked before the fork that it is in
 _masks: dict[int, Any] = {}
 
+#: Seconds that the interpreter of a worker has to end, once the worker was told to stop while it boots.
+_EXIT_SECONDS = 5
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
@@ -110,6 +112,10 @@ def exit_boot(_number: int, frame: Any) -> None:
     """
     _stops.append(True)
     ignore_further_stops()
+    # gunicorn's timeout does not apply before the first heartbeat, and what the import has left behind (a
+    # callback at exit, a thread, a lock that is held) may never let the interpreter end
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(_EXIT_SECONDS)
     while frame is not None:
         if frame.f_code.co_name == "__del__":
             # Python would print the exception and ignore it: the worker exits when it has booted

@@ -301,6 +301,30 @@ def test_a_stop_while_workers_boot_opens_nothing_more(start, port, home):
     assert "Opened" not in process.log()
 
 
+def test_a_stop_while_a_worker_boots_whose_interpreter_does_not_end(start, home):
+    """gunicorn's timeout does not apply yet, and its stop and reloads would wait for the worker."""
+    start.write(
+        "gated.py",
+        """
+        import atexit, os, signal, time
+
+        def endless():
+            while True:
+                time.sleep(1)
+
+        atexit.register(endless)
+        open("at", "w").close()
+        endless()
+        """,
+    )
+    process = start.gunicorn("gated", workers=1, cwd=home)
+    wait_for(lambda: (home / "at").exists(), "the worker to load")
+    (worker,) = process.workers()
+    os.kill(worker, signal.SIGTERM)
+    process.wait_log(rf"Worker \(pid:{worker}\) was sent SIGALRM")
+    assert process.stop() == 0
+
+
 def test_a_stop_that_meets_a_finalizer_is_remembered_and_not_shown():
     """Python shows and ignores what is raised in a ``__del__``: the worker exits when it has booted."""
     program = """
