@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import gevent
+from gevent.lock import BoundedSemaphore
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.config.address import Once
@@ -23,7 +24,7 @@ from gunicorn_passenger.serving.port_lease import AcceptGrant, PortLease
 from gunicorn_passenger.serving.registry import registry
 from gunicorn_passenger.system.text import MAX_NAME
 
-#: Seconds in which a function ends that is to end. The worker does not drain before.
+#: Seconds that ``stop`` may take, and then as many for the end of ``start``; the drain waits for them.
 _END_WITHIN = 5.0
 
 
@@ -36,6 +37,8 @@ class OnceTask:
         self._stop = stop
         self._lease: PortLease | None = None
         self._running: Any = None
+        #: held while the function is being ended
+        self._ending = BoundedSemaphore()
 
     def request(self, _worker: Any) -> None:
         """Ask the master for the right to run; under plain Python, run."""
@@ -45,15 +48,15 @@ class OnceTask:
         try:
             self._lease = registry.broker.open_port(Once(self.name), self.name, "one", counts=False)
         except errors.ListenError as error:
-            registry.log.error("passenger.once(%r) does not run in this worker: %s", self.name, error)
+            self._log.error("passenger.once(%r) does not run in this worker: %s", self.name, error)
             return
         registry.before_drain.append(self.end)
         self._lease.subscribe(self._on_grant, self._on_pause)
 
     def _on_grant(self, grant: AcceptGrant) -> None:
         os.close(grant.fd)  # nothing is accepted there
-        if self._running is None and not registry.acceptors.stopped:
-            registry.log.info("passenger.once(%r) starts in this worker", self.name)
+        if self._running is None and not registry.draining:
+            self._log.info("passenger.once(%r) starts in this worker", self.name)
             self._run()
 
     def _run(self) -> None:
@@ -68,29 +71,44 @@ class OnceTask:
 
     def end(self, _worker: Any = None) -> None:
         """Stop the function, if this worker runs it. Returns when it has ended, or does not end in time."""
-        running, self._running = self._running, None
-        if running is None:
-            return
-        if self._stop is not None:
-            self._call(self._stop)
-        running.kill(timeout=_END_WITHIN)
-        if not running.ready():
-            (registry.log or logging.getLogger("gunicorn.error")).error(
-                "passenger.once(%r) does not end in this worker (pid:%s), and may run in another one at the "
-                "same time: its function must not catch GreenletExit, as a bare 'except:' does",
-                self.name,
-                os.getpid(),
-            )
-        elif registry.log is not None:
-            registry.log.info("passenger.once(%r) has stopped in this worker", self.name)
+        with self._ending:
+            if self._running is None:
+                return
+            functions = [self._running]
+            if self._stop is not None:
+                functions.insert(0, gevent.spawn(self._call, self._stop))
+                functions[0].join(timeout=_END_WITHIN)
+                if not functions[0].ready():
+                    self._log.error(
+                        "passenger.once(%r): its stop function has not returned within %g s and is ended "
+                        "(pid:%s)",
+                        self.name,
+                        _END_WITHIN,
+                        os.getpid(),
+                    )
+            gevent.killall(functions, block=False)
+            gevent.joinall(functions, timeout=_END_WITHIN)
+            self._running = None
+            if all(function.ready() for function in functions):
+                self._log.info("passenger.once(%r) has stopped in this worker", self.name)
+            else:
+                self._log.error(
+                    "passenger.once(%r) does not end in this worker (pid:%s), and may run in another one at "
+                    "the same time: its functions must not catch GreenletExit, as a bare 'except:' does",
+                    self.name,
+                    os.getpid(),
+                )
 
     def _call(self, function: Callable[[], object]) -> None:
         try:
             function()
-        except Exception:
-            (registry.log or logging.getLogger("gunicorn.error")).exception(
-                "passenger.once(%r): the program's function raised an error", self.name
-            )
+        except (Exception, SystemExit, gevent.Timeout):
+            # gevent would end the whole worker at a SystemExit
+            self._log.exception("passenger.once(%r): the program's function raised an error", self.name)
+
+    @property
+    def _log(self) -> Any:
+        return registry.log or logging.getLogger("gunicorn.error")
 
 
 _names: set[str] = set()
@@ -105,8 +123,8 @@ def once(name: str, start: Callable[[], object], stop: Callable[[], object] | No
     :param name: the same in every worker; ``gunicorn-passenger status`` lists it.
     :param start: called without arguments, in a greenlet of its own, when the worker is ready. It may return
         (a scheduler that has its own threads) or run until it is stopped. An error is logged.
-    :param stop: called without arguments when the worker is to end it. Afterwards ``start`` is ended with
-        ``GreenletExit``, if it still runs.
+    :param stop: called without arguments when the worker is to end it; it has 5 s. Afterwards ``start`` is
+        ended with ``GreenletExit``, if it still runs.
     :raises SettingError: for a name that cannot be used, or is used twice.
     :raises TypeError: when ``start`` or ``stop`` cannot be called.
     """

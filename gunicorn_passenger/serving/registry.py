@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import gevent
 from gevent import socket as gsocket
 
 from gunicorn_passenger import errors
@@ -54,6 +55,8 @@ class ServerRegistry:
         self.log: Any = None
         #: called when the worker begins to drain; each returns when what it ends has ended
         self.before_drain: list[Callable[[], object]] = []
+        #: whether the worker has begun to drain: it starts nothing any more
+        self.draining = False
         #: called when a server becomes the primary
         self.on_primary: Callable[[], object] = lambda: None
         #: the last error of a ``listen()``, which a program may have turned into its own ``sys.exit()``
@@ -253,7 +256,7 @@ class ServerRegistry:
 
     def _on_grant(self, server: Server, grant: AcceptGrant) -> None:
         """The master lets this worker accept."""
-        if self.acceptors.stopped or server.state == CLOSED:
+        if self.draining or server.state == CLOSED:
             os.close(grant.fd)
             self._release(server.lease)
             return
@@ -285,7 +288,7 @@ class ServerRegistry:
     def _begin(self, server: Server | ThirdPartyServer) -> None:
         """Let a server accept, and tell the program."""
         if isinstance(server, Server):
-            if server in self.acceptors:
+            if self.draining or server in self.acceptors:
                 return
             if server.socket is not None and server.socket.sock is not None:
                 self.acceptors.start(server, server.socket.sock)
@@ -295,8 +298,8 @@ class ServerRegistry:
 
     def stop_accepting(self) -> None:
         """Close the listening sockets, the primary's too; their open connections continue."""
-        for function in self.before_drain:
-            function()
+        self.draining = True
+        gevent.joinall([gevent.spawn(function) for function in self.before_drain])
         for server in self.acceptors.stop_all():
             if server.placement != "shared":
                 # the next worker need not wait for the connections of this one

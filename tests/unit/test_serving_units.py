@@ -20,6 +20,8 @@ from gunicorn_passenger.serving.broker_client import BrokerClient
 from gunicorn_passenger.serving.counters import AcceptorCounters
 from gunicorn_passenger.serving.discovery import ServerDiscovery
 from gunicorn_passenger.serving.port_lease import AcceptGrant
+from gunicorn_passenger.serving.registry import ServerRegistry
+from gunicorn_passenger.serving.server import Server
 
 LOG = logging.getLogger("test_serving_units")
 
@@ -241,3 +243,12 @@ def test_the_host_may_follow_the_port_as_in_node():
         assert server.address[0] == "127.0.0.2"
     finally:
         server.close()
+
+
+def test_a_server_that_is_opened_during_the_drain_does_not_accept(tmp_path):
+    servers = ServerRegistry()
+    servers.start()
+    servers.stop_accepting()
+    server = Server(lambda environ, start_response: [], servers).listen(f"unix:{tmp_path}/s")
+    assert server not in servers.acceptors
+    server.close()
