@@ -32,6 +32,8 @@ from gunicorn_passenger.master.worker_channels import WorkerChannel
 #: need it no more: a program may listen in a thread, a moment after it was loaded.
 _LATE_LISTEN = 3.0
 
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+
 
 class Candidate(NamedTuple):
     """A worker, as far as the decision needs it."""
@@ -54,8 +56,8 @@ class Decision(NamedTuple):
 
     #: how many workers to start
     missing: int
-    #: the pid and the age of those to stop
-    stop: list[tuple[int, int]]
+    #: the pids of those to stop
+    stop: list[int]
 
 
 def decide(workers: Iterable[Candidate], wanted: int) -> Decision:
@@ -74,7 +76,7 @@ def decide(workers: Iterable[Candidate], wanted: int) -> Decision:
     # those that serve first, then the boot that began first, which is the first to be ready
     others.sort(key=lambda worker: (not worker.serving, -worker.age if worker.serving else worker.age))
     needed = max(wanted - sum(worker.replaces for worker in kept), 0)
-    stop = [(worker.pid, worker.age) for worker in by_age if worker.leaving or worker in others[needed:]]
+    stop = [worker.pid for worker in by_age if worker.leaving or worker in others[needed:]]
     return Decision(wanted - len(kept), stop)
 
 
@@ -96,11 +98,8 @@ class OverlappingArbiter(Arbiter):
 
     def manage_workers(self) -> None:
         """Called about once a second, and when a worker becomes ready, leaves or ends."""
-        broker = fork_handlers.current_broker()
         self.spawn_workers()
-        for pid, age in self._decide().stop:
-            if broker is not None:
-                broker.workers.mark_stopped(age)
+        for pid in self._decide().stop:
             self.kill_worker(pid, signal.SIGTERM)
         self._keeps_surplus = True
         try:
@@ -111,8 +110,32 @@ class OverlappingArbiter(Arbiter):
             raise _Reloaded
 
     def kill_worker(self, pid: int, sig: int) -> None:
-        if not self._keeps_surplus:
-            super().kill_worker(pid, sig)
+        if self._keeps_surplus:
+            return
+        worker, broker = self.WORKERS.get(pid), fork_handlers.current_broker()
+        if sig in _STOPS and worker is not None and broker is not None:
+            # before the signal: the end of a worker that was stopped is not a failure
+            broker.workers.mark_stopped(worker.age)
+        super().kill_worker(pid, sig)
+
+    def spawn_worker(self) -> Any:
+        """Start a worker. While others serve, gunicorn survives that the system refuses a process: a reload
+        needs twice as many.
+
+        :raises OSError: when no worker serves.
+        """
+        try:
+            return super().spawn_worker()
+        except OSError as error:
+            broker = fork_handlers.current_broker()
+            if os.getpid() != self.pid or broker is None or not any(w.serving for w in broker.workers):
+                raise
+            self.log.error(
+                "gunicorn-passenger: the system refuses a process for another worker: %s. Raise the limit of "
+                "processes (ulimit -u, or pids.max of the container) or the memory, or set overlap=0",
+                error,
+            )
+            return None
 
     def spawn_workers(self) -> None:
         """Start the workers that are missing; after a failure, one after a pause."""

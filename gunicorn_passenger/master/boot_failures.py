@@ -95,5 +95,7 @@ class BootFailures:
         """A reload begins anew."""
         self.text = ""
         self._rejected = False
+        # the worker that was to halt gunicorn may have been stopped before
+        self.halting = False
         self._logged.clear()
         self.retry_now()

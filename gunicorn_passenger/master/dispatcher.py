@@ -212,6 +212,8 @@ class MessageDispatcher:
         self._placement.on_accept_paused(worker.age, message.key)
 
     def _on_worker_ready(self, worker: WorkerChannel, message: WorkerReady, _fd: int | None) -> None:
+        if worker.ready:
+            return
         worker.ready = True
         worker.ready_at = time.monotonic()
         if worker.age > self._workers.previous_generation:

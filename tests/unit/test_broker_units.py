@@ -440,6 +440,21 @@ def test_a_mistake_of_ours_costs_one_worker_its_channel(workers, monkeypatch):
     assert workers.broker.loop.running
 
 
+def test_a_worker_is_ready_once(workers):
+    """Else a hostile worker fills the channel of one that drains, and that loses it."""
+    workers.add(2, ready=False)
+    workers.ask(1, "WorkerLeaving")
+    for _ in range(3):
+        workers.ends[2].send(b'{"v":1,"type":"WorkerReady","id":0,"primary":"app","serves_primary":true}')
+    workers.report(2)  # all three were read
+    workers.ends[1].setblocking(False)
+    told = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            told += isinstance(channel.receive(workers.ends[1])[0], messages.SuccessorReady)
+    assert told == 1
+
+
 class Failing(BrokerService):
     """A service that fails whatever it is asked."""
 

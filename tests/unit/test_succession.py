@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import os
+from types import SimpleNamespace
+
+import pytest
+from gunicorn.arbiter import Arbiter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gunicorn_passenger.arbiter.succession import Candidate, decide
+from gunicorn_passenger.arbiter import fork_handlers
+from gunicorn_passenger.arbiter.succession import Candidate, OverlappingArbiter, decide
 from gunicorn_passenger.master.boot_failures import BootFailures
 
 
@@ -18,7 +25,7 @@ def booting(age, **fields):
 
 
 def stopped(workers, wanted):
-    return [age for _, age in decide(workers, wanted).stop]
+    return [pid - 1000 for pid in decide(workers, wanted).stop]
 
 
 def test_at_the_start_all_are_missing():
@@ -35,7 +42,7 @@ def test_after_a_reload_one_leaves_for_each_that_serves():
 
 
 def test_one_that_was_stopped_is_stopped_again_and_counts_for_nothing():
-    assert decide([serving(1, leaving=True), serving(2)], 2) == (1, [(1001, 1)])
+    assert decide([serving(1, leaving=True), serving(2)], 2) == (1, [1001])
 
 
 def test_after_the_overlap_one_that_boots_is_enough():
@@ -45,7 +52,7 @@ def test_after_the_overlap_one_that_boots_is_enough():
 def test_one_that_asks_for_a_successor_is_replaced_first():
     assert decide([serving(1, retiring=True)], 1) == (1, [])
     assert decide([serving(1, retiring=True), booting(2)], 1) == (0, [])
-    assert decide([serving(1, retiring=True), serving(2)], 1) == (0, [(1001, 1)])
+    assert decide([serving(1, retiring=True), serving(2)], 1) == (0, [1001])
 
 
 def test_fewer_workers():
@@ -78,8 +85,8 @@ def test_nobody_is_stopped_who_is_needed(states, wanted):
     ]
     decision = decide(workers, wanted)
     here = [worker for worker in workers if not worker.leaving]
-    left = [worker for worker in here if (worker.pid, worker.age) not in decision.stop]
-    assert {(worker.pid, worker.age) for worker in workers if worker.leaving} <= set(decision.stop)
+    left = [worker for worker in here if worker.pid not in decision.stop]
+    assert {worker.pid for worker in workers if worker.leaving} <= set(decision.stop)
     # enough stay to do the work, or all that could
     kept = sum(worker.replaces and not worker.retiring for worker in left)
     before, after = sum(worker.serving for worker in here), sum(worker.serving for worker in left)
@@ -120,3 +127,19 @@ def test_a_rejected_configuration_stays_reported_until_the_next_reload():
     assert failures.text == "reload failed: no such setting"
     failures.forget()
     assert not failures.text
+
+
+def test_gunicorn_survives_that_the_system_refuses_a_process_while_a_worker_serves(monkeypatch, caplog):
+    def refuse(_arbiter):
+        raise BlockingIOError("no process")
+
+    broker = SimpleNamespace(workers=[SimpleNamespace(serving=True)])
+    monkeypatch.setattr(Arbiter, "spawn_worker", refuse)
+    monkeypatch.setattr(fork_handlers, "current_broker", lambda: broker)
+    arbiter = object.__new__(OverlappingArbiter)
+    arbiter.pid, arbiter.log = os.getpid(), logging.getLogger("test")
+    assert arbiter.spawn_worker() is None
+    assert "pids.max" in caplog.text
+    broker.workers.clear()
+    with pytest.raises(BlockingIOError):
+        arbiter.spawn_worker()
