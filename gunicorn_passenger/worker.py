@@ -323,7 +323,7 @@ class Worker(GeventWorker):
             self._exit_requested.wait(timeout=1.0)
         deadline = time.monotonic() + self.cfg.graceful_timeout
         if not self._quitting:
-            self._drain()
+            self._drain(deadline)
         self._write_counts()
         events.emit("exit", self, self.log)
         if self.failure is None:
@@ -402,12 +402,24 @@ class Worker(GeventWorker):
         registry.acceptors.stop_primary()
         return _socket.socket(fileno=os.dup(self._primary_copy.fileno()))
 
+    def notify(self) -> None:
+        """The heartbeat. gunicorn's gevent worker exits here, in the middle of its responses, when the master
+        has died; this one drains.
+        """
+        if os.getppid() != self.ppid:
+            self._on_master_lost()
+        super(GeventWorker, self).notify()
+
     def _on_master_lost(self) -> None:
-        """The master has closed the channel, and could not pause this worker's accepting any more."""
-        if self.booted and self.alive:
+        """The master has closed the channel, and could not pause this worker's accepting any more.
+
+        A worker that boots exits, too: the master would never stop it.
+        """
+        if self.alive:
+            # a dying master closes its end of the channel before the worker gets another parent
             self.log.error(
-                "gunicorn-passenger: the master has closed its channel to this worker: the worker drains and "
-                "exits, and gunicorn starts another (pid:%s)",
+                "gunicorn-passenger: the channel to the master is closed: this worker drains and exits, and "
+                "gunicorn starts another one; if the master has died, start gunicorn again (pid:%s)",
                 self.pid,
             )
             self.alive = False
@@ -456,8 +468,11 @@ class Worker(GeventWorker):
         self.cfg.worker_int(self)
         self._exit_requested.set()
 
-    def _drain(self) -> None:
-        """Stop accepting everywhere, and finish the open connections within the graceful timeout."""
+    def _drain(self, deadline: float) -> None:
+        """Stop accepting everywhere, and finish the open connections.
+
+        :param deadline: when the graceful timeout is over (monotonic seconds).
+        """
         self._primary_copy.close()
         registry.stop_accepting()
         self._socket_patch.stop_accepting()
@@ -469,7 +484,7 @@ class Worker(GeventWorker):
         try:
             finish_connections(
                 registry,
-                self.cfg.graceful_timeout,
+                deadline - time.monotonic(),
                 self.log,
                 self._on_drain_tick,
                 self._socket_patch,

@@ -134,7 +134,7 @@ class ConnectionMigration:
 
 def finish_connections(
     servers: Drainable,
-    graceful_timeout: float,
+    seconds: float,
     log: Any,
     on_tick: Callable[[], object] = lambda: None,
     third_party: ThirdPartyDrainable | None = None,
@@ -142,20 +142,19 @@ def finish_connections(
 ) -> None:
     """Wait until no connection is open; end those that are left after the graceful timeout.
 
-    :param graceful_timeout: seconds.
+    :param seconds: what is left of the graceful timeout.
     :param on_tick: called in each round of the wait.
     :param third_party: its idle connections are ended after the keep-alive time, since no sibling takes them.
     :param keepalive: seconds.
     """
     now = monotonic()
-    deadline, idle_check_at = now + graceful_timeout, now + keepalive
+    deadline, idle_check_at = now + seconds, now + keepalive
     while not (servers.idle() and (third_party is None or third_party.idle())):
         if monotonic() >= deadline:
             log.warning(
-                "Worker graceful timeout (pid:%s): connections that are open after %g s are closed; raise "
+                "Worker graceful timeout (pid:%s): the connections that are still open are closed; raise "
                 "--graceful-timeout if requests may take longer",
                 os.getpid(),
-                graceful_timeout,
             )
             servers.kill(_KILL_TIMEOUT)
             return

@@ -161,6 +161,19 @@ def test_reloads_before_the_first_workers_are_ready(start, home):
     assert fetch(process.socket)[1].startswith("1 ")
     (home / "go-3").touch()
     wait_for(lambda: fetch(process.socket)[1].startswith("3 "), process.log)
+    # the master dies while a worker boots: that ends, and the worker that serves drains
+    (home / "version").write_text("4")
+    process.signal(signal.SIGHUP)
+    wait_for(lambda: boots("4"), process.log)
+    sock = Client(process.socket)
+    sock.connect()
+    ws = websocket.create_connection("ws://localhost/", socket=sock.sock, timeout=60)
+    process.signal(signal.SIGKILL)
+    assert ws.recv_data()[0] == websocket.ABNF.OPCODE_CLOSE
+    ws.close()
+    wait_for(lambda: process.log().count("if the master has died, start gunicorn again") == 2, process.log)
+    (home / "go-4").touch()
+    wait_for(lambda: not process.session(), process.log)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
@@ -173,8 +186,16 @@ def test_a_stop_does_not_wait_for_the_new_workers(start, home, number):
     wait_for(lambda: not site.process.session(), "no process to be left")
 
 
-def test_ttou_and_ttin_while_a_reload_boots(start, home):
-    site = Gated(start, home, workers=2)
+#: gunicorn obeys WINCH only where this is set
+DAEMON = """
+def when_ready(server):
+    server.cfg.set("daemon", True)
+on_reload = when_ready
+"""
+
+
+def test_ttou_ttin_and_winch_while_a_reload_boots(start, home):
+    site = Gated(start, home, workers=2, conf=DAEMON)
     site.hup("2")
     site.process.signal(signal.SIGTTOU)
     site.process.wait_log("Handling signal: ttou")
@@ -185,6 +206,12 @@ def test_ttou_and_ttin_while_a_reload_boots(start, home):
     site.release("2")
     site.number = 2
     site.replaced_by("2")
+    site.hup("3")
+    site.process.signal(signal.SIGWINCH)
+    wait_for(lambda: not site.process.workers(), site.process.log)
+    # the workers that were stopped while they booted are not a failure
+    assert not site.report(start)["failure"]
+    assert site.process.stop() == 0
 
 
 def test_without_an_overlap_the_old_workers_leave_at_once(start, home):
@@ -351,14 +378,22 @@ def test_a_broken_program_does_not_take_the_old_workers_down(start, home, worker
 
 def test_an_attempt_that_succeeds_completes_the_reload(start, home):
     """What was missing is there again, such as a database: no further HUP is needed."""
+    port = free_port()
+    works = f"import gunicorn_passenger as p\np.listen({port}, p.status)"
+    (home / "boot.py").write_text(works)
     site = Gated(start, home, workers=3)
     (home / "boot.py").write_text("raise RuntimeError('no database')")
     site.release("2")
     site.hup("2")
     site.process.wait_log("reload failed: RuntimeError: no database")
-    (home / "boot.py").unlink()
+    # the control server and the status page read one report, a moment later than the log
+    wait_for(lambda: "\ngunicorn_passenger_boot_failing 1" in fetch(port, "/metrics")[1], site.process.log)
+    shown = json.loads(fetch(port, "/status.json")[1])
+    assert shown["failure"] == "reload failed: RuntimeError: no database"
+    (home / "boot.py").write_text(works)
     site.replaced_by("2")
     assert not site.report(start)["failure"]
+    wait_for(lambda: "\ngunicorn_passenger_boot_failing 0" in fetch(port, "/metrics")[1], site.process.log)
 
 
 def test_a_successor_that_cannot_start_leaves_the_worker_in_place(start, home):
