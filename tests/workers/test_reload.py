@@ -10,6 +10,7 @@ import signal
 import threading
 
 import pytest
+import socketio
 import websocket
 from conditions import wait_for
 from free_ports import free_port, free_range
@@ -247,9 +248,39 @@ def test_a_worker_that_has_had_its_requests_serves_until_its_successor_does(star
     assert "Traceback" not in site.process.log()
 
 
+#: a Socket.IO server, too
+SOCKET_IO = """
+import socketio, gunicorn_passenger as p
+server = socketio.Server(async_mode="gevent", transports=["websocket"])
+server.on("version", lambda sid: VERSION)
+p.listen({port}, socketio.WSGIApp(server))
+"""
+
+
+class SocketIO:
+    """A Socket.IO client that connects again, and counts its connections."""
+
+    def __init__(self, port):
+        self.connections, self.refused = 0, []
+        self.client = socketio.Client(reconnection_delay=0.02, randomization_factor=0)
+        self.client.on("connect", self.on_connect)
+        self.client.on("connect_error", self.refused.append)
+        self.client.connect(f"http://127.0.0.1:{port}", transports=["websocket"], wait_timeout=60)
+
+    def on_connect(self):
+        self.connections += 1
+
+    def version(self):
+        return self.client.call("version", timeout=60)
+
+
 def test_connections_wait_for_the_successor(start, home):
     """Idle connections move, and WebSockets are closed, when there is a worker that takes them."""
+    port = free_port()
+    (home / "boot.py").write_text(SOCKET_IO.format(port=port))
     site = Gated(start, home, "--keep-alive", 600)
+    client = SocketIO(port)
+    assert client.version() == "1"
     idle = Client(site.ports[0])
 
     def ask():
@@ -265,6 +296,8 @@ def test_connections_wait_for_the_successor(start, home):
     assert ask() == ("1", "keep-alive")
     ws.send("hello")
     assert ws.recv() == "hello"
+    assert client.version() == "1"
+    assert client.connections == 1
     before = idle.sock
     site.release("2")
     opcode, data = ws.recv_data()
@@ -272,6 +305,10 @@ def test_connections_wait_for_the_successor(start, home):
     # a client that connects again is served at once
     assert fetch(site.ports[0])[1].startswith("2 ")
     ws.close()
+    wait_for(lambda: client.connections == 2, site.process.log)
+    assert client.version() == "2"
+    assert not client.refused
+    client.client.disconnect()
     site.replaced_by("2")
     assert ask() == ("2", "keep-alive")
     assert idle.sock is before
