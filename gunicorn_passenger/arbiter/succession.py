@@ -131,10 +131,11 @@ class OverlappingArbiter(Arbiter):
             if os.getpid() != self.pid or broker is None or not any(w.serving for w in broker.workers):
                 raise
             self.log.error(
-                "gunicorn-passenger: the system refuses a process for another worker: %s. Raise the limit of "
-                "processes (ulimit -u, or pids.max of the container) or the memory, or set overlap=0",
+                "gunicorn-passenger: a worker could not be started: %s. If the system refused the process, "
+                "raise its limit (ulimit -u, or pids.max of the container) or the memory, or set overlap=0",
                 error,
             )
+            broker.on_worker_not_started(error)
             return None
 
     def spawn_workers(self) -> None:

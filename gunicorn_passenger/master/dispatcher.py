@@ -287,7 +287,7 @@ class MessageDispatcher:
         log = self._boot_failures.is_new(text)
         if not self._boot_failures.halting and self._survives_without(worker):
             self.reply(worker, BootVerdict(message.id, "exit", log))
-            self._note_boot_failure(text)
+            self.note_boot_failure(text)
             return
         first = not self._boot_failures.halting
         self._boot_failures.halting = True
@@ -307,7 +307,7 @@ class MessageDispatcher:
             for other in self._workers
         )
 
-    def _note_boot_failure(self, text: str) -> None:
+    def note_boot_failure(self, text: str) -> None:
         """A worker cannot boot, and others serve: say so once for each attempt."""
         previous = self._workers.previous_generation
         is_reload = any(other.serving and other.age <= previous for other in self._workers)
@@ -365,7 +365,7 @@ class MessageDispatcher:
         if worker.serving and not self._sync.stopping():
             self._event_log.record("crash", f"worker {pid} is gone without having finished")
         if worker.booting and not self._sync.stopping():
-            self._note_boot_failure("a worker ended while it loaded the program")
+            self.note_boot_failure("a worker ended while it loaded the program")
         for service in self._loop.services:
             service.left(worker.age)
 

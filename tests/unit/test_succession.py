@@ -133,13 +133,15 @@ def test_gunicorn_survives_that_the_system_refuses_a_process_while_a_worker_serv
     def refuse(_arbiter):
         raise BlockingIOError("no process")
 
-    broker = SimpleNamespace(workers=[SimpleNamespace(serving=True)])
+    failures = []
+    broker = SimpleNamespace(workers=[SimpleNamespace(serving=True)], on_worker_not_started=failures.append)
     monkeypatch.setattr(Arbiter, "spawn_worker", refuse)
     monkeypatch.setattr(fork_handlers, "current_broker", lambda: broker)
     arbiter = object.__new__(OverlappingArbiter)
     arbiter.pid, arbiter.log = os.getpid(), logging.getLogger("test")
     assert arbiter.spawn_worker() is None
     assert "pids.max" in caplog.text
+    assert len(failures) == 1
     broker.workers.clear()
     with pytest.raises(BlockingIOError):
         arbiter.spawn_worker()
