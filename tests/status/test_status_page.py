@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import urllib.request
 
@@ -271,6 +272,11 @@ def test_says_when_there_is_no_response_and_recovers(browser, start, port):
     again = start.gunicorn("status_app", "-n", "shop", workers=1, env={"P1": port}).wait_ready()
     wait_for(lambda: page.run("document.querySelector('#lost').innerText") == "", "the page to recover")
     assert str(again.pid) in page.text()
+    start.write("gunicorn.conf.py", "def (:")
+    again.signal(signal.SIGHUP)
+    wait_for(
+        lambda: "reload failed: " in page.run("document.querySelector('#problems').innerText"), again.log
+    )
 
 
 @pytest.mark.parametrize("width", [390, 1200])
