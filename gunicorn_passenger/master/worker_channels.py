@@ -8,6 +8,7 @@ from __future__ import annotations
 import _socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -208,11 +209,15 @@ class WorkerChannels:
         pending, self._pending = self._pending, None
         is_worker = pending is not None and pending.forking
         if pending is not None:
-            pending.ours.close()
+            # the fork may have come between the two halves of a close in another thread
+            with suppress(OSError):
+                pending.ours.close()
             if not is_worker:
-                pending.theirs.close()
+                with suppress(OSError):
+                    pending.theirs.close()
         for worker in self:
-            worker.sock.close()
+            with suppress(OSError):
+                worker.sock.close()
             if worker.scoreboard is not None:
                 worker.scoreboard.close()
         self._by_fd.clear()

@@ -94,7 +94,7 @@ def test_a_child_that_gets_a_bound_socket(start, obedient, port):
         s.bind(("127.0.0.1", {port}))
         child = subprocess.Popen([sys.executable, {str(script)!r}, str(s.fileno())], pass_fds=[s.fileno()])
         """)
-    process.wait_log(rf"listens on 127.0.0.1 {port}\n")
+    process.wait_log(rf"listens on 127.0.0.1 {port}\b")
     with socket.create_connection(("127.0.0.1", port)) as sock:
         assert sock.makefile("rb").read() == b"the child"
     assert worker.do("result = child.wait()") == 0
@@ -114,7 +114,7 @@ def test_a_child_that_is_forked_and_listens(obedient, port):
                 signal = __import__("signal").pause()
         """)
     try:
-        process.wait_log(rf"listens on 127.0.0.1 {port}\n")
+        process.wait_log(rf"listens on 127.0.0.1 {port}\b")
         assert not refused(port)
     finally:
         worker.do("os.kill(child, 9); os.waitpid(child, 0)")
@@ -146,7 +146,7 @@ def test_a_server_that_binds_in_python_and_listens_in_c(start, port):
     start.write("serve_uvloop.py", UVLOOP)
     path = f"{start.home}:{start.environment['PYTHONPATH']}"
     process = start.gunicorn("serve_uvloop", workers=3, env={"P1": port, "PYTHONPATH": path}).wait_ready(port)
-    process.wait_log(rf"listens on 127.0.0.1 {port}\n", 3)
+    process.wait_log(rf"listens on 127.0.0.1 {port}\b", 3)
     wait_for(lambda: len(process.workers()) == 3, "three workers")
     answering(port, process.workers())
     process.wait_log(f"127.0.0.1:{port}: the program listens there without Python's socket module")

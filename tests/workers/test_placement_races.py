@@ -80,9 +80,14 @@ def test_a_reload_that_changes_the_bind_closes_no_connection(start, home):
     process.signal(signal.SIGHUP)
     wait_for(lambda: not refused(f"{home}/other.sock"), "the next listener")
     wait_for(lambda: len(pids_answering(f"{home}/other.sock", 1)) == 1, "the next worker")
-    client.request("GET", "/")
-    answer = client.getresponse()
-    assert (answer.read(), answer.getheader("Connection")) == (old, "close")
+
+    def is_last() -> bool:
+        client.request("GET", "/")
+        answer = client.getresponse()
+        assert answer.read() == old
+        return answer.getheader("Connection") == "close"
+
+    wait_for(is_last, "the old worker to drain")
     client.close()
 
 
