@@ -25,7 +25,8 @@ _masks: dict[int, Any] = {}
 
 #: Seconds that the interpreter of a worker has to end, once the worker was told to stop while it boots.
 _EXIT_SECONDS = 5
-_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+#: The signals on which gunicorn stops a worker.
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
 def current_broker() -> Broker | None:
@@ -50,7 +51,7 @@ def install(broker: Broker) -> None:
 
 def _before_fork() -> None:
     # a stop signal that reaches a child before it has installed its handlers waits until then
-    _masks[get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    _masks[get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     for broker in _current:
         broker.loop.before_fork()
 
@@ -96,7 +97,7 @@ def _handle_stops(handler: Any) -> None:
     Until it has set its own handlers it has the arbiter's, which only put the signal into a queue
     that no code reads in a child: the stop would be lost, and gunicorn would wait for its timeout.
     """
-    for number in _STOPS:
+    for number in STOPS:
         signal.signal(number, handler)
 
 
@@ -126,7 +127,7 @@ def exit_boot(_number: int, frame: Any) -> None:
 
 def ignore_further_stops() -> None:
     """A worker that exits ignores further stops: a Ctrl-C comes from the terminal and from the master."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
 
 
 def stop_requested() -> bool:

@@ -32,8 +32,6 @@ from gunicorn_passenger.master.worker_channels import WorkerChannel
 #: need it no more: a program may listen in a thread, a moment after it was loaded.
 _LATE_LISTEN = 3.0
 
-_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
-
 
 class Candidate(NamedTuple):
     """A worker, as far as the decision needs it."""
@@ -113,7 +111,7 @@ class OverlappingArbiter(Arbiter):
         if self._keeps_surplus:
             return
         worker, broker = self.WORKERS.get(pid), fork_handlers.current_broker()
-        if sig in _STOPS and worker is not None and broker is not None:
+        if sig in fork_handlers.STOPS and worker is not None and broker is not None:
             # before the signal: the end of a worker that was stopped is not a failure
             broker.workers.mark_stopped(worker.age)
         super().kill_worker(pid, sig)

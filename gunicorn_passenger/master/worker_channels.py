@@ -209,7 +209,7 @@ class WorkerChannels:
         pending, self._pending = self._pending, None
         is_worker = pending is not None and pending.forking
         if pending is not None:
-            # the fork may have come between the two halves of a close in another thread
+            # an error here would leave the stop signals of this child blocked
             with suppress(OSError):
                 pending.ours.close()
             if not is_worker:
