@@ -196,6 +196,10 @@ class Worker(GeventWorker):
             prometheus_multiproc.directory.sum_in_worker()
             # GeventWorker.init_process would patch and wrap again; its parent does the rest
             super(GeventWorker, self).init_process()
+        except SystemExit:
+            if not self.booted and fork_handlers.stop_requested():
+                self._leave_boot()
+            raise
         except Exception as error:
             refused = isinstance(error, PassengerError)
             if not refused:
@@ -302,9 +306,9 @@ class Worker(GeventWorker):
 
     def run(self) -> None:
         """Serve until gunicorn stops the worker, then finish the open connections."""
-        if not self.alive and self.failure is None:
-            _do_not_wait_for_threads()
-            return  # it was stopped while it loaded the program
+        if fork_handlers.stop_requested() or (not self.alive and self.failure is None):
+            self._leave_boot()
+            return
         registry.start()
         self._serve_primary()
         os.register_at_fork(after_in_child=registry.acceptors.leave_to_parent)
@@ -467,6 +471,12 @@ class Worker(GeventWorker):
         self.alive = False
         self.cfg.worker_int(self)
         self._exit_requested.set()
+
+    def _leave_boot(self) -> None:
+        """The worker was stopped while it loaded the program, whose unmodified servers accept already."""
+        if registry.servers and not self._quitting:
+            self._drain(time.monotonic() + self.cfg.graceful_timeout)
+        _do_not_wait_for_threads()
 
     def _drain(self, deadline: float) -> None:
         """Stop accepting everywhere, and finish the open connections.

@@ -6,13 +6,16 @@ waiting without a bound, or leaves anything of the master's open in a child.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
 from threading import get_ident
+from types import CodeType
 from typing import Any
 
 from gunicorn.arbiter import Arbiter
+from gunicorn.config import GracefulTimeout
 
 from gunicorn_passenger.master.broker import Broker
 
@@ -23,8 +26,6 @@ _stops: list[bool] = []
 #: the signals that a thread had blocked before the fork that it is in
 _masks: dict[int, Any] = {}
 
-#: Seconds that the interpreter of a worker has to end, once the worker was told to stop while it boots.
-_EXIT_SECONDS = 5
 #: The signals on which gunicorn stops a worker.
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
@@ -109,20 +110,36 @@ def _record_stop(_number: int, _frame: Any) -> None:
 def exit_boot(_number: int, frame: Any) -> None:
     """The signal handler of a worker that boots; the import of a large program may take long.
 
-    :raises SystemExit: wherever Python runs now.
+    Where Python would print and ignore the exception, the worker exits when it has booted instead.
+
+    :raises SystemExit: wherever else Python runs now.
     """
     _stops.append(True)
     ignore_further_stops()
     # gunicorn's timeout does not apply before the first heartbeat, and what the import has left behind (a
     # callback at exit, a thread, a lock that is held) may never let the interpreter end
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(_EXIT_SECONDS)
+    signal.alarm(_exit_seconds())
     while frame is not None:
-        if frame.f_code.co_name == "__del__":
-            # Python would print the exception and ignore it: the worker exits when it has booted
+        if _ignores_exceptions(frame.f_code):
             return
         frame = frame.f_back
     raise SystemExit(0)
+
+
+def _exit_seconds() -> int:
+    """A worker that is stopped while it boots gets a moment more than others that are stopped."""
+    broker: Any = parent_broker()
+    known = broker is not None and broker.arbiter is not None
+    seconds: float = broker.arbiter.cfg.graceful_timeout if known else GracefulTimeout.default
+    return 1 + math.ceil(seconds)
+
+
+def _ignores_exceptions(code: CodeType) -> bool:
+    """Whether Python ignores exceptions there: in finalizers, and where it forgets an import's lock."""
+    return code.co_name == "__del__" or (
+        code.co_name == "cb" and code.co_filename == "<frozen importlib._bootstrap>"
+    )
 
 
 def ignore_further_stops() -> None:
@@ -131,5 +148,5 @@ def ignore_further_stops() -> None:
 
 
 def stop_requested() -> bool:
-    """Whether this worker was told to stop while it booted; an import may have swallowed the exit."""
+    """Whether this worker was told to stop while it booted; the program may have caught the exception."""
     return bool(_stops)

@@ -158,6 +158,9 @@ class OverlappingArbiter(Arbiter):
             except TimeoutError:
                 # the broker hangs: what it knows of the workers does not count, but they must not be missing
                 return Decision(max(self.num_workers - len(workers), 0), [])
+            if broker.boot_failures.halting and len(found) < len(workers):
+                # gunicorn halts as soon as it has reaped the worker that could not boot
+                return Decision(0, [])
         return decide(found, self.num_workers)
 
     def stop(self, graceful: bool = True) -> None:

@@ -28,6 +28,10 @@ def fails(process, pattern, lines=1):
     found = error_lines(process)
     assert len(found) == lines, process.log()
     assert re.search(pattern, found[0]), found[0]
+    # no worker takes the place of one on whose status gunicorn is about to halt
+    command = process.popen.args
+    if "-w" in command:
+        assert process.log().count("Booting worker") <= int(command[command.index("-w") + 1]), process.log()
     assert not os.path.exists(process.socket)
     wait_for(lambda: not process.session(), "no process to be left")
 

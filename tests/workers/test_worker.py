@@ -1,5 +1,6 @@
 """The worker: which listener serves the primary, what is said at the start, how it ends."""
 
+import contextlib
 import os
 import re
 import signal
@@ -317,12 +318,81 @@ def test_a_stop_while_a_worker_boots_whose_interpreter_does_not_end(start, home)
         endless()
         """,
     )
-    process = start.gunicorn("gated", workers=1, cwd=home)
+    process = start.gunicorn("gated", "--graceful-timeout", 2, workers=1, cwd=home)
     wait_for(lambda: (home / "at").exists(), "the worker to load")
     (worker,) = process.workers()
     os.kill(worker, signal.SIGTERM)
     process.wait_log(rf"Worker \(pid:{worker}\) was sent SIGALRM")
-    assert process.stop() == 0
+    process.stop()
+
+
+def test_a_stop_while_a_worker_boots_that_python_ignores(start, port, home):
+    """Python ignores what is raised in a weakref callback, so also in those of its import system."""
+    start.write(
+        "stopped.py",
+        f"""
+        import os, signal, weakref
+        import gunicorn_passenger as passenger
+
+        class Gone:
+            pass
+
+        def stop(_reference):
+            os.kill(os.getpid(), signal.SIGTERM)
+            while True:  # until the signal handler has raised
+                pass
+
+        def application(environ, start_response):
+            start_response("200 OK", [])
+            return [str(os.getpid()).encode()]
+
+        if not os.path.exists("stopped"):
+            open("stopped", "w").close()
+            gone = Gone()
+            reference = weakref.ref(gone, stop)
+            del gone
+        passenger.create_server(application).listen({port})
+        """,
+    )
+    process = start.gunicorn("stopped", workers=1, cwd=home, env={"PASSENGER_PORTS": port}).wait_ready()
+    first, second = re.findall(r"Booting worker with pid: (\d+)", process.log())
+    assert pids_answering(port, 1) == {second}
+    assert f"Worker exiting (pid: {first})" in process.log()
+    assert "was sent" not in process.log()
+
+
+def test_a_stop_while_a_worker_boots_finishes_the_requests_of_its_servers(start, port, home):
+    """An unmodified server accepts as soon as the program starts it, long before the program is loaded."""
+    start.write(
+        "early.py",
+        f"""
+        import os, time
+        from gevent.pywsgi import WSGIServer
+
+        def application(environ, start_response):
+            open("asked", "w").close()
+            while not os.path.exists("go"):
+                time.sleep(0.02)
+            start_response("200 OK", [])
+            return [b"answered"]
+
+        WSGIServer(("127.0.0.1", {port}), application, log=None).start()
+        while True:
+            time.sleep(0.02)
+        """,
+    )
+    process = start.gunicorn("early", workers=1, cwd=home, env={"PASSENGER_PORTS": port})
+    process.wait_log(f"Opened 127.0.0.1:{port}")
+    with contextlib.closing(Client(port)) as client:
+        client.request("GET", "/")
+        wait_for(lambda: (home / "asked").exists(), "the request to arrive")
+        process.signal(signal.SIGTERM)
+        process.wait_log("Handling signal: term")
+        wait_for(lambda: refused(port), "the port to be closed")
+        (home / "go").touch()
+        assert client.getresponse().read() == b"answered"
+    assert process.wait_end() == 0
+    assert "was sent" not in process.log()
 
 
 def test_a_stop_that_meets_a_finalizer_is_remembered_and_not_shown():
