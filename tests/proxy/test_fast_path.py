@@ -24,8 +24,11 @@ PLAIN = answer("200 OK", DATE)
 #: After so many requests, the next is executed with a remembered plan.
 WARM = 1
 
-#: Counts the requests that are executed with a remembered plan, and lets a test switch remembering off.
+#: Counts the requests that are executed with a remembered plan, and lets a test switch remembering off. A client
+#: that a busy machine keeps waiting must not count as idle: its plan would be forgotten.
 COUNT = """
+import gunicorn_passenger.http.listener_context as listener_context
+listener_context._TICK = 3600
 import gunicorn_passenger.proxy.plan as planning
 real, planning.taken, planning.remember = planning.remembered_plan, 0, True
 def remembered_plan(*arguments):
