@@ -112,7 +112,7 @@ class RequestBody:
 
     @property
     def too_much_unread(self) -> bool:
-        """Whether the connection should close, because too much of the body is unread."""
+        """Whether the connection should close: too much of the body is unread, or its end is unknown."""
         return False
 
     def drain(self) -> bool:
@@ -176,6 +176,10 @@ class _IncomingBody(RequestBody):
             raise body_incomplete()
         return data
 
+    @property
+    def too_much_unread(self) -> bool:
+        return self.failed or self.expect
+
     def detach(self) -> None:
         self._connection = None
 
@@ -208,7 +212,7 @@ class LengthBody(_IncomingBody):
 
     @property
     def too_much_unread(self) -> bool:
-        return self.expect or (self.left > MAX_DISCARD and self.left == self.length)
+        return super().too_much_unread or (self.left > MAX_DISCARD and self.left == self.length)
 
     def drain(self) -> bool:
         if not self.left:
@@ -280,10 +284,6 @@ class ChunkedBody(_IncomingBody):
             request.trailers = self.trailers = request.parse_headers(
                 decoder.trailer_section[:-2], from_trailer=True
             )
-
-    @property
-    def too_much_unread(self) -> bool:
-        return self.expect
 
     def drain(self) -> bool:
         return self.finished or self._discard()

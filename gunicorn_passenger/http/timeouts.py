@@ -6,12 +6,18 @@ Never: costs anything while no connection waits.
 A timer per wait would cost more than the wait. All waits of a kind have the same duration, so the first that
 began is the first that ends: an insertion-ordered dictionary is the queue, and one timer of the loop stands
 for its first entry.
+
+Code that does not yield stops the loop, and a timeout can pass meanwhile. The peer is not at fault for that:
+
+- what has arrived in time counts. The loop runs the watchers of sockets first, and they end their waits;
+- a wait begins when it begins, and not with the loop's iteration, whose clock stands still.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from operator import methodcaller
+from time import monotonic
 from typing import Any, Protocol
 
 from gevent import get_hub
@@ -20,6 +26,9 @@ from gunicorn_passenger.http.connection_state import ConnectionState
 from gunicorn_passenger.http.faults import report_fault
 
 _expire = methodcaller("expire")
+
+#: The priority of the timer: in one iteration, watchers of sockets have the default, 0, and run before it.
+_AFTER_SOCKETS = -1
 
 
 class TimeoutQueue:
@@ -33,7 +42,7 @@ class TimeoutQueue:
         self.seconds = seconds
         self._on_timeout = on_timeout
         self._loop = get_hub().loop
-        #: what waits, and since when on the loop's clock
+        #: what waits, and since when on the monotonic clock
         self._since: dict[Any, float] = {}
         self._timer: Any = None
         #: Every wait for a request calls :meth:`add` and ``remove``, so ``remove`` is the dictionary's own.
@@ -41,7 +50,7 @@ class TimeoutQueue:
 
     def add(self, waiting: Any) -> None:
         """Begin a wait, which lasts until ``remove(waiting, None)``."""
-        self._since[waiting] = self._loop.now()
+        self._since[waiting] = monotonic()
         if self._timer is None:
             self._start(self.seconds)
 
@@ -60,14 +69,14 @@ class TimeoutQueue:
             self._timer = None
 
     def _start(self, seconds: float) -> None:
-        self._timer = self._loop.timer(max(seconds, 0.001))
+        self._timer = self._loop.timer(max(seconds, 0.001), priority=_AFTER_SOCKETS)
         self._timer.start(self._fire)
 
     def _fire(self) -> None:
         self._timer.close()
         self._timer = None
-        # The loop's clock is that of its last iteration; by the same clock, a timer is never early.
-        limit = self._loop.now() - self.seconds + 0.001
+        # a timer may be early, by less than a millisecond
+        limit = monotonic() - self.seconds + 0.001
         while self._since:
             waiting, since = next(iter(self._since.items()))
             if since > limit:

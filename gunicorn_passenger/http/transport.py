@@ -192,17 +192,22 @@ class Transport:
         if self._bounded:
             return False
         self._bounded = True
+        self._expired = False
         self.listener.heads.add(self)
         return True
 
     def end_deadline(self) -> None:
-        self._bounded = False
+        self._bounded = self._expired = False
         self.listener.heads.remove(self, None)
 
     def expire(self) -> None:
-        """Called in the hub when a timeout has passed: wake the greenlet that waits for input."""
+        """Called in the hub when a timeout has passed: wake the greenlet that waits for input.
+
+        A deadline can pass while the greenlet lets others run: then its next wait ends at once.
+        """
         self._expired = True
-        self._waiting.switch()
+        if self._readable is not None and self._readable.active:
+            self._waiting.switch()
 
     def read_until_empty_line(self, data: bytes, check: Callable[[bytearray, int], object]) -> bytes:
         """Read up to an empty line, within one timeout.
@@ -214,8 +219,7 @@ class Transport:
         :raises ClientDisconnected: when the client sends no more.
         """
         self.buf = data
-        heads = self.listener.heads
-        heads.add(self)
+        self.begin_deadline()
         came = bytearray(data)
         seen = 0
         try:
@@ -230,7 +234,7 @@ class Transport:
                     raise ClientDisconnected(0, "the client disconnected within the headers of a request")
                 came += more
         finally:
-            heads.remove(self, None)
+            self.end_deadline()
         return bytes(came)
 
     def has_input(self) -> bool:
@@ -264,12 +268,18 @@ class Transport:
         return self._readable
 
     def _wait(self, queue: TimeoutQueue | None) -> None:
-        """Wait until the socket is readable, or until the timeout (``_expired``)."""
+        """Wait until the socket is readable, or until the timeout (``_expired``).
+
+        :param queue: the timeout of this wait; ``None`` within a deadline.
+        """
         readable = self._reader()
         if readable.active:
             raise ConcurrentObjectUseError("another greenlet reads the request's body already")
+        if not self._bounded:
+            self._expired = False
+        elif self._expired:
+            return
         self._waiting = getcurrent()
-        self._expired = False
         self._quantum_ends = 0.0
         if queue is not None:
             queue.add(self)

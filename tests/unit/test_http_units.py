@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import gevent
+import gevent.event
 import gevent.socket
 import http_model
 import pytest
 from gunicorn.config import Config
 from gunicorn.glogging import Logger
+from gunicorn.http.errors import InvalidChunkSize
 
-from gunicorn_passenger.errors import ClientDisconnected
+from gunicorn_passenger.errors import BodyTimeout, ClientDisconnected
 from gunicorn_passenger.http import timeouts as deadlines_module
 from gunicorn_passenger.http.access_log import AccessLog
 from gunicorn_passenger.http.body import ChunkedBody
@@ -39,7 +42,7 @@ class Loop:
     def now(self) -> float:
         return self.time
 
-    def timer(self, seconds: float) -> Any:
+    def timer(self, seconds: float, priority: int = 0) -> Any:
         timer = Timer(self, self.time + seconds)
         self.timers.append(timer)
         return timer
@@ -82,6 +85,7 @@ class Waiting:
 def loop(monkeypatch: pytest.MonkeyPatch) -> Loop:
     loop = Loop()
     monkeypatch.setattr(deadlines_module, "get_hub", lambda: type("Hub", (), {"loop": loop}))
+    monkeypatch.setattr(deadlines_module, "monotonic", loop.now)
     return loop
 
 
@@ -109,6 +113,46 @@ def test_without_a_waiting_connection_there_is_no_timer(loop: Loop) -> None:
     loop.advance(10)
     assert loop.timers == []
     assert waiting.expired == []
+
+
+def test_what_has_arrived_in_time_counts_although_the_loop_was_busy() -> None:
+    near, far = socket.socketpair()
+    readable = gevent.get_hub().loop.io(near.fileno(), 1)
+    late: list[str] = []
+    deadlines = TimeoutQueue(0.02, late.append)
+    arrived = gevent.event.Event()
+
+    def on_readable() -> None:
+        deadlines.remove("wait", None)
+        readable.close()
+        arrived.set()
+
+    def compute() -> None:
+        far.send(b"x")
+        time.sleep(0.05)
+
+    with near, far:
+        deadlines.add("wait")
+        readable.start(on_readable)
+        gevent.get_hub().loop.run_callback(compute)
+        assert arrived.wait(30)
+    assert late == []
+
+
+def test_a_wait_that_begins_after_a_long_computation_has_its_whole_time() -> None:
+    expired = gevent.event.Event()
+    deadlines = TimeoutQueue(0.1, lambda waiting: waiting is expired and expired.set())
+    began = []
+
+    def compute() -> None:
+        time.sleep(0.08)
+        began.append(time.monotonic())
+        deadlines.add(expired)
+
+    deadlines.add("a wait that has begun before")
+    gevent.get_hub().loop.run_callback(compute)
+    assert expired.wait(30)
+    assert time.monotonic() - began[0] > 0.09
 
 
 class Wire:
@@ -196,6 +240,34 @@ def test_a_client_that_always_has_data_lets_others_run(transfer: tuple[Transfer,
     beside.kill()
     assert sent > 50_000
     assert turns
+
+
+def test_a_deadline_that_passes_while_others_run_ends_the_next_wait(transfer: tuple[Transfer, Any]) -> None:
+    ours, _ = transfer
+    others = gevent.event.Event()
+
+    def read() -> bytes:
+        ours.greenlet = ours._waiting = gevent.getcurrent()
+        ours.begin_deadline()
+        others.wait()
+        return ours.read_some(1)
+
+    reading = gevent.spawn(read)
+    gevent.sleep(0)
+    gevent.get_hub().loop.run_callback(ours.expire)
+    gevent.sleep(0)
+    others.set()
+    with pytest.raises(BodyTimeout):
+        reading.get(timeout=5)
+
+
+def test_a_body_whose_end_is_unknown_ends_the_connection(transfer: tuple[Transfer, Any]) -> None:
+    ours, client = transfer
+    body = ChunkedBody(ours, False, 8190, None)
+    client.send(b"x\r\n")
+    with pytest.raises(InvalidChunkSize):
+        body.read()
+    assert body.too_much_unread
 
 
 def test_a_response_of_many_small_chunks_lets_others_run() -> None:
