@@ -76,8 +76,11 @@ class Agent:
         if found is None:
             if len(self._pools) >= _POOLS:
                 # a target function may return new targets without end
-                for old in [key for key, pool in self._pools.items() if pool.empty]:
-                    self._pools.pop(old).forgotten = True
+                for old, pool in list(self._pools.items()):
+                    if old[-1] is here:
+                        pool.evict_expired()
+                    if pool.empty:
+                        self._pools.pop(old, pool).forgotten = True
             context = self.context(settings.secure) if target.tls else None
             found = self._pools.setdefault(key, Pool(self, Dialer(target, here, settings, context)))
         return found

@@ -42,8 +42,8 @@ def execute(  # noqa: PLR0915 - one function, so that the common case needs no o
 ) -> Iterable[bytes]:
     """Send a request as planned, and its response to the client.
 
-    The common case comes first, with local variables alone: a connection, a request without a body, and a
-    response that has come as a whole with the first read. Everything else is below it.
+    The common case comes first, with local variables alone: a connection, a request that is sent as a whole,
+    and a response that has come as a whole with the first read. Everything else is below it.
 
     :returns: the body of the response, or ``RESPONSE_SENT``.
     :raises Exception: what :meth:`ForwardedRequest.end_with` makes a response of.
@@ -62,13 +62,21 @@ def execute(  # noqa: PLR0915 - one function, so that the common case needs no o
             plan, new = plan_next_target(request, error), False
             continue
         stream = upstream.stream
-        request_head = request.request_line + plan.header_lines
+        message = request.request_line + plan.header_lines
+        expect = in_parts = False
+        if request.sender.length:
+            expect = expects_continue(request)
+            body = b"" if expect else request.sender.take_small()
+            in_parts = not body
+            message += body
         received: bytes | None = b""
         failure: ProxyError | None = None
-        if not request.sender.length:
+        if not in_parts:
             options = plan.options
             try:
-                received = stream.request(request_head, options.upstream_timeout, client)
+                received = stream.request(message, options.upstream_timeout, client)
+            except UpstreamTimeout as error:
+                failure = error
             except TimeoutError:
                 failure = no_response_in(options.upstream_timeout)
             except OSError as error:
@@ -117,10 +125,8 @@ def execute(  # noqa: PLR0915 - one function, so that the common case needs no o
         try:
             if failure is not None:
                 raise failure
-            expect = False
-            if request.sender.length:
-                expect = expects_continue(request)
-                round_trip.send_body(request_head, expect)
+            if in_parts:
+                round_trip.send_in_parts(message, expect)
             head = round_trip.read_head(expect)
             unwanted = _may_try_next(request, round_trip, head.status)
             rejected: ProxyError | None = BadResponse(f"it responded with {head.line}") if unwanted else None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 from urllib.parse import quote
 
-from werkzeug.exceptions import NotFound, default_exceptions
+from werkzeug.exceptions import default_exceptions
 from werkzeug.wrappers import Request, Response
 
 from gunicorn_passenger.errors import ClientDisconnected, ProxyError, TruncatedResponse
@@ -221,7 +221,7 @@ class ForwardedRequest:
         if status == 400 and self.connection is not None and self.connection.response is not None:
             # the bytes after such a request must not be read as another one
             self.connection.response.force_close()
-        error = NotFound(text) if status == 404 else default_exceptions[status](text)
+        error = default_exceptions[status](description=text)
         return error.get_response(self.environ)(self.environ, self.start_response)
 
     def _fail(self, error: ProxyError) -> Iterable[bytes]:
@@ -252,7 +252,7 @@ class ForwardedRequest:
         status = error.status_code
         headers = [("Retry-After", "1")] if status == 503 else []
         text = _TEXTS.get(status, error.reason)
-        response: Response = default_exceptions[status](text).get_response(self.environ)
+        response: Response = default_exceptions[status](description=text).get_response(self.environ)
         response.headers.extend(headers)
         return response(self.environ, self.start_response)
 

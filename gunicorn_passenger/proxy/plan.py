@@ -390,7 +390,7 @@ def _check_allowed(request: ForwardedRequest, headers: RequestHeaders, must_upgr
     if method in ("OPTIONS", "TRACE") and headers.max_forwards == 0:
         # it is meant for the proxy itself (RFC 9110 section 7.6.2)
         if method == "TRACE":
-            raise LocalResponse(405, "This proxy does not send a request back (TRACE).")
+            raise LocalResponse(501, "This proxy does not send a request back (TRACE).")
         raise LocalResponse(200)
 
 

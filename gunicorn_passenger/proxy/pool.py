@@ -165,7 +165,7 @@ class Pool:
                 upstream.idle_since = now
                 self._idle.append(upstream)
                 self.used -= 1
-            self._evict_expired()
+            self.evict_expired()
             return
         if self._waiters and self._serve_waiter(upstream):
             return
@@ -293,11 +293,12 @@ class Pool:
         """Whether it has no connection, and no request waits for one."""
         return not (self.used or self._idle or self._waiters)
 
-    def _evict_expired(self) -> None:
-        """Close the connections that were idle for too long. Threads do this when they release one."""
+    def evict_expired(self) -> None:
+        """Close the connections that were idle for too long. Threads have no timer, and call this."""
         limit = self.clock() - self.idle_timeout + 0.001
-        while self._idle and self._idle[0].idle_since <= limit:
-            self.evict(self._idle[0])
+        with self._lock:
+            while self._idle and self._idle[0].idle_since <= limit:
+                self.evict(self._idle[0])
 
     def _start_timer(self, seconds: float) -> None:
         self._timer = self._loop.timer(max(seconds, 0.001))
@@ -308,7 +309,7 @@ class Pool:
         try:
             self._timer.close()
             self._timer = None
-            self._evict_expired()
+            self.evict_expired()
         except Exception as error:
             failed_callback(f"an unused connection to {self.target}", error)
         finally:

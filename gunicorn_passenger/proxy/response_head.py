@@ -165,6 +165,9 @@ class ResponseHead:
             elif "keep-alive" in options:
                 self.close = False
             headers = without_nominated(headers, options)
+        if self.status == 204 and (self.length or self.chunked):
+            # a server that announces a body here may send it, too, and it would begin the next response
+            self.close = True
         self.headers = headers
 
     def _take_length(self, value: str) -> None:

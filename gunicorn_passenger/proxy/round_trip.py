@@ -80,24 +80,19 @@ class RoundTrip:
 
     # --- the request -----------------------------------------------------------------------------
 
-    def send_body(self, head: bytes, expect: bool) -> None:
-        """Send a request that has a body. The rest of a long body is sent while the response is read.
+    def send_in_parts(self, head: bytes, expect: bool) -> None:
+        """Send a request whose body follows its head, while the response is read.
 
         :param head: the request head.
         :param expect: whether the client waits for "100 Continue" before it sends the body.
         :raises UpstreamClosed: when the connection was closed before the body was touched.
         """
-        sender = self.sender
         stream = self.upstream.stream
-        body = b"" if expect else sender.take_small()
-        if body:
-            stream.send_request(head + body, self._seconds)
-            return
         stream.send_head(head, self._seconds)
         if stream.failed and self.upstream.reused and not stream.partially_sent and not stream.pending():
             raise UpstreamClosed("it closed the connection before it responded")
         if not expect:
-            sender.start(self.upstream, self.pool.runtime.concurrent)
+            self.sender.start(self.upstream, self.pool.runtime.concurrent)
 
     def may_repeat(self) -> bool:
         """Whether the request may be sent again after the upstream has closed a reused connection.

@@ -214,20 +214,17 @@ class Stream:
         return self.recv(HEAD_READ, seconds, client)
 
     def request(self, data: bytes, seconds: float | None, client: DisconnectNotifier) -> bytes | None:
-        """Send a request that has no body, and receive the first bytes of its response.
+        """Send a whole request, and receive the first bytes of its response.
 
         :param seconds: how long to wait for them.
         :param client: the client of the request; the wait ends when that disconnects.
         :returns: ``None`` when data came before the request was sent: it is not part of a response to it. The
             request is sent only if the caller continues to read.
+        :raises UpstreamTimeout: as :meth:`send_head`.
         :raises TimeoutError, OSError, DownstreamDisconnected: as :meth:`recv`.
         """
-        self.send_request(data, seconds)
-        return self.recv_response(seconds, client)
-
-    def send_request(self, data: bytes, seconds: float | None) -> None:
-        """Send a whole request, now or at the end of the event-loop iteration; see :meth:`send_head`."""
         self.send_head(data, seconds)
+        return self.recv_response(seconds, client)
 
     def send_head(self, data: bytes, seconds: float | None) -> None:
         """Send the beginning of a request now. When that fails, reading tells why: a response may have come.
@@ -400,13 +397,6 @@ class GeventStream(Stream):
         if ended is _GONE:
             raise DownstreamDisconnected
         raise TimeoutError
-
-    def send_request(self, data: bytes, seconds: float | None) -> None:
-        if len(data) > SMALL_REQUEST:
-            self.send_head(data, seconds)
-            return
-        self.partially_sent = False
-        self.runtime.send_at_end_of_iteration(self, data)
 
     def send_now(self, data: bytes) -> None:
         """Called in the hub at the end of the iteration."""

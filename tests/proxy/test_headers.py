@@ -404,6 +404,16 @@ def test_connect_is_refused(px, where, target):
         assert not upstream.connects_within(0.05)
 
 
+@ALL
+def test_trace_that_is_meant_for_the_proxy_is_not_implemented(px, where):
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(get("/", "Max-Forwards: 0", method="TRACE"))
+        response = response_of(client)
+        assert response.status == 501
+        assert b"does not send a request back" in response.body
+        assert not upstream.connects_within(0.05)
+
+
 @pytest.mark.parametrize(
     ("target", "sent"),
     [("/", "/base/"), ("/a?b", "/base/a?b"), ("//a", "/base//a"), ("http://o.example/x", "/base/x")],

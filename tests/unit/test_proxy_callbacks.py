@@ -120,13 +120,13 @@ def test_a_request_that_cannot_be_sent_keeps_no_other_from_it(pairs, logged):
     streams = [GeventStream(near, runtime()) for near, _ in ends]
     streams[1].sock = Broken(ends[1][0], "send")
     for stream in streams:
-        stream.send_request(b"request", None)
+        runtime().send_at_end_of_iteration(stream, b"request")
     gevent.sleep(0)
     assert [received(far, 7) for _, far in ends[::2]] == [b"request"] * 2
     until(lambda: ended(ends[1][1]))
     assert streams[1].recv(10) == b""  # whoever waits for the response hears of it
     assert (streams[1].failed, streams[1].partially_sent) == (True, False)
-    streams[0].send_request(b"another", None)
+    runtime().send_at_end_of_iteration(streams[0], b"another")
     assert received(ends[0][1], 7) == b"another"
     for stream in streams:
         stream.close()
@@ -139,7 +139,7 @@ def test_the_rest_of_a_request_that_cannot_be_sent_ends_its_connection(pairs, lo
     with contextlib.suppress(BlockingIOError):
         while True:
             near.send(b"x" * 65536)
-    stream.send_request(b"request", None)
+    runtime().send_at_end_of_iteration(stream, b"request")
     stream.sock = Broken(near, "send")
 
     class Once(Broken):
@@ -238,7 +238,7 @@ def test_an_unused_connection_that_cannot_be_closed_keeps_no_other_open(pool, lo
 
 def test_a_timer_of_idle_connections_that_raises_continues(pool, logged, monkeypatch):
     one = pool.acquire()
-    retire = pool._evict_expired
+    retire = pool.evict_expired
     calls = []
 
     def once():
@@ -247,7 +247,7 @@ def test_a_timer_of_idle_connections_that_raises_continues(pool, logged, monkeyp
             fail()
         retire()
 
-    monkeypatch.setattr(pool, "_evict_expired", once)
+    monkeypatch.setattr(pool, "evict_expired", once)
     pool.release(one)
     until(lambda: ended(one.stream.far))
     logged()

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import _socket
+import contextlib
+import threading
 
 import gevent
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from websocket_frames import frame
+from wsgi_calls import call, environ
 
+from gunicorn_passenger import http_proxy
 from gunicorn_passenger.errors import BadResponse, PoolExhausted
 from gunicorn_passenger.proxy import agent as agents
 from gunicorn_passenger.proxy.dial import Dialer, DialSettings
 from gunicorn_passenger.proxy.response_head import ResponseChunks, ResponseHead, parse_response_head
 from gunicorn_passenger.proxy.target import parse_target
-from gunicorn_passenger.proxy.upstream_io import GeventStream, runtime
+from gunicorn_passenger.proxy.upstream_io import GeventRuntime, GeventStream, runtime
 from gunicorn_passenger.proxy.websocket_frames import FrameTracker, close_frame
 
 SIZES = st.lists(st.sampled_from([0, 1, 2, 124, 125, 126, 127, 128, 129, 300, 65535, 65536]), max_size=6)
@@ -84,6 +88,13 @@ def test_reading_a_head_twice_does_not_change_it():
     assert (head.length, head.close, head.dated) == (2, False, False)
 
 
+@pytest.mark.parametrize("framing", [b"Content-Length: 5", b"Transfer-Encoding: chunked"])
+def test_a_connection_on_which_a_204_announces_a_body_is_not_used_again(framing):
+    head = ResponseHead(b"HTTP/1.1 204 No Content\r\n%b\r\n\r\n" % framing, keep_case=False)
+    assert head.close
+    assert not ResponseHead(b"HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n", keep_case=False).close
+
+
 def pair() -> tuple[GeventStream, _socket.socket]:
     near, far = _socket.socketpair()
     near.setblocking(False)
@@ -94,7 +105,7 @@ def test_what_is_sent_soon_is_sent_in_order_at_the_end_of_the_turn():
     gevent.get_hub()
     ends = [pair() for _ in range(3)]
     for stream, _ in ends:
-        stream.send_request(b"one", None)
+        runtime().send_at_end_of_iteration(stream, b"one")
     for _, far in ends:
         far.setblocking(False)
         with pytest.raises(BlockingIOError):
@@ -115,7 +126,7 @@ def test_what_does_not_fit_soon_follows():
             full += stream.sock.send(b"x" * 65536)
         except BlockingIOError:
             break
-    stream.send_request(b"the request", None)
+    runtime().send_at_end_of_iteration(stream, b"the request")
     gevent.sleep(0)
     came = b""
     while len(came) < full + len(b"the request"):
@@ -129,7 +140,7 @@ def test_what_does_not_fit_soon_follows():
 def test_a_closed_stream_sends_nothing_soon():
     gevent.get_hub()
     stream, far = pair()
-    stream.send_request(b"x", None)
+    runtime().send_at_end_of_iteration(stream, b"x")
     stream.close()
     gevent.sleep(0)
     assert far.recv(10) == b""
@@ -140,11 +151,52 @@ def test_a_send_that_fails_soon_is_known():
     gevent.get_hub()
     stream, far = pair()
     far.close()
-    stream.send_request(b"x", None)
+    runtime().send_at_end_of_iteration(stream, b"x")
     gevent.sleep(0)
     assert stream.failed
     assert not stream.partially_sent
     stream.close()
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_what_the_target_says_before_it_has_the_request_is_not_a_response_to_it(monkeypatch, method):
+    gevent.get_hub()
+    ends = []
+
+    def connect(dialer, seconds):
+        ends.append(pair())
+        gevent.spawn(respond, ends[-1][1])
+        return ends[-1][0]
+
+    def respond(far):
+        far.setblocking(False)
+        got = b""
+        while not got.endswith(end):
+            gevent.sleep(0.001)
+            with contextlib.suppress(BlockingIOError):
+                got += far.recv(65536)
+        far.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(got), got))
+
+    def late(self, stream, data):
+        """The target closes the connection as servers do, just when the loop is busy with other callbacks."""
+        monkeypatch.undo()
+        monkeypatch.setattr(Dialer, "connect", connect)
+        ends[0][1].send(b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+        gevent.spawn_later(0.05, self.send_at_end_of_iteration, stream, data)
+
+    body = b"hello" if method == "POST" else None
+    end = body or b"\r\n\r\n"
+    monkeypatch.setattr(Dialer, "connect", connect)
+    proxy = http_proxy.create_server(9)
+    proxy.on("proxy_req", lambda upstream, request, options: setattr(upstream, "body", body))
+    with gevent.Timeout(30):
+        assert call(proxy.web, environ(REQUEST_METHOD=method))[0] == 200
+        monkeypatch.setattr(GeventRuntime, "send_at_end_of_iteration", late)
+        status, _, got = call(proxy.web, environ(REQUEST_METHOD=method))
+    assert (status, got.count(b"HTTP/1.1"), len(ends)) == (200, 1, 2)
+    proxy.proxy.close()
+    for _, far in ends:
+        far.close()
 
 
 @pytest.fixture
@@ -225,6 +277,33 @@ def test_a_connection_that_is_too_old_carries_no_further_request(pool, monkeypat
     pool.release(one)
     assert pool.empty
     pool.limits.max_age = None
+
+
+def test_a_thread_that_asks_ever_new_targets_keeps_few_connections(monkeypatch):
+    ends = []
+
+    def connect(dialer, seconds):
+        near, far = _socket.socketpair()
+        ends.append((near, far))
+        return dialer.runtime.open(near)
+
+    def ask():
+        agent = agents.Agent(idle_timeout=30)
+        for second in range(200):
+            pool = agent.pool(parse_target(second + 1), DialSettings())
+            pool.clock = lambda: now[0]
+            pool.release(pool.acquire())
+            now[0] += 1
+        opened.append(sum(near.fileno() >= 0 for near, _ in ends))
+
+    now, opened = [0.0], []
+    monkeypatch.setattr(Dialer, "connect", connect)
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join(30)
+    for end in ends:
+        end[0].close(), end[1].close()
+    assert opened[0] < 100
 
 
 @pytest.mark.parametrize(
