@@ -273,8 +273,7 @@ def _handled(request: ForwardedRequest, made: Any) -> Iterable[bytes]:
     if not callable(made):
         raise HandlerFailed(f"a handler of 'proxy_res' returned {made!r}, which is not a response")
     application: Callable[..., Iterable[bytes]] = made
-    body = iter(application(request.environ, request.note_start))
-    return _WsgiBody(request, body, keeps_upstream=True)
+    return _WsgiBody(request, application(request.environ, request.note_start), keeps_upstream=True)
 
 
 def _changed(response: UpstreamResponse, head: ResponseHead) -> HeaderList:
@@ -302,7 +301,7 @@ class _WsgiBody:
     """The body of a response for a WSGI server; closing it ends the request."""
 
     def __init__(
-        self, request: ForwardedRequest, body: Iterator[bytes], keeps_upstream: bool = False
+        self, request: ForwardedRequest, body: Iterable[bytes], keeps_upstream: bool = False
     ) -> None:
         """
         :param keeps_upstream: whether the connection to the upstream is kept when the server closes the body
@@ -332,8 +331,10 @@ class _WsgiBody:
 
     def close(self) -> None:
         """End the request, also when the body was not read to its end."""
-        self._chunks.close()  # type: ignore[attr-defined]
-        close = getattr(self._body, "close", None)
-        if close is not None:
-            close()
-        self._request.end(broken=not self._keeps_upstream)
+        try:
+            self._chunks.close()  # type: ignore[attr-defined]
+            close = getattr(self._body, "close", None)
+            if close is not None:
+                close()
+        finally:
+            self._request.end(broken=not self._keeps_upstream)

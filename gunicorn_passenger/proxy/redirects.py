@@ -63,6 +63,7 @@ class Redirects:
                 method = "GET"
             headers = headers.without_length()
             headers = headers.changed([line for line in headers.lines if line[0].lower() not in _CONTENT])
+            request.sender.abandon()
             request.sender = NO_BODY_SENDER
         target, path = found
         foreign = target != self._origin

@@ -69,6 +69,23 @@ def test_without_forward_there_is_no_copy(lab, upstream, port):
     assert (got.path, came.status) == ("/x", 200)
 
 
+def test_a_copy_ends_when_a_redirect_makes_its_body_needless(lab, upstream, port):
+    second = free_port()
+    where = lab.serve(f"{port}, forward={second}, follow_redirects=True")
+    with Upstream(second) as copies, connect(where) as client:
+        client.send(request("/x", "Expect: 100-continue", "Content-Length: 5", method="POST"))
+        wire = accept(upstream, client)
+        wire.head()
+        wire.send(answer("303 See Other", "Location: /y"))
+        wire = upstream.accept()
+        assert read_request(wire).path == "/y"
+        wire.send(OK)
+        assert read_response(client).text == b"ok"
+        copy = copies.accept()
+        copy.head()
+        assert copy.ended()
+
+
 def test_forward_that_refuses_does_no_harm(lab, upstream, port):
     where = lab.serve(f"{port}, forward={free_port()}")
     for _ in range(2):

@@ -186,6 +186,25 @@ def test_self_handle_response_keeps_what_is_coded(lab, upstream, port):
     assert ask(where, upstream, request(), reply)[1].text == b"packed"
 
 
+def test_self_handle_response_closes_what_the_application_returned(lab, upstream, port):
+    where = lab.serve(f"{port}, self_handle_response=True")
+    on_answer(
+        lab,
+        """
+class Body:
+    def __iter__(self):
+        yield b"made"
+    def close(self):
+        seen.append("closed")
+def app(environ, start_response):
+    start_response("200 OK", [])
+    return Body()
+return app""",
+    )
+    assert ask(where, upstream)[1].text == b"made"
+    assert lab.wait_seen() == ["closed"]
+
+
 def test_self_handle_response_that_leaves_the_body_unread(lab, upstream, port):
     """What was not read is not taken for the next answer."""
     where = lab.serve(f"{port}, self_handle_response=True")
