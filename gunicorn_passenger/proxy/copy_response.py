@@ -52,7 +52,7 @@ def copy_response(
     line = wire.status_text(status, reason)
     first = round_trip.receive(wait=False) if body is None else b""
     response.sent = len(first)
-    unread = not round_trip.sender.started
+    unread = not round_trip.sender.started or round_trip.sender.replaced
     whole = body is None and round_trip.complete and not round_trip.trailers
     response.begin_upstream_response(line, lines, length, first, whole, unread)
     if whole:

@@ -21,10 +21,14 @@ from gunicorn_passenger.proxy.target import Target
 
 
 def expects_continue(request: ForwardedRequest) -> bool:
-    """Whether the client waits for "100 Continue" before it sends the body (RFC 9110 section 10.1.1)."""
+    """Whether the client waits for "100 Continue" before it sends the body (RFC 9110 section 10.1.1).
+
+    A body of the program's own is there already.
+    """
     return (
         request.headers.expect
         and request.sender.length != 0
+        and not request.sender.replaced
         and request.environ.get("SERVER_PROTOCOL") != "HTTP/1.0"
     )
 

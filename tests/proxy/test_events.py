@@ -565,3 +565,23 @@ proxy.on("proxy_req", change)
             assert read_response(client).text == b"B" * 50
     assert [message.start.split(" ")[0] for _, message in target.requests] == [becomes, "GET"] * 2
     lab.assert_calm()
+
+
+@pytest.mark.parametrize(
+    "new", ["b'from the handler'", "__import__('io').BytesIO(b'from the handler')"], ids=["bytes", "buffer"]
+)
+def test_a_body_in_place_of_one_that_the_client_has_not_sent_yet(lab, upstream, port, new):
+    """The client waits for "100 Continue", which never comes: its body is not needed."""
+    if new.startswith("b"):
+        where = lab.serve(f"{port}")
+        handle(lab, "proxy_req", f"upstream_request.body = {new}")
+    else:
+        where = lab.serve(f"{port}, buffer={new}")
+    with connect(where) as client:
+        client.send(request("/x", "Expect: 100-continue", "Content-Length: 5", method="POST"))
+        wire = accept(upstream, client)
+        got = read_request(wire)
+        assert (got.text, got.get("expect")) == (b"from the handler", [])
+        wire.send(OK)
+        came = read_response(client)
+        assert (came.status, came.get("connection")) == (200, ["close"])
