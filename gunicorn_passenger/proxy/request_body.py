@@ -156,6 +156,9 @@ class RequestBodySender:
         response would wait for ever behind a proxy. Our own server and most others have ``read1``, which
         returns what has come.
         """
+        if self.held is not None:
+            yield self.held
+            return
         left = self.length
         most = None if self.replaced else self._max_body
         while left:

@@ -123,6 +123,14 @@ def test_forward_alone_is_a_pure_copy(lab, upstream, port):
         assert read_response(client).status == 200
 
 
+def test_forward_alone_sends_the_body_of_the_option_buffer(lab, upstream, port):
+    where = lab.serve(f"None, forward={port}, buffer=__import__('io').BytesIO(b'from the buffer')")
+    with connect(where) as client:
+        client.send(request("/x", method="POST", body=b"hello"))
+        assert read_response(client).status == 200
+        assert read_request(upstream.accept()).text == b"from the buffer"
+
+
 def test_forward_alone_that_refuses_is_still_200(lab):
     came = refuse(lab.serve(f"None, forward={free_port()}"))
     assert (came.status, came.text) == (200, b"")
