@@ -33,7 +33,7 @@ from gunicorn_passenger.proxy.response_head import (
     wire_head,
 )
 from gunicorn_passenger.proxy.round_trip import IDEMPOTENT, RoundTrip, closed_by_upstream, no_response_in
-from gunicorn_passenger.proxy.upstream_io import DownstreamDisconnected
+from gunicorn_passenger.proxy.upstream_io import DownstreamDisconnected, WaitTimeout
 from gunicorn_passenger.proxy.upstream_request import expects_continue
 
 
@@ -77,7 +77,7 @@ def execute(  # noqa: PLR0915 - one function, so that the common case needs no o
                 received = stream.request(message, options.upstream_timeout, client)
             except UpstreamTimeout as error:
                 failure = error
-            except TimeoutError:
+            except WaitTimeout:
                 failure = no_response_in(options.upstream_timeout)
             except OSError as error:
                 failure = closed_by_upstream("before it responded", error)

@@ -21,7 +21,7 @@ from gunicorn_passenger.proxy.response_head import (
     ResponseHead,
     parse_response_head,
 )
-from gunicorn_passenger.proxy.upstream_io import READ
+from gunicorn_passenger.proxy.upstream_io import READ, WaitTimeout
 
 #: The size of one read of a long body, in bytes.
 _BODY_READ = 262144
@@ -172,7 +172,7 @@ class RoundTrip:
             upstream.buffer = data
             try:
                 more = upstream.stream.recv_response(_EXPECT if expect else self._seconds, self.client)
-            except TimeoutError:
+            except WaitTimeout:
                 self._check_sender()
                 if expect:
                     return None
@@ -235,7 +235,7 @@ class RoundTrip:
             try:
                 data = self.upstream.stream.recv(_BODY_READ, self._seconds, self.client)
                 break
-            except TimeoutError:
+            except WaitTimeout:
                 if not self._body_advances(chunks_sent):
                     raise self._silent() from None
             except OSError as error:
@@ -263,7 +263,7 @@ class RoundTrip:
         """Wait until more of the response has come."""
         try:
             self.upstream.stream.wait(READ, self._seconds, self.client)
-        except TimeoutError:
+        except WaitTimeout:
             raise self._silent() from None
 
     def _silent(self) -> UpstreamTimeout:

@@ -59,6 +59,14 @@ class DownstreamDisconnected(Exception):
     """The client has disconnected while the proxy waited for the upstream."""
 
 
+class WaitTimeout(TimeoutError):
+    """The timeout of a wait has passed.
+
+    Python raises ``TimeoutError`` also for ``ETIMEDOUT``: the kernel has given the connection up, because the
+    upstream's host has vanished.
+    """
+
+
 class GeventRuntime:
     """How greenlets wait: one for each hub."""
 
@@ -182,7 +190,7 @@ def runtime() -> Runtime:
 
 
 class Stream:
-    """A connected socket. The methods that wait may raise ``TimeoutError`` and ``OSError``."""
+    """A connected socket. The methods that wait may raise :class:`WaitTimeout` and other ``OSError``."""
 
     sock: Any
     tls = False
@@ -221,7 +229,7 @@ class Stream:
         :returns: ``None`` when data came before the request was sent: it is not part of a response to it. The
             request is sent only if the caller continues to read.
         :raises UpstreamTimeout: as :meth:`send_head`.
-        :raises TimeoutError, OSError, DownstreamDisconnected: as :meth:`recv`.
+        :raises WaitTimeout, OSError, DownstreamDisconnected: as :meth:`recv`.
         """
         self.send_head(data, seconds)
         return self.recv_response(seconds, client)
@@ -234,7 +242,7 @@ class Stream:
         self.partially_sent = False
         try:
             self.send(data, seconds)
-        except TimeoutError:
+        except WaitTimeout:
             raise UpstreamTimeout(f"it has not read the request for {seconds:g} s") from None
         except OSError:
             # under TLS it is not known how much of it has arrived
@@ -303,7 +311,7 @@ class ThreadStream(Stream):
         poll = _poll()
         poll.register(self.sock.fileno(), select.POLLIN if what == READ else select.POLLOUT)
         if not poll.poll(None if seconds is None else seconds * 1000):
-            raise TimeoutError
+            raise WaitTimeout
 
 
 class _TimedWait:
@@ -396,7 +404,7 @@ class GeventStream(Stream):
             return
         if ended is _GONE:
             raise DownstreamDisconnected
-        raise TimeoutError
+        raise WaitTimeout
 
     def send_now(self, data: bytes) -> None:
         """Called in the hub at the end of the iteration."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import _socket
 import contextlib
+import errno
+import os
 import threading
 
 import gevent
@@ -14,7 +16,7 @@ from websocket_frames import frame
 from wsgi_calls import call, environ
 
 from gunicorn_passenger import http_proxy
-from gunicorn_passenger.errors import BadResponse, PoolExhausted
+from gunicorn_passenger.errors import BadResponse, PoolExhausted, TruncatedResponse
 from gunicorn_passenger.proxy import agent as agents
 from gunicorn_passenger.proxy.dial import Dialer, DialSettings
 from gunicorn_passenger.proxy.response_head import ResponseChunks, ResponseHead, parse_response_head
@@ -197,6 +199,49 @@ def test_what_the_target_says_before_it_has_the_request_is_not_a_response_to_it(
     proxy.proxy.close()
     for _, far in ends:
         far.close()
+
+
+@pytest.mark.parametrize("timeout", [None, 60.0])
+@pytest.mark.parametrize(
+    "begun", [b"x", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nx"], ids=["head", "body"]
+)
+def test_a_host_that_vanishes_ends_the_request(monkeypatch, timeout, begun):
+    """TCP keepalive has had no reply: ETIMEDOUT, which is a TimeoutError, too."""
+    gevent.get_hub()
+    ends = []
+
+    class Vanished:
+        def __init__(self, sock):
+            self.sock = sock
+
+        def __getattr__(self, name):
+            return getattr(self.sock, name)
+
+        def recv(self, *arguments):
+            data, said[:] = b"".join(said), []
+            if not data:
+                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+            return data
+
+    def connect(dialer, seconds):
+        stream, far = pair()
+        ends.append(far)
+        far.send(b"readable")
+        stream.sock = Vanished(stream.sock)
+        stream.is_quiet = lambda: True
+        return stream
+
+    said = [begun] if begun != b"x" else []
+    monkeypatch.setattr(Dialer, "connect", connect)
+    proxy = http_proxy.create_server(9, proxy_timeout=timeout)
+    with gevent.Timeout(30):
+        if begun == b"x":
+            assert call(proxy.web, environ())[0] == 502
+        else:
+            with pytest.raises(TruncatedResponse, match="failed inside its response: Connection timed out"):
+                call(proxy.web, environ())
+    proxy.proxy.close()
+    ends[0].close()
 
 
 @pytest.fixture
