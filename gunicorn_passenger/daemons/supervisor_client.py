@@ -19,6 +19,8 @@ from typing import Any
 
 from gunicorn_passenger.config.address import format_tcp
 from gunicorn_passenger.config.port_allocation import PortAllocation
+from gunicorn_passenger.daemons import process_tree
+from gunicorn_passenger.daemons.daemon_exec import DaemonSettings
 from gunicorn_passenger.daemons.run_as import RunAs
 from gunicorn_passenger.daemons.spec import DaemonListen, DaemonSpec
 from gunicorn_passenger.system import listening_sockets, procfs, unpatched
@@ -42,7 +44,7 @@ _PRIVATE = frozenset(
         "WATCHDOG_USEC",
         "PASSENGER_UPGRADE",
         "PASSENGER_DAEMON",
-        "PASSENGER_DAEMON_KEY",
+        process_tree.KEY_VARIABLE,
         "PASSENGER_REPORT_FD",
         "PASSENGER_CALL",
     }
@@ -92,11 +94,11 @@ class SupervisorClient:
             env |= run_as.environment()
         env |= dict(spec.env)
         env["PASSENGER_DAEMON"] = spec.name
-        settings = {
-            "command": spec.command,
+        settings: DaemonSettings = {
+            "command": list(spec.command),
             "env": env,
             "cwd": spec.cwd,
-            "ids": [run_as.uid, run_as.gid, run_as.groups] if run_as.changes else [],
+            "ids": (run_as.uid, run_as.gid, list(run_as.groups)) if run_as.changes else None,
             "names": [spec.name for _ in listening],
             "stop_timeout": spec.stop_timeout,
             "kill_mode": spec.kill_mode,
@@ -159,11 +161,10 @@ class SupervisorClient:
         self._sock.close()
         with suppress(OSError):
             os.kill(self.pid, signal.SIGKILL)
-        marks = {f"PASSENGER_DAEMON_KEY={key}".encode() for key in self._keys}
         found: set[int] = set()
         # one of them may start another while its siblings die
         for _ in range(3):
-            left = _marked(marks)
+            left = process_tree.with_keys(self._keys, procfs.pids())
             for pid in left:
                 with suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
@@ -198,9 +199,9 @@ def _spawn(channel: _socket.socket) -> int:
     ]
     spawn = unpatched.unpatched("os", "posix_spawn")
     command = [sys.executable, "-I", "-S", _SUPERVISOR, str(number)]
-    # a session of its own: Ctrl-C in a terminal is for the master
     # these signals wait until the supervisor ignores them
     mask = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2]
+    # a session of its own: Ctrl-C in a terminal is for the master
     return int(spawn(sys.executable, command, os.environ, file_actions=actions, setsid=True, setsigmask=mask))
 
 
@@ -208,11 +209,6 @@ def _is_inheritable(fd: int) -> bool:
     with suppress(OSError):
         return os.get_inheritable(fd)
     return False
-
-
-def _marked(marks: set[bytes]) -> set[int]:
-    """The processes with one of the marks in their environment."""
-    return {pid for pid in procfs.pids() if marks.intersection(procfs.environment(pid))}
 
 
 # --- sockets ---------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What the system tells about processes (proc(5)).
 
-Process: the master and the command line. The supervisor may import only the standard library, and reads
-/proc by itself. Never: raise for a process that has exited.
+Process: the master, the supervisor and the command line. Never: raise for a process that has exited, or
+import anything but the standard library.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache
+from typing import NamedTuple
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _TICK = os.sysconf("SC_CLK_TCK")
@@ -34,15 +35,33 @@ def memory(pid: int) -> int | None:
         return None
 
 
-def started(pid: int) -> float | None:
-    """Start in Unix time; ``None`` when the process has exited."""
+class Stat(NamedTuple):
+    """Fields of /proc/PID/stat."""
+
+    #: ``Z`` and ``X``: it has exited
+    state: str
+    #: pids
+    parent: int
+    session: int
+    #: clock ticks since the system booted
+    start_ticks: int
+
+
+def stat(pid: int) -> Stat | None:
+    """``None`` when the process has exited and was reaped."""
     try:
-        with open(f"/proc/{pid}/stat") as file:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             # the name, in parentheses, may contain any character
-            ticks = int(file.read().rpartition(")")[2].split()[19])
+            fields = file.read().rpartition(")")[2].split()
+        return Stat(fields[0], int(fields[1]), int(fields[3]), int(fields[19]))
     except (OSError, IndexError, ValueError):
         return None
-    return round(_booted() + ticks / _TICK, 2)
+
+
+def started(pid: int) -> float | None:
+    """Start in Unix time; ``None`` when the process has exited."""
+    found = stat(pid)
+    return None if found is None else round(_booted() + found.start_ticks / _TICK, 2)
 
 
 @lru_cache(maxsize=1)

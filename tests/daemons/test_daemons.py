@@ -14,9 +14,10 @@ from free_ports import free_range
 from http_client import fetch, pids_answering, refused
 from processes import PROGRAMS, descriptors, require
 
-from gunicorn_passenger.daemons import supervisor
 from gunicorn_passenger.daemons.requested import RequestedDaemons
 from gunicorn_passenger.daemons.spec import build_spec
+from gunicorn_passenger.daemons.supervised_process import SupervisedProcess
+from gunicorn_passenger.daemons.supervisor_loop import Supervisor
 from gunicorn_passenger.errors import DaemonError
 
 # --- with any worker class, by the hooks alone -------------------------------------------------------
@@ -238,18 +239,18 @@ def test_a_flood_waits_and_disturbs_no_other_daemon(site, flood):
 def test_short_lines_come_in_small_packets():
     """The master logs a packet in one go."""
     said = []
-    program = supervisor.Supervisor.__new__(supervisor.Supervisor)
+    program = Supervisor.__new__(Supervisor)
     program.send_event = said.append
-    program.forward_lines(supervisor.SupervisedProcess("key", {}, [], None), [b"y"] * 1050)
+    program.forward_lines(SupervisedProcess("key", {}, [], None), [b"y"] * 1050)
     assert [len(packet["lines"]) for packet in said] == [100] * 10 + [50]
 
 
 def test_what_counts_is_how_long_its_first_process_has_lived():
     """Not how long those took to end that it has left behind."""
     said = []
-    program = supervisor.Supervisor.__new__(supervisor.Supervisor)
+    program = Supervisor.__new__(Supervisor)
     program.send_event, program.daemons = said.append, {}
-    daemon = program.daemons["key"] = supervisor.SupervisedProcess("key", {"give_up_after": 2}, [], None)
+    daemon = program.daemons["key"] = SupervisedProcess("key", {"give_up_after": 2}, [], None)
     now = time.monotonic()
     for _ in range(2):
         daemon.status, daemon.started, daemon.ended = 0, now - 60.0, now - 59.5
@@ -260,11 +261,11 @@ def test_what_counts_is_how_long_its_first_process_has_lived():
 
 def test_what_cannot_be_killed_is_left_alone(monkeypatch):
     said = []
-    program = supervisor.Supervisor.__new__(supervisor.Supervisor)
+    program = Supervisor.__new__(Supervisor)
     program.send_event, program.daemons = said.append, {}
-    daemon = program.daemons["key"] = supervisor.SupervisedProcess("key", {"give_up_after": 0}, [], None)
+    daemon = program.daemons["key"] = SupervisedProcess("key", {"give_up_after": 0}, [], None)
     daemon.pid, daemon.kill_at, daemon.stopped_for_good = 1 << 30, 100.0, True
-    monkeypatch.setattr(supervisor, "processes_of", lambda daemon: [1 << 30])
+    monkeypatch.setattr(daemon, "processes", lambda: [1 << 30])
     program.check_exited(daemon, 100.0)
     program.check_exited(daemon, 104.0)
     assert [message["event"] for message in said] == ["killing"]

@@ -176,6 +176,16 @@ def test_an_import_brings_no_more_than_it_needs(statement: str, absent: list[str
     assert result.stdout.strip() == "[]"
 
 
+def test_the_supervisor_imports_only_the_standard_library_and_this_package() -> None:
+    """It would otherwise run code of other packages, perhaps as root, and need their memory."""
+    program = ROOT / "daemons" / "supervisor.py"
+    code = f"import runpy, sys; runpy.run_path({str(program)!r}); print(*{{n.split('.')[0] for n in sys.modules}})"
+    result = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert set(result.stdout.split()) - {PACKAGE, "__main__"} <= sys.stdlib_module_names
+
+
 def test_public_modules_need_no_import_of_their_own() -> None:
     code = (
         "import gunicorn_passenger as p; print(p.http_proxy.create_server, p.status.spawn, p.spawn, p.Worker)"
