@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import random
@@ -29,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import conditions
 from load_clients import KINDS, Address, ClosedIdle, Connection, Failure, Lost, request
 
 PROGRAMS = Path(__file__).resolve().parent.parent / "programs"
@@ -46,14 +48,7 @@ GRACEFUL = 30
 # --- what a storm is raised on ----------------------------------------------------------------------
 
 
-def wait_for(condition: Callable[[], Any], what: object, timeout: float = PATIENCE) -> Any:
-    """Call ``condition`` until it returns something true, and return that."""
-    deadline = time.monotonic() + timeout
-    while not (result := condition()):
-        if time.monotonic() > deadline:
-            raise AssertionError(f"waited {timeout:g} s for {what() if callable(what) else what}")
-        time.sleep(0.02)
-    return result
+wait_for = functools.partial(conditions.wait_for, timeout=PATIENCE)
 
 
 def _die_with_parent() -> None:
@@ -226,7 +221,7 @@ class Site:
             self.reap()
             return not _alive(self.master)
 
-        wait_for(gone, lambda: f"the master to end:\n{self.log()[-4000:]}", GRACEFUL + 30)
+        wait_for(gone, lambda: f"the master to end:\n{self.log()[-4000:]}", timeout=GRACEFUL + 30)
         return time.monotonic() - begun, self.processes()
 
 
