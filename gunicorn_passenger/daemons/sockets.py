@@ -15,9 +15,9 @@ from typing import Any
 from gunicorn_passenger import errors
 from gunicorn_passenger.config import listen_errors
 from gunicorn_passenger.daemons import daemon_errors
+from gunicorn_passenger.daemons.daemon_socket import DaemonSocket, daemon_socket, open_daemon_socket
 from gunicorn_passenger.daemons.spec import DaemonListen, DaemonSpec
 from gunicorn_passenger.daemons.state import DaemonState
-from gunicorn_passenger.daemons.supervisor_client import DaemonSocket, daemon_socket, open_daemon_socket
 from gunicorn_passenger.master import upgrade_state
 from gunicorn_passenger.master.broker import Broker
 from gunicorn_passenger.system import listening_sockets, port_opening

@@ -10,9 +10,10 @@ import os
 from contextlib import suppress
 
 from gunicorn_passenger.daemons import daemon_errors
+from gunicorn_passenger.daemons.daemon_socket import DaemonSocket, open_daemon_socket
 from gunicorn_passenger.daemons.run_as import resolve_run_as
 from gunicorn_passenger.daemons.spec import DaemonSpec, check_after, stop_waves
-from gunicorn_passenger.daemons.supervisor_client import DaemonSocket, SupervisorClient, open_daemon_socket
+from gunicorn_passenger.daemons.supervisor_client import SupervisorClient
 from gunicorn_passenger.serving import standalone
 from gunicorn_passenger.system import unpatched
 from gunicorn_passenger.system.port_opening import DEFAULT_BACKLOG

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from gunicorn_passenger.config.address import format_tcp
+from gunicorn_passenger.daemons.daemon_socket import DaemonSocket
 from gunicorn_passenger.daemons.run_as import RunAs
 from gunicorn_passenger.daemons.spec import DaemonSpec
-from gunicorn_passenger.daemons.supervisor_client import DaemonSocket
 
 #: ``DaemonState.state``: what the report shows.
 WAITING, RUNNING, PAUSING, FAILED, STOPPING, STOPPED = (

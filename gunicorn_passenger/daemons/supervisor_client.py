@@ -1,4 +1,4 @@
-"""The client of the supervisor: starts it, sends it commands, reads its events; and a daemon's sockets.
+"""The client of the supervisor: starts it, sends it commands, reads its events.
 
 Process: the master, and plain Python. Never: block, or leave a daemon behind without a supervisor.
 """
@@ -12,19 +12,17 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gunicorn_passenger.config.address import format_tcp
-from gunicorn_passenger.config.port_allocation import PortAllocation
 from gunicorn_passenger.daemons import process_tree
-from gunicorn_passenger.daemons.daemon_exec import DaemonSettings
 from gunicorn_passenger.daemons.run_as import RunAs
-from gunicorn_passenger.daemons.spec import DaemonListen, DaemonSpec
-from gunicorn_passenger.system import listening_sockets, procfs, unpatched
-from gunicorn_passenger.system.port_opening import ListenRequest, open_listener
+from gunicorn_passenger.daemons.spec import DaemonSpec
+from gunicorn_passenger.system import procfs, unpatched
+
+if TYPE_CHECKING:
+    from gunicorn_passenger.daemons.daemon_exec import DaemonSettings
 
 _SUPERVISOR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "supervisor.py")
 #: Bytes of an event: lines of output, each character as the longest JSON escape.
@@ -209,58 +207,3 @@ def _is_inheritable(fd: int) -> bool:
     with suppress(OSError):
         return os.get_inheritable(fd)
     return False
-
-
-# --- sockets ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class DaemonSocket:
-    """A listening socket of a daemon, which the master holds."""
-
-    want: DaemonListen
-    sock: _socket.socket
-    #: the address that it is bound to
-    host: str = ""
-    port: int = 0
-    path: str = ""
-    #: device and inode of a UNIX socket's file, so that only our own is removed
-    file: tuple[int, int] | None = None
-
-    def __str__(self) -> str:
-        return f"unix:{self.path}" if self.path else format_tcp(self.host, self.port)
-
-    def close(self, unlink: bool) -> None:
-        with suppress(OSError):
-            self.sock.close()
-        if unlink and self.file is not None:
-            listening_sockets.remove(self.path, self.file)
-
-
-def daemon_socket(want: DaemonListen, sock: _socket.socket) -> DaemonSocket:
-    """:param sock: a socket that listens."""
-    name = listening_sockets.sockname(sock)
-    if isinstance(name, tuple):
-        return DaemonSocket(want, sock, host=name[0], port=name[1])
-    return DaemonSocket(want, sock, path=name, file=listening_sockets.inode_id(name))
-
-
-def open_daemon_socket(
-    want: DaemonListen,
-    within: str,
-    allocation: PortAllocation,
-    backlog: int,
-    mode: int,
-    in_use: Set[int] = frozenset(),
-    before: int = 0,
-) -> DaemonSocket:
-    """Open a socket for a daemon, by the same rules as one for a server.
-
-    :param within: the ports that the program limits itself to; empty for all allocated ports.
-    :param mode: of a UNIX socket's file.
-    :param in_use: ports that this application holds.
-    :param before: the port that an "auto" had last, which it gets again if possible.
-    :raises errors.ListenError: when it is not allowed, or cannot be opened.
-    """
-    request = ListenRequest(want.kind, want.host, want.port, want.path, backlog, False, mode, within)
-    return daemon_socket(want, open_listener(request, allocation, in_use, preferred=before))
