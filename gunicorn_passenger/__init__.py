@@ -1,9 +1,9 @@
 """gunicorn-passenger: second servers, shared ports and a reverse proxy for programs under gunicorn.
 
-The public face, and nothing else. Every name is imported when it is first used (PEP 562), so that the master
-and the command line do not import what only a worker needs.
+The public interface, and nothing else. Every name is imported when it is first used (PEP 562), so that the
+master and the command line do not import what only a worker needs.
 
-Runs in: every process. Must never: import anything that imports gevent.
+Process: every process. Never: import anything that imports gevent.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ __all__ = [
     "status",
 ]
 
-#: where a public name is defined; the empty string is a module of the package itself
+#: the module that defines a public name; an empty string where the name is itself a module
 _HOME = {
     "AlreadyInstalled": "errors",
     "Daemon": "daemons.api",

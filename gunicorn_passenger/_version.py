@@ -1,3 +1,3 @@
-"""The version, for whatever must not import the rest of the package. Runs in: every process."""
+"""The version, for whatever must not import the rest of the package. Process: every process."""
 
 __version__ = "0.1.0"

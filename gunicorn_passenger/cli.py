@@ -181,14 +181,16 @@ def _holders(owners: Mapping[int, port_owner.PortOwner]) -> dict[int, dict[str, 
     found: dict[int, dict[str, str | None]] = {}
     sessions = {port: _session(owner.pid) for port, owner in owners.items() if owner.pid is not None}
     for instance in control_client.running():
-        report = instance.report or {}
-        for kind in ("server", "daemon"):
-            for entry in report.get(f"{kind}s", ()):
-                holder = {"application": instance.name, "server": None, "daemon": None, kind: entry["name"]}
-                ports = tcp_ports(entry["address"] or "")
-                if kind == "daemon" and entry["pid"]:
-                    ports |= {port for port, session in sessions.items() if session == entry["pid"]}
-                found |= dict.fromkeys(ports & set(owners), holder)
+        report = instance.report
+        if report is None:
+            continue
+        held = [("server", server["name"], tcp_ports(server["address"])) for server in report["servers"]]
+        for daemon in report.get("daemons", ()):
+            own = {port for port, session in sessions.items() if session and session == daemon["pid"]}
+            held.append(("daemon", daemon["name"], own | tcp_ports(daemon["address"] or "")))
+        for kind, name, ports in held:
+            holder = {"application": instance.name, "server": None, "daemon": None, kind: name}
+            found |= dict.fromkeys(ports & set(owners), holder)
     return found
 
 

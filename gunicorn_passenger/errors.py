@@ -1,4 +1,4 @@
-"""The classes of the package's errors, and how the master's refusals travel to a worker.
+"""The classes of the package's errors, and how the master's refusals reach a worker.
 
 Process: every process. Never: import anything else of the package.
 
@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
+from types import TracebackType
 from typing import Any
 
 
@@ -36,7 +37,7 @@ def unknown_name(where: str, kind: str, name: str, known: Iterable[str]) -> Unkn
     """
     names = list(known)
     close = get_close_matches(snake_case(name), names, 1)
-    hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(names)}"
+    hint = f"did you mean {close[0]!r}?" if close else f"known {kind}s: {', '.join(names)}"
     return UnknownSetting(f"{where} has no {kind} {name!r}; {hint}")
 
 
@@ -65,7 +66,7 @@ class ListenError(PassengerError, OSError):
     """A server cannot listen where it was asked to.
 
     Also an ``OSError``: ``errno`` is what the kernel's own ``bind`` or ``listen`` would have
-    set, so that programs which catch ``OSError`` behave; ``strerror`` is the text.
+    set, so that programs which catch ``OSError`` work; ``strerror`` is the text.
     """
 
     def __init__(self, code: int, text: str) -> None:
@@ -186,10 +187,10 @@ def install_excepthook() -> None:
     _next_excepthook, sys.excepthook = sys.excepthook, _one_line
 
 
-_next_excepthook: Any = sys.__excepthook__
+_next_excepthook = sys.__excepthook__
 
 
-def _one_line(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+def _one_line(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     if isinstance(error, PassengerError):
         print(f"Error: {error}", file=sys.stderr)
     else:

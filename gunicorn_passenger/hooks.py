@@ -3,7 +3,7 @@
 The names that this brings are those of gunicorn's hooks. Each of them only installs the package's own
 handlers in all of gunicorn's hooks, so a hook of the user's own by the same name does no harm.
 
-Process: the master. Never: does anything but install those handlers.
+Process: the master. Never: do anything but install those handlers.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""A reverse proxy in the style of node-http-proxy: the public face of :mod:`gunicorn_passenger.proxy`.
+"""A reverse proxy in the style of node-http-proxy: the public interface of :mod:`gunicorn_passenger.proxy`.
 
-Process: a worker, or plain Python.
+Process: a worker, or plain Python. Never: have logic of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gunicorn_passenger.errors import (
     BadRequestBody,
@@ -24,6 +24,9 @@ from gunicorn_passenger.proxy.middleware import ProxyMiddleware
 from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.serving.registry import registry
 from gunicorn_passenger.serving.server import Server
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 __all__ = [
     "Agent",
@@ -59,18 +62,14 @@ class ProxyServer(Server):
         """The options, checked."""
         return self.proxy.options
 
-    def web(
-        self, environ: dict[str, Any], start_response: Callable[..., Any], **options: Any
-    ) -> Iterable[bytes]:
+    def web(self, environ: WSGIEnvironment, start_response: StartResponse, **options: Any) -> Iterable[bytes]:
         """Forward one request: ``return proxy.web(environ, start_response)``, for an app that routes itself.
 
         :param options: options that differ for this request.
         """
         return self.proxy.web(environ, start_response, **options)
 
-    def ws(
-        self, environ: dict[str, Any], start_response: Callable[..., Any], **options: Any
-    ) -> Iterable[bytes]:
+    def ws(self, environ: WSGIEnvironment, start_response: StartResponse, **options: Any) -> Iterable[bytes]:
         """Forward one upgrade, such as a WebSocket, in the same way; it returns when that has ended."""
         return self.proxy.ws(environ, start_response, **options)
 

@@ -1,7 +1,7 @@
 """Runs an unmodified script under gunicorn: ``gunicorn-passenger start server.py``.
 
 Process: the master (the gunicorn application object) and a worker (the script).
-Never: runs the script in the master.
+Never: run the script in the master.
 
 The script's last line usually blocks (``serve_forever()``, ``app.run()``), so the script runs in a greenlet
 of its own. The worker's start continues as soon as a server of the script is installed on the primary socket.
@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gevent
 from gevent.event import Event
@@ -31,9 +31,13 @@ from gunicorn_passenger.serving.registry import registry
 from gunicorn_passenger.serving.server import Server
 from gunicorn_passenger.system import listening_sockets, runtime_dir
 
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+    from _typeshed.wsgi import WSGIApplication as WSGIApplicationType
+
 #: Seconds after which the log warns of a script that runs without a primary.
 _WARN_AFTER = 10.0
-#: A script that fails within so many seconds stops gunicorn instead of being restarted for ever.
+#: Seconds within which a script that fails stops gunicorn, instead of being restarted forever.
 _STARTUP_SECONDS = 5.0
 
 
@@ -114,7 +118,7 @@ class ScriptApplication(WSGIApplication):
                     "with -b"
                 )
 
-    def load(self) -> Any:
+    def load(self) -> WSGIApplicationType:
         if registry.worker is None:
             # --check-config: the master must not run the script
             with open(self.script, "rb") as file:
@@ -123,7 +127,7 @@ class ScriptApplication(WSGIApplication):
         return run(self.script)
 
 
-def run(path: str) -> Any:
+def run(path: str) -> WSGIApplicationType:
     """Run a script until it has a primary server; it continues in its greenlet.
 
     :returns: a WSGI callable for gunicorn: the primary, where it is one of our servers.
@@ -228,7 +232,7 @@ def _on_script_end(name: str, started: float, script: Any) -> None:
     worker.handle_exit(0, None)
 
 
-def _unavailable(_environ: Any, start_response: Any) -> list[bytes]:  # pragma: no cover
+def _unavailable(_environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:  # pragma: no cover
     """The callable that gunicorn requires, and never calls: an unmodified primary accepts by itself."""
     start_response("503 Service Unavailable", [("Content-Length", "0")])
     return []

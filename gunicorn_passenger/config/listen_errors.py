@@ -46,8 +46,9 @@ def each_needs_tcp(path: str) -> ListenError:
 def too_few_ports(allocation: str, needed: int, free: int, where_set: str) -> ListenError:
     return ListenError(
         errno.EADDRINUSE,
-        f"placement 'each' needs {needed} more ports, one for each worker, but only {free} of "
-        f"{allocation or 'none'} (set by {where_set}) are free; allocate more ports or start fewer workers",
+        f"placement 'each' needs {needed} more port{'s' * (needed > 1)}, one for each worker, but only "
+        f"{free} of {allocation or 'none'} (set by {where_set}) are free; allocate more ports or start fewer "
+        "workers",
     )
 
 

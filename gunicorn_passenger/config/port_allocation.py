@@ -66,12 +66,15 @@ def _range(part: str, whole: str, where: str, index: int) -> range:
     if not (1 <= low <= 65535 and 1 <= high <= 65535):
         raise SettingError(f"{where}: {part.strip()!r} (item {index} of {whole!r}) is outside 1-65535")
     if low > high:
-        raise SettingError(f"{where}: {part.strip()!r} (item {index} of {whole!r}) runs backwards")
+        raise SettingError(
+            f"{where}: {part.strip()!r} (item {index} of {whole!r}) runs backwards; write "
+            "the lower port first"
+        )
     return range(low, high + 1)
 
 
 def format_ports(ports: Iterable[int]) -> str:
-    """``"9000-9019,9100"``; ``"none"`` for no port at all."""
+    """``"9000-9019,9100"``; ``"none"`` for an empty set."""
     runs: list[list[int]] = []
     for port in sorted(ports):
         if runs and port == runs[-1][1] + 1:
@@ -118,7 +121,7 @@ class PortAllocation:
         return " and ".join(layer.source for layer in self.layers) or "nothing"
 
     def narrowed(self, layer: AllocationSource | None) -> PortAllocation:
-        """This port allocation with one more source."""
+        """This port allocation with another source."""
         return PortAllocation(self.account, (*self.layers, layer)) if layer else self
 
     def check(self, port: int) -> None:

@@ -1,4 +1,4 @@
-"""The settings: which there are, where each comes from, and whether its value is valid.
+"""The settings: their names, where each value comes from, and whether it is valid.
 
 Process: every process. Never: act on a setting; other modules ask this one.
 
@@ -91,7 +91,7 @@ def _timeout(value: object, where: str) -> float:
 def _placement(value: object, where: str) -> dict[int, str]:
     if isinstance(value, str) and (value.strip() == OFF or value.strip() in PLACEMENTS):
         raise SettingError(
-            f"{where}: say for which port, such as {{9000: {value.strip()!r}}} or '9000={value.strip()}'"
+            f"{where}: name the port, too, such as {{9000: {value.strip()!r}}} or '9000={value.strip()}'"
         )
     if isinstance(value, str):
         # as in the environment: "9000=shared,9100=shared"
@@ -215,7 +215,7 @@ class Settings:
         return DEFAULT_GRACE_PERIOD if value is None else float(value)
 
     def overlap(self, default: float) -> float:
-        """Seconds for which a worker that is to leave waits for a new one that boots."""
+        """Seconds for which an old worker waits for a new one that boots."""
         value = self._effective("overlap")
         return default if value is None else float(value)
 
@@ -224,7 +224,7 @@ class Settings:
         return bool(self._effective("prometheus"))
 
     def timeouts(self) -> Timeouts:
-        """Seconds that the clients of our servers may take."""
+        """Seconds that the clients of the package's own servers may take."""
         given = {name: self._effective(f"{name}_timeout") for name in Timeouts._fields}
         return Timeouts(**{name: seconds for name, seconds in given.items() if seconds is not None})
 

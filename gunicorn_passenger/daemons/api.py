@@ -82,7 +82,7 @@ def spawn(
         killed. ``"group"``: all processes of the daemon get ``SIGTERM``.
     :param after: the daemons, spawned earlier, that are stopped only when this one has stopped; by default
         all that were spawned before it.
-    :param give_up_after: stop restarting it after so many exits in a row, each within seconds (0: never).
+    :param give_up_after: consecutive quick exits after which it is not restarted any more (0: never).
     :param report: for this package's own daemons.
     :returns: its name and address.
     :raises errors.SettingError: (a ``ValueError``) for a parameter that cannot be used.
@@ -213,7 +213,7 @@ def _forked_from_master() -> bool:
 
 
 def _warn_unhandled() -> None:
-    """gunicorn forks a worker, but no master of ours has started the daemons of gunicorn.conf.py."""
+    """gunicorn forks a worker, but this package's hooks have not started the daemons of gunicorn.conf.py."""
     if (
         requested_daemons.pending
         and not requested_daemons.handled

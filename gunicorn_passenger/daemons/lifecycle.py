@@ -34,7 +34,7 @@ from gunicorn_passenger.errors import PassengerError
 from gunicorn_passenger.master.broker import Broker
 from gunicorn_passenger.system.text import printable
 
-#: Lines of output that are logged at a time, and the pause after so many, in seconds. The rest stays in the
+#: Lines of output that are logged at a time, and the pause after them, in seconds. The rest stays in the
 #: daemon's pipe: a daemon that writes faster blocks, and nothing else is affected.
 _MAX_LINES = 200
 _PAUSE_AFTER_LINES = 0.02
@@ -82,7 +82,7 @@ class DaemonLifecycle:
         self._retry_at: float | None = None
         #: until when events of the supervisor are not read (monotonic seconds)
         self._paused_until = 0.0
-        #: whether the supervisor has still to be told of a daemon that is to stop
+        #: whether the supervisor does not know yet of a daemon that should stop
         self._stop_due = False
         self._started = False
         #: whether the previous master still runs its daemons
@@ -131,7 +131,8 @@ class DaemonLifecycle:
             daemon.key = self._supervisor.start(daemon.spec, daemon.run_as, listening, environ, theirs)
         except OSError as error:
             self._broker.log.error(
-                "gunicorn-passenger: the daemon %s cannot be started now: %s; the master tries again",
+                "gunicorn-passenger: the daemon %s cannot be started now: %s; the master keeps "
+                "trying",
                 daemon.name, error,
             )  # fmt: skip
             if ours is not None:
@@ -167,11 +168,15 @@ class DaemonLifecycle:
 
     def _log_without_reports(self, name: str, error: OSError) -> None:
         self._broker.log.warning(
-            "gunicorn-passenger: the daemon %s gets no reports: %s", name, error.strerror
+            "gunicorn-passenger: the daemon %s runs, but cannot show the status of this application: %s; "
+            "correct that, then run 'gunicorn-passenger restart %s'",
+            name,
+            error.strerror,
+            name,
         )
 
     def stop(self, daemon: DaemonState, then: str, why: str) -> None:
-        """Stop a daemon, soon: with others that are to stop now, it is stopped in their order.
+        """Stop a daemon soon, in the right order with others that should stop now.
 
         :param then: what to do when it has stopped: ``"start"``, ``"stop"`` or ``"forget"``.
         """
@@ -186,7 +191,7 @@ class DaemonLifecycle:
             self._broker.wake()
 
     def _send_stops(self) -> float:
-        """Tell the supervisor which daemons are to stop, those that are stopping already among them.
+        """Tell the supervisor which daemons should stop, including those that are stopping already.
 
         :returns: the seconds after which all of them have stopped or are killed.
         """

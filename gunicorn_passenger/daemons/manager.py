@@ -18,6 +18,7 @@ from typing import Any
 from gunicorn_passenger import errors
 from gunicorn_passenger.config import listen_errors
 from gunicorn_passenger.config.address import SockAddr
+from gunicorn_passenger.config.gunicorn_types import Arbiter
 from gunicorn_passenger.daemons import daemon_errors
 from gunicorn_passenger.daemons.lifecycle import DaemonLifecycle
 from gunicorn_passenger.daemons.requested import requested_daemons
@@ -27,6 +28,7 @@ from gunicorn_passenger.daemons.spec import MAX_DAEMONS, DaemonSpec, check_after
 from gunicorn_passenger.daemons.state import FAILED, DaemonState
 from gunicorn_passenger.errors import DaemonError, PassengerError
 from gunicorn_passenger.ipc.messages import DaemonSpawned, Message, RequestDenied, SpawnDaemon
+from gunicorn_passenger.ipc.report_types import DaemonEntry
 from gunicorn_passenger.master.broker import Broker
 from gunicorn_passenger.master.grace_timer import GraceTimer
 from gunicorn_passenger.master.service import BrokerService
@@ -66,7 +68,7 @@ class DaemonManager(BrokerService):
 
     # --- gunicorn's hooks ------------------------------------------------------------------------
 
-    def started(self, arbiter: Any) -> None:
+    def started(self, arbiter: Arbiter) -> None:
         """
         :raises PassengerError: when a daemon that the master's own code requested cannot be started.
         """
@@ -266,10 +268,10 @@ class DaemonManager(BrokerService):
 
     # --- the operator ----------------------------------------------------------------------------
 
-    def report(self) -> dict[str, Any]:
-        return {"daemons": [self._describe(daemon) for _, daemon in sorted(self._daemons.items())]}
+    def daemons(self) -> list[DaemonEntry]:
+        return [self._describe(daemon) for _, daemon in sorted(self._daemons.items())]
 
-    def _describe(self, daemon: DaemonState) -> dict[str, Any]:
+    def _describe(self, daemon: DaemonState) -> DaemonEntry:
         return {
             "name": daemon.name,
             "pid": daemon.pid or None,
@@ -298,7 +300,7 @@ class DaemonManager(BrokerService):
             return f"the daemon {name} is being stopped" if daemon.key else f"the daemon {name} is stopped"
         self._lifecycle.restart(daemon, "restarted by an operator")
         if daemon.state == FAILED:
-            raise DaemonError(f"daemon {name!r} cannot be started: see the master's error log")
+            raise DaemonError(f"daemon {name!r} cannot be started: gunicorn's error log says why")
         return f"the daemon {name} is being restarted"
 
     # --- the end, and forks ----------------------------------------------------------------------
@@ -306,7 +308,7 @@ class DaemonManager(BrokerService):
     def stop(self) -> None:
         """Stop all daemons, one after the other, each within its own ``stop_timeout``.
 
-        Called without the broker's lock, since its thread reads the supervisor's events meanwhile.
+        Called without the broker's lock: the broker's thread has to read the supervisor's events.
         """
         seconds = 0.0
         with suppress(TimeoutError), self._broker.locked():

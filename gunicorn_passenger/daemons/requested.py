@@ -20,7 +20,7 @@ class RequestedDaemons:
         self._persistent: list[tuple[DaemonSpec, bool]] = []
         self._config_module: object = None
         self._reading_module: object = None
-        #: whether a master of ours starts them
+        #: whether this package's hooks start them
         self.handled = False
 
     def add_from_config(self, spec: DaemonSpec) -> None:

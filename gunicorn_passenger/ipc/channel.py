@@ -1,6 +1,6 @@
 """The channel between the master and a worker: packs, sends and receives messages.
 
-Process: the master (its end of each channel) and a worker (the other end). Never: decides anything.
+Process: the master (its end of each channel) and a worker (the other end). Never: decide anything.
 
 - A channel is an ``AF_UNIX`` ``SOCK_SEQPACKET`` socketpair made before the fork: one message is
   one packet, an end that closes is an end-of-file for the other (unix(7)).

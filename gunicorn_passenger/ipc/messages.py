@@ -1,6 +1,6 @@
 """The messages between the master and a worker: one list, with a version.
 
-Process: the master and a worker. Never: decides or sends anything; a message is only data.
+Process: the master and a worker. Never: decide or send anything; a message is only data.
 
 A message's name says who does what to what: a verb and a noun for a request or a command (``OpenPort``,
 ``PauseAccept``), a noun and a verb for what has happened (``PortOpened``, ``AcceptPaused``). ``id`` pairs a
@@ -124,7 +124,8 @@ class OfferConnections(Message):
 class AssignResult(Message):
     """How many connections of the AssignConnections with this ``id`` the worker can serve.
 
-    They are the first so many. Response: AssignSettled, before which the worker must not read from them.
+    They are the first ones of the offer. Response: AssignSettled; until then the worker must not read from
+    them.
     """
 
     taken: int

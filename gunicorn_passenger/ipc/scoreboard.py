@@ -71,13 +71,13 @@ class Scoreboard:
 
 
 class RetiredCounters:
-    """The counters of workers that are gone, by the key of a port."""
+    """The counters of workers that have exited, by the key of a port."""
 
     def __init__(self) -> None:
         self._gone: dict[str, Counters] = {}
 
-    def gone(self, scoreboard: Scoreboard | None, ports: Iterable[Any]) -> None:
-        """A worker is gone: keep its counters."""
+    def retire(self, scoreboard: Scoreboard | None, ports: Iterable[Any]) -> None:
+        """A worker has exited: keep its counters."""
         if scoreboard is None:
             return
         for key, slot in [(PRIMARY_KEY, PRIMARY_SLOT), *((port.key, port.slot) for port in ports)]:
@@ -90,7 +90,7 @@ class RetiredCounters:
         self._gone.pop(key, None)
 
     def total(self, key: str, slot: int, scoreboards: Iterable[Scoreboard]) -> Counters:
-        """The counters of all workers, including those that are gone."""
+        """The counters of all workers, including those that have exited."""
         found = self._gone.get(key, Counters())
         for scoreboard in scoreboards:
             found = found.plus(scoreboard.read(slot))

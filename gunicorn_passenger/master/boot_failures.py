@@ -1,6 +1,6 @@
 """Workers that cannot boot: what `status` says of them, and when gunicorn may try again.
 
-Process: the master, in the broker's thread and the arbiter's. Never: starts or stops a worker.
+Process: the master, in the broker's thread and the arbiter's. Never: start or stop a worker.
 
 While other workers serve, a worker that cannot boot does not halt gunicorn. The arbiter starts another one
 after a pause, which grows with each attempt. The workers that one attempt starts fail together, so failures
@@ -9,8 +9,7 @@ during the pause belong to the attempt before it.
 
 from __future__ import annotations
 
-from typing import Any
-
+from gunicorn_passenger.config.gunicorn_types import Log
 from gunicorn_passenger.master.event_log import EventLog
 
 #: Seconds before the second attempt; each further pause is twice as long, up to the limit.
@@ -63,7 +62,7 @@ class BootFailures:
         self.retry_at = now + self._pause
         return True
 
-    def report(self, log: Any, event_log: EventLog) -> None:
+    def report(self, log: Log, event_log: EventLog) -> None:
         """Log the failure that was recorded last."""
         event_log.record("boot_failure", self.text)
         since = "from before the reload" if self._is_reload else "that run"
@@ -92,10 +91,10 @@ class BootFailures:
         self.retry_now()
 
     def forget(self) -> None:
-        """A reload begins anew."""
+        """A reload starts over."""
         self.text = ""
         self._rejected = False
-        # the worker that was to halt gunicorn may have been stopped before
+        # the worker whose exit was to halt gunicorn may have been stopped
         self.halting = False
         self._logged.clear()
         self.retry_now()

@@ -1,9 +1,9 @@
 """The port broker: opens ports for the workers, in a thread of the master.
 
-Process: the master. Never: blocks (workers wait for it, and a fork waits for it), trusts a worker, or raises
-into the arbiter.
+Process: the master. Never: block (workers wait for it, and a fork waits for it), trust a worker, or
+raise an exception into the arbiter.
 
-The broker puts its parts together, and is what the arbiter's side sees of them:
+The broker creates its parts, and is the interface that the arbiter's side uses:
 
 - the arbiter's main thread makes each worker's channel before the fork (:meth:`Broker.prepare_worker`, from
   ``Worker.__init__``) and reports a worker's end (``child_exit``);
@@ -21,8 +21,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from gunicorn_passenger.config.gunicorn_types import Arbiter, Config, Listener, Log
 from gunicorn_passenger.config.port_allocation import PortAllocation
 from gunicorn_passenger.ipc.messages import Message
+from gunicorn_passenger.ipc.report_types import Report
 from gunicorn_passenger.ipc.scoreboard import RetiredCounters, Scoreboard
 from gunicorn_passenger.master import upgrade_lock, upgrade_state
 from gunicorn_passenger.master.boot_failures import BootFailures
@@ -37,7 +39,7 @@ from gunicorn_passenger.master.worker_channels import WorkerChannels
 from gunicorn_passenger.serving import server_errors
 from gunicorn_passenger.system.text import printable
 
-#: Seconds between two looks whether the arbiter has stopped or reloaded (see :mod:`.listener_sync`).
+#: Seconds between two checks whether the arbiter has stopped or reloaded (see :mod:`.listener_sync`).
 _DECISION_INTERVAL = 0.05
 
 
@@ -46,10 +48,10 @@ class Broker:
 
     def __init__(
         self,
-        log: Any,
-        listening: list[Any],
-        cfg: Any,
-        build_report: Callable[[Broker], dict[str, Any]],
+        log: Log,
+        listening: list[Listener],
+        cfg: Config,
+        build_report: Callable[[Broker], Report],
         channels: bool = True,
     ) -> None:
         """
@@ -105,14 +107,14 @@ class Broker:
         return self.workers.arbiter
 
     @arbiter.setter
-    def arbiter(self, arbiter: Any) -> None:
+    def arbiter(self, arbiter: Arbiter | None) -> None:
         self.workers.arbiter = arbiter
 
     @property
     def allocation(self) -> PortAllocation:
         return self.listeners.allocation
 
-    def configure(self, cfg: Any, allocation: PortAllocation, grace: float, overlap: float) -> None:
+    def configure(self, cfg: Config, allocation: PortAllocation, grace: float, overlap: float) -> None:
         """Take the settings of the start, or of a reload.
 
         :param grace: the grace period in seconds.
@@ -125,7 +127,7 @@ class Broker:
             self.overlap = overlap
             self.boot_failures.forget()
 
-    def prepare_worker(self, age: int, listening: list[Any]) -> tuple[_socket.socket, Scoreboard | None]:
+    def prepare_worker(self, age: int, listening: list[Listener]) -> tuple[_socket.socket, Scoreboard | None]:
         """Make the channel of a worker that is about to be forked.
 
         :returns: the worker's end, and its scoreboard (``None`` when the system has no memory for one).
@@ -178,7 +180,7 @@ class Broker:
 
     # --- the application, for people (lock held) -------------------------------------------------
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Report:
         """The application as it is now (see :mod:`gunicorn_passenger.status.report`)."""
         return self._build_report(self)
 
@@ -242,9 +244,9 @@ class Broker:
         return min((at for at in due if at is not None), default=None)
 
     def on_thread_death(self) -> None:
-        """Register anew what is really open."""
+        """Register again what is really open."""
         self.listeners.rebuild(self.sync.listening)
-        self.event_log.record("broker", "the thread of the port broker died and was started again")
+        self.event_log.record("broker", "the port broker's thread died and was started again")
 
     # --- called by the placement -----------------------------------------------------------------
 

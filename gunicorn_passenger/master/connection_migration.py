@@ -1,6 +1,6 @@
 """Connection migration: passes idle connections of draining workers to their siblings.
 
-Process: the master, in the broker's thread. Never: keeps a connection, or lets two workers read from one.
+Process: the master, in the broker's thread. Never: keep a connection, or let two workers read from one.
 
 The draining worker sends OfferConnections; the relay sends the descriptors to a sibling in AssignConnections.
 The sibling responds with AssignResult and waits. Then the relay decides, once for both: AssignSettled has the
@@ -32,7 +32,7 @@ from gunicorn_passenger.master.descriptors import is_connection
 from gunicorn_passenger.master.listeners import Listeners
 from gunicorn_passenger.master.worker_channels import WorkerChannel, WorkerChannels
 
-#: Seconds that a sibling has to respond; meanwhile a request on an offered connection waits.
+#: Seconds that a sibling has to respond. Until then a request on an offered connection waits.
 RESPONSE_TIME = 0.1
 
 
@@ -87,7 +87,7 @@ class MigrationRelay:
             self._count += 1
             successor = successors[self._count % len(successors)]
             passed_on = json.dumps([addrs[n] for n in positions])
-            # a successor that is gone, or does not read, is noticed elsewhere
+            # a successor that has exited, or does not read, is handled elsewhere
             with suppress(BlockingIOError, channel.ChannelClosed, OSError):
                 channel.send(
                     successor.sock,
@@ -102,7 +102,7 @@ class MigrationRelay:
     def _successors(self, key: str, giver: WorkerChannel) -> list[WorkerChannel]:
         """The workers that may take a connection of a server.
 
-        They are among the youngest, as many as there are to be, and gunicorn has not stopped them: a busy
+        They are among the youngest ``num_workers``, and gunicorn has not stopped them: a busy
         worker may not know yet that it has to leave.
         """
         port = self._listeners.ports.get(key) if len(key) <= MAX_KEY else None
@@ -118,7 +118,7 @@ class MigrationRelay:
         ]
 
     def on_assign_result(self, successor: WorkerChannel, message: AssignResult) -> None:
-        """A successor can serve the connections that it was sent, or the first so many of them."""
+        """A successor can serve the connections that it was sent, or only the first few of them."""
         self._busy.discard(successor.age)
         offer = self._offers.get(message.id)
         if offer is None or offer.successor is not successor:
@@ -147,7 +147,7 @@ class MigrationRelay:
         return min((offer.deadline for offer in self._offers.values()), default=None)
 
     def on_worker_gone(self, worker: WorkerChannel) -> None:
-        """A worker is gone: the connections on their way to it stay their givers'."""
+        """A worker has exited: connections on their way to it stay with the workers that offered them."""
         self._busy.discard(worker.age)
         for number, offer in list(self._offers.items()):
             # a reply that fails closes the giver's channel, which leads here again

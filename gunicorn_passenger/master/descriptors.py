@@ -1,7 +1,7 @@
 """Closes descriptors that a worker or a daemon has sent, whatever they are, without waiting.
 
-Process: the master, in the broker's thread. Never: waits for what a sender can delay, or asks the file
-system of a descriptor for anything.
+Process: the master, in the broker's thread. Never: wait for what a sender can delay, or query the file
+system of a descriptor.
 
 ``close`` can block: for a TCP socket with SO_LINGER and bytes that its client does not take, also when it
 lies in the receive queue of another socket; for a terminal; for a file of a network or of a user's own file
@@ -82,7 +82,7 @@ class Closer:
 
     @property
     def full(self) -> bool:
-        """Whether so many wait that the channel of their sender is to be closed."""
+        """Whether too many wait: the caller closes the sender's channel."""
         return len(self._waiting) >= MAX_WAITING
 
     def close(self, fd: int) -> None:

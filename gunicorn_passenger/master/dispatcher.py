@@ -1,6 +1,6 @@
 """Receives the workers' messages, and dispatches each to its handler.
 
-Process: the master, in the broker's thread. Never: blocks, trusts a worker, or lets the failure of one worker
+Process: the master, in the broker's thread. Never: block, trust a worker, or let the failure of one worker
 reach another.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 from gunicorn_passenger import errors
 from gunicorn_passenger.config import listen_errors
 from gunicorn_passenger.config.address import UNIX_PATH_MAX
+from gunicorn_passenger.config.gunicorn_types import Log
 from gunicorn_passenger.ipc import channel
 from gunicorn_passenger.ipc.messages import (
     AcceptPaused,
@@ -36,6 +37,7 @@ from gunicorn_passenger.ipc.messages import (
     WorkerLeaving,
     WorkerReady,
 )
+from gunicorn_passenger.ipc.report_types import Report
 from gunicorn_passenger.ipc.scoreboard import RetiredCounters
 from gunicorn_passenger.master.boot_failures import BootFailures
 from gunicorn_passenger.master.connection_migration import MigrationRelay
@@ -62,7 +64,7 @@ class MessageDispatcher:
 
     def __init__(
         self,
-        log: Any,
+        log: Log,
         workers: WorkerChannels,
         listeners: Listeners,
         placement: PlacementScheduler,
@@ -71,7 +73,7 @@ class MessageDispatcher:
         retired_counters: RetiredCounters,
         event_log: EventLog,
         boot_failures: BootFailures,
-        report: Callable[[], dict[str, Any]],
+        report: Callable[[], Report],
     ) -> None:
         """:param report: makes the application's report."""
         self._log = log
@@ -131,11 +133,11 @@ class MessageDispatcher:
                 handler = self._handlers.get(type(message), self._dispatch_to_services)
                 handler(worker, message, fds[0] if fds else None)
         except Exception:
-            # A defect of ours that this worker's messages trigger. They would trigger it again and again, and
-            # all other workers need this thread: so it costs the worker its channel.
+            # A bug in this package that the worker's messages trigger. They would trigger it again and again,
+            # and all other workers need this thread: so the worker loses its channel.
             self._log.exception(
-                "gunicorn-passenger: the port broker failed at a %s message of worker %s and closes its "
-                "channel",
+                "gunicorn-passenger: internal error while handling the message %s of worker %s; the master "
+                "closes its channel, so the worker exits and gunicorn starts another one",
                 type(message).__name__,
                 self._workers.pid(worker.age),
             )
@@ -151,7 +153,8 @@ class MessageDispatcher:
         )
         if worker.malformed >= _MAX_MALFORMED:
             self._log.error(
-                "gunicorn-passenger: closing the channel of worker %s after %d malformed messages",
+                "gunicorn-passenger: closing the channel of worker %s after %d malformed messages; it exits, "
+                "and gunicorn starts another worker",
                 self._workers.pid(worker.age),
                 worker.malformed,
             )
@@ -170,7 +173,8 @@ class MessageDispatcher:
             does_not_read = isinstance(error, BlockingIOError)
             if does_not_read:
                 self._log.error(
-                    "gunicorn-passenger: worker %s does not read its channel; closing it",
+                    "gunicorn-passenger: worker %s does not read its channel; the master closes it, so the "
+                    "worker exits and gunicorn starts another one",
                     self._workers.pid(worker.age),
                 )
             self.close_channel(worker, expelled=does_not_read)
@@ -197,7 +201,7 @@ class MessageDispatcher:
             return
         except Exception as error:
             # whatever a worker asks for, it gets a response
-            text = f"the master cannot open what was asked for: {error}"
+            text = f"the master cannot open the port: {error}"
             self._log.error(
                 "gunicorn-passenger: worker %s: %s", self._workers.pid(worker.age), text[:_MAX_DENIAL]
             )
@@ -270,7 +274,7 @@ class MessageDispatcher:
                 file.write(json.dumps(self._report()).encode())
         except Exception as error:
             # not the worker's fault, which would ask again after a restart
-            self._log.exception("gunicorn-passenger: the report failed")
+            self._log.exception("gunicorn-passenger: internal error while building the status report")
             self._deny(worker, message.id, error, f"no report: {error}")
         else:
             self.reply(worker, ReportSent(message.id), fd)
@@ -345,7 +349,7 @@ class MessageDispatcher:
             self.serve(worker)
 
     def close_channel(self, worker: WorkerChannel, expelled: bool = False) -> None:
-        """A worker is gone: close its channel and withdraw its requests.
+        """A worker has exited: close its channel and withdraw its requests.
 
         :param expelled: whether it still runs, and breaks the protocol. It exits when it notices that its
             channel is closed, and gunicorn replaces it.
@@ -354,7 +358,7 @@ class MessageDispatcher:
         if not self._workers.remove(worker):
             return
         worker.closer.close_socket(worker.sock)
-        self._retired_counters.gone(worker.scoreboard, self._listeners.ports.values())
+        self._retired_counters.retire(worker.scoreboard, self._listeners.ports.values())
         self.migration.on_worker_gone(worker)
         self._listeners.on_worker_gone(worker.age)
         if expelled:
@@ -363,7 +367,7 @@ class MessageDispatcher:
         else:
             self._placement.on_worker_gone(worker.age)
         if worker.serving and not self._sync.stopping():
-            self._event_log.record("crash", f"worker {pid} is gone without having finished")
+            self._event_log.record("crash", f"worker {pid} exited unexpectedly")
         if worker.booting and not self._sync.stopping():
             self.note_boot_failure("a worker ended while it loaded the program")
         for service in self._loop.services:

@@ -1,13 +1,14 @@
 """The last events of the application: reloads, crashes, takeovers, daemons that died.
 
-Process: the master. Never: grows without bound.
+Process: the master. Never: grow without bound.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from typing import Any
+
+from gunicorn_passenger.ipc.report_types import EventEntry
 
 #: How many events are remembered.
 _EVENTS = 100
@@ -17,7 +18,7 @@ class EventLog:
     """The last events: reloads, crashes, takeovers, daemons that died."""
 
     def __init__(self) -> None:
-        self._events: deque[dict[str, Any]] = deque(maxlen=_EVENTS)
+        self._events: deque[EventEntry] = deque(maxlen=_EVENTS)
         #: how many there were of each kind
         self.totals: Counter[str] = Counter()
 
@@ -29,6 +30,6 @@ class EventLog:
         self.totals[kind] += 1
         self._events.append({"time": round(time.time(), 3), "kind": kind, "text": text})
 
-    def list(self) -> list[dict[str, Any]]:
+    def list(self) -> list[EventEntry]:
         """The oldest first."""
         return list(self._events)

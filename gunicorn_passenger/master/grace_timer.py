@@ -1,6 +1,6 @@
 """The grace period: how long ports and daemons stay after the last worker has stopped using them.
 
-Process: the master. Never: closes or ends anything; the caller does.
+Process: the master. Never: close or stop anything; the caller does.
 """
 
 from __future__ import annotations

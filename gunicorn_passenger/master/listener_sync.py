@@ -1,6 +1,6 @@
 """Keeps the broker's ports and gunicorn's list of listeners (``LISTENERS``) in agreement.
 
-Process: the master, in the broker's thread and the arbiter's. Never: closes a port because of a reload.
+Process: the master, in the broker's thread and the arbiter's. Never: close a port because of a reload.
 
 gunicorn closes every listener of its list in two cases: when it stops, and when a reload changes ``bind``.
 Our listeners only report such a close (:class:`.BrokerOwnedListener`). Which case it was is known when the
@@ -14,9 +14,9 @@ import fcntl
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 from gunicorn_passenger.config.address import format_sockname, is_unix
+from gunicorn_passenger.config.gunicorn_types import Arbiter, Config, Listener
 from gunicorn_passenger.ipc.scoreboard import RetiredCounters
 from gunicorn_passenger.master.listeners import Listeners
 from gunicorn_passenger.master.owned_listener import BrokerOwnedListener
@@ -26,7 +26,7 @@ from gunicorn_passenger.master.worker_channels import WorkerChannels
 from gunicorn_passenger.system import listening_sockets
 
 
-def primary_listeners(listening: list[Any]) -> list[Any]:
+def primary_listeners(listening: list[Listener]) -> list[Listener]:
     """The listeners of the primary: the UNIX ones, or else the first; none that a program opened."""
     binds = [listener for listener in listening if not isinstance(listener, BrokerOwnedListener)]
     unix = [listener for listener in binds if listener.sock is not None and is_unix(listener.getsockname())]
@@ -50,27 +50,27 @@ class ListenerSync:
         self._workers = workers
         self._retired_counters = retired_counters
         self._wake = wake
-        #: whether gunicorn has closed a listener of ours, for a reason that is not known yet
+        #: whether gunicorn has closed a listener of the broker, for a reason that is not known yet
         self.pending = False
         #: gunicorn's bind setting, during a reload without the part of it that is open already
         self._bind: list[str] | None = None
         listeners.on_close_request = self._on_close_request
 
     @property
-    def _arbiter(self) -> Any:
+    def _arbiter(self) -> Arbiter | None:
         return self._workers.arbiter
 
     @property
-    def listening(self) -> list[Any]:
+    def listening(self) -> list[Listener]:
         """The arbiter's list, as far as the broker has seen it."""
         return self._listeners.listening
 
-    def primary(self) -> list[Any]:
+    def primary(self) -> list[Listener]:
         return primary_listeners(self.listening)
 
-    # --- agreeing --------------------------------------------------------------------------------
+    # --- synchronizing --------------------------------------------------------------------------------
 
-    def reconcile(self, listening: list[Any], inherited: dict[str, str]) -> None:
+    def reconcile(self, listening: list[Listener], inherited: dict[str, str]) -> None:
         """Make the table of ports and the arbiter's list agree.
 
         Sockets in the list that are not the primary's come from ``bind``, from systemd, or from programs of
@@ -85,11 +85,12 @@ class ListenerSync:
             self._retired_counters.forget(key)
         ours = [port.listener for port in table.values()]
         for listener in listening:
+            assert listener.sock is not None
             key = format_sockname(listening_sockets.sockname(listener.sock))
             if listener not in ours and key in inherited:
                 self._listeners.register(listener, False, inherited[key])
         # registering has replaced some of them
-        listening[:] = [listener for listener in listening if listener.sock.fileno() >= 0]
+        listening[:] = [listener for listener in listening if listener.sock and listener.sock.fileno() >= 0]
         listening.extend(
             port.listener
             for port in table.values()
@@ -102,7 +103,7 @@ class ListenerSync:
                 self._listeners.register(listener, True)
         self._listeners.listening = listening
 
-    def on_new_list(self, listening: list[Any]) -> None:
+    def on_new_list(self, listening: list[Listener]) -> None:
         """Before the fork of a worker: a reload may have made a new list, without our ports."""
         if listening is not self.listening:
             self.reconcile(listening, {})
@@ -121,7 +122,7 @@ class ListenerSync:
         """In the child that becomes the new master: systemd's protocol numbers the listeners from 3 on
         (sd_listen_fds(3))."""
         arbiter = self._arbiter
-        if arbiter.systemd:
+        if arbiter is not None and arbiter.systemd:
             first, count = 3, len(arbiter.LISTENERS)
             spare = [fcntl.fcntl(li.fileno(), fcntl.F_DUPFD, first + count) for li in arbiter.LISTENERS]
             for number, fd in enumerate(spare, first):
@@ -131,14 +132,14 @@ class ListenerSync:
     # --- stop or reload --------------------------------------------------------------------------
 
     def _on_close_request(self) -> None:
-        """The arbiter closes a listener of ours: to stop, or since a reload changes ``bind``."""
+        """The arbiter closes a listener of the broker: to stop, or because a reload changes ``bind``."""
         arbiter = self._arbiter
         if not self.pending and arbiter is not None and arbiter.cfg is not self._listeners.cfg:
             self._strip_owned_binds(arbiter.cfg)
         self.pending = True
         self._wake()
 
-    def _strip_owned_binds(self, cfg: Any) -> None:
+    def _strip_owned_binds(self, cfg: Config) -> None:
         """Remove the ports that a program has open from ``bind``, until gunicorn has opened the rest.
 
         gunicorn could not open them, since the old workers still hold them.
@@ -171,8 +172,7 @@ class ListenerSync:
 
     def close_all(self) -> None:
         """gunicorn stops: close the ports that the broker has opened."""
-        arbiter = self._arbiter
-        unlink = not (arbiter.reexec_pid or arbiter.master_pid or arbiter.systemd)
+        unlink = not (self._is_shared() or (self._arbiter is not None and self._arbiter.systemd))
         for key, port in list(self._listeners.ports.items()):
             if isinstance(port.listener, BrokerOwnedListener):
                 self._placement.on_port_closed(port)
@@ -191,6 +191,7 @@ class ListenerSync:
     def close_stopped(self, port: Port) -> None:
         """Close a port that an operator has stopped; its entry stays."""
         self.remove(port)
+        assert isinstance(port.listener, BrokerOwnedListener)
         port.listener.close_now(for_all=not self._is_shared())
 
     def _is_shared(self) -> bool:

@@ -1,6 +1,6 @@
 """The ports that the master holds: opens, registers, exports and closes them.
 
-Process: the master, in the broker's thread (or before it starts). Never: resolves a name, waits, or opens a
+Process: the master, in the broker's thread (or before it starts). Never: resolve a name, wait, or open a
 port that the allocation does not name.
 """
 
@@ -16,7 +16,8 @@ from zlib import crc32
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.config import listen_errors
-from gunicorn_passenger.config.address import format_sockname, format_tcp
+from gunicorn_passenger.config.address import SockAddr, format_sockname, format_tcp
+from gunicorn_passenger.config.gunicorn_types import Config, Listener, Log
 from gunicorn_passenger.config.port_allocation import PortAllocation
 from gunicorn_passenger.ipc.messages import OpenPort
 from gunicorn_passenger.ipc.scoreboard import SLOTS
@@ -33,14 +34,14 @@ _EACH = "each "
 class Listeners:
     """All ports of this application, by key. Changed by the broker alone."""
 
-    def __init__(self, cfg: Any, log: Any, stopped: Iterable[str] = ()) -> None:
+    def __init__(self, cfg: Config, log: Log, stopped: Iterable[str] = ()) -> None:
         """:param stopped: keys of servers that an operator has stopped under the previous master."""
         self.cfg = cfg
         self.log = log
         self.allocation = PortAllocation("")
         self.ports: dict[str, Port] = {}
         #: the arbiter's list, which also has the primary's own listeners
-        self.listening: list[Any] = []
+        self.listening: list[Listener] = []
         #: measures for how long ports have been unused, by key
         self.idle = GraceTimer[str]()
         #: "auto" servers, by host and name -> key
@@ -51,17 +52,18 @@ class Listeners:
         #: slots of closed ports, and the workers that may still count there
         self._quarantined: dict[int, set[int]] = {}
         self._stopped = set(stopped)
-        #: called when gunicorn closes a listener of ours
+        #: called when gunicorn closes a listener of the broker
         self.on_close_request: Callable[[], None] = lambda: None
 
     # --- registering ----------------------------------------------------------------------------
 
-    def register(self, listener: Any, from_config: bool, auto: str = "") -> None:
+    def register(self, listener: Listener, from_config: bool, auto: str = "") -> None:
         """Take over a socket that is open already: from ``bind``, systemd, or the previous master.
 
         :param auto: the label of an ``"auto"`` or ``"each"`` server of the previous master (see
             :meth:`export_state`).
         """
+        assert listener.sock is not None
         name = listening_sockets.sockname(listener.sock)
         if isinstance(name, tuple):
             family = socket.AF_INET6 if len(name) == 4 else socket.AF_INET
@@ -92,7 +94,7 @@ class Listeners:
             port.paused = "stop"
 
     def quarantine_slot(self, port: Port, ages: Iterable[int]) -> None:
-        """A port is closed: its slot is not used again before these workers are gone."""
+        """A port is closed: its slot is not used again until these workers have exited."""
         self._slots.discard(port.slot)
         if port.slot > 0 and (remaining := set(ages)):
             self._quarantined[port.slot] = remaining
@@ -102,8 +104,8 @@ class Listeners:
             ages.discard(age)
         self._quarantined = {slot: ages for slot, ages in self._quarantined.items() if ages}
 
-    def rebuild(self, listening: list[Any]) -> None:
-        """Make the table anew from the listeners that are open and what is still known of each.
+    def rebuild(self, listening: list[Listener]) -> None:
+        """Rebuild the table from the open listeners and what is still known of each.
 
         :param listening: the arbiter's list.
         """
@@ -138,14 +140,16 @@ class Listeners:
             "stopped": [p.key for p in ports if p.paused == "stop"],
         }
 
-    def _as_owned(self, listener: Any) -> Any:
+    def _as_owned(self, listener: Listener) -> Listener:
         """The same socket as a listener of our own class, so that a reload does not close it."""
         if isinstance(listener, BrokerOwnedListener):
             return listener
+        assert listener.sock is not None
         name = listening_sockets.sockname(listener.sock)
-        return self._wrap(listener.FAMILY, name, listener.sock.detach())
+        owned: Listener = self._wrap(listener.FAMILY, name, listener.sock.detach())
+        return owned
 
-    def _wrap(self, family: int, name: Any, fd: int) -> Any:
+    def _wrap(self, family: int, name: SockAddr | str, fd: int) -> Any:
         listener = OWNED_LISTENERS[family](name, self.cfg, self.log, fd=fd)
         listener.on_close_request = self.on_close_request
         return listener
@@ -171,9 +175,9 @@ class Listeners:
     def open_each(self, request: OpenPort, workers: int, age: int, waits: bool = False) -> Port | None:
         """With the placement "each": a port that no other worker has.
 
-        A port whose worker is gone is used again before another is opened, the lowest position first.
+        A port whose worker has exited is used again before another is opened, the lowest position first.
 
-        :param workers: how many workers there are to be, and so how many such ports.
+        :param workers: the number of workers that gunicorn should run, and so of such ports.
         :param age: the worker that asks.
         :param waits: whether it has asked before.
         :returns: ``None`` when all of them are taken.
@@ -202,7 +206,9 @@ class Listeners:
             if keys:
                 # there are more workers than at the start: this one waits for another worker's port
                 if not waits:
-                    self.log.warning("gunicorn-passenger: a worker waits for a port: %s", error)
+                    self.log.warning(
+                        "gunicorn-passenger: a worker waits until another worker's port is free: %s", error
+                    )
                 return None
             raise
         port.placement = port.next_placement = "each"
@@ -326,8 +332,8 @@ class Listeners:
         Ports that were opened for the worker, and that no worker wants any more, count during their grace
         period.
 
-        :param age: the worker that asks for one more.
-        :param workers: how many workers there are to be.
+        :param age: the worker that requests another port.
+        :param workers: the number of workers that gunicorn should run.
         :raises errors.ListenError: when it has as many as one worker may have.
         """
         if workers < 2:
@@ -376,6 +382,7 @@ class Listeners:
             if keys.get(port.position) == key:
                 del keys[port.position]
         self._each = {label: keys for label, keys in self._each.items() if keys}
+        assert isinstance(port.listener, BrokerOwnedListener)
         port.listener.close_now(for_all)
         if unlink and port.file is not None:
             listening_sockets.remove(port.path, port.file)

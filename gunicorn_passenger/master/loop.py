@@ -1,6 +1,6 @@
 """The broker's loop: a thread of the master that polls the workers' channels and the services.
 
-Process: the master. Never: dies for good, or keeps a fork waiting without a bound.
+Process: the master. Never: die for good, or delay a fork without a limit.
 
 The thread holds the lock whenever it does anything but wait in ``poll``. A fork takes the lock first
 (``arbiter/fork_handlers.py``), so a child never inherits a lock that the thread held, nor a half-changed
@@ -14,8 +14,9 @@ import select
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+from typing import Protocol
 
+from gunicorn_passenger.config.gunicorn_types import Log
 from gunicorn_passenger.master.service import BrokerService
 from gunicorn_passenger.system import unpatched
 
@@ -46,7 +47,7 @@ class LoopOwner(Protocol):
 class BrokerLoop:
     """The thread, its lock, and what it polls."""
 
-    def __init__(self, log: Any, owner: LoopOwner) -> None:
+    def __init__(self, log: Log, owner: LoopOwner) -> None:
         self._log = log
         self._owner = owner
         self.services: list[BrokerService] = []
@@ -61,12 +62,12 @@ class BrokerLoop:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock, in the main thread, which must not wait for ever.
+        """Hold the lock, in the main thread, which must not wait forever.
 
         :raises TimeoutError: the loop's thread hangs.
         """
         if not self._lock.acquire(True, LOCK_TIMEOUT):
-            raise TimeoutError("the port broker hangs")
+            raise TimeoutError(f"the port broker hangs: it has not released its lock for {LOCK_TIMEOUT:g} s")
         try:
             yield
         finally:
@@ -89,8 +90,9 @@ class BrokerLoop:
         except RuntimeError as error:
             self.running = False
             self._log.error(
-                "gunicorn-passenger: the port broker cannot start (%s): the primary is served, "
-                "ports asked for with listen() are not",
+                "gunicorn-passenger: the port broker cannot start (%s): only the primary is served, and "
+                "listen() gets no ports; raise the limit of processes (ulimit -u, pids.max), then restart "
+                "gunicorn",
                 error,
             )
 
@@ -103,7 +105,10 @@ class BrokerLoop:
     def before_fork(self) -> None:
         self._locked_for_fork = self._lock.acquire(True, LOCK_TIMEOUT)
         if not self._locked_for_fork:
-            self._log.error("gunicorn-passenger: the port broker hangs; forking without waiting for it")
+            self._log.error(
+                "gunicorn-passenger: the port broker hangs; gunicorn forks without waiting for it any "
+                "longer. Restart gunicorn if this repeats"
+            )
 
     def after_fork_in_parent(self) -> None:
         if self._locked_for_fork:
@@ -130,7 +135,7 @@ class BrokerLoop:
                     self._run_once()
                 except Exception:
                     # tables are changed in single steps, so that the next iteration finds them whole
-                    self._log.exception("gunicorn-passenger: the port broker failed; it continues")
+                    self._log.exception("gunicorn-passenger: internal error in the port broker; it continues")
                     time.sleep(_FAILURE_PAUSE)
         except BaseException as error:
             self._log.error(
@@ -192,6 +197,6 @@ class BrokerLoop:
 
     def _log_failure(self, service: BrokerService) -> None:
         self._log.exception(
-            "gunicorn-passenger: %s, a service of the port broker, failed; it continues",
+            "gunicorn-passenger: internal error in %s; it continues",
             type(service).__name__,
         )

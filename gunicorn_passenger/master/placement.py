@@ -1,10 +1,10 @@
 """Placement: which worker may accept on which port.
 
-Process: the master, in the broker's thread. Never: lets two workers accept where one may, waits, or trusts a
+Process: the master, in the broker's thread. Never: let two workers accept where one may, wait, or trust a
 worker with more than its own requests.
 
 - ``"shared"``: every worker that wants a port may accept on it.
-- ``"one"``: one of them may, the youngest that serves; when it is gone, or has released the port, the
+- ``"one"``: one of them may, the youngest that serves; when it has exited, or released the port, the
   next one. Between two masters (``USR2``) a lock decides (:mod:`.upgrade_lock`).
 - ``"each"``: a port has one worker; a worker that finds no free port waits for another worker's.
 
@@ -13,10 +13,11 @@ A worker gets the listening socket when it may accept, and not before.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.config import listen_errors
+from gunicorn_passenger.config.gunicorn_types import Log
 from gunicorn_passenger.errors import PassengerError
 from gunicorn_passenger.ipc.messages import (
     AcceptGranted,
@@ -43,13 +44,13 @@ class WorkerMessenger(Protocol):
     """What this module needs of the broker."""
 
     def send(self, age: int, message: Message, fd: int | None = None) -> bool:
-        """Send a worker a message; false when it is gone."""
+        """Send a worker a message; false when it has exited."""
 
     def stopping(self) -> bool:
         """Whether gunicorn stops."""
 
     @property
-    def log(self) -> Any:
+    def log(self) -> Log:
         """gunicorn's logger."""
 
     def on_port_opened(self, port: Port) -> None:
@@ -86,7 +87,7 @@ class PlacementScheduler:
         #: "one" servers whose port is closed here, and the workers that may still accept there: no other
         #: master may have it yet
         self._draining: dict[str, set[int]] = {}
-        #: requests for one more socket of a port that the worker has: key, age and ``id``
+        #: requests for another socket of a port that the worker has: key, age and ``id``
         self._extra: list[tuple[str, int, int]] = []
         #: the last worker that accepted where one may: key to pid
         self._last: dict[str, object] = {}
@@ -191,13 +192,13 @@ class PlacementScheduler:
         self._extra.clear()
 
     def on_accept_paused(self, age: int, key: str) -> None:
-        """A worker has stopped to accept, as PauseAccept said."""
+        """A worker has stopped accepting, as PauseAccept requested."""
         port = self._listeners.ports.get(key)
         if port is not None:
             port.accepting.discard(age)
 
     def on_worker_gone(self, age: int) -> None:
-        """A worker is gone, or has stopped to accept for good."""
+        """A worker has exited, or has stopped accepting for good."""
         self._waiting = [(a, request) for a, request in self._waiting if a != age]
         for key in list(self._draining):
             self._on_drained(age, key)
@@ -312,7 +313,7 @@ class PlacementScheduler:
         return ", ".join(f"{done} {port.title} ({port.key})" for port in ports) or None
 
     def _may_resume(self, port: Port) -> bool:
-        """Whether workers may accept again: all have stopped to accept, and the command was ``restart``."""
+        """Whether workers may accept again: all have stopped accepting, and the command was ``restart``."""
         if port.accepting:
             return False
         closed = port.listener.sock is None
@@ -325,7 +326,9 @@ class PlacementScheduler:
                 self._broker.reopen_port(port)
             except OSError as error:
                 self._event_log.record("error", f"{port.title} cannot be opened again: {error}")
-                self._broker.log.error("gunicorn-passenger: %s cannot be opened again: %s", port.title, error)
+                self._broker.log.error(
+                    "gunicorn-passenger: %s cannot be opened again: %s; it stays stopped", port.title, error
+                )
                 port.paused = "stop"
                 return False
         port.paused = ""

@@ -1,13 +1,14 @@
 """One open port: its address, the workers that want it, and those that may accept on it.
 
-Process: the master. Never: opens or closes anything; it is only data.
+Process: the master. Never: open or close anything; it is only data.
 """
 
 from __future__ import annotations
 
 import socket
 from dataclasses import dataclass, field
-from typing import Any
+
+from gunicorn_passenger.config.gunicorn_types import Listener
 
 
 @dataclass
@@ -15,7 +16,7 @@ class Port:
     """One open address and the workers that want it."""
 
     key: str
-    listener: Any
+    listener: Listener
     host: str = ""
     port: int = 0
     path: str = ""
@@ -52,7 +53,7 @@ class Port:
     def is_settled(self) -> bool:
         """Whether every worker that wants the port accepts on it, and nothing is about to change.
 
-        An application may have a thousand ports, and each of them is looked at for every message.
+        An application may have a thousand ports, and each of them is checked for every message.
         """
         return (
             len(self.accepting) == len(self.wanted_by)

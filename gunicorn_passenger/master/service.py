@@ -1,13 +1,13 @@
 """The base class of what the broker's loop serves besides the workers.
 
-Process: the master. Never: blocks, or raises for what another process has sent.
+Process: the master. Never: block, or raise an exception because of what another process has sent.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
+from gunicorn_passenger.config.gunicorn_types import Arbiter
 from gunicorn_passenger.ipc.messages import Message
+from gunicorn_passenger.ipc.report_types import DaemonEntry
 
 
 class BrokerService:
@@ -16,7 +16,7 @@ class BrokerService:
     Called with the broker's lock held, where a method does not say otherwise.
     """
 
-    def started(self, arbiter: Any) -> None:
+    def started(self, arbiter: Arbiter) -> None:
         """The master is ready (gunicorn's ``when_ready``). Called in its main thread."""
 
     def reloaded(self) -> None:
@@ -46,11 +46,11 @@ class BrokerService:
         return None
 
     def left(self, age: int) -> None:
-        """A worker is gone."""
+        """A worker has exited."""
 
-    def report(self) -> dict[str, Any]:
-        """What the service adds to the application's report, by key."""
-        return {}
+    def daemons(self) -> list[DaemonEntry] | None:
+        """The daemons of the application, for its report; ``None`` from a service that has none."""
+        return None
 
     def command(self, verb: str, name: str) -> str | None:
         """``restart`` or ``stop`` what has this name.
@@ -61,7 +61,7 @@ class BrokerService:
         return None
 
     def stop(self) -> None:
-        """gunicorn exits, its workers are gone: end everything, within a bound.
+        """gunicorn exits, and its workers have exited: stop everything, within a time limit.
 
         Called in the main thread, without the lock.
         """

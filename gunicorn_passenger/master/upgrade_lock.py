@@ -1,11 +1,11 @@
 """The lock between two masters for servers that only one worker of the application may serve.
 
-Process: the master. Never: waits.
+Process: the master. Never: wait.
 
-Within one master the broker knows who accepts. But while ``USR2`` upgrades gunicorn there are two masters,
-each with workers that want the same server. So a master locks a byte for each such server, in a file in
-memory that it shares with the master after it (an open file description lock, fcntl(2)). The kernel gives
-the lock back when the master and the workers that have inherited it are gone, however they went.
+Within one master the broker knows which worker accepts. But while ``USR2`` upgrades gunicorn there are two
+masters, each with workers that want the same server. So a master locks a byte for each such server, in a
+file in memory that it shares with the next master (an open file description lock, fcntl(2)). The kernel
+releases the lock when the master and the workers that have inherited it have exited, however they ended.
 """
 
 from __future__ import annotations

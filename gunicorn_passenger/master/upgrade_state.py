@@ -20,6 +20,8 @@ from collections.abc import MutableMapping
 from contextlib import suppress
 from typing import Any
 
+from gunicorn_passenger.config.gunicorn_types import Config
+
 #: Names the descriptor of the file.
 VARIABLE = "PASSENGER_UPGRADE"
 
@@ -39,7 +41,7 @@ def inherited(environ: MutableMapping[str, str] = os.environ) -> dict[str, Any]:
     return _state[0]
 
 
-def forget(cfg: Any) -> None:
+def forget(cfg: Config) -> None:
     """Take the variable out of what gunicorn keeps as the original environment, for the programs after this
     one."""
     cfg.env_orig.pop(VARIABLE, None)

@@ -1,6 +1,6 @@
 """The channels of all workers: the master's ends, by descriptor and by age.
 
-Process: the master, in the broker's thread and around a fork. Never: reads a message.
+Process: the master, in the broker's thread and around a fork. Never: read a message.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
+from gunicorn_passenger.config.gunicorn_types import Arbiter
 from gunicorn_passenger.ipc import channel
 from gunicorn_passenger.ipc.scoreboard import Scoreboard
 from gunicorn_passenger.master.descriptors import Closer
@@ -79,7 +79,7 @@ class WorkerChannels:
         self._by_age: dict[int, WorkerChannel] = {}
         self._pending: PendingWorker | None = None
         #: gunicorn's arbiter, once it is known
-        self.arbiter: Any = None
+        self.arbiter: Arbiter | None = None
         #: the youngest worker before the last reload: those up to this age run the previous program
         self.previous_generation = 0
         #: whether all workers of the first start were ready at the same time
@@ -93,7 +93,7 @@ class WorkerChannels:
         return iter(list(self._by_fd.values()))
 
     def wake_arbiter(self) -> None:
-        """Have the arbiter look now which workers to start and to stop."""
+        """Have the arbiter decide now which workers to start and to stop."""
         if self.arbiter is not None:
             self.arbiter.wakeup()
 
@@ -122,7 +122,7 @@ class WorkerChannels:
 
     @property
     def planned(self) -> int:
-        """How many workers there are to be."""
+        """The number of workers that gunicorn should run."""
         return int(self.arbiter.num_workers) if self.arbiter is not None else 1
 
     @property
@@ -132,7 +132,7 @@ class WorkerChannels:
 
     @property
     def settled(self) -> bool:
-        """Whether as many workers serve as there are to be, and none boots or drains.
+        """Whether as many workers serve as gunicorn should run, and none boots or drains.
 
         Only then does a port or a daemon that no worker wants count as unused: gunicorn may start the
         successor of a draining worker, which wants it again, only when that worker has exited.
@@ -152,7 +152,7 @@ class WorkerChannels:
         found = self.pids().get(age)
         worker = self._by_age.get(age)
         if worker is not None:
-            # the arbiter forgets a worker before the broker hears of its end
+            # the arbiter forgets a worker before the broker learns of its exit
             worker.pid = found or worker.pid
             found = worker.pid
         return found or f"number {age}"

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
     from gunicorn_passenger.status.web import StatusApplication, application, spawn
 
 __all__ = ["application", "spawn"]
@@ -33,16 +35,16 @@ class _CallableModule(types.ModuleType):
     """Makes the module itself a WSGI application, for ``passenger.listen(9100, status)``."""
 
     @overload
-    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]: ...
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]: ...
     @overload
     def __call__(self, *, hosts: object) -> StatusApplication: ...
     def __call__(
         self,
-        environ: dict[str, Any] | None = None,
-        start_response: Callable[..., Any] | None = None,
+        environ: WSGIEnvironment | None = None,
+        start_response: StartResponse | None = None,
         *,
         hosts: object = None,
-    ) -> Any:
+    ) -> Iterable[bytes] | StatusApplication:
         """The application itself, or with ``hosts`` one that also serves these names.
 
         :raises SettingError: for a value that is not a host name.

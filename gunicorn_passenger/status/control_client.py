@@ -1,4 +1,5 @@
-"""The client of the masters' control sockets: finds the running applications of this account, and asks them.
+"""The client of the masters' control sockets: finds the running applications of this account, and sends them
+requests.
 
 Process: the command line. Never: wait for a master without a limit, or trust a socket that another user
 could have made.
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from gunicorn_passenger.config.address import tcp_ports
 from gunicorn_passenger.config.port_allocation import account_name
 from gunicorn_passenger.errors import PassengerError
+from gunicorn_passenger.ipc.report_types import DaemonEntry, Report, ServerEntry
 from gunicorn_passenger.system import runtime_dir
 from gunicorn_passenger.system.peer_credentials import peercred
 from gunicorn_passenger.system.text import printable
@@ -32,7 +34,7 @@ class Instance(NamedTuple):
 
     pid: int
     socket: str
-    report: dict[str, Any] | None
+    report: Report | None
     error: str = ""
 
     @property
@@ -46,8 +48,9 @@ class Instance(NamedTuple):
 
     def has(self, name: str) -> bool:
         """Whether a server or a daemon has this name, address or port."""
-        report = self.report or {}
-        entries = [*report.get("servers", ()), *report.get("daemons", ())]
+        entries: list[ServerEntry | DaemonEntry] = []
+        if self.report is not None:
+            entries += [*self.report["servers"], *self.report.get("daemons", ())]
         return any(
             name in (str(entry["name"]), entry["address"])
             or (name.isdecimal() and int(name) in tcp_ports(entry["address"] or ""))
@@ -98,7 +101,7 @@ def ask(path: str, request: dict[str, Any]) -> dict[str, Any]:
         sock.settimeout(PATIENCE)
         _connect(sock, path, deadline)
         if peercred(sock).uid != os.geteuid():
-            raise PermissionError("another user listens there")
+            raise PermissionError("a process of another user listens on its socket")
         sock.sendall(json.dumps(request).encode() + b"\n")
         received = bytearray()
         while not received.endswith(b"\n"):

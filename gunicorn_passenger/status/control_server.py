@@ -25,7 +25,9 @@ import socket
 import time
 from typing import Any, Protocol
 
+from gunicorn_passenger.config.gunicorn_types import Log
 from gunicorn_passenger.errors import PassengerError
+from gunicorn_passenger.ipc.report_types import Report
 from gunicorn_passenger.master.descriptors import Closer
 from gunicorn_passenger.master.event_log import EventLog
 from gunicorn_passenger.master.service import BrokerService
@@ -51,10 +53,10 @@ _GONE = {errno.ECONNABORTED, errno.EAGAIN, errno.EINTR, errno.EPROTO}
 class ControlBackend(Protocol):
     """What this module needs of the broker."""
 
-    log: Any
+    log: Log
     event_log: EventLog
 
-    def report(self) -> dict[str, Any]: ...
+    def report(self) -> Report: ...
     def command(self, verb: str, name: str) -> str: ...
 
 
@@ -107,8 +109,8 @@ class ControlServer(BrokerService):
             self._listener = listening_sockets.open_unix(path, 0o600, _BACKLOG)
         except (PassengerError, OSError) as error:
             self._broker.log.warning(
-                "gunicorn-passenger: 'gunicorn-passenger status' will not find this application, which runs "
-                "all the same: %s",
+                "gunicorn-passenger: 'gunicorn-passenger status' will not find this application, which "
+                "otherwise runs normally: %s",
                 error,
             )
             return
@@ -121,7 +123,7 @@ class ControlServer(BrokerService):
 
         Called with the broker locked.
 
-        :param sock: one end of a pair, for a daemon of ours; this object closes it.
+        :param sock: one end of a pair, for a status daemon; this object closes it.
         :raises OSError: when there are too many of them.
         """
         if sum(client.persistent for client in self._clients.values()) >= MAX_PERSISTENT:
@@ -160,9 +162,9 @@ class ControlServer(BrokerService):
         except OSError:
             self._drop(client)
         except Exception:
-            # a bug of ours; this client would raise it again in each round
+            # a bug in this package; this client would trigger it again in each round
             self._broker.log.exception(
-                "gunicorn-passenger: closing a client of the control socket after an internal error"
+                "gunicorn-passenger: internal error in the control socket; the client's connection is closed"
             )
             self._drop(client)
 

@@ -5,10 +5,10 @@ Process: a worker, the status daemon, the command line. Never: ask for a report.
 
 from __future__ import annotations
 
-from typing import Any
+from gunicorn_passenger.ipc.report_types import Report
 
 
-def count_workers(report: dict[str, Any]) -> dict[str, int]:
+def count_workers(report: Report) -> dict[str, int]:
     """How many workers are in each state. ``"running"`` of another worker class counts as ``"ready"``."""
     counts = {"ready": 0, "leaving": 0, "booting": 0}
     for worker in report["workers"]:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
+from gunicorn_passenger.ipc.report_types import DaemonEntry, ServerEntry
 from gunicorn_passenger.serving import program_metrics
 from gunicorn_passenger.status.sources import ReportUnavailable, reports
 from gunicorn_passenger.system.text import printable
+
+_Count = Literal["connections", "accepted", "requests", "bytes", "errors"]
 
 #: Kinds of events whose counters exist from the start, so that the first event is an increase.
 _KINDS = ("boot_failure", "crash", "reload", "takeover")
@@ -111,8 +114,8 @@ def _families() -> Iterator[Any]:
     yield from _daemon_families(report.get("daemons", []), Gauge, Counter)
 
 
-def _server_families(servers: list[dict[str, Any]], gauge: Any, counter: Any) -> Iterator[Any]:
-    by_key = {
+def _server_families(servers: list[ServerEntry], gauge: Any, counter: Any) -> Iterator[Any]:
+    by_key: dict[_Count, tuple[Any, str, str]] = {
         "connections": (gauge, "server_connections", "Open connections"),
         "accepted": (counter, "server_accepted", "Accepted connections"),
         "requests": (counter, "server_requests", "Completed requests"),
@@ -130,7 +133,7 @@ def _server_families(servers: list[dict[str, Any]], gauge: Any, counter: Any) ->
     yield accepting.finish()
 
 
-def _daemon_families(daemons: list[dict[str, Any]], gauge: Any, counter: Any) -> Iterator[Any]:
+def _daemon_families(daemons: list[DaemonEntry], gauge: Any, counter: Any) -> Iterator[Any]:
     up = _MetricFamily(gauge, "daemon_up", "Whether the daemon runs", "daemon")
     restarts = _MetricFamily(counter, "daemon_restarts", "Restarts after the daemon had exited", "daemon")
     memory = _MetricFamily(gauge, "daemon_memory_bytes", "Resident memory", "daemon")

@@ -28,8 +28,8 @@ import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
 
+from gunicorn_passenger.config.gunicorn_types import Config, Log
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.errors import PassengerError, SettingError
 from gunicorn_passenger.serving import program_metrics
@@ -118,7 +118,7 @@ class MultiprocDir:
                 os.close(fd)
         self._fd = self._masters_fd = -1
 
-    def give_to_workers(self, cfg: Any, log: Any) -> None:
+    def give_to_workers(self, cfg: Config, log: Log) -> None:
         """The settings are known: give the directory to the workers' user, and log the warnings."""
         while self._warnings:
             log.warning("gunicorn-passenger: %s", self._warnings.pop(0))
@@ -137,7 +137,7 @@ class MultiprocDir:
         except OSError as error:
             log.warning("gunicorn-passenger: %s", _not_added_up(error))
 
-    def _share(self, cfg: Any) -> None:
+    def _share(self, cfg: Config) -> None:
         """Let the workers read the counters of the master itself, where the program was preloaded.
 
         :raises OSError: when the disk is full.

@@ -7,11 +7,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Any
 
 from gunicorn_passenger._version import __version__
 from gunicorn_passenger.config.address import format_sockname, tcp_ports
 from gunicorn_passenger.config.port_allocation import account_name, format_ports
+from gunicorn_passenger.ipc.report_types import (
+    DaemonEntry,
+    PortsEntry,
+    Report,
+    ServerCounts,
+    ServerEntry,
+    WorkerEntry,
+)
 from gunicorn_passenger.ipc.scoreboard import PRIMARY_KEY, PRIMARY_SLOT, Counters
 from gunicorn_passenger.master.broker import Broker
 from gunicorn_passenger.master.worker_channels import WorkerChannel
@@ -19,28 +26,12 @@ from gunicorn_passenger.system import port_owner, procfs
 from gunicorn_passenger.system.text import printable_all
 
 
-def build(broker: Broker) -> dict[str, Any]:
-    """The application as it is now, for people and for programs. Called with the broker's lock held.
-
-    ``version``, ``name``, ``pid``, ``user``, ``started`` (Unix time), ``state`` (``"starting"``,
-    ``"running"``, ``"stopping"``), ``failure`` (why new workers cannot start, such as
-    ``"reload failed: ..."``; empty when they can), ``memory`` (bytes resident, of the master alone);
-
-    ``workers``: ``pid``, ``number``, ``started``, ``state`` (``"booting"``, ``"ready"``, ``"leaving"``,
-    ``"running"`` where the worker class is not ours), ``memory``;
-
-    ``servers``: ``name``, ``address``, ``placement``, ``state`` (``"listening"``, ``"stopped"``),
-    ``connections``, ``accepted``, ``requests``, ``bytes``, ``errors`` (the last three ``None`` where they
-    are not counted), ``workers`` (pids of those that accept);
-
-    ``ports``: ``limited``, ``allocated``, ``open``, ``free`` (texts such as ``"9000-9002"``, or ``None``);
-
-    ``events``: ``time`` (Unix time), ``kind``, ``text``; ``totals``: how many events of each kind there were.
-    """
+def build(broker: Broker) -> Report:
+    """The application as it is now, for people and for programs. Called with the broker's lock held."""
     by_age = {worker.age: worker for worker in broker.workers}
     pids = broker.workers.pids()
     ready = any(worker.ready for worker in by_age.values())
-    report: dict[str, Any] = {
+    report: Report = {
         "version": __version__,
         "name": _name(broker),
         "pid": os.getpid(),
@@ -55,14 +46,16 @@ def build(broker: Broker) -> dict[str, Any]:
         "totals": dict(broker.event_log.totals),
     }
     for service in broker.loop.services:
-        report |= service.report()
+        daemons = service.daemons()
+        if daemons is not None:
+            report["daemons"] = daemons
     report["ports"] = _ports(broker, report.get("daemons", ()))
     # the one place that makes the texts of a report fit for terminals, pages and UTF-8
-    cleaned: dict[str, Any] = printable_all(report)
+    cleaned: Report = printable_all(report)
     return cleaned
 
 
-def _worker(age: int, pid: int, worker: WorkerChannel | None) -> dict[str, Any]:
+def _worker(age: int, pid: int, worker: WorkerChannel | None) -> WorkerEntry:
     state = "running"
     if worker is not None:
         state = "leaving" if worker.draining else "ready" if worker.ready else "booting"
@@ -75,12 +68,12 @@ def _worker(age: int, pid: int, worker: WorkerChannel | None) -> dict[str, Any]:
     }
 
 
-def _servers(broker: Broker, by_age: dict[int, WorkerChannel], pids: dict[int, int]) -> list[dict[str, Any]]:
+def _servers(broker: Broker, by_age: dict[int, WorkerChannel], pids: dict[int, int]) -> list[ServerEntry]:
     scoreboards = [worker.scoreboard for worker in by_age.values() if worker.scoreboard is not None]
     primary = broker.sync.primary()
     ports = broker.listeners.ports.values()
     unclaimed = [port.key for port in ports if port.from_config and not port.wanted_by]
-    found = []
+    found: list[ServerEntry] = []
     if by_age and primary:
         total = broker.retired_counters.total(PRIMARY_KEY, PRIMARY_SLOT, scoreboards)
         serving = [age for age, worker in by_age.items() if worker.serving]
@@ -112,12 +105,18 @@ def _servers(broker: Broker, by_age: dict[int, WorkerChannel], pids: dict[int, i
     return found
 
 
-def _counts(total: Counters, complete: bool) -> dict[str, int | None]:
+def _counts(total: Counters, complete: bool) -> ServerCounts:
     """:param complete: whether requests are counted; of a third-party server only connections are."""
-    return {**total._asdict(), **({} if complete else dict.fromkeys(("requests", "bytes", "errors")))}
+    return {
+        "connections": total.connections,
+        "accepted": total.accepted,
+        "requests": total.requests if complete else None,
+        "bytes": total.bytes if complete else None,
+        "errors": total.errors if complete else None,
+    }
 
 
-def _ports(broker: Broker, daemons: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def _ports(broker: Broker, daemons: Iterable[DaemonEntry]) -> PortsEntry:
     """The ports of the application: those of its servers, and of its daemons.
 
     A port is free when no process listens on it. That includes daemons which open a port themselves.

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from gunicorn_passenger.errors import PassengerError
+from gunicorn_passenger.ipc.report_types import Report
 from gunicorn_passenger.serving.registry import registry
 from gunicorn_passenger.status.control_client import PATIENCE
 
@@ -27,7 +28,7 @@ class ReportSource(Protocol):
     #: whether this process is a worker, which is healthy when it responds at all
     serves: bool
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Report:
         """:raises ReportUnavailable: when the master did not send a report."""
 
 
@@ -36,9 +37,9 @@ class ChannelSource:
 
     serves = True
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Report:
         try:
-            return dict(registry.report())
+            return cast(Report, registry.report())
         except (PassengerError, OSError, ValueError) as error:
             raise ReportUnavailable(str(error)) from None
 
@@ -61,7 +62,7 @@ class PipeSource:
         self._lost = False
         gevent.spawn(self._read)
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Report:
         # requests that arrive in the meantime wait for the same response
         if not self._requested and not self._lost:
             self._requested = True
@@ -78,7 +79,7 @@ class PipeSource:
             )
         if "report" not in self._response:
             raise ReportUnavailable(str(self._response.get("error", "the gunicorn master sent no report")))
-        return dict(self._response["report"])
+        return cast(Report, self._response["report"])
 
     def _read(self) -> None:
         received = bytearray()
@@ -109,7 +110,7 @@ class NullSource:
 
     serves = False
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Report:
         raise ReportUnavailable("this program does not run under gunicorn, which would send the report")
 
 
@@ -118,12 +119,12 @@ class ReportCache:
 
     def __init__(self) -> None:
         self.source: ReportSource = ChannelSource()
-        self._report: dict[str, Any] = {}
-        self._at = float("-inf")
+        self._report: Report | None = None
+        self._at = 0.0
 
-    def get(self) -> dict[str, Any]:
+    def get(self) -> Report:
         """:raises ReportUnavailable: when the source has none."""
-        if time.monotonic() - self._at > FRESH:
+        if self._report is None or time.monotonic() - self._at > FRESH:
             report = self.source.report()
             self._report, self._at = {**report, "now": round(time.time(), 3)}, time.monotonic()
         return self._report

@@ -12,9 +12,9 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from gunicorn_passenger.config.port_allocation import account_name
+from gunicorn_passenger.ipc.report_types import DaemonEntry, EventEntry, PortsEntry, Report, WorkerEntry
 from gunicorn_passenger.status import health
 from gunicorn_passenger.status.control_client import Instance, running
 from gunicorn_passenger.system.text import printable
@@ -120,7 +120,7 @@ def _screen(instances: list[Instance]) -> list[str]:
     return lines
 
 
-def table(report: dict[str, Any], width: int) -> list[str]:
+def table(report: Report, width: int) -> list[str]:
     """The tables of one application.
 
     :param width: columns of a line, 80 or more.
@@ -164,7 +164,7 @@ def table(report: dict[str, Any], width: int) -> list[str]:
     return lines
 
 
-def _servers(report: dict[str, Any], width: int) -> list[str]:
+def _servers(report: Report, width: int) -> list[str]:
     serving = sorted(worker["pid"] for worker in report["workers"] if worker["state"] != "booting")
     rows = []
     for server in report["servers"]:
@@ -190,7 +190,7 @@ def _servers(report: dict[str, Any], width: int) -> list[str]:
     return _columns(header, "<<<>>>>><", rows, width, (0, 1, 8))
 
 
-def _daemons(daemons: list[dict[str, Any]], now: float, width: int) -> list[str]:
+def _daemons(daemons: list[DaemonEntry], now: float, width: int) -> list[str]:
     rows = [
         [
             daemon["name"],
@@ -209,14 +209,14 @@ def _daemons(daemons: list[dict[str, Any]], now: float, width: int) -> list[str]
     return _columns(header, "<><>>><<<", rows, width, (0, 7, 8))
 
 
-def _ports(ports: dict[str, Any]) -> list[str]:
+def _ports(ports: PortsEntry) -> list[str]:
     allocated, opened, free = (ports[key] or "none" for key in ("allocated", "open", "free"))
     if not ports["limited"]:
         return [f"PORTS  open {opened}; no port allocation is set"]
     return [f"PORTS  allocated {allocated}; open {opened}; free {free}"]
 
 
-def _event(event: dict[str, Any], now: float, width: int) -> str:
+def _event(event: EventEntry, now: float, width: int) -> str:
     at = time.localtime(event["time"])
     today = at[:3] == time.localtime(now)[:3]
     clock = time.strftime("%H:%M:%S" if today else "%d %b %H:%M", at)
@@ -261,7 +261,7 @@ def _cut(text: str, width: int) -> str:
     return text[:start] + "…" + (text[-end:] if end else "")
 
 
-def _age(entry: dict[str, Any], now: float) -> str:
+def _age(entry: Report | WorkerEntry | DaemonEntry, now: float) -> str:
     return _duration(now - entry["started"]) if entry["started"] else "-"
 
 

@@ -26,11 +26,11 @@ import json
 import os
 import re
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import cache
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
 from gunicorn_passenger.config import host_names
@@ -42,6 +42,9 @@ from gunicorn_passenger.status import health, metrics
 from gunicorn_passenger.status.sources import NullSource, PipeSource, ReportUnavailable, reports
 from gunicorn_passenger.system.text import printable
 
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
 #: Connections that the status daemon serves at a time.
 _CONNECTIONS = 200
 #: Seconds that the status daemon drains its connections after SIGTERM.
@@ -49,9 +52,6 @@ _DRAIN_TIMEOUT = 2.0
 
 _JSON = "application/json"
 _TEXT = "text/plain; charset=utf-8"
-
-Environ = dict[str, Any]
-StartResponse = Callable[..., Any]
 
 
 class StatusResponse(NamedTuple):
@@ -82,16 +82,18 @@ class StatusApplication:
         # the name that its server has in the report
         self.__module__, self.__qualname__ = "gunicorn_passenger", "status"
 
-    def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         return _respond(environ, start_response, self._hosts)
 
 
-def application(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
     """The WSGI application; it may be mounted below a prefix (``SCRIPT_NAME``)."""
     return _respond(environ, start_response, frozenset())
 
 
-def _respond(environ: Environ, start_response: StartResponse, hosts: frozenset[str]) -> Iterable[bytes]:
+def _respond(
+    environ: WSGIEnvironment, start_response: StartResponse, hosts: frozenset[str]
+) -> Iterable[bytes]:
     response = _route(environ) if _host_allowed(environ, hosts) else _wrong_host(environ)
     headers = [
         ("Content-Type", response.type),
@@ -105,7 +107,7 @@ def _respond(environ: Environ, start_response: StartResponse, hosts: frozenset[s
     return [] if environ["REQUEST_METHOD"] == "HEAD" else [response.body]
 
 
-def _host_allowed(environ: Environ, hosts: frozenset[str]) -> bool:
+def _host_allowed(environ: WSGIEnvironment, hosts: frozenset[str]) -> bool:
     """Whether the request names a host that this application serves (RFC 9110, section 7.2).
 
     A web site can let a name of its own point to this machine, but cannot make a browser send another name
@@ -124,12 +126,12 @@ def _host_allowed(environ: Environ, hosts: frozenset[str]) -> bool:
         return False
     if host_names.matches(host, hosts | settings.status_hosts()):
         return True
-    # the name that a server of this program was told to listen on
+    # the host name of an address on which a server of this program listens
     addresses = (getattr(server, "requested_address", None) for server in registry.servers)
     return any(isinstance(want, Tcp) and host_names.normalize(want.host) == host for want in addresses)
 
 
-def _wrong_host(environ: Environ) -> StatusResponse:
+def _wrong_host(environ: WSGIEnvironment) -> StatusResponse:
     host = printable(environ["HTTP_HOST"][:100].encode("latin-1", "replace").decode("utf-8", "replace"))
     text = (
         f"The status is not shown to requests for the host {host!r}. If this name is yours, allow it with "
@@ -139,7 +141,7 @@ def _wrong_host(environ: Environ) -> StatusResponse:
     return StatusResponse("403 Forbidden", _TEXT, text.encode())
 
 
-def _route(environ: Environ) -> StatusResponse:
+def _route(environ: WSGIEnvironment) -> StatusResponse:
     path = environ.get("PATH_INFO", "")
     if not path and environ.get("SCRIPT_NAME"):
         # the page's own addresses are relative to a path that ends in a slash
@@ -158,7 +160,7 @@ def _route(environ: Environ) -> StatusResponse:
         return StatusResponse("503 Service Unavailable", _TEXT, f"{error}\n".encode())
 
 
-def _health(_environ: Environ) -> StatusResponse:
+def _health(_environ: WSGIEnvironment) -> StatusResponse:
     body: dict[str, Any] = {"status": "ok"}
     try:
         body["workers"] = counts = health.count_workers(reports.get())
@@ -171,15 +173,15 @@ def _health(_environ: Environ) -> StatusResponse:
     return StatusResponse("503 Service Unavailable", _JSON, _encode({**body, "status": "unavailable"}))
 
 
-def _status(_environ: Environ) -> StatusResponse:
+def _status(_environ: WSGIEnvironment) -> StatusResponse:
     return StatusResponse("200 OK", _JSON, _encode(reports.get()))
 
 
-def _encode(value: dict[str, Any]) -> bytes:
+def _encode(value: Mapping[str, object]) -> bytes:
     return json.dumps(value).encode() + b"\n"
 
 
-def _metrics(environ: Environ) -> StatusResponse:
+def _metrics(environ: WSGIEnvironment) -> StatusResponse:
     try:
         content_type, body = metrics.render(environ.get("HTTP_ACCEPT", ""))
     except ImportError:
@@ -192,7 +194,7 @@ def _metrics(environ: Environ) -> StatusResponse:
 # --- the page ----------------------------------------------------------------------------------
 
 
-def _page(_environ: Environ) -> StatusResponse:
+def _page(_environ: WSGIEnvironment) -> StatusResponse:
     return _load_page()
 
 
@@ -215,7 +217,7 @@ def _digest(text: str, element: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()}'"
 
 
-_PATHS: dict[str, Callable[[Environ], StatusResponse]] = {
+_PATHS: dict[str, Callable[[WSGIEnvironment], StatusResponse]] = {
     "/": _page,
     "/health": _health,
     "/metrics": _metrics,
@@ -262,7 +264,7 @@ def _hosts_of_daemon(listen: Any, hosts: object) -> frozenset[str]:
 
 
 def _names_in(listen: Any) -> frozenset[str]:
-    """The host names that the daemon is told to listen on."""
+    """The host names in the addresses on which the daemon listens."""
     addresses = []
     for item in listen if isinstance(listen, list) else [listen]:
         with suppress(PassengerError):  # daemons.spawn() raises it, with the line of the user's file

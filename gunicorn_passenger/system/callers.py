@@ -1,6 +1,6 @@
 """Which function or package a call comes from, where no argument tells.
 
-Process: all. Never: use anything of a caller but the names of its functions and modules.
+Process: all. Never: use anything of a caller except the names of its functions and modules.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def listener_of(fd: int, host: str, port: int) -> _socket.socket:
 def open_unix(path: str, mode: int, backlog: int) -> _socket.socket:
     """A UNIX socket that listens at an absolute path; the file of a server that has exited is replaced.
 
-    :param mode: of the socket's file; a user who may write the file may connect (unix(7)).
+    :param mode: of the socket's file; a user that may write the file may connect (unix(7)).
     :raises errors.PortInUse: when another socket listens there.
     :raises errors.ListenError: when there is a file that is not a socket, or the kernel refuses.
     """
@@ -102,9 +102,9 @@ def open_unix(path: str, mode: int, backlog: int) -> _socket.socket:
 def _own_file(path: str) -> Iterator[tuple[str, os.stat_result]]:
     """The file of a socket that this process has just bound, by a name that no other user can redirect.
 
-    A user who may write the directory could have replaced the file with a symbolic or hard link to a file of
-    this user's, or of root's. So the file is opened without following a link, checked, and then named by its
-    descriptor.
+    A user that may write to the directory could have replaced the file with a symbolic or hard link to a file
+    of this user's, or of root's. So the file is opened without following a link, checked, and then named by
+    its descriptor.
 
     :raises OSError: (``EPERM``) when it is not a socket of this user's with this name only.
     """
@@ -130,7 +130,7 @@ def give(path: str, uid: int, gid: int) -> None:
 def remove(path: str, file: tuple[int, int] | None) -> None:
     """Remove the file of a socket, if it is still the one of ``file`` (see :func:`inode_id`).
 
-    Both steps use one open directory, so renaming it meanwhile has no effect.
+    Both steps use one open directory, so renaming it in between has no effect.
     """
     with suppress(OSError, ValueError):
         directory = os.open(os.path.dirname(path) or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

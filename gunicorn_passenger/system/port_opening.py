@@ -1,6 +1,6 @@
 """Opens the listening socket of a server or a daemon, within the port allocation.
 
-Process: the master, and a program without gunicorn. Never: resolves a name, waits, or opens a port that the
+Process: the master, and a program without gunicorn. Never: resolve a name, wait, or open a port that the
 allocation does not name.
 """
 
@@ -54,7 +54,7 @@ def open_listener(
 ) -> _socket.socket:
     """Open a listening socket.
 
-    :param allocation: the ports that may be opened; ``None`` where the operator's own word opens the port.
+    :param allocation: the ports that may be opened; ``None`` where the operator has opened the port.
     :param in_use: ports that this application holds; ``"auto"`` skips them.
     :param needed: how many free ports there must be, for several servers of a kind.
     :param preferred: the port that ``"auto"`` tries first; 0 for none.

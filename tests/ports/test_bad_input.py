@@ -136,7 +136,7 @@ def test_program_that_asks_for_the_impossible(start, call, pattern):
         (
             "passenger.configure(nonsense=1)",
             "TypeError",
-            "configure() has no setting 'nonsense'; there are: auto_ins",
+            "configure() has no setting 'nonsense'; known settings: auto_ins",
         ),
         (
             "passenger.create_server(3)",

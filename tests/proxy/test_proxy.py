@@ -316,7 +316,7 @@ def test_bad_targets(target):
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        ({"nonsense": 1}, TypeError, "has no option 'nonsense'; there are: forward"),
+        ({"nonsense": 1}, TypeError, "has no option 'nonsense'; known options: forward"),
         ({"proxy_timeout": -1}, ValueError, "proxy_timeout=-1 is not a positive number"),
         ({"headers": {"X": "a\r\nb"}}, ValueError, "headers: 'X'"),
     ],

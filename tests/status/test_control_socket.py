@@ -292,7 +292,7 @@ def test_a_client_that_triggers_an_internal_error_is_closed(control, monkeypatch
     ours.sendall(b'{"command": "report"}\n')
     wait_for(lambda: (turn(control), not control._clients)[1], "the end of the client")
     assert control._broker.log.lines == [
-        "gunicorn-passenger: closing a client of the control socket after an internal error"
+        "gunicorn-passenger: internal error in the control socket; the client's connection is closed"
     ]
     assert ours.recv(10) == b""
     ours.close()

@@ -436,7 +436,7 @@ def test_a_mistake_of_ours_costs_one_worker_its_channel(workers, monkeypatch):
             workers.ends[1].send(b'{"v":1,"type":"AcceptPaused","id":0,"key":"x"}')
     assert workers.ends[1].recv(10) == b""
     assert isinstance(workers.open(2, "another's"), messages.PortOpened)
-    (line,) = workers.log.grep("the port broker failed at a AcceptPaused message of worker number 1")
+    (line,) = workers.log.grep("internal error while handling the message AcceptPaused of worker number 1")
     assert "ZeroDivisionError: a mistake of ours" in line
     assert workers.broker.loop.running
 
@@ -492,8 +492,8 @@ def test_a_service_that_fails_keeps_no_worker_waiting(workers):
         for number in range(5):
             assert isinstance(workers.open(1, f"server {number}"), messages.PortOpened)
         assert {"serve", "tick"} <= set(service.calls)
-        assert workers.log.grep("Failing, a service of the port broker, failed; it continues")
-        assert not workers.log.grep("the port broker failed; it continues")
+        assert workers.log.grep("internal error in Failing; it continues")
+        assert not workers.log.grep("internal error in the port broker")
     finally:
         with workers.broker.locked():
             workers.broker.loop.services.remove(service)

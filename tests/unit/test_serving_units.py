@@ -225,7 +225,7 @@ class Asgi:
         ),
         (
             lambda: passenger.create_server(application).listen(9000, backlog=5),
-            "there are: host, name, placement",
+            "known options: host, name, placement",
         ),
         (lambda: passenger.listen(9000, application, nam="x"), "did you mean 'name'"),
         (lambda: passenger.create_server(asgi), "is an ASGI application"),

@@ -207,7 +207,7 @@ def test_a_worker_too_many_waits_for_a_port(start):
     process = placed(start, first, "each", workers=2, PASSENGER_PORTS=f"{first}-{first + 1}")
     at = {port: pid_at(port) for port in (first, first + 1)}
     process.signal(signal.SIGTTIN)
-    process.wait_log("a worker waits for a port: placement 'each' needs 1 more ports")
+    process.wait_log("a worker waits until another worker's port is free: placement 'each' needs 1 more port")
     wait_for(lambda: len(process.workers()) == 3, "the third worker")
     (third,) = set(process.workers()) - set(at.values())
     os.kill(at[first], signal.SIGTERM)
