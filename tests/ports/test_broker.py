@@ -164,9 +164,7 @@ WSGIServer(('127.0.0.1', {port}), whoami).start()
 """
     start.write("program.py", text)
     process = start.gunicorn("anything", "-c", conf, workers=2).wait_ready()
-    process.wait_log(
-        r"ERROR.*the port broker (cannot start|failed) .*: (only )?the primary is served"
-    )
+    process.wait_log(r"ERROR.*the port broker (cannot start|failed) .*: (only )?the primary is served")
     process.wait_log(rf"ERROR.*127.0.0.1:{port} is not served by this worker: the master's port broker")
     assert len(pids_answering(process.socket, 2)) == 2
     assert refused(port)
