@@ -78,7 +78,7 @@ IMPOSSIBLE = [
         "unknown event 'proxyReq'; did you mean 'proxy_req'",
     ),
     ("passenger.configure(placment={9000: 'one'})", "no setting 'placment'; did you mean 'placement'"),
-    ("passenger.configure(placement='one')", "say for which port, such as .9000: 'one'."),
+    ("passenger.configure(placement='one')", "name the port, too, such as .9000: 'one'."),
     ("passenger.create_server(whoami, zz=1)", "create_server.. has no option 'zz'"),
     ("passenger.configure(ports='9000-')", r"configure\(ports=...\): cannot read '9000-' \(item 1 of '9000-'\)"),
     ("passenger.configure(ports='1,70000')", r"'70000' \(item 2 of '1,70000'\) is outside 1-65535"),
