@@ -43,9 +43,11 @@ from gunicorn_passenger.serving import (
     events,
     once,  # noqa: F401
 )
-from gunicorn_passenger.serving.background_work import finish_background_work
+from gunicorn_passenger.serving.background_work import do_not_wait_for_threads, finish_background_work
 from gunicorn_passenger.serving.broker_client import BrokerClient
-from gunicorn_passenger.serving.drain import finish_connections
+from gunicorn_passenger.serving.drain import ConnectionMigration
+from gunicorn_passenger.serving.finish import finish_connections
+from gunicorn_passenger.serving.gevent_scheduler import GeventScheduler
 from gunicorn_passenger.serving.registry import registry
 from gunicorn_passenger.serving.server import default_name
 from gunicorn_passenger.serving.server_errors import with_program_line
@@ -78,11 +80,6 @@ def _entry_points_read_once() -> Iterator[None]:
         yield
     finally:
         metadata.entry_points = read
-
-
-def _do_not_wait_for_threads() -> None:
-    """The interpreter would wait for a server in a non-daemon thread, until the master kills the worker."""
-    threading._shutdown = lambda: None  # type: ignore[attr-defined]
 
 
 class NullHeartbeat:
@@ -187,10 +184,11 @@ class Worker(GeventWorker):
             self._primary_copy = _socket.socket(fileno=os.dup(self.sockets[0].fileno()))
             self._exit_requested = Event()
             settings.enter_program_scope()
-            broker = BrokerClient(self.channel, self.log)
+            broker = BrokerClient(self.channel, self.log, GeventScheduler())
             broker.on_lost = self._on_master_lost
             broker.on_bind_claimed = self._on_bind_claimed
-            registry.run_as_worker(self, broker)
+            broker.start_reading()
+            registry.run_as_worker(self, broker, ConnectionMigration(broker, registry.acceptors))
             self._socket_patch = replaced_methods.install(registry, self._inodes_at_fork)
             # before the program starts a server that shows its metrics
             prometheus_multiproc.directory.sum_in_worker()
@@ -278,7 +276,7 @@ class Worker(GeventWorker):
             self.log.error("%s", " ".join(with_program_line(error).split()))
         elif verdict.log and verdict.action != "halt":
             self.log.error("Exception in worker process", exc_info=error)
-        _do_not_wait_for_threads()
+        do_not_wait_for_threads()
         if verdict.action == "exit":
             sys.exit(1)
         if verdict.action == "wait":
@@ -337,10 +335,11 @@ class Worker(GeventWorker):
                     # the master kills the worker at the deadline, and the log should say so before
                     deadline - time.monotonic() - 0.5,
                     self.log,
+                    registry.broker.scheduler,
                     self.notify,
                     self._threads_at_start | self._socket_patch.server_threads(),
                 )
-        _do_not_wait_for_threads()
+        do_not_wait_for_threads()
         if self.failure is not None:
             self.alive = True  # while it waits for gunicorn to halt
             self._exit_requested.clear()
@@ -451,7 +450,7 @@ class Worker(GeventWorker):
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         if sig and not self.booted:
-            _do_not_wait_for_threads()
+            do_not_wait_for_threads()
             fork_handlers.exit_boot(sig, frame)
         super().handle_exit(sig, frame)
         if self._exit_requested is not None:
@@ -476,7 +475,7 @@ class Worker(GeventWorker):
         """The worker was stopped while it loaded the program, whose unmodified servers accept already."""
         if registry.servers and not self._quitting:
             self._drain(time.monotonic() + self.cfg.graceful_timeout)
-        _do_not_wait_for_threads()
+        do_not_wait_for_threads()
 
     def _drain(self, deadline: float) -> None:
         """Stop accepting everywhere, and finish the open connections.
@@ -496,6 +495,7 @@ class Worker(GeventWorker):
                 registry,
                 deadline - time.monotonic(),
                 self.log,
+                gevent.sleep,
                 self._on_drain_tick,
                 self._socket_patch,
                 keepalive,

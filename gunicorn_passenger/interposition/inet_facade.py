@@ -12,26 +12,30 @@ from __future__ import annotations
 
 import _socket
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any
 
-from gevent import _socket3, monkey
-
 from gunicorn_passenger.config.address import SockAddr
+from gunicorn_passenger.system.unpatched import unpatched
 
 INET = (socket.AF_INET, socket.AF_INET6)
 
 #: The address of a peer of which nothing is known.
 PEER: dict[int, Any] = {socket.AF_INET: ("127.0.0.1", 0), socket.AF_INET6: ("::1", 0, 0, 0)}
 
-NATIVE: Any = monkey.get_original("socket", "socket")
-
-#: The two classes that all Python sockets derive their system calls from.
-CLASSES = (NATIVE, _socket3._wrefsocket)
+NATIVE: Any = unpatched("socket", "socket")
 
 _TCP_LEVELS = (socket.IPPROTO_TCP, socket.IPPROTO_IP, socket.IPPROTO_IPV6)
 
 _enabled: list[bool] = []
+
+
+def socket_classes() -> list[Any]:
+    """The classes that all Python sockets derive their system calls from: the standard library's, and
+    gevent's inner one where gevent is imported."""
+    gevents = sys.modules.get("gevent._socket3")
+    return [NATIVE] if gevents is None else [NATIVE, gevents._wrefsocket]
 
 
 def enable(peer: Callable[[int], SockAddr | None]) -> None:
@@ -42,7 +46,7 @@ def enable(peer: Callable[[int], SockAddr | None]) -> None:
     if _enabled:
         return
     _enabled.append(True)
-    for cls in CLASSES:
+    for cls in socket_classes():
         _emulate_tcp(cls, peer)
 
 

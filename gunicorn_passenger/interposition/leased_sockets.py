@@ -20,8 +20,6 @@ from threading import get_ident
 from time import monotonic
 from typing import NamedTuple
 
-import gevent
-
 from gunicorn_passenger.config.address import SockAddr, format_sockname
 from gunicorn_passenger.interposition.fd_swap import epoll_registrations, swap_fd
 from gunicorn_passenger.interposition.own_fds import fds_of, inode_of
@@ -67,6 +65,8 @@ class AcceptedConnection(NamedTuple):
     server: ThirdPartyServer
     #: the address of the server, as the program knows it
     name: SockAddr
+    #: the thread that has accepted it
+    thread: int
 
 
 class LeasedSockets:
@@ -88,6 +88,8 @@ class LeasedSockets:
         self._last = float("-inf")
         #: identities (``Thread.ident``) of the threads in which servers accepted until the drain began
         self.server_threads: set[int] = set()
+        #: whether there has been such a server
+        self.used = False
         #: how many connections the servers that have closed had accepted, by slot
         self._accepted_before: Counter[int] = Counter()
 
@@ -97,6 +99,7 @@ class LeasedSockets:
         """The master's socket lies under a descriptor of a server from now on."""
         entry = self._by_fd[fd] = LeasedFd(inode_of(fd), server, name, options)
         self._last = entry.since
+        self.used = True
         if server.lease is None:
             self.captured = True
         else:
@@ -269,7 +272,7 @@ class LeasedSockets:
         """A connection was accepted: remember it if it came from one of the master's sockets."""
         if entry is not None:
             entry.server.accepted += 1
-            self._connections[fd] = AcceptedConnection(inode_of(fd), entry.server, entry.name)
+            self._connections[fd] = AcceptedConnection(inode_of(fd), entry.server, entry.name, entry.thread)
             if entry.private is not None and not is_readable(entry.private[0].fileno()):
                 self._close_private(entry)
 
@@ -278,6 +281,10 @@ class LeasedSockets:
         self._connections = {fd: it for fd, it in self._connections.items() if inode_of(fd) == it.inode}
         self._peers = {fd: peer for fd, peer in self._peers.items() if inode_of(fd) == peer[0]}
         return not self._connections
+
+    def forget_connections_of_this_thread(self) -> None:
+        """The loop that served them has ended, so they cannot finish."""
+        self._connections = {fd: it for fd, it in self._connections.items() if it.thread != get_ident()}
 
     # --- clients without a TCP address ---------------------------------------------------------------
 
@@ -325,7 +332,8 @@ class LeasedSockets:
             replaced = _socket.socket(fileno=os.dup(next(iter(fds_of(entry.inode)))))
             self._swap(entry, listener, entry.server.state, replaced.fileno())
             entry.private = listener, replaced
-            gevent.spawn_later(_PRIVATE_SECONDS, self._close_private, entry)
+            assert self._registry.broker is not None
+            self._registry.broker.scheduler.spawn_later(_PRIVATE_SECONDS, self._close_private, entry)
         name: bytes = entry.private[0].getsockname()
         return name
 

@@ -12,10 +12,9 @@ from __future__ import annotations
 import _socket
 import errno
 import socketserver
+import sys
 from collections.abc import Callable
 from typing import Any
-
-from gevent import _socket3
 
 from gunicorn_passenger.interposition import inet_facade
 from gunicorn_passenger.interposition.socket_options import FOREVER, keep_nonblocking
@@ -33,7 +32,7 @@ def install(registry: ServerRegistry, inherited: set[int]) -> SocketPatch:
     patch = SocketPatch(registry, inherited)
     if not _installed:
         _installed.append(patch)
-        for cls in inet_facade.CLASSES:
+        for cls in inet_facade.socket_classes():
             _replace_calls(cls)
             _replace_connection_calls(cls)
         _notice_deferred_closes()
@@ -44,14 +43,17 @@ def install(registry: ServerRegistry, inherited: set[int]) -> SocketPatch:
 
 def _notice_deferred_closes() -> None:
     """gevent may close a descriptor in its next loop iteration; for the program the socket is closed now."""
-    close_later = _socket3.socket._drop_events_and_close
+    gevents: Any = sys.modules.get("gevent._socket3")
+    if gevents is None:
+        return
+    close_later = gevents.socket._drop_events_and_close
 
     def _drop_events_and_close(self: Any, closefd: bool = True, *args: Any) -> None:
         if closefd:
             _installed[0].leased.on_deferred_close(_socket.socket.fileno(self._sock))
         close_later(self, closefd, *args)
 
-    _socket3.socket._drop_events_and_close = _drop_events_and_close
+    gevents.socket._drop_events_and_close = _drop_events_and_close
 
 
 def _never_wait_after_a_selector() -> None:

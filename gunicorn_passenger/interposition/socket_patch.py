@@ -25,8 +25,6 @@ import threading
 from contextlib import suppress
 from typing import Any
 
-import gevent
-
 from gunicorn_passenger import errors
 from gunicorn_passenger.config import listen_errors
 from gunicorn_passenger.config.address import SockAddr, Tcp, format_tcp
@@ -58,7 +56,6 @@ from gunicorn_passenger.serving import program_metrics
 from gunicorn_passenger.serving.registry import ServerRegistry, check_program_allocation
 from gunicorn_passenger.serving.server import LISTENING, LOST, WAITING, ListenAddress
 from gunicorn_passenger.serving.third_party import ThirdPartyServer
-from gunicorn_passenger.system import unpatched
 
 #: Seconds between two looks at a bind for which siblings wait.
 _WATCH_INTERVAL = 0.01
@@ -68,10 +65,14 @@ class SocketPatch:
     """Decides what the replaced calls do."""
 
     def __init__(self, registry: ServerRegistry, inherited: set[int]) -> None:
-        """:param inherited: inodes of the sockets on which the master listened at the fork."""
+        """
+        :param registry: that of a worker; its client of the broker exists.
+        :param inherited: inodes of the sockets on which the master listened at the fork.
+        """
         self._registry = registry
+        assert registry.broker is not None
+        self._scheduler = registry.broker.scheduler
         self._pid = os.getpid()
-        self._hub = gevent.get_hub()
         self._watching = False
         self.binds = PendingBinds(self._on_listening, self._on_lock)
         self.leased = LeasedSockets(registry)
@@ -98,7 +99,7 @@ class SocketPatch:
         bind = pending_bind(sock, address)
         if not shares_port(sock) and any(e.name[:2] == bind.name[:2] for e in self.leased.open_entries()):
             raise listen_errors.duplicate_listen(format_tcp(bind.host, port))
-        self.binds.wait_for_siblings(port, self._sleep)
+        self.binds.wait_for_siblings(port, self._scheduler.sleep)
         try:
             _socket.socket.bind(sock, bind.name)
         except OSError as error:
@@ -110,17 +111,8 @@ class SocketPatch:
         self.binds.add(bind)
         if not self._watching:
             self._watching = True
-            self._hub.loop.run_callback_threadsafe(gevent.spawn, self._watch)
+            self._scheduler.start_task(self._watch)
         return True
-
-    def _sleep(self, seconds: float) -> None:
-        """Let other greenlets run, where the caller has any."""
-        if self._hub.thread_ident == unpatched.unpatched("_thread", "get_ident")() and (
-            gevent.getcurrent() is not self._hub
-        ):
-            gevent.sleep(seconds)
-        else:
-            unpatched.unpatched("time", "sleep")(seconds)
 
     def _on_refused(self, sock: _socket.socket, bind: PendingBind, error: OSError) -> None:
         """The kernel refuses a bind: share the port, if it is this application's.
@@ -231,7 +223,7 @@ class SocketPatch:
         """Look often at the binds for which siblings wait."""
         try:
             while self.binds.check():
-                gevent.sleep(_WATCH_INTERVAL)
+                self._scheduler.sleep(_WATCH_INTERVAL)
         finally:
             self._watching = False
 

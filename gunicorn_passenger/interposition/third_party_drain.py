@@ -5,7 +5,7 @@ Never: ends a connection that has an open request, or costs time before the drai
 
 It knows gevent's ``pywsgi`` and the servers based on ``http.server`` (``wsgiref``, ``socketserver``'s HTTP
 servers, Werkzeug and Flask). Their next response says ``Connection: close``. A connection is idle when the
-innermost frame of its greenlet is the function that waits for a request.
+innermost frame of its greenlet or thread is the function that waits for a request.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from types import CodeType, FrameType
 from typing import Any
-
-import greenlet
 
 #: How many times as long as a search the worker does without one.
 _SEARCH_PAUSE = 50
@@ -62,7 +60,7 @@ class IdleConnections:
     """The connections on which such a server waits for a request."""
 
     def __init__(self) -> None:
-        self._greenlets: list[weakref.ref[greenlet.greenlet]] = []
+        self._greenlets: list[weakref.ref[Any]] = []
         #: when to search all objects of the process again (monotonic seconds)
         self._search_at = 0.0
 
@@ -73,24 +71,30 @@ class IdleConnections:
                 sock.shutdown(socket.SHUT_RD)
 
     def _sockets(self) -> Iterator[Any]:
-        began = time.monotonic()
-        if began >= self._search_at:
-            # there may be millions of objects, and a request in progress waits meanwhile
-            found = [weakref.ref(o) for o in gc.get_objects() if isinstance(o, greenlet.greenlet)]
-            self._greenlets = found
-            ended = time.monotonic()
-            self._search_at = ended + (ended - began) * _SEARCH_PAUSE
         waiting = _functions_that_wait()
-        for reference in self._greenlets:
-            candidate = reference()
-            if candidate is None or candidate.gr_frame is None:
-                continue
-            frame = _innermost_server_frame(candidate.gr_frame)
+        for outer in (*self._greenlet_frames(), *sys._current_frames().values()):
+            frame = _innermost_server_frame(outer)
             if frame is not None and frame.f_code in waiting:
                 handler = frame.f_locals.get("self")
                 sock = getattr(handler, "socket", None) or getattr(handler, "connection", None)
                 if sock is not None:
                     yield sock
+
+    def _greenlet_frames(self) -> Iterator[FrameType]:
+        greenlets = sys.modules.get("greenlet")
+        if greenlets is None:
+            return
+        began = time.monotonic()
+        if began >= self._search_at:
+            # there may be millions of objects, and a request in progress waits meanwhile
+            found = [weakref.ref(o) for o in gc.get_objects() if isinstance(o, greenlets.greenlet)]
+            self._greenlets = found
+            ended = time.monotonic()
+            self._search_at = ended + (ended - began) * _SEARCH_PAUSE
+        for reference in self._greenlets:
+            candidate = reference()
+            if candidate is not None and candidate.gr_frame is not None:
+                yield candidate.gr_frame
 
 
 _idle_connections = IdleConnections()

@@ -1,19 +1,21 @@
 """The acceptors of this process: those of the primary, one for each other server, and those that drain.
 
 Process: a worker, or plain Python.
-Never: knows why a server starts or stops to accept; :mod:`.registry` decides that.
+Never: knows why a server starts or stops to accept; :mod:`.registry` decides that. Never imports gevent
+before there is a server of ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gunicorn_passenger.config.address import format_sockname
-from gunicorn_passenger.http.listener_context import StandaloneWorker
-from gunicorn_passenger.serving.acceptors import ListenerHandler, make_acceptor
 from gunicorn_passenger.serving.counters import AcceptorCounters
 from gunicorn_passenger.serving.server import Server
+
+if TYPE_CHECKING:
+    from gunicorn_passenger.serving.acceptors import ListenerHandler
 
 
 class AcceptorTable:
@@ -30,11 +32,11 @@ class AcceptorTable:
         self._draining: list[ListenerHandler] = []
         self._cfg: Any = None
         self._log: Any = None
-        self._worker: Any = StandaloneWorker()
+        self._worker: Any = None
 
     def configure(self, cfg: Any, log: Any, worker: Any) -> None:
         """
-        :param cfg: gunicorn's configuration, as it applies to servers beside the primary.
+        :param cfg: gunicorn's configuration.
         :param worker: gunicorn's worker object.
         """
         self._cfg, self._log, self._worker = cfg, log, worker
@@ -53,17 +55,21 @@ class AcceptorTable:
 
     def start_primary(self, sock: Any, app: Any, cfg: Any, slot: int) -> None:
         """Accept on a listener of the primary; ``cfg`` is gunicorn's own configuration."""
-        acceptor = make_acceptor(sock, app, cfg, self._log, self._worker)
-        self.counters.register(slot, acceptor)
-        acceptor.start()
-        self.primary.append(acceptor)
+        self.primary.append(self._start(slot, sock, app, cfg))
 
     def start(self, server: Server, sock: Any) -> None:
         """Accept on the listening socket of a server."""
-        cfg, log = self.configuration()
-        acceptor = self._by_server[server] = make_acceptor(sock, server.app, cfg, log, self._worker)
-        self.counters.register(server.slot, acceptor)
+        cfg, _ = self.configuration()
+        self._by_server[server] = self._start(server.slot, sock, server.app, cfg, is_primary=False)
+
+    def _start(self, slot: int, sock: Any, app: Any, cfg: Any, is_primary: bool = True) -> ListenerHandler:
+        from gunicorn_passenger.serving.acceptors import make_acceptor, secondary_config
+
+        cfg = cfg if is_primary else secondary_config(cfg)
+        acceptor = make_acceptor(sock, app, cfg, self._log, self._worker)
+        self.counters.register(slot, acceptor)
         acceptor.start()
+        return acceptor
 
     def stop(self, server: Server) -> None:
         """Close the listening socket of a server; its open connections continue."""

@@ -23,7 +23,7 @@ from gunicorn_passenger.config.address import format_sockname
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.http.acceptor import Acceptor
 from gunicorn_passenger.http.access_log import escape_access_log
-from gunicorn_passenger.http.listener_context import ListenerContext
+from gunicorn_passenger.http.listener_context import ListenerContext, StandaloneWorker
 from gunicorn_passenger.ipc.scoreboard import Counters
 from gunicorn_passenger.system.tcp_keepalive import enable_tcp_keepalive
 
@@ -70,12 +70,13 @@ def unsupported_features(cfg: Any) -> str:
 def make_acceptor(sock: Any, app: Any, cfg: Any, log: Any, worker: Any) -> ListenerHandler:
     """The acceptor of a listener.
 
-    :param sock: a listening gevent socket; the acceptor owns it.
+    :param sock: a listening socket, whose descriptor the acceptor owns from now on.
     :param app: the WSGI callable.
     :param cfg: gunicorn's configuration, as it applies there.
-    :param worker: gunicorn's worker, or a
-        :class:`~gunicorn_passenger.http.listener_context.StandaloneWorker`.
+    :param worker: gunicorn's worker; ``None`` under plain Python.
     """
+    sock = gsocket.socket(sock.family, sock.type, sock.proto, fileno=sock.detach())
+    worker = worker or StandaloneWorker()
     share = cfg.workers > 1
     escape_access_log(log)
     enable_tcp_keepalive(sock)
@@ -176,9 +177,8 @@ class GunicornAcceptor:
         self._accepted = 0
         self._closed = False
         name = self._name = ListenerName(sock.getsockname())
-        listener = gsocket.socket(sock.family, sock.type, sock.proto, fileno=sock.detach())
         self.server = StreamServer(
-            listener,
+            sock,
             handle=lambda client, addr: self._handle(name, client, addr),
             spawn=self.pool,
             **tls,

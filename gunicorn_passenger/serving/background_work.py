@@ -15,16 +15,18 @@ from time import monotonic
 from types import FrameType
 from typing import Any
 
-import gevent
-import greenlet
-from gevent.queue import Queue, SimpleQueue
+from gunicorn_passenger.serving.scheduler import Scheduler
 
 #: Seconds between two heartbeats.
 _HEARTBEAT_INTERVAL = 1.0
 
 
 def finish_background_work(
-    seconds: float, log: Any, on_tick: Callable[[], object], endless: Collection[threading.Thread]
+    seconds: float,
+    log: Any,
+    scheduler: Scheduler,
+    on_tick: Callable[[], object],
+    endless: Collection[threading.Thread],
 ) -> None:
     """Let the program's threads finish, as the end of a Python program does.
 
@@ -36,17 +38,28 @@ def finish_background_work(
     :param endless: threads that are not waited for.
     """
     deadline = monotonic() + seconds
-    finishing = gevent.spawn(_finish, log, endless)
-    while not finishing.ready() and (left := deadline - monotonic()) > 0:
-        finishing.join(timeout=min(left, _HEARTBEAT_INTERVAL))
+    finished = scheduler.result()
+
+    def finish() -> None:
+        _finish(log, endless)
+        finished.set(None)
+
+    scheduler.start_task(finish)
+    while not finished.ready() and (left := deadline - monotonic()) > 0:
+        finished.wait(min(left, _HEARTBEAT_INTERVAL))
         on_tick()
-    if not finishing.ready():
+    if not finished.ready():
         names = ", ".join(sorted(thread.name for thread in _unfinished(endless)))
         log.warning(
             "Worker graceful timeout: the worker exits although the program's work in threads is not "
             "finished: %s; raise --graceful-timeout if it may take longer",
             names or "a pool of threads, or another callback at exit",
         )
+
+
+def do_not_wait_for_threads() -> None:
+    """The interpreter would wait for a server in a non-daemon thread, until the master kills the worker."""
+    threading._shutdown = lambda: None  # type: ignore[attr-defined]
 
 
 def _finish(log: Any, endless: Collection[threading.Thread]) -> None:
@@ -82,7 +95,12 @@ def _frames_and_idle() -> tuple[dict[int, FrameType], set[int]]:
     """The innermost frame of each thread, by its identity, and the threads that wait for work at an empty
     queue, as those of a server's pool do. Under gevent most threads are greenlets, and queues are its own."""
     frames: dict[int, FrameType] = dict(sys._current_frames())
-    idle = set()
+    idle: set[int] = set()
+    if "gevent.queue" not in sys.modules:
+        return frames, idle
+    import greenlet
+    from gevent.queue import Queue, SimpleQueue
+
     for candidate in gc.get_objects():
         if isinstance(candidate, greenlet.greenlet) and candidate.gr_frame is not None:
             frames[id(candidate)] = candidate.gr_frame

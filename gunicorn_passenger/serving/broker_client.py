@@ -1,7 +1,7 @@
 """The worker's end of the channel to the master's port broker.
 
 Process: a worker.
-Never: blocks the gevent hub, or treats the silence of a lost master as a response.
+Never: blocks gevent's hub, or treats the silence of a lost master as a response.
 """
 
 from __future__ import annotations
@@ -14,11 +14,7 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple, TypeVar
-
-import gevent
-from gevent import socket as gsocket
-from gevent.event import AsyncResult
+from typing import Any, NamedTuple
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.config.address import Address, Auto, Once, SockAddr, Tcp, Unix, format_tcp, resolve
@@ -50,7 +46,7 @@ from gunicorn_passenger.ipc.messages import (
 )
 from gunicorn_passenger.serving import server_errors
 from gunicorn_passenger.serving.port_lease import AcceptGrant, PortLease
-from gunicorn_passenger.system import unpatched
+from gunicorn_passenger.serving.scheduler import Result, Scheduler
 from gunicorn_passenger.system.text import MAX_NAME
 
 #: Seconds that a worker waits for the broker, which responds within milliseconds unless it hangs.
@@ -65,18 +61,16 @@ class AssignedConnection(NamedTuple):
     close: Callable[[], object]
 
 
-T = TypeVar("T")
-
-
 class BrokerClient:
     """Requests ports from the master. Any greenlet may use it, and so may threads of the system."""
 
-    def __init__(self, end: _socket.socket | None, log: Any) -> None:
+    def __init__(self, end: _socket.socket | None, log: Any, scheduler: Scheduler) -> None:
         """:param end: the worker's end of the channel, or ``None`` where the broker has failed."""
         self.log = log
+        self.scheduler = scheduler
         self._unavailable = "" if end is not None else "could not be reached when the worker started"
         self._numbers = itertools.count(1)
-        self._pending: dict[int, AsyncResult[tuple[Message, int | None]]] = {}
+        self._pending: dict[int, Result] = {}
         self._leases: dict[int, PortLease] = {}
         #: whether a sibling can take the connections of this worker while it drains
         self.successor_ready = False
@@ -101,13 +95,17 @@ class BrokerClient:
             PacketRejected: self._on_packet_rejected,
         }
         self._pid = os.getpid()
-        self._hub = gevent.get_hub()
-        self._thread = unpatched.unpatched("_thread", "get_ident")()
+        self._reading = False
         self._sock: Any = None
         if end is not None:
-            self._sock = gsocket.socket(end.family, end.type, end.proto, fileno=end.detach())
+            self._sock = scheduler.own_socket(end)
             os.register_at_fork(after_in_child=self._close_in_child)
-            gevent.spawn(self._read_messages)
+
+    def start_reading(self) -> None:
+        """Read the master's messages from now on; the first request has the same effect."""
+        if not self._reading and self._sock is not None:
+            self._reading = True
+            self.scheduler.start_task(self._read_messages)
 
     def _close_in_child(self) -> None:
         """A child of the worker must not keep the worker's channel open."""
@@ -156,7 +154,7 @@ class BrokerClient:
             raise TypeError(f"the master does not open {address!r}")
         label = format_tcp(message.host, message.port) if isinstance(address, Tcp) else str(address)
         message = dataclasses.replace(message, placement=placement, counts=counts, again=again)
-        lease = self._leases[number] = PortLease(number)
+        lease = self._leases[number] = PortLease(number, self.scheduler)
         if isinstance(address, Tcp) and placement != "each":
             lease.sockname = _sockname(message)
         try:
@@ -169,9 +167,7 @@ class BrokerClient:
                     label, "did not understand the request (does the master run another version?)"
                 )
             self._on_port_opened(lease, response)
-            if response.granted and not self.run_in_worker_thread(
-                lambda: lease.wait_for_grant(RESPONSE_TIMEOUT)
-            ):
+            if response.granted and not self.scheduler.run(lambda: lease.wait_for_grant(RESPONSE_TIMEOUT)):
                 raise _timed_out(label)
         except BaseException as error:
             if isinstance(error, errors.BrokerUnavailable) and error.errno == errno.ETIMEDOUT:
@@ -279,35 +275,11 @@ class BrokerClient:
 
     # --- the wire ---------------------------------------------------------------------------------
 
-    def run_in_worker_thread(self, function: Callable[[], T]) -> T:
-        """Run a function in the worker's own thread, whichever thread calls this; return its result."""
-        if unpatched.unpatched("_thread", "get_ident")() == self._thread:
-            return function()
-        # The hub belongs to the worker's thread: let that work, and wait here without a hub.
-        done = unpatched.lock()
-        done.acquire()
-        outcome: list[Any] = []
-
-        def run() -> None:
-            try:
-                outcome.extend((function(), None))
-            except BaseException as error:
-                outcome.extend((None, error))
-            finally:
-                done.release()
-
-        self._hub.loop.run_callback_threadsafe(gevent.spawn, run)
-        done.acquire()
-        result, error = outcome
-        if error is not None:
-            raise error
-        return result  # type: ignore[no-any-return]
-
     def _notify(self, message: Message) -> None:
         """Send a message that has no response; a lost master needs none of them."""
         if not self._unavailable:
             with suppress(channel.ChannelClosed, OSError):
-                self.run_in_worker_thread(lambda: self._send(message))
+                self.scheduler.run(lambda: self._send(message))
 
     def _send(self, message: Message, *fds: int) -> None:
         # the kernel takes a packet whole or not at all, so greenlets need no lock
@@ -315,20 +287,24 @@ class BrokerClient:
 
     def _request(self, message: Message, label: str, fd: int | None = None) -> tuple[Message, int | None]:
         fds = [] if fd is None else [fd]
-        return self.run_in_worker_thread(lambda: self._send_and_wait(message, label, fds, RESPONSE_TIMEOUT))
+        return self.scheduler.run(lambda: self._send_and_wait(message, label, fds, RESPONSE_TIMEOUT))
 
     def _send_and_wait(
         self, message: Message, label: str, fds: list[int], timeout: float | None
     ) -> tuple[Message, int | None]:
         if self._unavailable:
             raise server_errors.broker_unavailable(label, self._unavailable)
-        pending = self._pending[message.id] = AsyncResult()
+        self.start_reading()
+        pending = self._pending[message.id] = self.scheduler.result()
         try:
             self._send(message, *fds)
-            response: tuple[Message, int | None] = pending.get(timeout=timeout)
+            pending.wait(timeout)
+            if not pending.ready():
+                raise _timed_out(label)
+            if pending.exception is not None:
+                raise pending.exception
+            response: tuple[Message, int | None] = pending.value
             return response
-        except gevent.Timeout:
-            raise _timed_out(label) from None
         except (channel.ChannelClosed, OSError) as error:
             if isinstance(error, errors.ListenError):
                 raise

@@ -6,8 +6,12 @@ Never: loses the counts of a server that has closed.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from gunicorn_passenger.ipc.scoreboard import Counters, Scoreboard
-from gunicorn_passenger.serving.acceptors import ListenerHandler
+
+if TYPE_CHECKING:
+    from gunicorn_passenger.serving.acceptors import ListenerHandler
 
 
 class AcceptorCounters:

@@ -1,7 +1,7 @@
-"""Graceful drain: a worker that exits finishes its connections, or lets siblings have them.
+"""A worker that drains lets its siblings have its idle connections.
 
-Process: a worker; under plain Python only the wait for the last connection.
-Never: ends a connection before the graceful timeout, or lets two workers read from one connection.
+Process: a worker of our own class.
+Never: lets two workers read from one connection.
 
 The worker has closed its listening sockets. It then offers the connections that wait for a request to the
 siblings, some at a time. They are this worker's again when the master says that no sibling serves them; a
@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
 from functools import partial
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any
 
 import gevent
 
@@ -32,32 +31,6 @@ from gunicorn_passenger.serving.broker_client import AssignedConnection, BrokerC
 _OFFER_INTERVAL = 0.1
 #: Seconds until the next offer after a rejected one.
 _RETRY_DELAY = 0.5
-#: Seconds between two looks for idle connections of third-party servers.
-_IDLE_CHECK_INTERVAL = 0.5
-#: Seconds between two looks whether all connections are finished.
-_POLL_INTERVAL = 0.1
-#: Seconds that the connections which the graceful timeout ends may take to clean up.
-_KILL_TIMEOUT = 1.0
-
-
-class Drainable(Protocol):
-    """Servers whose connections a drain finishes."""
-
-    def idle(self) -> bool:
-        """Whether no connection is open."""
-
-    def kill(self, timeout: float) -> None:
-        """End the connections that are left, within so many seconds."""
-
-
-class ThirdPartyDrainable(Protocol):
-    """Third-party servers, whose connections can be counted, and ended while they are idle."""
-
-    def idle(self) -> bool:
-        """Whether no connection is open."""
-
-    def shutdown_idle_connections(self) -> None:
-        """End the connections that wait for a request."""
 
 
 class ConnectionMigration:
@@ -130,36 +103,3 @@ class ConnectionMigration:
             sock = ClientSocket(family, socket.SOCK_STREAM, proto, fd)
             found.append(AssignedConnection(partial(acceptor.attach, sock, addr, begun=True), sock.release))
         return found
-
-
-def finish_connections(
-    servers: Drainable,
-    seconds: float,
-    log: Any,
-    on_tick: Callable[[], object] = lambda: None,
-    third_party: ThirdPartyDrainable | None = None,
-    keepalive: float = 0.0,
-) -> None:
-    """Wait until no connection is open; end those that are left after the graceful timeout.
-
-    :param seconds: what is left of the graceful timeout.
-    :param on_tick: called in each round of the wait.
-    :param third_party: its idle connections are ended after the keep-alive time, since no sibling takes them.
-    :param keepalive: seconds.
-    """
-    now = monotonic()
-    deadline, idle_check_at = now + seconds, now + keepalive
-    while not (servers.idle() and (third_party is None or third_party.idle())):
-        if monotonic() >= deadline:
-            log.warning(
-                "Worker graceful timeout (pid:%s): the connections that are still open are closed; raise "
-                "--graceful-timeout if requests may take longer",
-                os.getpid(),
-            )
-            servers.kill(_KILL_TIMEOUT)
-            return
-        on_tick()
-        if third_party is not None and monotonic() >= idle_check_at and not third_party.idle():
-            third_party.shutdown_idle_connections()
-            idle_check_at = monotonic() + _IDLE_CHECK_INTERVAL
-        gevent.sleep(_POLL_INTERVAL)

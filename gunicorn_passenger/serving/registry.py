@@ -1,29 +1,26 @@
 """The servers of this process: which one is the primary, where each gets its socket, when it accepts.
 
 Process: a worker, plain Python, and the master with ``--preload``, where servers wait for the fork.
-Never: leaves a server half registered; a ``listen()`` that fails leaves no trace.
+Never: leaves a server half registered; a ``listen()`` that fails leaves no trace. Never imports gevent, which
+a worker of another class needs only once it has a server of ours.
 """
 
 from __future__ import annotations
 
+import _socket
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
-
-import gevent
-from gevent import socket as gsocket
+from typing import TYPE_CHECKING, Any
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.config import listen_errors
-from gunicorn_passenger.config.address import Auto, SockAddr, Tcp, Unix, format_sockname
+from gunicorn_passenger.config.address import Auto, Tcp, Unix, format_sockname
 from gunicorn_passenger.config.port_allocation import PortAllocation, account_name, format_ports
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.serving import events, server_errors, standalone
 from gunicorn_passenger.serving.acceptor_table import AcceptorTable
-from gunicorn_passenger.serving.acceptors import secondary_config
 from gunicorn_passenger.serving.broker_client import BrokerClient
 from gunicorn_passenger.serving.discovery import ServerDiscovery
-from gunicorn_passenger.serving.drain import ConnectionMigration
 from gunicorn_passenger.serving.port_lease import AcceptGrant, PortLease
 from gunicorn_passenger.serving.server import (
     CLOSED,
@@ -35,6 +32,9 @@ from gunicorn_passenger.serving.server import (
     Server,
 )
 from gunicorn_passenger.serving.third_party import ThirdPartyServer
+
+if TYPE_CHECKING:
+    from gunicorn_passenger.serving.drain import ConnectionMigration
 
 
 class ServerRegistry:
@@ -69,13 +69,17 @@ class ServerRegistry:
     @property
     def active(self) -> bool:
         """Whether the program runs under the worker class (or its master)."""
-        return self._in_master or self.worker is not None
+        return self._in_master or self.migration is not None
 
     def captures(self, port: int | None) -> bool:
         """Whether a listen becomes the primary although it names a port, in auto-install mode.
 
+        In a worker of another class the primary is gunicorn's own.
+
         :param port: the port; ``None`` for an address without one.
         """
+        if self.worker is not None and not self.active:
+            return False
         return settings.auto_install(self.script) and self.script_primary in (0, port)
 
     @property
@@ -87,15 +91,19 @@ class ServerRegistry:
         """This process is a gunicorn master; servers that the program makes now start in the workers."""
         self._in_master = True
 
-    def run_as_worker(self, worker: Any, broker: BrokerClient) -> None:
-        """This process is a worker, just forked."""
+    def run_as_worker(self, worker: Any, broker: BrokerClient, migration: ConnectionMigration | None) -> None:
+        """This process is a worker, just forked.
+
+        :param migration: ``None`` where the worker has no servers of ours.
+        """
         self._in_master = False
         self.worker = worker
         self.broker = broker
         self.log = worker.log
-        self.acceptors.configure(secondary_config(worker.cfg), worker.log, worker)
-        self.migration = ConnectionMigration(broker, self.acceptors)
-        broker.on_connections_assigned = self.migration.receive_connections
+        self.acceptors.configure(worker.cfg, worker.log, worker)
+        self.migration = migration
+        if migration is not None:
+            broker.on_connections_assigned = migration.receive_connections
 
     def start(self) -> None:
         """The program is loaded: open what waited for the fork, and accept on everything."""
@@ -117,6 +125,8 @@ class ServerRegistry:
         self._run_in_worker_thread(lambda: self._add(server))
 
     def _add(self, server: Server) -> None:
+        if self.worker is not None and not self.active:
+            raise server_errors.wrong_worker_class(self.worker.cfg.worker_class_str)
         try:
             self._claim_name(server)
             address = server.requested_address
@@ -151,7 +161,7 @@ class ServerRegistry:
 
     def _run_in_worker_thread(self, function: Callable[[], None]) -> None:
         if self.broker is not None:
-            self.broker.run_in_worker_thread(function)
+            self.broker.scheduler.run(function)
         else:
             function()
 
@@ -248,8 +258,7 @@ class ServerRegistry:
 
     @staticmethod
     def _use_grant(server: Server, grant: AcceptGrant) -> None:
-        family = gsocket.AF_UNIX if isinstance(grant.sockname, str) else _family(grant.sockname)
-        sock = gsocket.socket(family, gsocket.SOCK_STREAM, fileno=grant.fd)
+        sock = _socket.socket(fileno=grant.fd)
         server.position = grant.position
         server.slot = grant.slot
         server.set_socket(ListenAddress(sock, grant.sockname, grant.key), LISTENING)
@@ -299,7 +308,8 @@ class ServerRegistry:
     def stop_accepting(self) -> None:
         """Close the listening sockets, the primary's too; their open connections continue."""
         self.draining = True
-        gevent.joinall([gevent.spawn(function) for function in self.before_drain])
+        if self.broker is not None:
+            self.broker.scheduler.run_all(self.before_drain)
         for server in self.acceptors.stop_all():
             if server.placement != "shared":
                 # the next worker need not wait for the connections of this one
@@ -360,10 +370,6 @@ def _requested(server: Server | ThirdPartyServer) -> str:
     if isinstance(server, Server):
         return str(server.requested_address)
     return format_sockname(server.address) if isinstance(server.address, tuple) else server.name
-
-
-def _family(sockname: SockAddr) -> int:
-    return int(gsocket.AF_INET6 if len(sockname) == 4 else gsocket.AF_INET)
 
 
 registry = ServerRegistry()

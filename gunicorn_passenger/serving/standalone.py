@@ -13,17 +13,13 @@ import sys
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-import gevent
-from gevent import socket as gsocket
-from gevent.event import Event
-
 from gunicorn_passenger import errors
 from gunicorn_passenger.config.address import Address, Auto, Tcp, Unix, format_sockname, resolve
 from gunicorn_passenger.config.port_allocation import PortAllocation
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.serving import events, server_errors
 from gunicorn_passenger.serving.acceptor_table import AcceptorTable
-from gunicorn_passenger.serving.drain import Drainable, finish_connections
+from gunicorn_passenger.serving.finish import Drainable, finish_connections
 from gunicorn_passenger.serving.server import ListenAddress
 from gunicorn_passenger.system import listening_sockets
 from gunicorn_passenger.system.port_opening import ListenRequest, open_listener
@@ -49,6 +45,9 @@ class StandaloneServers(Drainable, Protocol):
 
 def run(servers: StandaloneServers) -> None:
     """Accept until interrupted (Ctrl-C or SIGTERM), then finish the open connections."""
+    import gevent  # gunicorn's master and workers of other classes import this module, and not gevent
+    from gevent.event import Event
+
     interrupted = Event()
     watchers = [gevent.signal_handler(number, interrupted.set) for number in (signal.SIGINT, signal.SIGTERM)]
     cfg, log = servers.acceptors.configuration()
@@ -60,7 +59,7 @@ def run(servers: StandaloneServers) -> None:
         for watcher in watchers:
             watcher.cancel()
         servers.stop_accepting()
-        finish_connections(servers, cfg.graceful_timeout, log)
+        finish_connections(servers, cfg.graceful_timeout, log, gevent.sleep)
         events.emit("exit", None, log)
         for address in servers.addresses():
             _unlink(address)
@@ -78,8 +77,7 @@ def open_socket(want: Address | None, primary: bool) -> ListenAddress:
     name = listening_sockets.sockname(sock)
     if primary:
         print(f"Serving on http://{format_sockname(name)}/ (plain Python, for development)", file=sys.stderr)
-    wrapped = gsocket.socket(sock.family, gsocket.SOCK_STREAM, fileno=sock.detach())
-    return ListenAddress(wrapped, name, format_sockname(name))
+    return ListenAddress(sock, name, format_sockname(name))
 
 
 def _worker_class() -> str | None:

@@ -41,6 +41,10 @@ LAYERS = [
 #: Function-level imports, each with its reason.
 LAZY = {
     ("cli", "script_runner"): "only `start` runs a program; the other commands do not import gunicorn",
+    (
+        "serving.acceptor_table",
+        "serving.acceptors",
+    ): "a worker without a server of ours need not import gevent",
     ("status", "status.web"): "importing the package must not import what serves the application",
     ("status.web", "daemons.api"): "only spawn() needs it, in gunicorn.conf.py or the program",
     ("status.web", "http.listener_context"): "only the daemon's own process serves",

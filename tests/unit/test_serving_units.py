@@ -15,10 +15,11 @@ from gunicorn_passenger import errors
 from gunicorn_passenger.config.address import Tcp
 from gunicorn_passenger.ipc import channel, messages
 from gunicorn_passenger.ipc.scoreboard import Counters
-from gunicorn_passenger.serving import broker_client, drain
+from gunicorn_passenger.serving import broker_client, finish
 from gunicorn_passenger.serving.broker_client import BrokerClient
 from gunicorn_passenger.serving.counters import AcceptorCounters
 from gunicorn_passenger.serving.discovery import ServerDiscovery
+from gunicorn_passenger.serving.gevent_scheduler import GeventScheduler
 from gunicorn_passenger.serving.port_lease import AcceptGrant
 from gunicorn_passenger.serving.registry import ServerRegistry
 from gunicorn_passenger.serving.server import Server
@@ -32,7 +33,8 @@ class Master:
     def __init__(self):
         ours, theirs = channel.pair()
         self.sock = gsocket.socket(ours.family, ours.type, ours.proto, fileno=ours.detach())
-        self.client = BrokerClient(theirs, LOG)
+        self.client = BrokerClient(theirs, LOG, GeventScheduler())
+        self.client.start_reading()
 
     def receive(self):
         message, fds = channel.receive(self.sock)
@@ -161,16 +163,16 @@ class FakeServers:
 
 
 def test_a_drain_waits_until_no_connection_is_open(monkeypatch):
-    monkeypatch.setattr(drain, "_POLL_INTERVAL", 0)
+    monkeypatch.setattr(finish, "_POLL_INTERVAL", 0)
     servers, ticks = FakeServers(3), []
-    drain.finish_connections(servers, 600, LOG, lambda: ticks.append(1))
+    finish.finish_connections(servers, 600, LOG, gevent.sleep, lambda: ticks.append(1))
     assert len(ticks) == 3
     assert not servers.killed
 
 
 def test_a_drain_ends_at_the_graceful_timeout_and_says_so(caplog):
     servers = FakeServers(1000)
-    drain.finish_connections(servers, 0, LOG)
+    finish.finish_connections(servers, 0, LOG, gevent.sleep)
     assert servers.killed
     assert "raise --graceful-timeout" in caplog.text
 

@@ -1,0 +1,74 @@
+"""A worker that exits waits until its connections are finished.
+
+Process: a worker; plain Python.
+Never: ends a connection before the graceful timeout.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from time import monotonic
+from typing import Any, Protocol
+
+#: Seconds between two looks for idle connections of third-party servers.
+_IDLE_CHECK_INTERVAL = 0.5
+#: Seconds between two looks whether all connections are finished.
+_POLL_INTERVAL = 0.1
+#: Seconds that the connections which the graceful timeout ends may take to clean up.
+_KILL_TIMEOUT = 1.0
+
+
+class Drainable(Protocol):
+    """Servers whose connections a drain finishes."""
+
+    def idle(self) -> bool:
+        """Whether no connection is open."""
+
+    def kill(self, timeout: float) -> None:
+        """End the connections that are left, within so many seconds."""
+
+
+class ThirdPartyDrainable(Protocol):
+    """Third-party servers, whose connections can be counted, and ended while they are idle."""
+
+    def idle(self) -> bool:
+        """Whether no connection is open."""
+
+    def shutdown_idle_connections(self) -> None:
+        """End the connections that wait for a request."""
+
+
+def finish_connections(
+    servers: Drainable,
+    seconds: float,
+    log: Any,
+    sleep: Callable[[float], object],
+    on_tick: Callable[[], object] = lambda: None,
+    third_party: ThirdPartyDrainable | None = None,
+    keepalive: float = 0.0,
+) -> None:
+    """Wait until no connection is open; end those that are left after the graceful timeout.
+
+    :param seconds: what is left of the graceful timeout.
+    :param sleep: waits for so many seconds, and lets the connections proceed.
+    :param on_tick: called in each round of the wait.
+    :param third_party: its idle connections are ended after the keep-alive time, since no sibling takes them.
+    :param keepalive: seconds.
+    """
+    now = monotonic()
+    deadline, idle_check_at = now + seconds, now + keepalive
+    while not (servers.idle() and (third_party is None or third_party.idle())):
+        if monotonic() >= deadline:
+            log.warning(
+                "Worker graceful timeout (pid:%s): the connections that are still open are closed; raise "
+                "--graceful-timeout if requests may take longer",
+                os.getpid(),
+            )
+            servers.kill(_KILL_TIMEOUT)
+            return
+        on_tick()
+        if third_party is not None and monotonic() >= idle_check_at and not third_party.idle():
+            third_party.shutdown_idle_connections()
+            idle_check_at = monotonic() + _IDLE_CHECK_INTERVAL
+        sleep(_POLL_INTERVAL)

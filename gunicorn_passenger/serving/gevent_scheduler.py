@@ -1,0 +1,85 @@
+"""The scheduler of a worker whose main thread runs gevent's hub.
+
+Process: a worker of our own class, or of one of gunicorn's gevent classes.
+Never: blocks the hub.
+"""
+
+from __future__ import annotations
+
+import _socket
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import gevent
+from gevent import socket as gsocket
+from gevent.event import AsyncResult
+
+from gunicorn_passenger.serving.scheduler import Result
+from gunicorn_passenger.system import unpatched
+
+T = TypeVar("T")
+
+
+class GeventScheduler:
+    """Runs functions in greenlets of the thread that has made it, whichever thread asks for that."""
+
+    def __init__(self) -> None:
+        self._hub = gevent.get_hub()
+
+    def _in_own_thread(self) -> bool:
+        return bool(self._hub.thread_ident == unpatched.unpatched("_thread", "get_ident")())
+
+    def run(self, function: Callable[[], T]) -> T:
+        if self._in_own_thread():
+            return function()
+        # the hub belongs to its own thread: let that work, and wait here without a hub
+        done = unpatched.lock()
+        done.acquire()
+        outcome: list[Any] = []
+
+        def call() -> None:
+            try:
+                outcome.extend((function(), None))
+            except BaseException as error:
+                outcome.extend((None, error))
+            finally:
+                done.release()
+
+        self.spawn(call)
+        done.acquire()
+        result, error = outcome
+        if error is not None:
+            raise error
+        return result  # type: ignore[no-any-return]
+
+    def spawn(self, function: Callable[..., object], *args: Any) -> None:
+        self._start(gevent.spawn, function, *args)
+
+    def spawn_later(self, seconds: float, function: Callable[..., object], *args: Any) -> None:
+        self._start(gevent.spawn_later, seconds, function, *args)
+
+    def start_task(self, function: Callable[[], object]) -> None:
+        self._start(gevent.spawn, function)
+
+    def _start(self, start: Callable[..., object], *args: Any) -> None:
+        if self._in_own_thread():
+            start(*args)
+        else:
+            self._hub.loop.run_callback_threadsafe(start, *args)
+
+    def run_all(self, functions: Iterable[Callable[[], object]]) -> None:
+        gevent.joinall([gevent.spawn(function) for function in functions])
+
+    def sleep(self, seconds: float) -> None:
+        """Let other greenlets run, where the caller has any."""
+        if self._in_own_thread() and gevent.getcurrent() is not self._hub:
+            gevent.sleep(seconds)
+        else:
+            unpatched.unpatched("time", "sleep")(seconds)
+
+    def result(self) -> Result:
+        made: Result = AsyncResult()
+        return made
+
+    def own_socket(self, end: _socket.socket) -> Any:
+        return gsocket.socket(end.family, end.type, end.proto, fileno=end.detach())
