@@ -25,7 +25,7 @@ def _wrap(cfg: Any, name: str, ours: Callable[..., object], first: bool) -> None
         return
 
     # gunicorn checks how many arguments a hook takes, so the wrapper has to name them
-    if name in ("pre_fork", "child_exit"):
+    if name in ("pre_fork", "post_fork", "child_exit"):
 
         def pair(server: Any, worker: Any) -> None:
             if first:

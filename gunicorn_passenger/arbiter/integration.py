@@ -14,12 +14,13 @@ from typing import Any
 
 from gunicorn.errors import HaltServer
 
-from gunicorn_passenger.arbiter import fork_handlers, hook_chain, succession
+from gunicorn_passenger.arbiter import fork_handlers, hook_chain, hooked_worker, succession
 from gunicorn_passenger.config.address import format_sockname, is_unix
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.daemons.manager import DaemonManager
 from gunicorn_passenger.daemons.requested import requested_daemons
 from gunicorn_passenger.errors import PassengerError, SettingError
+from gunicorn_passenger.interposition.pending_bind import bind_locks
 from gunicorn_passenger.ipc.scoreboard import Scoreboard
 from gunicorn_passenger.master import upgrade_state
 from gunicorn_passenger.master.broker import Broker
@@ -37,7 +38,8 @@ def install_hooks(cfg: Any) -> None:
     """Install our handlers in gunicorn's hooks; the user's own hooks stay."""
     hook_chain.before(cfg, "when_ready", ready)
     hook_chain.before(cfg, "on_reload", reloaded)
-    hook_chain.after(cfg, "pre_fork", _mark_forking)
+    hook_chain.after(cfg, "pre_fork", _before_worker_fork)
+    hook_chain.before(cfg, "post_fork", _after_worker_fork)
     hook_chain.before(cfg, "post_worker_init", _sum_metrics)
     hook_chain.before(cfg, "child_exit", _on_worker_reaped)
     hook_chain.after(cfg, "pre_exec", _export_upgrade_state)
@@ -45,10 +47,11 @@ def install_hooks(cfg: Any) -> None:
 
 
 def prepare_worker(
-    age: int, listening: list[Any], cfg: Any, log: Any
+    age: int, listening: list[Any], cfg: Any, log: Any, all_binds: bool = False
 ) -> tuple[_socket.socket | None, Scoreboard | None, list[Any]]:
     """Before the fork of a worker: its channel, and the listeners of the primary.
 
+    :param all_binds: see :func:`.listener_sync.primary_listeners`.
     :returns: the worker's end of its channel, or ``None`` where the broker has failed; its scoreboard, or
         ``None``; and the gunicorn listeners that the primary is served on.
     :raises HaltServer: at the start, when a setting cannot be used.
@@ -57,13 +60,14 @@ def prepare_worker(
     settings.leave_program_scope()
     is_first = fork_handlers.current_broker() is None
     try:
-        broker = fork_handlers.current_broker() or _start(listening, cfg, log)
+        broker = fork_handlers.current_broker() or _start(listening, cfg, log, all_binds)
         is_reload = broker.cfg is not cfg
         _configure(broker, cfg, log, is_first)
         if is_first:
             _start_services(broker)
         elif is_reload:
             _tell_reload(broker)
+        broker.sync.all_binds = all_binds
         channel, scoreboard = broker.prepare_worker(age, listening)
     except (OSError, RuntimeError) as error:
         log.error(
@@ -71,13 +75,12 @@ def prepare_worker(
             "with listen() are not",
             error,
         )
-        return None, None, primary_listeners(listening)
-    return channel, scoreboard, primary_listeners(listening)
+        return None, None, primary_listeners(listening, all_binds)
+    return channel, scoreboard, primary_listeners(listening, all_binds)
 
 
-def _start(listening: list[Any], cfg: Any, log: Any, channels: bool = True) -> Broker:
-    """:param channels: whether the workers are ours, and so have channels; else there are daemons alone."""
-    broker = Broker(log, listening if channels else [], cfg, report.build, channels)
+def _start(listening: list[Any], cfg: Any, log: Any, all_binds: bool) -> Broker:
+    broker = Broker(log, listening, cfg, report.build, all_binds)
     escape_error_log(log)
     broker.arbiter = _arbiters[0] if _arbiters else None
     fork_handlers.install(broker)
@@ -87,8 +90,9 @@ def _start(listening: list[Any], cfg: Any, log: Any, channels: bool = True) -> B
     environment = prometheus_multiproc.directory.environment
     _daemons[:] = [DaemonManager(broker, environment, control.watch_reports)]
     broker.loop.add(_daemons[0])
-    if channels:
-        _log_startup_notes(listening, broker, log, cfg)
+    _log_preloaded_servers(listening, log)
+    if not all_binds:
+        _log_primary_notes(listening, log, cfg)
     return broker
 
 
@@ -125,9 +129,8 @@ def _configure(broker: Broker, cfg: Any, log: Any, first: bool) -> None:
     prometheus_multiproc.directory.give_to_workers(cfg, log)
 
 
-def _log_startup_notes(listening: list[Any], broker: Broker, log: Any, cfg: Any) -> None:
-    """Log at the start what an operator may not expect."""
-    primary = primary_listeners(listening)
+def _log_preloaded_servers(listening: list[Any], log: Any) -> None:
+    """Name the servers that a preloaded program has started in the master."""
     ours = {listening_sockets.sockname(listener.sock) for listener in listening if listener.sock is not None}
     ours |= {name for daemons in _daemons for name in daemons.inherited()}
     for address in sorted(
@@ -139,7 +142,11 @@ def _log_startup_notes(listening: list[Any], broker: Broker, log: Any, cfg: Any)
             "post_worker_init or with passenger.create_server(), or run without --preload",
             address,
         )
-    for listener in primary:
+
+
+def _log_primary_notes(listening: list[Any], log: Any, cfg: Any) -> None:
+    """Log at the start what an operator may not expect of the primary under our worker class."""
+    for listener in primary_listeners(listening):
         name = listener.getsockname()
         if not is_unix(name):
             log.info("The primary is served on %s, the first bind: bind names no UNIX socket", listener)
@@ -187,6 +194,7 @@ def install_hooks_for_other_workers(arbiter: Any) -> bool:
         return False
     if not _workers_are_ours(arbiter):
         settings.config_file_loaded()
+        bind_locks.create()
         prometheus_multiproc.directory.prepare()
     install_hooks(arbiter.cfg)
     return True
@@ -214,7 +222,7 @@ def ready(arbiter: Any) -> None:
 def _start_for_daemons(arbiter: Any) -> None:
     """Start a broker for the daemons that the master's own code asks for, before a worker needs one."""
     try:
-        broker = _start(arbiter.LISTENERS, arbiter.cfg, arbiter.log, _workers_are_ours(arbiter))
+        broker = _start(arbiter.LISTENERS, arbiter.cfg, arbiter.log, not _workers_are_ours(arbiter))
         _configure(broker, arbiter.cfg, arbiter.log, True)
         _start_services(broker)
     except HaltServer as halt:
@@ -252,7 +260,16 @@ def _set_arbiter(arbiter: Any) -> None:
         broker.arbiter = arbiter
 
 
-def _mark_forking(arbiter: Any, _worker: Any) -> None:
+#: the worker of another class that is forked next, and what it gets
+_prepared: list[tuple[Any, _socket.socket | None, Scoreboard | None]] = []
+
+
+def _before_worker_fork(arbiter: Any, worker: Any) -> None:
+    if not _workers_are_ours(arbiter):
+        channel, scoreboard, _ = prepare_worker(
+            worker.age, arbiter.LISTENERS, arbiter.cfg, arbiter.log, all_binds=True
+        )
+        _prepared[:] = [(worker, channel, scoreboard)]
     broker = fork_handlers.current_broker()
     if requested_daemons.pending:
         _refresh(arbiter, broker)
@@ -268,6 +285,14 @@ def _refresh(arbiter: Any, broker: Broker | None) -> None:
     elif _daemons:
         with suppress(TimeoutError), broker.locked():
             _daemons[0].refresh()
+
+
+def _after_worker_fork(arbiter: Any, worker: Any) -> None:
+    """In a worker, just forked."""
+    for prepared, channel, scoreboard in _prepared:
+        if prepared is worker:
+            hooked_worker.enter(worker, arbiter.LISTENERS, channel, scoreboard)
+    _prepared.clear()
 
 
 def _sum_metrics(_worker: Any) -> None:

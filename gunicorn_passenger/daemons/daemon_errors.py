@@ -83,7 +83,7 @@ def daemon_too_long(name: str, limit: int) -> SettingError:
 
 def spawn_without_worker(name: str) -> DaemonError:
     return DaemonError(
-        f"spawn(name={name!r}) was called in a worker that has no channel to the master: run gunicorn with "
-        "-k gunicorn_passenger.Worker, or call spawn() in gunicorn.conf.py, which works with every worker "
-        "class"
+        f"spawn(name={name!r}) was called in a worker that has no channel to the master: add 'from "
+        "gunicorn_passenger.hooks import *' to gunicorn.conf.py, or run gunicorn with -k "
+        "gunicorn_passenger.Worker"
     )

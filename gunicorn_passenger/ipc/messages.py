@@ -94,7 +94,8 @@ class WorkerReady(Message):
     #: the name of the primary's server
     primary: str = ""
     #: Whether the worker serves the primary itself: then also on the binds that no server of the program
-    #: listens on, and it counts the requests. Otherwise the primary is a third-party server.
+    #: listens on, and it counts the requests. Otherwise the primary is a third-party server, or gunicorn's
+    #: own in a worker of another class.
     serves_primary: bool = True
 
 

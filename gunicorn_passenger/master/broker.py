@@ -52,12 +52,12 @@ class Broker:
         listening: list[Listener],
         cfg: Config,
         build_report: Callable[[Broker], Report],
-        channels: bool = True,
+        all_binds: bool = False,
     ) -> None:
         """
         :param listening: the arbiter's list of listeners.
         :param build_report: makes the application's report; called with the lock held.
-        :param channels: whether the workers are ours, and so have channels; else there are daemons alone.
+        :param all_binds: see :func:`.listener_sync.primary_listeners`.
         """
         self.log = log
         self.cfg = cfg
@@ -75,12 +75,12 @@ class Broker:
         self.loop = BrokerLoop(log, self)
         self.locked = self.loop.locked
         self.wake = self.loop.wake
-        self.workers = WorkerChannels(channels)
+        self.workers = WorkerChannels()
         self.listeners = Listeners(cfg, log, ports.get("stopped", ()))
         lock = upgrade_lock.UpgradeLock(previous.pop("exclusive", -1))
         self.placement = PlacementScheduler(self.listeners, self.workers, lock, self.event_log, self)
         self.sync = ListenerSync(
-            self.listeners, self.placement, self.workers, self.retired_counters, self.wake
+            self.listeners, self.placement, self.workers, self.retired_counters, self.wake, all_binds
         )
         self.stopping = self.sync.stopping
         self._dispatcher = MessageDispatcher(

@@ -70,11 +70,9 @@ class PendingWorker:
 
 
 class WorkerChannels:
-    """All workers of this master that have channels. Iterating gives their channels."""
+    """The channels of all workers of this master. Iterating gives them."""
 
-    def __init__(self, expected: bool = True) -> None:
-        """:param expected: whether the workers are ours, and so have channels."""
-        self._expected = expected
+    def __init__(self) -> None:
         self._by_fd: dict[int, WorkerChannel] = {}
         self._by_age: dict[int, WorkerChannel] = {}
         self._pending: PendingWorker | None = None
@@ -128,7 +126,7 @@ class WorkerChannels:
     @property
     def all_ready(self) -> bool:
         """Whether no worker boots: each one that wants a port or a daemon has had the time to ask for it."""
-        return all(worker.ready for worker in self) and (bool(self._by_fd) or not self._expected)
+        return all(worker.ready for worker in self) and bool(self._by_fd)
 
     @property
     def settled(self) -> bool:
@@ -137,8 +135,6 @@ class WorkerChannels:
         Only then does a port or a daemon that no worker wants count as unused: gunicorn may start the
         successor of a draining worker, which wants it again, only when that worker has exited.
         """
-        if not self._expected:
-            return True
         serving = [worker.serving for worker in self]
         return all(serving) and len(serving) >= max(self.planned, 1)
 

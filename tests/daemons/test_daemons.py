@@ -81,10 +81,17 @@ def test_without_the_hooks_the_log_says_what_is_missing(start):
     assert process.log().count("nothing starts the daemons") == 1
 
 
-def test_a_worker_of_another_class_cannot_ask(site):
+def test_a_worker_of_another_class_may_ask(site):
+    process = site.run("", env={"SPAWN": "spawn('sleep 1000')"}).wait_ready()
+    assert lives(pid_of(process, "sleep"))
+    assert process.stop() == 0
+
+
+def test_without_the_hooks_a_worker_of_another_class_cannot_ask(start):
+    site = Site(start, head=HEAD.partition("\n")[2])
     process = site.run("", env={"SPAWN": "spawn('sleep 5')"})
     assert process.wait_end() != 0
-    assert "was called in a worker that has no channel to the master: run gunicorn with -k" in process.log()
+    assert "has no channel to the master: add 'from gunicorn_passenger.hooks import" in process.log()
 
 
 def test_the_sockets_and_the_channel_are_not_the_workers(site, port):

@@ -396,8 +396,8 @@ def test_with_other_worker_classes(start, port, worker):
     ).wait_ready()  # fmt: skip
     ready(port, 2)
     report = json.loads(get(port, "/status.json")[2])
-    assert {entry["state"] for entry in report["workers"]} == {"running"}
-    assert value(samples(port), "gunicorn_passenger_workers", state="running") == 2
+    assert {entry["state"] for entry in report["workers"]} == {"ready"}
+    assert value(samples(port), "gunicorn_passenger_workers", state="ready") == 2
     done = subprocess.run(
         [sys.executable, GUNICORN.parent / "gunicorn-passenger", "status", "--json"],
         env=start.environment, capture_output=True, text=True, timeout=60, check=True,

@@ -40,6 +40,7 @@ LAYERS = [
 
 #: Function-level imports, each with its reason.
 LAZY = {
+    ("arbiter.hooked_worker", "serving.gevent_scheduler"): "only a worker of a gevent class has a hub",
     ("cli", "script_runner"): "only `start` runs a program; the other commands do not import gunicorn",
     (
         "serving.acceptor_table",
