@@ -50,7 +50,7 @@ class ProxyServer(Server):
     only_proxy = True
 
     def __init__(self, proxy: Proxy) -> None:
-        super().__init__(proxy, registry)
+        super().__init__(proxy, registry)  # without threads: a proxy does not block
         self.proxy = proxy
 
     @property

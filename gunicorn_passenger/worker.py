@@ -45,7 +45,6 @@ from gunicorn_passenger.serving import (
 )
 from gunicorn_passenger.serving.background_work import do_not_wait_for_threads, finish_background_work
 from gunicorn_passenger.serving.broker_client import BrokerClient
-from gunicorn_passenger.serving.drain import ConnectionMigration
 from gunicorn_passenger.serving.finish import finish_connections
 from gunicorn_passenger.serving.gevent_scheduler import GeventScheduler
 from gunicorn_passenger.serving.registry import registry
@@ -188,7 +187,8 @@ class Worker(GeventWorker):
             broker.on_lost = self._on_master_lost
             broker.on_bind_claimed = self._on_bind_claimed
             broker.start_reading()
-            registry.run_as_worker(self, broker, ConnectionMigration(broker, registry.acceptors))
+            registry.run_as_worker(self, broker)
+            registry.prepare_migration()
             self._socket_patch = replaced_methods.install(registry, self._inodes_at_fork)
             # before the program starts a server that shows its metrics
             prometheus_multiproc.directory.sum_in_worker()

@@ -1,8 +1,8 @@
-"""A worker of another class than ours: its unmodified servers get the master's sockets, and drain.
+"""A worker of another class than ours: the program's servers get the master's sockets, and drain.
 
 Process: a worker of another class, from its ``post_fork`` on.
-Never: imports gevent, changes how gunicorn's class serves the primary, or costs a worker that opens no port a
-thread.
+Never: imports gevent before there is a server of ours, changes how gunicorn's class serves the primary, or
+costs a worker that opens no port a thread.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from gunicorn_passenger.errors import BrokerUnavailable, PassengerError
 from gunicorn_passenger.interposition import replaced_methods
 from gunicorn_passenger.ipc.scoreboard import Scoreboard
 from gunicorn_passenger.master.owned_listener import BrokerOwnedListener
+from gunicorn_passenger.serving import events
 from gunicorn_passenger.serving.background_work import do_not_wait_for_threads, finish_background_work
 from gunicorn_passenger.serving.broker_client import BrokerClient
 from gunicorn_passenger.serving.finish import finish_connections
@@ -54,7 +55,15 @@ def enter(
 
 
 class HookedWorker:
-    """gunicorn's worker object, and what the package adds to its life."""
+    """gunicorn's worker object, and what the package adds to its life.
+
+    The hooks of gunicorn.conf.py get it as the worker for a request to a server of ours; it has all that
+    gunicorn's object has.
+    """
+
+    # what a server of ours uses of a worker: its requests do not count for max_requests
+    nr = 0
+    max_requests = sys.maxsize
 
     def __init__(
         self,
@@ -75,12 +84,31 @@ class HookedWorker:
         #: when the worker must have exited (monotonic seconds); set when it begins to drain
         self._deadline = 0.0
         self._threads_at_start: set[threading.Thread] = set()
-        self._scheduler = ThreadScheduler(self.log, self._tick)
+        self._is_gevent = _is_gevent(worker)
+        self._scheduler = self._make_scheduler()
+        #: set when all servers have stopped accepting
+        self._drain_begun = self._scheduler.result()
         self._broker = BrokerClient(channel, self.log, self._scheduler)
-        registry.run_as_worker(self, self._broker, None)
+        registry.run_as_worker(self, self._broker, is_patched=self._is_gevent, primary_elsewhere=True)
+        os.register_at_fork(after_in_child=registry.acceptors.leave_to_parent)
         self._patch = replaced_methods.install(registry, inherited)
 
+    def _make_scheduler(self) -> Scheduler:
+        if not self._is_gevent:
+            return ThreadScheduler(self.log, self._tick)
+        from gunicorn_passenger.serving.gevent_scheduler import GeventScheduler
+
+        return GeventScheduler()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._worker, name)
+
     # --- what the package's own worker class has, too ---------------------------------------------
+
+    @property
+    def alive(self) -> bool:
+        """Whether connections to the servers of ours are kept after a response."""
+        return bool(self._worker.alive) and not self._draining.locked()
 
     def primary_descriptors(self) -> set[int]:
         """No descriptor: gunicorn's class keeps the primary's listeners to itself."""
@@ -101,7 +129,7 @@ class HookedWorker:
 
     def _on_stop(self, handle: Callable[..., None], *args: Any) -> None:
         """A signal handler: the thread of the ports does what may wait."""
-        if self._patch.leased.used:
+        if self._has_ports():
             self._scheduler.spawn(self._begin_drain)
         handle(*args)
 
@@ -136,12 +164,32 @@ class HookedWorker:
         self._running = True
         registry.start()
         self._broker.announce_ready(default_name(getattr(self._worker, "wsgi", None)), False)
+        events.emit("ready", self._worker, self.log)
+        if self._is_gevent:
+            self._scheduler.start_task(self._tick_forever)
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             # uvicorn raises the signal again when it has drained, which would end the process here
             signal.signal(signal.SIGTERM, lambda _number, _frame: None)
-        self._run()
-        if os.getpid() == self.pid and self._patch.leased.used:
+        try:
+            self._run()
+        except SystemExit:
+            # gunicorn stops it at once, or its timeout does
+            if os.getpid() == self.pid:
+                events.emit("exit", self._worker, self.log)
+                if self._has_ports():
+                    do_not_wait_for_threads()
+            raise
+        if os.getpid() == self.pid:
             self._finish()
+
+    def _has_ports(self) -> bool:
+        """Whether the program has opened a port."""
+        return self._patch.leased.used or bool(registry.servers)
+
+    def _tick_forever(self) -> None:
+        while True:
+            self._scheduler.sleep(1.0)
+            self._tick()
 
     def _tick(self) -> None:
         """Called once a second in a thread of its own, if the program has opened a port."""
@@ -149,58 +197,76 @@ class HookedWorker:
             return
         self._patch.reap_closed_fds()
         self._write_counts()
-        if self._running and not self._worker.alive:
+        if self._running and (not self._worker.alive or _uvicorn_stops()):
             self._begin_drain()
 
     def _write_counts(self) -> None:
         if self._scoreboard is not None:
+            registry.acceptors.counters.write(self._scoreboard)
             self._patch.write_counts(self._scoreboard)
 
     def _begin_drain(self) -> None:
         """Stop accepting on the program's ports. gunicorn's class does the same for the primary."""
         if not self._draining.acquire(False):
             return
-        self._deadline = monotonic() + self.cfg.graceful_timeout
-        registry.stop_accepting()
-        self._patch.stop_accepting()
-        self._broker.announce_exit()
+        try:
+            self._deadline = monotonic() + self.cfg.graceful_timeout
+            registry.stop_accepting()
+            self._patch.stop_accepting()
+            self._broker.announce_exit()
+            if registry.migration is not None:
+                migrate = registry.migration.migrate_idle_connections
+                self._scheduler.spawn(migrate, max(float(self.cfg.keepalive), 1.0))
+        finally:
+            self._drain_begun.set(None)
 
     def _finish(self) -> None:
-        self._begin_drain()
-        scheduler: Scheduler = self._scheduler
-        if _runs_gevent():
-            from gunicorn_passenger.serving.gevent_scheduler import GeventScheduler
+        """gunicorn's loop has ended."""
+        has_ports = self._has_ports()
+        if has_ports:
+            self._scheduler.run(self._begin_drain)
+            self._drain_begun.wait()
+            self._finish_connections()
+        events.emit("exit", self._worker, self.log)
+        if has_ports:
+            finish_background_work(
+                # the master kills the worker at the deadline, and the log should say so before
+                self._deadline - monotonic() - 0.5,
+                self.log,
+                self._scheduler,
+                self._worker.notify,
+                self._threads_at_start | self._patch.server_threads(),
+            )
+            do_not_wait_for_threads()
 
-            scheduler = GeventScheduler()
-        else:
+    def _finish_connections(self) -> None:
+        if not self._is_gevent:
             # gunicorn's loop has ended, and with it an asyncio server of the program in this thread
             self._patch.leased.forget_connections_of_this_thread()
-        finish_connections(
-            registry,
-            max(self._deadline - monotonic(), 0.0),
-            self.log,
-            scheduler.sleep,
-            self._on_drain_tick,
-            self._patch,
-            float(self.cfg.keepalive),
+        self._scheduler.run(
+            lambda: finish_connections(
+                registry,
+                self._deadline - monotonic(),
+                self.log,
+                self._scheduler.sleep,
+                self._on_drain_tick,
+                self._patch,
+                float(self.cfg.keepalive),
+            )
         )
-        self._write_counts()
-        finish_background_work(
-            # the master kills the worker at the deadline, and the log should say so before
-            self._deadline - monotonic() - 0.5,
-            self.log,
-            scheduler,
-            self._worker.notify,
-            self._threads_at_start | self._patch.server_threads(),
-        )
-        do_not_wait_for_threads()
+        self._scheduler.run(self._write_counts)
 
     def _on_drain_tick(self) -> None:
         self._worker.notify()
         self._write_counts()
 
 
-def _runs_gevent() -> bool:
-    """Whether the worker's class is one of gunicorn's gevent classes."""
-    monkey = sys.modules.get("gevent.monkey")
-    return monkey is not None and bool(monkey.is_module_patched("time"))
+def _is_gevent(worker: Any) -> bool:
+    """Whether the worker's class is one of gunicorn's gevent classes, or made from one."""
+    return any(kind.__module__ == "gunicorn.workers.ggevent" for kind in type(worker).__mro__)
+
+
+def _uvicorn_stops() -> bool:
+    """Whether uvicorn's server, which handles the signals of its worker class, was told to stop."""
+    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    return bool(getattr(server, "should_exit", False))

@@ -25,6 +25,7 @@ from gunicorn_passenger.ipc.scoreboard import Scoreboard
 from gunicorn_passenger.master import upgrade_state
 from gunicorn_passenger.master.broker import Broker
 from gunicorn_passenger.master.listener_sync import primary_listeners
+from gunicorn_passenger.serving.registry import registry
 from gunicorn_passenger.status import prometheus_multiproc, report
 from gunicorn_passenger.status.control_server import ControlServer
 from gunicorn_passenger.system import listening_sockets
@@ -194,6 +195,8 @@ def install_hooks_for_other_workers(arbiter: Any) -> bool:
         return False
     if not _workers_are_ours(arbiter):
         settings.config_file_loaded()
+        # with --preload the program is loaded next
+        registry.run_as_master()
         bind_locks.create()
         prometheus_multiproc.directory.prepare()
     install_hooks(arbiter.cfg)

@@ -33,13 +33,15 @@ class AcceptorTable:
         self._cfg: Any = None
         self._log: Any = None
         self._worker: Any = None
+        self._is_patched = True
 
-    def configure(self, cfg: Any, log: Any, worker: Any) -> None:
+    def configure(self, cfg: Any, log: Any, worker: Any, is_patched: bool) -> None:
         """
         :param cfg: gunicorn's configuration.
         :param worker: gunicorn's worker object.
+        :param is_patched: whether gevent has patched the program, so that its blocking calls let the hub run.
         """
-        self._cfg, self._log, self._worker = cfg, log, worker
+        self._cfg, self._log, self._worker, self._is_patched = cfg, log, worker, is_patched
 
     def configuration(self) -> tuple[Any, Any]:
         """gunicorn's configuration and log; under plain Python its defaults."""
@@ -60,7 +62,12 @@ class AcceptorTable:
     def start(self, server: Server, sock: Any) -> None:
         """Accept on the listening socket of a server."""
         cfg, _ = self.configuration()
-        self._by_server[server] = self._start(server.slot, sock, server.app, cfg, is_primary=False)
+        app = server.app
+        if server.threads and not self._is_patched:
+            from gunicorn_passenger.serving.threaded_app import ThreadedApplication
+
+            app = ThreadedApplication(app, server.threads)
+        self._by_server[server] = self._start(server.slot, sock, app, cfg, is_primary=False)
 
     def _start(self, slot: int, sock: Any, app: Any, cfg: Any, is_primary: bool = True) -> ListenerHandler:
         from gunicorn_passenger.serving.acceptors import make_acceptor, secondary_config

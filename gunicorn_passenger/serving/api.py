@@ -14,19 +14,30 @@ from gunicorn_passenger.serving.discovery import ServerInfo
 from gunicorn_passenger.serving.registry import registry
 from gunicorn_passenger.serving.server import Server, WSGIApp
 
+#: The most threads for one server.
+_MAX_THREADS = 1000
 
-def create_server(app: WSGIApp, **options: object) -> Server:
+
+def create_server(app: WSGIApp, *, threads: int = 8, **options: object) -> Server:
     """Make a server for a WSGI application; ``.listen(address)`` starts it.
 
     :param app: a WSGI callable.
-    :raises TypeError: when it is not callable, or for any option: this version has no options.
+    :param threads: under a worker class that is not gevent's, how many requests to the server run at a time
+        in one worker, each in a native thread. 0: they run in the greenlets of the server, where a blocking
+        call stops all of them. A gevent class patches blocking calls, and the option has no effect.
+    :raises TypeError: when ``app`` is not callable, or for an option that does not exist.
+    :raises SettingError: (a ``ValueError``) for a number of threads that cannot be used.
     """
     for name in options:
         raise errors.UnknownSetting(
-            f"create_server() has no option {name!r}: it takes only the application; options such as name "
-            "and placement go to listen()"
+            f"create_server() has no option {name!r}: it takes the application and threads; options such as "
+            "name and placement go to listen()"
         )
-    return Server(app, registry)
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 0 <= threads <= _MAX_THREADS:
+        raise errors.SettingError(
+            f"create_server(threads={threads!r}): threads is a whole number from 0 to {_MAX_THREADS}"
+        )
+    return Server(app, registry, threads)
 
 
 def listen(address: object, app: WSGIApp, **options: Any) -> Server:
@@ -49,7 +60,9 @@ def serve_forever() -> None:
 
 
 def active() -> bool:
-    """Whether the program runs under ``gunicorn_passenger.Worker``."""
+    """Whether the program runs in a worker that has its ports from the master: under
+    ``gunicorn_passenger.Worker`` or, with the hooks, under another worker class.
+    """
     return registry.active
 
 

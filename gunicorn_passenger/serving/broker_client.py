@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 from gunicorn_passenger import errors
@@ -399,8 +400,9 @@ class BrokerClient:
         """Take connections of a sibling that drains, and serve them when the master says so."""
         taken: list[AssignedConnection] = []
         addrs = [tuple(addr) if isinstance(addr, list) else addr for addr in json.loads(message.addrs)]
-        if self.on_connections_assigned is not None and not self.exit_announced and len(fds) == len(addrs):
-            taken = self.on_connections_assigned(message.key, addrs, fds)
+        take = self.on_connections_assigned
+        if take is not None and not self.exit_announced and len(fds) == len(addrs):
+            taken = self.scheduler.run(partial(take, message.key, addrs, fds))
         for fd in fds[len(taken) :]:
             os.close(fd)
         self._assigned[message.id] = taken
@@ -410,7 +412,7 @@ class BrokerClient:
     def _on_assign_settled(self, message: AssignSettled, _fd: int | None) -> None:
         for connection in self._assigned.pop(message.id, ()):
             try:
-                (connection.serve if message.serve else connection.close)()
+                self.scheduler.run(connection.serve if message.serve else connection.close)
             except Exception:
                 self.log.exception("gunicorn-passenger: a connection of another worker was closed")
 

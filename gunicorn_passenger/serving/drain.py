@@ -1,6 +1,6 @@
 """A worker that drains lets its siblings have its idle connections.
 
-Process: a worker of our own class.
+Process: a worker, in its hub.
 Never: lets two workers read from one connection.
 
 The worker has closed its listening sockets. It then offers the connections that wait for a request to the

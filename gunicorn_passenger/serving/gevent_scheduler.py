@@ -1,6 +1,7 @@
-"""The scheduler of a worker whose main thread runs gevent's hub.
+"""The scheduler of the thread in which a worker runs gevent's hub.
 
-Process: a worker of our own class, or of one of gunicorn's gevent classes.
+Process: a worker. In our own class and in gunicorn's gevent classes that is the main thread; in all others it
+is that of :class:`.scheduler.ThreadScheduler`, once there is a server of ours.
 Never: blocks the hub.
 """
 
@@ -8,13 +9,14 @@ from __future__ import annotations
 
 import _socket
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 import gevent
 from gevent import socket as gsocket
-from gevent.event import AsyncResult
+from gevent.event import AsyncResult, Event
 
-from gunicorn_passenger.serving.scheduler import Result
+from gunicorn_passenger.serving.scheduler import Result, ThreadResult
 from gunicorn_passenger.system import unpatched
 
 T = TypeVar("T")
@@ -52,11 +54,18 @@ class GeventScheduler:
             raise error
         return result  # type: ignore[no-any-return]
 
+    def run_in_hub(self, function: Callable[[], T]) -> T:
+        return self.run(function)
+
+    def call_soon(self, function: Callable[[], object]) -> None:
+        """Call a function in the hub's thread; it must not wait."""
+        self._start(function)
+
     def spawn(self, function: Callable[..., object], *args: Any) -> None:
         self._start(gevent.spawn, function, *args)
 
     def spawn_later(self, seconds: float, function: Callable[..., object], *args: Any) -> None:
-        self._start(gevent.spawn_later, seconds, function, *args)
+        self._start(partial(gevent.spawn_later, seconds) if seconds else gevent.spawn, function, *args)
 
     def start_task(self, function: Callable[[], object]) -> None:
         self._start(gevent.spawn, function)
@@ -76,6 +85,16 @@ class GeventScheduler:
             gevent.sleep(seconds)
         else:
             unpatched.unpatched("time", "sleep")(seconds)
+
+    def wait_for(self, result: ThreadResult, timeout: float | None) -> None:
+        """Let other greenlets run until another thread sets a result.
+
+        :param timeout: seconds; ``None`` for no limit.
+        """
+        event = Event()
+        result.watch(partial(self.call_soon, event.set))
+        if not result.ready():
+            event.wait(timeout)
 
     def result(self) -> Result:
         made: Result = AsyncResult()

@@ -50,6 +50,7 @@ class ServerRegistry:
         self.script = False
         #: the port of the script's listen that becomes the primary instead (``--primary``); 0 for the first
         self.script_primary = 0
+        self._primary_elsewhere = False
         self.worker: Any = None
         self.broker: BrokerClient | None = None
         self.log: Any = None
@@ -68,8 +69,8 @@ class ServerRegistry:
 
     @property
     def active(self) -> bool:
-        """Whether the program runs under the worker class (or its master)."""
-        return self._in_master or self.migration is not None
+        """Whether the program runs in a worker (or its master)."""
+        return self._in_master or self.worker is not None
 
     def captures(self, port: int | None) -> bool:
         """Whether a listen becomes the primary although it names a port, in auto-install mode.
@@ -78,7 +79,7 @@ class ServerRegistry:
 
         :param port: the port; ``None`` for an address without one.
         """
-        if self.worker is not None and not self.active:
+        if self._primary_elsewhere:
             return False
         return settings.auto_install(self.script) and self.script_primary in (0, port)
 
@@ -91,22 +92,27 @@ class ServerRegistry:
         """This process is a gunicorn master; servers that the program makes now start in the workers."""
         self._in_master = True
 
-    def run_as_worker(self, worker: Any, broker: BrokerClient, migration: ConnectionMigration | None) -> None:
+    def run_as_worker(
+        self, worker: Any, broker: BrokerClient, is_patched: bool = True, primary_elsewhere: bool = False
+    ) -> None:
         """This process is a worker, just forked.
 
-        :param migration: ``None`` where the worker has no servers of ours.
+        :param is_patched: whether gevent has patched the program.
+        :param primary_elsewhere: whether gunicorn's own class serves the primary, and not we.
         """
         self._in_master = False
         self.worker = worker
         self.broker = broker
         self.log = worker.log
-        self.acceptors.configure(worker.cfg, worker.log, worker)
-        self.migration = migration
-        if migration is not None:
-            broker.on_connections_assigned = migration.receive_connections
+        self.acceptors.configure(worker.cfg, worker.log, worker, is_patched)
+        self._primary_elsewhere = primary_elsewhere
 
     def start(self) -> None:
         """The program is loaded: open what waited for the fork, and accept on everything."""
+        ours = any(isinstance(server, Server) for server in self.servers)
+        (self._run_in_hub if ours else self._run)(self._start)
+
+    def _start(self) -> None:
         for server in list(self.servers):
             if isinstance(server, Server) and server.state == WAITING and server.lease is None:
                 self._open(server)
@@ -118,17 +124,17 @@ class ServerRegistry:
     # --- servers come and go ---------------------------------------------------------------------
 
     def add(self, server: Server) -> None:
-        """A server of ours starts to listen. Any thread may call; sockets belong to the worker's thread.
+        """A server of ours starts to listen. Any thread may call; sockets belong to the hub's thread.
 
         :raises errors.PassengerError: when the server may not.
         """
-        self._run_in_worker_thread(lambda: self._add(server))
+        self._run_in_hub(lambda: self._add(server))
 
     def _add(self, server: Server) -> None:
-        if self.worker is not None and not self.active:
-            raise server_errors.wrong_worker_class(self.worker.cfg.worker_class_str)
         try:
             self._claim_name(server)
+            if server.is_primary and self._primary_elsewhere:
+                raise server_errors.primary_elsewhere(self.worker.cfg.worker_class_str)
             address = server.requested_address
             port = address.port if isinstance(address, Tcp) else None
             if server.is_primary or self.captures(port):
@@ -152,14 +158,20 @@ class ServerRegistry:
 
     def remove(self, server: Server) -> None:
         """A server of ours closes: it stops accepting, and this worker releases the port."""
-        self._run_in_worker_thread(lambda: self._remove(server))
+        self._run_in_hub(lambda: self._remove(server))
 
     def _remove(self, server: Server) -> None:
         self.acceptors.stop(server)
         self._release(server.lease)
         self._forget(server)
 
-    def _run_in_worker_thread(self, function: Callable[[], None]) -> None:
+    def _run_in_hub(self, function: Callable[[], None]) -> None:
+        if self.broker is not None:
+            self.broker.scheduler.run_in_hub(function)
+        else:
+            function()
+
+    def _run(self, function: Callable[[], None]) -> None:
         if self.broker is not None:
             self.broker.scheduler.run(function)
         else:
@@ -300,10 +312,19 @@ class ServerRegistry:
             if self.draining or server in self.acceptors:
                 return
             if server.socket is not None and server.socket.sock is not None:
+                self.prepare_migration()
                 self.acceptors.start(server, server.socket.sock)
             elif server is not self.primary:
                 return  # another worker accepts
         events.emit("listening", server, self.log)
+
+    def prepare_migration(self) -> None:
+        """This worker has servers of ours: it takes their idle connections from siblings that drain."""
+        if self.migration is None and self.broker is not None:
+            from gunicorn_passenger.serving.drain import ConnectionMigration
+
+            self.migration = ConnectionMigration(self.broker, self.acceptors)
+            self.broker.on_connections_assigned = self.migration.receive_connections
 
     def stop_accepting(self) -> None:
         """Close the listening sockets, the primary's too; their open connections continue."""

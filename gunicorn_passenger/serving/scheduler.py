@@ -1,8 +1,8 @@
 """How a worker waits for the master, and runs what the master's messages bring about.
 
 Process: a worker.
-Never: imports gevent. :mod:`.gevent_scheduler` is for our own worker class and for gunicorn's gevent workers,
-:class:`ThreadScheduler` for all others.
+Never: imports gevent before there is a server of ours. :mod:`.gevent_scheduler` is for our own worker class
+and for gunicorn's gevent workers, :class:`ThreadScheduler` for all others.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ import itertools
 import os
 from _queue import Empty, SimpleQueue
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from time import monotonic
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from gunicorn_passenger.system import unpatched
+
+if TYPE_CHECKING:
+    from gunicorn_passenger.serving.gevent_scheduler import GeventScheduler
 
 T = TypeVar("T")
 
@@ -43,6 +47,9 @@ class Scheduler(Protocol):
     def run(self, function: Callable[[], T]) -> T:
         """Run a function where the worker's sockets belong; wait for its result."""
 
+    def run_in_hub(self, function: Callable[[], T]) -> T:
+        """Run a function in a greenlet, for a server of ours; wait for its result."""
+
     def spawn(self, function: Callable[..., object], *args: Any) -> None:
         """Run a function soon. Functions begin in the order in which they were given."""
 
@@ -64,13 +71,16 @@ class Scheduler(Protocol):
 
 
 class ThreadResult:
-    """A :class:`Result` between threads."""
+    """A :class:`Result` between threads, one of which may have a hub."""
 
-    def __init__(self) -> None:
+    def __init__(self, scheduler: ThreadScheduler) -> None:
         self.value: Any = None
         self.exception: BaseException | None = None
+        self._scheduler = scheduler
         self._unset = unpatched.lock()
         self._unset.acquire()
+        #: called when it is set
+        self._watchers: list[Callable[[], object]] = []
 
     def set(self, value: Any) -> None:
         self.value = value
@@ -83,13 +93,22 @@ class ThreadResult:
     def _wake(self) -> None:
         if not self.ready():
             self._unset.release()
+            for watcher in self._watchers:
+                watcher()
 
     def ready(self) -> bool:
         return not self._unset.locked()
 
+    def watch(self, watcher: Callable[[], object]) -> None:
+        """Call a function when it is set; never, if it is set already."""
+        self._watchers.append(watcher)
+
     def wait(self, timeout: float | None = None) -> object:
         """:param timeout: seconds; ``None`` for no limit."""
-        if self._unset.acquire(timeout=-1 if timeout is None else timeout):
+        hub = self._scheduler.own_hub()
+        if hub is not None:
+            hub.wait_for(self, timeout)
+        elif self._unset.acquire(timeout=-1 if timeout is None else timeout):
             self._unset.release()
         return self.value
 
@@ -97,7 +116,8 @@ class ThreadResult:
 class ThreadScheduler:
     """Runs functions in a thread beside the worker's own, which starts with the first of them.
 
-    A worker that never asks the master for a port has no thread of ours.
+    A worker that never asks the master for a port has no thread of ours. The first server of ours gives the
+    thread a hub: from then on the functions run in its greenlets.
     """
 
     def __init__(self, log: Any, on_tick: Callable[[], object]) -> None:
@@ -108,16 +128,47 @@ class ThreadScheduler:
         self._added: SimpleQueue[tuple[float, int, Callable[[], object]]] = SimpleQueue()
         self._starting = unpatched.lock()
         self._started = False
+        self._thread = 0
+        self._hub: GeventScheduler | None = None
 
     def run(self, function: Callable[[], T]) -> T:
-        return function()
+        return function() if self._hub is None else self._hub.run(function)
+
+    def run_in_hub(self, function: Callable[[], T]) -> T:
+        if self._hub is None:
+            if self._in_own_thread():
+                self._make_hub()
+            else:
+                made = self.result()
+                self.spawn(self._make_hub, made)
+                made.wait()
+        assert self._hub is not None
+        return self._hub.run(function)
+
+    def _make_hub(self, made: Result | None = None) -> None:
+        if self._hub is None:
+            from gunicorn_passenger.serving.gevent_scheduler import GeventScheduler
+
+            self._hub = GeventScheduler()
+        if made is not None:
+            made.set(None)
+
+    def own_hub(self) -> GeventScheduler | None:
+        """The scheduler of the calling thread's hub, if that is the thread of the servers."""
+        return self._hub if self._in_own_thread() else None
+
+    def _in_own_thread(self) -> bool:
+        return bool(self._thread == unpatched.unpatched("_thread", "get_ident")())
 
     def spawn(self, function: Callable[..., object], *args: Any) -> None:
         self.spawn_later(0.0, function, *args)
 
     def spawn_later(self, seconds: float, function: Callable[..., object], *args: Any) -> None:
         self._added.put((monotonic() + seconds, next(self._order), partial(function, *args)))
-        self._start()
+        if self._hub is None:
+            self._start()
+        else:
+            self._hub.spawn(self._take_added)
 
     def _start(self) -> None:
         if self._started:
@@ -134,24 +185,28 @@ class ThreadScheduler:
     def run_all(self, functions: Iterable[Callable[[], object]]) -> None:
         results = []
         for function in functions:
-            results.append(result := ThreadResult())
+            results.append(result := self.result())
             unpatched.start_thread(partial(self._call, function, result))
         for result in results:
             result.wait()
 
     def sleep(self, seconds: float) -> None:
-        unpatched.unpatched("time", "sleep")(seconds)
+        if (hub := self.own_hub()) is not None:
+            hub.sleep(seconds)
+        else:
+            unpatched.unpatched("time", "sleep")(seconds)
 
     def result(self) -> Result:
-        return ThreadResult()
+        return ThreadResult(self)
 
     def own_socket(self, end: _socket.socket) -> Any:
         end.setblocking(True)
         return end
 
     def _work(self) -> None:
+        self._thread = unpatched.unpatched("_thread", "get_ident")()
         due = [(monotonic() + _TICK, next(self._order), self._on_tick)]
-        while True:
+        while self._hub is None:
             timeout = max(due[0][0] - monotonic(), 0.0)
             try:
                 heapq.heappush(due, self._added.get(timeout=timeout))
@@ -160,8 +215,23 @@ class ThreadScheduler:
                 self._call(function)
                 if function == self._on_tick:
                     heapq.heappush(due, (monotonic() + _TICK, next(self._order), function))
+        for entry in due:
+            if entry[2] != self._on_tick:
+                self._added.put(entry)
+        self._take_added()
+        while True:
+            self._hub.sleep(_TICK)
+            self._call(self._on_tick)
 
-    def _call(self, function: Callable[[], object], done: ThreadResult | None = None) -> None:
+    def _take_added(self) -> None:
+        """In the hub: start what was added."""
+        assert self._hub is not None
+        with suppress(Empty):
+            while True:
+                due, _, function = self._added.get_nowait()
+                self._hub.spawn_later(max(due - monotonic(), 0.0), self._call, function)
+
+    def _call(self, function: Callable[[], object], done: Result | None = None) -> None:
         try:
             function()
         except Exception:

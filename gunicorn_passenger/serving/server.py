@@ -59,12 +59,16 @@ class Server:
     is a module that gunicorn can load.
     """
 
-    def __init__(self, app: WSGIApp, host: ServerHost) -> None:
+    def __init__(self, app: WSGIApp, host: ServerHost, threads: int = 0) -> None:
+        """
+        :param threads: how many native threads run the application where its calls would block the server.
+        """
         if not callable(app):
             raise server_errors.not_callable(app)
         if iscoroutinefunction(app) or iscoroutinefunction(type(app).__call__):
             raise server_errors.not_wsgi(app)
         self.app = app
+        self.threads = threads
         self._host = host
         self.placement = "shared"
         self.state = NEW

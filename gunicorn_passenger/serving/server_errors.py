@@ -64,11 +64,21 @@ def not_wsgi(app: object) -> NotCallable:
     )
 
 
-def wrong_worker_class(worker_class: str) -> ListenError:
+def hooks_missing(worker_class: str) -> ListenError:
     return ListenError(
         errno.EINVAL,
-        f"this gunicorn runs the worker class {worker_class!r}, under which listen() does not work; start "
-        "gunicorn with -k gunicorn_passenger.Worker",
+        f"this gunicorn runs the worker class {worker_class!r} without the hooks that listen() needs: add "
+        "the line 'from gunicorn_passenger.hooks import *' to gunicorn.conf.py or, without such a file, "
+        "start gunicorn with -c python:gunicorn_passenger.hooks; or use -k gunicorn_passenger.Worker",
+    )
+
+
+def primary_elsewhere(worker_class: str) -> ListenError:
+    return ListenError(
+        errno.EINVAL,
+        f"listen('passenger') needs -k gunicorn_passenger.Worker: under the worker class {worker_class!r} "
+        "gunicorn serves the primary itself, with the application that its command line names; listen on a "
+        "port instead, or name this server there",
     )
 
 

@@ -72,7 +72,7 @@ def open_socket(want: Address | None, primary: bool) -> ListenAddress:
     :raises errors.ListenError: when it cannot be opened, or gunicorn runs another worker class.
     """
     if (worker_class := _worker_class()) is not None:
-        raise server_errors.wrong_worker_class(worker_class)
+        raise server_errors.hooks_missing(worker_class)
     sock = _open(want)
     name = listening_sockets.sockname(sock)
     if primary:

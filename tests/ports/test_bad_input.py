@@ -356,7 +356,7 @@ def test_plain_python_shows_one_line_too(start):
     "code", ["passenger.create_server(application).listen(9001)", "application.listen()"]
 )
 def test_another_worker_class(start, code):
-    """The error says which worker class runs and which is needed, and no development server is started."""
+    """The error says which worker class runs and which line is missing, and no development server starts."""
     start.write(
         "forgot.py",
         f"""
@@ -371,8 +371,8 @@ def test_another_worker_class(start, code):
         env={"PYTHONPATH": f"{start.home}:{start.environment['PYTHONPATH']}"},
     )  # fmt: skip
     process.wait_log(
-        "this gunicorn runs the worker class 'gthread', under which listen.. does not work; start gunicorn "
-        "with -k gunicorn_passenger.Worker"
+        "this gunicorn runs the worker class 'gthread' without the hooks that listen.. needs: add the line "
+        "'from gunicorn_passenger.hooks import .' to gunicorn.conf.py"
     )
     assert process.wait_end() != 0
     assert "Serving on" not in process.log()

@@ -1,6 +1,6 @@
-"""A program with two unmodified servers in threads of their own, for any worker class.
+"""A program with two unmodified servers in threads of their own and one of the package, for any worker class.
 
-``METRICS`` and ``PAGES`` are their ports. ``/wait`` of the second one responds when the file ``GO`` exists.
+``METRICS``, ``PAGES`` and ``OURS`` are their ports. ``/wait`` of the last two responds when the file ``GO`` exists.
 """
 
 import os
@@ -9,6 +9,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import prometheus_client
+
+import gunicorn_passenger as passenger
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -37,6 +39,12 @@ def start():
     threading.Thread(target=server.serve_forever).start()
 
 
+def ours(environ, start_response):
+    while environ["PATH_INFO"] == "/wait" and not os.path.exists(os.environ["GO"]):
+        time.sleep(0.02)
+    return wsgi(environ, start_response)
+
+
 def wsgi(_environ, start_response):
     body = str(os.getpid()).encode()
     start_response("200 OK", [("Content-Length", str(len(body)))])
@@ -56,5 +64,8 @@ async def asgi(scope, receive, send):
     await send({"type": "http.response.body", "body": body})
 
 
+if "OURS" in os.environ:
+    # with --preload in the master, where it waits for the fork
+    passenger.create_server(ours).listen(int(os.environ["OURS"]))
 if "START_IN_HOOK" not in os.environ:
     start()

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+from contextlib import ExitStack
 
 import pytest
 from conditions import wait_for
@@ -16,9 +17,9 @@ from unmodified_servers import Requests, answering
 
 HOOKS = "from gunicorn_passenger.hooks import *\n"
 
-CLASSES = ["sync", "gthread", "gevent", "tornado", "asgi", "uvicorn.workers.UvicornWorker"]
+CLASSES = ["sync", "gthread", "gevent", "tornado", "asgi", "uvicorn_worker.UvicornWorker"]
 #: The modules that a class needs beside gunicorn's oldest version.
-NEEDS = {"tornado": "tornado", "asgi": "gunicorn.workers.gasgi", CLASSES[-1]: "uvicorn"}
+NEEDS = {"tornado": "tornado", "asgi": "gunicorn.workers.gasgi", CLASSES[-1]: "uvicorn_worker"}
 
 
 class Site:
@@ -26,49 +27,53 @@ class Site:
 
     def __init__(self, start, worker_class, *arguments, conf=HOOKS, app="ports_in_threads:wsgi", **env):
         self.go = start.home / "go"
-        self.metrics, self.pages = free_port(), free_port()
+        self.metrics, self.pages, self.ours = free_port(), free_port(), free_port()
         self.process = start.python(
             GUNICORN, "-k", worker_class, "-w", 2, "-c", start.write("gunicorn.conf.py", conf),
             "-b", f"unix:{start.home}/app.sock", *NO_CONTROL, *arguments, app,
-            env={"METRICS": self.metrics, "PAGES": self.pages, "GO": self.go, **env},
+            env={"METRICS": self.metrics, "PAGES": self.pages, "OURS": self.ours, "GO": self.go, **env},
         ).wait_ready()  # fmt: skip
 
     def all_answer(self):
-        """Both workers respond on both ports, and no other process does. Returns their pids."""
+        """Both workers respond on all ports, and no other process does. Returns their pids."""
         wait_for(lambda: len(self.process.workers()) == 2, "two workers")
         workers = self.process.workers()
-        for port in (self.metrics, self.pages):
+        for port in (self.metrics, self.pages, self.ours):
             answering(port, workers)
         return workers
 
 
 @pytest.mark.parametrize("worker_class", CLASSES)
-def test_unmodified_servers_survive_their_workers(start, worker_class):
+def test_servers_survive_their_workers(start, worker_class):
     """They share the master's sockets, and a worker that exits finishes what they have accepted."""
     if (needed := NEEDS.get(worker_class)) and importlib.util.find_spec(needed) is None:
         pytest.skip(f"{needed} is not installed")
     app = "ports_in_threads:" + ("wsgi" if NEEDS.get(worker_class, "tornado") == "tornado" else "asgi")
     site = Site(start, worker_class, app=app)
-    process = site.process
-    before = site.all_answer()
-    kept, waiting = Client(site.pages), Client(site.pages)
+    process, before = site.process, set(site.all_answer())
+    kept = Client(site.pages)
     kept.request("GET", "/")
     assert int(kept.getresponse().read()) in before
-    waiting.request("GET", "/wait")
+    waiting = [Client(site.pages), Client(site.ours)]
+    for client in waiting:
+        client.request("GET", "/wait")
 
-    with Requests(site.pages, threads=1) as pages, Requests(site.metrics, threads=1) as metrics:
+    with ExitStack() as stack:
+        ports = (site.pages, site.metrics, site.ours)
+        asked = [stack.enter_context(Requests(port, threads=1)) for port in ports]
         process.signal(signal.SIGHUP)
-        wait_for(lambda: set(pages.pids[-20:]).isdisjoint(before), "the new workers alone to accept pages")
         wait_for(
-            lambda: set(metrics.pids[-20:]).isdisjoint(before), "the new workers alone to accept metrics"
+            lambda: all(before.isdisjoint(requests.pids[-20:]) for requests in asked),
+            "the new workers alone to accept",
         )
-        # one of the old workers finishes its request; its idle connection ends
+        # the old workers finish their requests; their idle connections end
         site.go.touch()
-        response = waiting.getresponse()
-        assert response.status == 200
-        assert int(response.read()) in before
-        wait_for(lambda: set(before).isdisjoint(process.workers()), "the end of the old workers")
-    assert pages.failures == metrics.failures == []
+        for client in waiting:
+            response = client.getresponse()
+            assert response.status == 200
+            assert int(response.read()) in before
+        wait_for(lambda: before.isdisjoint(process.workers()), "the end of the old workers")
+    assert [requests.failures for requests in asked] == [[], [], []]
     assert kept.sock.recv(1) == b""
 
     first, second = site.all_answer()
@@ -77,9 +82,13 @@ def test_unmodified_servers_survive_their_workers(start, worker_class):
     assert second in site.all_answer()
     listed = {server["address"]: server for server in only(start)["servers"]}
     assert len(listed[f"127.0.0.1:{site.pages}"]["workers"]) == 2
+    ours = listed[f"127.0.0.1:{site.ours}"]
+    assert len(ours["workers"]) == 2
+    assert ours["requests"] > 0
     assert "Worker graceful timeout" not in process.log()
     assert process.stop() == 0
     assert refused(site.pages)
+    assert refused(site.ours)
 
 
 def test_a_server_that_a_hook_starts_and_the_hooks_of_the_user(start):
