@@ -27,7 +27,7 @@ from gunicorn_passenger.serving.background_work import do_not_wait_for_threads, 
 from gunicorn_passenger.serving.broker_client import BrokerClient
 from gunicorn_passenger.serving.finish import finish_connections
 from gunicorn_passenger.serving.registry import registry
-from gunicorn_passenger.serving.scheduler import Scheduler, ThreadScheduler
+from gunicorn_passenger.serving.scheduler import HubScheduler, Scheduler, ThreadScheduler
 from gunicorn_passenger.serving.server import default_name
 from gunicorn_passenger.system import listening_sockets, unpatched
 
@@ -79,26 +79,25 @@ class HookedWorker:
         self._init_process, self._run = worker.init_process, worker.run
         #: whether gunicorn's own loop runs, or has run
         self._running = False
+        #: whether it exits without a drain
+        self._quitting = False
         #: held by the thread that begins the drain
         self._draining = unpatched.lock()
         #: when the worker must have exited (monotonic seconds); set when it begins to drain
         self._deadline = 0.0
         self._threads_at_start: set[threading.Thread] = set()
         self._is_gevent = _is_gevent(worker)
-        self._scheduler = self._make_scheduler()
+        self._scheduler: Scheduler = (
+            _gevent_scheduler()
+            if self._is_gevent
+            else ThreadScheduler(self.log, self._tick, _gevent_scheduler)
+        )
         #: set when all servers have stopped accepting
         self._drain_begun = self._scheduler.result()
         self._broker = BrokerClient(channel, self.log, self._scheduler)
         registry.run_as_worker(self, self._broker, is_patched=self._is_gevent, primary_elsewhere=True)
         os.register_at_fork(after_in_child=registry.acceptors.leave_to_parent)
         self._patch = replaced_methods.install(registry, inherited)
-
-    def _make_scheduler(self) -> Scheduler:
-        if not self._is_gevent:
-            return ThreadScheduler(self.log, self._tick)
-        from gunicorn_passenger.serving.gevent_scheduler import GeventScheduler
-
-        return GeventScheduler()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._worker, name)
@@ -123,14 +122,21 @@ class HookedWorker:
         """Learn when gunicorn boots the worker, runs its loop, and tells it to stop."""
         self._worker.init_process = self.init_process
         self._worker.run = self.run
-        for name in ("handle_exit", "handle_exit_signal"):
-            if (handle := getattr(self._worker, name, None)) is not None:
-                setattr(self._worker, name, partial(self._on_stop, handle))
+        handlers = {"handle_exit": self._on_stop, "handle_quit": self._on_quit, "handle_abort": self._on_quit}
+        for name, ours in handlers.items():
+            for known in (name, f"{name}_signal"):
+                if (handle := getattr(self._worker, known, None)) is not None:
+                    setattr(self._worker, known, partial(ours, handle))
 
     def _on_stop(self, handle: Callable[..., None], *args: Any) -> None:
         """A signal handler: the thread of the ports does what may wait."""
         if self._has_ports():
             self._scheduler.spawn(self._begin_drain)
+        handle(*args)
+
+    def _on_quit(self, handle: Callable[..., None], *args: Any) -> None:
+        """A signal handler: gunicorn stops the worker at once, or its timeout does."""
+        self._quitting = True
         handle(*args)
 
     def init_process(self) -> None:
@@ -172,15 +178,9 @@ class HookedWorker:
             signal.signal(signal.SIGTERM, lambda _number, _frame: None)
         try:
             self._run()
-        except SystemExit:
-            # gunicorn stops it at once, or its timeout does
+        finally:
             if os.getpid() == self.pid:
-                events.emit("exit", self._worker, self.log)
-                if self._has_ports():
-                    do_not_wait_for_threads()
-            raise
-        if os.getpid() == self.pid:
-            self._finish()
+                self._finish()
 
     def _has_ports(self) -> bool:
         """Whether the program has opened a port."""
@@ -223,12 +223,12 @@ class HookedWorker:
     def _finish(self) -> None:
         """gunicorn's loop has ended."""
         has_ports = self._has_ports()
-        if has_ports:
+        if has_ports and not self._quitting:
             self._scheduler.run(self._begin_drain)
             self._drain_begun.wait()
             self._finish_connections()
         events.emit("exit", self._worker, self.log)
-        if has_ports:
+        if has_ports and not self._quitting:
             finish_background_work(
                 # the master kills the worker at the deadline, and the log should say so before
                 self._deadline - monotonic() - 0.5,
@@ -237,6 +237,7 @@ class HookedWorker:
                 self._worker.notify,
                 self._threads_at_start | self._patch.server_threads(),
             )
+        if has_ports:
             do_not_wait_for_threads()
 
     def _finish_connections(self) -> None:
@@ -264,6 +265,13 @@ class HookedWorker:
 def _is_gevent(worker: Any) -> bool:
     """Whether the worker's class is one of gunicorn's gevent classes, or made from one."""
     return any(kind.__module__ == "gunicorn.workers.ggevent" for kind in type(worker).__mro__)
+
+
+def _gevent_scheduler() -> HubScheduler:
+    """Made in the thread that runs the hub."""
+    from gunicorn_passenger.serving.gevent_scheduler import GeventScheduler
+
+    return GeventScheduler()
 
 
 def _uvicorn_stops() -> bool:

@@ -16,7 +16,7 @@ import gevent
 from gevent import socket as gsocket
 from gevent.event import AsyncResult, Event
 
-from gunicorn_passenger.serving.scheduler import Result, ThreadResult
+from gunicorn_passenger.serving.scheduler import Result, Task, ThreadResult
 from gunicorn_passenger.system import unpatched
 
 T = TypeVar("T")
@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 class GeventScheduler:
     """Runs functions in greenlets of the thread that has made it, whichever thread asks for that."""
+
+    how_tasks_end = "its functions must not catch GreenletExit, as a bare 'except:' does"
 
     def __init__(self) -> None:
         self._hub = gevent.get_hub()
@@ -67,8 +69,9 @@ class GeventScheduler:
     def spawn_later(self, seconds: float, function: Callable[..., object], *args: Any) -> None:
         self._start(partial(gevent.spawn_later, seconds) if seconds else gevent.spawn, function, *args)
 
-    def start_task(self, function: Callable[[], object]) -> None:
-        self._start(gevent.spawn, function)
+    def start_task(self, function: Callable[[], object]) -> Task:
+        task: Task = self.run(lambda: gevent.spawn(function))
+        return task
 
     def _start(self, start: Callable[..., object], *args: Any) -> None:
         if self._in_own_thread():

@@ -12,16 +12,18 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
-import gevent
-from gevent.lock import BoundedSemaphore
+from greenlet import GreenletExit
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.config.address import Once
 from gunicorn_passenger.serving import events, server_errors
 from gunicorn_passenger.serving.port_lease import AcceptGrant, PortLease
 from gunicorn_passenger.serving.registry import registry
+from gunicorn_passenger.serving.scheduler import Result, Scheduler, Task
+from gunicorn_passenger.system import unpatched
 from gunicorn_passenger.system.text import MAX_NAME
 
 #: Seconds that ``stop`` may take, and then as many for the end of ``start``; the drain waits for them.
@@ -36,9 +38,11 @@ class OnceTask:
         self._start = start
         self._stop = stop
         self._lease: PortLease | None = None
-        self._running: Any = None
-        #: held while the function is being ended
-        self._ending = BoundedSemaphore()
+        self._running: Task | None = None
+        #: set when the function has ended; ``None`` while it is not being ended
+        self._ending: Result | None = None
+        #: held for a moment: the end may be asked for from several threads
+        self._lock = unpatched.lock()
 
     def request(self, _worker: Any) -> None:
         """Ask the master for the right to run; under plain Python, run."""
@@ -60,7 +64,10 @@ class OnceTask:
             self._run()
 
     def _run(self) -> None:
-        self._running = gevent.spawn(self._call, self._start)
+        self._running = self._begin(self._start)
+
+    def _begin(self, function: Callable[[], object]) -> Task:
+        return self._scheduler.start_task(lambda: self._call(function))
 
     def _on_pause(self) -> None:
         """An operator stops or restarts it."""
@@ -71,40 +78,63 @@ class OnceTask:
 
     def end(self, _worker: Any = None) -> None:
         """Stop the function, if this worker runs it. Returns when it has ended, or does not end in time."""
-        with self._ending:
-            if self._running is None:
-                return
-            functions = [self._running]
-            if self._stop is not None:
-                functions.insert(0, gevent.spawn(self._call, self._stop))
-                functions[0].join(timeout=_END_WITHIN)
-                if not functions[0].ready():
-                    self._log.error(
-                        "passenger.once(%r): its stop function has not returned within %g s and is ended "
-                        "(pid:%s)",
-                        self.name,
-                        _END_WITHIN,
-                        os.getpid(),
-                    )
-            gevent.killall(functions, block=False)
-            gevent.joinall(functions, timeout=_END_WITHIN)
-            self._running = None
-            if all(function.ready() for function in functions):
-                self._log.info("passenger.once(%r) has stopped in this worker", self.name)
-            else:
+        with self._lock:
+            ending, running = self._ending, self._running
+            if ending is None and running is not None:
+                self._ending = self._scheduler.result()
+        if ending is not None:
+            ending.wait()
+        elif running is not None:
+            try:
+                self._end(running)
+            finally:
+                with self._lock:
+                    ended, self._ending, self._running = self._ending, None, None
+                if ended is not None:
+                    ended.set(None)
+
+    def _end(self, running: Task) -> None:
+        functions = [running]
+        if self._stop is not None:
+            functions.insert(0, self._begin(self._stop))
+            functions[0].join(_END_WITHIN)
+            if not functions[0].ready():
                 self._log.error(
-                    "passenger.once(%r) does not end in this worker (pid:%s), and may run in another one at "
-                    "the same time: its functions must not catch GreenletExit, as a bare 'except:' does",
+                    "passenger.once(%r): its stop function has not returned within %g s and is ended "
+                    "(pid:%s)",
                     self.name,
+                    _END_WITHIN,
                     os.getpid(),
                 )
+        for function in functions:
+            function.kill(block=False)
+        deadline = monotonic() + _END_WITHIN
+        for function in functions:
+            function.join(max(deadline - monotonic(), 0.0))
+        if all(function.ready() for function in functions):
+            self._log.info("passenger.once(%r) has stopped in this worker", self.name)
+        else:
+            self._log.error(
+                "passenger.once(%r) does not end in this worker (pid:%s), and may run in another one at the "
+                "same time: %s",
+                self.name,
+                os.getpid(),
+                self._scheduler.how_tasks_end,
+            )
 
     def _call(self, function: Callable[[], object]) -> None:
         try:
             function()
-        except (Exception, SystemExit, gevent.Timeout):
+        except GreenletExit:
+            raise
+        except BaseException:
             # gevent would end the whole worker at a SystemExit
             self._log.exception("passenger.once(%r): the program's function raised an error", self.name)
+
+    @property
+    def _scheduler(self) -> Scheduler:
+        assert registry.scheduler is not None
+        return registry.scheduler
 
     @property
     def _log(self) -> Any:
@@ -122,9 +152,11 @@ def once(name: str, start: Callable[[], object], stop: Callable[[], object] | No
 
     :param name: the same in every worker; ``gunicorn-passenger status`` lists it.
     :param start: called without arguments, in a greenlet of its own, when the worker is ready. It may return
-        (a scheduler that has its own threads) or run until it is stopped. An error is logged.
+        (a scheduler that has its own threads) or run until it is stopped. An error is logged. Under a worker
+        class that is not gevent's it has a native thread.
     :param stop: called without arguments when the worker is to end it; it has 5 s. Afterwards ``start`` is
-        ended with ``GreenletExit``, if it still runs.
+        ended with ``GreenletExit``, if it still runs. A native thread cannot be ended: there ``start`` must
+        return when ``stop`` is called.
     :raises SettingError: for a name that cannot be used, or is used twice.
     :raises TypeError: when ``start`` or ``stop`` cannot be called.
     """

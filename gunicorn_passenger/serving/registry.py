@@ -35,6 +35,7 @@ from gunicorn_passenger.serving.third_party import ThirdPartyServer
 
 if TYPE_CHECKING:
     from gunicorn_passenger.serving.drain import ConnectionMigration
+    from gunicorn_passenger.serving.scheduler import Scheduler
 
 
 class ServerRegistry:
@@ -53,6 +54,8 @@ class ServerRegistry:
         self._primary_elsewhere = False
         self.worker: Any = None
         self.broker: BrokerClient | None = None
+        #: how this process waits, once it serves
+        self.scheduler: Scheduler | None = None
         self.log: Any = None
         #: called when the worker begins to drain; each returns when what it ends has ended
         self.before_drain: list[Callable[[], object]] = []
@@ -103,14 +106,17 @@ class ServerRegistry:
         self._in_master = False
         self.worker = worker
         self.broker = broker
+        self.scheduler = broker.scheduler
         self.log = worker.log
         self.acceptors.configure(worker.cfg, worker.log, worker, is_patched)
         self._primary_elsewhere = primary_elsewhere
 
     def start(self) -> None:
         """The program is loaded: open what waited for the fork, and accept on everything."""
-        ours = any(isinstance(server, Server) for server in self.servers)
-        (self._run_in_hub if ours else self._run)(self._start)
+        if any(isinstance(server, Server) for server in self.servers):
+            self._run_in_hub(self._start)
+        else:
+            self._start()
 
     def _start(self) -> None:
         for server in list(self.servers):
@@ -166,14 +172,8 @@ class ServerRegistry:
         self._forget(server)
 
     def _run_in_hub(self, function: Callable[[], None]) -> None:
-        if self.broker is not None:
-            self.broker.scheduler.run_in_hub(function)
-        else:
-            function()
-
-    def _run(self, function: Callable[[], None]) -> None:
-        if self.broker is not None:
-            self.broker.scheduler.run(function)
+        if self.scheduler is not None:
+            self.scheduler.run_in_hub(function)
         else:
             function()
 
@@ -329,8 +329,8 @@ class ServerRegistry:
     def stop_accepting(self) -> None:
         """Close the listening sockets, the primary's too; their open connections continue."""
         self.draining = True
-        if self.broker is not None:
-            self.broker.scheduler.run_all(self.before_drain)
+        if self.scheduler is not None:
+            self.scheduler.run_all(self.before_drain)
         for server in self.acceptors.stop_all():
             if server.placement != "shared":
                 # the next worker need not wait for the connections of this one

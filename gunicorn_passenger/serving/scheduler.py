@@ -16,12 +16,9 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from gunicorn_passenger.system import unpatched
-
-if TYPE_CHECKING:
-    from gunicorn_passenger.serving.gevent_scheduler import GeventScheduler
 
 T = TypeVar("T")
 
@@ -41,6 +38,14 @@ class Result(Protocol):
     def wait(self, timeout: float | None = None) -> object: ...
 
 
+class Task(Protocol):
+    """A function that runs (``gevent.Greenlet``)."""
+
+    def join(self, timeout: float | None = None) -> object: ...
+    def ready(self) -> bool: ...
+    def kill(self, *, block: bool) -> object: ...
+
+
 class Scheduler(Protocol):
     """Runs functions in greenlets or in threads."""
 
@@ -56,7 +61,10 @@ class Scheduler(Protocol):
     def spawn_later(self, seconds: float, function: Callable[..., object], *args: Any) -> None:
         """Run a function after so many seconds."""
 
-    def start_task(self, function: Callable[[], object]) -> None:
+    #: what a program must do so that its tasks end, for the log
+    how_tasks_end: str
+
+    def start_task(self, function: Callable[[], object]) -> Task:
         """Run a function that may wait for long."""
 
     def run_all(self, functions: Iterable[Callable[[], object]]) -> None:
@@ -68,6 +76,16 @@ class Scheduler(Protocol):
 
     def own_socket(self, end: _socket.socket) -> Any:
         """The end of a channel as a socket whose calls wait as this scheduler does; it owns the end."""
+
+
+class HubScheduler(Scheduler, Protocol):
+    """Runs functions in the greenlets of one thread."""
+
+    def wait_for(self, result: ThreadResult, timeout: float | None) -> None:
+        """Let other greenlets run until another thread sets a result.
+
+        :param timeout: seconds; ``None`` for no limit.
+        """
 
 
 class ThreadResult:
@@ -113,6 +131,16 @@ class ThreadResult:
         return self.value
 
 
+class ThreadTask(ThreadResult):
+    """A function in a native thread."""
+
+    def join(self, timeout: float | None = None) -> object:
+        return self.wait(timeout)
+
+    def kill(self, *, block: bool) -> None:
+        """Do nothing: no thread can be ended from outside."""
+
+
 class ThreadScheduler:
     """Runs functions in a thread beside the worker's own, which starts with the first of them.
 
@@ -120,8 +148,13 @@ class ThreadScheduler:
     thread a hub: from then on the functions run in its greenlets.
     """
 
-    def __init__(self, log: Any, on_tick: Callable[[], object]) -> None:
-        """:param on_tick: called about once a second by the thread."""
+    how_tasks_end = "its start function must return soon after its stop function was called"
+
+    def __init__(self, log: Any, on_tick: Callable[[], object], make_hub: Callable[[], HubScheduler]) -> None:
+        """
+        :param on_tick: called about once a second by the thread.
+        :param make_hub: called by the thread when it needs a hub.
+        """
         self._log = log
         self._on_tick = on_tick
         self._order = itertools.count()
@@ -129,7 +162,8 @@ class ThreadScheduler:
         self._starting = unpatched.lock()
         self._started = False
         self._thread = 0
-        self._hub: GeventScheduler | None = None
+        self._new_hub = make_hub
+        self._hub: HubScheduler | None = None
 
     def run(self, function: Callable[[], T]) -> T:
         return function() if self._hub is None else self._hub.run(function)
@@ -147,13 +181,11 @@ class ThreadScheduler:
 
     def _make_hub(self, made: Result | None = None) -> None:
         if self._hub is None:
-            from gunicorn_passenger.serving.gevent_scheduler import GeventScheduler
-
-            self._hub = GeventScheduler()
+            self._hub = self._new_hub()
         if made is not None:
             made.set(None)
 
-    def own_hub(self) -> GeventScheduler | None:
+    def own_hub(self) -> HubScheduler | None:
         """The scheduler of the calling thread's hub, if that is the thread of the servers."""
         return self._hub if self._in_own_thread() else None
 
@@ -178,17 +210,18 @@ class ThreadScheduler:
                 unpatched.start_thread(self._work)
                 self._started = True
 
-    def start_task(self, function: Callable[[], object]) -> None:
+    def start_task(self, function: Callable[[], object]) -> Task:
         self._start()
-        unpatched.start_thread(lambda: self._call(function))
+        return self._start_thread(function)
+
+    def _start_thread(self, function: Callable[[], object]) -> ThreadTask:
+        task = ThreadTask(self)
+        unpatched.start_thread(partial(self._call, function, task))
+        return task
 
     def run_all(self, functions: Iterable[Callable[[], object]]) -> None:
-        results = []
-        for function in functions:
-            results.append(result := self.result())
-            unpatched.start_thread(partial(self._call, function, result))
-        for result in results:
-            result.wait()
+        for task in [self._start_thread(function) for function in functions]:
+            task.join()
 
     def sleep(self, seconds: float) -> None:
         if (hub := self.own_hub()) is not None:

@@ -20,6 +20,7 @@ from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.serving import events, server_errors
 from gunicorn_passenger.serving.acceptor_table import AcceptorTable
 from gunicorn_passenger.serving.finish import Drainable, finish_connections
+from gunicorn_passenger.serving.scheduler import Scheduler
 from gunicorn_passenger.serving.server import ListenAddress
 from gunicorn_passenger.system import listening_sockets
 from gunicorn_passenger.system.port_opening import ListenRequest, open_listener
@@ -32,6 +33,7 @@ class StandaloneServers(Drainable, Protocol):
     """The servers of a process without gunicorn."""
 
     acceptors: AcceptorTable
+    scheduler: Scheduler | None
 
     def start(self) -> None:
         """Accept on everything."""
@@ -48,6 +50,9 @@ def run(servers: StandaloneServers) -> None:
     import gevent  # gunicorn's master and workers of other classes import this module, and not gevent
     from gevent.event import Event
 
+    from gunicorn_passenger.serving.gevent_scheduler import GeventScheduler
+
+    servers.scheduler = GeventScheduler()
     interrupted = Event()
     watchers = [gevent.signal_handler(number, interrupted.set) for number in (signal.SIGINT, signal.SIGTERM)]
     cfg, log = servers.acceptors.configuration()

@@ -45,7 +45,9 @@ def ours(environ, start_response):
     return wsgi(environ, start_response)
 
 
-def wsgi(_environ, start_response):
+def wsgi(environ, start_response):
+    while environ["PATH_INFO"] == "/block":
+        time.sleep(0.1)
     body = str(os.getpid()).encode()
     start_response("200 OK", [("Content-Length", str(len(body)))])
     return [body]

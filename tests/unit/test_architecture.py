@@ -40,12 +40,21 @@ LAYERS = [
 
 #: Function-level imports, each with its reason.
 LAZY = {
-    ("arbiter.hooked_worker", "serving.gevent_scheduler"): "only a worker of a gevent class has a hub",
+    (
+        "arbiter.hooked_worker",
+        "serving.gevent_scheduler",
+    ): "only a worker of a gevent class, or with a server of ours, has a hub",
     ("cli", "script_runner"): "only `start` runs a program; the other commands do not import gunicorn",
     (
         "serving.acceptor_table",
         "serving.acceptors",
-    ): "a worker without a server of ours need not import gevent",
+    ): "a worker without a server of ours does not import gevent",
+    ("serving.acceptor_table", "serving.threaded_app"): "the same",
+    ("serving.registry", "serving.drain"): "the same",
+    (
+        "serving.standalone",
+        "serving.gevent_scheduler",
+    ): "the same: workers of other classes import standalone",
     ("status", "status.web"): "importing the package must not import what serves the application",
     ("status.web", "daemons.api"): "only spawn() needs it, in gunicorn.conf.py or the program",
     ("status.web", "http.listener_context"): "only the daemon's own process serves",

@@ -7,6 +7,13 @@ import gevent.event
 import pytest
 
 from gunicorn_passenger.serving import once
+from gunicorn_passenger.serving.gevent_scheduler import GeventScheduler
+from gunicorn_passenger.serving.registry import registry
+
+
+@pytest.fixture(autouse=True)
+def plain_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "scheduler", GeventScheduler())
 
 
 def test_a_function_that_catches_everything_does_not_hold_up_the_drain(

@@ -1,5 +1,6 @@
 """Unmodified servers share their ports under every worker class of gunicorn, by the hooks alone."""
 
+import http.client
 import importlib.util
 import json
 import os
@@ -8,10 +9,11 @@ import socket
 from contextlib import ExitStack
 
 import pytest
+import websocket
 from conditions import wait_for
 from free_ports import free_port
 from http_client import Client, fetch, refused
-from processes import GUNICORN, NO_CONTROL
+from processes import GUNICORN, NO_CONTROL, starting
 from status_commands import only
 from unmodified_servers import Requests, answering
 
@@ -91,9 +93,13 @@ def test_servers_survive_their_workers(start, worker_class):
     assert refused(site.ours)
 
 
-def test_a_server_that_a_hook_starts_and_the_hooks_of_the_user(start):
-    """With ``--preload`` the program's import runs in the master, so a hook starts what listens."""
+def test_hooks_and_children_of_the_program(start):
+    """With ``--preload`` the program is imported in the master: a server of ours waits for the fork, and a hook
+    starts the others. A child that a hook forks keeps no port open, and does not hide the end of its worker.
+    """
     conf = """
+        import os
+        import time
         from gunicorn_passenger.hooks import *
         from gunicorn_passenger.hooks import *
 
@@ -101,24 +107,201 @@ def test_a_server_that_a_hook_starts_and_the_hooks_of_the_user(start):
             server.log.info("the user's pre_fork")
 
         def post_fork(server, worker):
-            import ports_in_threads
             worker.log.info("the user's post_fork")
+            if not os.fork():
+                while not os.path.exists(os.environ["GO"]):
+                    time.sleep(0.05)
+                os._exit(0)
+            import ports_in_threads
             ports_in_threads.start()
         """
     site = Site(start, "sync", "--preload", conf=conf, START_IN_HOOK=1)
-    site.all_answer()
+    first, second = site.all_answer()
     for hook in ("pre_fork", "post_fork"):
         assert site.process.log().count(f"the user's {hook}") == 2
+    os.kill(first, signal.SIGKILL)
+    wait_for(lambda: first not in (now := site.process.workers()) and len(now) == 2, "a worker in its place")
+    site.all_answer()
+    listed = {server["address"]: server for server in only(start)["servers"]}
+    assert len(listed[f"127.0.0.1:{site.ours}"]["workers"]) == 2
+    site.go.touch()
     assert site.process.stop() == 0
 
 
-def test_a_worker_that_opens_no_port_pays_for_nothing(start):
-    """No thread, and no gevent; a server of ours is refused with one error."""
-    site = Site(start, "sync", app="listens_on_request")
-    assert json.loads(fetch(site.process.socket)[1]) == {"gevent": False, "threads": 1}
-    found = json.loads(fetch(site.process.socket, "/listen")[1])
-    assert "the worker class 'sync', under which listen() does not work" in found["error"]
-    assert site.process.stop() == 0
+def test_a_worker_that_leaves_loses_at_most_what_it_had_in_hand(start):
+    """``TTOU``, gunicorn's timeout (``SIGABRT``) and ``max_requests``; idle connections migrate to a sibling."""
+    site = Site(start, "sync", "--max-requests", 40)
+    process, workers = site.process, set(site.all_answer())
+
+    def kept():
+        """A connection to each worker."""
+        found = {}
+
+        def connect():
+            client = Client(site.ours)
+            client.request("GET", "/")
+            found.setdefault(int(client.getresponse().read()), client)
+            return set(found) == workers
+
+        wait_for(connect, lambda: f"a connection to each of {workers}: {found}")
+        return found
+
+    with Requests(site.ours, threads=1) as asked:
+        connections = kept()
+        process.signal(signal.SIGTTOU)
+        wait_for(lambda: len(process.workers()) == 1, "the end of a worker")
+        (left,) = process.workers()
+        for client in connections.values():
+            client.request("GET", "/")
+            assert int(client.getresponse().read()) == left
+        process.signal(signal.SIGTTIN)
+        workers = set(site.all_answer())
+    assert asked.failures == []
+
+    blocked = Client(process.socket)
+    blocked.request("GET", "/block")
+    free = {int(fetch(process.socket)[1]) for _ in range(3)}
+    (stuck,) = workers - free
+    with Requests(site.ours, threads=1) as asked:
+        connections = kept()
+        for client in connections.values():
+            client.request("GET", "/wait")
+        os.kill(stuck, signal.SIGABRT)
+        wait_for(lambda: stuck not in process.workers(), "the end of the blocked worker")
+        with pytest.raises((http.client.RemoteDisconnected, ConnectionResetError)):
+            connections.pop(stuck).getresponse()
+        site.go.touch()
+        (client,) = connections.values()
+        assert client.getresponse().status == 200
+        workers = set(site.all_answer())
+    assert not [error for error in asked.failures if isinstance(error, ConnectionRefusedError)]
+
+    with Requests(site.ours, threads=1) as asked, Requests(site.pages, threads=1) as pages:
+        wait_for(
+            lambda: fetch(process.socket)[0] == 200 and workers.isdisjoint(process.workers()),
+            "the end of workers that have served enough",
+        )
+    assert asked.failures == pages.failures == []
+    assert process.stop() == 0
+
+
+class OneWorker:
+    """A gunicorn with one worker of the class ``sync``, whose program opens servers when it is asked to."""
+
+    def __init__(self, start, *arguments):
+        self.ours, self.proxy, self.hub = free_port(), free_port(), free_port()
+        self.go = start.home / "go"
+        self.process = start.python(
+            GUNICORN, "-k", "sync", "-c", "python:gunicorn_passenger.hooks",
+            "-b", f"unix:{start.home}/app.sock", *NO_CONTROL, *arguments, "every_kind_of_server",
+            env={"OURS": self.ours, "PROXY": self.proxy, "HUB": self.hub, "GO": self.go},
+        ).wait_ready()  # fmt: skip
+
+    def facts(self, path="/"):
+        status, body = fetch(self.process.socket, path)
+        assert status == 200, body
+        return json.loads(body)
+
+
+@pytest.fixture(scope="module")
+def one():
+    with starting() as start:
+        worker = OneWorker(start)
+        before = worker.facts()
+        assert (before["gevent"], before["threads"], before["active"]) == (False, 1, True)
+        worker.home = start
+        worker.facts("/open")
+        yield worker
+        worker.go.touch()
+        assert worker.process.stop() == 0
+        assert worker.process.log().count("exit of") == 1
+        assert worker.process.log().count("once ends in") == 1
+
+
+def test_the_application_runs_in_native_threads(one):
+    """Calls that block hold up neither the server nor each other, and no more than ``threads`` run."""
+    waiting = [Client(one.ours) for _ in range(4)]
+    for client in waiting[:2]:
+        client.request("GET", "/wait")
+    assert fetch(one.ours)[0] == 200
+    waiting[2].request("GET", "/wait")
+    waiting[3].request("GET", "/")
+    # the proxy and the server without threads are not concerned
+    hub = fetch(one.hub)[1]
+    assert fetch(one.hub)[1] == hub
+    assert only(one.home)["servers"]
+    waiting[3].sock.settimeout(0.2)
+    with pytest.raises(TimeoutError):
+        waiting[3].sock.recv(1)
+    one.go.touch()
+    for client in waiting[:3]:
+        assert client.getresponse().status == 200
+    waiting[3].sock.settimeout(30)
+    assert waiting[3].getresponse().status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "expected"),
+    [
+        ("/length", b"x" * 300_000, (200, "300000")),
+        ("/length", [b"x" * 1000] * 20, (200, "20000")),
+        ("/file", None, (200, "from a file")),
+        ("/write", None, (200, "written, returned")),
+    ],
+)
+@pytest.mark.parametrize("through", ["ours", "proxy", "primary"])
+def test_requests(one, path, body, expected, through):
+    """Directly, through a proxy on a port, and through a proxy that is a part of the primary."""
+    where, prefix = (one.process.socket, "/via") if through == "primary" else (getattr(one, through), "")
+    assert fetch(where, prefix + path, "GET" if body is None else "POST", body) == expected
+
+
+def test_errors(one):
+    assert fetch(one.ours, "/error")[0] == 500
+    one.process.wait_log("ValueError: as asked")
+    client = Client(one.ours)
+    client.request("GET", "/late")
+    with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
+        client.getresponse().read()
+    assert fetch(one.ours)[0] == 200
+
+
+def test_a_stream_is_sent_at_once_from_one_thread_and_closed_when_the_client_leaves(one):
+    client = Client(one.ours)
+    client.request("GET", "/stream")
+    response = client.getresponse()
+    assert len({response.readline() for _ in range(5)}) == 1
+    response.close()
+    client.close()
+    wait_for(lambda: one.facts()["closed"] == ["/stream"], "the end of the stream")
+
+
+@pytest.mark.parametrize("through", ["ours", "proxy"])
+def test_a_websocket(one, through):
+    ws = websocket.create_connection(f"ws://127.0.0.1:{getattr(one, through)}/ws", timeout=30)
+    for size in (5, 70_000):
+        ws.send("x" * size)
+        assert ws.recv() == "x" * size
+    ws.close()
+
+
+def test_what_the_program_and_the_operator_see(one):
+    facts = one.facts()
+    assert facts["told"] == {"ready": 1, "listening": ["ours", "proxy", "hub"], "exit": 0}
+    assert [server[0] for server in facts["servers"]] == ["ours", "proxy", "hub"]
+    assert (
+        "listen('passenger') needs -k gunicorn_passenger.Worker" in fetch(one.process.socket, "/primary")[1]
+    )
+    assert fetch(one.hub)[0] == 200
+
+    def counted():
+        listed = {server["name"]: server for server in only(one.home)["servers"]}
+        return listed["hub"]["requests"] > 0 and listed["hub"]["bytes"] > 0
+
+    wait_for(counted, "the requests of the server in the report")
+    one.process.wait_log(r"once runs in \d+")
+    (worker,) = only(one.home)["workers"]
+    assert worker["state"] == "ready"
 
 
 def test_a_port_that_another_program_has_stops_gunicorn_with_one_error(start):
