@@ -14,14 +14,13 @@ import contextlib
 import importlib.metadata
 import json
 import platform
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -29,24 +28,32 @@ from statistics import median
 from typing import Any
 from urllib.parse import urlencode
 
-from harness import APPS, PATIENCE, Failed, PortTaken
+from harness import PATIENCE, PortTaken
+from harness.boots import (
+    BOOTS,
+    FEWEST_ROUNDS,
+    Stamps,
+    boot_once,
+    by_round,
+    complete_lines,
+    difference,
+    interval,
+    spread,
+    started,
+)
 from harness.environment import program_version
 from harness.limits import free_ports
-from harness.processes import Command, gunicorn_command, running, spoken_line, wait_for
+from harness.processes import gunicorn_command, spoken_line, wait_for
 from harness.program import at_least, exit_status, option_parser, run_benchmark
 from harness.requests import UnixConnection, fetch
-from harness.site import temporary_directory
 from harness.tables import percentile, print_machine, progress, table
 
 #: The aims, in milliseconds.
 BOOT_AIM = 5.0
 ANSWER_AIM = 2.0
 
-#: Part 1: its contestants, the rounds below which an interval says nothing, and the workers that one master
-#: boots, the first and the later ones.
+#: Part 1: its contestants.
 CONTESTANTS = ("plain", "without", "with")
-FEWEST_ROUNDS = 6
-BOOTS = 4
 
 #: Part 2: the states of the master, the workers that it has, the passes, between which the contestants take
 #: turns, and the calls that one request makes while the master is reloaded.
@@ -69,42 +76,7 @@ def again_if_taken(step: Callable[..., Any], *arguments: object) -> Any:
     return step(*arguments)
 
 
-@contextlib.contextmanager
-def started(
-    command: Callable[[Path], Command], stdout: int | None = None, **variables: object
-) -> Iterator[tuple[subprocess.Popen[bytes], Path, Path]]:
-    """A program in a new directory, the path of its socket, and the file in which workers record."""
-    with temporary_directory() as name:
-        home = Path(name)
-        records, socket = home / "records", home / "s"
-        records.touch()
-        variables["BENCH_RECORDS"] = records
-        with running(command(socket), home, APPS, stdout=stdout, **variables) as process:
-            yield process, socket, records
-
-
-def complete_lines(path: Path) -> list[str]:
-    return path.read_text().split("\n")[:-1]
-
-
 # --- part 1: booting --------------------------------------------------------------------------------
-
-#: Of one worker, by name, in seconds
-Stamps = dict[str, float]
-
-
-def boot_once(contestant: str) -> list[Stamps]:
-    """Start one gunicorn and boot its workers one by one; their stamps, by age."""
-    worker = "gevent" if contestant == "plain" else "gunicorn_passenger.Worker"
-    command = partial(gunicorn_command, worker, "boot_app:application")
-    options = ("-c", "boot_conf.py", "--log-level", "warning")
-    env = {"BENCH_CONTESTANT": contestant, "BENCH_PORT": free_ports(1)}
-    with started(lambda path: command(path, *options, workers=BOOTS), **env) as (process, _, records):
-        wait_for(process, lambda: len(complete_lines(records)) >= BOOTS, f"{BOOTS} workers were ready")
-        stamps = [json.loads(line) for line in complete_lines(records)]
-    if [s["age"] for s in stamps] != list(range(1, BOOTS + 1)):
-        raise Failed(f"a worker of {contestant!r} booted twice: {stamps}")
-    return stamps
 
 
 def measure_boots(rounds: int) -> dict[str, list[list[Stamps]]]:
@@ -113,7 +85,8 @@ def measure_boots(rounds: int) -> dict[str, list[list[Stamps]]]:
     for number in range(rounds + 1):
         turn = number % len(CONTESTANTS)
         for contestant in CONTESTANTS[turn:] + CONTESTANTS[:turn]:
-            stamps = again_if_taken(boot_once, contestant)
+            worker = "gevent" if contestant == "plain" else "gunicorn_passenger.Worker"
+            stamps, _ = again_if_taken(boot_once, contestant, worker)
             if number:
                 result[contestant].append(stamps)
         progress(f"boots: round {number} of {rounds}")
@@ -144,36 +117,6 @@ def report_boots(boots: dict[str, list[list[Stamps]]]) -> tuple[list[str], list[
     print("\nDifferences of the medians to serving, ms (95 % interval)\n")
     table(["worker", "with - without", "without - plain"], differences)
     return missed, undecided
-
-
-def by_round(rounds: list[list[Stamps]], ages: Sequence[int], begin: str, end: str) -> list[list[float]]:
-    """The milliseconds between two stamps, of the workers of these ages, in each round."""
-    return [[1000 * (r[age][end] - r[age][begin]) for age in ages if end in r[age]] for r in rounds]
-
-
-def difference(ours: list[list[float]], theirs: list[list[float]]) -> tuple[float, float, float]:
-    """The difference of two medians and its 95 % interval.
-
-    The interval is that of the bootstrap over whole rounds, since what disturbs the machine in one
-    round disturbs both contestants.
-    """
-
-    def of(picked: Sequence[int]) -> float:
-        medians = [median(t for i in picked for t in rounds[i]) for rounds in (ours, theirs)]
-        return medians[0] - medians[1]
-
-    dice = random.Random(1)
-    every = range(len(ours))
-    drawn = [of(dice.choices(every, k=len(ours))) for _ in range(2000)]
-    return of(every), percentile(drawn, 2.5), percentile(drawn, 97.5)
-
-
-def interval(value: float, low: float, high: float) -> str:
-    return f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
-
-
-def spread(values: list[float]) -> str:
-    return f"{median(values):.2f} ({min(values):.2f}-{max(values):.2f})" if values else "-"
 
 
 # --- part 2: the broker's answers -------------------------------------------------------------------

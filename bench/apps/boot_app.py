@@ -1,4 +1,4 @@
-"""The application whose boots listen.py measures; boot_conf.py has the stamps of the worker."""
+"""The application whose boots listen.py and boot.py measure; boot_conf.py has the stamps of the worker."""
 
 import os
 import time
@@ -8,7 +8,7 @@ from plain import hello as application
 CONTESTANT = os.environ["BENCH_CONTESTANT"]
 stamps = {}
 
-if CONTESTANT != "plain":
+if CONTESTANT in ("without", "with"):
     import gunicorn_passenger as passenger
 
     @passenger.on("ready")

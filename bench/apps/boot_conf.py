@@ -1,13 +1,19 @@
-"""Configuration of gunicorn for listen.py: stamps the boot of each worker; one worker boots at a time."""
+"""Configuration of gunicorn for listen.py and boot.py: stamps the boots of workers; one boots at a time."""
 
 import json
 import os
 import time
 
+if os.environ["BENCH_CONTESTANT"] == "hooks":
+    from gunicorn_passenger.hooks import *  # noqa: F403
+
 
 def record(worker, **stamps):
     with open(os.environ["BENCH_RECORDS"], "a") as file:
-        file.write(json.dumps({**worker.stamps, **stamps, "serving": time.monotonic()}) + "\n")
+        file.write(
+            json.dumps({**worker.stamps, **stamps, "serving": time.monotonic(), "cpu": time.process_time()})
+            + "\n"
+        )
 
 
 def pre_fork(arbiter, worker):
@@ -26,12 +32,12 @@ def pre_fork(arbiter, worker):
 
 def post_worker_init(worker):
     worker.stamps["loaded"] = time.monotonic()
-    if os.environ["BENCH_CONTESTANT"] != "plain":
+    if os.environ["BENCH_CONTESTANT"] not in ("plain", "hooks"):
         return
     notify = worker.notify
 
     def first_notify():
-        """gunicorn's gevent worker reports for the first time once its server accepts."""
+        """gunicorn's gevent and sync workers report for the first time once they accept."""
         worker.notify = notify
         record(worker)
         notify()
