@@ -18,7 +18,7 @@ from http_client import fetch, pids_answering, refused
 
 def test_every_example_is_tested():
     # proxy: in test_real_peers.py, status: in test_status_app.py
-    tested = {"seed", "prometheus", "unmodified", "hooks", "proxy", "status"}
+    tested = {"seed", "prometheus", "unmodified", "hooks", "proxy", "status", "django"}
     assert {path.name for path in EXAMPLES.iterdir() if any(path.glob("*.py"))} == tested
     for name in tested:
         assert (EXAMPLES / name / "README.md").exists()
@@ -85,11 +85,11 @@ def test_seed_with_plain_python(start, port):
 # --- prometheus ------------------------------------------------------------------------------------
 
 
-def page_count(port):
+def page_count(port, metric="hello_requests_total"):
     """What a metrics page says."""
     status, page = fetch(port, "/metrics")
     assert status == 200
-    return float(re.search(r"^hello_requests_total (\S+)$", page, re.M).group(1))
+    return float(re.search(rf"^{metric} (\S+)$", page, re.M).group(1))
 
 
 def test_prometheus_counts_for_all_workers(start, port):
@@ -130,6 +130,30 @@ def test_prometheus_port_from_the_environment(start, port):
     assert "`METRICS_PORT`" in (example.directory / "README.md").read_text()
     example.serve(port, METRICS_PORT=port)
     assert page_count(port) > 0
+
+
+# --- django ----------------------------------------------------------------------------------------
+
+
+def test_django_on_gthread(start):
+    admin, metrics = free_port(), free_port()
+    example = Example(start, "django", {9400: admin, 9401: metrics})
+    process = example.serve(admin)
+    assert process.log().count("Using worker: gthread") == 1
+    for line in example.promises("gunicorn wsgi"):
+        assert process.log().count(line) == 1
+    already = page_count(metrics, "shop_orders_total")  # waiting for the start has asked, too
+    *shown, total = example.promises("seq 20")
+    assert total == "shop_orders_total 20.0"
+    output = example.ask("seq 20")
+    assert_shown(shown, output)
+    assert f"shop_orders_total {already + 20}\n" in output
+    assert example.ask("/login/").strip().splitlines() == example.promises("/login/")
+    process.hup(4)
+    # from whichever worker answers, and without a loss by the reload
+    assert {page_count(metrics, "shop_orders_total") for _ in range(10)} == {already + 20}
+    assert process.stop() == 0, process.log()
+    assert not re.search("WARNING|ERROR|Traceback", process.log()), process.log()
 
 
 # --- unmodified ------------------------------------------------------------------------------------
