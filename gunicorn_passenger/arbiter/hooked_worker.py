@@ -175,7 +175,7 @@ class HookedWorker:
             self._scheduler.start_task(self._tick_forever)
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             # uvicorn raises the signal again when it has drained, which would end the process here
-            signal.signal(signal.SIGTERM, lambda _number, _frame: None)
+            signal.signal(signal.SIGTERM, _ignore)
         try:
             self._run()
         finally:
@@ -223,6 +223,9 @@ class HookedWorker:
     def _finish(self) -> None:
         """gunicorn's loop has ended."""
         has_ports = self._has_ports()
+        # gunicorn repeats its stop signal every second, and an event loop that has closed leaves the
+        # signal its default action: the end of the process
+        signal.signal(signal.SIGTERM, _ignore)
         if has_ports and not self._quitting:
             self._scheduler.run(self._begin_drain)
             self._drain_begun.wait()
@@ -260,6 +263,10 @@ class HookedWorker:
     def _on_drain_tick(self) -> None:
         self._worker.notify()
         self._write_counts()
+
+
+def _ignore(_number: int, _frame: Any) -> None:
+    """A signal handler, since children of the worker would inherit ``SIG_IGN``."""
 
 
 def _is_gevent(worker: Any) -> bool:

@@ -29,7 +29,7 @@ from gunicorn_passenger.serving.port_lease import AcceptGrant
 from gunicorn_passenger.serving.registry import ServerRegistry
 from gunicorn_passenger.serving.server import CLOSED, LISTENING, STOPPED, ListenAddress
 from gunicorn_passenger.serving.third_party import ThirdPartyServer
-from gunicorn_passenger.system.unpatched import is_readable
+from gunicorn_passenger.system import unpatched
 
 #: Seconds in which a program that listens is expected to accept.
 _ACCEPT_WITHIN = 5.0
@@ -75,6 +75,8 @@ class LeasedSockets:
     def __init__(self, registry: ServerRegistry) -> None:
         self._registry = registry
         self._by_fd: dict[int, LeasedFd] = {}
+        #: held for a moment to change the next two: servers may accept in threads of their own
+        self._lock = unpatched.lock()
         #: connections accepted from leased descriptors, by descriptor
         self._connections: dict[int, AcceptedConnection] = {}
         #: the addresses of peers that have no TCP address: descriptor -> inode, address
@@ -272,19 +274,24 @@ class LeasedSockets:
         """A connection was accepted: remember it if it came from one of the master's sockets."""
         if entry is not None:
             entry.server.accepted += 1
-            self._connections[fd] = AcceptedConnection(inode_of(fd), entry.server, entry.name, entry.thread)
-            if entry.private is not None and not is_readable(entry.private[0].fileno()):
+            with self._lock:
+                self._connections[fd] = AcceptedConnection(
+                    inode_of(fd), entry.server, entry.name, entry.thread
+                )
+            if entry.private is not None and not unpatched.is_readable(entry.private[0].fileno()):
                 self._close_private(entry)
 
     def idle(self) -> bool:
         """Whether no connection is open that an unmodified server has accepted."""
-        self._connections = {fd: it for fd, it in self._connections.items() if inode_of(fd) == it.inode}
-        self._peers = {fd: peer for fd, peer in self._peers.items() if inode_of(fd) == peer[0]}
-        return not self._connections
+        with self._lock:
+            self._connections = {fd: it for fd, it in self._connections.items() if inode_of(fd) == it.inode}
+            self._peers = {fd: peer for fd, peer in self._peers.items() if inode_of(fd) == peer[0]}
+            return not self._connections
 
     def forget_connections_of_this_thread(self) -> None:
         """The loop that served them has ended, so they cannot finish."""
-        self._connections = {fd: it for fd, it in self._connections.items() if it.thread != get_ident()}
+        with self._lock:
+            self._connections = {fd: it for fd, it in self._connections.items() if it.thread != get_ident()}
 
     # --- clients without a TCP address ---------------------------------------------------------------
 
@@ -301,7 +308,8 @@ class LeasedSockets:
         return address is not None and address[1] == port and inode_of(self._fd_by_client_port[port]) == inode
 
     def remember_peer(self, fd: int, address: SockAddr) -> None:
-        self._peers[fd] = inode_of(fd), address
+        with self._lock:
+            self._peers[fd] = inode_of(fd), address
 
     def peer(self, fd: int) -> SockAddr | None:
         """The address that the peer of a connection was given."""
@@ -351,7 +359,7 @@ class LeasedSockets:
         accepted = Counter(self._accepted_before)
         for server in {id(entry.server): entry.server for entry in self._by_fd.values()}.values():
             accepted[server.slot] += server.accepted
-        open_now = Counter(connection.server.slot for connection in self._connections.values())
+        open_now = Counter(connection.server.slot for connection in list(self._connections.values()))
         for slot in accepted:
             scoreboard.write(slot, Counters(open_now[slot], accepted[slot]))
 

@@ -1,7 +1,7 @@
 """What a storm asks: small answers, slow downloads and slow uploads, on up to three servers at once.
 
-The primary; on ``STORM_OURS`` a server of ours; on ``STORM_UNMODIFIED`` a gevent.pywsgi.WSGIServer as it is. Every
-answer's head names the worker.
+The primary; on ``STORM_OURS`` a server of ours; on ``STORM_UNMODIFIED`` a gevent.pywsgi.WSGIServer as it is, or under
+a worker class that is not gevent's an http.server. Every answer's head names the worker.
 
 - ``/``: a small answer, which echoes the query;
 - ``/down?pause=S&framing=sized|chunked``: ``CONTENT`` in ``PIECES`` pieces, with pauses of so many seconds;
@@ -71,12 +71,28 @@ def application(environ, start_response):
     return [answer]
 
 
+async def asgi(scope, receive, send):
+    """The primary under an ASGI worker class: small answers alone."""
+    if scope["type"] == "lifespan":
+        for _ in range(2):
+            await send({"type": (await receive())["type"] + ".complete"})
+        return
+    answer = scope["query_string"]
+    head = [(b"content-length", str(len(answer)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": head})
+    await send({"type": "http.response.body", "body": answer})
+
+
 if os.environ.get("STORM_OURS"):
     import gunicorn_passenger as passenger
 
-    passenger.create_server(application).listen(int(os.environ["STORM_OURS"]))
+    passenger.create_server(application, threads=16).listen(int(os.environ["STORM_OURS"]))
 
-if os.environ.get("STORM_UNMODIFIED"):
+if os.environ.get("STORM_THREADS"):
+    import storm_http_server
+
+    storm_http_server.start(int(os.environ["STORM_UNMODIFIED"]), application)
+elif os.environ.get("STORM_UNMODIFIED"):
     from gevent.pywsgi import WSGIServer
 
     WSGIServer(("127.0.0.1", int(os.environ["STORM_UNMODIFIED"])), application, log=None).start()

@@ -70,8 +70,12 @@ def _alive(pid: int) -> bool:
         return False
 
 
-#: What the bench sets beside each other: the worker class and the options of gunicorn.
+#: gunicorn's worker classes whose workers have their ports by the hooks. gunicorn serves the primary.
+HOOKED = {f"{kind}+hooks": kind for kind in ("sync", "gthread", "gevent", "asgi")}
+
+#: What the bench sets beside each other, and its worker class.
 CONTESTANTS: dict[str, str] = {
+    **HOOKED,
     "ours": "gunicorn_passenger.Worker",
     "gevent": "gevent",
     "gthread": "gthread",
@@ -94,7 +98,7 @@ class Site:
     ) -> None:
         """
         :param home: a directory of its own.
-        :param ports: two free ones; only ``ours`` has use for the second.
+        :param ports: two free ones; only ``ours`` and the hooked classes have use for the second.
         :param contestant: a key of ``CONTESTANTS``.
         :param options: more of gunicorn's.
         :param daemon: whether gunicorn becomes a daemon, as it has to for ``WINCH``.
@@ -109,7 +113,12 @@ class Site:
         self.logfile = home / "log"
         variables = {"STORM_TOKEN": self.token, "STORM_IMPORT": str(import_time)}
         options = [*options, "-b", f"unix:{self.socket}"]
-        if contestant == "ours":
+        if contestant in HOOKED:
+            self.places.clear()
+            options += ["-c", "python:gunicorn_passenger.hooks"]
+            if contestant != "gevent+hooks":
+                variables["STORM_THREADS"] = "1"
+        if contestant == "ours" or contestant in HOOKED:
             self.places |= {"ours": ports[0], "unmodified": ports[1]}
             variables |= {"STORM_OURS": str(ports[0]), "STORM_UNMODIFIED": str(ports[1])}
         elif contestant in ("gevent", "gthread"):
@@ -126,7 +135,7 @@ class Site:
             sys.executable, Path(sys.executable).parent / "gunicorn", "-k", CONTESTANTS[contestant], "-w", workers,
             "--umask", "007", "--keep-alive", 5, "--graceful-timeout", GRACEFUL, "--timeout", 60,
             "--error-logfile", self.logfile, "--pid", home / "pid", *["--daemon"] * daemon, *options,
-            "storm_app:application",
+            "storm_app:asgi" if contestant == "asgi+hooks" else "storm_app:application",
         )]  # fmt: skip
         foreign = ("PASSENGER_", "GUNICORN_", "STORM_", "PYTHON")
         self._environment = {
@@ -470,6 +479,9 @@ def max_requests(site: Site, traffic: Traffic, times: int) -> list[Kill]:
     seen: set[int] = set()
 
     def replaced() -> bool:
+        answers(
+            site.socket
+        )  # a worker of another class counts what the primary gets, and no other client asks there
         seen.update(site.workers())
         return len(seen) >= site.number + times
 

@@ -47,6 +47,15 @@ def test_no_accepted_client_is_dropped(home, ports, name):
             assert not outcome.allowed
 
 
+@pytest.mark.parametrize("contestant", storm_site.HOOKED)
+def test_the_ports_of_other_worker_classes_lose_nothing_by_a_reload(home, ports, contestant):
+    """``bench/storm.py`` has all other storms for them."""
+    with storm_site.raised(storm_site.hup, 1, home, ports, contestant, workers=2) as (site, traffic, kills):
+        outcome = storm_site.finish(site, traffic, kills)
+        assert not outcome.faults, "\n".join([str(outcome.report), *outcome.faults, site.log()[-6000:]])
+        assert "Traceback" not in site.log(), site.log()
+
+
 def test_the_clients_notice_what_goes_wrong(home, ports):
     """The measure is measured: workers that are killed lose requests, and a port that is closed refuses them."""
     with storm_site.raised(storm_site.kill_9, 4, home, ports) as (site, traffic, kills):
