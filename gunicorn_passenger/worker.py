@@ -44,6 +44,7 @@ from gunicorn_passenger.serving import (
     once,  # noqa: F401
 )
 from gunicorn_passenger.serving.background_work import do_not_wait_for_threads, finish_background_work
+from gunicorn_passenger.serving.blocking_watch import BlockingWatch
 from gunicorn_passenger.serving.broker_client import BrokerClient
 from gunicorn_passenger.serving.finish import finish_connections
 from gunicorn_passenger.serving.gevent_scheduler import GeventScheduler
@@ -124,6 +125,7 @@ class Worker(GeventWorker):
                 "that uses ssl (requests, urllib3) may then fail with RecursionError, and its locks may "
                 "block a worker. Begin gunicorn.conf.py with: from gevent import monkey; monkey.patch_all()"
             )
+        integration.print_errors_in_one_line()
         settings.config_file_loaded()
         pending_bind.bind_locks.create()
         prometheus_multiproc.directory.prepare()
@@ -312,6 +314,11 @@ class Worker(GeventWorker):
         os.register_at_fork(after_in_child=registry.acceptors.leave_to_parent)
         self._threads_at_start = set(threading.enumerate())
         assert registry.broker is not None
+        if (seconds := settings.max_blocking_time()) > 0:
+            try:
+                BlockingWatch(seconds, self.log).start()
+            except RuntimeError as error:
+                self.log.warning("What blocks this worker's event loop will not be logged: %s", error)
         serves_primary = not isinstance(registry.primary, ThirdPartyServer)
         registry.broker.announce_ready(self._primary_server_name(), serves_primary)
         events.emit("ready", self, self.log)

@@ -10,12 +10,13 @@ import _socket
 import os
 import sys
 from contextlib import suppress
+from types import TracebackType
 from typing import Any
 
 from gunicorn.errors import HaltServer
 
-from gunicorn_passenger.arbiter import fork_handlers, hook_chain, hooked_worker, succession
-from gunicorn_passenger.config.address import format_sockname, is_unix
+from gunicorn_passenger.arbiter import fork_handlers, hook_chain, hooked_worker, program_import, succession
+from gunicorn_passenger.config.address import is_unix
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.daemons.manager import DaemonManager
 from gunicorn_passenger.daemons.requested import requested_daemons
@@ -26,9 +27,9 @@ from gunicorn_passenger.master import upgrade_state
 from gunicorn_passenger.master.broker import Broker
 from gunicorn_passenger.master.listener_sync import primary_listeners
 from gunicorn_passenger.serving.registry import registry
+from gunicorn_passenger.serving.server_errors import with_program_line
 from gunicorn_passenger.status import prometheus_multiproc, report
 from gunicorn_passenger.status.control_server import ControlServer
-from gunicorn_passenger.system import listening_sockets
 from gunicorn_passenger.system.text import escape_error_log
 
 #: gunicorn's exit status for a configuration that cannot be used.
@@ -91,7 +92,6 @@ def _start(listening: list[Any], cfg: Any, log: Any, all_binds: bool) -> Broker:
     environment = prometheus_multiproc.directory.environment
     _daemons[:] = [DaemonManager(broker, environment, control.watch_reports)]
     broker.loop.add(_daemons[0])
-    _log_preloaded_servers(listening, log)
     if not all_binds:
         _log_primary_notes(listening, log, cfg)
     return broker
@@ -130,21 +130,6 @@ def _configure(broker: Broker, cfg: Any, log: Any, first: bool) -> None:
     prometheus_multiproc.directory.give_to_workers(cfg, log)
 
 
-def _log_preloaded_servers(listening: list[Any], log: Any) -> None:
-    """Name the servers that a preloaded program has started in the master."""
-    ours = {listening_sockets.sockname(listener.sock) for listener in listening if listener.sock is not None}
-    ours |= {name for daemons in _daemons for name in daemons.inherited()}
-    for address in sorted(
-        format_sockname(n) for n in listening_sockets.own_listeners().values() if n not in ours
-    ):
-        log.warning(
-            "%s was opened in the master, by a server that the program starts while it is preloaded: its "
-            "threads stay in the master, and workers serve it only if it is a gevent server. Open it in "
-            "post_worker_init or with passenger.create_server(), or run without --preload",
-            address,
-        )
-
-
 def _log_primary_notes(listening: list[Any], log: Any, cfg: Any) -> None:
     """Log at the start what an operator may not expect of the primary under our worker class."""
     for listener in primary_listeners(listening):
@@ -181,6 +166,22 @@ def _world_reachable(path: str) -> bool:
         directory = os.path.dirname(directory)
 
 
+def print_errors_in_one_line() -> None:
+    """An error of ours that ends the master is printed as gunicorn prints its own: without a traceback."""
+    others = sys.excepthook
+    if getattr(others, "_passenger", False):
+        return
+
+    def print_error(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if isinstance(error, PassengerError):
+            print(f"\nError: {with_program_line(error)}\n", file=sys.stderr, flush=True)
+        else:
+            others(kind, error, traceback)
+
+    print_error._passenger = True  # type: ignore[attr-defined]
+    sys.excepthook = print_error
+
+
 _arbiters: list[Any] = []
 #: the daemons of this master; in a forked child, those of its master
 _daemons: list[DaemonManager] = []
@@ -194,9 +195,11 @@ def install_hooks_for_other_workers(arbiter: Any) -> bool:
     if getattr(arbiter.cfg.when_ready, "_passenger", False):
         return False
     if not _workers_are_ours(arbiter):
+        print_errors_in_one_line()
         settings.config_file_loaded()
         # with --preload the program is loaded next
         registry.run_as_master()
+        program_import.install()
         bind_locks.create()
         prometheus_multiproc.directory.prepare()
     install_hooks(arbiter.cfg)

@@ -6,13 +6,17 @@ Never: hides an error in the program itself.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Container
 from typing import Any
 
 from gunicorn import util
 from gunicorn.errors import AppImportError
 
+from gunicorn_passenger.config.address import format_sockname
 from gunicorn_passenger.serving.registry import registry
 from gunicorn_passenger.serving.server import Server
+from gunicorn_passenger.system import listening_sockets
 
 _import_app = util.import_app
 
@@ -25,12 +29,28 @@ def import_app(uri: str) -> Any:
 
     :raises AppImportError: as gunicorn does.
     """
+    before = listening_sockets.own_listeners() if registry.worker is None else None
     try:
         return _import_app(uri)
     except AppImportError:
         if not isinstance(registry.primary, Server):
             raise
         return registry.primary
+    finally:
+        if before is not None:
+            _explain_preloaded_listeners(before)
+
+
+def _explain_preloaded_listeners(before: Container[int]) -> None:
+    """:param before: inodes of the listening sockets that the master had before it loaded the program."""
+    opened = {name for inode, name in listening_sockets.own_listeners().items() if inode not in before}
+    for address in sorted(map(format_sockname, opened)):
+        logging.getLogger("gunicorn.error").warning(
+            "%s was opened in the master, by a server that the program starts while it is preloaded: its "
+            "threads stay in the master, and workers serve it only if it is a gevent server. Open it in "
+            "post_worker_init or with passenger.create_server(), or run without --preload",
+            address,
+        )
 
 
 def install() -> None:

@@ -6,6 +6,7 @@ a source widen what an earlier one allows.
 
 from __future__ import annotations
 
+import errno
 import os
 import pwd
 import stat
@@ -219,6 +220,11 @@ def _read_trusted(path: str) -> str | None:
             raise SettingError(f"{path}: a link on this path has no target; correct or remove it") from None
         return None
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise SettingError(
+                f"{path}: is a symbolic link, which is not followed; put the file itself there "
+                f"(cp --remove-destination {os.path.realpath(path)} {path})"
+            ) from None
         raise SettingError(f"{path}: cannot be read: {error.strerror}") from None
     info = os.fstat(fd)
     if not stat.S_ISREG(info.st_mode):

@@ -48,6 +48,7 @@ PLACEMENTS = ("shared", "one", "each")
 OFF = "off"
 
 DEFAULT_GRACE_PERIOD = 10.0
+DEFAULT_MAX_BLOCKING_TIME = 2.0
 
 
 def check_placement(value: object) -> str:
@@ -134,6 +135,7 @@ _CHECKS: dict[str, Callable[[object, str], Any]] = {
     "ws_stop": _ws_stop,
     "prometheus": _bool,
     "status_hosts": parse_host_names,
+    "max_blocking_time": _seconds,
 }
 
 #: Settings that only the master can act on.
@@ -232,6 +234,11 @@ class Settings:
         """Whether a worker that exits closes the application's WebSockets."""
         return bool(self._effective("ws_stop") != "wait")
 
+    def max_blocking_time(self) -> float:
+        """Seconds for which a worker's event loop may be blocked without a warning; 0 for no warning."""
+        value = self._effective("max_blocking_time")
+        return DEFAULT_MAX_BLOCKING_TIME if value is None else float(value)
+
     def status_hosts(self) -> frozenset[str]:
         """Host names that the status application serves, beside local names and addresses."""
         return frozenset(self._effective("status_hosts") or ())
@@ -301,14 +308,19 @@ def configure(**values: object) -> None:
         (default: no); ``gunicorn.conf.py`` only.
     :param status_hosts: host names that the status application serves beside local names and IP addresses,
         such as ``["status.example.org", ".internal"]``.
+    :param max_blocking_time: seconds (default 2) for which the program may block a worker's event loop before
+        the log names the function that does; 0 turns this off.
     :raises TypeError: for an unknown name.
     :raises SettingError: (a ``ValueError``) for a value that cannot be used.
     """
     try:
         settings.configure(**values)
     except (UnknownSetting, SettingError) as error:
-        if sys._getframe(1).f_globals.get("__name__") != "__config__":
-            raise
+        frame = sys._getframe(1)
+        while frame.f_globals.get("__name__") != "__config__" or frame.f_code.co_name != "<module>":
+            if frame.f_back is None:
+                raise
+            frame = frame.f_back
         raise config_file_error(error) from None
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.config import listen_errors
-from gunicorn_passenger.config.address import SockAddr
 from gunicorn_passenger.config.gunicorn_types import Arbiter
 from gunicorn_passenger.daemons import daemon_errors
 from gunicorn_passenger.daemons.lifecycle import DaemonLifecycle
@@ -32,7 +31,7 @@ from gunicorn_passenger.ipc.report_types import DaemonEntry
 from gunicorn_passenger.master.broker import Broker
 from gunicorn_passenger.master.grace_timer import GraceTimer
 from gunicorn_passenger.master.service import BrokerService
-from gunicorn_passenger.system import listening_sockets, procfs
+from gunicorn_passenger.system import procfs
 
 #: Seconds that the supervisor has beyond the daemons' ``stop_timeout`` when gunicorn exits.
 _STOP_MARGIN = 5.0
@@ -101,10 +100,6 @@ class DaemonManager(BrokerService):
         for spec, trusted in requested_daemons.all():
             if spec.name not in self._daemons and spec not in self._refused:
                 self._try_request(spec, trusted)
-
-    def inherited(self) -> list[SockAddr | str]:
-        """The names of the sockets that the previous master handed on."""
-        return [listening_sockets.sockname(one.sock) for _, _, one in self._sockets.inherited]
 
     def _try_request(self, spec: DaemonSpec, trusted: bool, consequence: str = "") -> None:
         try:

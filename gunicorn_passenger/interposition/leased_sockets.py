@@ -12,6 +12,7 @@ from __future__ import annotations
 import _socket
 import itertools
 import os
+import select
 import socket
 from collections import Counter
 from collections.abc import Iterator
@@ -84,6 +85,7 @@ class LeasedSockets:
         #: the ports of such clients count up
         self._client_ports = itertools.cycle(range(1024, 65536))
         self._fd_by_client_port: dict[int, int] = {}
+        self._explained_half_closed = False
         #: whether the primary has been captured
         self.captured = False
         #: when a server has last listened
@@ -292,6 +294,29 @@ class LeasedSockets:
         """The loop that served them has ended, so they cannot finish."""
         with self._lock:
             self._connections = {fd: it for fd, it in self._connections.items() if it.thread != get_ident()}
+
+    def explain_half_closed(self) -> None:
+        """Log once which servers have not closed connections that their clients have closed.
+
+        Whether the client still waits for a response cannot be seen, so none of them is ended.
+        """
+        if self._explained_half_closed:
+            return
+        self._explained_half_closed = True
+        waiting = unpatched.poll()
+        for fd in self._connections:
+            waiting.register(fd, select.POLLRDHUP)
+        closed = (self._connections[fd].name for fd, events in waiting.poll(0) if events & select.POLLRDHUP)
+        for name, count in Counter(closed).items():
+            self._registry.log.warning(
+                "The worker waits for connections that their clients have closed and the third-party server "
+                "on %s has not: %d (pid:%s). A client that has only finished sending, and waits for its "
+                "response, looks the same; so the worker waits until --graceful-timeout. Otherwise correct "
+                "the server: it must close a connection when it reads the end",
+                format_sockname(name),
+                count,
+                os.getpid(),
+            )
 
     # --- clients without a TCP address ---------------------------------------------------------------
 

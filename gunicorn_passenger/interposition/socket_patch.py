@@ -387,4 +387,5 @@ class SocketPatch:
 
     def shutdown_idle_connections(self) -> None:
         """End the connections on which an unmodified server waits for a request."""
+        self.leased.explain_half_closed()  # before the worker itself shuts down some of them
         third_party_drain.shutdown_idle_connections()

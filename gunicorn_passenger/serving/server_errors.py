@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 
 from gunicorn_passenger.errors import (
     AlreadyInstalled,
@@ -19,6 +18,7 @@ from gunicorn_passenger.errors import (
     PassengerError,
     SettingError,
 )
+from gunicorn_passenger.system.callers import is_program_file
 
 
 def primary_with_placement(placement: str) -> SettingError:
@@ -84,11 +84,10 @@ def primary_elsewhere(worker_class: str) -> ListenError:
 
 def with_program_line(error: BaseException) -> str:
     """The text of an error, and the line of the program that it comes from, where there is one."""
-    libraries = (os.path.dirname(os.__file__), os.path.dirname(os.path.dirname(__file__)), sys.prefix)
     where, traceback = "", error.__traceback__
     while traceback is not None:
         path = traceback.tb_frame.f_code.co_filename
-        if not path.startswith((*libraries, "<")) and "site-packages" not in path:
+        if is_program_file(path):
             where = f" ({os.path.relpath(path)}:{traceback.tb_lineno})"
         traceback = traceback.tb_next
     return f"{error}{where}"

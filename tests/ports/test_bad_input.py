@@ -191,6 +191,29 @@ def test_bad_settings_in_gunicorn_conf(start, call, pattern):
 
 
 @pytest.mark.parametrize(
+    ("hook", "text", "pattern"),
+    [
+        ("on_starting", "configure(ports='x')", r"^Error: .*cannot read 'x'.* \(gunicorn.conf.py:3\)"),
+        (
+            "when_ready",
+            "spawn('nowhere', kill_mode='x')",
+            r"^Error: spawn\(kill_mode='x'.* \(gunicorn.conf.py:3\)",
+        ),
+        ("post_worker_init", "configure(ports='x')", r"cannot read 'x'.* \(gunicorn.conf.py:3\)"),
+        (None, "spawn('nowhere', kill_mode='x')", r"^Error: spawn\(kill_mode='x'.* \(program.py:1\)"),
+    ],
+)
+def test_an_error_in_a_hook_or_a_preloaded_program(start, hook, text, pattern):
+    start.write("program.py", f"passenger.{text}" if hook is None else "")
+    conf = f"import gunicorn_passenger as passenger\ndef {hook}(server):\n    passenger.{text}\n"
+    conf = start.write("gunicorn.conf.py", conf if hook else "preload_app = True")
+    process = start.gunicorn("anything", "-c", conf, workers=1)
+    assert process.wait_end() != 0
+    assert "Traceback" not in process.log(), process.log()
+    assert len(re.findall(pattern, process.log(), re.MULTILINE)) == 1, process.log()
+
+
+@pytest.mark.parametrize(
     ("variable", "value", "pattern"),
     [
         ("PASSENGER_PORTS", "9000-x", "PASSENGER_PORTS: cannot read '9000-x' .item 1 of '9000-x'"),

@@ -347,12 +347,15 @@ def test_serve_forever_returns_at_once_under_the_worker(start, port):
 
 
 def test_a_preloaded_unmodified_server_is_explained(start, port):
-    start.write(
-        "program.py",
-        f"from http.server import *\nkept = HTTPServer(('127.0.0.1', {port}), SimpleHTTPRequestHandler)",
+    on_purpose = free_port()
+    text = "from http.server import *\nkept = HTTPServer(('127.0.0.1', {}), SimpleHTTPRequestHandler)"
+    start.write("program.py", text.format(port))
+    conf = start.write(
+        "gunicorn.conf.py", f"def when_ready(server):\n    exec({text.format(on_purpose)!r}, globals())"
     )
-    process = start.gunicorn("anything", "--preload").wait_ready()
+    process = start.gunicorn("anything", "--preload", "-c", conf).wait_ready()
     process.wait_log(rf"WARNING.*127.0.0.1:{port} was opened in the master.*--preload")
+    assert f":{on_purpose}" not in process.log()
     assert "without Python's socket module" not in process.log()
 
 

@@ -94,6 +94,7 @@ def test_readme_gives_the_defaults():
     assert float(rows["body_timeout"]) == timeouts.body
     assert float(rows["write_timeout"]) == timeouts.write
     assert float(rows["grace_period"]) == settings.DEFAULT_GRACE_PERIOD
+    assert float(rows["max_blocking_time"]) == settings.DEFAULT_MAX_BLOCKING_TIME
 
 
 def test_readme_says_which_settings_the_application_cannot_make():

@@ -47,6 +47,44 @@ def test_idle_connections_live_on_in_another_worker(start, port, which):
     assert "Traceback" not in process.log()
 
 
+def test_the_log_names_what_holds_a_worker(start, port, home):
+    """A function that blocks its event loop, and a server that forgets the connections of its clients."""
+    start.write(
+        "program.py",
+        f"""
+        import os, socket, threading
+        server = socket.create_server(("127.0.0.1", {port}))
+        accepted = []
+        def forget():
+            while True:
+                accepted.append(server.accept())
+        threading.Thread(target=forget, daemon=True).start()
+        def compute():
+            open("computes", "w").close()
+            while not os.path.exists("computed"):
+                pass
+        def application(environ, start_response):
+            if environ["PATH_INFO"] == "/compute":
+                compute()
+            start_response("200 OK", [])
+            return [str(len(accepted)).encode()]
+        """,
+    )
+    env = {"PASSENGER_MAX_BLOCKING_TIME": 0.2}
+    process = start.gunicorn(
+        "program", "--keep-alive", 0, "--graceful-timeout", 1, workers=1, env=env
+    ).wait_ready()
+    client = Client(process.socket)
+    client.request("GET", "/compute")
+    process.wait_log(r"WARNING.*no client for 0.2 s .*: compute\(\) at program.py:\d+.* does not let")
+    (home / "computed").touch()
+    assert client.getresponse().status == 200
+    socket.create_connection(("127.0.0.1", port)).close()
+    wait_for(lambda: fetch(process.socket)[1] == "1", "the connection to be accepted")
+    assert process.stop() == 0
+    process.wait_log(rf"WARNING.*third-party server on 127.0.0.1:{port} has not: 1 \(")
+
+
 def test_a_connection_that_has_sent_nothing_yet_lives_on_too(start, port):
     process = two(start, port, *KEPT)
     with socket.create_connection(("127.0.0.1", port)) as sock:

@@ -1,0 +1,94 @@
+"""Names the function of the program that blocks a worker's event loop.
+
+Process: a worker, in a thread of the system.
+Never: interrupts or ends anything.
+
+While one greenlet runs and does not wait, the worker serves no other client. So the thread asks the event
+loop for a sign of life from time to time. If none comes, the thread looks at what the loop's thread executes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from threading import get_ident
+from types import CodeType, FrameType
+from typing import Any
+
+import gevent
+from gevent.hub import Hub
+
+from gunicorn_passenger.system.callers import is_program_file
+from gunicorn_passenger.system.unpatched import start_thread, unpatched
+
+
+class BlockingWatch:
+    """Logs once for each function of the program that blocks the loop for too long."""
+
+    def __init__(self, seconds: float, log: Any) -> None:
+        """:param seconds: for which the loop may be blocked."""
+        self._seconds = seconds
+        self._log = log
+        self._loop_thread = get_ident()
+        self._question = gevent.get_hub().loop.async_(ref=False)
+        self._answered = False
+        self._reported: set[CodeType] = set()
+
+    def start(self) -> None:
+        """Watch the loop of the calling thread until the process exits.
+
+        :raises RuntimeError: when the system cannot start a thread.
+        """
+        self._question.start(self._answer)
+        start_thread(self._watch)
+
+    def _answer(self) -> None:
+        self._answered = True
+
+    def _watch(self) -> None:
+        sleep = unpatched("time", "sleep")
+        while True:
+            self._answered = False
+            self._question.send()
+            sleep(self._seconds / 2)
+            greenlet = None if self._answered else self._outermost_frame()
+            sleep(self._seconds / 2)
+            # a loop with much to do may respond late; it is blocked if the same greenlet still runs
+            if greenlet is not None and not self._answered and greenlet == self._outermost_frame():
+                self._report()
+
+    def _frame(self) -> FrameType | None:
+        """The innermost frame of the loop's thread, or ``None`` while the loop itself runs."""
+        frame = sys._current_frames().get(self._loop_thread)
+        return None if frame is None or frame.f_code is Hub.run.__code__ else frame
+
+    def _outermost_frame(self) -> int | None:
+        """The identity of the frame in which the greenlet began; its locals must not live any longer."""
+        frame = self._frame()
+        while frame is not None and frame.f_back is not None:
+            frame = frame.f_back
+        return None if frame is None else id(frame)
+
+    def _report(self) -> None:
+        innermost = frame = self._frame()
+        while frame is not None and not is_program_file(frame.f_code.co_filename):
+            frame = frame.f_back
+        frame = frame or innermost
+        if frame is None or innermost is None or frame.f_code in self._reported:
+            return
+        self._reported.add(frame.f_code)
+        within = "" if frame is innermost else f", which runs {_describe(innermost)}"
+        self._log.warning(
+            "The worker has served no client for %g s (pid:%s): %s%s does not let its event loop continue. "
+            "Run the call in a thread with gevent.get_hub().threadpool.apply(), or in a daemon "
+            "(passenger.spawn()); setting max_blocking_time",
+            self._seconds,
+            os.getpid(),
+            _describe(frame),
+            within,
+        )
+
+
+def _describe(frame: FrameType) -> str:
+    code = frame.f_code
+    return f"{code.co_name}() at {os.path.relpath(code.co_filename)}:{frame.f_lineno}"
