@@ -104,6 +104,9 @@ def create_server(target: Any = None, host: str | None = None, **options: Any) -
     where = "http_proxy.create_server()"
     checked = Options().merged(options, where)
     try:
-        return ProxyServer(Proxy(target, host, checked, registry.discovery))
+        proxy = Proxy(target, host, checked, registry.discovery)
     except SettingError as error:
         raise SettingError(f"{where}: {error}") from None
+    if not registry.started:
+        registry.discovery.named_by_proxies |= proxy.route.server_names()
+    return ProxyServer(proxy)

@@ -63,6 +63,8 @@ def _gevent_socket(listener: Any) -> Any:
 
 #: Seconds that a worker which cannot start waits for gunicorn to halt, when a sibling's exit causes that.
 _HALT_WAIT = 10.0
+#: Seconds after which the servers of the application are expected to exist.
+_SETTLED_SECONDS = 3.0
 #: Seconds after which a program that is still being imported may need a hint.
 _LOADING_SECONDS = 10.0
 
@@ -269,13 +271,11 @@ class Worker(GeventWorker):
         broker = registry.broker
         assert broker is not None
         try:
-            verdict = broker.report_boot_failure(
-                with_program_line(error) if refused else f"{type(error).__name__}: {error}"
-            )
+            verdict = broker.report_boot_failure(with_program_line(error))
         except errors.BrokerUnavailable:
             verdict = BootVerdict(0, "halt", True)
         if verdict.log and refused:
-            self.log.error("%s", " ".join(with_program_line(error).split()))
+            self.log.error("%s", with_program_line(error))
         elif verdict.log and verdict.action != "halt":
             self.log.error("Exception in worker process", exc_info=error)
         do_not_wait_for_threads()
@@ -316,12 +316,13 @@ class Worker(GeventWorker):
         assert registry.broker is not None
         if (seconds := settings.max_blocking_time()) > 0:
             try:
-                BlockingWatch(seconds, self.log).start()
+                BlockingWatch(seconds, self.log, self.scoreboard).start()
             except RuntimeError as error:
                 self.log.warning("What blocks this worker's event loop will not be logged: %s", error)
         serves_primary = not isinstance(registry.primary, ThirdPartyServer)
         registry.broker.announce_ready(self._primary_server_name(), serves_primary)
         events.emit("ready", self, self.log)
+        gevent.spawn_later(_SETTLED_SECONDS, registry.discovery.explain_missing, self.log)
         while self.alive:
             if os.getpid() != self.pid:
                 # a child that the program has forked must not run the worker's loop
@@ -409,8 +410,9 @@ class Worker(GeventWorker):
 
     def dup_primary_socket(self) -> Any:
         """A copy of the primary socket for an unmodified server, which accepts from it itself."""
+        copy = _socket.socket(fileno=os.dup(self._primary_copy.fileno()))
         registry.acceptors.stop_primary()
-        return _socket.socket(fileno=os.dup(self._primary_copy.fileno()))
+        return copy
 
     def notify(self) -> None:
         """The heartbeat. gunicorn's gevent worker exits here, in the middle of its responses, when the master

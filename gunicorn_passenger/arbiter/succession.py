@@ -25,8 +25,10 @@ from gunicorn_passenger.arbiter import fork_handlers
 from gunicorn_passenger.config.address import format_sockname
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.daemons.requested import requested_daemons
+from gunicorn_passenger.errors import PassengerError
 from gunicorn_passenger.master.broker import Broker
 from gunicorn_passenger.master.worker_channels import WorkerChannel
+from gunicorn_passenger.serving.server_errors import program_line, with_program_line
 
 #: Seconds after which a new worker that is ready, but has not asked for a port of the old ones, is taken to
 #: need it no more: a program may listen in a thread, a moment after it was loaded.
@@ -117,23 +119,29 @@ class OverlappingArbiter(Arbiter):
         super().kill_worker(pid, sig)
 
     def spawn_worker(self) -> Any:
-        """Start a worker. While others serve, gunicorn survives that the system refuses a process: a reload
-        needs twice as many.
+        """Start a worker. While others serve, gunicorn survives that the system refuses a process (a reload
+        needs twice as many), or that the hook ``pre_fork`` fails.
 
-        :raises OSError: when no worker serves.
+        :raises Exception: when no worker serves, and for a worker of a reload when the hook fails.
         """
         try:
             return super().spawn_worker()
-        except OSError as error:
+        except Exception as error:
             broker = fork_handlers.current_broker()
-            if os.getpid() != self.pid or broker is None or not any(w.serving for w in broker.workers):
+            in_hook = bool(program_line(error))
+            survives = (in_hook and self._reloading is None) or isinstance(error, OSError)
+            serving = broker is not None and any(worker.serving for worker in broker.workers)
+            if os.getpid() != self.pid or broker is None or not (survives and serving):
                 raise
-            self.log.error(
-                "gunicorn-passenger: a worker could not be started: %s. If the system refused the process, "
-                "raise its limit (ulimit -u, or pids.max of the container) or the memory, or set overlap=0",
-                error,
+            remedy = (
+                "correct gunicorn's configuration and reload (HUP)"
+                if in_hook
+                else "if the system refused the process, raise its limit (ulimit -u, or pids.max of the "
+                "container) or the memory, or set overlap=0"
             )
-            broker.on_worker_not_started(error)
+            reason = with_program_line(error)
+            self.log.error("gunicorn-passenger: a worker could not be started: %s; %s", reason, remedy)
+            broker.on_worker_not_started(reason)
             return None
 
     def spawn_workers(self) -> None:
@@ -179,6 +187,35 @@ class OverlappingArbiter(Arbiter):
                 survives = broker is not None and broker.survives_boot_failure()
                 if not survives and not self._stopping:
                     raise
+            except Exception as error:
+                self._report_hook(error)
+
+    def handle_ttin(self) -> None:
+        """One worker more; the hook ``nworkers_changed`` may fail."""
+        try:
+            super().handle_ttin()
+        except Exception as error:
+            self._report_hook(error)
+
+    def handle_ttou(self) -> None:
+        """One worker less."""
+        try:
+            super().handle_ttou()
+        except Exception as error:
+            self._report_hook(error)
+
+    def _report_hook(self, error: Exception) -> None:
+        """A hook of the user's has failed in the master, which continues.
+
+        :raises Exception: ``error``, if it comes from elsewhere.
+        """
+        if os.getpid() != self.pid or not program_line(error):
+            raise error
+        self.log.error(
+            "gunicorn-passenger: a hook of gunicorn's configuration failed: %s. The workers continue; "
+            "correct the hook and reload (HUP)",
+            with_program_line(error),
+        )
 
     # --- reloading -------------------------------------------------------------------------------
 
@@ -231,8 +268,9 @@ class OverlappingArbiter(Arbiter):
         if isinstance(error, SystemExit):
             text = error.code if isinstance(error.code, str) else "gunicorn's output says why"
         else:
-            text = f"{type(error).__name__}: {error}"
-            self.log.error("Exception in the reload", exc_info=error)
+            text = with_program_line(error)
+            if not isinstance(error, PassengerError):
+                self.log.error("Exception in the reload", exc_info=error)
         self.log.error(
             "gunicorn-passenger: reload failed: %s. The workers and the configuration from before the reload "
             "stay. Repair gunicorn's configuration and reload again (HUP)",

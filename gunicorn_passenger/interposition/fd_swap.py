@@ -16,8 +16,11 @@ import functools
 import os
 import re
 import struct
+from collections.abc import Container, Iterable
 from contextlib import suppress
 from typing import Any
+
+from gunicorn_passenger.interposition.own_fds import room
 
 _ADD, _DELETE = 1, 2
 _REGISTRATION = re.compile(r"^tfd:\s+(\d+)\s+events:\s+([0-9a-f]+)\s+data:\s+([0-9a-f]+)", re.MULTILINE)
@@ -25,20 +28,23 @@ _REGISTRATION = re.compile(r"^tfd:\s+(\d+)\s+events:\s+([0-9a-f]+)\s+data:\s+([0
 _EVENT = struct.Struct("=IQ" if os.uname().machine == "x86_64" else "@IQ")
 
 
-def swap_fd(fd: int, source: _socket.socket) -> None:
-    """``dup2``, and the epoll sets of this process follow.
+def swap_fds(fds: Iterable[int], source: _socket.socket) -> None:
+    """``dup2`` onto each descriptor, and the epoll sets of this process follow.
 
-    :param fd: the descriptor that a server uses.
-    :param source: the socket to put under it.
+    :param fds: the descriptors that a server uses.
+    :param source: the socket to put under them.
+    :raises OSError: when the system cannot say which epoll sets they are in; then nothing has changed.
     """
-    if fd == source.fileno():
-        return
-    registrations = epoll_registrations(fd)
-    for epoll, event in registrations:
-        _libc().epoll_ctl(epoll, _DELETE, fd, event)
-    os.dup2(source.fileno(), fd, inheritable=os.get_inheritable(fd))
-    for epoll, event in registrations:
-        _libc().epoll_ctl(epoll, _ADD, fd, event)
+    targets = set(fds) - {source.fileno()}
+    registrations = epoll_registrations(targets)
+    with room():
+        control: Any = _libc().epoll_ctl if registrations else None
+    for epoll, fd, event in registrations:
+        control(epoll, _DELETE, fd, event)
+    for fd in targets:
+        os.dup2(source.fileno(), fd, inheritable=os.get_inheritable(fd))
+    for epoll, fd, event in registrations:
+        control(epoll, _ADD, fd, event)
 
 
 @functools.cache
@@ -48,14 +54,19 @@ def _libc() -> Any:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def epoll_registrations(fd: int) -> list[tuple[int, bytes]]:
-    """The epoll sets that a descriptor is in, each with the event that it is registered with."""
+def epoll_registrations(fds: Container[int]) -> list[tuple[int, int, bytes]]:
+    """The epoll sets that descriptors are in: the set, the descriptor, the event that it is registered with.
+
+    :raises OSError: when that cannot be read from /proc.
+    """
     found = []
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError):
-            if os.readlink(f"/proc/self/fd/{name}") == "anon_inode:[eventpoll]":
-                with open(f"/proc/self/fdinfo/{name}") as file:
-                    for number, events, data in _REGISTRATION.findall(file.read()):
-                        if int(number) == fd:
-                            found.append((int(name), _EVENT.pack(int(events, 16), int(data, 16))))
+    with room():
+        for name in os.listdir("/proc/self/fd"):
+            with suppress(FileNotFoundError):
+                if os.readlink(f"/proc/self/fd/{name}") == "anon_inode:[eventpoll]":
+                    with open(f"/proc/self/fdinfo/{name}") as file:
+                        for fd, events, data in _REGISTRATION.findall(file.read()):
+                            if int(fd) in fds:
+                                event = _EVENT.pack(int(events, 16), int(data, 16))
+                                found.append((int(name), int(fd), event))
     return found

@@ -15,20 +15,21 @@ import os
 import select
 import socket
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from threading import get_ident
 from time import monotonic
 from typing import NamedTuple
 
 from gunicorn_passenger.config.address import SockAddr, format_sockname
-from gunicorn_passenger.interposition.fd_swap import epoll_registrations, swap_fd
+from gunicorn_passenger.interposition.fd_swap import epoll_registrations, swap_fds
 from gunicorn_passenger.interposition.own_fds import fds_of, inode_of
 from gunicorn_passenger.interposition.socket_options import Option, set_options, unreachable_listener
 from gunicorn_passenger.ipc.scoreboard import Counters, Scoreboard
 from gunicorn_passenger.serving.port_lease import AcceptGrant
 from gunicorn_passenger.serving.registry import ServerRegistry
-from gunicorn_passenger.serving.server import CLOSED, LISTENING, STOPPED, ListenAddress
+from gunicorn_passenger.serving.server import CLOSED, LISTENING, LOST, STOPPED, ListenAddress
 from gunicorn_passenger.serving.third_party import ThirdPartyServer
 from gunicorn_passenger.system import unpatched
 
@@ -36,6 +37,15 @@ from gunicorn_passenger.system import unpatched
 _ACCEPT_WITHIN = 5.0
 #: Seconds in which a server accepts the connections of its own worker.
 _PRIVATE_SECONDS = 5.0
+#: Seconds between two attempts to stop the accepting of a server, where the system does not allow it.
+_RETRY_INTERVAL = 1.0
+
+
+class PrivateListener(NamedTuple):
+    """A listener that only this worker finds, and the socket that it replaces for a while."""
+
+    listener: _socket.socket
+    replaced: _socket.socket
 
 
 @dataclass
@@ -54,8 +64,8 @@ class LeasedFd:
     accepts: bool = False
     #: the thread that listened, or has accepted last
     thread: int = field(default_factory=get_ident)
-    #: while the worker connects to its own server: the listener for that, and the socket that it replaces
-    private: tuple[_socket.socket, _socket.socket] | None = None
+    #: while the worker connects to its own server
+    private: PrivateListener | None = None
 
 
 class AcceptedConnection(NamedTuple):
@@ -144,9 +154,9 @@ class LeasedSockets:
         inode = inode_of(fd)
         for known, entry in list(self._by_fd.items()):
             if entry.inode == inode:
+                self._swap(entry, unreachable, CLOSED)
                 del self._by_fd[known]
                 self._keep_count(entry.server)
-                self._swap(entry, unreachable, CLOSED)
                 self._registry.on_third_party_closed(entry.server)
 
     def on_deferred_close(self, fd: int) -> None:
@@ -167,7 +177,7 @@ class LeasedSockets:
     def _explain_lock(self, fd: int, entry: LeasedFd) -> None:
         """A program that listens and does not accept may use the port as a lock, which is not one here."""
         worker, server = self._registry.worker, entry.server
-        if worker.cfg.workers > 1 and server.placement == "shared" and not epoll_registrations(fd):
+        if worker.cfg.workers > 1 and server.placement == "shared" and not epoll_registrations([fd]):
             label = format_sockname(entry.name)
             self._registry.log.warning(
                 "%s listens, but its program has not accepted a connection for %g s (pid:%s). If the port "
@@ -204,39 +214,75 @@ class LeasedSockets:
                 self._registry.on_third_party_closed(entry.server)
                 return
             describe(entry.server, grant)
+            set_options(source, entry.options)
+            source.setblocking(False)
             self._swap(entry, source, LISTENING)
-            copy = _socket.socket(fileno=os.dup(source.fileno()))
-            try:
-                set_options(copy, entry.options)
-                copy.setblocking(False)
-            finally:
-                copy.close()
+        except OSError as error:
+            entry.server.state = LOST
+            self._log_failure(entry, "is lost, and its port released", error)
+            self._registry.on_third_party_closed(entry.server)
         finally:
             source.close()
 
     def _on_pause(self, entry: LeasedFd) -> None:
         """The master stops this worker's accepting, for good or for a moment."""
-        if entry in self._by_fd.values():
-            unreachable = unreachable_listener()
-            try:
-                self._swap(entry, unreachable, STOPPED)
-            finally:
-                unreachable.close()
+        self._repeat(
+            entry,
+            "accepts for longer than it should",
+            lambda: self._make_unreachable(entry, STOPPED),
+            lambda: entry in self._by_fd.values(),
+        )
         assert self._registry.broker is not None
         self._registry.broker.confirm_pause(entry.server.key)
 
-    def _swap(self, entry: LeasedFd, source: _socket.socket, state: str, keep: int = -1) -> None:
-        """Put another socket under the descriptors of a server, which does not notice."""
-        if entry.private is not None:
-            for sock in entry.private:
-                sock.close()
-            entry.private = None
-        kept = {keep, *self._registry.worker.primary_descriptors()}
-        for fd in fds_of(entry.inode):
-            if fd not in kept:
-                swap_fd(fd, source)
-        entry.inode = inode_of(source.fileno())
-        entry.server.state = state
+    def _make_unreachable(self, entry: LeasedFd, state: str) -> None:
+        unreachable = unreachable_listener()
+        try:
+            self._swap(entry, unreachable, state)
+        finally:
+            unreachable.close()
+
+    def _repeat(
+        self, entry: LeasedFd, trouble: str, action: Callable[[], object], is_due: Callable[[], bool]
+    ) -> None:
+        """Do what the system may not allow at once (EMFILE), for as long as it is due."""
+        logged = False
+        assert self._registry.broker is not None
+        while is_due():
+            try:
+                action()
+                return
+            except OSError as error:
+                if not logged:
+                    logged = True
+                    self._log_failure(entry, trouble, error)
+            self._registry.broker.scheduler.sleep(_RETRY_INTERVAL)
+
+    def _log_failure(self, entry: LeasedFd, trouble: str, error: OSError) -> None:
+        self._registry.log.error(
+            "The server on %s %s: the worker cannot replace its socket: %s (pid:%s). Raise the limit of open "
+            "files (ulimit -n), then reload gunicorn",
+            format_sockname(entry.name),
+            trouble,
+            error.strerror,
+            os.getpid(),
+        )
+
+    def _swap(
+        self, entry: LeasedFd, source: _socket.socket, state: str, private: PrivateListener | None = None
+    ) -> None:
+        """Put another socket under the descriptors of a server, which does not notice.
+
+        :param private: of the entry from now on.
+        :raises OSError: when the system does not allow it; then nothing has changed.
+        """
+        previous = entry.private or ()
+        kept = {sock.fileno() for sock in (*previous, *(private or ()))}
+        kept |= self._registry.worker.primary_descriptors()
+        swap_fds([fd for fd in fds_of(entry.inode) if fd not in kept], source)
+        entry.inode, entry.server.state, entry.private = inode_of(source.fileno()), state, private
+        for sock in previous:
+            sock.close()
 
     def stop_accepting(self) -> None:
         """Stop the accepting of all unmodified servers; their open connections continue."""
@@ -246,11 +292,10 @@ class LeasedSockets:
         self.server_threads = {entry.thread for entry in entries}
         for entry in entries:
             self._keep_count(entry.server)
-            unreachable = unreachable_listener()
             try:
-                self._swap(entry, unreachable, entry.server.state)
-            finally:
-                unreachable.close()
+                self._make_unreachable(entry, entry.server.state)
+            except OSError as error:
+                self._log_failure(entry, "accepts while the worker drains", error)
             lease = entry.server.lease
             if lease is not None and entry.server.placement != "shared":
                 # the next worker need not wait for the connections of this one
@@ -280,8 +325,9 @@ class LeasedSockets:
                 self._connections[fd] = AcceptedConnection(
                     inode_of(fd), entry.server, entry.name, entry.thread
                 )
-            if entry.private is not None and not unpatched.is_readable(entry.private[0].fileno()):
-                self._close_private(entry)
+            if entry.private is not None and not unpatched.is_readable(entry.private.listener.fileno()):
+                with suppress(OSError):  # it expires soon
+                    self._close_private(entry)
 
     def idle(self) -> bool:
         """Whether no connection is open that an unmodified server has accepted."""
@@ -361,22 +407,32 @@ class LeasedSockets:
         :returns: the name of the listener, an abstract UNIX socket.
         """
         if entry.private is None:
-            listener = unreachable_listener(64)
-            replaced = _socket.socket(fileno=os.dup(next(iter(fds_of(entry.inode)))))
-            self._swap(entry, listener, entry.server.state, replaced.fileno())
-            entry.private = listener, replaced
+            with ExitStack() as unused:
+                listener = unused.enter_context(closing(unreachable_listener(socket.SOMAXCONN)))
+                replaced = _socket.socket(fileno=os.dup(fds_of(entry.inode)[0]))
+                unused.enter_context(closing(replaced))
+                private = PrivateListener(listener, replaced)
+                self._swap(entry, listener, entry.server.state, private)
+                unused.pop_all()
             assert self._registry.broker is not None
-            self._registry.broker.scheduler.spawn_later(_PRIVATE_SECONDS, self._close_private, entry)
-        name: bytes = entry.private[0].getsockname()
+            self._registry.broker.scheduler.spawn_later(
+                _PRIVATE_SECONDS, self._expire_private, entry, private
+            )
+        assert entry.private is not None
+        name: bytes = entry.private.listener.getsockname()
         return name
+
+    def _expire_private(self, entry: LeasedFd, private: PrivateListener) -> None:
+        self._repeat(
+            entry,
+            "accepts connections of its own worker only",
+            lambda: self._close_private(entry),
+            lambda: entry.private is private,
+        )
 
     def _close_private(self, entry: LeasedFd) -> None:
         if entry.private is not None:
-            replaced = _socket.socket(fileno=os.dup(entry.private[1].fileno()))
-            try:
-                self._swap(entry, replaced, entry.server.state)
-            finally:
-                replaced.close()
+            self._swap(entry, entry.private.replaced, entry.server.state)
 
     def write_counts(self, scoreboard: Scoreboard) -> None:
         """Bring the worker's page of the scoreboard up to date; only connections are known here."""

@@ -6,8 +6,8 @@ Never: decides who may bind a port; the kernel does.
 ``bind`` cannot know what follows: ``listen`` (a server, which gets the master's socket), ``connect`` (a
 client with a local port), or nothing (a port that serves as a lock). So the kernel binds the socket at once,
 and refuses the port to the siblings until the server listens. So a worker holds a lock between ``bind`` and
-``listen``, and its siblings wait for it, for about :data:`GRACE`. A port that is bound for longer is a lock:
-the ``bind`` of the siblings fails, as the program wants.
+``listen``, and its siblings wait for it. A port that is bound for longer than :data:`GRACE`, and on which the
+program has not called ``listen``, is a lock: the ``bind`` of the siblings fails, as the program wants.
 """
 
 from __future__ import annotations
@@ -25,9 +25,14 @@ from typing import Any
 
 from gunicorn_passenger.config.address import SockAddr, resolve
 from gunicorn_passenger.interposition.own_fds import fds_of, inode_of
+from gunicorn_passenger.serving.broker_client import RESPONSE_TIMEOUT
+from gunicorn_passenger.system.listening_sockets import borrowed_socket
 
-#: Seconds from ``bind`` to ``listen`` for which siblings wait.
+#: Seconds from ``bind`` to ``listen``.
 GRACE = 1.0
+#: Seconds for which a sibling waits at most: the master may be slow to respond to a ``listen``, and a worker
+#: that is busy cannot say that its port is a lock.
+_LONGEST_WAIT = GRACE + RESPONSE_TIMEOUT
 #: Seconds between two looks at the lock of a sibling.
 _RETRY_INTERVAL = 0.01
 
@@ -107,6 +112,8 @@ class PendingBind:
     since: float
     #: whether it has been bound for so long that it serves as a lock
     is_lock: bool = False
+    #: whether the program listens, and waits for the master's response
+    listens: bool = False
 
 
 class PendingBinds:
@@ -134,7 +141,7 @@ class PendingBinds:
 
     def wait_for_siblings(self, port: int, sleep: Callable[[float], object]) -> None:
         """Wait while a sibling is about to listen on the port."""
-        deadline = monotonic() + 2 * GRACE
+        deadline = monotonic() + _LONGEST_WAIT
         while not bind_locks.acquire(port) and monotonic() < deadline:
             sleep(_RETRY_INTERVAL)
 
@@ -182,7 +189,7 @@ class PendingBinds:
                 self._on_listening(bind)
             elif state != _CLOSE:
                 self.remove(bind)  # it connects, and not through Python
-            elif not bind.is_lock and monotonic() - bind.since >= GRACE:
+            elif not (bind.is_lock or bind.listens) and monotonic() - bind.since >= GRACE:
                 bind.is_lock = True
                 bind_locks.mark_as_lock(bind.port)
                 self._on_lock(bind)
@@ -190,11 +197,8 @@ class PendingBinds:
 
 
 def _tcp_state(fd: int) -> int:
-    sock = _socket.socket(fileno=fd)  # not a copy: the process may have no room for one (EMFILE)
-    try:
+    with borrowed_socket(fd) as sock:
         return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-    finally:
-        sock.detach()
 
 
 def is_port(address: Any) -> bool:
@@ -230,8 +234,5 @@ def pending_bind(sock: _socket.socket, address: Any) -> PendingBind:
 
 def set_reuse(bind: PendingBind, reuse: bool) -> None:
     """Set ``SO_REUSEADDR`` of a bound socket: with it, the master can listen beside it."""
-    sock = _socket.socket(fileno=os.dup(bind.fd))
-    try:
+    with borrowed_socket(bind.fd) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(reuse))
-    finally:
-        sock.close()

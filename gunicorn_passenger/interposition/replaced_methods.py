@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gunicorn_passenger.interposition import inet_facade
+from gunicorn_passenger.interposition.own_fds import keep_spare
 from gunicorn_passenger.interposition.socket_options import FOREVER, keep_nonblocking
 from gunicorn_passenger.interposition.socket_patch import SocketPatch
 from gunicorn_passenger.serving.registry import ServerRegistry
@@ -29,6 +30,7 @@ def install(registry: ServerRegistry, inherited: set[int]) -> SocketPatch:
 
     :param inherited: inodes of the sockets on which the master listened at the fork.
     """
+    keep_spare()
     patch = SocketPatch(registry, inherited)
     if not _installed:
         _installed.append(patch)

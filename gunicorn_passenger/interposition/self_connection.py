@@ -19,16 +19,19 @@ from __future__ import annotations
 import _socket
 import errno
 import ipaddress
+import math
 import os
 import socket
+import struct
 from contextlib import suppress
 from time import monotonic
 from typing import Any
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.interposition import inet_facade
-from gunicorn_passenger.interposition.fd_swap import swap_fd
+from gunicorn_passenger.interposition.fd_swap import swap_fds
 from gunicorn_passenger.interposition.leased_sockets import LeasedFd, LeasedSockets
+from gunicorn_passenger.interposition.own_fds import room
 from gunicorn_passenger.interposition.socket_options import is_tcp
 from gunicorn_passenger.serving.registry import ServerRegistry
 from gunicorn_passenger.serving.server import LISTENING, WAITING
@@ -76,13 +79,13 @@ class SelfConnections:
     def _replace(self, sock: _socket.socket, entry: LeasedFd, name: str | bytes) -> bool:
         """Put a connection to a UNIX socket under the descriptor of a TCP socket."""
         inet_facade.enable(self._leased.peer)
-        fd = _socket.socket.fileno(sock)
-        unix = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with room():
+            unix = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            unix.setblocking(False)
-            unix.connect(name)
+            _connect(unix, name, _socket.socket.gettimeout(sock))
+            fd = _socket.socket.fileno(sock)
             unix.setblocking(os.get_blocking(fd))
-            swap_fd(fd, unix)
+            swap_fds([fd], unix)
             self._leased.remember_peer(fd, entry.name)
         finally:
             unix.close()
@@ -102,6 +105,33 @@ class SelfConnections:
                 if number == str(port) and _matches((served.strip("[]"), port), host, port):
                     return True
         return False
+
+
+def _connect(unix: _socket.socket, name: str | bytes, timeout: float | None) -> None:
+    """Connect, and wait for room in the server's queue as long as TCP would.
+
+    Python's own timeout does not cover this wait: the kernel reports ``EAGAIN`` at once (connect(2)).
+
+    :param timeout: seconds; 0 for a socket that does not block, ``None`` for one that waits forever.
+    :raises BlockingIOError: when the queue is full and the socket does not block.
+    """
+    if timeout == 0:
+        unix.setblocking(False)
+        unix.connect(name)
+        return
+    unix.setblocking(True)
+    unix.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(timeout or 0.0))
+    try:
+        unix.connect(name)
+    except BlockingIOError:
+        raise TimeoutError("timed out") from None
+    unix.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(0.0))
+
+
+def _timeval(seconds: float) -> bytes:
+    """``struct timeval``; 0 means no timeout."""
+    microseconds = math.ceil(seconds * 1e6)
+    return struct.pack("@ll", *divmod(microseconds, 1_000_000))
 
 
 def _numeric(address: Any) -> str | None:

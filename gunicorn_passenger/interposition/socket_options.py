@@ -13,6 +13,7 @@ import struct
 from contextlib import suppress
 
 from gunicorn_passenger.interposition import inet_facade
+from gunicorn_passenger.interposition.own_fds import room
 
 #: Options that a program sets on a listening socket for the connections accepted from it, with their size.
 _OPTIONS = [
@@ -52,7 +53,8 @@ def shares_port(sock: _socket.socket) -> bool:
 
 def changed_options(sock: _socket.socket) -> list[Option]:
     """The options of a socket that differ from those of a new one."""
-    fresh = _socket.socket(sock.family, socket.SOCK_STREAM)
+    with room():
+        fresh = _socket.socket(sock.family, socket.SOCK_STREAM)
     changed = []
     try:
         for level, option, size in _OPTIONS:
@@ -83,9 +85,17 @@ def keep_nonblocking(sock: _socket.socket) -> None:
 
 
 def unreachable_listener(backlog: int = 1) -> _socket.socket:
-    """A listening socket that no client can find: an abstract UNIX socket with a name of the kernel's."""
-    sock = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.bind("")
-    sock.listen(backlog)
-    sock.setblocking(False)
+    """A listening socket that no client can find: an abstract UNIX socket with a name of the kernel's.
+
+    :raises OSError: when the system cannot make one.
+    """
+    with room():
+        sock = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.bind("")
+        sock.listen(backlog)
+        sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
     return sock

@@ -22,7 +22,8 @@ import errno
 import os
 import socket
 import threading
-from contextlib import suppress
+from contextlib import closing, suppress
+from time import monotonic
 from typing import Any
 
 from gunicorn_passenger import errors
@@ -30,9 +31,9 @@ from gunicorn_passenger.config import listen_errors
 from gunicorn_passenger.config.address import SockAddr, Tcp, format_tcp
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.interposition import inet_facade, third_party_drain
-from gunicorn_passenger.interposition.fd_swap import swap_fd
+from gunicorn_passenger.interposition.fd_swap import swap_fds
 from gunicorn_passenger.interposition.leased_sockets import LeasedSockets, describe
-from gunicorn_passenger.interposition.own_fds import fds_of
+from gunicorn_passenger.interposition.own_fds import fds_of, room
 from gunicorn_passenger.interposition.pending_bind import (
     PendingBind,
     PendingBinds,
@@ -52,7 +53,7 @@ from gunicorn_passenger.interposition.socket_options import (
 )
 from gunicorn_passenger.interposition.unmanaged_listeners import UnmanagedListeners
 from gunicorn_passenger.ipc.scoreboard import PRIMARY_SLOT, Scoreboard
-from gunicorn_passenger.serving import program_metrics
+from gunicorn_passenger.serving import program_metrics, server_errors
 from gunicorn_passenger.serving.registry import ServerRegistry, check_program_allocation
 from gunicorn_passenger.serving.server import LISTENING, LOST, WAITING, ListenAddress
 from gunicorn_passenger.serving.third_party import ThirdPartyServer
@@ -144,7 +145,12 @@ class SocketPatch:
             return True  # a second listen() would only change the queue that the siblings share
         if os.getpid() != self._pid or (bind := self.binds.find(fd)) is None:
             return False
-        self._replace(sock, bind, backlog)
+        bind.listens = True
+        try:
+            self._replace(sock, bind, backlog)
+        except BaseException:
+            bind.listens, bind.since = False, monotonic()
+            raise
         self.binds.remove(bind)
         return True
 
@@ -183,24 +189,36 @@ class SocketPatch:
         :raises errors.PassengerError: when the program may not listen there; its socket is as before.
         """
         try:
+            server = self._share(sock, bind, backlog, opened)
+        except errors.PassengerError as error:
+            self._registry.last_error = error
+            raise
+        self._registry.on_third_party_listen(server)
+        self._warn_of_separate_metrics(server)
+        return server
+
+    def _share(self, sock: _socket.socket, bind: PendingBind, backlog: int, opened: bool) -> ThirdPartyServer:
+        try:
+            options = changed_options(sock)
             if self._registry.captures(bind.port):
                 server, source = self._take_primary(bind)
             else:
                 server, source = self._request_port(sock, bind, backlog, opened)
-        except errors.PassengerError as error:
-            self._registry.last_error = error
-            raise
-        options = changed_options(sock)
-        try:
-            for fd in fds_of(bind.inode):  # dup() had made them one socket, and they stay one
-                swap_fd(fd, source)
-        finally:
-            source.close()
+            try:
+                swap_fds(fds_of(bind.inode), source)  # dup() had made them one socket, and they stay one
+            except OSError:
+                if server not in self._registry.servers:
+                    self._registry.on_third_party_closed(server)
+                raise
+            finally:
+                source.close()
+        except OSError as error:
+            if isinstance(error, errors.ListenError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            raise server_errors.no_descriptor(format_tcp(bind.host, bind.port)) from None
         self.leased.add(bind.fd, server, bind.name, options)
         set_options(sock, options)
         keep_nonblocking(sock)
-        self._registry.on_third_party_listen(server)
-        self._warn_of_separate_metrics(server)
         return server
 
     def _warn_of_separate_metrics(self, server: ThirdPartyServer) -> None:
@@ -230,39 +248,46 @@ class SocketPatch:
     def _on_listening(self, bind: PendingBind) -> None:
         """Something other than Python's socket module listens on a socket: have the master share that."""
         label = format_tcp(bind.host, bind.port)
-        sock = _socket.socket(fileno=os.dup(bind.fd))
         self.binds.take(bind)
         try:
-            if os.get_blocking(bind.fd):
-                # a thread or a child waits in accept(), and must be able to
-                self._registry.log.warning(
-                    "%s: only this worker listens there (pid:%s), because the program listens without "
-                    "Python's socket module, on a blocking socket; make the socket non-blocking, and the "
-                    "workers share it",
-                    label,
-                    self._pid,
-                )
-                return
-            self._replace(sock, bind, 0, opened=True)
-            self._registry.log.info(
-                "%s: the program listens there without Python's socket module; the workers share its socket",
-                label,
+            with room():
+                sock = _socket.socket(fileno=os.dup(bind.fd))
+            with closing(sock):
+                self._share_native(sock, bind, label)
+        except (errors.PassengerError, OSError) as error:
+            self._registry.log.error(
+                "%s: %s; only this worker listens there (pid:%s)", label, error, self._pid
             )
-        except errors.PortNotAllocated as error:
-            unreachable = unreachable_listener()
-            for fd in fds_of(bind.inode):
-                if fd != sock.fileno():
-                    swap_fd(fd, unreachable)
-            unreachable.close()
-            # the master, or a child of the program, may still have a copy: the socket stops listening for all
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-            self._registry.log.error("%s; the server gets no connections", error)
-        except errors.PassengerError as error:
-            self._registry.log.error("%s; only this worker listens there (pid:%s)", error, self._pid)
         finally:
-            sock.close()
             self.binds.release(bind.port)
+
+    def _share_native(self, sock: _socket.socket, bind: PendingBind, label: str) -> None:
+        if os.get_blocking(bind.fd):
+            # a thread or a child waits in accept(), and must be able to
+            self._registry.log.warning(
+                "%s: only this worker listens there (pid:%s), because the program listens without "
+                "Python's socket module, on a blocking socket; make the socket non-blocking, and the "
+                "workers share it",
+                label,
+                self._pid,
+            )
+            return
+        try:
+            self._replace(sock, bind, 0, opened=True)
+        except errors.PortNotAllocated as error:
+            try:
+                with closing(unreachable_listener()) as unreachable:
+                    swap_fds([fd for fd in fds_of(bind.inode) if fd != sock.fileno()], unreachable)
+            finally:
+                # the master, or a child of the program, may have a copy: the socket stops listening for all
+                with suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+            self._registry.log.error("%s; the server gets no connections", error)
+            return
+        self._registry.log.info(
+            "%s: the program listens there without Python's socket module; the workers share its socket",
+            label,
+        )
 
     def _on_lock(self, bind: PendingBind) -> None:
         """A port is bound and not listened on: a lock, if it was bound without ``SO_REUSEADDR``."""
@@ -287,7 +312,11 @@ class SocketPatch:
         server = ThirdPartyServer(label, f"unix:{name}" if isinstance(name, str) else name[:2], "")
         server.slot = PRIMARY_SLOT
         registry.set_primary(server, label)
-        source = registry.worker.dup_primary_socket()
+        try:
+            source = registry.worker.dup_primary_socket()
+        except OSError:
+            registry.on_third_party_closed(server)
+            raise
         self._primary_name = bind.name
         inet_facade.enable(self.leased.peer)
         return server, source
@@ -328,7 +357,11 @@ class SocketPatch:
             for other in own:
                 set_reuse(other, other.reuse)
         grant = lease.take_initial_grant()
-        source = _socket.socket(fileno=grant.fd) if grant is not None else unreachable_listener()
+        try:
+            source = _socket.socket(fileno=grant.fd) if grant is not None else unreachable_listener()
+        except OSError:
+            registry.broker.release_port(lease.key, lease.number)
+            raise
         if grant is None:
             inet_facade.enable(
                 self.leased.peer

@@ -6,7 +6,6 @@ Never: touches such a socket.
 
 from __future__ import annotations
 
-import _socket
 import os
 from time import monotonic
 
@@ -52,14 +51,11 @@ class UnmanagedListeners:
                 self._warn(inode, name)
 
     def _warn(self, inode: int, name: SockAddr) -> None:
-        sock = _socket.socket(fileno=os.dup(fds_of(inode)[0]))
-        try:
+        with listening_sockets.borrowed_socket(fds_of(inode)[0]) as sock:
             if shares_port(sock):
                 who = "each worker accepts there by itself (SO_REUSEPORT), and loses what waits when it exits"
             else:
                 who = "only this worker accepts there"
-        finally:
-            sock.close()
         self._registry.log.warning(
             "%s was opened without Python's socket module, so the master cannot share it: %s (pid:%s); run "
             "gunicorn with --workers 1, or open the socket in Python",

@@ -70,6 +70,14 @@ class PortsEntry(TypedDict):
     free: str | None
 
 
+class BlockingEntry(TypedDict):
+    """How the event loops of workers were blocked for longer than the setting ``max_blocking_time``."""
+
+    times: int
+    #: seconds
+    longest: float
+
+
 class EventEntry(TypedDict):
     """An event."""
 
@@ -95,6 +103,7 @@ class _Always(TypedDict):
     memory: int | None
     workers: list[WorkerEntry]
     servers: list[ServerEntry]
+    blocking: BlockingEntry
     #: the oldest first
     events: list[EventEntry]
     #: how many events of each kind there were

@@ -20,6 +20,8 @@ SLOTS = 64
 PRIMARY_SLOT = 0
 PRIMARY_KEY = "primary"
 _FIELDS = 5
+#: Where a worker notes how its event loop was blocked, after the slots.
+_BLOCKING = SLOTS * _FIELDS
 #: The largest count: what a JSON number and a Prometheus sample hold exactly. A worker can write more.
 _LIMIT = (1 << 53) - 1
 
@@ -42,6 +44,18 @@ class Counters(NamedTuple):
         return Counters(*(min(a + b, _LIMIT) for a, b in zip(self, other, strict=True)))
 
 
+class Blocking(NamedTuple):
+    """How often a worker's event loop was blocked for too long, and the longest time."""
+
+    times: int = 0
+    milliseconds: int = 0
+
+    def plus(self, other: Blocking) -> Blocking:
+        return Blocking(
+            min(self.times + other.times, _LIMIT), min(max(self.milliseconds, other.milliseconds), _LIMIT)
+        )
+
+
 class Scoreboard:
     """One worker's page."""
 
@@ -49,7 +63,7 @@ class Scoreboard:
         """
         :raises OSError: when the system has no memory for it.
         """
-        self._map = mmap.mmap(-1, SLOTS * _FIELDS * 8)
+        self._map = mmap.mmap(-1, (_BLOCKING + len(Blocking._fields)) * 8)
         self._words = memoryview(self._map).cast("Q")
 
     def write(self, slot: int, counts: Counters) -> None:
@@ -65,6 +79,13 @@ class Scoreboard:
         at = slot * _FIELDS
         return Counters(*(min(value, _LIMIT) for value in self._words[at : at + _FIELDS]))
 
+    def write_blocking(self, blocking: Blocking) -> None:
+        """Called from a thread of its own, while the worker is blocked."""
+        self._words[_BLOCKING], self._words[_BLOCKING + 1] = blocking
+
+    def read_blocking(self) -> Blocking:
+        return Blocking(*self._words[_BLOCKING:]).plus(Blocking())
+
     def close(self) -> None:
         self._words.release()
         self._map.close()
@@ -75,6 +96,7 @@ class RetiredCounters:
 
     def __init__(self) -> None:
         self._gone: dict[str, Counters] = {}
+        self._blocking = Blocking()
 
     def retire(self, scoreboard: Scoreboard | None, ports: Iterable[Any]) -> None:
         """A worker has exited: keep its counters."""
@@ -83,6 +105,7 @@ class RetiredCounters:
         for key, slot in [(PRIMARY_KEY, PRIMARY_SLOT), *((port.key, port.slot) for port in ports)]:
             counts = scoreboard.read(slot)._replace(connections=0)
             self._gone[key] = self._gone.get(key, Counters()).plus(counts)
+        self._blocking = self._blocking.plus(scoreboard.read_blocking())
         scoreboard.close()
 
     def forget(self, key: str) -> None:
@@ -94,4 +117,11 @@ class RetiredCounters:
         found = self._gone.get(key, Counters())
         for scoreboard in scoreboards:
             found = found.plus(scoreboard.read(slot))
+        return found
+
+    def blocking(self, scoreboards: Iterable[Scoreboard]) -> Blocking:
+        """How the event loops of all workers were blocked, including those that are gone."""
+        found = self._blocking
+        for scoreboard in scoreboards:
+            found = found.plus(scoreboard.read_blocking())
         return found

@@ -145,10 +145,10 @@ class Broker:
             self.workers.started and not self.boot_failures.halting and any(w.serving for w in self.workers)
         )
 
-    def on_worker_not_started(self, error: OSError) -> None:
+    def on_worker_not_started(self, reason: str) -> None:
         """The arbiter could not fork a worker: the next attempt follows after a pause."""
         with suppress(TimeoutError), self.locked():
-            self._dispatcher.note_boot_failure(f"no process for a worker: {error}")
+            self._dispatcher.note_boot_failure(reason)
 
     def on_reload_rejected(self, text: str) -> None:
         """gunicorn could not read its configuration again, and keeps the previous one."""

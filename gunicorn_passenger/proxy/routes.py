@@ -157,6 +157,14 @@ class Route:
         """Whether every request goes to this target, with its path unchanged."""
         return self.only is not None and self.only[0].target is target and not (self.table or self.remove)
 
+    def server_names(self) -> set[str]:
+        """The servers of this application that the fixed targets name."""
+        targets = [backend.target for backend in self.group.backends] if self.group is not None else []
+        if self.options.forward is not None:
+            targets.append(self.options.forward)
+        names = {target.server for target in targets if target.server}
+        return names.union(*(route.server_names() for _, route in self.table))
+
     @property
     def mirror_only(self) -> bool:
         """Whether requests are mirrored only."""

@@ -12,12 +12,14 @@ from __future__ import annotations
 import os
 import sys
 from threading import get_ident
+from time import monotonic
 from types import CodeType, FrameType
 from typing import Any
 
 import gevent
 from gevent.hub import Hub
 
+from gunicorn_passenger.ipc.scoreboard import Blocking, Scoreboard
 from gunicorn_passenger.system.callers import is_program_file
 from gunicorn_passenger.system.unpatched import start_thread, unpatched
 
@@ -25,13 +27,19 @@ from gunicorn_passenger.system.unpatched import start_thread, unpatched
 class BlockingWatch:
     """Logs once for each function of the program that blocks the loop for too long."""
 
-    def __init__(self, seconds: float, log: Any) -> None:
-        """:param seconds: for which the loop may be blocked."""
+    def __init__(self, seconds: float, log: Any, scoreboard: Scoreboard | None) -> None:
+        """
+        :param seconds: for which the loop may be blocked.
+        :param scoreboard: the worker's, which shows how often and for how long it was blocked.
+        """
         self._seconds = seconds
         self._log = log
+        self._scoreboard = scoreboard
+        self._blocking = Blocking()
         self._loop_thread = get_ident()
         self._question = gevent.get_hub().loop.async_(ref=False)
         self._answered = False
+        self._answered_at = 0.0
         self._reported: set[CodeType] = set()
 
     def start(self) -> None:
@@ -43,19 +51,34 @@ class BlockingWatch:
         start_thread(self._watch)
 
     def _answer(self) -> None:
+        self._answered_at = monotonic()
         self._answered = True
 
     def _watch(self) -> None:
         sleep = unpatched("time", "sleep")
+        asked_at, counted = 0.0, False
+        self._answered = True
         while True:
-            self._answered = False
-            self._question.send()
+            if self._answered:
+                self._answered = False
+                asked_at, counted = monotonic(), False
+                self._question.send()
             sleep(self._seconds / 2)
             greenlet = None if self._answered else self._outermost_frame()
             sleep(self._seconds / 2)
             # a loop with much to do may respond late; it is blocked if the same greenlet still runs
             if greenlet is not None and not self._answered and greenlet == self._outermost_frame():
                 self._report()
+                self._blocking = self._blocking.plus(Blocking(0 if counted else 1))
+                counted = True
+            if counted:
+                self._count(asked_at)
+
+    def _count(self, asked_at: float) -> None:
+        seconds = (self._answered_at if self._answered else monotonic()) - asked_at
+        self._blocking = self._blocking.plus(Blocking(0, round(seconds * 1000)))
+        if self._scoreboard is not None:
+            self._scoreboard.write_blocking(self._blocking)
 
     def _frame(self) -> FrameType | None:
         """The innermost frame of the loop's thread, or ``None`` while the loop itself runs."""

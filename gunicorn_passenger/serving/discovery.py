@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from difflib import get_close_matches
 from itertools import count
 from time import monotonic
 from typing import Any, NamedTuple
@@ -57,6 +58,8 @@ class ServerDiscovery:
         #: by name: the servers in other processes, and the time at which they are asked for again
         self._remembered: dict[str, tuple[_Members, float]] = {}
         self._turns = count()
+        #: the servers that proxies of the program name as their targets
+        self.named_by_proxies: set[str] = set()
 
     def list_servers(self) -> list[ServerInfo]:
         """The servers of this process, and those with the placement "each" of the other workers."""
@@ -93,6 +96,31 @@ class ServerDiscovery:
         if any(server.name == name for server in self._servers):
             return [name]
         return sorted({member for member, _ in self._members(name)})
+
+    def explain_missing(self, log: Any) -> None:
+        """Name the targets of proxies that are the name of no server and no daemon.
+
+        :param log: gunicorn's.
+        """
+        known = {server.name for server in self._servers}
+        if not self.named_by_proxies - known:
+            return
+        with suppress(errors.BrokerUnavailable):
+            report = self._report()
+            for entry in [*report["servers"], *report.get("daemons", ())]:
+                known.add(entry["name"])
+                if entry.get("placement") == "each":
+                    known.add(entry["name"].rpartition(".")[0])
+            for name in sorted(self.named_by_proxies - known):
+                similar = get_close_matches(name, known, 1)
+                log.warning(
+                    "A proxy sends requests to the server %r, which does not exist%s; they fail until a "
+                    "server or daemon has that name, or the target is corrected (pid:%s). "
+                    "'gunicorn-passenger status' lists the names",
+                    name,
+                    f" (did you mean {similar[0]!r}?)" if similar else "",
+                    os.getpid(),
+                )
 
     def _members(self, name: str) -> _Members:
         """The servers in other processes that a name stands for, as the master knows them."""

@@ -82,15 +82,22 @@ def primary_elsewhere(worker_class: str) -> ListenError:
     )
 
 
-def with_program_line(error: BaseException) -> str:
-    """The text of an error, and the line of the program that it comes from, where there is one."""
+def program_line(error: BaseException) -> str:
+    """The line of the program that an error comes from, such as ``app.py:3``; empty when no line is known."""
     where, traceback = "", error.__traceback__
     while traceback is not None:
         path = traceback.tb_frame.f_code.co_filename
         if is_program_file(path):
-            where = f" ({os.path.relpath(path)}:{traceback.tb_lineno})"
+            where = f"{os.path.relpath(path)}:{traceback.tb_lineno}"
         traceback = traceback.tb_next
-    return f"{error}{where}"
+    return where
+
+
+def with_program_line(error: BaseException) -> str:
+    """An error as one line, with the line of the program that it comes from, where there is one."""
+    text = str(error) if isinstance(error, PassengerError) else f"{type(error).__name__}: {error}"
+    where = program_line(error)
+    return " ".join(f"{text} ({where})".split()) if where else " ".join(text.split())
 
 
 def not_callable(app: object) -> NotCallable:

@@ -108,7 +108,11 @@ def _families() -> Iterator[Any]:
         events.add(0, kind)
     for kind, count in report["totals"].items():
         events.add(count, kind)
-    for family in (up, info, failing, started, workers, memory, events):
+    blocked = _MetricFamily(Counter, "blocked", "How often a worker's event loop was blocked for too long")
+    blocked.add(report["blocking"]["times"])
+    longest = _MetricFamily(Gauge, "longest_block_seconds", "The longest time of that")
+    longest.add(report["blocking"]["longest"])
+    for family in (up, info, failing, started, workers, memory, events, blocked, longest):
         yield family.finish()
     yield from _server_families(report["servers"], Gauge, Counter)
     yield from _daemon_families(report.get("daemons", []), Gauge, Counter)

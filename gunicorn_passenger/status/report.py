@@ -12,6 +12,7 @@ from gunicorn_passenger._version import __version__
 from gunicorn_passenger.config.address import format_sockname, tcp_ports
 from gunicorn_passenger.config.port_allocation import account_name, format_ports
 from gunicorn_passenger.ipc.report_types import (
+    BlockingEntry,
     DaemonEntry,
     PortsEntry,
     Report,
@@ -19,7 +20,7 @@ from gunicorn_passenger.ipc.report_types import (
     ServerEntry,
     WorkerEntry,
 )
-from gunicorn_passenger.ipc.scoreboard import PRIMARY_KEY, PRIMARY_SLOT, Counters
+from gunicorn_passenger.ipc.scoreboard import PRIMARY_KEY, PRIMARY_SLOT, Counters, Scoreboard
 from gunicorn_passenger.master.broker import Broker
 from gunicorn_passenger.master.worker_channels import WorkerChannel
 from gunicorn_passenger.system import port_owner, procfs
@@ -42,6 +43,7 @@ def build(broker: Broker) -> Report:
         "memory": procfs.memory(os.getpid()),
         "workers": [_worker(age, pid, by_age.get(age)) for age, pid in sorted(pids.items())],
         "servers": _servers(broker, by_age, pids),
+        "blocking": _blocking(broker, by_age),
         "events": broker.event_log.list(),
         "totals": dict(broker.event_log.totals),
     }
@@ -68,8 +70,17 @@ def _worker(age: int, pid: int, worker: WorkerChannel | None) -> WorkerEntry:
     }
 
 
+def _blocking(broker: Broker, by_age: dict[int, WorkerChannel]) -> BlockingEntry:
+    total = broker.retired_counters.blocking(_scoreboards(by_age))
+    return {"times": total.times, "longest": total.milliseconds / 1000}
+
+
+def _scoreboards(by_age: dict[int, WorkerChannel]) -> list[Scoreboard]:
+    return [worker.scoreboard for worker in by_age.values() if worker.scoreboard is not None]
+
+
 def _servers(broker: Broker, by_age: dict[int, WorkerChannel], pids: dict[int, int]) -> list[ServerEntry]:
-    scoreboards = [worker.scoreboard for worker in by_age.values() if worker.scoreboard is not None]
+    scoreboards = _scoreboards(by_age)
     primary = broker.sync.primary()
     ports = broker.listeners.ports.values()
     unclaimed = [port.key for port in ports if port.from_config and not port.wanted_by]

@@ -14,7 +14,14 @@ import time
 from collections.abc import Iterable, Sequence
 
 from gunicorn_passenger.config.port_allocation import account_name
-from gunicorn_passenger.ipc.report_types import DaemonEntry, EventEntry, PortsEntry, Report, WorkerEntry
+from gunicorn_passenger.ipc.report_types import (
+    BlockingEntry,
+    DaemonEntry,
+    EventEntry,
+    PortsEntry,
+    Report,
+    WorkerEntry,
+)
 from gunicorn_passenger.status import health
 from gunicorn_passenger.status.control_client import Instance, running
 from gunicorn_passenger.system.text import printable
@@ -153,6 +160,8 @@ def table(report: Report, width: int) -> list[str]:
             width,
         ),
     ]
+    if (blocking := report.get("blocking", {})).get("times"):
+        lines += ["", _blocking(blocking)]
     if report["servers"]:
         lines += ["", *_servers(report, width)]
     if report.get("daemons"):
@@ -162,6 +171,11 @@ def table(report: Report, width: int) -> list[str]:
         lines += ["", "RECENT EVENTS"]
         lines += [_event(event, now, width) for event in report["events"][-_EVENTS:]]
     return lines
+
+
+def _blocking(blocking: BlockingEntry) -> str:
+    times, longest = _number(blocking["times"]), blocking["longest"]
+    return f"EVENT LOOPS  blocked {times} times, for up to {longest:.1f} s; the log names the functions"
 
 
 def _servers(report: Report, width: int) -> list[str]:

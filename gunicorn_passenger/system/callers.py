@@ -9,17 +9,21 @@ import os
 import sys
 from types import FrameType
 
-_LIBRARIES = (
-    os.path.dirname(os.__file__),
-    os.path.dirname(os.path.dirname(__file__)),
-    sys.prefix,
-    "<",
+#: Python's own files, this package, and the scripts that start programs
+_LIBRARIES = tuple(
+    os.path.join(path, "")
+    for path in (
+        os.path.dirname(os.__file__),
+        os.path.dirname(os.path.dirname(__file__)),
+        *(os.path.join(prefix, "bin") for prefix in {sys.prefix, sys.base_prefix}),
+    )
 )
 
 
 def is_program_file(path: str) -> bool:
     """Whether a source file belongs to the program, not to Python, to this package or to a library."""
-    return not path.startswith(_LIBRARIES) and "site-packages" not in path
+    installed = "site-packages" in path or "dist-packages" in path
+    return not (installed or path.startswith(("<", *_LIBRARIES)))
 
 
 def called_in(function: str, module: str) -> bool:

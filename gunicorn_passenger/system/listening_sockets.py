@@ -12,7 +12,7 @@ import os
 import socket
 import stat
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.config import listen_errors
@@ -182,20 +182,29 @@ def is_tcp_listener(sock: _socket.socket) -> bool:
     return tcp and bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
+@contextmanager
+def borrowed_socket(fd: int) -> Iterator[_socket.socket]:
+    """A socket object for a descriptor that stays the caller's; a copy would need another descriptor.
+
+    :raises OSError: when it is closed, or not a socket.
+    """
+    sock = _socket.socket(fileno=fd)
+    try:
+        yield sock
+    finally:
+        sock.detach()
+
+
 def own_listeners() -> dict[int, SockAddr]:
     """The listening TCP sockets of this process: inode -> address."""
     found: dict[int, SockAddr] = {}
     for fd in procfs.own_descriptors():
-        try:
+        with suppress(OSError):
             info = os.fstat(fd)
-            if not stat.S_ISSOCK(info.st_mode):
-                continue
-            sock = _socket.socket(fileno=os.dup(fd))
-        except OSError:
-            continue
-        with closing(sock):
-            if is_tcp_listener(sock):
-                found[info.st_ino] = sock.getsockname()
+            if stat.S_ISSOCK(info.st_mode):
+                with borrowed_socket(fd) as sock:
+                    if is_tcp_listener(sock):
+                        found[info.st_ino] = sock.getsockname()
     return found
 
 

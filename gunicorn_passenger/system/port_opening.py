@@ -76,7 +76,8 @@ def open_listener(
             with suppress(errors.ListenError):
                 return listening_sockets.open_tcp(*address, preferred, *options)
         return listening_sockets.open_tcp(*address, 0, *options)
-    free = sorted(ports - in_use)
+    # "auto" begins at the top: programs name the first ports, perhaps a line later
+    free = sorted(ports - in_use, reverse=not request.port)
     if len(free) < needed:
         raise listen_errors.too_few_ports(format_ports(ports), needed, len(free), allocation.sources)
     if preferred in free:

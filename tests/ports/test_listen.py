@@ -77,17 +77,19 @@ def test_unix_socket_of_a_dead_server_is_replaced_and_removed_by_grace(start, ho
 
 
 def test_auto_is_one_port_for_all_workers_and_one_for_each_server(start):
+    """The ports are those at the top of the allocation: programs name the first ones, perhaps a line later."""
     first = free_range(3)
     process = program(
         start,
-        """
+        f"""
         a = passenger.create_server(whoami).listen("auto")
         b = passenger.create_server(whoami).listen("auto")
+        passenger.create_server(whoami).listen({first})
         """,
         PASSENGER_PORTS=f"{first}-{first + 2}",
     )
     ports = ask(process, "[a.address[1], b.address[1]]")
-    assert ports == [first, first + 1]
+    assert ports == [first + 2, first + 1]
     for number in ports:
         assert len(pids_answering(number, 2)) == 2
     process.hup(2)
@@ -99,14 +101,14 @@ def test_auto_skips_a_port_that_is_taken(start):
 
     first = free_range(2)
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", first))
+        taken.bind(("127.0.0.1", first + 1))
         taken.listen()
         process = program(
             start,
             "a = passenger.create_server(whoami).listen('auto')",
             PASSENGER_PORTS=f"{first}-{first + 1}",
         )
-        assert ask(process, "a.address[1]") == first + 1
+        assert ask(process, "a.address[1]") == first
 
 
 def test_auto_without_an_allocation_is_any_port(start):
@@ -121,6 +123,8 @@ def test_names_states_and_servers(start, port):
     process = program(
         start,
         f"""
+        from gunicorn_passenger import http_proxy
+        http_proxy.create_server({{"/a": "metrics", "/b": ["metrisc", "anything.whoami"]}})
         fresh = passenger.create_server(whoami)
         a = passenger.create_server(whoami).listen({port}, name="metrics")
         b = passenger.listen({other}, whoami)
@@ -137,6 +141,11 @@ def test_names_states_and_servers(start, port):
         "a server named 'metrics' already listens"
         in fetch(process.socket, "/eval", "POST", "passenger.listen('auto', whoami, name='metrics')")[1]
     )
+    process.wait_log(
+        r"WARNING\] A proxy sends requests to the server 'metrisc', which does not exist "
+        r"\(did you mean 'metrics'\?\); they fail until"
+    )
+    assert process.log().count("A proxy sends requests") == 1
     ask(process, "[a.close(), a.close()]")
     assert ask(process, "[a.listening, a.address, len(passenger.servers())]") == [False, None, 1]
     assert fetch(other)[0] == 200

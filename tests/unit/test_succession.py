@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from gunicorn.arbiter import Arbiter
@@ -130,12 +131,9 @@ def test_a_rejected_configuration_stays_reported_until_the_next_reload():
 
 
 def test_gunicorn_survives_that_the_system_refuses_a_process_while_a_worker_serves(monkeypatch, caplog):
-    def refuse(_arbiter):
-        raise BlockingIOError("no process")
-
     failures = []
     broker = SimpleNamespace(workers=[SimpleNamespace(serving=True)], on_worker_not_started=failures.append)
-    monkeypatch.setattr(Arbiter, "spawn_worker", refuse)
+    monkeypatch.setattr(Arbiter, "spawn_worker", Mock(side_effect=BlockingIOError("no process")))
     monkeypatch.setattr(fork_handlers, "current_broker", lambda: broker)
     arbiter = object.__new__(OverlappingArbiter)
     arbiter.pid, arbiter.log = os.getpid(), logging.getLogger("test")

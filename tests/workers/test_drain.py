@@ -11,6 +11,7 @@ import websocket
 from conditions import wait_for
 from http_client import Client, fetch, pids_answering, refused
 from processes import descriptors
+from status_commands import command
 
 KEPT = ("--keep-alive", 600, "--graceful-timeout", 600, "--timeout", 600)
 
@@ -79,6 +80,8 @@ def test_the_log_names_what_holds_a_worker(start, port, home):
     process.wait_log(r"WARNING.*no client for 0.2 s .*: compute\(\) at program.py:\d+.* does not let")
     (home / "computed").touch()
     assert client.getresponse().status == 200
+    status = command(start, "status").stdout
+    assert re.search(r"EVENT LOOPS  blocked \d+ times, for up to \d+\.\d s; the log names", status), status
     socket.create_connection(("127.0.0.1", port)).close()
     wait_for(lambda: fetch(process.socket)[1] == "1", "the connection to be accepted")
     assert process.stop() == 0

@@ -483,7 +483,14 @@ CONFIGURATIONS = {
         "import gunicorn_passenger as p\np.configure(overlap='long')",
         "reload failed: Error: .*gunicorn.conf.py, line 3: .*'long' is not a number of seconds",
     ),
-    "hook": ("def on_reload(server): raise RuntimeError('broken hook')", "RuntimeError: broken hook"),
+    "hook": (
+        "import gunicorn_passenger as p\ndef on_reload(server): p.configure(overlap='long')",
+        "reload failed: configure.*'long' is not a number of seconds.* \\(gunicorn.conf.py:3\\)",
+    ),
+    "pre_fork": (
+        "def pre_fork(server, worker): raise RuntimeError('broken hook')",
+        "reload failed: RuntimeError: broken hook \\(gunicorn.conf.py:2\\)",
+    ),
     "exit": ("raise SystemExit('not today')", "reload failed: not today"),
 }
 
@@ -499,6 +506,7 @@ def test_a_broken_configuration_changes_nothing(start, home, kind):
         process.signal(signal.SIGHUP)
         process.wait_log(f"{reason}")
         process.wait_log("the configuration from before the reload stay. Repair gunicorn's configuration")
+        assert ("Traceback" in process.log()) == (kind in ("syntax", "pre_fork"))
         assert set(process.workers()) == old
         assert re.search("^reload failed: ", site.report(start)["failure"])
         # a worker that is started now has the environment of the previous configuration
@@ -512,6 +520,36 @@ def test_a_broken_configuration_changes_nothing(start, home, kind):
         site.hup("2")
         site.replaced_by("2")
     assert not site.report(start)["failure"]
+    assert process.stop() == 0
+
+
+def test_hooks_that_fail_while_gunicorn_runs(start, home):
+    """Plain gunicorn would exit. The hooks fail from the second worker on, and then no more."""
+    start.write(
+        "gunicorn.conf.py",
+        """
+        import os
+        def fail(*arguments):
+            if os.path.exists("broken"):
+                raise RuntimeError(f"broken {len(arguments)}")
+        def pre_fork(server, worker): fail()
+        def child_exit(server, worker): fail(worker)
+        def nworkers_changed(server, new, old): fail(new, old)
+        """,
+    )
+    process = start.gunicorn("anything", "-c", "gunicorn.conf.py", workers=2).wait_ready()
+    wait_for(lambda: len(process.workers()) == 2, process.log)
+    old = set(process.workers())
+    (home / "broken").touch()
+    process.signal(signal.SIGTTIN)
+    failed = r"a hook of gunicorn's configuration failed: RuntimeError: broken {} \(gunicorn.conf.py:5\)"
+    process.wait_log(failed.format(2))
+    os.kill(min(old), signal.SIGKILL)
+    process.wait_log(failed.format(1))
+    process.wait_log(r"a worker could not be started: RuntimeError: broken 0 \(gunicorn.conf.py:5\); correct")
+    assert fetch(process.socket)[0] == 200
+    (home / "broken").unlink()
+    wait_for(lambda: len(set(process.workers()) - {min(old)}) == 3, process.log)
     assert process.stop() == 0
 
 
