@@ -129,7 +129,7 @@ class OverlappingArbiter(Arbiter):
         except Exception as error:
             broker = fork_handlers.current_broker()
             in_hook = bool(program_line(error))
-            survives = (in_hook and self._reloading is None) or isinstance(error, OSError)
+            survives = self._reloading is None if in_hook else isinstance(error, OSError)
             serving = broker is not None and any(worker.serving for worker in broker.workers)
             if os.getpid() != self.pid or broker is None or not (survives and serving):
                 raise

@@ -339,11 +339,12 @@ def test_a_server_that_the_new_program_opens_late_has_somebody_who_accepts(start
         site.replaced_by("2")
 
 
-def test_a_captured_primary(start, home):
+@pytest.mark.parametrize("mixin", ["ThreadingMixIn", "ForkingMixIn"])
+def test_a_captured_primary(start, home, mixin):
     """``gunicorn-passenger start``: an unmodified server on the primary socket."""
     script = """
-        import os, time
-        from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+        import os, time, socketserver
+        from http.server import BaseHTTPRequestHandler, HTTPServer
 
         version = open("version").read()
         open(f"boots-{version}-{os.getpid()}", "w").close()
@@ -356,9 +357,9 @@ def test_a_captured_primary(start, home):
                 self.end_headers()
                 self.wfile.write(f"{version} {os.getpid()}".encode())
 
-        ThreadingHTTPServer(("127.0.0.1", 8000), Answer).serve_forever()
+        type("Server", (getattr(socketserver, MIXIN), HTTPServer), {})(("127.0.0.1", 8000), Answer).serve_forever()
         """
-    start.write("script.py", script)
+    start.write("script.py", script.replace("MIXIN", repr(mixin)))
     (home / "version").write_text("1")
     (home / "go-1").touch()
     process = start.start_script("script.py", "--graceful-timeout", 600, "--timeout", 600).wait_ready()
