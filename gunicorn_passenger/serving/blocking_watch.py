@@ -96,19 +96,25 @@ class BlockingWatch:
         innermost = frame = self._frame()
         while frame is not None and not is_program_file(frame.f_code.co_filename):
             frame = frame.f_back
-        frame = frame or innermost
-        if frame is None or innermost is None or frame.f_code in self._reported:
+        blocking = frame or innermost
+        if blocking is None or innermost is None or blocking.f_code in self._reported:
             return
-        self._reported.add(frame.f_code)
-        within = "" if frame is innermost else f", which runs {_describe(innermost)}"
+        self._reported.add(blocking.f_code)
+        within = "" if blocking is innermost else f", which runs {_describe(innermost)}"
+        advice = (
+            "Run the call in a thread with gevent.get_hub().threadpool.apply(), or in a daemon "
+            "(passenger.spawn())"
+            if frame is not None
+            else "No code of the program runs there"
+        )
         self._log.warning(
             "The worker has served no client for %g s (pid:%s): %s%s does not let its event loop continue. "
-            "Run the call in a thread with gevent.get_hub().threadpool.apply(), or in a daemon "
-            "(passenger.spawn()); setting max_blocking_time",
+            "%s; setting max_blocking_time",
             self._seconds,
             os.getpid(),
-            _describe(frame),
+            _describe(blocking),
             within,
+            advice,
         )
 
 
