@@ -17,6 +17,7 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
+from gunicorn_passenger.arbiter import fork_handlers
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.errors import BrokerUnavailable, PassengerError
 from gunicorn_passenger.interposition import replaced_methods
@@ -77,7 +78,12 @@ class HookedWorker:
         self.cfg, self.log, self.pid = worker.cfg, worker.log, worker.pid
         self._scoreboard = scoreboard
         self._init_process, self._run = worker.init_process, worker.run
-        #: whether gunicorn's own loop runs, or has run
+        self._init_signals = worker.init_signals
+        #: what gunicorn's class does on SIGTERM, while it boots
+        self._on_sigterm: Any = None
+        #: whether it was told to stop while it booted
+        self._stopped_in_boot = False
+        #: whether the program is loaded, and its servers accept
         self._running = False
         #: whether it exits without a drain
         self._quitting = False
@@ -121,6 +127,7 @@ class HookedWorker:
     def replace_methods(self) -> None:
         """Learn when gunicorn boots the worker, runs its loop, and tells it to stop."""
         self._worker.init_process = self.init_process
+        self._worker.init_signals = self.init_signals
         self._worker.run = self.run
         handlers = {"handle_exit": self._on_stop, "handle_quit": self._on_quit, "handle_abort": self._on_quit}
         for name, ours in handlers.items():
@@ -164,23 +171,42 @@ class HookedWorker:
         except BrokerUnavailable:
             return False
 
+    def init_signals(self) -> None:
+        """Note a stop until gunicorn's loop runs: a loop that does not run yet may lose it, as uvloop's does.
+
+        :raises SystemExit: when the worker was told to stop before.
+        """
+        if fork_handlers.stop_requested():
+            sys.exit(0)
+        self._init_signals()
+        self._on_sigterm = signal.signal(signal.SIGTERM, self._on_stop_in_boot)
+
+    def _on_stop_in_boot(self, _number: int, _frame: Any) -> None:
+        self._stopped_in_boot = True
+
     def run(self) -> None:
         """Run gunicorn's loop, which serves the primary; then finish the other servers' connections."""
         self._threads_at_start = set(threading.enumerate())
+        if not self._stopped_in_boot:
+            self._start()
+        if self._on_sigterm is not None:
+            # uvicorn raises the signal again when it has drained; the default action would end the process
+            default = self._on_sigterm is signal.SIG_DFL
+            signal.signal(signal.SIGTERM, _ignore if default else self._on_sigterm)
+        try:
+            if not self._stopped_in_boot:
+                self._run()
+        finally:
+            if os.getpid() == self.pid:
+                self._finish()
+
+    def _start(self) -> None:
         self._running = True
         registry.start()
         self._broker.announce_ready(default_name(getattr(self._worker, "wsgi", None)), False)
         events.emit("ready", self._worker, self.log)
         if self._is_gevent:
             self._scheduler.start_task(self._tick_forever)
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            # uvicorn raises the signal again when it has drained, which would end the process here
-            signal.signal(signal.SIGTERM, _ignore)
-        try:
-            self._run()
-        finally:
-            if os.getpid() == self.pid:
-                self._finish()
 
     def _has_ports(self) -> bool:
         """Whether the program has opened a port."""
@@ -230,7 +256,8 @@ class HookedWorker:
             self._scheduler.run(self._begin_drain)
             self._drain_begun.wait()
             self._finish_connections()
-        events.emit("exit", self._worker, self.log)
+        if self._running:
+            events.emit("exit", self._worker, self.log)
         if has_ports and not self._quitting:
             finish_background_work(
                 # the master kills the worker at the deadline, and the log should say so before

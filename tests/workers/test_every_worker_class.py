@@ -12,8 +12,8 @@ import pytest
 import websocket
 from conditions import wait_for
 from free_ports import free_port
-from http_client import Client, fetch, refused
-from processes import GUNICORN, NO_CONTROL, starting
+from http_client import Client, answers, fetch, refused
+from processes import GUNICORN, NO_CONTROL, descriptors, starting
 from status_commands import only
 from unmodified_servers import Requests, answering
 
@@ -126,6 +126,56 @@ def test_hooks_and_children_of_the_program(start):
     assert len(listed[f"127.0.0.1:{site.ours}"]["workers"]) == 2
     site.go.touch()
     assert site.process.stop() == 0
+
+
+@pytest.mark.parametrize("worker_class", ["sync", "asgi"])
+def test_a_worker_that_is_stopped_while_it_boots_finishes_what_it_has_accepted(start, worker_class):
+    """gunicorn's asgi class loses the signal if uvloop is installed, and would be killed."""
+    if (needed := NEEDS.get(worker_class)) and importlib.util.find_spec(needed) is None:
+        pytest.skip(f"{needed} is not installed")
+    start.write(
+        "slow_program.py",
+        """
+        import os
+        import time
+        from ports_in_threads import asgi, wsgi
+
+        while not os.path.exists("loaded"):
+            time.sleep(0.02)
+        """,
+    )
+    pages, go = free_port(), start.home / "go"
+    process = start.python(
+        GUNICORN, "-k", worker_class, "-c", start.write("gunicorn.conf.py", HOOKS),
+        "-b", f"unix:{start.home}/app.sock", *NO_CONTROL, "--chdir", start.home,
+        "slow_program:" + ("asgi" if worker_class == "asgi" else "wsgi"),
+        env={"METRICS": free_port(), "PAGES": pages, "GO": go},
+    )  # fmt: skip
+    wait_for(lambda: answers(pages), "a server of the worker that boots")
+    (old,) = process.workers()
+    waiting = Client(pages)
+    waiting.request("GET", "/wait")
+    os.kill(old, signal.SIGTERM)
+    (start.home / "loaded").touch()
+    wait_for(lambda: not listens(old, pages), "the worker to stop accepting")
+    go.touch()
+    response = waiting.getresponse()
+    assert (response.status, int(response.read())) == (200, old)
+    process.wait_ready()
+    assert old not in process.workers()
+    assert "Worker graceful timeout" not in process.log()
+    assert process.stop() == 0
+
+
+def listens(pid, port):
+    """Whether a process has a socket open that listens on the port."""
+    inodes = set()
+    with open("/proc/net/tcp") as file:
+        for line in list(file)[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[1].endswith(f":{port:04X}"):
+                inodes.add(f"socket:[{fields[9]}]")
+    return bool(inodes & set(descriptors(pid)))
 
 
 def test_a_worker_that_leaves_loses_at_most_what_it_had_in_hand(start):
