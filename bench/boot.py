@@ -12,7 +12,7 @@ import importlib.metadata
 import platform
 from statistics import median
 
-from harness.boots import BOOTS, FEWEST_ROUNDS, Stamps, boot_once, by_round, difference, interval, spread
+from harness.boots import BOOTS, FEWEST_ROUNDS, by_round, difference, interval, measure_boots, spread
 from harness.program import at_least, exit_status, option_parser, run_benchmark
 from harness.tables import print_machine, progress, table
 
@@ -20,22 +20,7 @@ from harness.tables import print_machine, progress, table
 TIME_GOAL = 10.0
 MEMORY_GOAL = 2.0
 
-CONTESTANTS = ("plain", "hooks")
-
-
-def measure_boots(rounds: int) -> tuple[dict[str, list[list[Stamps]]], dict[str, list[float]]]:
-    """Contestant -> round -> age -> stamps, and contestant -> MB of each worker."""
-    boots: dict[str, list[list[Stamps]]] = {c: [] for c in CONTESTANTS}
-    memory: dict[str, list[float]] = {c: [] for c in CONTESTANTS}
-    for number in range(rounds + 1):
-        turn = number % len(CONTESTANTS)
-        for contestant in CONTESTANTS[turn:] + CONTESTANTS[:turn]:
-            stamps, amounts = boot_once(contestant, "sync")
-            if number:  # a round before the first one is not counted
-                boots[contestant].append(stamps)
-                memory[contestant].extend(amount / 1024 for amount in amounts)
-        progress(f"round {number} of {rounds}")
-    return boots, memory
+CONTESTANTS = {"plain": "sync", "hooks": "sync"}
 
 
 def measure() -> int:
@@ -46,7 +31,8 @@ def measure() -> int:
     print_machine(
         {"Python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}}
     )
-    boots, memory = measure_boots(options.rounds)
+    boots, amounts = measure_boots(options.rounds, CONTESTANTS)
+    memory = {c: [amount / 1024 for amount in amounts[c]] for c in CONTESTANTS}
     progress()
     times = {c: by_round(boots[c], range(BOOTS), "fork", "serving") for c in CONTESTANTS}
     cpu = {c: [1000 * stamps["cpu"] for one in boots[c] for stamps in one] for c in CONTESTANTS}

@@ -17,7 +17,6 @@ import platform
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -28,16 +27,17 @@ from statistics import median
 from typing import Any
 from urllib.parse import urlencode
 
-from harness import PATIENCE, PortTaken
+from harness import PATIENCE
 from harness.boots import (
     BOOTS,
     FEWEST_ROUNDS,
     Stamps,
-    boot_once,
+    again_if_taken,
     by_round,
     complete_lines,
     difference,
     interval,
+    measure_boots,
     spread,
     started,
 )
@@ -52,8 +52,12 @@ from harness.tables import percentile, print_machine, progress, table
 BOOT_AIM = 5.0
 ANSWER_AIM = 2.0
 
-#: Part 1: its contestants.
-CONTESTANTS = ("plain", "without", "with")
+#: Part 1: its contestants, and their worker classes.
+CONTESTANTS = {
+    "plain": "gevent",
+    "without": "gunicorn_passenger.Worker",
+    "with": "gunicorn_passenger.Worker",
+}
 
 #: Part 2: the states of the master, the workers that it has, the passes, between which the contestants take
 #: turns, and the calls that one request makes while the master is reloaded.
@@ -66,31 +70,7 @@ BURST = 5
 PACE = 0.01
 
 
-def again_if_taken(step: Callable[..., Any], *arguments: object) -> Any:
-    """Do a step, and once more (three times at most) when another program has taken a port of it."""
-    for _ in range(3):
-        try:
-            return step(*arguments)
-        except PortTaken as error:
-            print(f"\nOnce more: {error}", file=sys.stderr)
-    return step(*arguments)
-
-
 # --- part 1: booting --------------------------------------------------------------------------------
-
-
-def measure_boots(rounds: int) -> dict[str, list[list[Stamps]]]:
-    """Contestant -> round -> age -> stamps. A round before the first one is not counted."""
-    result: dict[str, list[list[Stamps]]] = {c: [] for c in CONTESTANTS}
-    for number in range(rounds + 1):
-        turn = number % len(CONTESTANTS)
-        for contestant in CONTESTANTS[turn:] + CONTESTANTS[:turn]:
-            worker = "gevent" if contestant == "plain" else "gunicorn_passenger.Worker"
-            stamps, _ = again_if_taken(boot_once, contestant, worker)
-            if number:
-                result[contestant].append(stamps)
-        progress(f"boots: round {number} of {rounds}")
-    return result
 
 
 def report_boots(boots: dict[str, list[list[Stamps]]]) -> tuple[list[str], list[str]]:
@@ -276,7 +256,7 @@ def measure_listen() -> int:
     print_machine(versions)
     if node is None:
         print("Node is left out.")
-    boots = measure_boots(options.rounds)
+    boots, _ = measure_boots(options.rounds, CONTESTANTS)
     answers, busy = measure_answers(options.calls, node)
     progress()
     missed, undecided = report_boots(boots)

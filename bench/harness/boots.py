@@ -4,17 +4,29 @@ import contextlib
 import json
 import random
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-from . import APPS, Failed
+from . import APPS, Failed, PortTaken
 from .limits import free_ports
 from .processes import Command, gunicorn_command, running, wait_for
 from .site import temporary_directory
-from .tables import percentile
+from .tables import percentile, progress
 from .usage import family, memory_of
+
+
+def again_if_taken(step: Callable[..., Any], *arguments: object) -> Any:
+    """Do a step, and once more (three times at most) when another program has taken a port of it."""
+    for _ in range(3):
+        try:
+            return step(*arguments)
+        except PortTaken as error:
+            print(f"\nOnce more: {error}", file=sys.stderr)
+    return step(*arguments)
 
 
 @contextlib.contextmanager
@@ -60,6 +72,28 @@ def boot_once(contestant: str, worker: str) -> tuple[list[Stamps], list[int]]:
     if [s["age"] for s in stamps] != list(range(1, BOOTS + 1)):
         raise Failed(f"a worker of {contestant!r} booted twice: {stamps}")
     return stamps, memory
+
+
+def measure_boots(
+    rounds: int, contestants: dict[str, str]
+) -> tuple[dict[str, list[list[Stamps]]], dict[str, list[int]]]:
+    """Boot the contestants in turn. A round before the first one is not counted.
+
+    :param contestants: their worker classes.
+    :returns: contestant -> round -> age -> stamps, and contestant -> kB of each worker.
+    """
+    boots: dict[str, list[list[Stamps]]] = {c: [] for c in contestants}
+    memory: dict[str, list[int]] = {c: [] for c in contestants}
+    names = list(contestants)
+    for number in range(rounds + 1):
+        turn = number % len(names)
+        for contestant in names[turn:] + names[:turn]:
+            stamps, amounts = again_if_taken(boot_once, contestant, contestants[contestant])
+            if number:
+                boots[contestant].append(stamps)
+                memory[contestant].extend(amounts)
+        progress(f"boots: round {number} of {rounds}")
+    return boots, memory
 
 
 def private_memory(pid: int) -> int:
