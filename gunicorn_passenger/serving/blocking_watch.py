@@ -10,6 +10,7 @@ loop for a sign of life from time to time. If none comes, the thread looks at wh
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from threading import get_ident
 from time import monotonic
@@ -55,6 +56,9 @@ class BlockingWatch:
         self._answered = True
 
     def _watch(self) -> None:
+        # A signal for the process goes to any of its threads that lets it through. The worker's own thread
+        # blocks further stops while it exits.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         sleep = unpatched("time", "sleep")
         asked_at, counted = 0.0, False
         self._answered = True

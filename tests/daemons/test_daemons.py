@@ -159,8 +159,8 @@ def test_auto_is_told_to_every_worker(start):
     process = start.gunicorn("daemon_app", env=env).wait_ready()
     pid = pid_of(process, "service")
     for _ in range(4):
-        assert fetch(process.socket, "/jobs")[1] == f"<Daemon 'service' ('127.0.0.1', {first})>"
-    assert job(first) == f"done work {pid}"
+        assert fetch(process.socket, "/jobs")[1] == f"<Daemon 'service' ('127.0.0.1', {first + 2})>"
+    assert job(first + 2) == f"done work {pid}"
 
 
 def test_preload_asks_in_the_master(start, port):

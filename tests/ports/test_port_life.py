@@ -265,7 +265,8 @@ def test_a_stopped_port_is_closed_for_every_process_that_has_a_copy(start, port)
     start.write("program.py", f"server = passenger.create_server(whoami).listen({port}, name='jobs')")
     process = start.gunicorn("anything", workers=1).wait_ready()
     wait_for(lambda: answers(port), "the server")
-    run(process, "kept = os.dup(server.socket.sock.fileno())")
+    run(process, "from gunicorn_passenger.serving.registry import registry")
+    run(process, "kept = os.dup(registry.acceptors._by_server[server]._sock.fileno())")
     assert start.python(COMMAND, "stop", "jobs").wait_end() == 0
     wait_for(lambda: refused(port), "the port to be closed")
 

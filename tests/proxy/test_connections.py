@@ -400,7 +400,8 @@ def test_surplus_bytes_retire_the_connection(px, where, case, split):
             cut = cut if whole else 0
             wire.send(head + b"\r\n\r\n" + rest[:cut])
             first = response_of(client, method)
-            wire.send(rest[cut:])
+            with contextlib.suppress(BrokenPipeError):  # the proxy has closed the connection already
+                wire.send(rest[cut:])
         else:
             wire.send(answer)
             first = response_of(client, method)

@@ -269,6 +269,7 @@ def test_samples_of_the_same_labels_are_added_up(monkeypatch):
         "name": "n", "version": "1", "started": 1.0, "memory": None, "totals": {"crash": 2}, "servers": [server] * 2,
         "workers": [{"state": "odd", "memory": None}],
         "daemons": [{"name": "d", "state": "failed", "restarts": 3, "memory": None}],
+        "blocking": {"times": 7, "longest": 2.5},
     }  # fmt: skip
     monkeypatch.setattr(sources.reports, "get", lambda: report)
     text = metrics.render("")[1].decode()
@@ -278,6 +279,8 @@ def test_samples_of_the_same_labels_are_added_up(monkeypatch):
     assert value(found, "gunicorn_passenger_daemon_up", daemon="d") == 0
     assert value(found, "gunicorn_passenger_daemon_restarts_total", daemon="d") == 3
     assert value(found, "gunicorn_passenger_events_total", kind="crash") == 2
+    assert value(found, "gunicorn_passenger_blocked_total") == 7
+    assert value(found, "gunicorn_passenger_longest_block_seconds") == 2.5
 
 
 # --- in a process of its own -------------------------------------------------------------------------

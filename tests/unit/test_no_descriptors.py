@@ -20,6 +20,7 @@ from gunicorn_passenger.interposition.own_fds import inode_of, keep_spare
 from gunicorn_passenger.interposition.pending_bind import pending_bind
 from gunicorn_passenger.interposition.socket_options import unreachable_listener
 from gunicorn_passenger.interposition.socket_patch import SocketPatch
+from gunicorn_passenger.serving.gevent_scheduler import GeventScheduler
 from gunicorn_passenger.serving.port_lease import AcceptGrant, PortLease
 from gunicorn_passenger.serving.third_party import ThirdPartyServer
 from gunicorn_passenger.system.listening_sockets import borrowed_socket
@@ -39,7 +40,7 @@ class Registry:
     def __init__(self):
         self.log, self.confirmed, self.closed, self.last_error = Log(), [], [], None
         self.worker = SimpleNamespace(primary_descriptors=set, cfg=SimpleNamespace(workers=1))
-        self.broker = SimpleNamespace(confirm_pause=self.confirmed.append)
+        self.broker = SimpleNamespace(confirm_pause=self.confirmed.append, scheduler=GeventScheduler())
         self.on_third_party_closed = self.closed.append
 
 
@@ -79,7 +80,7 @@ def lease(registry, *socks):
     leased = LeasedSockets(registry)
     for sock in socks:
         server = ThirdPartyServer("server", sock.getsockname(), "key")
-        server.lease = PortLease(1)
+        server.lease = PortLease(1, registry.broker.scheduler)
         leased.add(sock.fileno(), server, sock.getsockname(), [])
     return leased
 

@@ -255,9 +255,9 @@ def test_a_worker_too_many_says_so_once(start):
     first = free_range(1)
     process = placed(start, first, "each", 1, PASSENGER_PORTS=str(first))
     process.signal(signal.SIGTTIN)
-    process.wait_log("a worker waits for a port")
+    process.wait_log("a worker waits until another worker's port is free")
     for _ in range(5):
         report(start)
-    assert process.log().count("a worker waits for a port") == 1
+    assert process.log().count("a worker waits until another worker's port is free") == 1
     assert process.stop() == 0
     assert process.log().count("Opened") == 1

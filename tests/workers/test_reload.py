@@ -427,7 +427,7 @@ def test_an_attempt_that_succeeds_completes_the_reload(start, home):
     # the control server and the status page read one report, a moment later than the log
     wait_for(lambda: "\ngunicorn_passenger_boot_failing 1" in fetch(port, "/metrics")[1], site.process.log)
     shown = json.loads(fetch(port, "/status.json")[1])
-    assert shown["failure"] == "reload failed: RuntimeError: no database"
+    assert shown["failure"] == "reload failed: RuntimeError: no database (boot.py:1)"
     (home / "boot.py").write_text(works)
     site.replaced_by("2")
     assert not site.report(start)["failure"]
