@@ -483,7 +483,9 @@ class Worker(GeventWorker):
     def _leave_boot(self) -> None:
         """The worker was stopped while it loaded the program, whose unmodified servers accept already."""
         if registry.servers and not self._quitting:
+            fork_handlers.limit_exit(self.cfg.graceful_timeout)
             self._drain(time.monotonic() + self.cfg.graceful_timeout)
+            fork_handlers.limit_exit(0.0)
         do_not_wait_for_threads()
 
     def _drain(self, deadline: float) -> None:

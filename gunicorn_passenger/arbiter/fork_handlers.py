@@ -15,7 +15,6 @@ from types import CodeType
 from typing import Any
 
 from gunicorn.arbiter import Arbiter
-from gunicorn.config import GracefulTimeout
 
 from gunicorn_passenger.master.broker import Broker
 
@@ -26,6 +25,8 @@ _stops: list[bool] = []
 #: the signals that a thread had blocked before the fork that it is in
 _masks: dict[int, Any] = {}
 
+#: Seconds that the interpreter of a worker has to end, once the worker was told to stop while it boots.
+_EXIT_SECONDS = 10
 #: The signals on which gunicorn stops a worker.
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
@@ -116,10 +117,7 @@ def exit_boot(_number: int, frame: Any) -> None:
     """
     _stops.append(True)
     ignore_further_stops()
-    # gunicorn's timeout does not apply before the first heartbeat, and what the import has left behind (a
-    # callback at exit, a thread, a lock that is held) may never let the interpreter end
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(_exit_seconds())
+    limit_exit(0.0)
     while frame is not None:
         if _ignores_exceptions(frame.f_code):
             return
@@ -127,12 +125,16 @@ def exit_boot(_number: int, frame: Any) -> None:
     raise SystemExit(0)
 
 
-def _exit_seconds() -> int:
-    """A worker that is stopped while it boots gets a moment more than others that are stopped."""
-    broker: Any = parent_broker()
-    known = broker is not None and broker.arbiter is not None
-    seconds: float = broker.arbiter.cfg.graceful_timeout if known else GracefulTimeout.default
-    return 1 + math.ceil(seconds)
+def limit_exit(seconds: float) -> None:
+    """Have the system end this worker if it has not exited in time.
+
+    gunicorn's timeout does not apply before the first heartbeat, and what the import has left behind (a
+    callback at exit, a thread, a lock that is held) may never let the interpreter end.
+
+    :param seconds: that its connections may take; the interpreter has some seconds more.
+    """
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(_EXIT_SECONDS + math.ceil(seconds))
 
 
 def _ignores_exceptions(code: CodeType) -> bool:
