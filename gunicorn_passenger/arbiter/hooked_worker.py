@@ -19,7 +19,7 @@ from typing import Any
 
 from gunicorn_passenger.arbiter import fork_handlers
 from gunicorn_passenger.config.settings import settings
-from gunicorn_passenger.errors import BrokerUnavailable, PassengerError
+from gunicorn_passenger.errors import BrokerUnavailable
 from gunicorn_passenger.interposition import replaced_methods
 from gunicorn_passenger.ipc.scoreboard import Scoreboard
 from gunicorn_passenger.master.owned_listener import BrokerOwnedListener
@@ -30,6 +30,7 @@ from gunicorn_passenger.serving.finish import finish_connections
 from gunicorn_passenger.serving.registry import registry
 from gunicorn_passenger.serving.scheduler import HubScheduler, Scheduler, ThreadScheduler
 from gunicorn_passenger.serving.server import default_name
+from gunicorn_passenger.serving.server_errors import with_program_line
 from gunicorn_passenger.system import listening_sockets, unpatched
 
 #: Seconds that a worker which cannot boot waits for gunicorn to stop it.
@@ -155,7 +156,8 @@ class HookedWorker:
         """
         try:
             self._init_process()
-        except PassengerError as error:
+        except Exception as error:
+            # also a plain OSError: the port of an unmodified server may be a leaving sibling's still
             if self._worker.booted or not self._is_superfluous(error):
                 raise
             deadline = monotonic() + _STOP_WAIT
@@ -164,10 +166,10 @@ class HookedWorker:
                 self._scheduler.sleep(0.1)
             sys.exit(0)
 
-    def _is_superfluous(self, error: PassengerError) -> bool:
+    def _is_superfluous(self, error: Exception) -> bool:
         """Whether gunicorn stops in any case, as the master says."""
         try:
-            return self._broker.report_boot_failure(str(error)).action == "wait"
+            return self._broker.report_boot_failure(with_program_line(error)).action == "wait"
         except BrokerUnavailable:
             return False
 

@@ -64,6 +64,17 @@ def _socket_of(fd: int) -> _socket.socket | None:
         return None
 
 
+def _open_file(fd: int) -> str:
+    """What the kernel calls the open file behind a descriptor; empty if that cannot be known.
+
+    Unlike ``fstat``, this does not ask the file system of the file.
+    """
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return ""
+
+
 def _lingers(sock: _socket.socket) -> bool:
     try:
         on, seconds = struct.unpack("ii", sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8))
@@ -76,7 +87,8 @@ class Closer:
     """Closes the descriptors of one sender, in a thread of its own while there are any."""
 
     def __init__(self) -> None:
-        self._waiting: deque[int] = deque()
+        #: the descriptors, each with its open file
+        self._waiting: deque[tuple[int, str]] = deque()
         self._lock = unpatched.lock()
         self._runs = False
 
@@ -91,7 +103,7 @@ class Closer:
             os.close(fd)
             return
         with self._lock:
-            self._waiting.append(fd)
+            self._waiting.append((fd, _open_file(fd)))
             if self._runs:
                 return
             self._runs = True
@@ -106,8 +118,13 @@ class Closer:
             self._run()
 
     def after_fork_in_child(self) -> None:
-        """The child has copies of what still waits: it must not keep a client's connection open."""
+        """The child has copies of what still waits: it must not keep a client's connection open.
+
+        The closing thread may have closed the first descriptor just before the fork, and the number may be
+        that of another file by now, for example the heartbeat file of this child.
+        """
         self._lock = unpatched.lock()
+        self._waiting = deque((fd, name) for fd, name in self._waiting if name and _open_file(fd) == name)
         self._start()
 
     def _run(self) -> None:
@@ -117,7 +134,7 @@ class Closer:
                     self._runs = False
                     _busy.discard(self)
                     return
-                fd = self._waiting[0]
+                fd, _ = self._waiting[0]
             with suppress(OSError):
                 os.close(fd)
             with self._lock:

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import select
+import signal
 import socket
 import struct
 import threading
@@ -683,7 +684,7 @@ def test_a_child_closes_what_its_parent_has_not_closed_yet():
     closer = descriptors.Closer()
     ours, theirs = socket.socketpair()
     with closer._lock:
-        closer._waiting.append(ours.detach())
+        closer._waiting.append((ours.fileno(), descriptors._open_file(ours.detach())))
         descriptors._busy.add(closer)
     read, write = os.pipe()
     pid = os.fork()
@@ -700,6 +701,26 @@ def test_a_child_closes_what_its_parent_has_not_closed_yet():
         os.close(read)
         os.close(write)
         theirs.close()
+
+
+def test_a_child_does_not_close_a_number_that_was_reused():
+    """The closing thread may be between its ``close`` and the note that it is done: the number is free, and the
+    next file of the master gets it, for example the heartbeat file of the worker that is forked next."""
+    closer = descriptors.Closer()
+    number = os.open("/dev/null", os.O_RDONLY)
+    closer._waiting.append((number, "socket:[1]"))
+    descriptors._busy.add(closer)
+    try:
+        pid = os.fork()
+        if not pid:
+            signal.alarm(60)
+            while closer._runs or closer._waiting:
+                time.sleep(0.01)
+            os._exit(0 if descriptors._open_file(number) == "/dev/null" else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+    finally:
+        descriptors._busy.discard(closer)
+        os.close(number)
 
 
 def test_a_pipe_is_closed_at_once():

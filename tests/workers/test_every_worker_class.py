@@ -369,6 +369,38 @@ def test_a_port_that_another_program_has_stops_gunicorn_with_one_error(start):
     assert "Reason: Worker failed to boot" in process.log()
 
 
+def test_a_worker_that_cannot_boot_because_gunicorn_stops_is_not_a_failure(start):
+    """The port of an unmodified server may be a leaving sibling's still. gunicorn would end with a traceback."""
+    start.write(
+        "refused_at_the_stop.py",
+        """
+        import errno
+        import os
+        import signal
+        import time
+        from ports_in_threads import wsgi
+
+        if os.path.exists("again"):
+            # before gunicorn stops the worker: it has closed its sockets, and sends the signal next
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+            open("booting", "w").close()
+            while os.path.exists("app.sock"):
+                time.sleep(0.02)
+            raise OSError(errno.EADDRINUSE, "refused")
+        """,
+    )
+    process = start.python(
+        GUNICORN, "-k", "sync", "-c", start.write("gunicorn.conf.py", HOOKS), "-b", f"unix:{start.home}/app.sock",
+        *NO_CONTROL, "--chdir", start.home, "refused_at_the_stop:wsgi",
+        env={"METRICS": free_port(), "PAGES": free_port()},
+    ).wait_ready()  # fmt: skip
+    (start.home / "again").touch()
+    process.signal(signal.SIGTTIN)
+    wait_for((start.home / "booting").exists, "the second worker to boot")
+    assert process.stop() == 0
+    assert "Traceback" not in process.log()
+
+
 def test_the_hooks_beside_our_own_worker_class(start):
     site = Site(start, "gunicorn_passenger.Worker", app="ports_in_threads:wsgi")
     site.all_answer()
