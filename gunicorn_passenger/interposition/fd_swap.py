@@ -15,6 +15,7 @@ import _socket
 import functools
 import os
 import re
+import stat
 import struct
 from collections.abc import Container, Iterable
 from contextlib import suppress
@@ -31,7 +32,7 @@ _EVENT = struct.Struct("=IQ" if os.uname().machine == "x86_64" else "@IQ")
 def swap_fds(fds: Iterable[int], source: _socket.socket) -> None:
     """``dup2`` onto each descriptor, and the epoll sets of this process follow.
 
-    :param fds: the descriptors that a server uses.
+    :param fds: the descriptors that servers use.
     :param source: the socket to put under them.
     :raises OSError: when the system cannot say which epoll sets they are in; then nothing has changed.
     """
@@ -62,6 +63,10 @@ def epoll_registrations(fds: Container[int]) -> list[tuple[int, int, bytes]]:
     found = []
     with room():
         for name in os.listdir("/proc/self/fd"):
+            # most are sockets, and the other questions take longer
+            with suppress(OSError):
+                if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                    continue
             with suppress(FileNotFoundError):
                 if os.readlink(f"/proc/self/fd/{name}") == "anon_inode:[eventpoll]":
                     with open(f"/proc/self/fdinfo/{name}") as file:

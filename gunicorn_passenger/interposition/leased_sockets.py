@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from gunicorn_passenger.config.address import SockAddr, format_sockname
 from gunicorn_passenger.interposition.fd_swap import epoll_registrations, swap_fds
-from gunicorn_passenger.interposition.own_fds import fds_of, inode_of
+from gunicorn_passenger.interposition.own_fds import fds_by_inode, fds_of, inode_of
 from gunicorn_passenger.interposition.socket_options import Option, set_options, unreachable_listener
 from gunicorn_passenger.ipc.scoreboard import Counters, Scoreboard
 from gunicorn_passenger.serving.port_lease import AcceptGrant
@@ -276,13 +276,24 @@ class LeasedSockets:
         :param private: of the entry from now on.
         :raises OSError: when the system does not allow it; then nothing has changed.
         """
-        previous = entry.private or ()
-        kept = {sock.fileno() for sock in (*previous, *(private or ()))}
-        kept |= self._registry.worker.primary_descriptors()
-        swap_fds([fd for fd in fds_of(entry.inode) if fd not in kept], source)
-        entry.inode, entry.server.state, entry.private = inode_of(source.fileno()), state, private
-        for sock in previous:
-            sock.close()
+        self._swap_all([entry], source, private)
+        entry.server.state = state
+
+    def _swap_all(
+        self, entries: list[LeasedFd], source: _socket.socket, private: PrivateListener | None = None
+    ) -> None:
+        """As :meth:`_swap`, for several servers: the system is asked for all descriptors only once."""
+        own = set(self._registry.worker.primary_descriptors())
+        for pair in (private, *(entry.private for entry in entries)):
+            own.update(sock.fileno() for sock in pair or ())
+        known = fds_by_inode()
+        fds = [fd for entry in entries for fd in known.get(entry.inode, ()) if fd not in own]
+        swap_fds(fds, source)
+        for entry in entries:
+            previous, entry.private = entry.private or (), private
+            entry.inode = inode_of(source.fileno())
+            for sock in previous:
+                sock.close()
 
     def stop_accepting(self) -> None:
         """Stop the accepting of all unmodified servers; their open connections continue."""
@@ -290,17 +301,31 @@ class LeasedSockets:
         entries = list(self._by_fd.values())
         self._by_fd.clear()
         self.server_threads = {entry.thread for entry in entries}
+        unreachable, stopped = None, []
         for entry in entries:
             self._keep_count(entry.server)
             try:
-                self._make_unreachable(entry, entry.server.state)
+                # one for all: the process may have no further descriptor
+                unreachable = unreachable or unreachable_listener()
+                stopped.append(entry)
             except OSError as error:
                 self._log_failure(entry, "accepts while the worker drains", error)
+        if unreachable is not None:
+            with closing(unreachable):
+                self._stop_all(stopped, unreachable)
+        for entry in entries:
             lease = entry.server.lease
             if lease is not None and entry.server.placement != "shared":
                 # the next worker need not wait for the connections of this one
                 assert self._registry.broker is not None
                 self._registry.broker.release_port(lease.key, lease.number)
+
+    def _stop_all(self, entries: list[LeasedFd], unreachable: _socket.socket) -> None:
+        try:
+            self._swap_all(entries, unreachable)
+        except OSError as error:
+            for entry in entries:
+                self._log_failure(entry, "accepts while the worker drains", error)
 
     # --- connections ------------------------------------------------------------------------------
 

@@ -52,9 +52,18 @@ def inode_of(fd: int) -> int:
 
 def fds_of(inode: int) -> list[int]:
     """All descriptors of this process for an open file: ``dup()`` makes several."""
+    return fds_by_inode().get(inode, [])
+
+
+def fds_by_inode() -> dict[int, list[int]]:
+    """All descriptors of this process, by the inode of their file."""
     try:
         with room():
             fds = [int(name) for name in os.listdir("/proc/self/fd")]
     except OSError:
         fds = list(range(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
-    return [fd for fd in fds if inode_of(fd) == inode]
+    found: dict[int, list[int]] = {}
+    for fd in fds:
+        found.setdefault(inode_of(fd), []).append(fd)
+    found.pop(-1, None)
+    return found
