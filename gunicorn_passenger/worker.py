@@ -14,8 +14,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from importlib import metadata
 from typing import Any
 
 import gevent
@@ -30,7 +28,9 @@ from gunicorn.workers.ggevent import GeventWorker
 # workers share their memory, and a worker that can open hardly any file cannot import anything.
 from gunicorn_passenger import errors, http_proxy, status  # noqa: F401
 from gunicorn_passenger.arbiter import fork_handlers, integration, program_import
+from gunicorn_passenger.arbiter.null_heartbeat import NullHeartbeat
 from gunicorn_passenger.config.address import format_sockname
+from gunicorn_passenger.config.gunicorn_types import Log
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.daemons import api as daemons_api  # noqa: F401
 from gunicorn_passenger.errors import PassengerError
@@ -53,12 +53,23 @@ from gunicorn_passenger.serving.server import default_name
 from gunicorn_passenger.serving.server_errors import with_program_line
 from gunicorn_passenger.serving.third_party import ThirdPartyServer
 from gunicorn_passenger.status import prometheus_multiproc
-from gunicorn_passenger.system import listening_sockets
+from gunicorn_passenger.system import entry_points, listening_sockets
 
 
 def _gevent_socket(listener: Any) -> Any:
     """The socket of one of gunicorn's listeners, for this worker."""
     return gsocket.socket(listener.FAMILY, gsocket.SOCK_STREAM, fileno=listener.sock.detach())
+
+
+def _explain_native_bind(error: Exception, log: Log) -> None:
+    # pyzmq's ZMQError has the number, too, but is not an OSError
+    if getattr(error, "errno", None) == errno.EADDRINUSE:
+        log.error(
+            "A server of the program opens its port without Python's socket module, so the master cannot "
+            "share the port among the workers (%s): run gunicorn with --workers 1, or pass the server a "
+            "listening socket made with Python's socket module",
+            error,
+        )
 
 
 #: Seconds that a worker which cannot start waits for gunicorn to halt, when a sibling's exit causes that.
@@ -67,42 +78,6 @@ _HALT_WAIT = 10.0
 _SETTLED_SECONDS = 3.0
 #: Seconds after which a program that is still being imported may need a hint.
 _LOADING_SECONDS = 10.0
-
-
-@contextlib.contextmanager
-def _entry_points_read_once() -> Iterator[None]:
-    """Read the entry points of the installed packages once in this block.
-
-    gevent looks for plugins at 25 points while it patches. Each time, ``importlib.metadata`` would read the
-    files of every installed package: that took two thirds of the time that a worker needs to start.
-    """
-    read = metadata.entry_points
-    metadata.entry_points = metadata.entry_points().select
-    try:
-        yield
-    finally:
-        metadata.entry_points = read
-
-
-class NullHeartbeat:
-    """Stands in for gunicorn's ``WorkerTmp`` where the system has no room for its file."""
-
-    def __init__(self, worker: Any) -> None:
-        self._worker = worker
-
-    def notify(self) -> None:
-        """Do nothing: no file holds the time."""
-
-    def last_update(self) -> float:
-        """Always now, so that the master does not end the worker for its silence."""
-        return time.monotonic()
-
-    def fileno(self) -> int:
-        """A listener's descriptor: gunicorn closes it on exec, as it does with the listeners anyway."""
-        return int(self._worker.sockets[0].fileno())
-
-    def close(self) -> None:
-        """Do nothing: no file is open."""
 
 
 class Worker(GeventWorker):
@@ -178,7 +153,7 @@ class Worker(GeventWorker):
         """Called after the fork: from here on the process is the worker."""
         try:
             self._keep_primary_listeners()
-            with _entry_points_read_once():
+            with entry_points.read_once():
                 monkey.patch_all()
             hub.reinit()
             self.sockets = [_gevent_socket(listener) for listener in self.sockets]
@@ -204,8 +179,8 @@ class Worker(GeventWorker):
             raise
         except Exception as error:
             refused = isinstance(error, PassengerError)
-            if not refused:
-                self._explain_native_bind(error)
+            if not refused and not self.booted:
+                _explain_native_bind(error, self.log)
             if registry.broker is None or (self.booted and not refused):
                 raise
             self._exit_after_boot_failure(error)
@@ -294,16 +269,6 @@ class Worker(GeventWorker):
         # on this status the master halts instead of starting another worker
         sys.exit(Arbiter.APP_LOAD_ERROR)
 
-    def _explain_native_bind(self, error: Exception) -> None:
-        # pyzmq's ZMQError has the number, too, but is not an OSError
-        if getattr(error, "errno", None) == errno.EADDRINUSE and not self.booted:
-            self.log.error(
-                "A server of the program opens its port without Python's socket module, so the master cannot "
-                "share the port among the workers (%s): run gunicorn with --workers 1, or pass the server a "
-                "listening socket made with Python's socket module",
-                error,
-            )
-
     def run(self) -> None:
         """Serve until gunicorn stops the worker, then finish the open connections."""
         if fork_handlers.stop_requested() or (not self.alive and self.failure is None):
@@ -320,7 +285,8 @@ class Worker(GeventWorker):
             except RuntimeError as error:
                 self.log.warning("What blocks this worker's event loop will not be logged: %s", error)
         serves_primary = not isinstance(registry.primary, ThirdPartyServer)
-        registry.broker.announce_ready(self._primary_server_name(), serves_primary)
+        name = default_name(self.wsgi) if registry.primary is None else registry.primary.name
+        registry.broker.announce_ready(name, serves_primary)
         events.emit("ready", self, self.log)
         gevent.spawn_later(_SETTLED_SECONDS, registry.discovery.explain_missing, self.log)
         while self.alive:
@@ -352,9 +318,6 @@ class Worker(GeventWorker):
             self.alive = True  # while it waits for gunicorn to halt
             self._exit_requested.clear()
             raise self.failure
-
-    def _primary_server_name(self) -> str:
-        return default_name(self.wsgi) if registry.primary is None else registry.primary.name
 
     def _write_counts(self) -> None:
         if self.scoreboard is not None and os.getpid() == self.pid:
