@@ -10,7 +10,7 @@
 #     COPY app.py /app/
 #     ENV PASSENGER_PORTS=9000
 #
-# docs/deployment.md says more: read-only file systems, OpenShift, ports that other containers reach.
+# docs/how-to/deployment.md says more: read-only file systems, OpenShift, ports that other containers reach.
 #
 # Any base image works that has Python 3.10 or later with venv, useradd, apt-get and CA certificates.
 ARG BASE=python:3.13-slim

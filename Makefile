@@ -1,4 +1,4 @@
-# `make run` and `make test` need Python 3.10 or newer and make, nothing else.
+# `make run` and `make test` need Python 3.10 or newer and make, nothing else. CONTRIBUTING.md lists the rest.
 # PYTHON chooses another Python; GUNICORN another gunicorn (GUNICORN===23.0.0).
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ SOCKET ?= $(abspath $(VENV))/seed.sock
 
 RUNS ?= 50000
 
-.PHONY: run test fuzz lint types bench bench-proxy clean
+.PHONY: run test fuzz lint types docs docs-serve dist bench bench-proxy clean
 
 # Made anew when what is to be installed changes.
 $(VENV)/installed: setup.cfg pyproject.toml Makefile
@@ -61,6 +61,25 @@ lint: $(VENV)/linted
 
 types: $(VENV)/linted
 	$(BIN)/mypy
+
+$(VENV)/documented: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]' 'gunicorn$(GUNICORN)'
+	@touch $@
+
+# The documentation site, in build/site. A warning, such as a link that leads nowhere, is an error.
+docs: $(VENV)/documented
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-serve: $(VENV)/documented
+	$(BIN)/mkdocs serve
+
+$(VENV)/packaged: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dist]' 'gunicorn$(GUNICORN)'
+	@touch $@
+
+# The wheel and the sdist, checked; the wheel is installed into an empty environment and started from there.
+dist: $(VENV)/packaged
+	scripts/build-dist $(BIN)/python
 
 # What each measures, and what it needs: bench/README.md.
 bench: $(VENV)/installed

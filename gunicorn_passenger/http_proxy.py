@@ -74,7 +74,7 @@ class ProxyServer(Server):
         return self.proxy.ws(environ, start_response, **options)
 
     def on(self, event: str, fn: Callable[..., Any] | None = None) -> Any:
-        """Call ``fn`` at an event; without ``fn``, a decorator. ``docs/proxy.md`` lists the events.
+        """Call ``fn`` at an event; without ``fn``, a decorator. ``docs/reference/proxy.md`` lists the events.
 
         :raises ValueError: for an unknown event.
         """
@@ -98,7 +98,7 @@ def create_server(target: Any = None, host: str | None = None, **options: Any) -
         with ``forward``.
     :param host: the host for a bare port (default ``localhost``).
     :param options: node-http-proxy's options in snake_case, times in seconds, and those that
-        ``docs/proxy.md`` lists.
+        ``docs/reference/proxy.md`` lists.
     :raises ValueError: for a value that cannot be used; ``TypeError`` for an unknown option.
     """
     where = "http_proxy.create_server()"

@@ -29,7 +29,7 @@ class Proxy:
         servers: ServerDirectory | None = None,
     ) -> None:
         """
-        :param target: see ``docs/proxy.md``.
+        :param target: see ``docs/reference/proxy.md``.
         :param host: the host for a bare port.
         :param servers: the servers of this application, which a target may name.
         :raises SettingError: (a ``ValueError``) when the target cannot be used.

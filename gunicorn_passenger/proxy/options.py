@@ -36,7 +36,7 @@ UNIX = "unix"
 
 @dataclass(frozen=True)
 class Options:
-    """What may be set; see ``docs/proxy.md`` for what each means."""
+    """What may be set; see ``docs/reference/proxy.md`` for what each means."""
 
     forward: Any = None
     ws: bool = True

@@ -2,7 +2,7 @@
 
 Compared are the requests that the upstream received (line, fields, framing, body, trailers) and what the client
 received (1xx, status, fields, framing, body, whether the connection was kept). What a proxy says by itself is compared by
-its status only. The cases, and the reasons for what differs, are in ``proxy_case_table.py``; ``docs/proxy-differences.md`` says the same to users.
+its status only. The cases, and the reasons for what differs, are in ``proxy_case_table.py``; ``docs/reference/proxy-differences.md`` says the same to users.
 """
 
 from __future__ import annotations
@@ -467,7 +467,7 @@ def test_what_is_explained_is_tested():
 
 
 def test_the_document_names_all_differences():
-    text = (ROOT / "docs" / "proxy-differences.md").read_text()
+    text = (ROOT / "docs" / "reference" / "proxy-differences.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
     documented = {row[0]: row for row in rows}
     assert set(documented) == {one.name for one in DIFFERENCES}

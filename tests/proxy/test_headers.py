@@ -1,4 +1,4 @@
-"""Which fields go through the proxy, in which shape, and what it adds: RFC 9110 section 7.6, RFC 7239, docs/proxy.md."""
+"""Which fields go through the proxy, in which shape, and what it adds: RFC 9110 section 7.6, RFC 7239, docs/reference/proxy.md."""
 
 import base64
 import re

@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
+import shlex
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+from gunicorn.config import Config
+from processes import PROGRAMS, require
 
+from gunicorn_passenger import cli
 from gunicorn_passenger.config import settings
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "gunicorn_passenger"
-README = (ROOT / "README.md").read_text()
+DOCS = ROOT / "docs"
+SETTINGS = (DOCS / "reference" / "settings.md").read_text()
+LOG_LINES = DOCS / "reference" / "log-lines.md"
 FOLDERS = [".", *sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))]
 
 DOCUMENTS = sorted(
     [
-        *(ROOT / name for name in ("README.md", "CHANGELOG.md", "bench/README.md")),
-        *(ROOT / "docs").glob("*.md"),
+        *ROOT.glob("*.md"),
+        ROOT / "bench" / "README.md",
+        *DOCS.rglob("*.md"),
         *(ROOT / "examples").glob("*/README.md"),
     ]
 )
@@ -39,7 +57,8 @@ ALLOWED: dict[str, int] = {
 
 #: Documents that name modules and classes of the package.
 NAMING = [
-    ROOT / "docs" / name for name in ("architecture.md", "glossary.md", "daemons.md", "http.md", "proxy.md")
+    DOCS / "explanation" / "architecture.md",
+    *(DOCS / "reference" / name for name in ("glossary.md", "daemons.md", "http.md", "proxy.md")),
 ]
 #: Classes of other libraries.
 OTHERS = frozenset({"ForkingMixIn", "SameSite", "StopIteration", "TypeError", "ValueError"})
@@ -71,23 +90,22 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
-# --- what README has to name -----------------------------------------------------------------------
+# --- the settings ----------------------------------------------------------------------------------
 
 
 def settings_rows() -> list[list[str]]:
-    section = README.partition("\n## Settings\n")[2].partition("\n## ")[0]
-    rows = [line.strip("|").split(" | ") for line in section.splitlines() if line.startswith("| ")]
+    rows = [line.strip("|").split(" | ") for line in SETTINGS.splitlines() if line.startswith("| ")]
     return [[cell.strip().strip("`") for cell in row] for row in rows[2:]]
 
 
-def test_readme_lists_every_setting():
+def test_the_page_lists_every_setting():
     rows = {row[0]: row for row in settings_rows() if row[0]}
     assert set(rows) == set(settings._CHECKS)
     for name, row in rows.items():
         assert row[1] == f"PASSENGER_{name.upper()}"
 
 
-def test_readme_gives_the_defaults():
+def test_the_page_gives_the_defaults():
     rows = {row[0]: row[2] for row in settings_rows()}
     timeouts = settings.Timeouts()
     assert float(rows["head_timeout"]) == timeouts.head
@@ -97,22 +115,29 @@ def test_readme_gives_the_defaults():
     assert float(rows["max_blocking_time"]) == settings.DEFAULT_MAX_BLOCKING_TIME
 
 
-def test_readme_says_which_settings_the_application_cannot_make():
+def test_the_page_says_which_settings_the_application_cannot_make():
     marked = {row[0] for row in settings_rows() if "not in the application" in row[3]}
     assert marked == settings._OPERATOR_ONLY
 
 
-def test_readme_lists_the_variables_that_are_not_settings():
+def test_the_page_lists_the_variables_that_are_not_settings():
     assert {row[1] for row in settings_rows() if not row[0]} == {
         "PASSENGER_RUNTIME_DIR",
         "PORT",
     }
 
 
-def test_readme_links_every_document_and_example():
-    wanted = {ids(path) for path in (ROOT / "docs").glob("*.md")}
-    wanted |= {ids(path.parent) for path in (ROOT / "examples").glob("*/README.md")}
-    assert wanted <= links(README)
+# --- the pages and their links ---------------------------------------------------------------------
+
+
+def test_every_page_and_example_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    pages = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
+    examples = {ids(path) for path in (ROOT / "examples").glob("*/README.md")}
+    assert pages | examples <= set(re.findall(r": (\S+\.md)$", navigation, re.MULTILINE))
+    assert {f"../{ids(ROOT / path).removesuffix('/README.md')}" for path in examples} <= links(
+        (DOCS / "index.md").read_text()
+    )
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=ids)
@@ -157,6 +182,142 @@ def test_named_classes_exist(path):
 def test_named_classes_are_where_the_document_says(path):
     for name, file in re.findall(r"`(\w+)`\s+in\s+`([\w/]+\.py)`", without_code(path.read_text())):
         assert re.search(rf"^class {name}\b", (PACKAGE / file).read_text(), re.MULTILINE), (name, file)
+
+
+def test_the_plots_show_the_tables():
+    subprocess.run([sys.executable, ROOT / "scripts" / "draw_performance.py", "--check"], check=True)
+
+
+# --- the code on the pages -------------------------------------------------------------------------
+
+
+def blocks(*languages: str) -> Iterator[tuple[str, str]]:
+    """The blocks of some languages: where each is, and its text, with the files that it includes."""
+    for path in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]:
+        text = path.read_text()
+        for match in re.finditer(r"^ *```(\w+)\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL):
+            if match[1] in languages:
+                where = f"{ids(path)}:{text.count(chr(10), 0, match.start()) + 1}"
+                include = re.fullmatch(r'--8<-- "(.+)"\n', match[2])
+                yield where, (ROOT / include[1]).read_text() if include else textwrap.dedent(match[2])
+
+
+def test_every_block_is_checked():
+    checked = {"python", "sh", "js", "toml", "yaml", "text"}
+    elsewhere = {
+        "nginx",
+        "ini",
+        "dockerfile",
+    }  # tests/deploy, tests/system/test_tutorial.py, scripts/container-test
+    languages = {
+        language
+        for path in [ROOT / "README.md", *DOCS.rglob("*.md")]
+        for language in re.findall(r"^ *```(.+)\n", path.read_text(), re.MULTILINE)
+    }
+    assert languages <= checked | elsewhere
+
+
+def test_python():
+    """Each block runs, as a program that a master preloads; the tutorial's client needs the tutorial's servers."""
+    found = [[where, code] for where, code in blocks("python") if "import websocket\n" not in code]
+    done = subprocess.run(
+        [sys.executable, PROGRAMS / "documented_code.py"],
+        input=json.dumps(found), capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert json.loads(done.stdout) == {}
+
+
+def test_shell():
+    """The syntax of each block, and the options of gunicorn and of our own command."""
+    parser = Config().parser()
+    for where, text in blocks("sh"):
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+        for line in text.splitlines():
+            words = shlex.split(line, comments=True)
+            while words and re.match(r"\w+=", words[0]):
+                del words[0]
+            if words[:1] == ["gunicorn"]:
+                parser.parse_args(words[1:])
+            elif words[:1] == ["gunicorn-passenger"]:
+                assert re.search(rf"\b{words[1]}\b", cli._USAGE), where
+
+
+def test_toml_and_yaml():
+    for where, text in blocks("toml"):
+        assert tomllib.loads(text), where
+    for where, text in blocks("yaml"):
+        assert yaml.safe_load(text), where
+    for file in [ROOT / ".pre-commit-config.yaml", *(ROOT / ".github").rglob("*.yml")]:
+        assert yaml.safe_load(file.read_text()), file
+
+
+def test_javascript(tmp_path):
+    for where, text in blocks("js"):
+        file = tmp_path / "block.js"
+        file.write_text(text)
+        done = subprocess.run([require("node"), "--check", file], capture_output=True, text=True)
+        assert done.returncode == 0, (where, done.stderr)
+
+
+# --- log lines and errors --------------------------------------------------------------------------
+
+LOGGING = {"warning", "error", "critical", "exception"}
+
+
+def as_shown(text: str) -> str:
+    """A text of the code as the page shows it."""
+    text = re.sub(r"%[-+0-9.]*[a-z]", "…", text).removeprefix("gunicorn-passenger: ")
+    return " ".join(re.sub("…+", "…", text).split())
+
+
+def texts(node: ast.AST) -> Iterator[str]:
+    """The strings in a syntax tree, with ``…`` for what an f-string fills in."""
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Constant) and isinstance(inner.value, str):
+            yield as_shown(inner.value)
+        elif isinstance(inner, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else "…" for part in inner.values]
+            yield as_shown("".join(map(str, parts)))
+
+
+def quoted_lines() -> set[str]:
+    return set(re.findall(r"^\| `(.+?)` \|", LOG_LINES.read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    "module", ["config/listen_errors.py", "serving/server_errors.py", "daemons/daemon_errors.py"]
+)
+def test_errors(module):
+    """Each error that these modules make is quoted, by its beginning."""
+    made = set()
+    for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+        if isinstance(node, ast.Return) and isinstance(node.value, ast.Call) and node.value.args:
+            # the text is the last argument; its first string is the whole of it, the others are parts
+            made.update(list(texts(node.value.args[-1]))[:1])
+    quoted = quoted_lines()
+    assert len(made) > 5
+    assert {text for text in made if not any(text.startswith(line) for line in quoted)} == set()
+
+
+def test_log_lines():
+    """Each quoted line is in the code, and each warning and error of the code is quoted, by its beginning."""
+    quoted = quoted_lines()
+    known: set[str] = set()
+    logged: set[str] = set()
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        known.update(texts(tree))
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr in LOGGING
+            ):
+                logged.update(text for argument in node.args[:1] for text in texts(argument))
+    assert {line for line in quoted if not any(text.startswith(line) for text in known)} == set()
+    # lines that are only a reason are quoted where the reason is made
+    logged -= {"…", "…: …", "… (…)"}
+    assert {text for text in logged if not any(text.startswith(line) for line in quoted)} == set()
 
 
 # --- the language ----------------------------------------------------------------------------------
