@@ -33,7 +33,7 @@ def request(client: socket.socket) -> int:
     return int(body)
 
 
-def connect(path: Path) -> socket.socket:
+def open_connection(path: Path) -> socket.socket:
     client = socket.socket(socket.AF_UNIX)
     # before the timeout: a UNIX socket that does not block refuses where the backlog is full
     client.connect(str(path))
@@ -55,8 +55,8 @@ def measure_reload() -> int:
             "--keep-alive", 3600, workers=options.workers,
         )  # fmt: skip
         with running(command, Path(name), APPS, BENCH_PORT=free_ports(1)) as process:
-            wait_for(process, lambda: request(connect(path)), "it accepted connections")
-            clients = [connect(path) for _ in range(options.connections)]
+            wait_for(process, lambda: request(open_connection(path)), "it accepted connections")
+            clients = [open_connection(path) for _ in range(options.connections)]
             for _ in range(options.times):
                 old = set(map(request, clients))
                 if 0 in old:

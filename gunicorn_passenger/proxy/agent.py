@@ -7,13 +7,17 @@ Never: lets two event loops share a pool.
 from __future__ import annotations
 
 import ssl
+import weakref
 from typing import Any
 
 from gunicorn_passenger.errors import SettingError
 from gunicorn_passenger.proxy.dial import Dialer, DialSettings
 from gunicorn_passenger.proxy.pool import Pool
 from gunicorn_passenger.proxy.target import Target
-from gunicorn_passenger.proxy.upstream_io import runtime
+from gunicorn_passenger.proxy.upstream_io import Runtime, runtime
+
+#: the agents of this process
+_agents: weakref.WeakSet[Agent] = weakref.WeakSet()
 
 #: How many pools an agent keeps although they are empty.
 _POOLS = 64
@@ -61,6 +65,7 @@ class Agent:
         if ssl_context is not None:
             self._contexts = {True: ssl_context, False: ssl_context}
         self._pools: dict[Any, Pool] = {}
+        _agents.add(self)
 
     def __repr__(self) -> str:
         return (
@@ -99,10 +104,25 @@ class Agent:
             self._contexts[secure] = found
         return found
 
-    def close(self) -> None:
-        """Close the connections that no request uses."""
+    def close(self, only: Runtime | None = None) -> None:
+        """Close the connections that no request uses.
+
+        :param only: those of this runtime; ``None`` for all.
+        """
         for pool in list(self._pools.values()):
-            pool.close_idle()
+            if only is None or pool.runtime is only:
+                pool.close_idle()
+
+
+def keep_no_connections() -> None:
+    """This worker drains: close the connections of its event loop that no request uses, and keep no other.
+
+    The upstream may be a server of a sibling that drains, too, and waits for its clients to leave.
+    """
+    here = runtime()
+    for agent in list(_agents):
+        agent.max_idle = 0
+        agent.close(here)
 
 
 def _count(name: str, value: Any, least: int) -> None:

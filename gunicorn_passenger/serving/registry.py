@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import _socket
 import os
+import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -331,6 +332,10 @@ class ServerRegistry:
         self.draining = True
         if self.scheduler is not None:
             self.scheduler.run_all(self.before_drain)
+        if (
+            agents := sys.modules.get("gunicorn_passenger.proxy.agent")
+        ) is not None:  # if the program has a proxy
+            agents.keep_no_connections()
         for server in self.acceptors.stop_all():
             if server.placement != "shared":
                 # the next worker need not wait for the connections of this one

@@ -300,6 +300,23 @@ def test_websockets_end_with_1001_at_once(start, port, which):
     assert "Traceback" not in process.log()
 
 
+def test_workers_that_proxy_to_each_other_exit_at_once(start, port):
+    """Each is a client of the other's second server, and would wait for it to leave."""
+    start.write(
+        "proxied.py",
+        f"""
+        import gunicorn_passenger as passenger
+        from two_servers import whoami
+        passenger.listen({port}, whoami)
+        agent = passenger.http_proxy.Agent(idle_timeout=3600)
+        app = passenger.http_proxy.create_server(target="http://127.0.0.1:{port}", agent=agent)
+        """,
+    )
+    process = start.gunicorn("proxied:app", *KEPT).wait_ready()
+    assert len(pids_answering(process.socket, 2)) == 2
+    assert process.stop() == 0
+
+
 def test_a_client_that_sends_no_close_frame_delays_no_exit(start, port):
     start.write("program.py", WEBSOCKET.replace("{port}", str(port)))
     process = start.gunicorn("program", *KEPT, workers=1).wait_ready()
