@@ -19,7 +19,7 @@ from typing import Any
 
 from gunicorn_passenger.arbiter import fork_handlers
 from gunicorn_passenger.config.settings import settings
-from gunicorn_passenger.errors import BrokerUnavailable
+from gunicorn_passenger.errors import BrokerUnavailable, PassengerError
 from gunicorn_passenger.interposition import replaced_methods
 from gunicorn_passenger.ipc.scoreboard import Scoreboard
 from gunicorn_passenger.master.owned_listener import BrokerOwnedListener
@@ -204,7 +204,11 @@ class HookedWorker:
 
     def _start(self) -> None:
         self._running = True
-        registry.start()
+        try:
+            registry.start()
+        except PassengerError:
+            self._worker.booted = False  # gunicorn halts, as for a program that it cannot load
+            raise
         self._broker.announce_ready(default_name(getattr(self._worker, "wsgi", None)), False)
         events.emit("ready", self._worker, self.log)
         if self._is_gevent:

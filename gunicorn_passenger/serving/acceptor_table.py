@@ -11,11 +11,14 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from gunicorn_passenger.config.address import format_sockname
+from gunicorn_passenger.serving.asgi_server import AsgiServer
 from gunicorn_passenger.serving.counters import AcceptorCounters
+from gunicorn_passenger.serving.scheduler import Scheduler
 from gunicorn_passenger.serving.server import Server
 
 if TYPE_CHECKING:
     from gunicorn_passenger.serving.acceptors import ListenerHandler
+    from gunicorn_passenger.serving.asgi_thread import AsgiThread
 
 
 class AcceptorTable:
@@ -30,6 +33,8 @@ class AcceptorTable:
         self._by_server: dict[Server, ListenerHandler] = {}
         #: acceptors of servers that closed or paused, whose connections are not finished
         self._draining: list[ListenerHandler] = []
+        #: the threads of ASGI applications
+        self._applications: list[AsgiThread] = []
         self._cfg: Any = None
         self._log: Any = None
         self._worker: Any = None
@@ -62,6 +67,13 @@ class AcceptorTable:
     def start(self, server: Server, sock: Any) -> None:
         """Accept on the listening socket of a server."""
         cfg, _ = self.configuration()
+        if isinstance(server, AsgiServer):
+            assert server.thread is not None
+            asgi_acceptor = server.thread.make_acceptor(sock)
+            self.counters.register(server.slot, asgi_acceptor)
+            asgi_acceptor.start()
+            self._by_server[server] = asgi_acceptor
+            return
         app = server.app
         if server.threads and not self._is_patched:
             from gunicorn_passenger.serving.threaded_app import ThreadedApplication
@@ -77,6 +89,19 @@ class AcceptorTable:
         self.counters.register(slot, acceptor)
         acceptor.start()
         return acceptor
+
+    def start_application(self, server: AsgiServer, scheduler: Scheduler) -> None:
+        """Start the thread of an ASGI application.
+
+        :raises errors.PassengerError: when it does not start.
+        """
+        from gunicorn_passenger.serving.asgi_thread import AsgiThread
+
+        cfg, log = self.configuration()
+        thread = AsgiThread(server.asgi_app, server.name, cfg, log, scheduler)
+        thread.start()
+        server.thread = thread
+        self._applications = [*(a for a in self._applications if not a.finished), thread]
 
     def stop(self, server: Server) -> None:
         """Close the listening socket of a server; its open connections continue."""
@@ -116,16 +141,22 @@ class AcceptorTable:
         self.stop_primary()
         for acceptor in self._by_server.values():
             acceptor.stop_accepting()
+        for application in self._applications:
+            application.finish()
         return list(self._by_server)
 
     def leave_to_parent(self) -> None:
         """In a forked child of the worker: all listening sockets and connections are the worker's."""
         for acceptor in self._all():
             acceptor.leave_to_parent()
+        for application in self._applications:
+            application.leave_to_parent()
 
     def idle(self) -> bool:
-        """Whether no acceptor has a connection."""
-        return all(acceptor.idle() for acceptor in self._all())
+        """Whether no acceptor has a connection, and each ASGI application that was to end has ended."""
+        return all(acceptor.idle() for acceptor in self._all()) and all(
+            application.idle() for application in self._applications
+        )
 
     def kill(self, timeout: float) -> None:
         """End the connections that are left.
@@ -134,6 +165,8 @@ class AcceptorTable:
         """
         for acceptor in self._all():
             acceptor.kill(timeout)
+        for application in self._applications:
+            application.kill(timeout)
 
     def by_key(self) -> list[tuple[str, ListenerHandler]]:
         """The acceptors by the key under which all workers know their port."""

@@ -20,6 +20,7 @@ from gunicorn_passenger.config.port_allocation import PortAllocation, account_na
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.serving import events, server_errors, standalone
 from gunicorn_passenger.serving.acceptor_table import AcceptorTable
+from gunicorn_passenger.serving.asgi_server import AsgiServer
 from gunicorn_passenger.serving.broker_client import BrokerClient
 from gunicorn_passenger.serving.discovery import ServerDiscovery
 from gunicorn_passenger.serving.port_lease import AcceptGrant, PortLease
@@ -37,6 +38,10 @@ from gunicorn_passenger.serving.third_party import ThirdPartyServer
 if TYPE_CHECKING:
     from gunicorn_passenger.serving.drain import ConnectionMigration
     from gunicorn_passenger.serving.scheduler import Scheduler
+
+
+#: Seconds that an ASGI application may take to end when another one cannot start.
+_KILL_TIMEOUT = 1.0
 
 
 class ServerRegistry:
@@ -114,15 +119,18 @@ class ServerRegistry:
 
     def start(self) -> None:
         """The program is loaded: open what waited for the fork, and accept on everything."""
-        if any(isinstance(server, Server) for server in self.servers):
-            self._run_in_hub(self._start)
-        else:
-            self._start()
+        self._run(self._start, any(isinstance(s, Server) and s.needs_hub for s in self.servers))
 
     def _start(self) -> None:
         for server in list(self.servers):
             if isinstance(server, Server) and server.state == WAITING and server.lease is None:
                 self._open(server)
+        try:
+            for server in list(self.servers):
+                self._start_application(server)
+        except BaseException:
+            self.acceptors.kill(_KILL_TIMEOUT)
+            raise
         self._accepting = True
         for server in list(self.servers):
             if server.state == LISTENING:
@@ -135,7 +143,7 @@ class ServerRegistry:
 
         :raises errors.PassengerError: when the server may not.
         """
-        self._run_in_hub(lambda: self._add(server))
+        self._run(lambda: self._add(server), server.needs_hub)
 
     def _add(self, server: Server) -> None:
         try:
@@ -145,6 +153,8 @@ class ServerRegistry:
             address = server.requested_address
             port = address.port if isinstance(address, Tcp) else None
             if server.is_primary or self.captures(port):
+                if isinstance(server, AsgiServer):
+                    raise server_errors.asgi_primary(server.name)
                 self.set_primary(server, str(server.requested_address))
             self.servers.append(server)
             try:
@@ -152,8 +162,10 @@ class ServerRegistry:
                     server.set_socket(None, WAITING)
                 else:
                     self._open(server)
+                if self._accepting:
+                    self._start_application(server)
             except BaseException:
-                self._forget(server)
+                self._remove(server)
                 raise
             if server is self.primary:
                 self.on_primary()
@@ -165,18 +177,29 @@ class ServerRegistry:
 
     def remove(self, server: Server) -> None:
         """A server of ours closes: it stops accepting, and this worker releases the port."""
-        self._run_in_hub(lambda: self._remove(server))
+        self._run(lambda: self._remove(server), server.needs_hub)
+
+    def _start_application(self, server: Server | ThirdPartyServer) -> None:
+        """Start what an ASGI application needs before its first request, and wait for it."""
+        if isinstance(server, AsgiServer):
+            assert self.scheduler is not None
+            self.acceptors.start_application(server, self.scheduler)
 
     def _remove(self, server: Server) -> None:
         self.acceptors.stop(server)
+        if isinstance(server, AsgiServer) and server.thread is not None:
+            server.thread.finish()
         self._release(server.lease)
         self._forget(server)
 
-    def _run_in_hub(self, function: Callable[[], None]) -> None:
-        if self.scheduler is not None:
+    def _run(self, function: Callable[[], None], needs_hub: bool) -> None:
+        """Run a function where the servers' sockets belong."""
+        if self.scheduler is None:
+            function()
+        elif needs_hub:
             self.scheduler.run_in_hub(function)
         else:
-            function()
+            self.scheduler.run(function)
 
     def on_third_party_listen(self, server: ThirdPartyServer) -> None:
         """An unmodified server has its socket."""

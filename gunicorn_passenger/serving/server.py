@@ -7,7 +7,6 @@ Never: binds a port itself; :mod:`.registry` knows where sockets come from.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from inspect import iscoroutinefunction
 from typing import Any, Protocol, TypeVar
 
 from gunicorn_passenger import errors
@@ -63,10 +62,6 @@ class Server:
         """
         :param threads: how many native threads run the application where its calls would block the server.
         """
-        if not callable(app):
-            raise server_errors.not_callable(app)
-        if iscoroutinefunction(app) or iscoroutinefunction(type(app).__call__):
-            raise server_errors.not_wsgi(app)
         self.app = app
         self.threads = threads
         self._host = host
@@ -87,6 +82,11 @@ class Server:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r} {self.state} {self._label()}>"
+
+    @property
+    def needs_hub(self) -> bool:
+        """Whether it accepts and serves in a hub of gevent's."""
+        return True
 
     @property
     def name(self) -> str:

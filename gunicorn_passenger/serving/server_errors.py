@@ -57,13 +57,6 @@ def once_twice(name: str) -> SettingError:
     return SettingError(f"once({name!r}) was called twice in this worker; give each function its own name")
 
 
-def not_wsgi(app: object) -> NotCallable:
-    return NotCallable(
-        f"create_server() takes a WSGI application; {app!r} is an ASGI application: wrap it with an adapter "
-        "such as a2wsgi.ASGIMiddleware, or run its own server as a daemon with passenger.spawn()"
-    )
-
-
 def hooks_missing(worker_class: str) -> ListenError:
     return ListenError(
         errno.EINVAL,
@@ -102,8 +95,8 @@ def with_program_line(error: BaseException) -> str:
 
 def not_callable(app: object) -> NotCallable:
     return NotCallable(
-        f"create_server() takes a WSGI application, which is callable; {app!r} is not: "
-        "pass a function app(environ, start_response) or a framework's application object"
+        f"create_server() takes a WSGI or an ASGI application, which is callable; {app!r} is "
+        "not: pass a function app(environ, start_response) or a framework's application object"
     )
 
 
@@ -151,3 +144,67 @@ def passenger_twice(first: str) -> AlreadyInstalled:
         "Let this server listen on a port (listen(9000)) and reach it through "
         "http_proxy.create_server(9000, 'localhost').listen('passenger'), or close() the first server"
     )
+
+
+def asgi_instance_missing(app: object, is_class: bool) -> NotCallable:
+    if is_class:
+        return NotCallable(
+            f"create_server() takes an application; {app!r} is a class of ASGI applications: pass an "
+            "instance, such as create_server(App())"
+        )
+    return NotCallable(
+        f"create_server() takes a WSGI application or an ASGI application of version 3, "
+        f"app(scope, receive, send); {app!r} is one of ASGI version 2, app(scope)(receive, send): wrap it "
+        "with asgiref.compatibility.guarantee_single_callable"
+    )
+
+
+def unknown_interface(app: object) -> NotCallable:
+    return NotCallable(
+        f"create_server() takes a WSGI application, app(environ, start_response), or an ASGI application, "
+        f"async app(scope, receive, send); {app!r} takes other arguments: pass a framework's application "
+        "object"
+    )
+
+
+def wrong_interface(app: object, named: str, found: str) -> NotCallable:
+    return NotCallable(
+        f"create_server(interface={named!r}): {app!r} is an application for {found.upper()}; leave interface "
+        f"out, or say interface={found!r}"
+    )
+
+
+def uvicorn_missing(found: str, needed: str) -> PassengerError:
+    what = f"uvicorn {found}, which is too old" if found else "no uvicorn"
+    return PassengerError(
+        f"create_server() runs an ASGI application by uvicorn {needed} or newer, but this Python has {what}: "
+        "pip install 'gunicorn-passenger[asgi]'"
+    )
+
+
+def asgi_primary(name: str) -> ListenError:
+    return ListenError(
+        errno.EINVAL,
+        f"the server {name!r} has an ASGI application and cannot be the primary, which is WSGI: let it "
+        "listen on a port (listen(9000)) and, for the web server to reach it, put a proxy in front "
+        "(http_proxy.create_server(9000, 'localhost').listen('passenger')); in auto-install mode, first call "
+        "passenger.configure(auto_install=False)",
+    )
+
+
+def asgi_as_wsgi(name: str) -> PassengerError:
+    return PassengerError(
+        f"the server {name!r} has an ASGI application, and gunicorn calls it as a WSGI application: name "
+        "another one in gunicorn's command line, or run a worker class for ASGI"
+    )
+
+
+def lifespan_failed(name: str, reason: str) -> PassengerError:
+    return PassengerError(
+        f"the ASGI application of the server {name!r} did not start: its lifespan failed at startup "
+        f"({reason}); mend the application's startup, then reload gunicorn"
+    )
+
+
+def asgi_thread_failed(name: str, reason: str) -> PassengerError:
+    return PassengerError(f"the thread of the ASGI server {name!r} cannot start: {reason}")

@@ -24,6 +24,12 @@ def unpatched(module: str, name: str) -> Any:
     return monkey.get_original(module, name)
 
 
+def threads_are_greenlets() -> bool:
+    """Whether gevent has patched ``threading``."""
+    monkey = sys.modules.get("gevent.monkey")
+    return monkey is not None and bool(monkey.is_module_patched("threading"))
+
+
 def start_thread(function: Callable[[], object]) -> None:
     """Run ``function()`` in a thread of the system.
 

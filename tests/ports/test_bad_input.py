@@ -141,7 +141,7 @@ def test_program_that_asks_for_the_impossible(start, call, pattern):
         (
             "passenger.create_server(3)",
             "TypeError",
-            "create_server() takes a WSGI application, which is callable; 3",
+            "create_server() takes a WSGI or an ASGI application, which is callable; 3",
         ),
         (
             "passenger.on('nothing', print)",
@@ -164,7 +164,7 @@ def test_unknown_setting_stops_the_start_in_one_line(start):
 
 def test_app_that_is_not_callable_stops_the_start_in_one_line(start):
     start.write("program.py", "passenger.create_server(3)")
-    fails(start.gunicorn("anything", workers=3), "create_server.. takes a WSGI application")
+    fails(start.gunicorn("anything", workers=3), "create_server.. takes a WSGI or an ASGI application")
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,11 @@ LAZY = {
         "serving.standalone",
         "serving.gevent_scheduler",
     ): "the same: workers of other classes import standalone",
+    (
+        "serving.asgi_thread",
+        "serving.gevent_asyncio",
+    ): "importing asgi_thread must not import gevent, which a native thread does not need",
+    ("serving.acceptor_table", "serving.asgi_thread"): "only an ASGI server needs asyncio and uvicorn",
     ("status", "status.web"): "importing the package must not import what serves the application",
     ("status.web", "daemons.api"): "only spawn() needs it, in gunicorn.conf.py or the program",
     ("status.web", "http.listener_context"): "only the daemon's own process serves",

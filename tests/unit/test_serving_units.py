@@ -1,5 +1,6 @@
 """The worker's client of the broker, the table of acceptors and the drain, without a process."""
 
+import functools
 import logging
 import os
 import socket
@@ -20,6 +21,7 @@ from gunicorn_passenger.serving.broker_client import BrokerClient
 from gunicorn_passenger.serving.counters import AcceptorCounters
 from gunicorn_passenger.serving.discovery import ServerDiscovery
 from gunicorn_passenger.serving.gevent_scheduler import GeventScheduler
+from gunicorn_passenger.serving.interface import check_interface
 from gunicorn_passenger.serving.port_lease import AcceptGrant
 from gunicorn_passenger.serving.registry import ServerRegistry
 from gunicorn_passenger.serving.server import Server
@@ -217,6 +219,75 @@ class Asgi:
         pass
 
 
+class OldAsgi:
+    def __init__(self, scope):
+        pass
+
+    async def __call__(self, receive, send):
+        pass
+
+
+def old_asgi(scope):
+    return OldAsgi(scope)
+
+
+async def handler(request):
+    pass
+
+
+class ClassWsgi:
+    """PEP 3333 allows a class whose instances are the response."""
+
+    def __init__(self, environ, start_response):
+        pass
+
+    def __iter__(self):
+        return iter(())
+
+
+def framework_applications():
+    import fastapi
+    import flask
+    import quart
+    import starlette.applications
+    from django.core.handlers.asgi import ASGIHandler
+    from django.core.handlers.wsgi import WSGIHandler
+
+    return {
+        fastapi.FastAPI(): "asgi",
+        starlette.applications.Starlette(): "asgi",
+        quart.Quart("x"): "asgi",
+        # the handlers of get_asgi_application() and get_wsgi_application(), which load the settings
+        ASGIHandler.__new__(ASGIHandler): "asgi",
+        WSGIHandler.__new__(WSGIHandler): "wsgi",
+        flask.Flask("x"): "wsgi",
+    }
+
+
+def test_the_interface_of_an_application_is_recognized():
+    def wrapped(scope, receive, send):
+        return asgi(scope, receive, send)
+
+    def anything(*args):
+        return application(*args)
+
+    applications = {
+        asgi: "asgi",
+        Asgi(): "asgi",
+        functools.partial(asgi): "asgi",
+        functools.partial(lambda prefix, scope, receive, send: asgi(scope, receive, send), "x"): "asgi",
+        wrapped: "asgi",
+        application: "wsgi",
+        ClassWsgi: "wsgi",
+        anything: "wsgi",
+        **framework_applications(),
+    }
+    for app, interface in applications.items():
+        assert check_interface(app, "auto") == interface, app
+        assert check_interface(app, interface) == interface, app
+    assert check_interface(anything, "asgi") == "asgi"
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [
@@ -230,8 +301,24 @@ class Asgi:
             "known options: host, name, placement",
         ),
         (lambda: passenger.listen(9000, application, nam="x"), "did you mean 'name'"),
-        (lambda: passenger.create_server(asgi), "is an ASGI application"),
-        (lambda: passenger.create_server(Asgi()), "is an ASGI application"),
+        (
+            lambda: passenger.create_server(asgi, interface="wsgi"),
+            "is an application for ASGI; leave interface out, or say interface='asgi'",
+        ),
+        (
+            lambda: passenger.create_server(application, interface="asgi"),
+            "is an application for WSGI; leave interface out, or say interface='wsgi'",
+        ),
+        (
+            lambda: passenger.create_server(asgi, interface="ASGI"),
+            "interface is one of 'auto', 'asgi', 'wsgi'",
+        ),
+        (lambda: passenger.create_server(Asgi), r"is a class of ASGI applications: pass an instance"),
+        (lambda: passenger.create_server(OldAsgi), "is one of ASGI version 2"),
+        (lambda: passenger.create_server(old_asgi), "is one of ASGI version 2"),
+        (lambda: passenger.create_server(handler), "takes other arguments"),
+        (lambda: passenger.create_server(asgi).listen("passenger"), "cannot be the primary, which is WSGI"),
+        (lambda: passenger.create_server(asgi)({}, None), "gunicorn calls it as a WSGI application"),
     ],
 )
 def test_a_mistake_has_an_error_that_says_what_to_write(call, text):

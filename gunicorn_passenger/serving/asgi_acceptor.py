@@ -1,0 +1,335 @@
+"""Accepts connections for an ASGI application, and has uvicorn's protocols serve them.
+
+Process: a worker, or plain Python, in the thread of the asyncio loop; methods that other threads call say so.
+Never: accepts for a worker that has begun to drain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import uvicorn
+
+from gunicorn_passenger.ipc.scoreboard import Counters
+from gunicorn_passenger.serving.interface import AsgiApp
+from gunicorn_passenger.serving.scheduler import Scheduler
+from gunicorn_passenger.system import unpatched
+
+#: How many connections a worker without siblings accepts in one event-loop iteration.
+_BURST = 64
+#: Seconds until the next attempt at the limit of connections, and when the system lacks a descriptor.
+_PAUSE = 0.1
+#: Seconds between two looks for idle connections during a drain.
+_IDLE_CHECK_INTERVAL = 0.5
+#: Seconds between two looks whether connections that were ended are gone.
+_KILL_POLL = 0.01
+
+#: The messages with which an application begins its response.
+_FIRST = {
+    "http.response.start",
+    "websocket.accept",
+    "websocket.close",
+    "websocket.http.response.start",
+}
+_GONE = {errno.ECONNABORTED, errno.EPROTO, errno.EINTR, errno.EPERM}
+
+
+class CountingTransport:
+    """A transport that counts what is written."""
+
+    def __init__(self, transport: Any, count: Callable[[int], object]) -> None:
+        self._transport = transport
+        self._count = count
+
+    def write(self, data: Any) -> None:
+        self._count(len(data))
+        self._transport.write(data)
+
+    def writelines(self, chunks: Any) -> None:
+        self.write(b"".join(chunks))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+class AsgiAcceptor:
+    """Accepts on one listening socket; the connections belong to one asyncio loop."""
+
+    def __init__(
+        self,
+        sock: Any,
+        app: AsgiApp,
+        state: dict[str, Any],
+        loop: asyncio.AbstractEventLoop,
+        cfg: Any,
+        log: Any,
+        scheduler: Scheduler,
+        closes_websockets: bool,
+    ) -> None:
+        """Called in any thread.
+
+        :param sock: a listening socket; the acceptor owns it.
+        :param state: what the lifespan of the application has made for its requests.
+        :param closes_websockets: whether a drain ends WebSockets at once.
+        """
+        self._sock = sock
+        self.sockname = sock.getsockname()
+        sock.setblocking(False)
+        self._app = app
+        self._loop = loop
+        self._log = log
+        self._sleep = scheduler.sleep
+        self._limit = cfg.worker_connections
+        self._keepalive = float(cfg.keepalive)
+        self._burst = 1 if cfg.workers > 1 else _BURST
+        self._closes_websockets = closes_websockets
+        self._config = make_config(self._call, cfg, lifespan="off")
+        self._config.load()
+        #: holds the connections, and the Date header that uvicorn renews
+        self._server = uvicorn.Server(self._config)
+        self._connections: set[Any] = self._server.server_state.connections
+        self._state = state
+        self._closing = self._cancelled = False
+        self._complained = False
+        #: connections without a protocol yet
+        self._opening = 0
+        self._accepted = self._requests = self._sent = self._errors = 0
+        self._protocol = self._make_protocol_class()
+
+    # --- called by the worker's threads -----------------------------------------------------------
+
+    def _in_loop(self, function: Callable[[], object]) -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(function)
+
+    def start(self) -> None:
+        self._in_loop(self._start)
+
+    def stop_accepting(self) -> None:
+        """Accept nothing more; open connections continue. The loop closes the socket when it can."""
+        self._closing = True
+        self._in_loop(self._begin_drain)
+
+    def close(self) -> None:
+        """Close the listening socket at once, when the loop has ended."""
+        self._closing = True
+        self._sock.close()
+
+    def leave_to_parent(self) -> None:
+        """In a forked child, which has no thread with the loop: close the parent's sockets."""
+        self._sock.close()
+        for protocol in self._connections:
+            with suppress(Exception):
+                os.close(protocol.transport.get_extra_info("socket").fileno())
+
+    def idle(self) -> bool:
+        """Whether no connection is open."""
+        return not (self._opening or self._connections or self._server.server_state.tasks)
+
+    def is_drained(self) -> bool:
+        """Whether it has stopped accepting, and no connection is open."""
+        return self._closing and self.idle()
+
+    def counts(self) -> Counters:
+        """The counters since the start."""
+        return Counters(
+            len(self._connections) + self._opening, self._accepted, self._requests, self._sent, self._errors
+        )
+
+    def kill(self, timeout: float) -> None:
+        """Close the connections that are left.
+
+        :param timeout: seconds that they may take to end.
+        """
+        self._closing = True
+        self._in_loop(self._kill)
+        deadline = time.monotonic() + timeout
+        while not self.idle() and time.monotonic() < deadline:
+            self._sleep(_KILL_POLL)
+
+    def set_app(self, app: Any) -> None:
+        raise NotImplementedError("an ASGI server is never the primary")
+
+    def pop_idle_connections(self, most: int) -> list[tuple[Any, Any]]:
+        """None: uvicorn keeps a connection until its keep-alive time is over."""
+        return []
+
+    def attach(self, sock: Any, addr: Any, begun: bool = False) -> Any:
+        raise NotImplementedError("an ASGI server takes no connections of siblings")
+
+    # --- in the loop ------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self._tick()
+        self._watch()
+
+    def _tick(self) -> None:
+        """Have uvicorn renew its Date header once a second, as its own loop does."""
+        task = self._loop.create_task(self._server.on_tick(0))
+        task.add_done_callback(
+            lambda _: None if self.is_drained() else self._loop.call_later(1.0, self._tick)
+        )
+
+    def _watch(self) -> None:
+        if not self._closing:
+            self._loop.add_reader(self._sock.fileno(), self._accept)
+
+    def _pause(self) -> None:
+        self._loop.remove_reader(self._sock.fileno())
+        self._loop.call_later(_PAUSE, self._watch)
+
+    def _accept(self) -> None:
+        for _ in range(self._burst):
+            if self._closing:
+                return
+            if len(self._connections) + self._opening >= self._limit:
+                self._pause()
+                return
+            try:
+                fd, _ = self._sock._accept()
+            except BlockingIOError:
+                return  # a sibling was faster
+            except OSError as error:
+                if error.errno not in _GONE:
+                    self._wait_for_room(error)
+                return
+            self._accepted += 1
+            self._opening += 1
+            # the loop never waits in a socket: one of the system's needs no hub
+            kind = unpatched.unpatched("socket", "socket")
+            client = kind(self._sock.family, socket.SOCK_STREAM, self._sock.proto, fileno=fd)
+            client.setblocking(False)
+            task = self._loop.create_task(self._open(client))
+            self._server.server_state.tasks.add(task)
+            task.add_done_callback(self._server.server_state.tasks.discard)
+
+    def _wait_for_room(self, error: OSError) -> None:
+        self._pause()
+        if not self._complained:
+            self._complained = True
+            self._log.error(
+                "Cannot accept connections: %s; they wait. Raise the limit of open files (ulimit -n) or "
+                "lower --worker-connections",
+                error.strerror,
+            )
+
+    async def _open(self, client: Any) -> None:
+        try:
+            await self._loop.connect_accepted_socket(self._protocol, client)
+        finally:
+            self._opening -= 1
+
+    def _make_protocol_class(self) -> Callable[[], Any]:
+        acceptor = self
+
+        class Protocol(self._config.http_protocol_class):  # type: ignore[name-defined]
+            def connection_made(self, transport: Any) -> None:
+                super().connection_made(CountingTransport(transport, acceptor._count_sent))
+
+        def make() -> Any:
+            return Protocol(
+                config=self._config, server_state=self._server.server_state, app_state=self._state
+            )
+
+        return make
+
+    def _count_sent(self, size: int) -> None:
+        self._sent += size
+
+    async def _call(self, scope: Any, receive: Any, send: Any) -> None:
+        """The application, as uvicorn calls it."""
+        counted = False
+
+        async def counting_send(message: Any) -> None:
+            nonlocal counted
+            kind = message["type"]
+            if kind in _FIRST and not counted:
+                counted = True
+                self._requests += 1
+                self._errors += message.get("status", 200) >= 500
+                if kind == "http.response.start" and self._closing:
+                    # RFC 9112 section 9.6: the connection's last response
+                    named = [h for h in message.get("headers", ()) if bytes(h[0]).lower() != b"connection"]
+                    message = {**message, "headers": [*named, (b"connection", b"close")]}
+            await send(message)
+
+        try:
+            await self._app(scope, receive, counting_send)
+        except asyncio.CancelledError:
+            if not self._cancelled:
+                raise
+        finally:
+            if not counted:
+                # uvicorn responds with 500
+                self._requests += 1
+                self._errors += 1
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    def _begin_drain(self) -> None:
+        if self._sock.fileno() >= 0:
+            self._loop.remove_reader(self._sock.fileno())
+            self._sock.close()
+            if self._closes_websockets:
+                self._shut_down(self._websockets())
+            self._loop.call_later(self._keepalive, self._end_idle)
+
+    def _websockets(self) -> list[Any]:
+        return [c for c in self._connections if not isinstance(c, self._config.http_protocol_class)]
+
+    def _end_idle(self) -> None:
+        """End connections that have no request; uvicorn gives a new connection any time for its first."""
+        self._shut_down(
+            c
+            for c in self._connections - set(self._websockets())
+            if c.cycle is None or c.cycle.response_complete
+        )
+        if not self.idle():
+            self._loop.call_later(_IDLE_CHECK_INTERVAL, self._end_idle)
+
+    def _shut_down(self, protocols: Any) -> None:
+        for protocol in list(protocols):
+            try:
+                protocol.shutdown()
+            except Exception:
+                self._log.exception("gunicorn-passenger: a connection to an ASGI server was ended at once")
+                protocol.transport.abort()
+
+    def _kill(self) -> None:
+        """End the connections; an application that does not notice it is cancelled."""
+        self._begin_drain()
+        websockets = self._websockets()
+        self._shut_down(websockets)
+        for protocol in self._connections - set(websockets):
+            protocol.transport.abort()
+        self._loop.call_later(_PAUSE, self._cancel)
+
+    def _cancel(self) -> None:
+        self._cancelled = True
+        for task in self._server.server_state.tasks:
+            task.cancel()
+        for protocol in self._connections:
+            protocol.transport.abort()
+
+
+def make_config(app: AsgiApp, cfg: Any, lifespan: str) -> uvicorn.Config:
+    """uvicorn's configuration for an application, from gunicorn's.
+
+    :param lifespan: ``"auto"`` or ``"off"``.
+    """
+    config: dict[str, Any] = {
+        "interface": "asgi3",
+        "lifespan": lifespan,
+        "log_config": None,
+        "access_log": bool(cfg.accesslog),
+        "timeout_keep_alive": cfg.keepalive,
+        "forwarded_allow_ips": cfg.forwarded_allow_ips,
+    }
+    return uvicorn.Config(app, **config)
