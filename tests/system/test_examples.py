@@ -18,7 +18,7 @@ from http_client import fetch, pids_answering, refused
 
 def test_every_example_is_tested():
     # proxy: in test_real_peers.py, status: in test_status_app.py
-    tested = {"seed", "prometheus", "unmodified", "hooks", "proxy", "status", "django"}
+    tested = {"seed", "prometheus", "unmodified", "hooks", "proxy", "status", "django", "fastapi"}
     assert {path.name for path in EXAMPLES.iterdir() if any(path.glob("*.py"))} == tested
     for name in tested:
         assert (EXAMPLES / name / "README.md").exists()
@@ -152,6 +152,31 @@ def test_django_on_gthread(start):
     process.hup(4)
     # from whichever worker answers, and without a loss by the reload
     assert {page_count(metrics, "shop_orders_total") for _ in range(10)} == {already + 20}
+    assert process.stop() == 0, process.log()
+    assert not re.search("WARNING|ERROR|Traceback", process.log()), process.log()
+
+
+# --- fastapi ---------------------------------------------------------------------------------------
+
+
+def test_fastapi_beside_flask(start):
+    admin, metrics = free_port(), free_port()
+    example = Example(start, "fastapi", {9500: admin, 9501: metrics})
+    process = example.serve(admin)
+    for line in example.promises("gunicorn shop"):
+        assert process.log().count(line) == 1
+    *shown, total = example.promises("seq 20")
+    already = page_count(metrics, "shop_orders_total")  # waiting for the start has asked, too
+    output = example.ask("seq 20")
+    assert_shown(shown, output)
+    assert total == "shop_orders_total 20.0"
+    assert f"shop_orders_total {already + 20}\n" in output
+    assert example.promises(f"curl -s http://localhost:{admin}/")[0] in example.ask(
+        f"curl -s http://localhost:{admin}/"
+    )
+    process.hup(4)
+    assert fetch(admin, "/report")[0] == 200
+    assert page_count(metrics, "shop_orders_total") == already + 20
     assert process.stop() == 0, process.log()
     assert not re.search("WARNING|ERROR|Traceback", process.log()), process.log()
 
