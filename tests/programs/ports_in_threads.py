@@ -1,8 +1,10 @@
-"""A program with two unmodified servers in threads of their own and one of the package, for any worker class.
+"""A program with two unmodified servers in threads of their own and two of the package, for any worker class.
 
-``METRICS``, ``PAGES`` and ``OURS`` are their ports. ``/wait`` of the last two responds when the file ``GO`` exists.
+``METRICS``, ``PAGES``, ``OURS`` (WSGI) and ``ASGI`` are their ports. ``/wait`` of the last three responds when the
+file ``GO`` exists.
 """
 
+import asyncio
 import os
 import threading
 import time
@@ -66,6 +68,14 @@ async def asgi(scope, receive, send):
     await send({"type": "http.response.body", "body": body})
 
 
+async def ours_asgi(scope, receive, send):
+    while scope.get("path") == "/wait" and not os.path.exists(os.environ["GO"]):
+        await asyncio.sleep(0.02)
+    await asgi(scope, receive, send)
+
+
+if "ASGI" in os.environ:
+    passenger.create_server(ours_asgi).listen(int(os.environ["ASGI"]))
 if "OURS" in os.environ:
     # with --preload in the master, where it waits for the fork
     passenger.create_server(ours).listen(int(os.environ["OURS"]))

@@ -29,7 +29,11 @@ class Site:
 
     def __init__(self, start, worker_class, *arguments, conf=HOOKS, app="ports_in_threads:wsgi", **env):
         self.go = start.home / "go"
-        self.metrics, self.pages, self.ours = free_port(), free_port(), free_port()
+        self.metrics, self.pages, self.ours, self.asgi = (free_port() for _ in range(4))
+        self.ports = [self.metrics, self.pages, self.ours]
+        if env.pop("asgi", False):
+            self.ports.append(self.asgi)
+            env["ASGI"] = self.asgi
         self.process = start.python(
             GUNICORN, "-k", worker_class, "-w", 2, "-c", start.write("gunicorn.conf.py", conf),
             "-b", f"unix:{start.home}/app.sock", *NO_CONTROL, *arguments, app,
@@ -40,7 +44,7 @@ class Site:
         """Both workers respond on all ports, and no other process does. Returns their pids."""
         wait_for(lambda: len(self.process.workers()) == 2, "two workers")
         workers = self.process.workers()
-        for port in (self.metrics, self.pages, self.ours):
+        for port in self.ports:
             answering(port, workers)
         return workers
 
@@ -51,18 +55,17 @@ def test_servers_survive_their_workers(start, worker_class):
     if (needed := NEEDS.get(worker_class)) and importlib.util.find_spec(needed) is None:
         pytest.skip(f"{needed} is not installed")
     app = "ports_in_threads:" + ("wsgi" if NEEDS.get(worker_class, "tornado") == "tornado" else "asgi")
-    site = Site(start, worker_class, app=app)
+    site = Site(start, worker_class, app=app, asgi=True)
     process, before = site.process, set(site.all_answer())
     kept = Client(site.pages)
     kept.request("GET", "/")
     assert int(kept.getresponse().read()) in before
-    waiting = [Client(site.pages), Client(site.ours)]
+    waiting = [Client(site.pages), Client(site.ours), Client(site.asgi)]
     for client in waiting:
         client.request("GET", "/wait")
 
     with ExitStack() as stack:
-        ports = (site.pages, site.metrics, site.ours)
-        asked = [stack.enter_context(Requests(port, threads=1)) for port in ports]
+        asked = [stack.enter_context(Requests(port, threads=1)) for port in site.ports]
         process.signal(signal.SIGHUP)
         wait_for(
             lambda: all(before.isdisjoint(requests.pids[-20:]) for requests in asked),
@@ -75,7 +78,7 @@ def test_servers_survive_their_workers(start, worker_class):
             assert response.status == 200
             assert int(response.read()) in before
         wait_for(lambda: before.isdisjoint(process.workers()), "the end of the old workers")
-    assert [requests.failures for requests in asked] == [[], [], []]
+    assert [requests.failures for requests in asked] == [[], [], [], []]
     assert kept.sock.recv(1) == b""
 
     first, second = site.all_answer()
@@ -84,13 +87,13 @@ def test_servers_survive_their_workers(start, worker_class):
     assert second in site.all_answer()
     listed = {server["address"]: server for server in only(start)["servers"]}
     assert len(listed[f"127.0.0.1:{site.pages}"]["workers"]) == 2
-    ours = listed[f"127.0.0.1:{site.ours}"]
-    assert len(ours["workers"]) == 2
-    assert ours["requests"] > 0
+    for port in (site.ours, site.asgi):
+        ours = listed[f"127.0.0.1:{port}"]
+        assert len(ours["workers"]) == 2
+        assert ours["requests"] > 0
     assert "Worker graceful timeout" not in process.log()
     assert process.stop() == 0
-    assert refused(site.pages)
-    assert refused(site.ours)
+    assert all(map(refused, site.ports))
 
 
 def test_hooks_and_children_of_the_program(start):
@@ -168,19 +171,26 @@ def test_a_worker_that_is_stopped_while_it_boots_finishes_what_it_has_accepted(s
 
 
 def listens(pid, port):
-    """Whether a process has a socket open that listens on the port."""
+    """Whether a process has a socket open that listens on the port; one that has ended has none."""
     inodes = set()
     with open("/proc/net/tcp") as file:
         for line in list(file)[1:]:
             fields = line.split()
             if fields[3] == "0A" and fields[1].endswith(f":{port:04X}"):
                 inodes.add(f"socket:[{fields[9]}]")
-    return bool(inodes & set(descriptors(pid)))
+    try:
+        return bool(inodes & set(descriptors(pid)))
+    except OSError:
+        return False
 
 
 def test_a_worker_that_leaves_loses_at_most_what_it_had_in_hand(start):
-    """``TTOU``, gunicorn's timeout (``SIGABRT``) and ``max_requests``; idle connections migrate to a sibling."""
-    site = Site(start, "sync", "--max-requests", 40)
+    """``TTOU``, gunicorn's timeout (``SIGABRT``), ``--reload`` and ``max_requests``; idle connections migrate to
+    a sibling.
+    """
+    changed = start.write("changed.py", "")
+    reload = ("--reload", "--reload-engine", "poll", "--reload-extra-file", changed)
+    site = Site(start, "sync", "--max-requests", 40, *reload)
     process, workers = site.process, set(site.all_answer())
 
     def kept():
@@ -225,6 +235,23 @@ def test_a_worker_that_leaves_loses_at_most_what_it_had_in_hand(start):
         assert client.getresponse().status == 200
         workers = set(site.all_answer())
     assert not [error for error in asked.failures if isinstance(error, ConnectionRefusedError)]
+
+    site.go.unlink()
+    waiting = [Client(site.pages), Client(site.ours)]
+    with Requests(site.ours, threads=1) as asked, Requests(site.pages, threads=1) as pages:
+        for client in waiting:
+            client.request("GET", "/wait")
+        os.utime(changed)
+        # gunicorn starts the next workers when these have exited; new clients wait until then
+        wait_for(lambda: not any(listens(pid, site.ours) for pid in workers), "the workers to stop accepting")
+        site.go.touch()
+        for client in waiting:
+            response = client.getresponse()
+            assert response.status == 200
+            assert int(response.read()) in workers
+        wait_for(lambda: len({*asked.pids} - workers) == 2, "the next workers to accept")
+    assert asked.failures == pages.failures == []
+    workers = set(site.all_answer())
 
     with Requests(site.ours, threads=1) as asked, Requests(site.pages, threads=1) as pages:
         wait_for(
