@@ -112,7 +112,8 @@ def report_storms(results: list[Result]) -> int:
             more = [f"and {len(faults) - 5} more"] if len(faults) > 5 else []
             print("\n    ".join([f"\n{title}:", *faults[:5], *more]))
     failed = any(result.outcome is None for result in results)
-    ours = [r.outcome for r in results if r.contestant == "ours" or r.contestant in storm_site.HOOKED]
+    own = {"ours", *storm_site.HOOKED, *storm_site.ASGI}
+    ours = [r.outcome for r in results if r.contestant in own]
     missed = any(outcome and outcome.faults for outcome in ours)
     if missed and not failed:
         print("\nMissed: ours lost what it must not lose.")
@@ -123,7 +124,7 @@ def report_storms(results: list[Result]) -> int:
 
 def raise_storms() -> int:
     known = list(storm_site.CONTESTANTS)
-    usual = [name for name in known if name not in storm_site.HOOKED]
+    usual = [name for name in known if name not in {*storm_site.HOOKED, *storm_site.ASGI}]
     parser = option_parser(__doc__)
     parser.add_argument("--only", type=choice(known), default=usual, help=", ".join(known))
     parser.add_argument("--storms", type=choice(STORMS), default=list(STORMS), help=", ".join(STORMS))

@@ -1,7 +1,7 @@
 """What a storm asks: small answers, slow downloads and slow uploads, on up to three servers at once.
 
 The primary; on ``STORM_OURS`` a server of ours; on ``STORM_UNMODIFIED`` a gevent.pywsgi.WSGIServer as it is, or under
-a worker class that is not gevent's an http.server. Every answer's head names the worker.
+a worker class that is not gevent's an http.server, or on ``STORM_ASGI`` an ASGI application. Every answer's head names the worker.
 
 - ``/``: a small answer, which echoes the query;
 - ``/down?pause=S&framing=sized|chunked``: ``CONTENT`` in ``PIECES`` pieces, with pauses of so many seconds;
@@ -88,7 +88,12 @@ if os.environ.get("STORM_OURS"):
 
     passenger.create_server(application, threads=16).listen(int(os.environ["STORM_OURS"]))
 
-if os.environ.get("STORM_THREADS"):
+if os.environ.get("STORM_ASGI"):
+    import storm_asgi
+
+    asgi_server = passenger.create_server(storm_asgi.application(CONTENT, PIECES))
+    asgi_server.listen(int(os.environ["STORM_ASGI"]))
+elif os.environ.get("STORM_THREADS"):
     import storm_http_server
 
     storm_http_server.start(int(os.environ["STORM_UNMODIFIED"]), application)

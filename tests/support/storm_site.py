@@ -73,9 +73,13 @@ def _alive(pid: int) -> bool:
 #: gunicorn's worker classes whose workers have their ports by the hooks. gunicorn serves the primary.
 HOOKED = {f"{kind}+hooks": kind for kind in ("sync", "gthread", "gevent", "asgi")}
 
+#: Those whose second port has an ASGI application, and not an unmodified server.
+ASGI = {"ours+asgi": "gunicorn_passenger.Worker", "sync+hooks+asgi": "sync"}
+
 #: What the bench sets beside each other, and its worker class.
 CONTESTANTS: dict[str, str] = {
     **HOOKED,
+    **ASGI,
     "ours": "gunicorn_passenger.Worker",
     "gevent": "gevent",
     "gthread": "gthread",
@@ -113,14 +117,16 @@ class Site:
         self.logfile = home / "log"
         variables = {"STORM_TOKEN": self.token, "STORM_IMPORT": str(import_time)}
         options = [*options, "-b", f"unix:{self.socket}"]
-        if contestant in HOOKED:
+        hooked = "+hooks" in contestant
+        if hooked:
             self.places.clear()
             options += ["-c", "python:gunicorn_passenger.hooks"]
             if contestant != "gevent+hooks":
                 variables["STORM_THREADS"] = "1"
-        if contestant == "ours" or contestant in HOOKED:
-            self.places |= {"ours": ports[0], "unmodified": ports[1]}
-            variables |= {"STORM_OURS": str(ports[0]), "STORM_UNMODIFIED": str(ports[1])}
+        if contestant.startswith("ours") or hooked:
+            second = "asgi" if contestant in ASGI else "unmodified"
+            self.places |= {"ours": ports[0], second: ports[1]}
+            variables |= {"STORM_OURS": str(ports[0]), f"STORM_{second.upper()}": str(ports[1])}
         elif contestant in ("gevent", "gthread"):
             self.places["second bind"] = ports[0]
             options += ["-b", f"127.0.0.1:{ports[0]}"]
