@@ -26,7 +26,6 @@ from time import perf_counter
 from typing import Any
 
 import gevent
-from gevent import getcurrent
 from gevent.local import all_local_dicts_for_greenlet
 from gunicorn.http.wsgi import FileWrapper
 from gunicorn.workers.base_async import ALREADY_HANDLED
@@ -49,12 +48,6 @@ _PIPELINED = 16
 _WEBSOCKET = re.compile(rb"\r\nupgrade:[ \t]*websocket[ \t]*\r\n", re.IGNORECASE)
 
 _ACTIVE, _IDLE, _PARKED = ConnectionState.ACTIVE, ConnectionState.IDLE, ConnectionState.PARKED
-
-
-class _ConnectionGreenlet(gevent.Greenlet):
-    """Serves one connection. gevent would record the stack that spawned it, which is always the same."""
-
-    spawning_stack_limit = 0
 
 
 class Connection(Transport):
@@ -117,7 +110,7 @@ class Connection(Transport):
 
     def start(self) -> None:
         """Serve the connection, in a greenlet of its own."""
-        _ConnectionGreenlet(self._run).start()
+        self.listener.greenlets.serve(self)
 
     def _ready(self) -> None:
         """Called in the hub when a parked connection is readable."""
@@ -125,7 +118,7 @@ class Connection(Transport):
         self._stop_waiting(self, None)
         self.state = _ACTIVE
         try:
-            _ConnectionGreenlet(self._run).switch()
+            self.listener.greenlets.serve(self)
         except Exception as error:
             report_fault("an idle connection was closed", error)
             self.close()
@@ -162,11 +155,13 @@ class Connection(Transport):
 
     # --- the loop --------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        """The greenlet of a busy connection."""
+    def serve(self, greenlet: gevent.Greenlet) -> None:
+        """Serve the connection in this greenlet until it is idle or ends."""
+        if self.state is ConnectionState.CLOSED:
+            return  # before the greenlet has begun
         linger: bool | None = False
         try:
-            linger = self.serve_requests(getcurrent())
+            linger = self.serve_requests(greenlet)
             if linger:
                 self._linger()
         except ClientDisconnected as error:

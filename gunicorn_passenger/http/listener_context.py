@@ -19,6 +19,7 @@ from gunicorn.workers.base import Worker as GunicornWorker
 
 from gunicorn_passenger.config.settings import Timeouts
 from gunicorn_passenger.http.access_log import AccessLog
+from gunicorn_passenger.http.greenlet_pool import GreenletPool
 from gunicorn_passenger.http.request_head import ConnectionContext, HeadReader
 from gunicorn_passenger.http.timeouts import IdleTicker, TimeoutQueue
 from gunicorn_passenger.http.write_coalescing import coalescer_for_hub
@@ -143,6 +144,7 @@ class ListenerContext:
         #: responses that the client does not read
         self.writes = TimeoutQueue(timeouts.write, methodcaller("on_write_timeout"))
         self.lingering = TimeoutQueue(_LINGER)
+        self.greenlets = GreenletPool()
         self.coalescer = coalescer_for_hub()
         self._template: dict[str, Any] = base_environ(cfg) | {
             "wsgi.errors": ErrorStream(cfg),

@@ -1,0 +1,164 @@
+"""Greenlets that serve one connection after another.
+
+Process: a worker, in its hub.
+Never: lets a connection see what another one has left in its greenlet.
+
+A new greenlet costs more than a small request: the system maps its stack, and unmaps it again. So a greenlet
+whose connection has ended, or is idle, waits here for the next one. Until then everything goes that the
+application can have left in it: the values of each ``threading.local`` (gevent keeps them for each greenlet),
+of each context variable, and its attributes. A greenlet that other code still refers to ends instead: that
+code may wake or end it later, as ``gevent.Timeout`` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from contextvars import Context
+from sys import getrefcount
+from typing import Any, Protocol
+
+import gevent
+from gevent import get_hub, getcurrent
+
+#: How many greenlets wait at most. Each keeps some 20 kB.
+_MOST = 64
+#: Seconds after which the greenlets that were not needed meanwhile end.
+_TRIM_INTERVAL = 1.0
+
+
+class Served(Protocol):
+    def serve(self, greenlet: gevent.Greenlet) -> None:
+        """Serve the connection in this greenlet. It must not raise an error."""
+
+
+class _Nothing:
+    def serve(self, greenlet: gevent.Greenlet) -> None:
+        """Return at once."""
+
+
+class _ServingGreenlet(gevent.Greenlet):
+    __slots__ = ("_pool", "connection")
+
+    # of the base class, which has no annotations
+    spawn_tree_locals: dict[Any, Any]
+    gr_context: Context | None
+
+    # gevent would record the stack that spawned it, which is always the same
+    spawning_stack_limit = 0
+
+    def __init__(self, pool: GreenletPool) -> None:
+        super().__init__()
+        self._pool = pool
+        self.connection: Served | None = None
+
+    def _run(self) -> None:
+        wait, pool = get_hub().switch, self._pool
+        while self.connection is not None:
+            try:
+                self.connection.serve(self)
+            finally:
+                self.connection = None
+            if self.has_links():
+                # What is linked to the end of a greenlet must run in the hub. gevent's locals are, and so
+                # is code that waits for the greenlet.
+                pool.put_after_links(self)
+            elif not pool.put(self):
+                return
+            with contextlib.suppress(BaseException):  # meant for the connection that has ended
+                wait()
+        pool.discard(self)
+
+    def forget(self) -> None:
+        """Forget what the application has left. Called in the hub, while the greenlet waits."""
+        if self.__dict__:
+            self.__dict__.clear()
+        if self.spawn_tree_locals:
+            self.spawn_tree_locals = {}  # type: ignore[misc]
+        self.gr_context = Context()  # type: ignore[misc]
+
+    def notify_links(self) -> None:
+        """Run what is linked to the end of the greenlet. Called in the hub."""
+        self._notify_links()
+
+
+class GreenletPool:
+    """The greenlets of one listener that wait for a connection."""
+
+    def __init__(self) -> None:
+        self._free: list[_ServingGreenlet] = []
+        self._hub = get_hub()
+        self._timer: Any = None
+        #: the fewest greenlets that have waited since the timer has fired
+        self._spare = 0
+        #: how many references :meth:`_take` sees to a greenlet that no other code refers to
+        self._references = 0
+
+    def __len__(self) -> int:
+        return len(self._free)
+
+    def serve(self, connection: Served) -> None:
+        """Serve a connection in a greenlet: at once when called in the hub, otherwise when the hub runs."""
+        if getcurrent() is self._hub:
+            self._serve(connection)
+        else:
+            self._hub.loop.run_callback(self._serve, connection)
+
+    def _serve(self, connection: Served) -> None:
+        greenlet = self._take() or _ServingGreenlet(self)
+        greenlet.connection = connection
+        greenlet.switch()
+
+    def _take(self) -> _ServingGreenlet | None:
+        free = self._free
+        if not self._references:
+            first = _ServingGreenlet(self)
+            first.connection = _Nothing()
+            first.switch()
+            del first
+            greenlet = free.pop()
+            self._references = getrefcount(greenlet)
+            return greenlet
+        while free:
+            greenlet = free.pop()
+            self._spare = min(self._spare, len(free))
+            greenlet.forget()
+            if getrefcount(greenlet) <= self._references:
+                return greenlet
+            greenlet.switch()  # it has no connection, so it ends
+        return None
+
+    def put(self, greenlet: _ServingGreenlet) -> bool:
+        """Called by a greenlet that has no connection any more.
+
+        :returns: whether it waits here for the next one.
+        """
+        if len(self._free) >= _MOST:
+            return False
+        self._free.append(greenlet)
+        if self._timer is None:
+            self._spare = 0
+            self._timer = self._hub.loop.timer(_TRIM_INTERVAL, _TRIM_INTERVAL)
+            self._timer.start(self.trim)
+        return True
+
+    def put_after_links(self, greenlet: _ServingGreenlet) -> None:
+        self._hub.loop.run_callback(self._put_after_links, greenlet)
+
+    def _put_after_links(self, greenlet: _ServingGreenlet) -> None:
+        greenlet.notify_links()
+        if not self.put(greenlet):
+            greenlet.switch()  # it has no connection, so it ends
+
+    def discard(self, greenlet: _ServingGreenlet) -> None:
+        """A greenlet ends."""
+        with contextlib.suppress(ValueError):
+            self._free.remove(greenlet)
+
+    def trim(self) -> None:
+        """End the greenlets that have not been needed since the last call."""
+        for _ in range(min(self._spare, len(self._free))):
+            self._free.pop(0).switch()
+        self._spare = len(self._free)
+        if not self._free:
+            self._timer.close()
+            self._timer = None

@@ -1,0 +1,169 @@
+"""Greenlets that serve one connection after another: what the next connection must not see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import gevent
+import gevent.local
+import pytest
+from conditions import wait_for
+
+from gunicorn_passenger.http import greenlet_pool
+from gunicorn_passenger.http.greenlet_pool import GreenletPool
+
+local = gevent.local.local()
+variable: ContextVar[str] = ContextVar("variable", default="empty")
+
+
+class Connection:
+    """Stands in for a connection: calls a function in its greenlet."""
+
+    def __init__(self, function: Callable[[], object] = lambda: None) -> None:
+        self._function = function
+        self.greenlet = 0
+        self.done = False
+
+    def serve(self, greenlet: Any) -> None:
+        self.greenlet = id(greenlet)
+        self._function()
+        self.done = True
+
+
+@pytest.fixture
+def pool() -> Iterator[GreenletPool]:
+    pool = GreenletPool()
+    yield pool
+    trim(pool)
+    trim(pool)
+
+
+def trim(pool: GreenletPool) -> None:
+    gevent.get_hub().loop.run_callback(pool.trim)
+    gevent.sleep(0)
+
+
+def serve(pool: GreenletPool, function: Callable[[], object] = lambda: None) -> Connection:
+    """Serve one connection to its end; returns it."""
+    connection = Connection(function)
+    pool.serve(connection)
+    wait_for(lambda: gevent.sleep(0) or connection.done, "the connection to end")
+    gevent.sleep(0)
+    return connection
+
+
+def test_a_greenlet_serves_one_connection_after_another(pool):
+    first = serve(pool)
+    assert {serve(pool).greenlet for _ in range(5)} == {first.greenlet}
+
+
+def test_two_connections_at_the_same_time_have_two_greenlets(pool):
+    go = gevent.event.Event()
+    both = [Connection(go.wait), Connection(go.wait)]
+    for connection in both:
+        pool.serve(connection)
+    gevent.sleep(0)
+    assert both[0].greenlet != both[1].greenlet
+    go.set()
+    wait_for(lambda: gevent.sleep(0) or all(c.done for c in both), "both to end")
+
+
+def test_the_next_connection_sees_nothing_of_the_previous_one(pool):
+    def leave() -> None:
+        local.value = "left"
+        variable.set("left")
+        current = gevent.getcurrent()
+        current.attribute = "left"
+        current.spawn_tree_locals["value"] = "left"
+
+    seen: list[Any] = []
+
+    def look() -> None:
+        current = gevent.getcurrent()
+        seen.append((getattr(local, "value", None), variable.get(), getattr(current, "attribute", None)))
+        seen.append(dict(current.spawn_tree_locals))
+
+    first = serve(pool, leave)
+    second = serve(pool, look)
+    assert first.greenlet == second.greenlet
+    assert seen == [(None, "empty", None), {}]
+
+
+def test_what_is_linked_to_the_end_of_the_greenlet_runs(pool):
+    ended = []
+    serve(pool, lambda: gevent.getcurrent().rawlink(lambda _greenlet: ended.append(True)))
+    wait_for(lambda: gevent.sleep(0) or ended, "the link to be called")
+    assert ended == [True]
+
+
+def test_a_timeout_that_was_never_cancelled_does_not_meet_the_next_connection(pool):
+    timeouts = []
+
+    def forget_timeout() -> None:
+        timeouts.append(gevent.Timeout.start_new(0.02))
+
+    first = serve(pool, forget_timeout)
+    second = serve(pool, lambda: gevent.sleep(0.05))
+    assert second.done
+    assert second.greenlet != first.greenlet
+
+
+def test_a_greenlet_that_other_code_knows_is_not_used_again(pool):
+    known = []
+    first = serve(pool, lambda: known.append(gevent.getcurrent()))
+    assert serve(pool).greenlet != first.greenlet
+    wait_for(lambda: gevent.sleep(0) or known[0].dead, "the greenlet to end")
+
+
+@pytest.mark.parametrize("how", ["kill", "throw", "switch"])
+def test_a_waiting_greenlet_that_other_code_wakes_ends(pool, how):
+    known = []
+    serve(pool, lambda: known.append(gevent.getcurrent()))
+    greenlet = known.pop()
+    if how == "kill":
+        greenlet.kill()
+    else:
+        gevent.get_hub().loop.run_callback(getattr(greenlet, how))
+        gevent.sleep(0)
+    assert greenlet.dead
+    del greenlet
+    assert serve(pool).done
+
+
+def test_code_that_waits_for_the_end_of_a_greenlet_is_woken(pool):
+    """``join()`` while the connection is served, as code does that gives a request some time."""
+    go, known = gevent.event.Event(), []
+
+    def work() -> None:
+        known.append(gevent.getcurrent())
+        go.wait()
+
+    pool.serve(Connection(work))
+    gevent.sleep(0)
+    waiter = gevent.spawn(known[0].join)
+    gevent.sleep(0)
+    go.set()
+    waiter.get(timeout=5)
+
+
+def test_the_pool_is_bounded_and_shrinks(pool, monkeypatch):
+    monkeypatch.setattr(greenlet_pool, "_MOST", 3)
+    go = gevent.event.Event()
+    connections = [Connection(go.wait) for _ in range(6)]
+    for connection in connections:
+        pool.serve(connection)
+    gevent.sleep(0)
+    go.set()
+    wait_for(lambda: gevent.sleep(0) or all(c.done for c in connections), "all to end")
+    gevent.sleep(0)
+    assert len(pool) == 3
+    serve(pool)
+    trim(pool)  # none waited all the time since the first one came
+    assert len(pool) == 3
+    serve(pool)
+    trim(pool)  # two did
+    assert len(pool) == 1
+    trim(pool)
+    assert len(pool) == 0
