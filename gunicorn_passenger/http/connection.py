@@ -109,7 +109,7 @@ class Connection(Transport):
     # --- between requests ------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Serve the connection, in a greenlet of its own."""
+        """Serve the connection in a greenlet."""
         self.listener.greenlets.serve(self)
 
     def _ready(self) -> None:
@@ -117,11 +117,7 @@ class Connection(Transport):
         self._readable.stop()
         self._stop_waiting(self, None)
         self.state = _ACTIVE
-        try:
-            self.listener.greenlets.serve(self)
-        except Exception as error:
-            report_fault("an idle connection was closed", error)
-            self.close()
+        self.listener.greenlets.serve(self)
 
     def _park(self, queue: TimeoutQueue) -> None:
         """Wait for a request without a greenlet.

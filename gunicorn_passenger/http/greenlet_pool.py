@@ -20,6 +20,8 @@ from typing import Any, Protocol
 import gevent
 from gevent import get_hub, getcurrent
 
+from gunicorn_passenger.http.faults import report_fault
+
 #: How many greenlets wait at most. Each keeps some 20 kB.
 _MOST = 64
 #: Seconds after which the greenlets that were not needed meanwhile end.
@@ -28,12 +30,18 @@ _TRIM_INTERVAL = 1.0
 
 class Served(Protocol):
     def serve(self, greenlet: gevent.Greenlet) -> None:
-        """Serve the connection in this greenlet. It must not raise an error."""
+        """Serve the connection in this greenlet until it is idle or ends."""
+
+    def close(self) -> None:
+        """Close the connection, which has no greenlet."""
 
 
 class _Nothing:
     def serve(self, greenlet: gevent.Greenlet) -> None:
         """Return at once."""
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
 class _ServingGreenlet(gevent.Greenlet):
@@ -53,11 +61,12 @@ class _ServingGreenlet(gevent.Greenlet):
 
     def _run(self) -> None:
         wait, pool = get_hub().switch, self._pool
-        while self.connection is not None:
+        while (connection := self.connection) is not None:
             try:
-                self.connection.serve(self)
-            finally:
-                self.connection = None
+                connection.serve(self)
+            except BaseException as error:
+                _give_up(connection, error)
+            self.connection = connection = None
             if self.has_links():
                 # What is linked to the end of a greenlet must run in the hub. gevent's locals are, and so
                 # is code that waits for the greenlet.
@@ -81,6 +90,12 @@ class _ServingGreenlet(gevent.Greenlet):
         self._notify_links()
 
 
+def _give_up(connection: Served, error: BaseException) -> None:
+    report_fault("a connection was closed", error)
+    with contextlib.suppress(Exception):
+        connection.close()
+
+
 class GreenletPool:
     """The greenlets of one listener that wait for a connection."""
 
@@ -97,16 +112,19 @@ class GreenletPool:
         return len(self._free)
 
     def serve(self, connection: Served) -> None:
-        """Serve a connection in a greenlet: at once when called in the hub, otherwise when the hub runs."""
-        if getcurrent() is self._hub:
-            self._serve(connection)
-        else:
-            self._hub.loop.run_callback(self._serve, connection)
+        """Serve a connection in a greenlet: at once when called in the hub, otherwise when the hub runs.
 
-    def _serve(self, connection: Served) -> None:
-        greenlet = self._take() or _ServingGreenlet(self)
-        greenlet.connection = connection
-        greenlet.switch()
+        A connection for which there is no greenlet, because the system lacks memory, is closed.
+        """
+        if getcurrent() is not self._hub:
+            self._hub.loop.run_callback(self.serve, connection)
+            return
+        try:
+            greenlet = self._take() or _ServingGreenlet(self)
+            greenlet.connection = connection
+            greenlet.switch()
+        except Exception as error:
+            _give_up(connection, error)
 
     def _take(self) -> _ServingGreenlet | None:
         free = self._free

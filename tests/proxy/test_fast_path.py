@@ -283,8 +283,8 @@ def test_surplus_bytes_are_not_the_response_to_the_next_request_of_the_same_turn
     client, target = warm(proxy, upstream, request())
     # a second client, with a connection to the target of its own, which is then closed
     client.send(request())
-    other, spare = warm(proxy, upstream, request("/x", "X-Other: 1"))
     read_request(target)
+    other, spare = warm(proxy, upstream, request("/x", "X-Other: 1"))
     target.send(PLAIN)
     client.response()
     spare.close()

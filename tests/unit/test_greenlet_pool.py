@@ -31,6 +31,9 @@ class Connection:
         self._function()
         self.done = True
 
+    def close(self) -> None:
+        self.done = True
+
 
 @pytest.fixture
 def pool() -> Iterator[GreenletPool]:

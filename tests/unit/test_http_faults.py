@@ -23,8 +23,10 @@ from gunicorn.config import Config
 from gunicorn_passenger.http import acceptor as acceptor_module
 from gunicorn_passenger.http import faults
 from gunicorn_passenger.http.acceptor import Acceptor
+from gunicorn_passenger.http.client_socket import ClientSocket
 from gunicorn_passenger.http.connection import Connection
 from gunicorn_passenger.http.connection_state import TRANSITIONS, ConnectionState, set_checked
+from gunicorn_passenger.http.greenlet_pool import GreenletPool
 from gunicorn_passenger.http.listener_context import ListenerContext
 from gunicorn_passenger.http.timeouts import IdleTicker, TimeoutQueue
 from gunicorn_passenger.http.write_coalescing import WriteCoalescer
@@ -164,9 +166,11 @@ def test_a_fault_at_the_end_of_a_connection_leaves_nothing(
     assert server.ask().startswith(b"HTTP/1.1 200")
 
 
+@pytest.mark.parametrize(("owner", "name"), [(GreenletPool, "_take"), (Connection, "serve")])
 def test_a_fault_when_an_idle_client_comes_back_closes_its_connection(
-    server: Server, monkeypatch: pytest.MonkeyPatch, log: list[logging.LogRecord]
+    server: Server, monkeypatch: pytest.MonkeyPatch, log: list[logging.LogRecord], owner: Any, name: str
 ) -> None:
+    pool = server.acceptor.listener.greenlets
     with gsocket.socket(socket.AF_UNIX) as client:
         client.settimeout(30)
         client.connect(server.path)
@@ -177,13 +181,28 @@ def test_a_fault_when_an_idle_client_comes_back_closes_its_connection(
             while not connection.is_idle():
                 gevent.sleep(0.01)
         with monkeypatch.context() as patch:
-            patch.setattr("gunicorn_passenger.http.connection._ConnectionGreenlet", boom)
+            patch.setattr(owner, name, boom)
             client.sendall(GET)
             with contextlib.suppress(ConnectionResetError):
                 assert client.recv(65536) == b""
     logged(log)
     assert server.acceptor.idle()
+    waiting = len(pool)
     assert server.ask().startswith(b"HTTP/1.1 200")
+    server.settle()
+    assert len(pool) == max(waiting, 1)
+
+
+def test_a_fault_when_a_sibling_hands_over_a_connection_closes_it(
+    server: Server, monkeypatch: pytest.MonkeyPatch, log: list[logging.LogRecord]
+) -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        monkeypatch.setattr(GreenletPool, "_take", boom)
+        server.acceptor.attach(ClientSocket(socket.AF_UNIX, socket.SOCK_STREAM, 0, ours.detach()), "")
+        assert gsocket.socket(fileno=theirs.detach()).recv(1) == b""
+    logged(log)
+    assert server.acceptor.idle()
 
 
 def logged(log: list[logging.LogRecord]) -> None:
@@ -376,6 +395,10 @@ def test_every_callback_of_the_loop_is_known() -> None:
         ("connection.py", "self._wake"),
         ("connection.py", "switch"),
         ("disconnect.py", "self._check"),
+        ("greenlet_pool.py", "self.serve"),
+        # these two lose at most waiting greenlets
+        ("greenlet_pool.py", "self._put_after_links"),
+        ("greenlet_pool.py", "self.trim"),
         ("disconnect.py", "self._on_readable"),
         ("timeouts.py", "self._fire"),
         ("timeouts.py", "self._next"),
