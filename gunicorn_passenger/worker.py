@@ -167,6 +167,7 @@ class Worker(GeventWorker):
             broker.on_bind_claimed = self._on_bind_claimed
             broker.start_reading()
             registry.run_as_worker(self, broker)
+            registry.acceptors.seat = self.scoreboard.seat if self.scoreboard is not None else None
             registry.prepare_migration()
             self._socket_patch = replaced_methods.install(registry, self._inodes_at_fork)
             # before the program starts a server that shows its metrics

@@ -103,6 +103,7 @@ class HookedWorker:
         self._drain_begun = self._scheduler.result()
         self._broker = BrokerClient(channel, self.log, self._scheduler)
         registry.run_as_worker(self, self._broker, is_patched=self._is_gevent, primary_elsewhere=True)
+        registry.acceptors.seat = scoreboard.seat if scoreboard is not None else None
         os.register_at_fork(after_in_child=registry.acceptors.leave_to_parent)
         self._patch = replaced_methods.install(registry, inherited)
 

@@ -6,12 +6,16 @@ Never: blocks.
 The acceptor serves a limited number of connections. At the limit, a new client takes the place of the
 connection that has been idle longest: a client of a kept connection has to expect that it is closed at any
 time (RFC 9112 section 9.5). When all connections are busy, new clients wait in the backlog.
+
+A worker that has clearly more connections than a sibling leaves the next one to it for a few milliseconds
+(:mod:`~gunicorn_passenger.ipc.accept_balance`).
 """
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from itertools import islice
 from socket import SOCK_STREAM
 from typing import Any
@@ -23,10 +27,16 @@ from gunicorn_passenger.http.client_socket import ClientSocket
 from gunicorn_passenger.http.connection import Connection
 from gunicorn_passenger.http.faults import log_from_hub, report_fault
 from gunicorn_passenger.http.listener_context import ListenerContext
+from gunicorn_passenger.ipc.accept_balance import AcceptBalance
 from gunicorn_passenger.ipc.scoreboard import Counters
+from gunicorn_passenger.system import unpatched
 
-#: How many connections a worker without siblings accepts in one event-loop iteration.
-_BURST = 64
+#: How many connections are accepted, and served until they wait, in one event-loop iteration: then the other
+#: listeners and connections get their turn.
+_BURST = 16
+#: Seconds for which a connection is left to the siblings that have fewer, and how often in a row.
+_PATIENCE = 0.001
+_DEFERRALS = 3
 #: Seconds until the next attempt when the system lacks a descriptor or memory for a connection.
 _PAUSE = 0.25
 
@@ -37,28 +47,33 @@ _GONE = {errno.ECONNABORTED, errno.EPROTO, errno.EINTR, errno.EPERM}
 class Acceptor:
     """Accepts on one listening socket; every connection gets a greenlet."""
 
-    def __init__(self, sock: Any, listener: ListenerContext, limit: int, share: bool) -> None:
+    def __init__(
+        self, sock: Any, listener: ListenerContext, limit: int, balance: AcceptBalance | None = None
+    ) -> None:
         """
         :param sock: a listening gevent socket; the acceptor owns it.
         :param limit: how many connections it serves at a time.
-        :param share: whether siblings accept from the same socket. The acceptor then accepts one connection
-            at a time, so that they get their share.
+        :param balance: shares the connections with the siblings that accept from the same socket.
         """
         self.listener = listener
         self._sock = sock
         self._raw = sock._sock
         self._family, self._proto = self._raw.family, self._raw.proto
         self._limit = limit
-        self._burst = 1 if share else _BURST
+        self._balance = balance or AcceptBalance()
         self._connections: set[Connection] = set()
         self._watcher: Any = None
+        #: a timer while it accepts nothing: it lacks descriptors, or leaves a connection to a sibling
         self._pause: Any = None
+        #: how often in a row it has left a connection to the siblings
+        self._deferrals = 0
         self._complained = False
         self._accepted = 0
 
     def start(self) -> None:
         self._watcher = get_hub().loop.io(self._sock.fileno(), 1)
         self._watcher.start(self._accept)
+        self._balance.begin()
 
     def set_app(self, app: Any) -> None:
         """From now on, serve this application."""
@@ -66,31 +81,62 @@ class Acceptor:
         self.listener.is_proxy = False
 
     def _accept(self) -> None:
-        raw = self._raw
-        for _ in range(self._burst):
-            idle = None
-            if len(self._connections) >= self._limit:
-                idle = self.listener.silent.longest() or self.listener.idle.longest()
-                if idle is None:
-                    self._watcher.stop()
-                    return
-                if idle.has_input():
-                    return  # it has a request, and stops being idle in this iteration
-            try:
-                fd, addr = raw._accept()
-            except BlockingIOError:
-                return  # a sibling was faster
-            except OSError as error:
-                if error.errno not in _GONE:
-                    self._wait_for_room(error)
+        """Called in the hub when a client waits."""
+        for number in range(_BURST):
+            if self._balance.sibling_has_fewer() and (number or self._defer()):
                 return
-            try:
-                self.attach(self._client_socket(fd), addr)
-                if idle is not None:
-                    idle.expire()
-            except Exception as error:
-                # gevent would stop this watcher, and the listener would be dead for all clients
-                report_fault("a connection was closed before it was served", error)
+            self._deferrals = 0
+            if not self._accept_one():
+                return
+
+    def _defer(self) -> bool:
+        """Leave the next connection to the siblings.
+
+        :returns: whether this worker must not accept now.
+        """
+        try:
+            if not unpatched.is_readable(self._raw.fileno()):
+                self._balance.sibling_has_accepted()
+                return True
+            if self._balance.use_credit():
+                return False
+            if self._deferrals == _DEFERRALS:
+                self._balance.sibling_was_busy()
+                return False
+            self._stop_for(_PATIENCE, self._end_deferral)
+        except Exception as error:
+            report_fault("a connection was not left to a worker that has fewer", error)
+            return False
+        self._deferrals += 1
+        return True
+
+    def _accept_one(self) -> bool:
+        """:returns: whether a client was waiting, and can be served."""
+        idle = None
+        if len(self._connections) >= self._limit:
+            idle = self.listener.silent.longest() or self.listener.idle.longest()
+            if idle is None:
+                self._watcher.stop()
+                return False
+            if idle.has_input():
+                return False  # it has a request, and stops being idle in this iteration
+        try:
+            fd, addr = self._raw._accept()
+        except BlockingIOError:
+            return False  # a sibling was faster
+        except OSError as error:
+            if error.errno not in _GONE:
+                self._wait_for_room(error)
+            return False
+        try:
+            self.attach(self._client_socket(fd), addr)
+            if idle is not None:
+                idle.expire()
+        except Exception as error:
+            # gevent would stop this watcher, and the listener would be dead for all clients
+            report_fault("a connection was closed before it was served", error)
+        # the application may have closed the server
+        return self._watcher is not None
 
     def _client_socket(self, fd: int) -> ClientSocket:
         try:
@@ -113,6 +159,7 @@ class Acceptor:
             sock.release()
             raise
         self._connections.add(connection)
+        self._balance.add(1)
         if begun:
             connection.is_new = False
         else:
@@ -126,8 +173,12 @@ class Acceptor:
 
     def on_connection_closed(self, connection: Connection) -> None:
         """Called by a connection at its end."""
-        self._connections.discard(connection)
-        self._resume()
+        if connection in self._connections:
+            self._connections.remove(connection)
+            self._balance.add(-1)
+            if self._deferrals and self._pause is not None and not self._balance.sibling_has_fewer():
+                self._clear_pause()
+            self._resume()
 
     def on_connection_idle(self) -> None:
         """Called by a connection that may be closed from now on to make room."""
@@ -138,10 +189,15 @@ class Acceptor:
         if watcher is not None and not watcher.active and self._pause is None:
             watcher.start(self._accept)
 
-    def _wait_for_room(self, error: OSError) -> None:
+    def _stop_for(self, seconds: float, then: Callable[[], None]) -> None:
+        # after the watchers of sockets in each iteration: what they accept counts
+        self._pause = get_hub().loop.timer(seconds, priority=-1)
+        self._pause.start(then)
         self._watcher.stop()
-        self._pause = get_hub().loop.timer(_PAUSE)
-        self._pause.start(self._end_pause)
+
+    def _wait_for_room(self, error: OSError) -> None:
+        self._deferrals = 0
+        self._stop_for(_PAUSE, self._end_pause)
         if not self._complained:
             self._complained = True
             log_from_hub(
@@ -151,20 +207,31 @@ class Acceptor:
             )
 
     def _end_pause(self) -> None:
-        self._pause.close()
-        self._pause = None
+        self._clear_pause()
         self._resume()
 
-    def _close_watcher(self) -> None:
+    def _end_deferral(self) -> None:
+        """The siblings had the time to accept the connection."""
+        self._end_pause()
+        if not unpatched.is_readable(self._raw.fileno()):
+            self._deferrals = 0
+            self._balance.sibling_has_accepted()
+
+    def _clear_pause(self) -> None:
         if self._pause is not None:
             self._pause.close()
             self._pause = None
+
+    def _close_watcher(self) -> None:
+        self._clear_pause()
         if self._watcher is not None:
             self._watcher.close()
             self._watcher = None
 
     def stop_accepting(self) -> None:
         """Close the listening socket; open connections continue."""
+        if self._watcher is not None:
+            self._balance.end()
         self._close_watcher()
         self._sock.close()
         self.listener.closing = True
@@ -194,6 +261,7 @@ class Acceptor:
         The connection whose application has forked stays open, as in every other server.
         """
         self._close_watcher()
+        self._balance = AcceptBalance()
         self.listener.leave_to_parent()
         current = getcurrent()
         for connection in self._connections:

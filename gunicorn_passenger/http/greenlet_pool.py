@@ -114,7 +114,7 @@ class GreenletPool:
     def serve(self, connection: Served) -> None:
         """Serve a connection in a greenlet: at once when called in the hub, otherwise when the hub runs.
 
-        A connection for which there is no greenlet, because the system lacks memory, is closed.
+        A connection that cannot have a greenlet, because the system lacks memory, is closed.
         """
         if getcurrent() is not self._hub:
             self._hub.loop.run_callback(self.serve, connection)
@@ -146,7 +146,7 @@ class GreenletPool:
         return None
 
     def put(self, greenlet: _ServingGreenlet) -> bool:
-        """Called by a greenlet that has no connection any more.
+        """Called by a greenlet whose connection has ended or is idle.
 
         :returns: whether it waits here for the next one.
         """

@@ -14,6 +14,8 @@ import mmap
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from gunicorn_passenger.ipc.connection_table import Seat
+
 #: Servers that a worker can count; more are served and not counted.
 SLOTS = 64
 #: Where the primary is counted, and its key among those of the ports.
@@ -59,10 +61,12 @@ class Blocking(NamedTuple):
 class Scoreboard:
     """One worker's page."""
 
-    def __init__(self) -> None:
+    def __init__(self, seat: Seat | None = None) -> None:
         """
+        :param seat: the worker's place in the table that its siblings read.
         :raises OSError: when the system has no memory for it.
         """
+        self.seat = seat
         self._map = mmap.mmap(-1, (_BLOCKING + len(Blocking._fields)) * 8)
         self._words = memoryview(self._map).cast("Q")
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 from gunicorn_passenger.config.gunicorn_types import Arbiter
 from gunicorn_passenger.ipc import channel
-from gunicorn_passenger.ipc.scoreboard import Scoreboard
+from gunicorn_passenger.ipc.connection_table import ConnectionTable
+from gunicorn_passenger.ipc.scoreboard import SLOTS, Scoreboard
 from gunicorn_passenger.master.descriptors import Closer
 
 
@@ -76,6 +77,7 @@ class WorkerChannels:
         self._by_fd: dict[int, WorkerChannel] = {}
         self._by_age: dict[int, WorkerChannel] = {}
         self._pending: PendingWorker | None = None
+        self._table: ConnectionTable | None = None
         #: gunicorn's arbiter, once it is known
         self.arbiter: Arbiter | None = None
         #: the youngest worker before the last reload: those up to this age run the previous program
@@ -162,6 +164,7 @@ class WorkerChannels:
             return False
         if self._by_age.get(worker.age) is worker:
             del self._by_age[worker.age]
+        _leave_seat(worker.scoreboard)
         return True
 
     # --- around a fork ---------------------------------------------------------------------------
@@ -174,8 +177,17 @@ class WorkerChannels:
         self._discard_pending()
         ours, theirs = channel.pair()
         ours.setblocking(False)
-        self._pending = PendingWorker(age, ours, theirs, _scoreboard())
+        self._pending = PendingWorker(age, ours, theirs, self._scoreboard())
         return self._pending
+
+    def _scoreboard(self) -> Scoreboard | None:
+        try:
+            if self._table is None:
+                self._table = ConnectionTable(SLOTS)
+            return Scoreboard(self._table.take_seat())
+        except (OSError, ValueError):
+            # the system has no memory for it: the worker serves, and is not counted
+            return None
 
     def mark_forking(self) -> None:
         """The next fork is that of the worker that was prepared last."""
@@ -187,6 +199,7 @@ class WorkerChannels:
         if pending is not None:
             pending.ours.close()
             pending.theirs.close()
+            _leave_seat(pending.scoreboard)
             if pending.scoreboard is not None:
                 pending.scoreboard.close()
 
@@ -221,9 +234,6 @@ class WorkerChannels:
         return is_worker
 
 
-def _scoreboard() -> Scoreboard | None:
-    try:
-        return Scoreboard()
-    except (OSError, ValueError):
-        # the system has no memory for it: the worker serves, and is not counted
-        return None
+def _leave_seat(scoreboard: Scoreboard | None) -> None:
+    if scoreboard is not None and scoreboard.seat is not None:
+        scoreboard.seat.leave()

@@ -11,12 +11,14 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from gunicorn_passenger.config.address import format_sockname
+from gunicorn_passenger.ipc.accept_balance import AcceptBalance
 from gunicorn_passenger.serving.asgi_server import AsgiServer
 from gunicorn_passenger.serving.counters import AcceptorCounters
 from gunicorn_passenger.serving.scheduler import Scheduler
 from gunicorn_passenger.serving.server import Server
 
 if TYPE_CHECKING:
+    from gunicorn_passenger.ipc.connection_table import Seat
     from gunicorn_passenger.serving.acceptors import ListenerHandler
     from gunicorn_passenger.serving.asgi_thread import AsgiThread
 
@@ -35,6 +37,9 @@ class AcceptorTable:
         self._draining: list[ListenerHandler] = []
         #: the threads of ASGI applications
         self._applications: list[AsgiThread] = []
+        #: the worker's place in the table that its siblings read
+        self.seat: Seat | None = None
+        self._balances: dict[int, AcceptBalance] = {}
         self._cfg: Any = None
         self._log: Any = None
         self._worker: Any = None
@@ -85,7 +90,8 @@ class AcceptorTable:
         from gunicorn_passenger.serving.acceptors import make_acceptor, secondary_config
 
         cfg = cfg if is_primary else secondary_config(cfg)
-        acceptor = make_acceptor(sock, app, cfg, self._log, self._worker)
+        balance = self._balances.setdefault(slot, AcceptBalance(self.seat, slot))
+        acceptor = make_acceptor(sock, app, cfg, self._log, self._worker, balance)
         self.counters.register(slot, acceptor)
         acceptor.start()
         return acceptor

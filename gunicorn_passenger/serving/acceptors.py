@@ -24,6 +24,7 @@ from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.http.acceptor import Acceptor
 from gunicorn_passenger.http.access_log import escape_access_log
 from gunicorn_passenger.http.listener_context import ListenerContext, StandaloneWorker
+from gunicorn_passenger.ipc.accept_balance import AcceptBalance
 from gunicorn_passenger.ipc.scoreboard import Counters
 from gunicorn_passenger.system.tcp_keepalive import enable_tcp_keepalive
 
@@ -67,17 +68,19 @@ def unsupported_features(cfg: Any) -> str:
     return ""
 
 
-def make_acceptor(sock: Any, app: Any, cfg: Any, log: Any, worker: Any) -> ListenerHandler:
+def make_acceptor(
+    sock: Any, app: Any, cfg: Any, log: Any, worker: Any, balance: AcceptBalance | None = None
+) -> ListenerHandler:
     """The acceptor of a listener.
 
     :param sock: a listening socket, whose descriptor the acceptor owns from now on.
     :param app: the WSGI callable.
     :param cfg: gunicorn's configuration, as it applies there.
     :param worker: gunicorn's worker; ``None`` under plain Python.
+    :param balance: shares the connections with the worker's siblings; gunicorn's own handler does not use it.
     """
     sock = gsocket.socket(sock.family, sock.type, sock.proto, fileno=sock.detach())
     worker = worker or StandaloneWorker()
-    share = cfg.workers > 1
     escape_access_log(log)
     enable_tcp_keepalive(sock)
     sockname = sock.getsockname()
@@ -87,7 +90,7 @@ def make_acceptor(sock: Any, app: Any, cfg: Any, log: Any, worker: Any) -> Liste
         )
         tls = {"ssl_context": ssl_context(cfg)} if cfg.is_ssl else {}
         return GunicornAcceptor(
-            sock, GunicornHandler(app, cfg, log, worker), cfg.worker_connections, share, **tls
+            sock, GunicornHandler(app, cfg, log, worker), cfg.worker_connections, cfg.workers > 1, **tls
         )
     listener = ListenerContext(
         app, cfg, log, worker, sockname, settings.timeouts(), settings.closes_websockets_on_exit()
@@ -98,7 +101,7 @@ def make_acceptor(sock: Any, app: Any, cfg: Any, log: Any, worker: Any) -> Liste
             format_sockname(sockname),
             listener.reader.slow_parser_reason,
         )
-    return Acceptor(sock, listener, cfg.worker_connections, share)
+    return Acceptor(sock, listener, cfg.worker_connections, balance)
 
 
 class GunicornHandler(GeventWorker):

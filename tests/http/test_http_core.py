@@ -744,7 +744,7 @@ def test_a_connection_can_be_taken_over_between_requests(start):
                 return [name]
             listener = socket.socket(); listener.bind(("127.0.0.1", 0)); listener.listen()
             gate = ListenerContext(app, cfg, cfg.logger_class(cfg), StandaloneWorker(), listener.getsockname(), Timeouts())
-            return Acceptor(listener, gate, 10, False)
+            return Acceptor(listener, gate, 10)
         first, second = acceptor(b"1"), acceptor(b"2")
         first.start()
         client = socket.create_connection(first._sock.getsockname())

@@ -71,7 +71,7 @@ class Server:
         sock.bind(path)
         sock.listen(64)
         sock.setblocking(False)
-        self.acceptor = Acceptor(sock, http_model.gateway(Config(), app, path), 100, False)
+        self.acceptor = Acceptor(sock, http_model.gateway(Config(), app, path), 100)
         faults.log.setLevel(logging.DEBUG)
         self.acceptor.start()
 
@@ -389,7 +389,7 @@ def test_every_callback_of_the_loop_is_known() -> None:
     """A new one needs a test here that raises in it."""
     known = {
         ("acceptor.py", "self._accept"),
-        ("acceptor.py", "self._end_pause"),
+        ("acceptor.py", "then"),
         ("connection.py", "gone"),
         ("connection.py", "self._ready"),
         ("connection.py", "self._wake"),

@@ -79,7 +79,7 @@ class Server:
         self.log = cfg.logger_class(cfg)
         self.listener = ListenerContext(self._app, cfg, self.log, StandaloneWorker(), "/s", Timeouts())
         listener = gevent.socket.socket(socket.AF_UNIX)
-        self.acceptor = Acceptor(listener, self.listener, 100, False)
+        self.acceptor = Acceptor(listener, self.listener, 100)
         self.turn = self.listener.coalescer
         self.listener.idle_ticker.seconds = 600.0  # or what is forgotten would be sent at its end
         self.calls = 0
