@@ -85,6 +85,7 @@ _HOME = {
     "once": "serving.once",
     "serve_forever": "serving.api",
     "servers": "serving.api",
+    "socketio": "",
     "spawn": "daemons.api",
     "status": "",
 }

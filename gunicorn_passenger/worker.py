@@ -322,7 +322,7 @@ class Worker(GeventWorker):
 
     def _write_counts(self) -> None:
         if self.scoreboard is not None and os.getpid() == self.pid:
-            registry.acceptors.counters.write(self.scoreboard)
+            registry.acceptors.write_counts(self.scoreboard)
             self._socket_patch.write_counts(self.scoreboard)
 
     # --- the primary -----------------------------------------------------------------------------
@@ -346,9 +346,10 @@ class Worker(GeventWorker):
             self.wsgi = primary.app
         self.sockets.extend(self._other_binds.values())
         self._other_binds.clear()
+        sticky = settings.sticky(is_primary=True) if primary is None else primary.sticky
         for sock in self.sockets:
             sock.setblocking(1)
-            registry.acceptors.start_primary(sock, self.wsgi, self.cfg, PRIMARY_SLOT)
+            registry.acceptors.start_primary(sock, self.wsgi, self.cfg, PRIMARY_SLOT, sticky)
 
     def _on_bind_claimed(self, key: str) -> None:
         """A server of the program listens on a bind: from now on the primary is not served there."""

@@ -235,7 +235,7 @@ class HookedWorker:
 
     def _write_counts(self) -> None:
         if self._scoreboard is not None:
-            registry.acceptors.counters.write(self._scoreboard)
+            registry.acceptors.write_counts(self._scoreboard)
             self._patch.write_counts(self._scoreboard)
 
     def _begin_drain(self) -> None:

@@ -17,6 +17,7 @@ For the other settings the program overrides the environment, and the environmen
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -46,6 +47,9 @@ class Timeouts(NamedTuple):
 PLACEMENTS = ("shared", "one", "each")
 #: only in the setting: an unmodified server keeps the port that it opens, and the master has no part in it
 OFF = "off"
+
+#: RFC 6265 section 4.1.1: the name of a cookie is a token
+_COOKIE_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}")
 
 DEFAULT_GRACE_PERIOD = 10.0
 DEFAULT_MAX_BLOCKING_TIME = 2.0
@@ -123,6 +127,20 @@ def _ws_stop(value: object, where: str) -> str:
     return str(value)
 
 
+def check_sticky(value: object, where: str) -> object:
+    """:raises SettingError: for a value that cannot be used."""
+    if callable(value) or value in (OFF, "socketio", "cookie"):
+        return value
+    kind, colon, name = str(value).partition(":")
+    if kind == "cookie" and colon and _COOKIE_NAME.fullmatch(name):
+        return f"cookie:{name}"
+    raise SettingError(
+        f"{where}: {value!r} cannot be used; use 'socketio' (the worker that has the Engine.IO session), "
+        "'cookie' or 'cookie:NAME' (the worker that has set the cookie), a function that returns the key of "
+        "a request, or 'off'"
+    )
+
+
 _CHECKS: dict[str, Callable[[object, str], Any]] = {
     "auto_install": _bool,
     "ports": parse_ports,
@@ -136,6 +154,7 @@ _CHECKS: dict[str, Callable[[object, str], Any]] = {
     "prometheus": _bool,
     "status_hosts": parse_host_names,
     "max_blocking_time": _seconds,
+    "sticky": check_sticky,
 }
 
 #: Settings that only the master can act on.
@@ -153,6 +172,8 @@ class Settings:
         #: whether the program runs now (in a worker, or in the master with --preload)
         self.in_program = False
         self._config_module: object = None
+        #: for the servers of the program that are not given a value
+        self.default_sticky = OFF
 
     def configure(self, **values: object) -> None:
         for name in values:
@@ -239,6 +260,14 @@ class Settings:
         value = self._effective("max_blocking_time")
         return DEFAULT_MAX_BLOCKING_TIME if value is None else float(value)
 
+    def sticky(self, is_primary: bool) -> object:
+        """Which worker serves a request of a server that was not given the option ``sticky``.
+
+        :param is_primary: whether the setting applies to it.
+        """
+        value = self._effective("sticky") if is_primary else None
+        return self.default_sticky if value is None else value
+
     def status_hosts(self) -> frozenset[str]:
         """Host names that the status application serves, beside local names and addresses."""
         return frozenset(self._effective("status_hosts") or ())
@@ -310,6 +339,8 @@ def configure(**values: object) -> None:
         such as ``["status.example.org", ".internal"]``.
     :param max_blocking_time: seconds (default 2) for which the program may block a worker's event loop before
         the log names the function that does; 0 turns this off.
+    :param sticky: which worker serves a request to the primary (default: the one that reads it):
+        ``"socketio"``, ``"cookie"``, ``"cookie:NAME"``, or a function, as in :meth:`.server.Server.listen`.
     :raises TypeError: for an unknown name.
     :raises SettingError: (a ``ValueError``) for a value that cannot be used.
     """

@@ -145,13 +145,15 @@ class Acceptor:
             os.close(fd)
             raise
 
-    def attach(self, sock: Any, addr: Any, begun: bool = False) -> Connection:
+    def attach(self, sock: Any, addr: Any, begun: bool = False, data: bytes = b"") -> Connection:
         """Serve a connection that was accepted here or by a sibling.
 
         :param sock: a connected :class:`~.client_socket.ClientSocket`; the acceptor owns it, and closes it
             when this raises.
         :param addr: what ``accept()`` gave.
         :param begun: whether it has had requests, and was counted, somewhere else.
+        :param data: what a sibling has read of it. The first request in it is served here, whichever worker
+            it belongs to.
         """
         try:
             connection = Connection(self, self.listener, sock, addr)
@@ -162,6 +164,8 @@ class Acceptor:
         self._balance.add(1)
         if begun:
             connection.is_new = False
+            connection.buf = data
+            connection.was_passed = bool(data)
         else:
             self._accepted += 1
         try:
@@ -239,8 +243,12 @@ class Acceptor:
             connection.begin_shutdown()
 
     def room(self) -> int:
-        """How many more connections it may serve."""
+        """How many more connections of siblings that drain it may serve."""
         return 0 if self.listener.closing else max(self._limit - len(self._connections), 0)
+
+    def has_room(self) -> bool:
+        """Whether it may serve one more connection, also while it drains."""
+        return len(self._connections) < self._limit
 
     def pop_idle_connections(self, most: int) -> list[tuple[Any, Any]]:
         """Stop serving connections that wait for a request.

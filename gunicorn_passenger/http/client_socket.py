@@ -6,6 +6,7 @@ Never: takes part in a plain request: for that the HTTP core uses the socket bel
 
 from __future__ import annotations
 
+import _socket
 import contextlib
 from typing import Any
 
@@ -180,3 +181,27 @@ class ClientSocket(gsocket.socket):
         if self._turn is None:
             self._turn = RLock()
         return self._turn
+
+
+def adopt(fd: int) -> tuple[ClientSocket, Any]:
+    """A client's connection that another worker has accepted.
+
+    :param fd: a connected stream socket, owned from now on.
+    :returns: the connection, and its client's address as ``accept()`` gives it; ``None`` for that when the
+        client is gone.
+    :raises OSError: when it is not a stream socket; it is closed.
+    """
+    probe = _socket.socket(fileno=fd)
+    try:
+        if probe.type != _socket.SOCK_STREAM:
+            raise OSError("not a stream socket")
+        addr = None
+        with contextlib.suppress(OSError):
+            addr = probe.getpeername()
+        probe.setblocking(False)
+        made = ClientSocket(probe.family, probe.type, probe.proto, fd)
+    except BaseException:
+        probe.close()
+        raise
+    probe.detach()
+    return made, addr

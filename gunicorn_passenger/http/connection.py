@@ -36,7 +36,7 @@ from gunicorn_passenger.http.connection_state import ConnectionState, set_checke
 from gunicorn_passenger.http.disconnect import DisconnectWatch
 from gunicorn_passenger.http.failed_request import client_name, fail_request, send_error
 from gunicorn_passenger.http.faults import report_fault
-from gunicorn_passenger.http.listener_context import ListenerContext
+from gunicorn_passenger.http.listener_context import ListenerContext, Sticky
 from gunicorn_passenger.http.request_head import NO_HEAD, RequestFailed
 from gunicorn_passenger.http.response import RESPONSE_SENT, Response
 from gunicorn_passenger.http.timeouts import TimeoutQueue
@@ -63,6 +63,7 @@ class Connection(Transport):
         "addr",
         "body",
         "context",
+        "extra_headers",
         "head",
         "idle_since",
         "is_new",
@@ -71,6 +72,7 @@ class Connection(Transport):
         "response",
         "state",
         "tracked",
+        "was_passed",
     )
 
     if sys.flags.dev_mode:
@@ -105,6 +107,10 @@ class Connection(Transport):
         self.parsed = NO_HEAD
         #: called when the worker drains, by the code that has upgraded the connection
         self.on_drain: Any = None
+        #: whether a sibling has passed it here with a request, which is not passed on again
+        self.was_passed = False
+        #: header lines that the listener adds to the response
+        self.extra_headers = b""
 
     # --- between requests ------------------------------------------------------------------------
 
@@ -182,6 +188,7 @@ class Connection(Transport):
             self.state = _ACTIVE
         listener = self.listener
         read = listener.reader.read
+        sticky = listener.sticky
         idle_ticker = listener.idle_ticker
         recv = self._raw.recv
         readable = self._readable
@@ -205,6 +212,8 @@ class Connection(Transport):
                 if not data:
                     break
                 end = data.find(b"\r\n\r\n") + 4
+            if sticky is not None and self._pass_on(sticky, data, end):
+                return False
             if end == len(data):
                 head, self.buf = data, b""
             else:
@@ -374,6 +383,21 @@ class Connection(Transport):
             listener.refuse(None, self.sock, self.addr, error)
             self._linger()
         return b""
+
+    def _pass_on(self, sticky: Sticky, data: bytes, end: int) -> bool:
+        """Let the sibling that a request belongs to serve the connection from now on.
+
+        :param data: what was read, from the request on.
+        :param end: the length of its header section.
+        :returns: whether the sibling does; if not, the request is served here.
+        """
+        was_passed, self.was_passed = self.was_passed, False
+        give = sticky(self, data[:end])
+        if give is None or was_passed:
+            return False
+        if self.pending:
+            self._send_pending()
+        return give(self._raw.fileno(), data)
 
     def _next_begins(self) -> bool:
         """Whether the next request can begin: the body of this one is read, or can be discarded."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
+from collections.abc import Callable
 from operator import methodcaller
 from typing import Any
 
@@ -50,6 +51,14 @@ _EACH = (
     "wsgi.input",
     "wsgi.early_hints",
 )
+
+
+#: Gives a connection to a sibling: its descriptor, and what was read of it. Returns whether the sibling
+#: serves it.
+Give = Callable[[int, bytes], bool]
+#: Finds the sibling that a request belongs to, by the connection and the header section; ``None`` for this
+#: worker.
+Sticky = Callable[[Any, bytes], Give | None]
 
 
 class StandaloneWorker:
@@ -111,6 +120,8 @@ class ListenerContext:
         self.keepalive = bool(cfg.keepalive)
         #: whether a worker that exits closes the application's WebSockets
         self.closes_websockets_on_exit = closes_websockets_on_exit
+        #: set before the listener accepts; ``None`` when this worker may serve all requests that it reads
+        self.sticky: Sticky | None = None
         #: whether the server has stopped accepting
         self.closing = False
         #: counters: requests, bytes sent, responses with a status of 500 or above

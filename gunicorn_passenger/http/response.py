@@ -345,9 +345,9 @@ class Response:
         connection = self._connection
         word = b"close" if self._decide_close(unread and connection.body.too_much_unread) else b"keep-alive"
         version = b"HTTP/1.0" if self._protocol == "HTTP/1.0" else b"HTTP/1.1"
-        framing = b""
+        framing: bytes = connection.extra_headers
         if self.chunked:
-            framing = b"Transfer-Encoding: chunked\r\n"
+            framing += b"Transfer-Encoding: chunked\r\n"
             if body:
                 body = encode_chunk(body)
             if whole:
@@ -383,6 +383,8 @@ class Response:
         self.headers_sent = True
         if self._decide_close(False):
             wire = wire.removesuffix(b"keep-alive\r\n\r\n") + b"close\r\n\r\n"
+        if connection.extra_headers:
+            wire = b"%b%b\r\n" % (wire[:-2], connection.extra_headers)
         if len(body) < _JOIN and not self.must_close:
             listener.coalescer.enqueue(connection, wire + body)
         else:
@@ -434,6 +436,8 @@ class Response:
         begin = begin_head(self._protocol, self.status or "", word)
         if self.chunked:
             begin += b"Transfer-Encoding: chunked\r\n"
+        if connection.extra_headers:
+            begin += connection.extra_headers
         self.headers_sent = True
         if len(body) < _JOIN:
             data = b"%b%b\r\n%b" % (begin, self._block, body)

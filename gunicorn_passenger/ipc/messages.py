@@ -133,6 +133,14 @@ class AssignResult(Message):
 
 
 @dataclass(frozen=True)
+class OpenMailbox(Message):
+    """The worker wants a mailbox, and the sending ends of its siblings'. Response: MailboxOpened.
+
+    Its siblings know the mailbox before the worker gets the response.
+    """
+
+
+@dataclass(frozen=True)
 class GetReport(Message):
     """The worker asks for the application's report. Response: ReportSent or RequestDenied."""
 
@@ -233,6 +241,32 @@ class AssignSettled(Message):
     """
 
     serve: bool
+
+
+@dataclass(frozen=True)
+class MailboxOpened(Message):
+    """The receiving end of the worker's mailbox is the packet's descriptor; without one it has none."""
+
+    #: names the worker in what clients get to see; no client can guess one
+    tag: str
+
+
+@dataclass(frozen=True)
+class SiblingJoined(Message):
+    """A sibling has a mailbox, whose sending end is the packet's descriptor. No response."""
+
+    tag: str
+    #: whether the sibling serves: it is ready, and does not drain
+    serving: bool
+
+
+@dataclass(frozen=True)
+class SiblingChanged(Message):
+    """A sibling is ready, drains, or has exited. No response."""
+
+    tag: str
+    serving: bool
+    gone: bool = False
 
 
 @dataclass(frozen=True)

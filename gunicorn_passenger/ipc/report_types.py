@@ -78,6 +78,15 @@ class BlockingEntry(TypedDict):
     longest: float
 
 
+class MailboxesEntry(TypedDict):
+    """What the workers have sent each other, see :class:`.scoreboard.MailboxCounters`."""
+
+    passed: int
+    kept: int
+    published: int
+    dropped: int
+
+
 class EventEntry(TypedDict):
     """An event."""
 
@@ -104,6 +113,7 @@ class _Always(TypedDict):
     workers: list[WorkerEntry]
     servers: list[ServerEntry]
     blocking: BlockingEntry
+    mailboxes: MailboxesEntry
     #: the oldest first
     events: list[EventEntry]
     #: how many events of each kind there were

@@ -24,6 +24,8 @@ PRIMARY_KEY = "primary"
 _FIELDS = 5
 #: Where a worker notes how its event loop was blocked, after the slots.
 _BLOCKING = SLOTS * _FIELDS
+#: Where it counts what it and its siblings have passed each other, after that.
+_MAILBOX = _BLOCKING + 2
 #: The largest count: what a JSON number and a Prometheus sample hold exactly. A worker can write more.
 _LIMIT = (1 << 53) - 1
 
@@ -58,6 +60,22 @@ class Blocking(NamedTuple):
         )
 
 
+class MailboxCounters(NamedTuple):
+    """What a worker has sent to its siblings."""
+
+    #: connections that a sibling serves from then on
+    passed: int = 0
+    #: connections of a request that belongs to a sibling, which did not take it in time
+    kept: int = 0
+    #: messages
+    published: int = 0
+    #: messages that one sibling has missed, since too many waited for it
+    dropped: int = 0
+
+    def plus(self, other: MailboxCounters) -> MailboxCounters:
+        return MailboxCounters(*(min(a + b, _LIMIT) for a, b in zip(self, other, strict=True)))
+
+
 class Scoreboard:
     """One worker's page."""
 
@@ -67,7 +85,7 @@ class Scoreboard:
         :raises OSError: when the system has no memory for it.
         """
         self.seat = seat
-        self._map = mmap.mmap(-1, (_BLOCKING + len(Blocking._fields)) * 8)
+        self._map = mmap.mmap(-1, (_MAILBOX + len(MailboxCounters._fields)) * 8)
         self._words = memoryview(self._map).cast("Q")
 
     def write(self, slot: int, counts: Counters) -> None:
@@ -88,7 +106,14 @@ class Scoreboard:
         self._words[_BLOCKING], self._words[_BLOCKING + 1] = blocking
 
     def read_blocking(self) -> Blocking:
-        return Blocking(*self._words[_BLOCKING:]).plus(Blocking())
+        return Blocking(*self._words[_BLOCKING:_MAILBOX]).plus(Blocking())
+
+    def write_mailbox(self, counts: MailboxCounters) -> None:
+        for offset, value in enumerate(counts):
+            self._words[_MAILBOX + offset] = value
+
+    def read_mailbox(self) -> MailboxCounters:
+        return MailboxCounters(*self._words[_MAILBOX:]).plus(MailboxCounters())
 
     def close(self) -> None:
         self._words.release()
@@ -101,6 +126,7 @@ class RetiredCounters:
     def __init__(self) -> None:
         self._gone: dict[str, Counters] = {}
         self._blocking = Blocking()
+        self._mailboxes = MailboxCounters()
 
     def retire(self, scoreboard: Scoreboard | None, ports: Iterable[Any]) -> None:
         """A worker has exited: keep its counters."""
@@ -110,6 +136,7 @@ class RetiredCounters:
             counts = scoreboard.read(slot)._replace(connections=0)
             self._gone[key] = self._gone.get(key, Counters()).plus(counts)
         self._blocking = self._blocking.plus(scoreboard.read_blocking())
+        self._mailboxes = self._mailboxes.plus(scoreboard.read_mailbox())
         scoreboard.close()
 
     def forget(self, key: str) -> None:
@@ -128,4 +155,11 @@ class RetiredCounters:
         found = self._blocking
         for scoreboard in scoreboards:
             found = found.plus(scoreboard.read_blocking())
+        return found
+
+    def mailboxes(self, scoreboards: Iterable[Scoreboard]) -> MailboxCounters:
+        """What all workers, including those that are gone, have sent to their siblings."""
+        found = self._mailboxes
+        for scoreboard in scoreboards:
+            found = found.plus(scoreboard.read_mailbox())
         return found

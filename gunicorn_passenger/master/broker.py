@@ -197,6 +197,14 @@ class Broker:
         self.wake()
         return printable(", ".join(done))
 
+    def publish(self, topic: str, data: bytes) -> int:
+        """Send all workers a message from outside.
+
+        :returns: how many workers get it.
+        :raises ValueError: when the topic or the data is too long.
+        """
+        return self._dispatcher.mailboxes.publish(topic, data)
+
     # --- around a fork ---------------------------------------------------------------------------
 
     def after_fork_in_parent(self) -> None:
@@ -210,6 +218,7 @@ class Broker:
         :returns: whether the child is a worker.
         """
         is_worker = self.workers.after_fork_in_child()
+        self._dispatcher.mailboxes.after_fork_in_child()
         if is_worker:
             # a worker that outlives the master must not keep the lock of another worker's server
             self.placement.upgrade_lock.close()

@@ -27,6 +27,7 @@ from gunicorn_passenger.ipc.messages import (
     GetReport,
     Message,
     OfferConnections,
+    OpenMailbox,
     OpenPort,
     PacketRejected,
     ReleasePort,
@@ -45,6 +46,7 @@ from gunicorn_passenger.master.event_log import EventLog
 from gunicorn_passenger.master.listener_sync import ListenerSync
 from gunicorn_passenger.master.listeners import Listeners
 from gunicorn_passenger.master.loop import BrokerLoop
+from gunicorn_passenger.master.mailbox_exchange import MailboxExchange
 from gunicorn_passenger.master.placement import PlacementScheduler
 from gunicorn_passenger.master.worker_channels import WorkerChannel, WorkerChannels
 from gunicorn_passenger.serving import server_errors
@@ -87,6 +89,7 @@ class MessageDispatcher:
         self._boot_failures = boot_failures
         self._report = report
         self.migration = MigrationRelay(workers, listeners, self.reply)
+        self.mailboxes = MailboxExchange(workers, self.reply)
         #: ages of workers whose channel was closed while they run, until they are reaped
         self._expelled: set[int] = set()
         self._handlers: dict[type[Message], Callable[[WorkerChannel, Any, int | None], object]] = {
@@ -99,6 +102,7 @@ class MessageDispatcher:
             GetReport: self._on_get_report,
             BootFailure: self._on_boot_failure,
             RequestSuccessor: self._on_request_successor,
+            OpenMailbox: self.mailboxes.open,
         }
 
     # --- receiving -------------------------------------------------------------------------------
@@ -230,6 +234,7 @@ class MessageDispatcher:
         for other in self._workers:
             if other.draining:
                 self.reply(other, SuccessorReady(0))
+        self.mailboxes.on_worker_changed(worker)
         self._workers.wake_arbiter()
         if message.serves_primary:
             self._name_unclaimed()
@@ -247,6 +252,7 @@ class MessageDispatcher:
 
     def _on_worker_leaving(self, worker: WorkerChannel, message: WorkerLeaving, _fd: int | None) -> None:
         worker.draining = True
+        self.mailboxes.on_worker_changed(worker)
         self._placement.on_worker_gone(worker.age)
         self.reply(worker, Acknowledged(message.id))
         if any(other.serving for other in self._workers) and not self._sync.stopping():
@@ -360,6 +366,7 @@ class MessageDispatcher:
         worker.closer.close_socket(worker.sock)
         self._retired_counters.retire(worker.scoreboard, self._listeners.ports.values())
         self.migration.on_worker_gone(worker)
+        self.mailboxes.on_worker_gone(worker)
         self._listeners.on_worker_gone(worker.age)
         if expelled:
             # it may accept until it notices: its ports move to others when it is reaped

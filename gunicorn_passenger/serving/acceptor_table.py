@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from gunicorn_passenger.config.address import format_sockname
+from gunicorn_passenger.config.settings import OFF, settings
 from gunicorn_passenger.ipc.accept_balance import AcceptBalance
+from gunicorn_passenger.ipc.scoreboard import Scoreboard
 from gunicorn_passenger.serving.asgi_server import AsgiServer
 from gunicorn_passenger.serving.counters import AcceptorCounters
 from gunicorn_passenger.serving.scheduler import Scheduler
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from gunicorn_passenger.ipc.connection_table import Seat
     from gunicorn_passenger.serving.acceptors import ListenerHandler
     from gunicorn_passenger.serving.asgi_thread import AsgiThread
+    from gunicorn_passenger.serving.mailboxes import Mailboxes
 
 
 class AcceptorTable:
@@ -28,6 +31,8 @@ class AcceptorTable:
 
     def __init__(self) -> None:
         self.counters = AcceptorCounters()
+        #: this worker's mailbox and its siblings'; ``None`` without a master
+        self.mailboxes: Mailboxes | None = None
         #: whether all acceptors were told to stop
         self.stopped = False
         #: the acceptors of the primary's listeners
@@ -63,11 +68,24 @@ class AcceptorTable:
             self._log = self._cfg.logger_class(self._cfg)
         return self._cfg, self._log
 
+    def write_counts(self, scoreboard: Scoreboard) -> None:
+        """Bring the worker's page of the scoreboard up to date. Called once a second, and at the end."""
+        self.counters.write(scoreboard)
+        if self.mailboxes is not None:
+            scoreboard.write_mailbox(self.mailboxes.counts())
+
     # --- one acceptor -----------------------------------------------------------------------------
 
-    def start_primary(self, sock: Any, app: Any, cfg: Any, slot: int) -> None:
-        """Accept on a listener of the primary; ``cfg`` is gunicorn's own configuration."""
-        self.primary.append(self._start(slot, sock, app, cfg))
+    def start_primary(self, sock: Any, app: Any, cfg: Any, slot: int, sticky: object) -> None:
+        """Accept on a listener of the primary.
+
+        :param cfg: gunicorn's own configuration.
+        :param sticky: see :meth:`.server.Server.listen`.
+        """
+        acceptor = self._make(slot, sock, app, cfg)
+        self._make_sticky(acceptor, sticky, _primary_key(acceptor), cfg)
+        self.primary.append(acceptor)
+        acceptor.start()
 
     def start(self, server: Server, sock: Any) -> None:
         """Accept on the listening socket of a server."""
@@ -78,22 +96,27 @@ class AcceptorTable:
             self.counters.register(server.slot, asgi_acceptor)
             asgi_acceptor.start()
             self._by_server[server] = asgi_acceptor
+            if server.sticky != settings.default_sticky:
+                self._make_sticky(asgi_acceptor, server.sticky, "", cfg)
             return
         app = server.app
         if server.threads and not self._is_patched:
             from gunicorn_passenger.serving.threaded_app import ThreadedApplication
 
             app = ThreadedApplication(app, server.threads)
-        self._by_server[server] = self._start(server.slot, sock, app, cfg, is_primary=False)
+        acceptor = self._make(server.slot, sock, app, cfg, is_primary=False)
+        if server.lease is not None and server.placement == "shared":
+            self._make_sticky(acceptor, server.sticky, server.lease.key, cfg)
+        self._by_server[server] = acceptor
+        acceptor.start()
 
-    def _start(self, slot: int, sock: Any, app: Any, cfg: Any, is_primary: bool = True) -> ListenerHandler:
+    def _make(self, slot: int, sock: Any, app: Any, cfg: Any, is_primary: bool = True) -> ListenerHandler:
         from gunicorn_passenger.serving.acceptors import make_acceptor, secondary_config
 
         cfg = cfg if is_primary else secondary_config(cfg)
         balance = self._balances.setdefault(slot, AcceptBalance(self.seat, slot))
         acceptor = make_acceptor(sock, app, cfg, self._log, self._worker, balance)
         self.counters.register(slot, acceptor)
-        acceptor.start()
         return acceptor
 
     def start_application(self, server: AsgiServer, scheduler: Scheduler) -> None:
@@ -108,6 +131,13 @@ class AcceptorTable:
         thread.start()
         server.thread = thread
         self._applications = [*(a for a in self._applications if not a.finished), thread]
+
+    def _make_sticky(self, acceptor: ListenerHandler, sticky: object, key: str, cfg: Any) -> None:
+        """Have the acceptor pass the connections of requests that belong to siblings."""
+        if self.mailboxes is not None and sticky not in (None, OFF):
+            from gunicorn_passenger.serving import stickiness
+
+            stickiness.install(acceptor, sticky, self.mailboxes, key, cfg, self._log)
 
     def stop(self, server: Server) -> None:
         """Close the listening socket of a server; its open connections continue."""
@@ -176,10 +206,14 @@ class AcceptorTable:
 
     def by_key(self) -> list[tuple[str, ListenerHandler]]:
         """The acceptors by the key under which all workers know their port."""
-        found = [(f"primary {format_sockname(acceptor.sockname)}", acceptor) for acceptor in self.primary]
+        found = [(_primary_key(acceptor), acceptor) for acceptor in self.primary]
         return found + [(s.lease.key, a) for s, a in self._by_server.items() if s.lease is not None]
 
     def _all(self) -> Iterator[ListenerHandler]:
         yield from self.primary
         yield from self._by_server.values()
         yield from self._draining
+
+
+def _primary_key(acceptor: ListenerHandler) -> str:
+    return f"primary {format_sockname(acceptor.sockname)}"

@@ -161,7 +161,7 @@ class AsgiAcceptor:
         """None: uvicorn keeps a connection until its keep-alive time is over."""
         return []
 
-    def attach(self, sock: Any, addr: Any, begun: bool = False) -> Any:
+    def attach(self, sock: Any, addr: Any, begun: bool = False, data: bytes = b"") -> Any:
         raise NotImplementedError("an ASGI server takes no connections of siblings")
 
     # --- in the loop ------------------------------------------------------------------------------

@@ -30,9 +30,11 @@ from gunicorn_passenger.ipc.messages import (
     BootFailure,
     BootVerdict,
     GetReport,
+    MailboxOpened,
     Message,
     OfferConnections,
     OfferSettled,
+    OpenMailbox,
     OpenPort,
     PacketRejected,
     PauseAccept,
@@ -41,6 +43,8 @@ from gunicorn_passenger.ipc.messages import (
     ReportSent,
     RequestDenied,
     RequestSuccessor,
+    SiblingChanged,
+    SiblingJoined,
     SuccessorReady,
     WorkerLeaving,
     WorkerReady,
@@ -85,6 +89,8 @@ class BrokerClient:
         self.exit_announced = False
         #: called with the key of a bind that a server listens on from now on
         self.on_bind_claimed: Callable[[str], object] = lambda key: None
+        #: called when a sibling has a mailbox, with its sending end, and when the sibling's state changes
+        self.on_sibling: Callable[[SiblingJoined | SiblingChanged, int | None], object] | None = None
         #: called when the master has closed the channel
         self.on_lost: Callable[[], object] = lambda: None
         self._handlers: dict[type[Message], Callable[[Any, int | None], object]] = {
@@ -94,6 +100,8 @@ class BrokerClient:
             AssignSettled: self._on_assign_settled,
             SuccessorReady: self._on_successor_ready,
             PacketRejected: self._on_packet_rejected,
+            SiblingJoined: self._on_sibling,
+            SiblingChanged: self._on_sibling,
         }
         self._pid = os.getpid()
         self._reading = False
@@ -228,6 +236,18 @@ class BrokerClient:
         # without a timeout: until the master responds, a sibling may read from them
         response, _ = self._send_and_wait(message, "a connection", fds, None)
         return response.taken if isinstance(response, OfferSettled) else 0
+
+    def open_mailbox(self) -> tuple[str, int]:
+        """Ask for this worker's mailbox; :attr:`on_sibling` is told of those of the siblings.
+
+        :returns: the tag of this worker, and the receiving end, which the caller owns.
+        :raises errors.BrokerUnavailable: when the master cannot be reached, or has no descriptor for it.
+        """
+        response, fd = self._request(OpenMailbox(next(self._numbers)), "the mailbox")
+        if not isinstance(response, MailboxOpened) or fd is None:
+            why = response.text if isinstance(response, RequestDenied) else "no descriptor is free"
+            raise server_errors.broker_unavailable("the mailbox", f"cannot make it ({why})")
+        return response.tag, fd
 
     def report(self) -> dict[str, Any]:
         """The state of the whole application (see ``status/report.py``).
@@ -373,6 +393,12 @@ class BrokerClient:
 
     def _on_bind_claimed(self, message: BindClaimed, _fd: int | None) -> None:
         self.on_bind_claimed(message.key)
+
+    def _on_sibling(self, message: SiblingJoined | SiblingChanged, fd: int | None) -> None:
+        if self.on_sibling is not None:
+            self.scheduler.run(partial(self.on_sibling, message, fd))
+        elif fd is not None:
+            os.close(fd)
 
     def _on_pause_accept(self, message: PauseAccept, fd: int | None) -> None:
         for lease in list(self._leases.values()):

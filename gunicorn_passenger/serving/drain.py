@@ -10,8 +10,6 @@ request that comes meanwhile waits in the connection.
 
 from __future__ import annotations
 
-import os
-import socket
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -20,7 +18,7 @@ import gevent
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.http.acceptor import Acceptor
-from gunicorn_passenger.http.client_socket import ClientSocket
+from gunicorn_passenger.http.client_socket import adopt
 from gunicorn_passenger.http.faults import report_fault
 from gunicorn_passenger.ipc.messages import MAX_OFFERED
 from gunicorn_passenger.serving.acceptor_table import AcceptorTable
@@ -97,9 +95,6 @@ class ConnectionMigration:
             return []
         found = []
         for addr, fd in list(zip(addrs, fds, strict=True))[: acceptor.room()]:
-            with socket.socket(fileno=os.dup(fd)) as probe:
-                family, proto = probe.family, probe.proto
-            os.set_blocking(fd, False)
-            sock = ClientSocket(family, socket.SOCK_STREAM, proto, fd)
+            sock, _ = adopt(fd)
             found.append(AssignedConnection(partial(acceptor.attach, sock, addr, begun=True), sock.release))
         return found

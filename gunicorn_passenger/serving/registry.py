@@ -346,8 +346,10 @@ class ServerRegistry:
         """This worker has servers of ours: it takes their idle connections from siblings that drain."""
         if self.migration is None and self.broker is not None:
             from gunicorn_passenger.serving.drain import ConnectionMigration
+            from gunicorn_passenger.serving.mailboxes import Mailboxes
 
             self.migration = ConnectionMigration(self.broker, self.acceptors)
+            self.acceptors.mailboxes = Mailboxes(self.broker, self.acceptors.by_key)
             self.broker.on_connections_assigned = self.migration.receive_connections
 
     def stop_accepting(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.config.address import Address, Primary, SockAddr, Tcp, format_sockname, parse
-from gunicorn_passenger.config.settings import check_placement, settings
+from gunicorn_passenger.config.settings import check_placement, check_sticky, settings
 from gunicorn_passenger.serving import server_errors
 from gunicorn_passenger.serving.port_lease import PortLease
 from gunicorn_passenger.system.text import MAX_NAME, printable
@@ -66,6 +66,7 @@ class Server:
         self.threads = threads
         self._host = host
         self.placement = "shared"
+        self._sticky: object = None
         self.state = NEW
         self._name: str | None = None
         self._requested: Address | None = None
@@ -113,6 +114,11 @@ class Server:
         return self._socket.address if self._socket is not None else None
 
     @property
+    def sticky(self) -> object:
+        """Which worker serves a request, see :meth:`listen`."""
+        return settings.sticky(self.is_primary) if self._sticky is None else self._sticky
+
+    @property
     def listening(self) -> bool:
         """Whether clients can connect and are, or will be once the worker is ready, accepted."""
         return self.state == LISTENING
@@ -134,6 +140,7 @@ class Server:
         *,
         name: str | None = None,
         placement: str = "shared",
+        sticky: object = None,
         **unknown: object,
     ) -> S:
         """Accept connections on an address; the listening socket comes from the gunicorn master.
@@ -146,6 +153,11 @@ class Server:
         :param placement: ``"shared"``: all workers accept from the one socket. ``"one"``: one worker at a
             time accepts, another when that worker drains or dies. ``"each"``: every worker gets a port of its
             own; with a port number, the workers get the next free ports from there.
+        :param sticky: which worker serves a request, with the placement ``"shared"``: ``"socketio"`` (the one
+            that has its Engine.IO session), ``"cookie"`` or ``"cookie:NAME"`` (the one that has set the
+            cookie), or a function that returns the key of a :class:`werkzeug.wrappers.Request`: all requests
+            with the same key go to the same worker. ``"off"``: the worker that reads it, as without the
+            option. The primary takes the setting ``sticky`` when the option is not given.
         :returns: the server itself.
         :raises errors.ListenError: (an ``OSError``) when it cannot listen there; ``PortNotAllocated``
             and ``PortInUse`` are subclasses.
@@ -153,7 +165,7 @@ class Server:
         :raises TypeError: for an option that does not exist.
         """
         for option in unknown:
-            raise errors.unknown_name("listen()", "option", option, ("host", "name", "placement"))
+            raise errors.unknown_name("listen()", "option", option, ("host", "name", "placement", "sticky"))
         if self.state == CLOSED:
             raise server_errors.closed_server(self.name)
         if self.state != NEW:
@@ -166,6 +178,7 @@ class Server:
         if isinstance(requested, Tcp):
             placement = settings.placement(requested.port, placement)
         self.placement = check_placement(placement)
+        self._sticky = None if sticky is None else check_sticky(sticky, "listen(sticky=...)")
         if isinstance(requested, Primary) and placement != "shared":
             raise server_errors.primary_with_placement(placement)
         # the master escapes the name too, so that both know the same one

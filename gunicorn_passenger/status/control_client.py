@@ -19,7 +19,7 @@ from gunicorn_passenger.config.address import tcp_ports
 from gunicorn_passenger.config.port_allocation import account_name
 from gunicorn_passenger.errors import PassengerError
 from gunicorn_passenger.ipc.report_types import DaemonEntry, Report, ServerEntry
-from gunicorn_passenger.system import runtime_dir
+from gunicorn_passenger.system import procfs, runtime_dir
 from gunicorn_passenger.system.peer_credentials import peercred
 from gunicorn_passenger.system.text import printable
 
@@ -152,6 +152,39 @@ def command(verb: str, name: str, app: str = "") -> str:
         raise PassengerError(
             f"the master with pid {instance.pid} did not respond ({_reason(error)}); see its error log"
         ) from None
+
+
+def own_application(app: str = "") -> Instance:
+    """The application that this process belongs to, as a daemon of ``spawn()`` does; else the only one that
+    runs.
+
+    :param app: the pid or the name of another one.
+    :raises PassengerError: when no application runs, or it is not clear which.
+    """
+    found = running(app)
+    pid, ancestors = os.getpid(), set()
+    while (stat := procfs.stat(pid)) is not None and pid > 1:
+        ancestors.add(pid)
+        pid = stat.parent
+    chosen = [one for one in found if one.pid in ancestors] or found
+    if len(chosen) == 1:
+        return chosen[0]
+    account = account_name(os.geteuid())
+    if not chosen:
+        raise PassengerError(f"no application of account {account} runs under gunicorn-passenger")
+    labels = ", ".join(one.label for one in chosen)
+    raise PassengerError(f"several applications of account {account} run: {labels}; name one (app=...)")
+
+
+def publish(instance: Instance, topic: str, text: str) -> int:
+    """Send the workers of an application a message.
+
+    :returns: how many workers get it.
+    :raises OSError: when the master does not respond.
+    :raises PassengerError: when the message is too long.
+    """
+    request = {"command": "publish", "topic": topic, "text": text}
+    return int(ask(instance.socket, request).get("reached", 0))
 
 
 def _choose(verb: str, name: str, app: str) -> Instance:

@@ -6,6 +6,8 @@ The protocol: a request is a line of JSON, and so is its response.
 
 - ``{"command": "report"}``: ``{"report": {...}}`` (its keys: :mod:`.report`);
 - ``{"command": "restart" | "stop", "name": "..."}``: ``{"done": "what the master did"}``;
+- ``{"command": "publish", "topic": "...", "text": "..."}``, which sends the workers a message:
+  ``{"reached": 4}``, the number of workers that get it;
 - a request that fails: ``{"error": "why"}``.
 
 A connection to the socket has one request, and :data:`PATIENCE` seconds. A persistent connection
@@ -40,7 +42,8 @@ PATIENCE = 5.0
 MAX_CLIENTS = 16
 _BACKLOG = 64
 #: Bytes of a request.
-MAX_REQUEST = 4096
+MAX_REQUEST = 1 << 20
+_READ_SIZE = 1 << 16
 #: Limit of persistent connections.
 MAX_PERSISTENT = 64
 #: Seconds without accepting after the process has run out of descriptors.
@@ -58,6 +61,7 @@ class ControlBackend(Protocol):
 
     def report(self) -> Report: ...
     def command(self, verb: str, name: str) -> str: ...
+    def publish(self, topic: str, data: bytes) -> int: ...
 
 
 class ControlConnection:
@@ -206,7 +210,7 @@ class ControlServer(BrokerService):
 
     def _read(self, client: ControlConnection) -> bool:
         """:returns: whether the client is still connected."""
-        data = client.closer.receive(client.sock, MAX_REQUEST + 1 - len(client.received))
+        data = client.closer.receive(client.sock, min(_READ_SIZE, MAX_REQUEST + 1 - len(client.received)))
         if not data:
             return False
         if client.closer.full:
@@ -256,10 +260,12 @@ class ControlServer(BrokerService):
         try:
             if verb == "report":
                 return {"report": self._broker.report()}
-            if verb not in ("restart", "stop"):
-                return {"error": "unknown command; use report, restart or stop"}
+            if verb not in ("restart", "stop", "publish"):
+                return {"error": "unknown command; use report, restart, stop or publish"}
             if client.persistent:
                 return {"error": f"{verb} is not allowed on this connection, which is for reports"}
+            if verb == "publish":
+                return self._publish(request.get("topic"), request.get("text"))
             if not isinstance(name, str) or not name:
                 return {"error": f"{verb} needs a name"}
             return {"done": self._broker.command(verb, name)}
@@ -268,6 +274,14 @@ class ControlServer(BrokerService):
         except Exception:
             self._broker.log.exception("gunicorn-passenger: %s failed", verb)
             return {"error": f"{verb} failed in the master; see its error log"}
+
+    def _publish(self, topic: object, text: object) -> dict[str, Any]:
+        if not isinstance(topic, str) or not isinstance(text, str):
+            return {"error": "publish needs a topic and a text"}
+        try:
+            return {"reached": self._broker.publish(topic, text.encode())}
+        except ValueError as error:
+            return {"error": f"the message cannot be sent: {error}"}
 
     # --- the other events of a service -----------------------------------------------------------
 

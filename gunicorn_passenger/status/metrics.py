@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
-from gunicorn_passenger.ipc.report_types import DaemonEntry, ServerEntry
+from gunicorn_passenger.ipc.report_types import DaemonEntry, MailboxesEntry, ServerEntry
 from gunicorn_passenger.serving import program_metrics
 from gunicorn_passenger.status.sources import ReportUnavailable, reports
 from gunicorn_passenger.system.text import printable
@@ -114,8 +114,21 @@ def _families() -> Iterator[Any]:
     longest.add(report["blocking"]["longest"])
     for family in (up, info, failing, started, workers, memory, events, blocked, longest):
         yield family.finish()
+    yield from _mailbox_families(report["mailboxes"], Counter)
     yield from _server_families(report["servers"], Gauge, Counter)
     yield from _daemon_families(report.get("daemons", []), Gauge, Counter)
+
+
+def _mailbox_families(mailboxes: MailboxesEntry, counter: Any) -> Iterator[Any]:
+    for name, value, text in (
+        ("connections_passed", mailboxes["passed"], "Connections passed to the worker they belong to"),
+        ("connections_kept", mailboxes["kept"], "Connections that such a worker did not take in time"),
+        ("messages_published", mailboxes["published"], "Messages that workers have sent to their siblings"),
+        ("messages_dropped", mailboxes["dropped"], "Messages that a sibling has missed: it reads too slowly"),
+    ):
+        family = _MetricFamily(counter, name, text)
+        family.add(value)
+        yield family.finish()
 
 
 def _server_families(servers: list[ServerEntry], gauge: Any, counter: Any) -> Iterator[Any]:

@@ -14,6 +14,7 @@ from gunicorn_passenger.config.port_allocation import account_name, format_ports
 from gunicorn_passenger.ipc.report_types import (
     BlockingEntry,
     DaemonEntry,
+    MailboxesEntry,
     PortsEntry,
     Report,
     ServerCounts,
@@ -44,6 +45,7 @@ def build(broker: Broker) -> Report:
         "workers": [_worker(age, pid, by_age.get(age)) for age, pid in sorted(pids.items())],
         "servers": _servers(broker, by_age, pids),
         "blocking": _blocking(broker, by_age),
+        "mailboxes": _mailboxes(broker, by_age),
         "events": broker.event_log.list(),
         "totals": dict(broker.event_log.totals),
     }
@@ -73,6 +75,16 @@ def _worker(age: int, pid: int, worker: WorkerChannel | None) -> WorkerEntry:
 def _blocking(broker: Broker, by_age: dict[int, WorkerChannel]) -> BlockingEntry:
     total = broker.retired_counters.blocking(_scoreboards(by_age))
     return {"times": total.times, "longest": total.milliseconds / 1000}
+
+
+def _mailboxes(broker: Broker, by_age: dict[int, WorkerChannel]) -> MailboxesEntry:
+    total = broker.retired_counters.mailboxes(_scoreboards(by_age))
+    return {
+        "passed": total.passed,
+        "kept": total.kept,
+        "published": total.published,
+        "dropped": total.dropped,
+    }
 
 
 def _scoreboards(by_age: dict[int, WorkerChannel]) -> list[Scoreboard]:

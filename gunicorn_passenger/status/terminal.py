@@ -18,6 +18,7 @@ from gunicorn_passenger.ipc.report_types import (
     BlockingEntry,
     DaemonEntry,
     EventEntry,
+    MailboxesEntry,
     PortsEntry,
     Report,
     WorkerEntry,
@@ -162,6 +163,8 @@ def table(report: Report, width: int) -> list[str]:
     ]
     if (blocking := report.get("blocking", {})).get("times"):
         lines += ["", _blocking(blocking)]
+    if any((mailboxes := report.get("mailboxes", {})).values()):
+        lines += ["", _mailboxes(mailboxes)]
     if report["servers"]:
         lines += ["", *_servers(report, width)]
     if report.get("daemons"):
@@ -176,6 +179,15 @@ def table(report: Report, width: int) -> list[str]:
 def _blocking(blocking: BlockingEntry) -> str:
     times, longest = _number(blocking["times"]), blocking["longest"]
     return f"EVENT LOOPS  blocked {times} times, for up to {longest:.1f} s; the log names the functions"
+
+
+def _mailboxes(mailboxes: MailboxesEntry) -> str:
+    passed, kept = _number(mailboxes["passed"]), _number(mailboxes["kept"])
+    published, dropped = _number(mailboxes["published"]), _number(mailboxes["dropped"])
+    return (
+        f"SIBLINGS  {passed} connections passed, {kept} not taken in time; "
+        f"{published} messages published, {dropped} dropped"
+    )
 
 
 def _servers(report: Report, width: int) -> list[str]:

@@ -10,15 +10,17 @@ import re
 import signal
 
 import pytest
+import socketio
 from conditions import wait_for
 from example_sites import EXAMPLES, Example, assert_shown, wait_for_sharing
 from free_ports import free_port, free_range
 from http_client import fetch, pids_answering, refused
+from status_commands import only
 
 
 def test_every_example_is_tested():
     # proxy: in test_real_peers.py, status: in test_status_app.py
-    tested = {"seed", "prometheus", "unmodified", "hooks", "proxy", "status", "django", "fastapi"}
+    tested = {"seed", "prometheus", "unmodified", "hooks", "proxy", "status", "django", "fastapi", "chat"}
     assert {path.name for path in EXAMPLES.iterdir() if any(path.glob("*.py"))} == tested
     for name in tested:
         assert (EXAMPLES / name / "README.md").exists()
@@ -258,3 +260,38 @@ def test_hooks_port_outside_the_allocation(start):
     assert allocation in line
     # no traceback of ours; gunicorn 23 may halt in the midst of a fork, and shows where
     assert "PortNotAllocated" not in process.log(), process.log()
+
+
+# --- chat ------------------------------------------------------------------------------------------
+
+
+def test_chat(start):
+    """Two pollers, which every request brings to another worker but for the stickiness, and a WebSocket."""
+    port, primary = free_port(), free_port()
+    example = Example(start, "chat", {9000: port, 9009: port, 8000: primary})
+    process = example.run(example.command("gunicorn -k")).wait_ready(primary)
+    wait_for_sharing(process, port)
+    heard = []
+    clients = []
+    for transport in ("polling", "polling", "websocket"):
+        client = socketio.Client()
+        lines = []
+        heard.append(lines)
+        client.on("line", lines.append)
+        client.connect(f"http://127.0.0.1:{primary}", transports=[transport], wait_timeout=60)
+        clients.append(client)
+    clients[0].emit("enter", "Ada")
+    everybody = {"name": "", "text": "Ada is here"}
+    wait_for(lambda: all(lines == [everybody] for lines in heard), lambda: heard)
+    clients[0].emit("say", "hello")
+    said = {"name": "Ada", "text": "hello"}
+    wait_for(lambda: all(lines == [everybody, said] for lines in heard), lambda: heard)
+    clients[0].disconnect()
+    gone = {"name": "", "text": "Ada has left"}
+    wait_for(lambda: all(lines == [everybody, said, gone] for lines in heard[1:]), lambda: heard)
+    for client in clients[1:]:
+        client.disconnect()
+    assert fetch(primary)[1].startswith("<!doctype html>")
+    wait_for(lambda: only(start)["mailboxes"]["passed"] and only(start)["mailboxes"]["published"])
+    assert process.stop() == 0, process.log()
+    assert "Traceback" not in process.log(), process.log()

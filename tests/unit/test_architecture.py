@@ -32,7 +32,7 @@ LAYERS = [
     ["daemons"],
     ["status"],
     ["arbiter"],
-    ["http_proxy", "hooks"],
+    ["http_proxy", "socketio", "hooks"],
     ["worker"],
     ["script_runner"],
     ["cli", ""],
@@ -50,7 +50,9 @@ LAZY = {
         "serving.acceptors",
     ): "a worker without a server of ours does not import gevent",
     ("serving.acceptor_table", "serving.threaded_app"): "the same",
+    ("serving.acceptor_table", "serving.stickiness"): "the same",
     ("serving.registry", "serving.drain"): "the same",
+    ("serving.registry", "serving.mailboxes"): "the same",
     (
         "serving.standalone",
         "serving.gevent_scheduler",

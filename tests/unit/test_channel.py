@@ -19,9 +19,11 @@ from gunicorn_passenger.ipc.messages import (
     BootVerdict,
     DaemonSpawned,
     GetReport,
+    MailboxOpened,
     Message,
     OfferConnections,
     OfferSettled,
+    OpenMailbox,
     OpenPort,
     PacketRejected,
     PauseAccept,
@@ -30,6 +32,8 @@ from gunicorn_passenger.ipc.messages import (
     ReportSent,
     RequestDenied,
     RequestSuccessor,
+    SiblingChanged,
+    SiblingJoined,
     SpawnDaemon,
     SuccessorReady,
     WorkerLeaving,
@@ -65,6 +69,10 @@ EXAMPLES = [
     DaemonSpawned(5, "jobs", "127.0.0.1", 9000),
     RequestDenied(1, "in_use", 98, "text"),
     PacketRejected(0, "text"),
+    OpenMailbox(8),
+    MailboxOpened(8, "tag"),
+    SiblingJoined(0, "tag", True),
+    SiblingChanged(0, "tag", False, True),
 ]
 
 

@@ -161,7 +161,7 @@ class Wire:
     def __init__(self) -> None:
         self.listener = http_model.gateway(Config())
         self.body = type("Body", (), {"too_much_unread": False})
-        self.sent = b""
+        self.sent = self.extra_headers = b""
 
     def send(self, data: bytes) -> None:
         self.sent += data

@@ -1,0 +1,59 @@
+"""A Flask-SocketIO program on P1, unmodified but for one line, and a proxy to it on P2."""
+
+import os
+
+from flask import Flask, request
+from flask_socketio import SocketIO, join_room
+
+import gunicorn_passenger as passenger
+from gunicorn_passenger import http_proxy
+from gunicorn_passenger.socketio import attach
+
+application = Flask(__name__)
+io = SocketIO(application, async_mode="gevent", cors_allowed_origins="*")
+attach(io)
+
+
+@application.route("/")
+def whoami():
+    return str(os.getpid())
+
+
+@io.on("whoami")
+def on_whoami():
+    return os.getpid(), request.sid
+
+
+@io.on("join")
+def on_join(room):
+    join_room(room)
+
+
+@io.on("everybody")
+def on_everybody(data):
+    io.emit("news", data)
+
+
+@io.on("room")
+def on_room(room, data):
+    io.emit("news", data, to=room)
+
+
+@io.on("ask")
+def on_ask(target, question):
+    """Asks a client of any worker, and answers what it has answered."""
+    return io.call("question", question, to=target, timeout=20)
+
+
+@io.on("throw_out")
+def on_throw_out(target):
+    io.server.disconnect(target)
+
+
+@io.on("close")
+def on_close(room):
+    io.close_room(room)
+
+
+passenger.create_server(application).listen(int(os.environ["P1"]), name="chat")
+http_proxy.create_server("chat").listen(int(os.environ["P2"]))

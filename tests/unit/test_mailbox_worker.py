@@ -1,0 +1,240 @@
+"""A worker's side of the mailboxes, with a broker and siblings that the test plays."""
+
+import os
+import socket
+from types import SimpleNamespace
+
+import gevent
+import pytest
+
+from gunicorn_passenger import errors
+from gunicorn_passenger.config.settings import check_sticky
+from gunicorn_passenger.ipc import mailbox
+from gunicorn_passenger.ipc.messages import SiblingChanged, SiblingJoined
+from gunicorn_passenger.serving import mailboxes as module
+from gunicorn_passenger.serving.mailboxes import Mailboxes
+from gunicorn_passenger.serving.stickiness import ByKey, install
+
+
+class Broker:
+    """The worker's end of the channel to a master that the test plays."""
+
+    def __init__(self):
+        self.logged = []
+        self.log = SimpleNamespace(warning=self.note, error=self.note)
+        self.asked = 0
+        self.available = True
+
+    def note(self, *arguments):
+        self.logged.append(arguments)
+
+    def open_mailbox(self):
+        self.asked += 1
+        gevent.sleep(0.01)
+        if not self.available:
+            raise errors.BrokerUnavailable(24, "no descriptor is free")
+        receiving, self.sending = mailbox.pair()
+        return "own-tag", receiving.detach()
+
+
+class Site:
+    def __init__(self):
+        self.broker = Broker()
+        self.mailboxes = Mailboxes(self.broker, lambda: [])
+        self.ends = []
+
+    def join(self, tag, serving=True):
+        """A sibling; the receiving end of its mailbox."""
+        receiving, sending = mailbox.pair()
+        receiving.setblocking(False)
+        self.ends.append(receiving)
+        self.broker.on_sibling(SiblingJoined(0, tag, serving), sending.detach())
+        return receiving
+
+    def leave(self, tag):
+        self.broker.on_sibling(SiblingChanged(0, tag, False, True), None)
+
+
+@pytest.fixture
+def site():
+    site = Site()
+    assert site.mailboxes.open()
+    yield site
+    site.mailboxes.close()
+    site.broker.sending.close()
+    for end in site.ends:
+        end.close()
+
+
+@pytest.fixture
+def connection():
+    ours, theirs = socket.socketpair()
+    yield ours
+    ours.close()
+    theirs.close()
+
+
+def fill(sibling):
+    with pytest.raises(mailbox.MailboxFull):
+        while True:
+            mailbox.post(sibling.sending, mailbox.MESSAGE, "filler", b"")
+
+
+def heard(receiving):
+    """The messages of the topic ``t`` in a mailbox."""
+    found = []
+    while True:
+        try:
+            packet = mailbox.unpack(*mailbox.take(receiving))
+        except BlockingIOError:
+            return found
+        if packet.name == "t":
+            found.append(packet.data)
+
+
+def test_a_mailbox_is_asked_for_once():
+    site = Site()
+    opened = [gevent.spawn(site.mailboxes.open) for _ in range(3)]
+    gevent.joinall(opened)
+    assert [one.value for one in opened] == [True] * 3
+    assert site.broker.asked == 1
+    site.mailboxes.close()
+    site.broker.sending.close()
+
+
+def test_without_a_mailbox_the_worker_serves_alone_and_says_so_once():
+    site = Site()
+    site.broker.available = False
+    assert not site.mailboxes.open()
+    assert not site.mailboxes.open()
+    assert len(site.broker.logged) == site.broker.asked == 1
+    site.mailboxes.publish("t", b"")
+
+
+def test_messages_wait_for_room_and_keep_their_order(site, monkeypatch):
+    monkeypatch.setattr(module, "_MAX_WAITING", 50)
+    receiving = site.join("a")
+    fill(site.mailboxes.sibling("a"))
+    for number in range(60):
+        site.mailboxes.publish("t", b"%d" % number)
+    found = []
+    with gevent.Timeout(30):
+        while len(found) < 50:
+            found += heard(receiving)
+            gevent.sleep(0.001)
+    site.mailboxes.publish("t", b"next")
+    assert [*found, *heard(receiving)] == [*(b"%d" % n for n in range(50)), b"next"]
+    assert site.mailboxes.counts() == (0, 0, 61, 10)
+    assert len(site.broker.logged) == 1
+
+
+def test_the_bytes_that_wait_are_limited(site, monkeypatch):
+    monkeypatch.setattr(module, "_MAX_WAITING_BYTES", 1000)
+    site.join("a")
+    fill(site.mailboxes.sibling("a"))
+    for _ in range(3):
+        site.mailboxes.publish("t", b"x" * 400)
+    assert site.mailboxes.counts().dropped == 1
+
+
+def test_a_sibling_that_goes_while_messages_wait_is_forgotten(site):
+    site.join("a")
+    fill(site.mailboxes.sibling("a"))
+    site.mailboxes.publish("t", b"x")
+    site.leave("a")
+    assert site.mailboxes.sibling("a") is None
+    site.mailboxes.publish("t", b"x")
+    gevent.sleep(0)
+
+
+def test_a_claimed_connection_is_the_siblings(site, connection):
+    receiving = site.join("a")
+
+    def claim():
+        packet = mailbox.unpack(*mailbox.take(receiving))
+        assert (packet.name, packet.data) == ("key", b"GET")
+        assert mailbox.claim(packet.fds[1])
+        for fd in packet.fds:
+            os.close(fd)
+
+    gevent.spawn_later(0.01, claim)
+    assert site.mailboxes.pass_connection(site.mailboxes.sibling("a"), "key", connection.fileno(), b"GET")
+    assert site.mailboxes.counts()[:2] == (1, 0)
+
+
+def test_a_connection_that_is_not_claimed_in_time_stays(site, connection, monkeypatch):
+    monkeypatch.setattr(module, "CLAIM_TIME", 0.02)
+    receiving = site.join("a")
+    sibling = site.mailboxes.sibling("a")
+    assert not site.mailboxes.pass_connection(sibling, "key", connection.fileno(), b"GET")
+    packet = mailbox.unpack(*mailbox.take(receiving))
+    assert not mailbox.claim(packet.fds[1])
+    for fd in packet.fds:
+        os.close(fd)
+    fill(sibling)
+    assert not site.mailboxes.pass_connection(sibling, "key", connection.fileno(), b"GET")
+    receiving.close()
+    assert not site.mailboxes.pass_connection(sibling, "key", connection.fileno(), b"GET")
+    assert site.mailboxes.counts()[:2] == (0, 3)
+
+
+def test_what_a_sibling_sends_wrongly_does_no_harm(site, connection):
+    received = []
+    site.mailboxes.subscribe("t", received.append)
+    mailbox.forward(site.broker.sending, b"nonsense", ())
+    claim = mailbox.make_claim()
+    with open(os.devnull) as file:
+        mailbox.post(site.broker.sending, mailbox.CONNECTION, "key", b"", (file.fileno(), claim))
+    mailbox.post(site.broker.sending, mailbox.CONNECTION, "no server", b"", (connection.fileno(), claim))
+    mailbox.post(site.broker.sending, mailbox.MESSAGE, "not subscribed", b"")
+    mailbox.post(site.broker.sending, mailbox.MESSAGE, "t", b"heard")
+    with gevent.Timeout(30):
+        while not received:
+            gevent.sleep(0.001)
+    assert received == [b"heard"]
+    assert mailbox.claim(claim)
+    os.close(claim)
+
+
+def test_a_key_moves_only_with_its_worker(site):
+    for tag in "abc":
+        site.join(tag)
+    site.join("not ready", serving=False)
+    reader = SimpleNamespace(read=lambda head, context, last: ({"QUERY_STRING": head.decode()}, None, None))
+    by_key = ByKey(site.mailboxes, "key", lambda request: request.args["k"], reader)
+    connection = SimpleNamespace(context=None)
+
+    def owners():
+        found = []
+        for number in range(200):
+            give = by_key(connection, b"k=%d" % number)
+            found.append(None if give is None else give.args[0].tag)
+        return found
+
+    before = owners()
+    assert set(before) == {None, "a", "b", "c"}
+    site.leave("b")
+    assert [now for now, then in zip(owners(), before, strict=True) if then != "b"] == [
+        then for then in before if then != "b"
+    ]
+
+
+@pytest.mark.parametrize("value", ["off", "socketio", "cookie", "cookie:my-name", len])
+def test_the_values_of_sticky(value):
+    assert check_sticky(value, "here") == value
+
+
+@pytest.mark.parametrize(
+    "value", ["", "cookies", "cookie:", "cookie:a b", "cookie:a;b", "socketio:x", 5, True, b"off"]
+)
+def test_other_values_of_sticky_are_refused(value):
+    with pytest.raises(errors.SettingError, match=r"here: .* cannot be used; use 'socketio'"):
+        check_sticky(value, "here")
+
+
+def test_gunicorns_own_handler_passes_no_connections_and_the_log_says_so(site):
+    acceptor = SimpleNamespace(sockname=("127.0.0.1", 8443))
+    install(acceptor, "cookie", site.mailboxes, "key", None, site.broker.log)
+    [(text, where, sticky)] = site.broker.logged
+    assert "has no effect" in text
+    assert (where, sticky) == ("127.0.0.1:8443", "cookie")

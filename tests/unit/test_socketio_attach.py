@@ -1,0 +1,94 @@
+"""``attach()`` and ``emitter()``: what they take, what they refuse, and what they change without a worker."""
+
+import subprocess
+import sys
+
+import engineio
+import flask
+import flask_socketio
+import pytest
+import socketio
+
+import gunicorn_passenger
+from gunicorn_passenger import PassengerError, SettingError
+from gunicorn_passenger.config.settings import settings
+from gunicorn_passenger.socketio import LocalManager, attach, emitter
+
+
+@pytest.fixture(autouse=True)
+def default_sticky(monkeypatch):
+    monkeypatch.setattr(settings, "default_sticky", "off")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: socketio.Server(async_mode="threading"),
+        lambda: engineio.Server(async_mode="threading"),
+        lambda: flask_socketio.SocketIO(flask.Flask("x"), async_mode="threading"),
+    ],
+)
+def test_every_kind_of_server_is_attached_once(make):
+    sio = make()
+    attach(sio)
+    assert settings.sticky(is_primary=True) == settings.sticky(is_primary=False) == "socketio"
+    eio = getattr(getattr(sio, "server", sio), "eio", sio)
+    assert len(eio.generate_id()) == 20  # without a worker there is no tag
+    with pytest.raises(SettingError, match="attached already"):
+        attach(sio)
+
+
+def test_a_plain_client_manager_is_replaced_and_another_one_kept():
+    plain = socketio.Server(async_mode="threading")
+    attach(plain)
+    assert isinstance(plain.manager, LocalManager)
+    assert plain.manager.server is plain
+    own = LocalManager("of its own")
+    server = socketio.Server(async_mode="threading", client_manager=own)
+    attach(server)
+    assert server.manager is own
+
+
+def test_without_siblings_the_manager_serves_its_own_clients():
+    server = socketio.Server(async_mode="threading", client_manager=LocalManager())
+    server.emit("news", {"a": b"binary"}, room="all")
+    server.close_room("all")
+
+
+@pytest.mark.parametrize(
+    ("sio", "error", "text"),
+    [
+        (flask_socketio.SocketIO(), SettingError, "init_app"),
+        (socketio.AsyncServer(async_mode="asgi"), SettingError, "asyncio"),
+        (object(), TypeError, "not object"),
+        (None, TypeError, "not NoneType"),
+    ],
+)
+def test_what_cannot_be_attached_is_named(sio, error, text):
+    with pytest.raises(error, match=text):
+        attach(sio)
+    assert settings.default_sticky == "off"
+
+
+def test_a_server_with_clients_is_refused():
+    eio = engineio.Server(async_mode="threading")
+    eio.sockets["x"] = object()
+    with pytest.raises(SettingError, match="has clients"):
+        attach(eio)
+
+
+def test_an_emitter_without_an_application_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("PASSENGER_RUNTIME_DIR", str(tmp_path))
+    with pytest.raises(PassengerError, match="no application"):
+        emitter().emit("news", 1)
+
+
+def test_without_python_socketio_the_error_says_what_to_install():
+    program = "import sys; sys.modules['socketio'] = None; import gunicorn_passenger.socketio"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "pip install python-socketio" in ended.stderr.splitlines()[-1]
+
+
+def test_the_module_is_a_public_name():
+    assert gunicorn_passenger.socketio.attach is attach

@@ -1,0 +1,179 @@
+"""Socket.IO with four workers: real clients, all transports, directly and through the proxy."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import socketio
+from conditions import wait_for
+from free_ports import free_port
+from http_client import pids_answering
+from processes import starting
+
+WORKERS = 4
+TRANSPORTS = (["polling"], ["websocket"], ["polling", "websocket"])
+
+
+class Chatter:
+    """A client that connects again when it has lost its worker, and keeps what it hears."""
+
+    def __init__(self, port, transports):
+        self.news = []
+        self.rooms = ["all"]
+        self.client = socketio.Client(reconnection_delay=0.05, reconnection_delay_max=0.2)
+        self.client.on("news", self.news.append)
+        self.client.on("question", lambda text: f"{text}!")
+        self.client.connect(f"http://127.0.0.1:{port}", transports=transports, wait_timeout=30)
+
+    def call(self, event, *arguments):
+        return self.client.call(event, arguments if arguments else None, timeout=30)
+
+    def whoami(self):
+        """Its worker's pid, and its session; ``None`` while it connects again."""
+        try:
+            return tuple(self.client.call("whoami", timeout=2))
+        except (socketio.exceptions.SocketIOError, ValueError):
+            return None
+
+
+class Site:
+    def __init__(self, start):
+        self.ports = free_port(), free_port()
+        env = {"P1": self.ports[0], "P2": self.ports[1], "PASSENGER_OVERLAP": 60}
+        self.process = start.gunicorn(
+            "socketio_app", "--graceful-timeout", 3, workers=WORKERS, env=env
+        ).wait_ready(self.ports[0])
+        pids_answering(self.ports[0], WORKERS)
+        self.chatters = [
+            Chatter(port, transports)
+            for port, transports, _ in itertools.product(self.ports, TRANSPORTS, range(2))
+        ]
+        self.count = itertools.count()
+
+    def workers(self):
+        """The workers of all clients, when each has one that lives."""
+
+        def known():
+            found = [chatter.whoami() for chatter in self.chatters]
+            alive = self.process.workers()
+            return all(who and who[0] in alive for who in found) and [who[0] for who in found]
+
+        return wait_for(known, self.process.log)
+
+    def broadcast(self, times=6):
+        """Each client in turn speaks to all, and every client hears everything once."""
+        self.workers()
+        for chatter in self.chatters:
+            chatter.news.clear()
+        said = [next(self.count) for _ in range(times)]
+        for number, chatter in zip(said, itertools.cycle(self.chatters), strict=False):
+            chatter.call("everybody", number)
+        for chatter in self.chatters:
+            wait_for(lambda c=chatter: len(c.news) >= times, lambda c=chatter: f"{said}, heard {c.news}")
+        # what comes twice would have come by now: a later message comes behind it
+        last = next(self.count)
+        self.chatters[0].call("everybody", last)
+        for chatter in self.chatters:
+            wait_for(lambda c=chatter: last in c.news)
+            assert sorted(chatter.news) == [*said, last]
+
+    def apart(self):
+        """Two clients of different workers."""
+        pids = self.workers()
+        other = next(n for n, pid in enumerate(pids) if pid != pids[0])
+        return self.chatters[0], self.chatters[other]
+
+    def close(self):
+        for chatter in self.chatters:
+            chatter.client.disconnect()
+
+
+@pytest.fixture(scope="module")
+def site():
+    with starting() as start:
+        site = Site(start)
+        yield site
+        site.close()
+
+
+def test_a_broadcast_reaches_every_client_once(site):
+    assert len(set(site.workers())) > 1
+    site.broadcast(len(site.chatters))
+
+
+def test_a_room_spans_the_workers(site):
+    one, other = site.apart()
+    for chatter in site.chatters:
+        chatter.news.clear()
+    for chatter in (one, other):
+        chatter.call("join", "two")
+    one.call("room", "two", "hello")
+    for chatter in (one, other):
+        wait_for(lambda c=chatter: c.news == ["hello"])
+    one.call("close", "two")  # what one worker publishes arrives in its order
+    one.call("room", "two", "nobody hears this")
+    one.call("everybody", "last")
+    for chatter in site.chatters:
+        wait_for(lambda c=chatter: "last" in c.news)
+        assert chatter.news == (["hello", "last"] if chatter in (one, other) else ["last"])
+
+
+def test_a_client_of_another_worker_acknowledges(site):
+    one, other = site.apart()
+    assert one.call("ask", other.whoami()[1], "who") == "who!"
+    assert one.call("ask", one.whoami()[1], "who") == "who!"
+
+
+def test_large_messages_reach_the_clients_of_other_workers(site):
+    one, other = site.apart()
+    for chatter in site.chatters:
+        chatter.news.clear()
+    one.call("everybody", "x" * 300_000)
+    for chatter in site.chatters:
+        wait_for(lambda c=chatter: c.news == ["x" * 300_000])
+    # to one client: python-engineio confuses the two encodings of a binary packet that it sends to several
+    other.call("join", "binary")
+    one.call("room", "binary", b"y" * 300_000)
+    wait_for(lambda: other.news[1:] == [b"y" * 300_000])
+
+
+def test_other_processes_emit(site):
+    """A process of the same account, such as a cron job."""
+    for chatter in site.chatters:
+        chatter.news.clear()
+    program = (
+        "from gunicorn_passenger.socketio import emitter; outside = emitter(); "
+        "[outside.emit('news', n) for n in range(3)]; outside.emit('news', {'n': 'x' * 100_000})"
+    )
+    environment = {**os.environ, "PASSENGER_RUNTIME_DIR": str(site.process.home / "run")}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=60)
+    for chatter in site.chatters:
+        wait_for(lambda c=chatter: len(c.news) == 4)
+        assert chatter.news == [0, 1, 2, {"n": "x" * 100_000}]
+
+
+def test_the_clients_of_a_killed_worker_connect_again(site):
+    victim = site.workers()[0]
+    os.kill(victim, signal.SIGKILL)
+    wait_for(lambda: victim not in site.workers() and len(site.process.workers()) == WORKERS)
+    site.broadcast()
+
+
+def test_a_client_of_another_worker_can_be_disconnected(site):
+    one, other = site.apart()
+    gone = []
+    other.client.on("disconnect", lambda reason: gone.append(reason))
+    one.call("throw_out", other.whoami()[1])
+    wait_for(lambda: gone)
+    site.chatters.remove(other)
+    site.broadcast()
+
+
+def test_clients_outlive_a_reload(site):
+    site.process.hup(WORKERS, site.ports[0])
+    site.broadcast()
+    text = site.process.log()
+    assert "Traceback" not in text, text
