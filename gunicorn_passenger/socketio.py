@@ -1,7 +1,7 @@
 """Socket.IO with several workers: ``gunicorn_passenger.socketio.attach(sio)``, one line in the program.
 
 Process: a worker; plain Python; and the master with ``--preload``.
-Never: changes what python-socketio does in a process without siblings.
+Never: change what python-socketio does in a process without siblings.
 
 Socket.IO needs every request of a session to reach the worker that has the session, and every event to reach
 the clients of all workers. The session ids that :func:`attach` makes begin with the tag of their worker, by

@@ -1,7 +1,7 @@
 """The gunicorn worker class: connects the master's port broker and the program's servers.
 
 Process: the master (``setup``, ``check_config``, ``__init__``) and a worker (all other methods).
-Never: opens a port.
+Never: open a port.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ class Worker(GeventWorker):
         try:
             super().load_wsgi()
         except SystemExit:
-            # gunicorn would restart for ever a program that turns a refused listen() into sys.exit()
+            # gunicorn would restart forever a program that turns a refused listen() into sys.exit()
             if registry.last_error is None:
                 raise
             raise registry.last_error from None

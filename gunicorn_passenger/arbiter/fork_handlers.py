@@ -1,7 +1,7 @@
 """The broker of this process, and what happens to it around a fork.
 
-Process: the master, in the thread that forks, and for a moment in each child of it. Never: keeps a fork
-waiting without a bound, or leaves anything of the master's open in a child.
+Process: the master, in the thread that forks, and for a moment in each child of it. Never: keep a fork
+waiting without a bound, or leave anything of the master's open in a child.
 """
 
 from __future__ import annotations

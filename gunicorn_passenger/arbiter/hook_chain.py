@@ -1,6 +1,6 @@
 """Runs our handlers before or after a gunicorn hook of the user's own.
 
-Process: the master. Never: swallows or reorders what the user's own hooks do.
+Process: the master. Never: swallow or reorder what the user's own hooks do.
 """
 
 from __future__ import annotations

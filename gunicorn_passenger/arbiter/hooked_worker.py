@@ -1,8 +1,8 @@
 """A worker of another class than ours: the program's servers get the master's sockets, and drain.
 
 Process: a worker of another class, from its ``post_fork`` on.
-Never: imports gevent before there is a server of ours, changes how gunicorn's class serves the primary, or
-costs a worker that opens no port a thread.
+Never: import gevent before there is a server of ours, change how gunicorn's class serves the primary, or
+cost a worker that opens no port a thread.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Where the arbiter meets the broker.
 
 Process: the master; called from the worker class (which gunicorn instantiates before each fork) and from
-gunicorn's hooks. Never: lets a failure of the broker stop gunicorn.
+gunicorn's hooks. Never: let a failure of the broker stop gunicorn.
 """
 
 from __future__ import annotations

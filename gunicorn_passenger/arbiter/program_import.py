@@ -1,7 +1,7 @@
 """Which application gunicorn serves: the program may say so by ``listen("passenger")`` alone.
 
 Process: the master (with ``--preload``) and a worker.
-Never: hides an error in the program itself.
+Never: hide an error in the program itself.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which workers stay, which leave, and when: a reload without a gap.
 
-Process: the master, in gunicorn's arbiter. Never: waits, or stops a worker before another one has
+Process: the master, in gunicorn's arbiter. Never: wait, or stop a worker before another one has
 replaced it, unless the overlap is over.
 
 gunicorn itself sends SIGTERM to surplus workers as soon as it has forked others, which are not ready for

@@ -7,5 +7,5 @@ response (:mod:`.response`), and waits for the next request.
 :mod:`.downstream_api` lists what the reverse proxy uses of a connection.
 
 Process: a worker, or plain Python.
-Never: imports the proxy, or uses the master.
+Never: import the proxy, or use the master.
 """

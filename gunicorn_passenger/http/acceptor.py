@@ -1,7 +1,7 @@
 """Accepts connections on one listening socket.
 
 Process: a worker, in its hub.
-Never: blocks.
+Never: block.
 
 The acceptor serves a limited number of connections. At the limit, a new client takes the place of the
 connection that has been idle longest: a client of a kept connection has to expect that it is closed at any

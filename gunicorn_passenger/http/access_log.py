@@ -1,7 +1,7 @@
 """The access log: the values of a line, and how the line is written.
 
 Process: a worker.
-Never: changes what gunicorn's logger would write, except for characters that could forge a line or control a
+Never: change what gunicorn's logger would write, except for characters that could forge a line or control a
 terminal. :class:`EscapedAtoms` is the one place that escapes them; gunicorn's logger uses it, too.
 
 gunicorn's logger computes every value that a format might contain (the "atoms"), environ and headers

@@ -1,7 +1,7 @@
 """A request's body, as ``wsgi.input``.
 
 Process: a worker, in the connection's greenlet or another one of the application.
-Never: reads a body that the application does not ask for, reads past its end, or returns an incomplete body
+Never: read a body that the application does not ask for, read past its end, or return an incomplete body
 as if it were complete.
 """
 

@@ -1,7 +1,7 @@
 """The chunked transfer coding (RFC 9112 section 7.1), in both directions and without I/O.
 
 Process: any.
-Never: accepts framing that another recipient could read differently, or grows with bad input.
+Never: accept framing that another recipient could read differently, or grow with bad input.
 
 :class:`ChunkedDecoder` reads only the framing. The caller owns the buffer: a request body takes the content
     from

@@ -1,7 +1,7 @@
 """``gunicorn.socket``: the connection of a client, for an application that takes it over.
 
 Process: a worker, in the application's greenlets.
-Never: takes part in a plain request: for that the HTTP core uses the socket below it.
+Never: take part in a plain request: for that the HTTP core uses the socket below it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One client connection: reads requests, calls the application, closes the connection.
 
 Process: a worker, one greenlet for each busy connection.
-Never: reads what follows a refused request, or waits without a timeout for the client.
+Never: read what follows a refused request, or wait without a timeout for the client.
 
 A connection has a greenlet while it is busy. When its client is idle for a moment, the greenlet ends and only
 the hub waits: an idle connection costs its socket and little else. The exception is an application that keeps

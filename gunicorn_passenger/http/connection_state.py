@@ -1,7 +1,7 @@
 """What a connection is doing, and what it may do next.
 
 Process: a worker.
-Never: decides anything. The connection changes its state, and other objects read it.
+Never: decide anything. The connection changes its state, and other objects read it.
 
 =========  ==============================================================  ===================================
 state      meaning                                                         next

@@ -1,7 +1,7 @@
 """Notices that a client disconnects while its response is made.
 
 Process: a worker, in the hub.
-Never: reads what the client has sent, or treats a client that only shut down its sending side as disconnected
+Never: read what the client has sent, or treat a client that only shut down its sending side as disconnected
 where the two can be distinguished.
 """
 

@@ -1,7 +1,7 @@
 """The contract between the HTTP server and the proxy: all that the proxy uses of a connection.
 
 Process: a worker. Types only.
-Never: offers what the proxy does not use.
+Never: offer what the proxy does not use.
 
 :class:`~gunicorn_passenger.http.connection.Connection` and its response, request body, listener context and
 connection context implement these protocols. ``proxy`` imports ``http``; ``http`` does not import ``proxy``.

@@ -1,7 +1,7 @@
 """Logs a request that fails after its headers were read, and sends an error to the client.
 
 Process: a worker, in the connection's greenlet.
-Never: sends a second response, or makes a truncated response look complete.
+Never: send a second response, or make a truncated response look complete.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reports unexpected errors in callbacks of the event loop.
 
 Process: a worker, or plain Python, in the hub.
-Never: raises, or fills the log with one fault.
+Never: raise, or fill the log with one fault.
 
 gevent stops a watcher whose callback raises. A callback that serves many connections therefore catches every
 exception, gives up the one connection that caused it, reports the fault here, and continues.

@@ -1,7 +1,7 @@
 """The grammar of HTTP messages: each rule once, for requests, responses and what the proxy forwards.
 
 Process: any.
-Never: does I/O, or has a rule without the section that defines it.
+Never: do I/O, or have a rule without the section that defines it.
 
 Rules on bytes are named ``..._BYTES``. All patterns are used with ``fullmatch``.
 """

@@ -1,7 +1,7 @@
 """Greenlets that serve one connection after another.
 
 Process: a worker, in its hub.
-Never: lets a connection see what another one has left in its greenlet.
+Never: let a connection see what another one has left in its greenlet.
 
 A new greenlet costs more than a small request: the system maps its stack, and unmaps it again. So a greenlet
 whose connection has ended, or is idle, waits here for the next one. Until then everything goes that the

@@ -1,7 +1,7 @@
 """What all requests of one listener share.
 
 Process: a worker, or plain Python.
-Never: holds anything of a single request.
+Never: hold anything of a single request.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reads a request's header section: bytes in, a WSGI environ out, or one of gunicorn's errors.
 
 Process: a worker, or plain Python.
-Never: touches a socket, or accepts what gunicorn's own parser refuses.
+Never: touch a socket, or accept what gunicorn's own parser refuses.
 
 Two parsers work together. gunicorn's Python parser has the rules, for every setting. A C parser
 (``gunicorn_h1c``) is several times faster, and accepts less or more in places. So a header section goes to

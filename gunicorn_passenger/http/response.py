@@ -1,7 +1,7 @@
 """A response: ``start_response``, and what is sent after it.
 
 Process: a worker, in the greenlet that calls the application.
-Never: sends a header that would end the header section, or frames a message in two ways.
+Never: send a header that would end the header section, or frame a message in two ways.
 
 gunicorn's hooks and loggers read these attributes, so they have gunicorn's names: ``status``,
 ``status_code``, ``headers``, ``headers_sent``, ``response_length``, ``sent``, ``chunked``, ``must_close``,

@@ -1,7 +1,7 @@
 """Caches for the header sections of responses: header lines, header blocks and status lines.
 
 Process: a worker, in the greenlet that calls the application.
-Never: holds a header line that was not checked, or grows without a limit.
+Never: hold a header line that was not checked, or grow without a limit.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Timeouts of many waiting connections, without a timer for each.
 
 Process: a worker.
-Never: costs anything while no connection waits.
+Never: cost anything while no connection waits.
 
 A timer per wait would cost more than the wait. All waits of a kind have the same duration, so the first that
 began is the first that ends: an insertion-ordered dictionary is the queue, and one timer of the loop stands

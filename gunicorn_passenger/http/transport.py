@@ -1,7 +1,7 @@
 """The bytes of one client connection: buffered input, output, and the waits for both.
 
 Process: a worker, in the greenlets of the connection and of the application.
-Never: knows a request or a response, or waits without a timeout for the client.
+Never: know a request or a response, or wait without a timeout for the client.
 
 :class:`.connection.Connection` extends the class instead of owning an object of it: each response goes
     through

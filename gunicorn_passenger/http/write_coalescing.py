@@ -1,7 +1,7 @@
 """Write coalescing: the finished responses of one event-loop iteration are sent together at its end.
 
 Process: a worker; one coalescer for each event loop.
-Never: waits for a client, or delays a response while requests are known to be slow.
+Never: wait for a client, or delay a response while requests are known to be slow.
 
 Waking a sleeping client can cost more than handling its request, and a client that is awake stays awake while
 more responses arrive. So a busy worker keeps the responses of one event-loop iteration until its end, and

@@ -1,5 +1,5 @@
 """Unmodified servers: Python's ``bind`` and ``listen`` are replaced, so that they get the master's sockets.
 
 Process: a worker.
-Never: changes a socket other than a TCP listener.
+Never: change a socket other than a TCP listener.
 """

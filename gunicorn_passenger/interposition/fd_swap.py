@@ -1,7 +1,7 @@
 """Puts another socket under a descriptor that may be in epoll sets.
 
 Process: a worker.
-Never: wakes a greenlet or thread, or changes the events that an epoll set asks for.
+Never: wake a greenlet or thread, or change the events that an epoll set asks for.
 
 The kernel keeps a registration until the *open file description* is closed (epoll(7)). The master keeps the
 old one open, so an epoll set would go on reporting the old socket under the number of the new one, and would

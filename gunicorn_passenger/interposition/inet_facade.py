@@ -1,7 +1,7 @@
 """Makes a captured primary look like a TCP socket.
 
 Process: a worker.
-Never: changes what a real TCP socket returns.
+Never: change what a real TCP socket returns.
 
 A captured primary is an AF_UNIX socket under an object that says AF_INET. For such an object each client has
 the address 127.0.0.1 and a port of its own, since programs tell clients apart by their address. TCP options

@@ -1,7 +1,7 @@
 """The master's sockets under the descriptors of unmodified servers, and the connections accepted from them.
 
 Process: a worker.
-Never: closes a descriptor that a server polls; an unreachable socket takes the place of the master's.
+Never: close a descriptor that a server polls; an unreachable socket takes the place of the master's.
 
 A descriptor may be closed without its socket object (``os.close``) and its number reused. So each entry
 carries the inode of its socket, and counts only while the descriptor still has that socket.

@@ -1,7 +1,7 @@
 """The descriptors of this process, by the inode of their socket, and the room for further ones.
 
 Process: a worker.
-Never: follows a descriptor that was closed and reused; the inode of the socket tells the two apart.
+Never: follow a descriptor that was closed and reused; the inode of the socket tells the two apart.
 
 A worker may have no descriptor free (EMFILE) at the moment when it must stop accepting. So it keeps a few
 spare ones, which :func:`room` closes for a moment.

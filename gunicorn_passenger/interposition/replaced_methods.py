@@ -1,7 +1,7 @@
 """Replaces the methods of Python's sockets by which :class:`.socket_patch.SocketPatch` learns what they do.
 
 Process: a worker, from just after the fork.
-Never: decides anything.
+Never: decide anything.
 
 The two classes get the replacements from which all Python sockets derive their system calls: the standard
 library's ``socket.socket`` and gevent's inner socket. So they also hold for names that were imported before.

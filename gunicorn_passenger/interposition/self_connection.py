@@ -1,7 +1,7 @@
 """Connections of a worker to its own unmodified servers.
 
 Process: a worker.
-Never: changes where a connection goes, once the worker serves and its servers have started.
+Never: change where a connection goes, once the worker serves and its servers have started.
 
 Programs connect to their own port: before they listen, to see that it is free, and afterwards, to see that
 their server works. The port is shared, so a sibling would accept such a connection. While a worker boots, and

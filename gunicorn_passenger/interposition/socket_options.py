@@ -1,7 +1,7 @@
 """Options of listening sockets: what a program sets on its own socket holds for the master's, too.
 
 Process: a worker.
-Never: lets a listening socket block, because the siblings share its open file description.
+Never: let a listening socket block, because the siblings share its open file description.
 """
 
 from __future__ import annotations

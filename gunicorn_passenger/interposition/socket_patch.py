@@ -1,7 +1,7 @@
 """``bind`` and ``listen`` replaced, so that unmodified servers get the master's sockets.
 
 Process: a worker, from just after the fork.
-Never: touches a socket that does not bind a TCP port to listen: client sockets, UDP, port 0, UNIX sockets.
+Never: touch a socket that does not bind a TCP port to listen: client sockets, UDP, port 0, UNIX sockets.
 
 Facts and rules:
 

@@ -1,7 +1,7 @@
 """Drains third-party HTTP servers: closes their connections after a response, or while they are idle.
 
 Process: a worker that drains.
-Never: ends a connection that has an open request, or costs time before the drain.
+Never: end a connection that has an open request, or cost time before the drain.
 
 It knows gevent's ``pywsgi`` and the servers based on ``http.server`` (``wsgiref``, ``socketserver``'s HTTP
 servers, Werkzeug and Flask). Their next response says ``Connection: close``. A connection is idle when the

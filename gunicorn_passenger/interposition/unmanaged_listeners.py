@@ -1,7 +1,7 @@
 """Finds the ports that the program opens without Python's socket module, which the master cannot share.
 
 Process: a worker.
-Never: touches such a socket.
+Never: touch such a socket.
 """
 
 from __future__ import annotations

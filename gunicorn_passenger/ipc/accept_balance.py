@@ -1,7 +1,7 @@
 """Decides whether this worker leaves the next connection to a sibling that has fewer.
 
 Process: a worker, in its hub.
-Never: keeps a client waiting for a sibling that does not come.
+Never: keep a client waiting for a sibling that does not come.
 
 All workers wait for the same listening socket, and the kernel wakes them all. Without this, the worker that
 wakes first would get most connections, and keep WebSockets for life. So a worker that has clearly more

@@ -4,5 +4,5 @@ A request is planned (:mod:`.plan`) and then executed (:mod:`.forward`). Under o
 proxy uses the connection through :mod:`gunicorn_passenger.http.downstream_api`; otherwise it uses WSGI alone.
 
 Process: a worker or plain Python, wherever the proxy is mounted.
-Never: uses the master or the broker.
+Never: use the master or the broker.
 """

@@ -1,7 +1,7 @@
 """The public settings of the connections to upstreams, and one pool for each upstream.
 
 Process: any process in which the proxy is mounted.
-Never: lets two event loops share a pool.
+Never: let two event loops share a pool.
 """
 
 from __future__ import annotations

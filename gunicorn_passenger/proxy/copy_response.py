@@ -1,7 +1,7 @@
 """Copies a response from the upstream to a client of our own server, chunk by chunk or inside the kernel.
 
 Process: a worker, in the greenlet of the request.
-Never: ends a truncated response as if it were whole.
+Never: end a truncated response as if it were whole.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Connects to a target.
 
 Process: any process in which the proxy is mounted.
-Never: takes longer than the caller allows, or leaves a socket behind.
+Never: take longer than the caller allows, or leave a socket behind.
 """
 
 from __future__ import annotations

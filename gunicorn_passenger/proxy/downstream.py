@@ -1,7 +1,7 @@
 """The client of a forwarded request: behind any WSGI server, or on a connection of our own.
 
 Process: any process in which the proxy is mounted.
-Never: bypasses a middleware: what that has changed counts.
+Never: bypass a middleware: what that has changed counts.
 
 Under our own server the proxy speaks to the connection (:mod:`gunicorn_passenger.http.downstream_api`):
 headers keep their order, letter case and repetition, 1xx responses and trailers pass, and the kernel moves

@@ -1,7 +1,7 @@
 """Calls the handlers of a proxy's events, with the request and the response as they may change them.
 
 Process: any process in which the proxy is mounted, in the greenlet or thread of the request.
-Never: lets a handler send text that would end a line or a message.
+Never: let a handler send text that would end a line or a message.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Executes a plan: sends the request to its target, and the response to the client.
 
 Process: any process in which the proxy is mounted, in the greenlet or thread of the request.
-Never: sends what was not checked, or repeats a request that may be executed only once.
+Never: send what was not checked, or repeat a request that may be executed only once.
 """
 
 from __future__ import annotations

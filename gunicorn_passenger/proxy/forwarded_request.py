@@ -1,7 +1,7 @@
 """The state of one request that is forwarded, and how it ends: well, with an error, or without its client.
 
 Process: any process in which the proxy is mounted, in the greenlet or thread of the request.
-Never: leaves a connection in use when the request is over.
+Never: leave a connection in use when the request is over.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The reverse proxy as a WSGI callable.
 
 Process: any process in which the proxy is mounted.
-Never: lets the failure of one request reach another, or hides the failure of an upstream from the log.
+Never: let the failure of one request reach another, or hide the failure of an upstream from the log.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Process: any process in which the proxy is mounted; a greenlet or thread for each group of targets, and one
 for each check.
-Never: delays a request, or keeps a group of targets alive that its proxy has dropped.
+Never: delay a request, or keep a group of targets alive that its proxy has dropped.
 """
 
 from __future__ import annotations

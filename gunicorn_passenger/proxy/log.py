@@ -1,7 +1,7 @@
 """The log of the proxy: the one place where its lines are made safe to read.
 
 Process: any process in which the proxy is mounted.
-Never: lets a client, a target or a handler begin a log line of its own.
+Never: let a client, a target or a handler begin a log line of its own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The proxy as WSGI middleware, with the arguments of Werkzeug's ``ProxyMiddleware``.
 
 Process: any process in which it is mounted.
-Never: sends a request of the application to a target.
+Never: send a request of the application to a target.
 """
 
 from __future__ import annotations

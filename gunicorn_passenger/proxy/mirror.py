@@ -1,7 +1,7 @@
 """Mirrors requests to a second target and ignores its responses (the option ``forward``).
 
 Process: any process in which the proxy is mounted; each mirrored request has a greenlet or thread of its own.
-Never: delays or breaks the request that it mirrors.
+Never: delay or break the request that it mirrors.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The proxy's options: node-http-proxy's in snake_case and some more, checked when the proxy is made.
 
 Process: any process in which the proxy is mounted. It does no I/O.
-Never: accepts an option that fails later.
+Never: accept an option that fails later.
 """
 
 from __future__ import annotations

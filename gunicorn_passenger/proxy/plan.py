@@ -1,10 +1,10 @@
 """Plans how a request is forwarded: its target, the headers for that, and the pool of connections.
 
 Process: any process in which the proxy is mounted, in the greenlet or thread of the request.
-Never: sends anything to the target. That is the executor's part (:mod:`~.forward`).
+Never: send anything to the target. That is the executor's part (:mod:`~.forward`).
 
 A client mostly sends the same headers again. The connection keeps the plan with them; while the headers
-repeat and nothing else can change the plan, :func:`remembered_plan` returns it and nothing is decided anew.
+repeat and nothing else can change the plan, :func:`remembered_plan` returns it and decides nothing again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The connections to one upstream that are kept from request to request.
 
 Process: any process in which the proxy is mounted.
-Never: hands out a connection on which unsolicited data has come, or makes more connections than allowed.
+Never: hand out a connection on which unsolicited data has come, or make more connections than allowed.
 """
 
 from __future__ import annotations

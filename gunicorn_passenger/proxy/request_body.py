@@ -1,7 +1,7 @@
 """Sends the body of a request to its upstream while the response is awaited.
 
 Process: any process in which the proxy is mounted: in a greenlet of its own, or in the thread of the request.
-Never: collects a body in memory, or lets a truncated body look whole.
+Never: collect a body in memory, or let a truncated body look whole.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class RequestBodySender:
         """The body as it comes.
 
         WSGI's ``read(n)`` waits for all n bytes, so a client that sends a little and waits for the
-        response would wait for ever behind a proxy. Our own server and most others have ``read1``, which
+        response would wait forever behind a proxy. Our own server and most others have ``read1``, which
         returns what has come.
         """
         if self.held is not None:

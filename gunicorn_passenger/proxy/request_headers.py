@@ -1,7 +1,7 @@
 """Decides which request headers go on to the target, and writes the proxy's own. Functions without I/O.
 
 Process: any process in which the proxy is mounted.
-Never: forwards a header of one connection to another, or believes an untrusted client about its origin.
+Never: forward a header of one connection to another, or believe an untrusted client about its origin.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gunicorn_passenger.proxy.target import Target
 HeaderList = list[tuple[str, str]]
 
 #: Headers that are not simply forwarded: they speak of one connection (RFC 9110 section 7.6.1), or frame
-#: the message and are written anew from what was parsed (RFC 9112 section 6). "Proxy" is not a header at
+#: the message and are written again from what was parsed (RFC 9112 section 6). "Proxy" is not a header at
 #: all: CGI programs take it for the setting of a proxy. "HTTP2-Settings" belongs to an upgrade to h2c, which
 #: is never forwarded.
 ASIDE = frozenset(

@@ -1,7 +1,7 @@
 """The target of a request (RFC 9112 section 3.2): what the client has written, and what the upstream is sent.
 
 Process: any process in which the proxy is mounted. Functions without I/O.
-Never: takes the host of a request from anything but ``HTTP_HOST``.
+Never: take the host of a request from anything but ``HTTP_HOST``.
 """
 
 from __future__ import annotations

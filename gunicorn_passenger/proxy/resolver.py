@@ -1,7 +1,7 @@
 """Resolves the host names of targets, each name by itself.
 
 Process: any process in which the proxy is mounted; each look-up runs in a native thread of its own.
-Never: lets a name whose name server is silent delay the connections to other targets.
+Never: let a name whose name server is silent delay the connections to other targets.
 
 The system's resolver blocks its thread for many seconds when a name server does not respond. gevent asks
 it in ten threads that the whole worker shares, so a few requests for such a name would stop all others.

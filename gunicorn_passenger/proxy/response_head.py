@@ -1,7 +1,7 @@
 """Parses the response heads and the chunked bodies of upstreams, strictly. Functions without I/O.
 
 Process: any process in which the proxy is mounted.
-Never: accepts a response that two parsers could frame in two ways, or forwards headers that frame it.
+Never: accept a response that two parsers could frame in two ways, or forward headers that frame it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rewrites the Location and Set-Cookie headers of responses. Functions without I/O.
 
 Process: any process in which the proxy is mounted.
-Never: resolves a URL of the target against a host that the client has named.
+Never: resolve a URL of the target against a host that the client has named.
 """
 
 from __future__ import annotations

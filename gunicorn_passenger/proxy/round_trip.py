@@ -1,7 +1,7 @@
 """The response to one request: its head, and its body as it comes.
 
 Process: any process in which the proxy is mounted, in the greenlet or thread of the request.
-Never: collects a body, guesses a framing, or lets a truncated response look whole.
+Never: collect a body, guess a framing, or let a truncated response look whole.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class RoundTrip:
         while True:
             data = self._receive_head(expect)
             if data is None:
-                # RFC 9110 section 10.1.1: a client must not wait for ever for "100 Continue"
+                # RFC 9110 section 10.1.1: a client must not wait forever for "100 Continue"
                 expect = False
                 self.sender.start(upstream, self.pool.runtime.concurrent)
                 continue

@@ -1,7 +1,7 @@
 """Chooses the target of a request: a fixed one, one of several, that of a function, or one by path prefix.
 
 Process: any process in which the proxy is mounted. It does no I/O.
-Never: sends a client to a target that the client names.
+Never: send a client to a target that the client names.
 """
 
 from __future__ import annotations

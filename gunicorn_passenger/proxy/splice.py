@@ -1,7 +1,7 @@
 """Moves long bodies from socket to socket inside the kernel.
 
 Process: a gevent worker.
-Never: leaves bytes in a pipe that another body gets.
+Never: leave bytes in a pipe that another body gets.
 """
 
 from __future__ import annotations

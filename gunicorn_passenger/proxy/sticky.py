@@ -1,7 +1,7 @@
 """The cookie that keeps a client with one of several targets. Functions without I/O.
 
 Process: any process in which the proxy is mounted.
-Never: tells a client the address of a target.
+Never: tell a client the address of a target.
 """
 
 from __future__ import annotations

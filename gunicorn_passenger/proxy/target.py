@@ -1,7 +1,7 @@
 """Where a proxy sends requests: the forms that a target may have.
 
 Process: any process in which the proxy is mounted. It does no I/O.
-Never: guesses what a bad target may have meant.
+Never: guess what a bad target may have meant.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """TLS over a connection to an upstream.
 
 Process: any process in which the proxy is mounted.
-Never: mixes the records of two greenlets, or takes a connection that was cut off for one that has ended.
+Never: mix the records of two greenlets, or take a connection that was cut off for one that has ended.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """An upgraded connection: passes bytes both ways until both sides have ended.
 
 Process: a gevent worker; the callbacks run in the hub.
-Never: blocks, or buffers more than one read of either side.
+Never: block, or buffer more than one read of either side.
 
 A direction has no greenlet: the hub calls when there is data to read, and mostly the other side takes all of
 it at once. When it does not, the rest is kept, reading stops, and the hub calls when there is room.

@@ -1,7 +1,7 @@
 """Joins the two connections of an upgraded request: the upstream has agreed to another protocol.
 
 Process: a gevent worker, in the greenlet of the request.
-Never: loses bytes that either side has sent already.
+Never: lose bytes that either side has sent already.
 """
 
 from __future__ import annotations

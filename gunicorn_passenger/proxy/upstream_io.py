@@ -1,7 +1,7 @@
 """Reads and writes the sockets of upstream connections, in greenlets and in threads.
 
 Process: any process in which the proxy is mounted.
-Never: blocks a gevent hub, or waits longer than the timeout that the caller gave.
+Never: block a gevent hub, or wait longer than the timeout that the caller gave.
 
 The proxy is written as if everything blocked. Under gevent (our worker, gunicorn's gevent workers) a
 wait lets the hub run; in a thread of another WSGI server it is a ``poll``. That is decided for each

@@ -1,7 +1,7 @@
 """What an upstream is sent of a request: the headers, their framing, and the body.
 
 Process: any process in which the proxy is mounted. It reads at most the length of a file.
-Never: lets a handler frame the message.
+Never: let a handler frame the message.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Finds where WebSocket frames end, and writes the Close frame (RFC 6455 section 5).
 
 Process: a gevent worker. It does no I/O.
-Never: reads or changes the payload of a frame.
+Never: read or change the payload of a frame.
 """
 
 from __future__ import annotations

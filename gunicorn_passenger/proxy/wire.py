@@ -1,7 +1,7 @@
 """Text becomes bytes: the one place where the proxy writes heads and trailers, and checks them once more.
 
 Process: any process in which the proxy is mounted. It does no I/O.
-Never: writes a line that holds more than its caller meant.
+Never: write a line that holds more than its caller meant.
 
 Whatever a request or a response is made of (the environ, options, handlers, the name of a peer, another
 server's head), it passes through one of these functions right before it is sent. A text that two readers

@@ -1,7 +1,7 @@
 """Chooses the HTTP handler of a listener: ours, or gunicorn's own for features that ours lacks.
 
 Process: a worker, or plain Python.
-Never: uses the master.
+Never: use the master.
 
 Our handler speaks HTTP/1.x without TLS. gunicorn's serves TLS, HTTP/2, the PROXY protocol and the uwsgi
 protocol. The choice is made once for each listener, and logged at debug level. gunicorn's settings for
@@ -140,7 +140,7 @@ class GunicornHandler(GeventWorker):
 
 def secondary_config(cfg: Any) -> Any:
     """gunicorn's configuration as it applies to a server that no ``bind`` names."""
-    # not copy.copy(): the Config of older gunicorns recurses for ever on it
+    # not copy.copy(): the Config of older gunicorns recurses forever on it
     second = object.__new__(type(cfg))
     second.__dict__.update(cfg.__dict__, settings=dict(cfg.settings))
     for name, value in _PRIMARY_ONLY.items():

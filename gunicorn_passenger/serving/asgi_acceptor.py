@@ -1,7 +1,7 @@
 """Accepts connections for an ASGI application, and has uvicorn's protocols serve them.
 
 Process: a worker, or plain Python, in the thread of the asyncio loop; methods that other threads call say so.
-Never: accepts for a worker that has begun to drain.
+Never: accept for a worker that has begun to drain.
 """
 
 from __future__ import annotations

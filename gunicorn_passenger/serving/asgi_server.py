@@ -1,7 +1,7 @@
 """A server of the program with an ASGI application.
 
 Process: a worker, plain Python, or the master with ``--preload``, where a server waits for the fork.
-Never: imports uvicorn or asyncio before the worker has loaded the program.
+Never: import uvicorn or asyncio before the worker has loaded the program.
 """
 
 from __future__ import annotations

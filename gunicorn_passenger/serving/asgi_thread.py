@@ -1,7 +1,7 @@
 """The thread in which an ASGI application runs: its asyncio loop, its lifespan, and its acceptors.
 
 Process: a worker, or plain Python; methods that other threads call say so.
-Never: stops other servers while the loop waits.
+Never: stop other servers while the loop waits.
 
 The thread is one as the program would start it: one of the system or, where gevent has patched the process, a
 greenlet.

@@ -1,7 +1,7 @@
 """Finishes what the program does in threads of its own, before a worker exits.
 
 Process: a worker that has drained.
-Never: waits for longer than it is told, or for a thread that has no end.
+Never: wait for longer than it is told, or for a thread that has no end.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Names the function of the program that blocks a worker's event loop.
 
 Process: a worker, in a thread of the system.
-Never: interrupts or ends anything.
+Never: interrupt or end anything.
 
 While one greenlet runs and does not wait, the worker serves no other client. So the thread asks the event
 loop for a sign of life from time to time. If none comes, the thread looks at what the loop's thread executes.

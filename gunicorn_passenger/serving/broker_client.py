@@ -1,7 +1,7 @@
 """The worker's end of the channel to the master's port broker.
 
 Process: a worker.
-Never: blocks gevent's hub, or treats the silence of a lost master as a response.
+Never: block gevent's hub, or treat the silence of a lost master as a response.
 """
 
 from __future__ import annotations

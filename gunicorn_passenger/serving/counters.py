@@ -1,7 +1,7 @@
 """What the acceptors of this worker have done, summed up by slot of the scoreboard.
 
 Process: a worker.
-Never: loses the counts of a server that has closed.
+Never: lose the counts of a server that has closed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Where the servers of the application are, in this process and in others.
 
 Process: a worker, plain Python, and the master with ``--preload``.
-Never: asks the master about a name more often than once a second.
+Never: ask the master about a name more often than once a second.
 """
 
 from __future__ import annotations

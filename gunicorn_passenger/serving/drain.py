@@ -1,7 +1,7 @@
 """A worker that drains lets its siblings have its idle connections.
 
 Process: a worker, in its hub.
-Never: lets two workers read from one connection.
+Never: let two workers read from one connection.
 
 The worker has closed its listening sockets. It then offers the connections that wait for a request to the
 siblings, some at a time. They are this worker's again when the master says that no sibling serves them; a

@@ -1,7 +1,7 @@
 """The program's events: ``ready``, ``listening`` and ``exit``.
 
 Process: a worker, or plain Python.
-Never: lets a handler that raises stop the worker.
+Never: let a handler that raises stop the worker.
 """
 
 from __future__ import annotations

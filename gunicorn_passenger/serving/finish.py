@@ -1,7 +1,7 @@
 """A worker that exits waits until its connections are finished.
 
 Process: a worker; plain Python.
-Never: ends a connection before the graceful timeout.
+Never: end a connection before the graceful timeout.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """An asyncio loop in a greenlet, where gevent has made greenlets of the program's threads.
 
 Process: a worker, or plain Python, in the thread of the hub.
-Never: keeps the hub from its other greenlets while the loop waits.
+Never: keep the hub from its other greenlets while the loop waits.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Process: a worker. In our own class and in gunicorn's gevent classes that is the main thread; in all others it
 is that of :class:`.scheduler.ThreadScheduler`, once there is a server of ours.
-Never: blocks the hub.
+Never: block the hub.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which interface an application has: WSGI (PEP 3333) or ASGI (version 3).
 
 Process: a worker, plain Python, and the master with ``--preload``.
-Never: calls the application.
+Never: call the application.
 """
 
 from __future__ import annotations

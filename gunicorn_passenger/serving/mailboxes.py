@@ -1,7 +1,7 @@
 """This worker's mailbox, and those of its siblings: connections and messages that they pass each other.
 
 Process: a worker, in its hub.
-Never: waits for a sibling in the hub, or lets two workers serve one connection.
+Never: wait for a sibling in the hub, or let two workers serve one connection.
 
 A worker passes a connection with a claim, of which the kernel lets one process have it. The greenlet of the
 connection waits until a sibling has claimed the connection, and claims it back after a second. So a sibling

@@ -1,7 +1,7 @@
 """``passenger.once()``: a function that runs in one worker of the application at a time.
 
 Process: a worker, plain Python, and the master with ``--preload``, where the function waits for the fork.
-Never: runs a function in a worker to which the master has not granted it.
+Never: run a function in a worker to which the master has not granted it.
 
 The master grants a function to one worker as it grants a port with the placement ``"one"``: to the youngest
 worker that serves, and to the next one when that worker drains or dies.

@@ -1,7 +1,7 @@
 """The right of one worker to accept on one port, as the master grants and pauses it.
 
 Process: a worker.
-Never: calls a server from the greenlet or thread that reads the channel.
+Never: call a server from the greenlet or thread that reads the channel.
 """
 
 from __future__ import annotations

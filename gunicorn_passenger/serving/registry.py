@@ -1,7 +1,7 @@
 """The servers of this process: which one is the primary, where each gets its socket, when it accepts.
 
 Process: a worker, plain Python, and the master with ``--preload``, where servers wait for the fork.
-Never: leaves a server half registered; a ``listen()`` that fails leaves no trace. Never imports gevent, which
+Never: leave a server half registered; a ``listen()`` that fails leaves no trace. Never import gevent, which
 a worker of another class needs only once it has a server of ours.
 """
 

@@ -1,7 +1,7 @@
 """How a worker waits for the master, and runs what the master's messages bring about.
 
 Process: a worker.
-Never: imports gevent before there is a server of ours. :mod:`.gevent_scheduler` is for our own worker class
+Never: import gevent before there is a server of ours. :mod:`.gevent_scheduler` is for our own worker class
 and for gunicorn's gevent workers, :class:`ThreadScheduler` for all others.
 """
 

@@ -1,7 +1,7 @@
 """A server of the program: what ``create_server()`` returns.
 
 Process: a worker, plain Python, or the master with ``--preload``, where a server waits for the fork.
-Never: binds a port itself; :mod:`.registry` knows where sockets come from.
+Never: bind a port itself; :mod:`.registry` knows where sockets come from.
 """
 
 from __future__ import annotations

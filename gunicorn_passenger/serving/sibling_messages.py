@@ -1,7 +1,7 @@
 """Messages between the workers, for the parts of the package that need no more than that.
 
 Process: a worker; plain Python, where there are no siblings; and the master with ``--preload``, likewise.
-Never: waits for a sibling.
+Never: wait for a sibling.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Plain Python without gunicorn: no master exists, so the process opens its ports and serves by itself.
 
 Process: plain Python.
-Never: used by a worker.
+Never: run in a worker.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which worker a request belongs to, by the setting ``sticky``.
 
 Process: a worker, in the greenlet of a connection.
-Never: trusts what a client sends: a request that names no live worker is served by the worker that read it.
+Never: trust what a client sends: a request that names no live worker is served by the worker that read it.
 
 A worker is named by its tag, which the master makes and no client can guess. The header section is looked at
 before it is parsed, so a request that is passed on is parsed once, and no hook sees it twice.

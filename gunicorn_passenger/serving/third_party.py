@@ -1,7 +1,7 @@
 """A server that is not ours: one of the program's that called ``bind`` and ``listen`` itself.
 
 Process: a worker.
-Never: touches the server; all that is known of it is its socket.
+Never: touch the server; all that is known of it is its socket.
 """
 
 from __future__ import annotations
