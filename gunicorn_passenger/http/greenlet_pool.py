@@ -7,7 +7,8 @@ A new greenlet costs more than a small request: the system maps its stack, and u
 whose connection has ended, or is idle, waits here for the next one. Until then everything goes that the
 application can have left in it: the values of each ``threading.local`` (gevent keeps them for each greenlet),
 of each context variable, and its attributes. A greenlet that other code still refers to ends instead: that
-code may wake or end it later, as ``gevent.Timeout`` does.
+code may wake or end it later, as ``gevent.Timeout`` does, or keep values for it, as a ``WeakKeyDictionary``
+does.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 from contextvars import Context
 from sys import getrefcount
 from typing import Any, Protocol
+from weakref import getweakrefcount
 
 import gevent
 from gevent import get_hub, getcurrent
@@ -140,7 +142,7 @@ class GreenletPool:
             greenlet = free.pop()
             self._spare = min(self._spare, len(free))
             greenlet.forget()
-            if getrefcount(greenlet) <= self._references:
+            if getrefcount(greenlet) <= self._references and not getweakrefcount(greenlet):
                 return greenlet
             greenlet.switch()  # it has no connection, so it ends
         return None
@@ -164,6 +166,8 @@ class GreenletPool:
 
     def _put_after_links(self, greenlet: _ServingGreenlet) -> None:
         greenlet.notify_links()
+        if greenlet.dead:
+            return  # other code has ended it meanwhile: it would serve no connection
         if not self.put(greenlet):
             greenlet.switch()  # it has no connection, so it ends
 

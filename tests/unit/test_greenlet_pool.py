@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import gevent
 import gevent.local
@@ -118,6 +119,25 @@ def test_a_greenlet_that_other_code_knows_is_not_used_again(pool):
     first = serve(pool, lambda: known.append(gevent.getcurrent()))
     assert serve(pool).greenlet != first.greenlet
     wait_for(lambda: gevent.sleep(0) or known[0].dead, "the greenlet to end")
+
+
+def test_a_greenlet_that_ends_before_its_links_are_called_serves_no_other_connection(pool):
+    def be_ended_soon() -> None:
+        local.value = "kept"  # is linked to the end of the greenlet
+        gevent.get_hub().loop.run_callback(gevent.getcurrent().throw)
+
+    serve(pool, be_ended_soon)
+    gevent.sleep(0)
+    assert len(pool) == 0
+    assert serve(pool).done
+
+
+def test_what_is_kept_for_a_greenlet_by_a_weak_reference_does_not_meet_the_next_connection(pool):
+    kept: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+    seen = []
+    serve(pool, lambda: kept.setdefault(gevent.getcurrent(), "of the first client"))
+    serve(pool, lambda: seen.append(kept.get(gevent.getcurrent())))
+    assert seen == [None]
 
 
 @pytest.mark.parametrize("how", ["kill", "throw", "switch"])
