@@ -184,10 +184,13 @@ class WorkerChannels:
         try:
             if self._table is None:
                 self._table = ConnectionTable(SLOTS)
-            return Scoreboard(self._table.take_seat())
+            scoreboard = Scoreboard()
         except (OSError, ValueError):
             # the system has no memory for it: the worker serves, and is not counted
             return None
+        # last: a seat whose scoreboard cannot be made would stay taken
+        scoreboard.seat = self._table.take_seat()
+        return scoreboard
 
     def mark_forking(self) -> None:
         """The next fork is that of the worker that was prepared last."""

@@ -17,6 +17,7 @@ from gunicorn_passenger.http import acceptor as acceptor_module
 from gunicorn_passenger.http.acceptor import Acceptor
 from gunicorn_passenger.ipc.accept_balance import AcceptBalance
 from gunicorn_passenger.ipc.connection_table import SEATS, ConnectionTable, Seat
+from gunicorn_passenger.master import worker_channels
 
 FOREVER = 3600.0
 
@@ -235,3 +236,18 @@ def test_a_forked_child_does_not_change_the_workers_number(workers: Workers) -> 
     workers.clients.pop().close()
     acceptor.kill(5)
     assert list(workers.table.words) == cells
+
+
+def test_a_worker_whose_scoreboard_cannot_be_made_takes_no_seat(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_seat: object) -> None:
+        raise OSError("no memory")
+
+    channels = worker_channels.WorkerChannels()
+    with monkeypatch.context() as patch:
+        patch.setattr(worker_channels, "Scoreboard", fail)
+        for age in range(SEATS):
+            assert channels.prepare(age).scoreboard is None
+    scoreboard = channels.prepare(SEATS).scoreboard
+    assert scoreboard is not None
+    assert scoreboard.seat is not None
+    channels._discard_pending()
