@@ -64,13 +64,30 @@ def new_event_loop() -> tuple[asyncio.AbstractEventLoop, HubSelector]:
     return asyncio.SelectorEventLoop(selector), selector
 
 
-#: the trace function that was set before, if any
+#: the trace functions that were set when ours was set, if any. Ours is set again after another one has taken
+#: its place, and that one may call ours.
 _previous: list[Any] = []
+#: those of them that run now
+_running: list[Any] = []
 
 
 def _trace(event: str, greenlets: Any) -> None:
     """Called at each switch of this thread, in the greenlet that continues."""
-    suspended, continued = greenlets
+    depth = len(_running)
+    if not depth:
+        _switch_loop(*greenlets)
+    # the last one may call ours in turn, which calls the one before it
+    previous = _previous[-1 - depth] if depth < len(_previous) else None
+    if previous is None:
+        return
+    _running.append(previous)
+    try:
+        previous(event, greenlets)
+    finally:
+        _running.pop()
+
+
+def _switch_loop(suspended: Any, continued: Any) -> None:
     loop = asyncio._get_running_loop()
     if loop is not None:
         suspended.__dict__[_KEPT] = loop, sys.get_asyncgen_hooks()
@@ -81,5 +98,3 @@ def _trace(event: str, greenlets: Any) -> None:
     elif loop is not None:
         asyncio._set_running_loop(None)
         sys.set_asyncgen_hooks(None, None)
-    if _previous and _previous[-1] is not None:
-        _previous[-1](event, greenlets)

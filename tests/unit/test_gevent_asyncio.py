@@ -84,6 +84,34 @@ def test_each_greenlet_has_a_running_loop_of_its_own():
     assert run(program) == ["ended"]
 
 
+def test_a_trace_function_that_calls_ours_is_called_by_ours():
+    """As gevent's tracers call the one before them: a second loop sets ours again after such a one."""
+    program = """
+        import greenlet
+        from gevent._tracer import GreenletTracer
+
+        async def main():
+            loop = asyncio.get_running_loop()
+            for _ in range(20):
+                await asyncio.sleep(0.001)
+                time.sleep(0.001)
+                assert asyncio.get_running_loop() is loop
+            return "ended"
+
+        seen = []
+        greenlet.settrace(lambda event, greenlets: seen.append(event))
+        first, _ = start(main)
+        time.sleep(0)
+        tracer = GreenletTracer()
+        second, _ = start(main)
+        time.sleep(0.01)
+        counts = len(seen), tracer.greenlet_switch_counter
+        print(first(), second())
+        assert len(seen) > counts[0] and tracer.greenlet_switch_counter > counts[1]
+        """
+    assert run(program) == ["ended", "ended"]
+
+
 def test_locks_queues_and_futures_between_a_loop_its_threads_and_greenlets():
     program = """
         lock, items, ready, count = threading.RLock(), queue.Queue(5), threading.Event(), 0
