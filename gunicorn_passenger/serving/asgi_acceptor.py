@@ -87,7 +87,8 @@ class AsgiAcceptor:
         self._log = log
         self._sleep = scheduler.sleep
         self._limit = cfg.worker_connections
-        self._keepalive = float(cfg.keepalive)
+        #: seconds; a client that has just connected is not yet idle, also when no connection is kept
+        self._keepalive = float(cfg.keepalive or 1)
         self._burst = 1 if cfg.workers > 1 else _BURST
         self._closes_websockets = closes_websockets
         self._config = make_config(self._call, cfg, lifespan="off")
