@@ -335,6 +335,8 @@ class ServerRegistry:
         if isinstance(server, Server):
             if self.draining or server in self.acceptors:
                 return
+            if isinstance(server, AsgiServer) and server.thread is None:
+                return  # it accepts once its application has started
             if server.socket is not None and server.socket.sock is not None:
                 self.prepare_migration()
                 self.acceptors.start(server, server.socket.sock)

@@ -17,6 +17,7 @@ from gunicorn_passenger.config.address import Tcp
 from gunicorn_passenger.ipc import channel, messages
 from gunicorn_passenger.ipc.scoreboard import Counters
 from gunicorn_passenger.serving import broker_client, finish
+from gunicorn_passenger.serving.asgi_server import AsgiServer
 from gunicorn_passenger.serving.broker_client import BrokerClient
 from gunicorn_passenger.serving.counters import AcceptorCounters
 from gunicorn_passenger.serving.discovery import ServerDiscovery
@@ -24,7 +25,7 @@ from gunicorn_passenger.serving.gevent_scheduler import GeventScheduler
 from gunicorn_passenger.serving.interface import check_interface
 from gunicorn_passenger.serving.port_lease import AcceptGrant
 from gunicorn_passenger.serving.registry import ServerRegistry
-from gunicorn_passenger.serving.server import Server
+from gunicorn_passenger.serving.server import ListenAddress, Server
 
 LOG = logging.getLogger("test_serving_units")
 
@@ -341,3 +342,12 @@ def test_a_server_that_is_opened_during_the_drain_does_not_accept(tmp_path):
     server = Server(lambda environ, start_response: [], servers).listen(f"unix:{tmp_path}/s")
     assert server not in servers.acceptors
     server.close()
+
+
+def test_a_grant_that_comes_while_an_asgi_application_starts_is_used_afterwards():
+    server = AsgiServer(lambda scope, receive, send: None, None)
+    server.set_socket(ListenAddress(socket.create_server(("127.0.0.1", 0)), ("127.0.0.1", 1)), "listening")
+    servers = ServerRegistry()
+    servers._begin(server)
+    assert server not in servers.acceptors
+    server.socket.sock.close()
