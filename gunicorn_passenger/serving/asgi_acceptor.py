@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import Context
 from typing import Any
 
 import uvicorn
@@ -107,8 +108,9 @@ class AsgiAcceptor:
     # --- called by the worker's threads -----------------------------------------------------------
 
     def _in_loop(self, function: Callable[[], object]) -> None:
+        # What the caller has in context variables, perhaps while it serves a request, is not for the clients.
         with suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(function)
+            self._loop.call_soon_threadsafe(function, context=Context())
 
     def start(self) -> None:
         self._in_loop(self._start)
