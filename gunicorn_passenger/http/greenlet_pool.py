@@ -87,6 +87,12 @@ class _ServingGreenlet(gevent.Greenlet):
             self.spawn_tree_locals = {}  # type: ignore[misc]
         self.gr_context = Context()  # type: ignore[misc]
 
+    def rawlink(self, callback: Any) -> None:
+        """Call a function at the end of the greenlet, which comes soon if it waits for a connection."""
+        super().rawlink(callback)
+        if self.connection is None:
+            self._pool.end_soon(self)
+
     def notify_links(self) -> None:
         """Run what is linked to the end of the greenlet. Called in the hub."""
         self._notify_links()
@@ -170,6 +176,15 @@ class GreenletPool:
             return  # other code has ended it meanwhile: it would serve no connection
         if not self.put(greenlet):
             greenlet.switch()  # it has no connection, so it ends
+
+    def end_soon(self, greenlet: _ServingGreenlet) -> None:
+        """Other code waits for the end of a greenlet that may wait here: ``kill()`` and ``join()`` do."""
+        self._hub.loop.run_callback(self._end, greenlet)
+
+    def _end(self, greenlet: _ServingGreenlet) -> None:
+        if greenlet in self._free:
+            self._free.remove(greenlet)
+            greenlet.switch()
 
     def discard(self, greenlet: _ServingGreenlet) -> None:
         """A greenlet ends."""

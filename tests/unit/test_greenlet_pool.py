@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -169,6 +170,21 @@ def test_code_that_waits_for_the_end_of_a_greenlet_is_woken(pool):
     gevent.sleep(0)
     go.set()
     waiter.get(timeout=5)
+
+
+def test_code_that_kills_a_request_does_not_wait_for_the_next_connection(pool):
+    known = []
+
+    def work() -> None:
+        known.append(gevent.getcurrent())
+        with contextlib.suppress(gevent.GreenletExit):
+            gevent.sleep(60)
+
+    pool.serve(Connection(work))
+    gevent.sleep(0)
+    with gevent.Timeout(0.5):
+        known[0].kill()
+    assert known[0].dead
 
 
 def test_the_pool_is_bounded_and_shrinks(pool, monkeypatch):
