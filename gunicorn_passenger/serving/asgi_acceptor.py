@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import inspect
 import os
 import socket
 import time
@@ -335,4 +336,8 @@ def make_config(app: AsgiApp, cfg: Any, lifespan: str) -> uvicorn.Config:
         "timeout_keep_alive": cfg.keepalive,
         "forwarded_allow_ips": cfg.forwarded_allow_ips,
     }
+    if "reset_contextvars" in inspect.signature(uvicorn.Config).parameters:
+        # A large body has asyncio read on in the context of its request. What that has in context variables
+        # would reach the connection's next request, which behind a web server is another client's.
+        config["reset_contextvars"] = True
     return uvicorn.Config(app, **config)

@@ -1,6 +1,7 @@
 """The acceptor of an ASGI server, on a loop of the test."""
 
 import asyncio
+import inspect
 import logging
 import socket
 import time
@@ -9,6 +10,7 @@ from contextvars import ContextVar, copy_context
 from types import SimpleNamespace
 
 import pytest
+import uvicorn
 
 from gunicorn_passenger.serving.asgi_acceptor import AsgiAcceptor
 from gunicorn_passenger.serving.asgi_thread import AsgiThread
@@ -92,6 +94,43 @@ def test_the_context_variables_of_the_caller_do_not_reach_the_application():
     thread = AsgiThread(look, "test", configuration(), log, Threads())
     copy_context().run(serve_once, thread)
     assert seen == [("lifespan", "empty"), ("http", "empty")]
+
+
+def test_context_variables_of_a_request_do_not_reach_the_next_one_of_its_connection():
+    if "reset_contextvars" not in inspect.signature(uvicorn.Config).parameters:
+        pytest.skip("this uvicorn cannot reset them")
+    variable = ContextVar("variable")
+    seen = []
+
+    async def look(scope, receive, send):
+        seen.append(variable.get("empty"))
+        variable.set("of the first request")
+        await asyncio.sleep(0.05)  # reading is paused meanwhile
+        while (await receive()).get("more_body"):
+            pass
+        await app(scope, receive, send)
+
+    async def exchange():
+        loop = asyncio.get_running_loop()
+        listener, client = socket.create_server(("127.0.0.1", 0)), socket.socket()
+        log = logging.getLogger("test")
+        scheduler = SimpleNamespace(sleep=None)
+        acceptor = AsgiAcceptor(listener, look, {}, loop, configuration(), log, scheduler, True)
+        acceptor.start()
+        client.setblocking(False)
+        with client:
+            await loop.sock_connect(client, acceptor.sockname)
+            head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n"
+            await loop.sock_sendall(client, head + bytes(1000000))
+            assert (await loop.sock_recv(client, 1000)).startswith(b"HTTP/1.1 200")
+            await asyncio.sleep(0.05)
+            await loop.sock_sendall(client, b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            await _until(lambda: acceptor.counts().requests == 2)
+        acceptor.stop_accepting()
+        await _until(acceptor.is_drained)
+
+    asyncio.run(asyncio.wait_for(exchange(), 10))
+    assert seen == ["empty", "empty"]
 
 
 class Threads:
