@@ -15,6 +15,7 @@ import os
 import re
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.serving import server_errors
 from gunicorn_passenger.serving.asgi_acceptor import AsgiAcceptor, make_config
 from gunicorn_passenger.serving.interface import AsgiApp
-from gunicorn_passenger.serving.scheduler import Scheduler
+from gunicorn_passenger.serving.scheduler import Scheduler, ThreadResult
 from gunicorn_passenger.system import unpatched
 
 if TYPE_CHECKING:
@@ -161,9 +162,15 @@ class AsgiThread:
     def _report(self, error: BaseException) -> None:
         """An error that ends the thread."""
         if not self._started.ready():
-            self._scheduler.spawn(self._started.set_exception, error)
+            self._tell_start(self._started.set_exception, error)
         else:
             self._log.error("gunicorn-passenger: the thread of %r has ended", self._name, exc_info=error)
+
+    def _tell_start(self, tell: Callable[[Any], object], outcome: Any) -> None:
+        if isinstance(self._started, ThreadResult):
+            tell(outcome)  # the scheduler's thread may be the one that waits
+        else:
+            self._scheduler.spawn(tell, outcome)
 
     def _close_loop(self) -> None:
         tasks = asyncio.all_tasks(self._loop)
@@ -183,7 +190,7 @@ class AsgiThread:
         if events.should_exit:
             raise server_errors.lifespan_failed(self._name, self._reason)
         self._state = events.state
-        self._scheduler.spawn(self._started.set, None)
+        self._tell_start(self._started.set, None)
         await self._leaving.wait()
         while not all(acceptor.is_drained() for acceptor in self._acceptors):
             await asyncio.sleep(_POLL_INTERVAL)
