@@ -63,7 +63,11 @@ class Packet(NamedTuple):
 
 def pair() -> tuple[_socket.socket, _socket.socket]:
     """A mailbox: the receiving and the sending end."""
-    return _socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    receiving, sending = _socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    # One way only: no process reads the sending end. What the receiver put there, the master would close in
+    # the end, and that may wait (see master/descriptors.py).
+    sending.shutdown(socket.SHUT_RD)
+    return receiving, sending
 
 
 # --- sending ----------------------------------------------------------------------------------
@@ -135,18 +139,22 @@ def _sealed_file(data: bytes) -> int:
 def take(sock: _socket.socket, close: Callable[[int], object] = os.close) -> tuple[bytes, list[int]] | None:
     """Take the next packet out of a mailbox, as :func:`forward` puts it into another.
 
-    :param sock: the receiving end, non-blocking.
-    :param close: closes the descriptors of a packet that is cut off.
+    :param sock: the receiving end.
+    :param close: closes the descriptors of a packet that is cut off or empty.
     :returns: the packet and its descriptors, which the caller owns; ``None`` at the end of the mailbox.
     :raises BlockingIOError: when it is empty.
     """
     while True:
-        packet, ancillary, flags, _ = sock.recvmsg(MAX_PACKET, channel.ROOM, socket.MSG_CMSG_CLOEXEC)
+        packet, ancillary, flags, _ = sock.recvmsg(
+            MAX_PACKET, channel.ROOM, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+        )
         fds = channel.received_fds(ancillary)
-        if not flags & socket.MSG_TRUNC:
-            return (bytes(packet), fds) if packet else None
+        if packet and not flags & socket.MSG_TRUNC:
+            return bytes(packet), fds
         for fd in fds:
             close(fd)
+        if not (packet or fds):
+            return None
 
 
 def unpack(packet: bytes, fds: list[int]) -> Packet | None:

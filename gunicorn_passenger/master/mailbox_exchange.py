@@ -65,9 +65,11 @@ class MailboxExchange:
         siblings = self._others(worker)
         self._by_age[worker.age] = own
         for other, theirs in siblings:
-            self._reply(other, SiblingJoined(0, own.tag, worker.serving), sending.fileno())
             # a failed reply closes a channel, and with it a mailbox
-            if theirs.sending.fileno() >= 0 and own.sending.fileno() >= 0:
+            if sending.fileno() < 0:
+                return
+            self._reply(other, SiblingJoined(0, own.tag, worker.serving), sending.fileno())
+            if theirs.sending.fileno() >= 0 and sending.fileno() >= 0:
                 self._reply(worker, SiblingJoined(0, theirs.tag, other.serving), theirs.sending.fileno())
         if own.receiving.fileno() >= 0:
             self._reply(worker, MailboxOpened(message.id, own.tag), receiving.fileno())

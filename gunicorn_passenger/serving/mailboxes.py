@@ -39,6 +39,8 @@ _BURST = 32
 #: Messages, and their bytes, that wait for room in the mailbox of one sibling.
 _MAX_WAITING = 10_000
 _MAX_WAITING_BYTES = 64 << 20
+#: Seconds until the next attempt when a mailbox has room, and the system has none.
+_PAUSE = 0.05
 
 
 class Sibling:
@@ -53,8 +55,13 @@ class Sibling:
         self.waiting: deque[tuple[str, bytes]] = deque()
         self.waiting_bytes = 0
         self.has_room: Any = None
+        #: a timer while the system has no room for a message
+        self.pause: Any = None
 
     def close(self) -> None:
+        if self.pause is not None:
+            self.pause.close()
+            self.pause = None
         if self.has_room is not None:
             self.has_room.close()
             self.has_room = None
@@ -224,17 +231,31 @@ class Mailboxes:
         sibling.waiting_bytes += len(data)
         if sibling.has_room is None:
             sibling.has_room = get_hub().loop.io(sibling.sending.fileno(), 2)
-        if not sibling.has_room.active:
+        if sibling.pause is None and not sibling.has_room.active:
             sibling.has_room.start(self._send_waiting, sibling)
 
+    def _pause(self, sibling: Sibling) -> None:
+        """The mailbox stays writable: without a pause the hub would try again without end."""
+        sibling.has_room.stop()
+        sibling.pause = get_hub().loop.timer(_PAUSE)
+        sibling.pause.start(self._end_pause, sibling)
+
+    def _end_pause(self, sibling: Sibling) -> None:
+        sibling.pause.close()
+        sibling.pause = None
+        sibling.has_room.start(self._send_waiting, sibling)
+
     def _send_waiting(self, sibling: Sibling) -> None:
-        for _ in range(_BURST):
+        for number in range(_BURST):
             if not sibling.waiting:
                 break
             topic, data = sibling.waiting[0]
             try:
                 mailbox.post(sibling.sending, mailbox.MESSAGE, topic, data)
             except mailbox.MailboxFull:
+                if not number:
+                    # it was writable: the system lacks a descriptor, or memory
+                    self._pause(sibling)
                 return
             except mailbox.MailboxGone:
                 sibling.waiting.clear()
@@ -259,8 +280,8 @@ class Mailboxes:
             if taken is None:
                 self._readable.stop()  # the master has closed it
                 return
-            packet = mailbox.unpack(*taken)
             try:
+                packet = mailbox.unpack(*taken)
                 if packet is None:
                     continue
                 if packet.kind == mailbox.CONNECTION:

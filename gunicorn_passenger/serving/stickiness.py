@@ -62,15 +62,13 @@ class Stickiness:
 class BySessionId(Stickiness):
     """``sticky="socketio"``: Engine.IO's session id, which begins with the tag of its worker."""
 
-    def __init__(self, mailboxes: Mailboxes, key: str) -> None:
-        super().__init__(mailboxes, key)
-        self._own = b"sid=" + self._tag
-
     def __call__(self, _connection: Any, head: bytes) -> Give | None:
-        if head.find(b"sid=") < 0 or head.find(self._own) >= 0:
+        # a cookie or a Referer may have the id of another session
+        line = head.find(b"\r\n")
+        if head.find(b"sid=", 0, line) < 0:
             return None
-        found = _SID.search(head, 0, head.find(b"\r\n"))
-        return None if found is None else self._give_to(found[1].decode())
+        found = _SID.search(head, 0, line)
+        return None if found is None or found[1] == self._tag else self._give_to(found[1].decode())
 
 
 class ByCookie(Stickiness):
@@ -82,7 +80,8 @@ class ByCookie(Stickiness):
         self._name = name.encode()
         self._own = b"%b=%b" % (self._name, self._tag)
         self._pattern = re.compile(
-            rb"\r\ncookie:(?:[^\r]*;)?[ \t]*%b=([A-Za-z0-9_-]{%d})[ \t]*[;\r]" % (self._name, TAG_LENGTH),
+            rb"\r\ncookie:(?:[^\r]*;)?[ \t]*%b=([A-Za-z0-9_-]{%d})[ \t]*[;\r]"
+            % (re.escape(self._name), TAG_LENGTH),
             re.IGNORECASE,
         )
 
@@ -124,7 +123,7 @@ class ByKey(Stickiness):
         if key is None:
             return None
         tags = self._mailboxes.serving()
-        seed = str(key).encode("utf-8", "surrogateescape")
+        seed = str(key).encode("utf-8", "backslashreplace")
         tag = max(tags, key=lambda tag: blake2b(seed, digest_size=8, key=tag.encode()).digest(), default="")
         sibling = self._mailboxes.sibling(tag)
         return None if sibling is None else self._give(sibling)

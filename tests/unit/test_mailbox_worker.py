@@ -13,7 +13,7 @@ from gunicorn_passenger.ipc import mailbox
 from gunicorn_passenger.ipc.messages import SiblingChanged, SiblingJoined
 from gunicorn_passenger.serving import mailboxes as module
 from gunicorn_passenger.serving.mailboxes import Mailboxes
-from gunicorn_passenger.serving.stickiness import ByKey, install
+from gunicorn_passenger.serving.stickiness import ByCookie, ByKey, BySessionId, install
 
 
 class Broker:
@@ -128,6 +128,29 @@ def test_messages_wait_for_room_and_keep_their_order(site, monkeypatch):
     assert len(site.broker.logged) == 1
 
 
+def test_a_message_for_which_the_system_has_no_room_keeps_the_hub_free(site, monkeypatch):
+    receiving = site.join("a")
+    tried = []
+
+    def refuse(*_arguments):
+        tried.append(1)
+        raise mailbox.MailboxFull("Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.mailbox, "post", refuse)
+        site.mailboxes.publish("t", b"first")
+        gevent.sleep(0.02)
+        site.mailboxes.publish("t", b"second")
+        gevent.sleep(0.02)
+        assert len(tried) < 5
+    found = []
+    with gevent.Timeout(30):
+        while len(found) < 2:
+            found += heard(receiving)
+            gevent.sleep(0.001)
+    assert found == [b"first", b"second"]
+
+
 def test_the_bytes_that_wait_are_limited(site, monkeypatch):
     monkeypatch.setattr(module, "_MAX_WAITING_BYTES", 1000)
     site.join("a")
@@ -217,6 +240,33 @@ def test_a_key_moves_only_with_its_worker(site):
     assert [now for now, then in zip(owners(), before, strict=True) if then != "b"] == [
         then for then in before if then != "b"
     ]
+
+
+def test_only_the_query_names_the_session(site):
+    site.mailboxes.tag = "o" * 16
+    site.join("s" * 16)
+    by_id = BySessionId(site.mailboxes, "key")
+    of_sibling = by_id(
+        None, b"GET /?EIO=4&sid=%b1 HTTP/1.1\r\nCookie: sid=%b2\r\n\r\n" % (b"s" * 16, b"o" * 16)
+    )
+    assert of_sibling is not None
+    assert of_sibling.args[0].tag == "s" * 16
+    assert by_id(None, b"GET /?sid=%b1 HTTP/1.1\r\nCookie: sid=%b2\r\n\r\n" % (b"o" * 16, b"s" * 16)) is None
+    assert by_id(None, b"GET / HTTP/1.1\r\nReferer: /?sid=%b1\r\n\r\n" % (b"s" * 16)) is None
+
+
+@pytest.mark.parametrize("name", ["plain", "*a", "a+b", "a|b", "$a^", "a.b"])
+def test_the_name_of_a_cookie_is_no_pattern(site, name):
+    site.mailboxes.tag = "o" * 16
+    site.join("s" * 16)
+    by_cookie = ByCookie(site.mailboxes, "key", name)
+    connection = SimpleNamespace()
+    head = b"GET / HTTP/1.1\r\nCookie: x=y; %b=%b\r\n\r\n"
+    give = by_cookie(connection, head % (name.encode(), b"s" * 16))
+    assert give is not None
+    assert give.args[0].tag == "s" * 16
+    assert by_cookie(connection, head % (b"b", b"s" * 16)) is None
+    assert connection.extra_headers.startswith(b"Set-Cookie: %b=" % name.encode())
 
 
 @pytest.mark.parametrize("value", ["off", "socketio", "cookie", "cookie:my-name", len])

@@ -95,6 +95,23 @@ def test_a_malformed_packet_is_ignored_and_its_descriptors_closed(ends, packet):
     assert open_descriptors() == before
 
 
+def test_a_mailbox_has_one_direction(ends):
+    with pytest.raises(BrokenPipeError):
+        ends[0].sendmsg([b"back"], [], socket.MSG_NOSIGNAL)
+    ends[0].setblocking(True)
+    with pytest.raises(BlockingIOError):
+        mailbox.take(ends[0])
+
+
+def test_an_empty_packet_does_not_leave_its_descriptors(ends):
+    before = open_descriptors()
+    with open(os.devnull) as file:
+        mailbox.forward(ends[1], b"", [file.fileno()])
+        mailbox.post(ends[1], mailbox.MESSAGE, "t", b"next")
+        assert received(ends[0]).data == b"next"
+    assert open_descriptors() == before
+
+
 def test_a_file_that_can_change_is_not_read(ends):
     fd = os.memfd_create("x", os.MFD_ALLOW_SEALING)
     mailbox.forward(ends[1], b"Mtopic\0", [fd])
@@ -181,6 +198,34 @@ def test_a_second_mailbox_is_refused(site):
     [(answer, fds)] = site.heard(1)
     assert isinstance(answer, messages.RequestDenied)
     assert (answer.id, fds) == (6, [])
+
+
+def test_a_worker_that_dies_while_it_asks_costs_no_sibling_its_channel(site):
+    for age in (1, 2, 3):
+        site.add(age, ready=True)
+    ours, theirs = channel.pair()
+    theirs.close()
+    dying = WorkerChannel(4, ours)
+    site.workers.add(dying)
+    closed = []
+
+    def reply(worker, message, fd):
+        try:
+            return Site.reply(site, worker, message, fd)
+        except (channel.ChannelClosed, OSError):
+            closed.append(worker.age)
+            site.workers.remove(worker)
+            site.exchange.on_worker_gone(worker)
+            return False
+
+    site.exchange._reply = reply
+    site.exchange.open(dying, messages.OpenMailbox(6), None)
+    ours.close()
+    assert closed == [4]
+    for age in (1, 2, 3):
+        for _, fds in site.heard(age):
+            for fd in fds:
+                os.close(fd)
 
 
 def test_the_connections_of_a_dead_worker_go_to_a_sibling(site, connection):
