@@ -76,17 +76,26 @@ class _Emitter(socketio.PubSubManager):
     def _publish(self, data: dict[str, Any]) -> None:
         text = self.json.dumps(data)
         if self._instance is not None:
-            with suppress(OSError):
-                control_client.publish(self._instance, self._topic, text)
+            # not when it is slow: it may send the message yet
+            with suppress(ConnectionError, FileNotFoundError):
+                self._send(self._instance, text)
                 return
         # at first, and when the application was started again
         self._instance = control_client.own_application(self._app)
         try:
-            control_client.publish(self._instance, self._topic, text)
+            self._send(self._instance, text)
         except OSError as error:
-            raise PassengerError(
-                f"the master with pid {self._instance.pid} did not respond ({error}); see its error log"
-            ) from None
+            raise _no_response(self._instance, error) from None
+
+    def _send(self, instance: control_client.Instance, text: str) -> None:
+        try:
+            control_client.publish(instance, self._topic, text)
+        except (TimeoutError, PermissionError) as error:
+            raise _no_response(instance, error) from None
+
+
+def _no_response(instance: control_client.Instance, error: OSError) -> PassengerError:
+    return PassengerError(f"the master with pid {instance.pid} did not respond ({error}); see its error log")
 
 
 def emitter(app: str = "", channel: str = "socketio") -> socketio.PubSubManager:

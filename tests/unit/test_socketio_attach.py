@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import engineio
 import flask
@@ -13,6 +14,7 @@ import gunicorn_passenger
 from gunicorn_passenger import PassengerError, SettingError
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.socketio import LocalManager, attach, emitter
+from gunicorn_passenger.status import control_client
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +77,23 @@ def test_a_server_with_clients_is_refused():
     eio.sockets["x"] = object()
     with pytest.raises(SettingError, match="has clients"):
         attach(eio)
+
+
+def test_an_emitter_does_not_ask_a_slow_master_twice(monkeypatch):
+    asked = []
+
+    def publish(instance, topic, text):
+        asked.append(topic)
+        if len(asked) > 1:
+            raise TimeoutError("timed out")
+
+    monkeypatch.setattr(control_client, "own_application", lambda app: SimpleNamespace(pid=7))
+    monkeypatch.setattr(control_client, "publish", publish)
+    manager = emitter()
+    manager.emit("news", 1)
+    with pytest.raises(PassengerError, match="pid 7 did not respond"):
+        manager.emit("news", 2)
+    assert asked == ["socketio socketio"] * 2
 
 
 def test_an_emitter_without_an_application_says_so(monkeypatch, tmp_path):
