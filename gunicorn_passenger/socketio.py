@@ -27,6 +27,8 @@ except ImportError as error:
         f"gunicorn_passenger.socketio needs python-socketio ({error}): pip install python-socketio"
     ) from None
 
+#: Messages of siblings that wait until the worker acts on them; further ones are dropped and counted.
+_MAX_RECEIVED = 10_000
 #: the attribute of an Engine.IO server that is attached
 _ATTACHED = "_gunicorn_passenger_attached"
 
@@ -50,8 +52,8 @@ class LocalManager(socketio.PubSubManager):
 
     def initialize(self) -> None:
         """Called by python-socketio before the first client of this worker is served."""
-        self._received = self.server.eio.create_queue()
-        sibling_messages.subscribe(self._topic, self._received.put)
+        self._received = self.server.eio.create_queue(_MAX_RECEIVED)
+        sibling_messages.subscribe(self._topic, self._received.put_nowait)
         super().initialize()
 
     def _publish(self, data: dict[str, Any]) -> None:

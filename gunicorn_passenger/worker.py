@@ -344,9 +344,10 @@ class Worker(GeventWorker):
             return
         if primary is not None:
             self.wsgi = primary.app
+        sticky = settings.sticky(is_primary=True) if primary is None else primary.sticky
+        registry.acceptors.open_mailbox(sticky)
         self.sockets.extend(self._other_binds.values())
         self._other_binds.clear()
-        sticky = settings.sticky(is_primary=True) if primary is None else primary.sticky
         for sock in self.sockets:
             sock.setblocking(1)
             registry.acceptors.start_primary(sock, self.wsgi, self.cfg, PRIMARY_SLOT, sticky)

@@ -132,6 +132,11 @@ class AcceptorTable:
         server.thread = thread
         self._applications = [*(a for a in self._applications if not a.finished), thread]
 
+    def open_mailbox(self, sticky: object) -> None:
+        """Have the mailbox that a sticky server needs, before it accepts: this may wait for the master."""
+        if self.mailboxes is not None and sticky not in (None, OFF):
+            self.mailboxes.open()
+
     def _make_sticky(self, acceptor: ListenerHandler, sticky: object, key: str, cfg: Any) -> None:
         """Have the acceptor pass the connections of requests that belong to siblings."""
         if self.mailboxes is not None and sticky not in (None, OFF):

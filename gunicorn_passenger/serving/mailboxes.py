@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import _socket
 import os
+import queue
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -141,7 +142,8 @@ class Mailboxes:
 
     def serving(self) -> list[str]:
         """The tags of the workers that take new clients, this one included."""
-        return [self.tag, *(tag for tag, sibling in self._siblings.items() if sibling.serving)]
+        own = [] if self._broker.exit_announced else [self.tag]
+        return own + [tag for tag, sibling in self._siblings.items() if sibling.serving]
 
     # --- connections ------------------------------------------------------------------------------
 
@@ -195,7 +197,8 @@ class Mailboxes:
     def subscribe(self, topic: str, receive: Callable[[bytes], object]) -> None:
         """Have the messages of a topic that siblings publish.
 
-        :param receive: called in the hub with each message; it must not wait.
+        :param receive: called in the hub with each message. It must not wait; when it raises ``queue.Full``,
+            the message is dropped and counted.
         """
         self._subscribers[topic] = receive
 
@@ -288,6 +291,9 @@ class Mailboxes:
                     self._take_connection(packet)
                 elif (receive := self._subscribers.get(packet.name)) is not None:
                     receive(packet.data)
+            except queue.Full as error:
+                self._dropped += 1
+                report_fault("a message of a sibling was dropped: the program takes too few of them", error)
             except Exception as error:
                 # gevent would stop this watcher
                 report_fault("a packet of a sibling was ignored", error)

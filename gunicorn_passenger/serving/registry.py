@@ -339,6 +339,10 @@ class ServerRegistry:
                 return  # it accepts once its application has started
             if server.socket is not None and server.socket.sock is not None:
                 self.prepare_migration()
+                self.acceptors.open_mailbox(server.sticky)
+                # that may have waited for the master
+                if self.draining or server in self.acceptors or server.socket.sock is None:
+                    return
                 self.acceptors.start(server, server.socket.sock)
             elif server is not self.primary:
                 return  # another worker accepts
@@ -359,10 +363,8 @@ class ServerRegistry:
         self.draining = True
         if self.scheduler is not None:
             self.scheduler.run_all(self.before_drain)
-        if (
-            agents := sys.modules.get("gunicorn_passenger.proxy.agent")
-        ) is not None:  # if the program has a proxy
-            agents.keep_no_connections()
+        if (agent := sys.modules.get("gunicorn_passenger.proxy.agent")) is not None:
+            agent.keep_no_connections()
         for server in self.acceptors.stop_all():
             if server.placement != "shared":
                 # the next worker need not wait for the connections of this one

@@ -6,6 +6,7 @@ Never: wait for a sibling.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -40,8 +41,8 @@ def tag() -> str:
 
 
 def _in_hub(use: Callable[[Mailboxes], T], otherwise: T) -> T:
-    """Use this worker's mailboxes, if it has any."""
-    if registry.broker is None or registry.scheduler is None:
+    """Use this worker's mailboxes, if it has any. A child that the program has forked has none."""
+    if registry.broker is None or registry.scheduler is None or registry.worker.pid != os.getpid():
         return otherwise
     return registry.scheduler.run_in_hub(partial(_use, use, otherwise))
 
