@@ -10,7 +10,6 @@ innermost frame of its greenlet or thread is the function that waits for a reque
 
 from __future__ import annotations
 
-import gc
 import os
 import socket
 import sys
@@ -20,6 +19,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from types import CodeType, FrameType
 from typing import Any
+
+from gunicorn_passenger.system.live_objects import live_objects
 
 #: How many times as long as a search the worker does without one.
 _SEARCH_PAUSE = 50
@@ -87,7 +88,7 @@ class IdleConnections:
         began = time.monotonic()
         if began >= self._search_at:
             # there may be millions of objects, and a request in progress waits meanwhile
-            found = [weakref.ref(o) for o in gc.get_objects() if isinstance(o, greenlets.greenlet)]
+            found = [weakref.ref(found) for found in live_objects(greenlets.greenlet)]
             self._greenlets = found
             ended = time.monotonic()
             self._search_at = ended + (ended - began) * _SEARCH_PAUSE

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from gunicorn_passenger.serving.scheduler import Scheduler
+from gunicorn_passenger.system.live_objects import live_objects
 
 #: Seconds between two heartbeats.
 _HEARTBEAT_INTERVAL = 1.0
@@ -101,10 +102,11 @@ def _frames_and_idle() -> tuple[dict[int, FrameType], set[int]]:
     import greenlet
     from gevent.queue import Queue, SimpleQueue
 
-    for candidate in gc.get_objects():
-        if isinstance(candidate, greenlet.greenlet) and candidate.gr_frame is not None:
-            frames[id(candidate)] = candidate.gr_frame
-        elif isinstance(candidate, SimpleQueue | Queue) and candidate.empty():
+    for candidate in live_objects(greenlet.greenlet, SimpleQueue, Queue):
+        if isinstance(candidate, greenlet.greenlet):
+            if candidate.gr_frame is not None:
+                frames[id(candidate)] = candidate.gr_frame
+        elif candidate.empty():
             # gevent does not publish its waiters; at an empty queue they wait to get
             waiters = [w for d in gc.get_referents(candidate) if isinstance(d, deque) for w in d]
             idle |= {id(o) for w in waiters for o in gc.get_referents(w) if isinstance(o, greenlet.greenlet)}

@@ -6,7 +6,6 @@ Never: run in a worker.
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import sys
@@ -23,6 +22,7 @@ from gunicorn_passenger.serving.finish import Drainable, finish_connections
 from gunicorn_passenger.serving.scheduler import Scheduler
 from gunicorn_passenger.serving.server import ListenAddress
 from gunicorn_passenger.system import listening_sockets
+from gunicorn_passenger.system.live_objects import live_objects
 from gunicorn_passenger.system.port_opening import ListenRequest, open_listener
 
 #: Where ``"passenger"`` is served, unless PORT says otherwise.
@@ -90,7 +90,7 @@ def _worker_class() -> str | None:
     arbiters = sys.modules.get("gunicorn.arbiter")
     if arbiters is None:
         return None
-    arbiter = next((found for found in gc.get_objects() if isinstance(found, arbiters.Arbiter)), None)
+    arbiter = next(live_objects(arbiters.Arbiter), None)
     return None if arbiter is None else str(arbiter.cfg.worker_class_str)
 
 

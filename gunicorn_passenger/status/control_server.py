@@ -41,8 +41,9 @@ PATIENCE = 5.0
 #: How many clients are served at a time; more wait in the backlog.
 MAX_CLIENTS = 16
 _BACKLOG = 64
-#: Bytes of a request.
+#: Bytes of a request, and of one on a persistent connection, which is for reports only.
 MAX_REQUEST = 1 << 20
+MAX_PERSISTENT_REQUEST = 4096
 _READ_SIZE = 1 << 16
 #: Limit of persistent connections.
 MAX_PERSISTENT = 64
@@ -79,6 +80,10 @@ class ControlConnection:
     @property
     def persistent(self) -> bool:
         return self.deadline is None
+
+    @property
+    def max_request(self) -> int:
+        return MAX_PERSISTENT_REQUEST if self.persistent else MAX_REQUEST
 
     def wanted(self) -> int:
         """What to poll for: a response is sent before the next request is read.
@@ -210,7 +215,9 @@ class ControlServer(BrokerService):
 
     def _read(self, client: ControlConnection) -> bool:
         """:returns: whether the client is still connected."""
-        data = client.closer.receive(client.sock, min(_READ_SIZE, MAX_REQUEST + 1 - len(client.received)))
+        data = client.closer.receive(
+            client.sock, min(_READ_SIZE, client.max_request + 1 - len(client.received))
+        )
         if not data:
             return False
         if client.closer.full:
@@ -225,9 +232,9 @@ class ControlServer(BrokerService):
         if end:
             client.received = rest
             response = self._respond(bytes(line), client)
-        elif len(client.received) > MAX_REQUEST:
+        elif len(client.received) > client.max_request:
             client.received.clear()
-            response = {"error": f"the request is longer than {MAX_REQUEST} bytes"}
+            response = {"error": f"the request is longer than {client.max_request} bytes"}
         else:
             return
         client.response = memoryview(json.dumps(response, separators=(",", ":")).encode() + b"\n")

@@ -156,7 +156,7 @@ def test_a_program_that_looks_whether_its_port_is_served(start, port, environmen
     answering(port, process.workers())
     victim, _ = process.workers()
     os.kill(victim, signal.SIGKILL)
-    wait_for(lambda: len({*process.workers()} - {victim}) == 2, "the successor")
+    wait_for(lambda: victim not in (now := process.workers()) and len(now) == 2, "the successor")
     answering(port, process.workers())
 
 

@@ -327,7 +327,7 @@ def test_a_persistent_connection_that_is_not_read_sends_no_further_request(contr
             turn(control, 0)
     assert control._broker.asked < 10
     (client,) = control._clients.values()
-    assert len(client.received) <= control_server.MAX_REQUEST + 1
+    assert len(client.received) <= control_server.MAX_PERSISTENT_REQUEST + 1
     ours.close()
     turn(control)
     turn(control)
@@ -338,7 +338,7 @@ def test_each_round_serves_one_request(control):
     """However many arrive at once, and however fast the client reads the responses."""
     ours, theirs = socket.socketpair()
     control.watch_reports(theirs)
-    count = control_server.MAX_REQUEST
+    count = control_server.MAX_PERSISTENT_REQUEST
     ours.sendall(b"\n" * count)
     received = b""
     turns = 0

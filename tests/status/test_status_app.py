@@ -270,6 +270,7 @@ def test_samples_of_the_same_labels_are_added_up(monkeypatch):
         "workers": [{"state": "odd", "memory": None}],
         "daemons": [{"name": "d", "state": "failed", "restarts": 3, "memory": None}],
         "blocking": {"times": 7, "longest": 2.5},
+        "mailboxes": {"passed": 1, "kept": 2, "published": 3, "dropped": 4},
     }  # fmt: skip
     monkeypatch.setattr(sources.reports, "get", lambda: report)
     text = metrics.render("")[1].decode()
@@ -281,6 +282,8 @@ def test_samples_of_the_same_labels_are_added_up(monkeypatch):
     assert value(found, "gunicorn_passenger_events_total", kind="crash") == 2
     assert value(found, "gunicorn_passenger_blocked_total") == 7
     assert value(found, "gunicorn_passenger_longest_block_seconds") == 2.5
+    assert value(found, "gunicorn_passenger_connections_passed_total") == 1
+    assert value(found, "gunicorn_passenger_messages_dropped_total") == 4
 
 
 # --- in a process of its own -------------------------------------------------------------------------

@@ -24,6 +24,7 @@ class Broker:
         self.log = SimpleNamespace(warning=self.note, error=self.note)
         self.asked = 0
         self.available = True
+        self.exit_announced = False
 
     def note(self, *arguments):
         self.logged.append(arguments)
@@ -240,6 +241,8 @@ def test_a_key_moves_only_with_its_worker(site):
     assert [now for now, then in zip(owners(), before, strict=True) if then != "b"] == [
         then for then in before if then != "b"
     ]
+    site.mailboxes._broker.exit_announced = True
+    assert set(owners()) == {"a", "c"}
 
 
 def test_only_the_query_names_the_session(site):
