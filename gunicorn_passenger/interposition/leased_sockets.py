@@ -32,6 +32,7 @@ from gunicorn_passenger.serving.registry import ServerRegistry
 from gunicorn_passenger.serving.server import CLOSED, LISTENING, LOST, STOPPED, ListenAddress
 from gunicorn_passenger.serving.third_party import ThirdPartyServer
 from gunicorn_passenger.system import unpatched
+from gunicorn_passenger.system.listening_sockets import borrowed_socket
 
 #: Seconds in which a program that listens is expected to accept.
 _ACCEPT_WITHIN = 5.0
@@ -90,6 +91,12 @@ class LeasedSockets:
         self._lock = unpatched.lock()
         #: connections accepted from leased descriptors, by descriptor
         self._connections: dict[int, AcceptedConnection] = {}
+        #: threads (``Thread.ident``) in ``accept()``: they may have a connection that is not noted yet
+        self._in_accept: set[int] = set()
+        #: the local ports of the servers that have stopped for the drain; the path of one on a UNIX socket
+        self._drained: set[int | str | bytes] = set()
+        #: inodes of connections that cannot finish
+        self._given_up: set[int] = set()
         #: the addresses of peers that have no TCP address: descriptor -> inode, address
         self._peers: dict[int, tuple[int, SockAddr]] = {}
         #: the ports of such clients count up
@@ -299,11 +306,10 @@ class LeasedSockets:
         """Stop the accepting of all unmodified servers; their open connections continue."""
         self.reap()
         entries = list(self._by_fd.values())
-        self._by_fd.clear()
         self.server_threads = {entry.thread for entry in entries}
+        self._drained = {port for fd in self._by_fd for port in _local_ports(fd)}
         unreachable, stopped = None, []
         for entry in entries:
-            self._keep_count(entry.server)
             try:
                 # one for all: the process may have no further descriptor
                 unreachable = unreachable or unreachable_listener()
@@ -313,7 +319,10 @@ class LeasedSockets:
         if unreachable is not None:
             with closing(unreachable):
                 self._stop_all(stopped, unreachable)
+        # not before: until now a server in another thread may have accepted
+        self._by_fd.clear()
         for entry in entries:
+            self._keep_count(entry.server)
             lease = entry.server.lease
             if lease is not None and entry.server.placement != "shared":
                 # the next worker need not wait for the connections of this one
@@ -330,7 +339,10 @@ class LeasedSockets:
     # --- connections ------------------------------------------------------------------------------
 
     def on_accept_call(self, listener: int) -> LeasedFd | None:
-        """The program calls ``accept``; the entry, if the socket is one of the master's."""
+        """The program calls ``accept``; the entry, if the socket is one of the master's.
+
+        The caller tells :meth:`on_accept_end` when the call of an entry has ended.
+        """
         if not self._by_fd:
             return None
         entry = self._by_fd.get(listener)
@@ -340,7 +352,12 @@ class LeasedSockets:
         if entry is not None:
             entry.accepts = True
             entry.thread = get_ident()
+            self._in_accept.add(get_ident())
         return entry
+
+    def on_accept_end(self) -> None:
+        """The program's call of ``accept`` has ended, with a connection or without."""
+        self._in_accept.discard(get_ident())
 
     def on_accept(self, entry: LeasedFd | None, fd: int) -> None:
         """A connection was accepted: remember it if it came from one of the master's sockets."""
@@ -361,10 +378,29 @@ class LeasedSockets:
             self._peers = {fd: peer for fd, peer in self._peers.items() if inode_of(fd) == peer[0]}
             return not self._connections
 
+    def drained(self) -> bool:
+        """Whether no connection is open, in a worker that has stopped accepting."""
+        return self.idle() and not (self._in_accept and self._has_connection_on_its_way())
+
+    def _has_connection_on_its_way(self) -> bool:
+        """Whether a thread has a connection from the system that it has not noted.
+
+        A thread in ``accept()`` mostly waits there. But it may have got its connection, and wait for its
+        turn to run, when this worker stops accepting; the connection's descriptor shows that.
+        """
+        return any(
+            port in self._drained
+            for inode, (fd, *_) in fds_by_inode().items()
+            if inode not in self._given_up
+            for port in _local_ports(fd, connected=True)
+        )
+
     def forget_connections_of_this_thread(self) -> None:
         """The loop that served them has ended, so they cannot finish."""
         with self._lock:
-            self._connections = {fd: it for fd, it in self._connections.items() if it.thread != get_ident()}
+            mine = {fd: it for fd, it in self._connections.items() if it.thread == get_ident()}
+            self._given_up |= {it.inode for it in mine.values()}
+            self._connections = {fd: it for fd, it in self._connections.items() if fd not in mine}
 
     def explain_half_closed(self) -> None:
         """Log once which servers have not closed connections that their clients have closed.
@@ -472,6 +508,18 @@ class LeasedSockets:
     def _keep_count(self, server: ThirdPartyServer) -> None:
         self._accepted_before[server.slot] += server.accepted
         server.accepted = 0
+
+
+def _local_ports(fd: int, connected: bool = False) -> Iterator[int | str | bytes]:
+    """The local port of a TCP socket, or the path of a UNIX socket; nothing for any other file.
+
+    :param connected: whether only a connection counts.
+    """
+    with suppress(OSError), borrowed_socket(fd) as sock:
+        if connected:
+            sock.getpeername()
+        name = sock.getsockname()
+        yield name[1] if isinstance(name, tuple) else name
 
 
 def describe(server: ThirdPartyServer, grant: AcceptGrant) -> None:

@@ -105,6 +105,18 @@ def _replace_connection_calls(cls: Any) -> None:
         _set_method(cls, function)
 
 
+def _accept_nonblocking(sock: Any) -> tuple[int, Any]:
+    """``accept`` as the program asks for it, on a socket whose description does not block."""
+    while True:
+        try:
+            return _socket.socket._accept(sock)  # type: ignore[attr-defined, no-any-return]
+        except BlockingIOError:
+            # a blocking copy that was made after listen(), and that does not poll yet
+            if _socket.socket.gettimeout(sock) is not None or not _installed[0].leased.has(sock.fileno()):
+                raise
+            keep_nonblocking(sock)
+
+
 def _replace_calls(cls: Any) -> None:
     def bind(self: Any, address: Any) -> None:
         if not _installed[0].bind(self, address):
@@ -115,17 +127,13 @@ def _replace_calls(cls: Any) -> None:
             _socket.socket.listen(self, *args)
 
     def _accept(self: Any) -> tuple[int, Any]:
-        entry = _installed[0].leased.on_accept_call(_socket.socket.fileno(self))
-        while True:
-            try:
-                fd, peer = _socket.socket._accept(self)  # type: ignore[attr-defined]
-                break
-            except BlockingIOError:
-                # a blocking copy that was made after listen(), and that does not poll yet
-                if _socket.socket.gettimeout(self) is not None or not _installed[0].leased.has(self.fileno()):
-                    raise
-                keep_nonblocking(self)
-        _installed[0].leased.on_accept(entry, fd)
+        leased = _installed[0].leased
+        entry = leased.on_accept_call(_socket.socket.fileno(self))
+        try:
+            fd, peer = _accept_nonblocking(self)
+            leased.on_accept(entry, fd)
+        finally:
+            leased.on_accept_end()
         if not isinstance(peer, tuple) and self.family in inet_facade.INET:
             peer = _installed[0].leased.client_address(fd, self.family)
         return fd, peer

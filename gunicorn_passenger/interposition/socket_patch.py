@@ -416,7 +416,7 @@ class SocketPatch:
 
     def idle(self) -> bool:
         """Whether no connection is open that an unmodified server has accepted."""
-        return self.leased.idle()
+        return self.leased.drained()
 
     def shutdown_idle_connections(self) -> None:
         """End the connections on which an unmodified server waits for a request."""

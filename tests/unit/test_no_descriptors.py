@@ -7,41 +7,20 @@ import select
 import socket
 import threading
 from contextlib import closing
-from types import SimpleNamespace
 
 import gevent
 import pytest
+from leased_registry import Registry, lease
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.interposition import leased_sockets, self_connection, socket_patch
 from gunicorn_passenger.interposition.fd_swap import epoll_registrations
-from gunicorn_passenger.interposition.leased_sockets import LeasedSockets
 from gunicorn_passenger.interposition.own_fds import inode_of, keep_spare
 from gunicorn_passenger.interposition.pending_bind import pending_bind
 from gunicorn_passenger.interposition.socket_options import unreachable_listener
 from gunicorn_passenger.interposition.socket_patch import SocketPatch
-from gunicorn_passenger.serving.gevent_scheduler import GeventScheduler
-from gunicorn_passenger.serving.port_lease import AcceptGrant, PortLease
-from gunicorn_passenger.serving.third_party import ThirdPartyServer
+from gunicorn_passenger.serving.port_lease import AcceptGrant
 from gunicorn_passenger.system.listening_sockets import borrowed_socket
-
-
-class Log:
-    def __init__(self):
-        self.lines = []
-
-    def error(self, line, *arguments):
-        self.lines.append(line % arguments)
-
-
-class Registry:
-    """As much of a worker's registry as the sockets need."""
-
-    def __init__(self):
-        self.log, self.confirmed, self.closed, self.last_error = Log(), [], [], None
-        self.worker = SimpleNamespace(primary_descriptors=set, cfg=SimpleNamespace(workers=1))
-        self.broker = SimpleNamespace(confirm_pause=self.confirmed.append, scheduler=GeventScheduler())
-        self.on_third_party_closed = self.closed.append
 
 
 @pytest.fixture
@@ -74,15 +53,6 @@ def listeners():
 @pytest.fixture
 def registry():
     return Registry()
-
-
-def lease(registry, *socks):
-    leased = LeasedSockets(registry)
-    for sock in socks:
-        server = ThirdPartyServer("server", sock.getsockname(), "key")
-        server.lease = PortLease(1, registry.broker.scheduler)
-        leased.add(sock.fileno(), server, sock.getsockname(), [])
-    return leased
 
 
 def reachable(*socks):

@@ -23,7 +23,11 @@ class Chatter:
     def __init__(self, port, transports):
         self.news = []
         self.rooms = ["all"]
-        self.client = socketio.Client(reconnection_delay=0.05, reconnection_delay_max=0.2)
+        # python-socketio takes a random part off the delay; with none left it connects again while the thread
+        # of the lost connection still resets the client, which then stays without a session for ever
+        self.client = socketio.Client(
+            reconnection_delay=0.2, reconnection_delay_max=0.4, randomization_factor=0.1
+        )
         self.client.on("news", self.news.append)
         self.client.on("question", lambda text: f"{text}!")
         self.client.connect(f"http://127.0.0.1:{port}", transports=transports, wait_timeout=30)
@@ -37,6 +41,14 @@ class Chatter:
             return tuple(self.client.call("whoami", timeout=2))
         except (socketio.exceptions.SocketIOError, ValueError):
             return None
+
+    def state(self):
+        """Where it stands, for a test that fails."""
+        client, engine = self.client, self.client.eio
+        return (
+            f"{client.connection_transports}: connected {client.connected}, engine {engine.state} "
+            f"by {engine.current_transport}, connecting again {client._reconnect_task is not None}"
+        )
 
 
 class Site:
@@ -61,7 +73,10 @@ class Site:
             alive = self.process.workers()
             return all(who and who[0] in alive for who in found) and [who[0] for who in found]
 
-        return wait_for(known, self.process.log)
+        def states():
+            return "\n".join([*(chatter.state() for chatter in self.chatters), self.process.log()])
+
+        return wait_for(known, states)
 
     def broadcast(self, times=6):
         """Each client in turn speaks to all, and every client hears everything once."""
