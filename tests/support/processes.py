@@ -49,6 +49,12 @@ def require(program: str) -> str:
     return path
 
 
+def check_reachable_for_others() -> None:
+    """Fail where another user cannot reach the checkout: its workers could not import their program."""
+    for path in (ROOT, *ROOT.parents):
+        assert path.stat().st_mode & 0o001, f"other users cannot reach {ROOT}: chmod o+x {path}"
+
+
 def descriptors(pid: int) -> list[str]:
     """What the descriptors of a process point to."""
     found = []
@@ -221,6 +227,8 @@ class Starter:
     ) -> Process:
         """Start gunicorn with our worker on a UNIX socket (or ``bind``)."""
         default = ["-b", bind or f"unix:{self.home}/app.sock"]
+        if "--user" in arguments:
+            check_reachable_for_others()
         return self.python(
             GUNICORN, "-k", "gunicorn_passenger.Worker", "-w", workers,
             "--umask", "007", *default, *arguments, app, **options,
