@@ -9,7 +9,7 @@ import pytest
 from conditions import wait_for
 from daemon_site import lives
 from http_client import fetch
-from processes import COMMAND, GUNICORN, require
+from processes import COMMAND, GUNICORN, require, require_package
 
 from gunicorn_passenger.daemons.spec import build_spec, stop_waves
 
@@ -225,7 +225,7 @@ def test_an_unknown_kill_mode_is_an_error(start):
 
 @pytest.mark.parametrize("how", ["stop", "restart"])
 def test_celery_finishes_its_task_and_stores_the_result_before_redis_stops(start, how):
-    pytest.importorskip("celery")
+    require_package("celery")
     redis = require("redis-server")
     start.write("tasks.py", TASKS)
     start.write(

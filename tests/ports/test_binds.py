@@ -10,6 +10,7 @@ from conditions import wait_for
 from free_ports import free_port
 from http_client import pids_answering, refused
 from obedient_workers import Told
+from processes import require_package
 from unmodified_servers import answering
 
 LOCK = """
@@ -142,7 +143,7 @@ UVLOOP = """
 
 def test_a_server_that_binds_in_python_and_listens_in_c(start, port):
     """uvloop, in a thread of the system: all workers share the port that the program named."""
-    pytest.importorskip("uvloop")
+    require_package("uvloop")
     start.write("serve_uvloop.py", UVLOOP)
     path = f"{start.home}:{start.environment['PYTHONPATH']}"
     process = start.gunicorn("serve_uvloop", workers=3, env={"P1": port, "PYTHONPATH": path}).wait_ready(port)
@@ -225,7 +226,7 @@ SERVERS = {
 @pytest.mark.parametrize("server", SERVERS)
 def test_shutdown_ends_the_accepting_of_one_worker(obedient, port, server):
     if server != "socket":
-        pytest.importorskip(server)
+        require_package(server)
     process, first, second = obedient()
     opening, closing = SERVERS[server]
     for worker in first, second:

@@ -8,6 +8,7 @@ import pytest
 from conditions import PATIENCE, wait_for
 from free_ports import free_port
 from http_client import fetch, refused
+from processes import require_package
 from unmodified_servers import answering
 
 
@@ -39,7 +40,7 @@ def banner(family, address):
 
 
 def test_a_server_that_looks_whether_it_accepts(start, port, environment):
-    pytest.importorskip("aiosmtpd")
+    require_package("aiosmtpd")
     start.write("mail.py", SMTP)
     process = start.gunicorn("mail", workers=3, env=environment).wait_ready()
     process.wait_log("SMTP is served in", 3)
@@ -51,7 +52,7 @@ def test_a_server_that_looks_whether_it_accepts(start, port, environment):
 
 
 def test_a_captured_server_that_looks_whether_it_accepts(start, environment):
-    pytest.importorskip("aiosmtpd")
+    require_package("aiosmtpd")
     script = start.write("mail.py", SMTP)
     process = start.start_script(script, "-w", 2, env=environment)
     process.wait_log("SMTP is served in", 2)
@@ -78,7 +79,7 @@ CHERRYPY = """
 
 def test_cherrypy_as_a_captured_script(start, environment):
     """It looks whether its port is free, and then whether it is taken."""
-    pytest.importorskip("cherrypy")
+    require_package("cherrypy")
     script = start.write("site.py", CHERRYPY.rstrip() + "\n    cherrypy.quickstart(Root())\n")
     process = start.start_script(script, "-w", 2, env=environment).wait_ready()
     wait_for(lambda: len(process.workers()) == 2, "two workers")
@@ -86,7 +87,7 @@ def test_cherrypy_as_a_captured_script(start, environment):
 
 
 def test_cherrypy_in_a_module(start, port, environment):
-    pytest.importorskip("cherrypy")
+    require_package("cherrypy")
     start.write(
         "cherry.py", CHERRYPY.rstrip() + "\n    cherrypy.tree.mount(Root())\n    cherrypy.engine.start()\n"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import re
 import shutil
@@ -47,6 +48,13 @@ def require(program: str) -> str:
         assert "CI" not in os.environ, f"{program} is missing"
         pytest.skip(f"{program} is not installed")
     return path
+
+
+def require_package(name: str) -> None:
+    """Say that a Python package is missing that a test needs; in CI that is a failure."""
+    if importlib.util.find_spec(name) is None:
+        assert "CI" not in os.environ, f"the package {name} is missing"
+        pytest.skip(f"the package {name} is not installed")
 
 
 def check_reachable_for_others() -> None:
