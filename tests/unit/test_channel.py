@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+from open_descriptors import open_descriptors
 
 from gunicorn_passenger.ipc import channel, messages
 from gunicorn_passenger.ipc.channel import ChannelClosed, MalformedPacket, pack, receive, send, unpack
@@ -134,10 +135,6 @@ def test_long_texts_are_cut_and_packets_bounded():
         pack(OpenPort(0, "\U0001f40d" * 4096, "\U0001f40d" * 4096))
 
 
-def open_descriptors():
-    return len(os.listdir("/proc/self/fd"))
-
-
 def test_descriptor_travels_and_is_not_inheritable(ends):
     read, write = os.pipe()
     send(ends[0], EXAMPLES[6], read)
@@ -160,7 +157,7 @@ def test_descriptors_with_a_malformed_packet_are_closed(ends, count):
     ends[0].sendmsg([b"{}"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
     with pytest.raises(MalformedPacket):
         receive(ends[1])
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 def test_too_many_descriptors_are_refused(ends):
@@ -172,7 +169,7 @@ def test_too_many_descriptors_are_refused(ends):
     ends[0].sendmsg([pack(WorkerReady(0))], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
     with pytest.raises(MalformedPacket, match="more descriptors than the message may have"):
         receive(ends[1])
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 def test_a_packet_that_is_too_long(ends):

@@ -5,6 +5,7 @@ import socket
 from types import SimpleNamespace
 
 import pytest
+from open_descriptors import open_descriptors
 
 from gunicorn_passenger.ipc import channel, mailbox, messages
 from gunicorn_passenger.master.mailbox_exchange import MailboxExchange
@@ -28,10 +29,6 @@ def connection():
     theirs.close()
 
 
-def open_descriptors():
-    return len(os.listdir("/proc/self/fd"))
-
-
 def received(receiving):
     return mailbox.unpack(*mailbox.take(receiving))
 
@@ -42,7 +39,7 @@ def test_data_of_every_size_arrives(ends, size):
     data = os.urandom(size)
     mailbox.post(ends[1], mailbox.MESSAGE, "a topic", data)
     assert received(ends[0]) == ("m", "a topic", data, [])
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
     with pytest.raises(BlockingIOError):
         mailbox.take(ends[0])
 
@@ -92,7 +89,7 @@ def test_a_malformed_packet_is_ignored_and_its_descriptors_closed(ends, packet):
     with open(os.devnull) as file:
         mailbox.forward(ends[1], packet, [file.fileno()])
         assert received(ends[0]) is None
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 def test_a_mailbox_has_one_direction(ends):
@@ -109,7 +106,7 @@ def test_an_empty_packet_does_not_leave_its_descriptors(ends):
         mailbox.forward(ends[1], b"", [file.fileno()])
         mailbox.post(ends[1], mailbox.MESSAGE, "t", b"next")
         assert received(ends[0]).data == b"next"
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 def test_a_file_that_can_change_is_not_read(ends):
