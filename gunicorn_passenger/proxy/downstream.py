@@ -186,6 +186,33 @@ class WsgiDownstream:
         """Whether reading the body raises an exception when the client does not send all of it."""
         return self._carrier is not None
 
+    @property
+    def may_interrupt_reads(self) -> bool:
+        """Whether a read of the body may be interrupted: the connection is then closed after the response.
+
+        Otherwise the server would take the rest of the body for the next request (RFC 9112 section 11.2).
+        """
+        return self._carrier is not None or self._server is not None or hasattr(self.body, "failed")
+
+    def close_after_response(self) -> None:
+        """Keep the server from reading another request from the connection.
+
+        Our own connection closes by itself, and gunicorn 27 does, too, when a read of the body has failed.
+        """
+        server = self._server
+        if hasattr(server, "force_close"):  # gunicorn's response
+            server.force_close()
+        elif server is not None:
+            server.close_connection = True
+
+    @property
+    def _server(self) -> Any:
+        """The server's object for this request, where no middleware stands before it."""
+        server = getattr(self.start_response, "__self__", None)
+        if hasattr(server, "force_close") or hasattr(server, "close_connection"):
+            return server
+        return None
+
     def watch(self, gone: Callable[..., Any], argument: Any) -> None:
         """Call ``gone(argument)`` in the hub when the client disconnects."""
         if self._carrier is not None:

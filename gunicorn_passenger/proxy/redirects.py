@@ -47,7 +47,7 @@ class Redirects:
         becomes_get = head.status == 303 or (head.status in (301, 302) and method == "POST")
         if body and not becomes_get:
             return None
-        found = rewrite.redirect(location, plan.target, request.upstream_path)
+        found = rewrite.redirect(location, plan.target, request.upstream_path, request.headers.host)
         if found is None:
             return None
         self._followed += 1

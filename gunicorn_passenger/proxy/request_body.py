@@ -20,7 +20,7 @@ from gunicorn_passenger.proxy.mirror import MirroredRequest
 from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.pool import UpstreamConnection
 from gunicorn_passenger.proxy.response_head import is_trailer
-from gunicorn_passenger.proxy.upstream_io import runtime
+from gunicorn_passenger.proxy.upstream_io import Stream, runtime
 
 #: The size of one read of a long body, in bytes.
 _READ = 262144
@@ -37,6 +37,14 @@ _READ_BEFORE = (
 )
 
 
+class _Abandoned(Exception):
+    """Ends a read of the body.
+
+    Not ``GreenletExit``: gunicorn closes the connection after a read that has failed, so that the rest of the
+    body is not taken for a request, but only an ``Exception`` counts as a failure.
+    """
+
+
 class RequestBodySender:
     """The body of a request, on its way to an upstream."""
 
@@ -48,7 +56,8 @@ class RequestBodySender:
         self.length = length
         self._stream = client.body
         # a thread without a hub cannot be woken
-        self._seconds = options.timeout if runtime().concurrent else None
+        may_interrupt = runtime().concurrent and client.may_interrupt_reads
+        self._seconds = options.timeout if may_interrupt else None
         self._upstream_timeout = options.upstream_timeout
         self._max_body = options.max_body
         #: the mirrored request, which gets the same body; feeding it does not block
@@ -65,7 +74,12 @@ class RequestBodySender:
         #: whether it waits for the client, and how many chunks the upstream has taken
         self.waiting = False
         self.chunks_sent = 0
+        #: whether it has stopped before the end, because the upstream responds
+        self.paused = False
         self._upstream: UpstreamConnection | None = None
+        self._source: Iterator[bytes] = iter(())
+        #: what of a chunk is still to be sent, framed
+        self._unsent = b""
         self._task: Any = None
 
     def replace(self, body: Any, length: int) -> None:
@@ -112,14 +126,20 @@ class RequestBodySender:
         return not self.started or self.held is not None
 
     def start(self, upstream: UpstreamConnection, concurrent: bool) -> None:
-        """Send it: where gevent runs, while the response is read."""
+        """Send it: where gevent runs, while the response is read; elsewhere until a response comes."""
         self.started = True
         self._upstream = upstream
+        self._source = self.chunks()
         if concurrent:
             self.client.set_reading_body(True)
             self._task = gevent.spawn(self._run)
         else:
-            self._run(stop_on_response=True)
+            self._run(until_response=True)
+
+    def resume(self) -> None:
+        """Send more of it where nothing runs beside the request: the upstream may still read."""
+        if self.paused:
+            self._run(until_response=True)
 
     def _read(self, most: int) -> bytes:
         """
@@ -134,15 +154,16 @@ class RequestBodySender:
             with gevent.Timeout(self._seconds, BodyTimeout(self._seconds)):
                 return bytes(read(most))
         except BodyTimeout as error:
+            self.client.close_after_response()
             raise BadRequestBody(str(error), 408) from None
+        except _Abandoned:
+            raise
         except ClientDisconnected as error:
             if error.incomplete:
                 raise BadRequestBody(str(error)) from None
             raise
         except OSError as error:
             raise ClientDisconnected(error.errno or 0, f"the client disconnected: {error.strerror}") from None
-        except gevent.GreenletExit:
-            raise
         except Exception as error:
             # a server reports a malformed body with an exception of its own
             raise BadRequestBody(f"the request's body is broken: {error}") from error
@@ -180,43 +201,65 @@ class RequestBodySender:
                     raise BadRequestBody(f"the request's body has more than {self._max_body} bytes", 413)
             yield data
 
-    def _run(self, stop_on_response: bool = False) -> None:
+    def _run(self, until_response: bool = False) -> None:
         assert self._upstream is not None
-        stream = self._upstream.stream
-        chunked = self.length == CHUNKED
-        discarded = 0
+        self.paused = False
         try:
-            for chunk in self.chunks():
-                if self.mirror is not None:
-                    self.mirror.feed(chunk)
-                try:
-                    if discarded == 0:
-                        if stop_on_response and not stream.is_quiet():
-                            return
-                        stream.send(encode_chunk(chunk) if chunked else chunk, self._upstream_timeout)
-                        self.chunks_sent += 1
-                        continue
-                except OSError:
-                    pass
-                # The upstream has responded without reading the whole body, and its response decides. The
-                # client may still be sending: we read the rest, within a bound, so that it can read that.
-                discarded += len(chunk)
-                if discarded > _DISCARD:
-                    return
-            if discarded:
-                return
-            if chunked:
-                stream.send(self._last_chunk(), self._upstream_timeout)
-            self.finished = True
+            self.paused = not self._send(self._upstream.stream, until_response)
+        except _Abandoned:
+            pass
         except OSError as error:
             if isinstance(error, ClientDisconnected):
                 self._abort(error)
         except Exception as error:
             self._abort(error)
         finally:
-            if self.mirror is not None:
-                self.mirror.end(self.finished)
-            self.client.set_reading_body(False)
+            if not self.paused:
+                if self.mirror is not None:
+                    self.mirror.end(self.finished)
+                self.client.set_reading_body(False)
+
+    def _send(self, stream: Stream, until_response: bool) -> bool:
+        """
+        :param until_response: whether to stop when the upstream sends something.
+        :returns: whether nothing is left to be sent.
+        """
+        chunked = self.length == CHUNKED
+        discarded = 0
+        while True:
+            if not self._unsent:
+                chunk = next(self._source, b"")
+                if not chunk:
+                    break
+                if self.mirror is not None:
+                    self.mirror.feed(chunk)
+                self._unsent = encode_chunk(chunk) if chunked else chunk
+            try:
+                if discarded == 0:
+                    if until_response:
+                        sent = stream.send_while_quiet(self._unsent, self._upstream_timeout)
+                        self._unsent = self._unsent[sent:]
+                        if self._unsent:
+                            return False
+                    else:
+                        stream.send(self._unsent, self._upstream_timeout)
+                        self._unsent = b""
+                    self.chunks_sent += 1
+                    continue
+            except OSError:
+                pass
+            # The upstream has responded without reading the whole body, and its response decides. The
+            # client may still be sending: we read the rest, within a bound, so that it can read that.
+            discarded += len(self._unsent)
+            self._unsent = b""
+            if discarded > _DISCARD:
+                return True
+        if discarded:
+            return True
+        if chunked:
+            stream.send(self._last_chunk(), self._upstream_timeout)
+        self.finished = True
+        return True
 
     def _abort(self, error: BaseException) -> None:
         """Reset the connection, so that the upstream does not take a truncated body for the whole."""
@@ -238,8 +281,13 @@ class RequestBodySender:
     def abandon(self) -> None:
         """Stop sending: the request is over."""
         if self._task is not None:
-            self._task.kill(block=True)
-        elif self.mirror is not None and not self.started:
+            if self.waiting:
+                if self.client.may_interrupt_reads:
+                    self.client.close_after_response()
+                else:
+                    self._task.join()
+            self._task.kill(_Abandoned, block=True)
+        elif self.mirror is not None and (self.paused or not self.started):
             self.mirror.end(whole=False)
 
     @property
@@ -253,7 +301,7 @@ class NoBodySender:
 
     length = chunks_sent = 0
     finished = sent = replayable = True
-    started = replaced = waiting = False
+    started = replaced = waiting = paused = False
     held = error = mirror = None
 
     def check_untouched(self) -> None:
@@ -263,6 +311,9 @@ class NoBodySender:
         return b""
 
     def start(self, upstream: UpstreamConnection, concurrent: bool) -> None:
+        pass
+
+    def resume(self) -> None:
         pass
 
     def join(self) -> None:

@@ -122,7 +122,12 @@ class Resolver:
                 error = socket.gaierror(socket.EAI_NONAME, str(failure))
             self._runtime.call_from_thread(self._finish, name, addresses, error)
 
-        self._runtime.start_native_thread(in_native_thread)
+        try:
+            self._runtime.start_native_thread(in_native_thread)
+        except RuntimeError as error:
+            name.done = None
+            if not usable:
+                raise UpstreamRefused(f"its host name was not looked up: {error}") from None
 
     def _finish(self, name: _Name, addresses: list[Address], error: OSError | None) -> None:
         """Called where the callers run, in the hub or with the lock."""

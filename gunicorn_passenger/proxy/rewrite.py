@@ -71,8 +71,13 @@ def _prefixed(path: str, prefix: str, base: str = "") -> str:
 
 
 def _same_host(netloc: str, scheme: str, target: Target) -> bool:
-    usual = {"http": ":80", "https": ":443"}.get(scheme or target.scheme, "")
-    return netloc.lower().removesuffix(usual) == target.authority.lower().removesuffix(usual)
+    scheme = scheme or target.scheme
+    return _authority(netloc, scheme) == _authority(target.authority, scheme)
+
+
+def _authority(netloc: str, scheme: str) -> str:
+    """A host and port to compare, without the default port of the scheme (RFC 3986 section 6.2.3)."""
+    return netloc.lower().removesuffix({"http": ":80", "https": ":443"}.get(scheme, ""))
 
 
 def cookie(value: str, options: Options, prefix: str = "") -> str:
@@ -101,10 +106,12 @@ def cookie(value: str, options: Options, prefix: str = "") -> str:
     return value
 
 
-def redirect(value: str, target: Target, path: str) -> tuple[Target, str] | None:
+def redirect(value: str, target: Target, path: str, host: str | None = None) -> tuple[Target, str] | None:
     """Where a redirect of the target leads: resolved against the target, not against the client's Host.
 
     :param path: the path of the request that the target redirects.
+    :param host: the host that the client asked for. A target which names it means itself: to connect to what
+        a client names would let the client choose the target.
     :returns: the target and the path; ``None`` when it cannot be followed.
     """
     base = f"{'https' if target.tls else 'http'}://{target.authority}{path}"
@@ -119,11 +126,13 @@ def redirect(value: str, target: Target, path: str) -> tuple[Target, str] | None
         port = parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError:
         return None
-    if target.tls and parts.scheme != "https":
-        return None  # a redirect must not lead out of TLS
     asked = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     if not re.fullmatch(r"[\x21-\x7e]*", asked):
         return None
+    if said.netloc and host and _authority(parts.netloc, parts.scheme) == _authority(host, parts.scheme):
+        return target, asked
+    if target.tls and parts.scheme != "https":
+        return None  # a redirect must not lead out of TLS
     if (parts.scheme, parts.netloc) == (target.scheme, target.authority):
         return target, asked
     return Target(parts.hostname, port, scheme=parts.scheme), asked

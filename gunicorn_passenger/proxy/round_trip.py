@@ -143,6 +143,7 @@ class RoundTrip:
                     self.sender.start(upstream, self.pool.runtime.concurrent)
             else:
                 self.client.send_informational(head.status, head.reason, head.headers)
+            self.sender.resume()
         self.head = head
         if self.method == "HEAD" or head.status in _BODILESS or head.status == 101:
             self.complete = True
@@ -231,6 +232,8 @@ class RoundTrip:
 
     def _receive_more(self) -> bytes:
         while True:
+            if self.sender.paused and self.head.status < 400:
+                self.sender.resume()
             chunks_sent = self.sender.chunks_sent
             try:
                 data = self.upstream.stream.recv(_BODY_READ, self._seconds, self.client)
@@ -244,6 +247,7 @@ class RoundTrip:
             return data
         if self._decoder is None and self.head.length is None:
             # only the end of the connection frames this body (RFC 9112 section 6.3)
+            self._check_sender()  # which may have ended it
             self.complete = True
             self._ended = True
             return b""

@@ -19,6 +19,9 @@ from gevent.lock import Semaphore
 from gunicorn_passenger.http.downstream_api import DisconnectNotifier
 from gunicorn_passenger.proxy.upstream_io import HEAD_READ, GeventStream, Stream
 
+#: The most plain text in a record, in bytes (RFC 8446 section 5.1).
+_RECORD = 16384
+
 
 class TlsStream(Stream):
     """TLS over another stream."""
@@ -37,7 +40,9 @@ class TlsStream(Stream):
         #: a byte that is_quiet() has read
         self._ahead = b""
         # a reader may have to send, too, and records must not mix
-        self._sending: Any = Semaphore() if isinstance(below, GeventStream) else contextlib.nullcontext()
+        self._lock: Any = Semaphore() if isinstance(below, GeventStream) else contextlib.nullcontext()
+        #: whether records are being sent
+        self._flushing = False
 
     def recv_response(self, seconds: float | None = None, client: DisconnectNotifier | None = None) -> bytes:
         return self.recv(HEAD_READ, seconds, client)
@@ -57,9 +62,13 @@ class TlsStream(Stream):
                 raise
 
     def _flush(self, seconds: float | None) -> None:
-        with self._sending:
-            while data := self._outgoing.read():
-                self.below.send(data, seconds)
+        with self._lock:
+            self._flushing = True
+            try:
+                while data := self._outgoing.read():
+                    self.below.send(data, seconds)
+            finally:
+                self._flushing = False
 
     def _fill(self, seconds: float | None, client: DisconnectNotifier | None) -> None:
         data = self.below.recv(65536, seconds, client)
@@ -78,7 +87,10 @@ class TlsStream(Stream):
             try:
                 return self._tls.read(most)
             except ssl.SSLWantReadError:
-                self._flush(seconds)
+                # a sender that waits for the upstream sends the reader's records, too: the upstream may
+                # read no more until it is read from
+                if not self._flushing:
+                    self._flush(seconds)
                 self._fill(seconds, client)
             except ssl.SSLZeroReturnError:
                 return b""
@@ -90,6 +102,14 @@ class TlsStream(Stream):
         while view:
             view = view[self._tls.write(view[:65536]) :]
             self._flush(seconds)
+
+    def send_while_quiet(self, data: bytes, seconds: float | None = None) -> int:
+        sent = 0
+        while sent < len(data) and self.is_quiet():
+            part = data[sent : sent + _RECORD]
+            self.send(part, seconds)
+            sent += len(part)
+        return sent
 
     def wait(self, what: int, seconds: float | None = None, client: DisconnectNotifier | None = None) -> None:
         self.below.wait(what, seconds, client)

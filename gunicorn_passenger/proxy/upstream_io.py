@@ -264,7 +264,24 @@ class Stream:
                 except BlockingIOError:
                     self.wait(WRITE, seconds)
 
+    def send_while_quiet(self, data: bytes, seconds: float | None = None) -> int:
+        """Send what the upstream takes before it sends something itself. For threads.
+
+        :returns: how many bytes.
+        """
+        sent = 0
+        view = memoryview(data)
+        while sent < len(data) and self.is_quiet():
+            try:
+                sent += self.sock.send(view[sent:])
+            except BlockingIOError:
+                self.wait(READ | WRITE, seconds)
+        return sent
+
     def wait(self, what: int, seconds: float | None = None, client: DisconnectNotifier | None = None) -> None:
+        """
+        :param what: ``READ`` or ``WRITE``; in threads also both.
+        """
         raise NotImplementedError
 
     def is_quiet(self) -> bool:
@@ -309,7 +326,8 @@ class ThreadStream(Stream):
 
     def wait(self, what: int, seconds: float | None = None, client: DisconnectNotifier | None = None) -> None:
         poll = _poll()
-        poll.register(self.sock.fileno(), select.POLLIN if what == READ else select.POLLOUT)
+        events = (select.POLLIN if what & READ else 0) | (select.POLLOUT if what & WRITE else 0)
+        poll.register(self.sock.fileno(), events)
         if not poll.poll(None if seconds is None else seconds * 1000):
             raise WaitTimeout
 

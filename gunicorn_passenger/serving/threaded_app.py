@@ -10,9 +10,11 @@ context variables expect. It may be one chunk ahead of the client, and no more.
 
 from __future__ import annotations
 
+import errno
 from _queue import SimpleQueue
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -20,6 +22,7 @@ from gevent.event import Event
 from gunicorn.http.wsgi import FileWrapper
 from gunicorn.workers.base_async import ALREADY_HANDLED
 
+from gunicorn_passenger.errors import ClientDisconnected
 from gunicorn_passenger.http.body import EMPTY_BODY
 from gunicorn_passenger.http.faults import report_fault
 from gunicorn_passenger.serving.gevent_scheduler import GeventScheduler
@@ -91,10 +94,6 @@ class ThreadedApplication:
         return call.result()
 
 
-class _Abandoned(Exception):
-    """The server is not interested in the rest of a response."""
-
-
 class _Call:
     """One request: the response on its way from the application's thread to the hub."""
 
@@ -115,6 +114,8 @@ class _Call:
         #: held while a chunk waits for the hub
         self._room = unpatched.lock()
         self._abandoned = False
+        #: whether the application has produced a part of the body
+        self._begun = False
         body = environ["wsgi.input"]
         if body is not EMPTY_BODY:
             environ["wsgi.input"] = _HubFile(hub, body)
@@ -138,23 +139,33 @@ class _Call:
                 if hasattr(result, "close"):
                     result.close()
             self._produce("end", None)
-        except _Abandoned:
-            pass
         except BaseException as error:
-            if self._abandoned:
-                report_fault("a response to a client that has disconnected", error)
-            else:
+            if not self._abandoned:
                 self._produce("error", error)
+            elif not isinstance(error, ClientDisconnected):
+                report_fault("a response to a client that has disconnected", error)
 
-    def _begin(self, *arguments: Any, **named: Any) -> Callable[[bytes], None]:
-        self._start_response(*arguments, **named)
+    def _begin(self, status: str, headers: Any, exc_info: Any = None) -> Callable[[bytes], None]:
+        """``start_response``.
+
+        :raises BaseException: the application's error, when it comes after the status was sent (PEP 3333).
+        """
+        if exc_info and self._begun:
+            raise exc_info[1].with_traceback(exc_info[2])
+        self._start_response(status, headers, exc_info)
         return self._put
 
     def _put(self, chunk: bytes) -> None:
-        """Wait until the hub has taken the chunk before this one."""
-        self._room.acquire()
+        """Wait until the hub has taken the chunk before this one.
+
+        :raises ClientDisconnected: when the server takes no further chunk, each time.
+        """
+        if not self._abandoned:
+            self._room.acquire()
         if self._abandoned:
-            raise _Abandoned
+            self._make_room()  # for other threads of the application
+            raise ClientDisconnected(errno.EPIPE, "the client has disconnected")
+        self._begun = self._begun or bool(chunk)
         self._produce("chunk", chunk)
 
     def _produce(self, kind: str, value: Any) -> None:
@@ -201,7 +212,7 @@ class _Call:
                 return
 
     def _make_room(self) -> None:
-        if self._room.locked():
+        with suppress(RuntimeError):  # the application waits for none
             self._room.release()
 
     def close(self) -> None:

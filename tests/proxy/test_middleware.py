@@ -516,6 +516,26 @@ def test_a_chunked_body_under_another_server(served, upstream):
     assert len(got.get("content-length")) + len(got.get("transfer-encoding")) == 1
 
 
+@pytest.mark.parametrize("early", [b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n", answer()[:-2]])
+def test_a_body_continues_after_the_beginning_of_a_response(served, upstream, early):
+    """Nothing runs beside the request in a thread; the rest of the body is sent between two reads."""
+    size = 20_000_000
+    with connect(served.port) as client:
+        head = request("/x", f"Content-Length: {size}", "Connection: close", method="POST")
+        sending = threading.Thread(target=client.sock.sendall, args=(head + bytes(size),))
+        sending.start()
+        wire = accept(upstream, client)
+        wire.head()
+        wire.send(early)
+        wire.exactly(size)
+        wire.send(answer()[-2:] if early.startswith(b"HTTP/1.1 200") else answer())
+        while (response := Message(client.head())).status == 103:
+            continue
+        sending.join()
+        assert response.status == 200
+        assert client.rest().endswith(b"ok")
+
+
 def test_head_under_another_server(served, upstream):
     reply = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX-A: 1\r\n\r\n"
     got, response, data = carry(served, upstream, "HEAD", reply=reply)

@@ -245,3 +245,19 @@ def test_what_the_options_add_stays_with_its_origin(lab, origins, port):
     assert not message.get("x-api-key"), message
     assert not message.get("authorization"), message
     assert not message.get("cookie"), message
+
+
+@MODES
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_target_that_names_the_clients_host_means_itself(lab, upstream, port, origins, mode, scheme):
+    """Many frameworks build the address from Host: the client must not choose where the proxy connects to."""
+    other = free_port()
+    internal = origins(other, b"internal")
+    where = lab.serve(f"{port}, follow_redirects=True", mode)
+    sent = request("/login", f"Host: 127.0.0.1:{other}")
+    got, came = redirected(
+        where, upstream, sent, moved("302 Found", f"{scheme}://127.0.0.1:{other}/home"), OK
+    )
+    assert [message.path for message in got] == ["/login", "/home"]
+    assert (came.status, came.text) == (200, b"ok")
+    assert internal.requests == []

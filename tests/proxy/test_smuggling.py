@@ -4,6 +4,8 @@ import contextlib
 import re
 
 import pytest
+from free_ports import free_port
+from processes import GUNICORN
 from proxy_harness import (
     ALL,
     OK,
@@ -19,7 +21,7 @@ from proxy_harness import (
     request_of,
     response_of,
 )
-from upstream_sockets import connect
+from upstream_sockets import Upstream, connect
 
 SERVERS = PLACES
 
@@ -645,3 +647,74 @@ def test_a_body_where_none_may_be_is_never_the_next_answer(px, where, method):
         assert request_of(again).target == "/two"
         again.send(OK)
         assert response_of(client).body == b"ok"
+
+
+# --- a body that the proxy reads through another server ----------------------------------------------------
+
+BEHIND = {
+    "gevent": (["-k", "gevent"], b""),
+    "PROXY protocol": (
+        ["-k", "gunicorn_passenger.Worker", "--proxy-protocol"],
+        b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_the_rest_of_an_interrupted_body_is_not_a_request(start, port, name):
+    """The server's own reader of the body loses its place when the proxy gives the body up (RFC 9112 section 11.2)."""
+    options, preface = BEHIND[name]
+    start.write(
+        "behind.py",
+        f"from gunicorn_passenger import http_proxy\napplication = http_proxy.create_server({port}, '127.0.0.1')\n",
+    )
+    where = free_port()
+    with Upstream(port) as upstream:
+        process = start.python(GUNICORN, *options, "-w", 1, "-b", f"127.0.0.1:{where}", "behind")
+        process.wait_log("Booting worker")
+        smuggled = b"GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
+        with connect(where) as client:
+            client.send(preface + get("/", "Transfer-Encoding: chunked", method="POST"))
+            client.send(b"%x\r\n" % (5 + len(smuggled)) + b"12345")
+            wire = upstream.accept()
+            wire.head()
+            wire.close()
+            assert client.head().startswith(b"HTTP/1.1 502 ")
+            with contextlib.suppress(OSError):
+                client.send(smuggled + b"\r\n0\r\n\r\n")
+                client.rest()
+        with connect(where) as client:
+            client.send(preface + get("/next"))
+            wire = upstream.accept()
+            assert request_of(wire).target == "/next"
+            wire.send(OK)
+            assert client.head().startswith(b"HTTP/1.1 200 ")
+
+
+# --- a response of which the end is the end of the connection ------------------------------------------
+
+
+@ALL
+def test_a_response_that_ends_with_the_broken_body_of_its_request_is_not_whole(px, where):
+    """The proxy ends the connection to the upstream itself; that is not the end of the response."""
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(get("/", "Transfer-Encoding: chunked", method="POST") + chunk(b"one"))
+        wire = upstream.accept()
+        wire.until(b"one\r\n")
+        wire.send(b"HTTP/1.1 200 OK\r\n\r\nfirst part")
+        client.until(b"first part")
+        client.send(b"zz\r\n")
+        with contextlib.suppress(ConnectionResetError):
+            assert b"0\r\n\r\n" not in client.rest()
+
+
+@ALL
+def test_a_response_before_the_end_of_the_body_says_that_the_connection_closes(px, where):
+    """The proxy does not read the rest for long, so the client must not wait for a turn (RFC 9112 section 9.6)."""
+    with px.upstream() as upstream, connect(px[where]) as client:
+        client.send(get("/", "Content-Length: 1000000", method="POST") + b"x" * 1000)
+        upstream.accept().send(b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\n\r\nbig")
+        came = response_of(client)
+        assert (came.status, came.body) == (413, b"big")
+        if where != "inside":  # WSGI leaves this header to the server
+            assert came.get("connection") == "close"

@@ -1,6 +1,8 @@
 """Targets over https."""
 
+import contextlib
 import ssl
+import threading
 
 import pytest
 import trustme
@@ -155,3 +157,28 @@ def test_an_upgrade_over_tls(lab, port, certificates):
         assert client.exactly(200_000) == b"down" * 50000
         wire.sock.close()
         assert client.ended()
+
+
+def test_an_upload_over_https_does_not_stop_the_download(lab, port, certificates):
+    """The target writes, and reads nothing meanwhile."""
+    where = lab.serve(f"'https://localhost:{port}', secure=False")
+    size = 16 << 20
+    with Upstream(port) as upstream, connect(where) as client:
+
+        def upload():
+            with contextlib.suppress(OSError):  # the response is complete before the request is
+                client.send(request("/", f"Content-Length: {size}", method="POST") + bytes(size))
+
+        uploading = threading.Thread(target=upload)
+        uploading.start()
+        wire = upstream.accept()
+        wire.sock = certificates.server("localhost").wrap_socket(wire.sock, server_side=True)
+        wire.sock.settimeout(60)
+        wire.head()
+        head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size
+        downloading = threading.Thread(target=wire.send, args=(head + bytes(size),))
+        downloading.start()
+        _, body = client.response()
+        downloading.join()
+        uploading.join()
+        assert len(body) == size

@@ -285,6 +285,20 @@ def test_after_a_failure_the_name_is_looked_up_again(names, runtime):
         until(connects)
 
 
+def test_a_thread_that_cannot_start_costs_one_look_up(names, runtime, monkeypatch):
+    names.addresses["name.test"] = ["127.0.0.3"]
+    known = Resolver(runtime)
+
+    def refuse(function):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "start_native_thread", refuse, raising=False)
+        with pytest.raises(UpstreamRefused, match="was not looked up: can't start new thread"):
+            known.addresses("name.test", 80, 30)
+    assert known.addresses("name.test", 80, 30) == [Address(socket.AF_INET, ("127.0.0.3", 80))]
+
+
 def test_the_families_take_turns(runtime):
     four = [Address(socket.AF_INET, (f"127.0.0.{n}", 80)) for n in (1, 2, 3)]
     six = [Address(socket.AF_INET6, (f"::{n}", 80, 0, 0)) for n in (1, 2)]
