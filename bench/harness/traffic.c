@@ -1,8 +1,18 @@
 /* Load for the benchmarks: clients that reach a server or a proxy over a UNIX socket, and the upstream of a proxy.
  *
- *     traffic connections SOCKET COUNT SECONDS RESPONSE
+ *     traffic connections ADDRESS COUNT SECONDS RESPONSE
  *         so many connections at a time, each of which carries one request with "Connection: close" and is read to its
  *         end, where RESPONSE has to be; prints the responses and the seconds
+ *     traffic visitors ADDRESS COUNT SECONDS RESPONSE
+ *         the same in HTTP/1.0, with the ten headers that a browser's request has behind nginx, of which four differ in
+ *         each request
+ *     traffic fresh ADDRESS COUNT SECONDS RESPONSE
+ *         connections that are kept, with these headers
+ *     traffic latency ADDRESS COUNT SECONDS RESPONSE RATE
+ *         so many requests a second, whether or not the server keeps up, over kept connections; every twentieth asks for
+ *         /slow. Prints the responses, the seconds, and of the others the median, the 99th and the 99.9th percentile in
+ *         microseconds, from when a request was due to its response. With a RATE of 0 each connection has a request at
+ *         any time
  *     traffic echo SOCKET COUNT SECONDS
  *         WebSockets with one message of 125 bytes in flight each; prints the messages and the seconds
  *     traffic idle SOCKET COUNT
@@ -19,6 +29,7 @@
  *         POST /bench/up     the length of the body, which is discarded
  *         GET /bench/echo    a WebSocket that sends the payload of each frame back
  *
+ * ADDRESS is the path of a UNIX socket, or a port of 127.0.0.1.
  * A client that sees anything but what it expects says so and ends with status 1.
  */
 #define _GNU_SOURCE
@@ -89,7 +100,8 @@ static const char *header(const char *head, const char *name)
 }
 
 struct client {
-    int fd, upgraded;
+    int fd, upgraded, slow;
+    double due;
     size_t length; /* of what is in the buffer */
     char buffer[HEAD_SIZE + 1];
 };
@@ -240,11 +252,13 @@ static _Noreturn void upstream(void)
 /* --- the clients ------------------------------------------------------------------------------------- */
 
 static struct sockaddr_un address = {.sun_family = AF_UNIX};
+static struct sockaddr_in port = {.sin_family = AF_INET};
 
 static int join_at_once(void)
 {
-    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (fd < 0 || connect(fd, (struct sockaddr *)&address, sizeof address))
+    int fd = socket(port.sin_port ? AF_INET : AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (fd < 0 || (port.sin_port ? connect(fd, (struct sockaddr *)&port, sizeof port)
+                                 : connect(fd, (struct sockaddr *)&address, sizeof address)))
         fail("connect: %m");
     return fd;
 }
@@ -397,30 +411,137 @@ static void idle(int many)
 
 static const char *wanted;
 
-static void ask(struct client *c)
+static void send_request(struct client *c, const char *text, int length)
 {
-    static const char REQUEST[] = "GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
     c->length = 0;
-    c->fd = join_at_once();
-    watch(c->fd, c);
-    if (send(c->fd, REQUEST, sizeof REQUEST - 1, MSG_NOSIGNAL) != sizeof REQUEST - 1)
+    if (send(c->fd, text, length, MSG_NOSIGNAL) != length)
         fail("send: %m");
 }
 
+static void ask(struct client *c)
+{
+    static const char REQUEST[] = "GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
+    c->fd = join_at_once();
+    watch(c->fd, c);
+    send_request(c, REQUEST, sizeof REQUEST - 1);
+}
+
+/* What a browser sends, as nginx passes it on: 700 bytes, of which the address, the page, the session and the tag are new
+ * each time. */
+static void browse(struct client *c, int version, const char *connection)
+{
+    static const char REQUEST[] =
+        "GET / HTTP/1.%d\r\nHost: shop.example.org\r\nConnection: %s\r\nX-Forwarded-For: 10.%u.%u.%u\r\n"
+        "User-Agent: Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0\r\n"
+        "Accept: text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8\r\n"
+        "Accept-Language: en-GB,en;q=0.7,de;q=0.3\r\nAccept-Encoding: gzip, deflate, br, zstd\r\n"
+        "Referer: https://shop.example.org/catalogue/section/page/%u?order=price&direction=descending\r\n"
+        "Cookie: session=%08x%08x%08x%08x%08x%08x%08x%08x; consent=necessary-statistics; theme=dark; lang=en_GB; cart=3\r\n"
+        "If-None-Match: W/\"%08x-5f3759df\"\r\n\r\n";
+    static unsigned n;
+    char text[1024];
+    n = n * 1664525 + 1013904223;
+    int length = snprintf(text, sizeof text, REQUEST, version, connection, n >> 24, n >> 16 & 255, n >> 8 & 255, n >> 12, n,
+                          ~n, n >> 3, n ^ 0x5bd1e995, n, ~n, n >> 3, n ^ 0x5bd1e995, n);
+    send_request(c, text, length);
+}
+
+static void visit(struct client *c)
+{
+    c->fd = join_at_once();
+    watch(c->fd, c);
+    browse(c, 0, "close");
+}
+
+static void browse_on(struct client *c)
+{
+    if (!c->fd) {
+        c->fd = join_at_once();
+        watch(c->fd, c);
+    }
+    browse(c, 1, "keep-alive");
+}
+
+/* Whether the buffer holds a response from its beginning to its end. */
+static int is_complete(struct client *c)
+{
+    size_t length = strlen(wanted);
+    return c->length > 12 + length && !memcmp(c->buffer, "HTTP/1.", 7) && !memcmp(c->buffer + 8, " 200", 4)
+        && !memcmp(c->buffer + c->length - length, wanted, length);
+}
+
 /* Reads what there is: whether the connection has come to its end. */
-static int response_is_whole(struct client *c)
+static int connection_is_over(struct client *c)
 {
     ssize_t got;
     while ((got = recv(c->fd, c->buffer + c->length, sizeof c->buffer - c->length, MSG_DONTWAIT)) > 0)
         c->length += got;
     if (got < 0 && errno == EAGAIN)
         return 0;
-    size_t length = strlen(wanted);
-    if (c->length <= 12 + length || memcmp(c->buffer, "HTTP/1.", 7) || memcmp(c->buffer + 8, " 200", 4)
-        || memcmp(c->buffer + c->length - length, wanted, length))
+    if (!is_complete(c))
         fail("a wrong response: %.*s", c->length < 100 ? (int)c->length : 100, c->buffer);
     close(c->fd);
     return 1;
+}
+
+/* Reads what there is: whether that completes the response. */
+static int response_is_whole(struct client *c)
+{
+    c->length += receive(c->fd, c->buffer + c->length, sizeof c->buffer - c->length, 0);
+    if (c->length > 12 && memcmp(c->buffer + 8, " 200", 4))
+        fail("a wrong response: %.*s", c->length < 100 ? (int)c->length : 100, c->buffer);
+    return is_complete(c);
+}
+
+static int by_size(const void *a, const void *b)
+{
+    return (*(float *)a > *(float *)b) - (*(float *)a < *(float *)b);
+}
+
+static void begin_due(struct client *c, double due)
+{
+    static const char *const REQUESTS[] = {"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+                                           "GET /slow HTTP/1.1\r\nHost: localhost\r\n\r\n"};
+    static unsigned number;
+    c->slow = ++number % 20 == 0;
+    c->due = due;
+    send_request(c, REQUESTS[c->slow], strlen(REQUESTS[c->slow]));
+}
+
+static void measure_latency(int many, double seconds, double rate)
+{
+    struct client *all = room(many, sizeof *all), **idle = room(many, sizeof *idle);
+    struct epoll_event *events = room(many, sizeof *events);
+    size_t count = 0, fast = 0, most = 1 << 22;
+    float *took = room(most, sizeof *took);
+    int first = 0, idlers = 0;
+    for (int i = 0; i < many; i++) {
+        all[i].fd = join_at_once();
+        watch(all[i].fd, &all[i]);
+        idle[idlers++] = &all[i];
+    }
+    double start = now(), due = start, time;
+    while ((time = now()) < start + seconds) {
+        for (; idlers && (!rate || due <= time); due += rate ? 1 / rate : 0) {
+            begin_due(idle[first++ % many], rate ? due : time);
+            idlers--;
+        }
+        /* it does not sleep: to be woken would take longer than many a response */
+        int ready = epoll_wait(poll, events, many, rate ? 0 : 10000);
+        for (int i = 0; i < ready; i++) {
+            struct client *c = events[i].data.ptr;
+            if (response_is_whole(c)) {
+                count++;
+                if (!c->slow && fast < most)
+                    took[fast++] = 1e6 * (now() - c->due);
+                idle[(first + idlers++) % many] = c;
+            }
+        }
+    }
+    if (!fast)
+        fail("no response");
+    qsort(took, fast, sizeof *took, by_size);
+    printf("%zu %f %.0f %.0f %.0f\n", count, now() - start, took[fast / 2], took[fast * 99 / 100], took[fast * 999 / 1000]);
 }
 
 int main(int argc, char **argv)
@@ -434,12 +555,21 @@ int main(int argc, char **argv)
     if (argc < 4 || strlen(argv[2]) >= sizeof address.sun_path)
         return 2;
     strcpy(address.sun_path, argv[2]);
+    port.sin_port = htons(atoi(argv[2]));
+    port.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     make_frames();
     long number = atol(argv[3]);
     double seconds = argc > 4 ? atof(argv[4]) : 0;
-    wanted = argv[argc - 1];
+    wanted = argc > 5 ? argv[5] : "";
+    struct client *clients = room(number, sizeof *clients);
     if (argc == 6 && !strcmp(what, "connections"))
-        keep_busy(room(number, sizeof(struct client)), number, seconds, ask, response_is_whole);
+        keep_busy(clients, number, seconds, ask, connection_is_over);
+    else if (argc == 6 && !strcmp(what, "visitors"))
+        keep_busy(clients, number, seconds, visit, connection_is_over);
+    else if (argc == 6 && !strcmp(what, "fresh"))
+        keep_busy(clients, number, seconds, browse_on, response_is_whole);
+    else if (argc == 7 && !strcmp(what, "latency"))
+        measure_latency(number, seconds, atof(argv[6]));
     else if (argc == 5 && !strcmp(what, "echo"))
         echo(number, seconds);
     else if (argc == 4 && !strcmp(what, "idle"))

@@ -129,7 +129,12 @@ class Acceptor:
                 self._wait_for_room(error)
             return False
         try:
-            self.attach(self._client_socket(fd), addr)
+            try:
+                sock = ClientSocket(self._family, SOCK_STREAM, self._proto, fd)
+            except BaseException:
+                os.close(fd)
+                raise
+            self.attach(sock, addr)
             if idle is not None:
                 idle.expire()
         except Exception as error:
@@ -137,13 +142,6 @@ class Acceptor:
             report_fault("a connection was closed before it was served", error)
         # the application may have closed the server
         return self._watcher is not None
-
-    def _client_socket(self, fd: int) -> ClientSocket:
-        try:
-            return ClientSocket(self._family, SOCK_STREAM, self._proto, fd)
-        except BaseException:
-            os.close(fd)
-            raise
 
     def attach(self, sock: Any, addr: Any, begun: bool = False, data: bytes = b"") -> Connection:
         """Serve a connection that was accepted here or by a sibling.
@@ -169,7 +167,7 @@ class Acceptor:
         else:
             self._accepted += 1
         try:
-            connection.start()
+            self.listener.greenlets.serve(connection)
         except BaseException:
             connection.close()
             raise

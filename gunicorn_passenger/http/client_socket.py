@@ -30,56 +30,55 @@ class ClientSocket(gsocket.socket):
     libraries expect. The data of two greenlets is not interleaved.
     """
 
-    __slots__ = ("_bare", "_muted", "_turn", "connection", "early", "error", "switched", "taken")
+    # Class attributes, not slots: most sockets keep these values, and a new one has to be made quickly.
+    #: whether it lacks what gevent's own constructor sets, and only code which uses the socket needs
+    _bare = False
+    #: bytes that were read ahead; ``recv`` returns them first
+    early = b""
+    #: whether the application has used the socket
+    taken = False
+    #: the last error that the application got from it
+    error: OSError | None = None
+    #: the :class:`.connection.Connection`, while it has one
+    connection: Any = None
+    _turn: Any = None
+    #: whether the application has sent "101 Switching Protocols" over it; ``None`` before it sent anything
+    switched: bool | None = None
+    _muted = False
 
     def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
-        #: whether it lacks the watchers that only code which waits for it needs
-        self._bare = fileno is not None
         if fileno is None:
             super().__init__(family, type, proto)
         else:
-            # As in gevent's own constructor, without its two watchers: for a connection with one request they
-            # cost more than its socket does, and few applications use them.
+            # gevent's watchers alone would cost more than the socket does, and few applications use them
+            self._bare = True
             slots: Any = self
-            slots._sock = self._gevent_sock_class(family, type, proto, fileno)
-            slots._sock.setblocking(False)
-            slots._closed = False
-            slots._io_refs = 0
-            slots.hub = get_hub()
-            slots.timeout = gsocket.getdefaulttimeout()
-        #: bytes that were read ahead; ``recv`` returns them first
-        self.early = b""
-        #: whether the application has used the socket
-        self.taken = False
-        #: the last error that the application got from it
-        self.error: OSError | None = None
-        #: the :class:`.connection.Connection`, while it has one
-        self.connection: Any = None
-        self._turn: Any = None
-        #: whether the application has sent "101 Switching Protocols" over it; ``None`` before it sent
-        #: anything
-        self.switched: bool | None = None
-        self._muted = False
+            slots._sock = raw = self._gevent_sock_class(family, type, proto, fileno)
+            raw.setblocking(False)
 
     def __getattr__(self, name: str) -> Any:
-        """Called for missing attributes: gevent's watchers until now, and those of the socket below."""
+        """Called for missing attributes: what gevent's constructor sets, and those of the socket below."""
         if self._bare:
             self._bare = False
             slots: Any = self
+            fd = slots._sock.fileno()
+            slots._closed = fd < 0
+            slots._io_refs = 0
+            slots.hub = get_hub()
+            slots.timeout = gsocket.getdefaulttimeout()
             slots._read_event = slots._write_event = None
-            if not slots._closed:
-                io, fd = slots.hub.loop.io, slots._sock.fileno()
+            if fd >= 0:
+                io = slots.hub.loop.io
                 slots._read_event, slots._write_event = io(fd, 1), io(fd, 2)
             return getattr(self, name)
         return super().__getattr__(name)
 
     def release(self) -> None:
         """Close the socket at the end of its connection."""
-        if self._bare and not self._io_refs:
+        if self._bare:
             # no other code has used it, so there is no waiting greenlet that gevent's close() would have to
             # wake
             slots: Any = self
-            slots._closed = True
             slots._sock.close()
         else:
             self.close()

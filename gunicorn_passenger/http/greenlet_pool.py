@@ -85,7 +85,8 @@ class _ServingGreenlet(gevent.Greenlet):
             self.__dict__.clear()
         if self.spawn_tree_locals:
             self.spawn_tree_locals = {}  # type: ignore[misc]
-        self.gr_context = Context()  # type: ignore[misc]
+        if self.gr_context:
+            self.gr_context = Context()  # type: ignore[misc]
 
     def rawlink(self, callback: Any) -> None:
         """Call a function at the end of the greenlet, which comes soon if it waits for a connection."""

@@ -48,6 +48,7 @@ _EACH = (
     "RAW_URI",
     "SERVER_NAME",
     "SERVER_PORT",
+    "gunicorn.socket",
     "wsgi.input",
     "wsgi.early_hints",
 )
@@ -164,6 +165,8 @@ class ListenerContext:
         self._template |= dict.fromkeys(_EACH)
         if isinstance(sockname, tuple):
             self._template |= {"SERVER_NAME": sockname[0], "SERVER_PORT": str(sockname[1])}
+        #: the same for all clients without an address
+        self._unix_context = ConnectionContext("", self._template | {"REMOTE_ADDR": ""}, True)
         self._trusted: dict[str, bool] = {}
 
     def _hook(self, name: str) -> Any:
@@ -179,23 +182,21 @@ class ListenerContext:
             return str(self.cfg.loglevel).lower() == "debug"
         return bool(logger.isEnabledFor(logging.DEBUG))
 
-    def new_context(self, addr: Any, sock: Any) -> ConnectionContext:
+    def new_context(self, addr: Any) -> ConnectionContext:
         """What all requests of one connection share.
 
         :param addr: a tuple as ``accept()`` gives it, or an empty string for a client of a UNIX socket,
             which has no address.
         """
+        if not addr:
+            return self._unix_context
+        host: str = addr[0]
         base = self._template.copy()
-        base["gunicorn.socket"] = sock
-        if isinstance(addr, tuple):
-            base["REMOTE_ADDR"] = addr[0]
-            base["REMOTE_PORT"] = str(addr[1])
-            trusted = self._trusted.get(addr[0])
-            if trusted is None:
-                trusted = self._trusts(addr[0])
-        else:
-            base["REMOTE_ADDR"] = ""
-            trusted = True
+        base["REMOTE_ADDR"] = host
+        base["REMOTE_PORT"] = str(addr[1])
+        trusted = self._trusted.get(host)
+        if trusted is None:
+            trusted = self._trusts(host)
         return ConnectionContext(addr, base, trusted)
 
     def _trusts(self, host: str) -> bool:

@@ -37,16 +37,9 @@ from gunicorn.http.errors import (
 )
 from gunicorn.http.unreader import IterUnreader
 
+from gunicorn_passenger.http.c_parser import c_parser_for
 from gunicorn_passenger.http.chunked import CHUNKED, check_lines
 from gunicorn_passenger.http.grammar import AUTHORITY, CONTROL_IN_TARGET, CONTROL_IN_VALUE, MAX_LENGTH
-
-try:
-    import gunicorn_h1c
-except ImportError:
-    gunicorn_h1c = None
-
-#: How many headers the C parser takes. gunicorn's parser reads a section that has more of them.
-_C_FIELDS = 100
 
 #: How many request lines are cached, and how many bytes a cached one has at most.
 _REMEMBER = 1000
@@ -56,52 +49,6 @@ _SHORT = 100
 _SAFE_DIGITS = 18
 #: The length of ``HTTP/1.1``, at the end of a request line.
 _VERSION = 8
-
-#: a header name with an underscore
-_UNDERSCORE = re.compile(rb"\n[^:\n]*_")
-
-#: gunicorn's compatibility settings, which the C parser does not know; all are off by default.
-_COMPATIBILITY = (
-    "permit_obsolete_folding",
-    "strip_header_spaces",
-    "permit_unconventional_http_method",
-    "permit_unconventional_http_version",
-    "casefold_http_method",
-)
-
-#: Header sections that must be refused (RFC 9112 sections 2.2, 5.1, 5.2 and 6.3). Older versions of the C
-#: parser accept some of them, and are not used.
-_MUST_BE_REFUSED = (
-    b"GET / HTTP/1.1\nHost: a\r\n\r\n",
-    b"GET / HTTP/1.1\r\nHost: a\n\r\n",
-    b"GET / HTTP/1.1\r\nHost: a\nX: b\r\n\r\n",
-    b"GET / HTTP/1.1\r\n Host: a\r\n\r\n",
-    b"GET / HTTP/1.1\r\nHost: a\r\n b\r\n\r\n",
-    b"GET / HTTP/1.1\r\nHost: a\r\n \r\n\r\n",
-    b"GET / HTTP/1.1\r\nHost : a\r\n\r\n",
-    b"GET / HTTP/1.1\r\nHost: a\x00\r\n\r\n",
-    b"GET / HTTP/1.1\r\nHost: a\rb\r\n\r\n",
-    b"GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n",
-    b"GET / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n",
-    b"GET / HTTP/1.1\r\nContent-Length: +1\r\n\r\n",
-    b"GET / HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
-    b"GET * HTTP/1.1\r\nHost: a\r\n\r\n",
-    b"GET a:1 HTTP/1.1\r\nHost: a\r\n\r\n",
-    b"get / HTTP/1.1\r\nHost: a\r\n\r\n",
-    b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * (_C_FIELDS + 1) + b"\r\n",
-)
-
-
-def c_parser() -> Any:
-    """The C parser; ``None`` when it is not installed, or accepts what must be refused."""
-    parse = getattr(gunicorn_h1c, "parse_to_wsgi_environ", None)
-    for head in _MUST_BE_REFUSED:
-        try:
-            if parse is None or parse(head):
-                return None
-        except gunicorn_h1c.ParseError:
-            continue
-    return parse
 
 
 class RequestFailed(Exception):
@@ -204,24 +151,8 @@ class HeadReader:
         }
         self._drops_underscores = getattr(cfg, "header_map", "drop") == "drop"
         self._forwarders = bool(getattr(cfg, "forwarder_headers", ()))
-        #: why the C parser is not used, for the log
-        self.slow_parser_reason = ""
-        flags = [name for name in _COMPATIBILITY if getattr(cfg, name, False)]
-        self._parse = c_parser()
-        if self._parse is None:
-            self.slow_parser_reason = "gunicorn_h1c is missing or older than 0.6.10"
-        elif getattr(cfg, "http_parser", "auto") == "python":
-            self.slow_parser_reason = "http_parser is python"
-        elif flags:
-            self.slow_parser_reason = f"{flags[0]} is set"
-        elif always_request:
-            self.slow_parser_reason = "pre_request or post_request is set"
-        elif self.fields_limit < _C_FIELDS:
-            self.slow_parser_reason = f"limit_request_fields is below {_C_FIELDS}"
-        elif not isinstance(sockname, tuple) and (not self.unix or ":" in sockname):
-            self.slow_parser_reason = "the socket's name is not a plain path"
-        if self.slow_parser_reason:
-            self._parse = None
+        #: the C parser, and why it is not used, for the log
+        self._parse, self.slow_parser_reason = c_parser_for(cfg, sockname, always_request, self.fields_limit)
         #: request lines that were accepted, and what they set in an environ
         self._lines: dict[bytes, tuple[str, str, str, str]] = {}
 
@@ -282,13 +213,12 @@ class HeadReader:
         except Exception:
             # whatever it is, gunicorn's parser says what is wrong, or that nothing is
             return None
-        asked = self._check_request_line(parsed, line)
+        asked = self._lines.get(head[:line]) or self._check_request_line(parsed, head[:line])
         if (
             asked is None
             or parsed.pop("_consumed") != len(head)
             or "HTTP_EXPECT" in parsed
-            # find() and not "in", which first tries to take the bytes for a number
-            or (head.find(b"_") >= 0 and self._minds_underscores(context) and _UNDERSCORE.search(head))
+            or (self._minds_underscores(context) and _has_name_with_underscore(head))
         ):
             return None
 
@@ -341,11 +271,12 @@ class HeadReader:
         result.persist = persist and method != "CONNECT"
         return environ
 
-    def _check_request_line(self, parsed: dict[str, Any], line: int) -> tuple[str, str, str, str] | None:
+    def _check_request_line(self, parsed: dict[str, Any], line: bytes) -> tuple[str, str, str, str] | None:
         """What a request line says, where both parsers are known to agree about it.
 
+        It is cached where it is likely to come again.
+
         :param parsed: by the C parser.
-        :param line: the length of the line.
         :returns: method, path without ``SCRIPT_NAME``, query, and the target as it came.
         """
         path: str = parsed["PATH_INFO"]
@@ -355,8 +286,8 @@ class HeadReader:
         # method SP uri SP "HTTP/1.1": with one more space, an empty line before it or a lone "?", the line
         # would be longer than that
         if (
-            len(method) + len(uri) + 2 + _VERSION != line
-            or line > self.line_limit > 0
+            len(method) + len(uri) + 2 + _VERSION != len(line)
+            or len(line) > self.line_limit > 0
             or path[0] != "/"
             or path[1:2] == "/"
             or not uri.isascii()
@@ -369,10 +300,16 @@ class HeadReader:
             path = path[len(self.script_name) :]
         if "%" in path:
             path = unquote_to_bytes(path).decode("latin-1")
-        return method, path, query, uri
+        asked = method, path, query, uri
+        # A query is mostly new each time, and may hold what must not be kept. CONNECT is never the same.
+        if len(line) <= _SHORT and not query and method != "CONNECT":
+            if len(self._lines) >= _REMEMBER:
+                self._lines.clear()
+            self._lines[line] = asked
+        return asked
 
     def _read_request_line(self, line: bytes) -> tuple[str, str, str, str] | None:
-        """What a request line says whose headers are known; it is cached where it is likely to come again.
+        """What a request line says whose headers are known.
 
         :returns: ``None`` for a line that has to be read together with its headers.
         """
@@ -382,13 +319,7 @@ class HeadReader:
             parsed = self._parse(line + b"\r\n\r\n")
         except Exception:
             return None
-        asked = self._check_request_line(parsed, len(line))
-        # a query is mostly new each time, and may hold what must not be kept
-        if asked is not None and len(line) <= _SHORT and b"?" not in line:
-            if len(self._lines) >= _REMEMBER:
-                self._lines.clear()
-            self._lines[line] = asked
-        return asked
+        return self._check_request_line(parsed, line)
 
     def _minds_underscores(self, context: ConnectionContext) -> bool:
         """Whether a setting keeps names with an underscore. The C parser drops them, as gunicorn does."""
@@ -508,6 +439,18 @@ def _check_request(request: Any, length: int) -> None:
         # RFC 9112 section 3.2.2: the host of the target counts, and a Host header is ignored
         others = [(name, value) for name, value in request.headers if name != "HOST"]
         request.headers = [("HOST", authority), *others]
+
+
+def _has_name_with_underscore(head: bytes) -> bool:
+    """Whether a header section has a header name with an underscore."""
+    at = head.find(b"_")
+    while at >= 0:
+        # most underscores are in values: cookies have them
+        start = head.rfind(b"\n", 0, at)
+        if start >= 0 and head.find(b":", start, at) < 0:
+            return True
+        at = head.find(b"_", head.find(b"\n", at))
+    return False
 
 
 def _closes(connection: str) -> bool:

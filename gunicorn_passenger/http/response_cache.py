@@ -145,27 +145,21 @@ class _StatusLineCache:
     def __init__(self) -> None:
         self._until = 0.0
         self._date = ""
-        self._kept: dict[str, bytes] = {}
+        self._made: dict[tuple[str, str, str], bytes] = {}
 
     def begin(self, protocol: str, status: str, connection: str) -> bytes:
         now = time.time()
         if not self._until - 1.0 <= now < self._until:
             self._until = int(now) + 1.0
             self._date = util.http_date(int(now))
-            self._kept.clear()
-        if connection == "keep-alive" and protocol == "HTTP/1.1":
-            # nearly every response of a busy server
-            kept = self._kept.get(status)
-            if kept is None:
-                kept = self._kept[status] = self._make(protocol, status, connection)
-            return kept
-        return self._make(protocol, status, connection)
-
-    def _make(self, protocol: str, status: str, connection: str) -> bytes:
-        head = (
-            f"{protocol} {status}\r\nServer: {SERVER}\r\nDate: {self._date}\r\nConnection: {connection}\r\n"
-        )
-        return head.encode("latin-1")
+            self._made.clear()
+        made = self._made.get((protocol, status, connection))
+        if made is None:
+            lines = f"Server: {SERVER}\r\nDate: {self._date}\r\nConnection: {connection}\r\n"
+            made = f"{protocol} {status}\r\n{lines}".encode("latin-1")
+            if len(self._made) < _REMEMBER:
+                self._made[protocol, status, connection] = made
+        return made
 
 
 begin_head = _StatusLineCache().begin

@@ -491,7 +491,9 @@ class Transport:
                 self.listener.writes.remove(self, None)
                 self._interrupt(self._writable, self._sending)
             self._writable.close()
-        self.sock.error = self.sock.connection = None
+        self.sock.connection = None
+        if self.sock.error is not None:
+            self.sock.error = None
         self.greenlet = self._waiting = self._sending = None
 
     def _interrupt(self, watcher: Any, greenlet: Any) -> None:

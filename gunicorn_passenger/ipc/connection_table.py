@@ -28,6 +28,10 @@ class Seat:
         at = slot * SEATS
         return self._table.words[at : at + SEATS] if 0 <= slot < self._table.slots else None
 
+    def used(self) -> int:
+        """How many seats have been taken so far: only their cells can differ from 0."""
+        return self._table.words[-1]
+
     def leave(self) -> None:
         """Called in the master: the worker has exited."""
         for slot in range(self._table.slots):
@@ -44,10 +48,15 @@ class ConnectionTable:
         :raises OSError: when the system has no memory for it.
         """
         self.slots = slots
-        self.words = memoryview(mmap.mmap(-1, slots * SEATS * 4)).cast("I")
+        #: the cells of each slot, and how many seats have been taken
+        self.words = memoryview(mmap.mmap(-1, (slots * SEATS + 1) * 4)).cast("I")
         #: the numbers of the seats that no worker has
         self.free = list(reversed(range(SEATS)))
 
     def take_seat(self) -> Seat | None:
         """A seat for a new worker; ``None`` when all are taken."""
-        return Seat(self, self.free.pop()) if self.free else None
+        if not self.free:
+            return None
+        number = self.free.pop()
+        self.words[-1] = max(self.words[-1], number + 1)
+        return Seat(self, number)

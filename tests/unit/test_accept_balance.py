@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gevent
@@ -15,6 +15,7 @@ from gunicorn.config import Config
 
 from gunicorn_passenger.http import acceptor as acceptor_module
 from gunicorn_passenger.http.acceptor import Acceptor
+from gunicorn_passenger.ipc import accept_balance
 from gunicorn_passenger.ipc.accept_balance import AcceptBalance
 from gunicorn_passenger.ipc.connection_table import SEATS, ConnectionTable, Seat
 from gunicorn_passenger.master import worker_channels
@@ -151,23 +152,50 @@ def test_a_worker_accepts_again_when_its_connections_have_ended(workers: Workers
     second._balance.end()
 
 
-def test_busy_siblings_are_waited_for_less_and_less(workers: Workers) -> None:
-    first, second, *_ = workers.acceptors
-    first.start()
-    second._balance.begin()  # it does not come
+def waits(workers: Workers, connections: int, before_each: Callable[[int], object]) -> list[int]:
+    """The numbers of the new connections for which the first worker waits in vain for its siblings."""
+    balance, waited = workers.acceptors[0]._balance, []
+    for number in range(connections):
+        before_each(number)
+        before = balance._next_credit
+        workers.connect()
+        if balance._next_credit > before:
+            waited.append(number)
+    return waited
+
+
+@pytest.fixture
+def absent(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> AcceptBalance:
+    """A sibling of the first worker that takes part and accepts nothing. The first has two connections."""
+    monkeypatch.setattr(accept_balance, "_BLOCKED_FOR", FOREVER)
+    workers.acceptors[0].start()
+    absent = workers.acceptors[1]._balance
+    absent.begin()
     for _ in range(2):
         workers.connect()
-    waits = []
-    for _ in range(20):
-        before = first._balance._next_credit
-        workers.connect()
-        waits.append(first._balance._next_credit > before)
-    assert [number for number, waited in enumerate(waits) if waited] == [0, 1, 3, 7, 15]
+    return absent
+
+
+def test_busy_siblings_are_waited_for_less_and_less(workers: Workers, absent: AcceptBalance) -> None:
+    """Their numbers of connections change all the time."""
+    workers.acceptors[0]._balance.add(50)  # the sibling's number always stays below that
+    assert waits(workers, 20, lambda _number: absent.add(1)) == [0, 1, 3, 7, 15]
+    workers.acceptors[0]._balance.add(-50)
+    absent.add(-20)
     # a sibling comes: from now on it is waited for as at first
-    second.start()
-    while not workers.counts()[1]:
+    workers.acceptors[1].start()
+    while workers.acceptors[0]._balance._next_credit > 1:
         workers.connect()
-    assert first._balance._next_credit == 1
+
+
+def test_a_blocked_sibling_is_waited_for_once(
+    workers: Workers, absent: AcceptBalance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert waits(workers, 10, lambda _number: None) == [0]
+    # it goes on, and is blocked again
+    assert waits(workers, 10, lambda number: number or absent.add(1)) == [0]
+    monkeypatch.setattr(workers.acceptors[0]._balance, "_blocked_until", 0.0)  # some time later
+    assert len(waits(workers, 10, lambda _number: None)) == 1
 
 
 def test_a_fault_while_a_worker_leaves_a_connection_to_a_sibling(

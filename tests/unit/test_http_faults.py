@@ -110,7 +110,6 @@ def boom(*args: Any, **kwargs: Any) -> Any:
     [
         (ListenerContext, "new_context"),
         (Connection, "__init__"),
-        (Connection, "start"),
         (acceptor_module, "ClientSocket"),
     ],
 )
@@ -342,7 +341,7 @@ def test_a_log_handler_that_waits_does_not_end_a_listener(
         gevent.spawn(faults.log.error, "a line of a program")
         waiting_handler.inside.wait()
         with monkeypatch.context() as patch:
-            patch.setattr(Connection, "start", boom)
+            patch.setattr(Connection, "__init__", boom)
             assert server.ask() == b""
         assert server.ask().startswith(b"HTTP/1.1 200")
         waiting_handler.go_on.set()
@@ -386,9 +385,9 @@ def test_every_callback_of_the_loop_is_known() -> None:
     known = {
         ("acceptor.py", "self._accept"),
         ("acceptor.py", "then"),
-        ("connection.py", "gone"),
-        ("connection.py", "self._ready"),
-        ("connection.py", "self._wake"),
+        ("connection_life.py", "gone"),
+        ("connection_life.py", "self._ready"),
+        ("connection_life.py", "self._wake"),
         ("connection.py", "switch"),
         ("disconnect.py", "self._check"),
         ("greenlet_pool.py", "self.serve"),
