@@ -6,7 +6,6 @@ each started afresh for every run. What is measured, and how: bench/README.md.
 
 import contextlib
 import json
-import os
 import socket
 import subprocess
 import time
@@ -21,6 +20,7 @@ from harness.comparison import Comparison, Contestant, Goal, write_record
 from harness.figures import Column, Run, middle, ratio, share, span
 from harness.limits import free_ports, raise_file_limit
 from harness.load import CONNECTIONS, Load, h2load, measure_load, traffic
+from harness.nginx import DEFAULT, nginx_command, nginx_in_front
 from harness.processes import Command, gunicorn_command, pinned, running, spoken_line, wait_for
 from harness.program import comparison_parser, run_benchmark
 from harness.requests import HELLO, UnixConnection, fetch, serving
@@ -29,9 +29,6 @@ from harness.tables import progress
 from harness.usage import busy_seconds, cpu_seconds, family, memory_of
 
 HERE = ROOT / "bench" / "proxy"
-
-#: nginx is where the PATH of an ordinary user does not lead.
-os.environ["PATH"] = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
 
 #: Seconds for which each proxy warms up: Node compiles what runs often, and is slower before.
 WARM_UP = 2.0
@@ -66,6 +63,14 @@ def small(rate: str, cost: str) -> list[Column]:
 
 CASES = {
     "hello": (f"hello: 12 bytes, {CONNECTIONS} connections", small("req/s", "CPU us/req")),
+    "fresh": (
+        f"fresh: hello, with new values in a browser's headers in every request, {CONNECTIONS} connections",
+        small("req/s", "CPU us/req"),
+    ),
+    "second-hop": (
+        "second-hop: the same behind nginx, which opens a connection for each request, in HTTP/1.0",
+        small("req/s", "CPU us/req"),
+    ),
     "echo": (f"echo: messages of 125 bytes over {WEBSOCKETS} WebSockets", small("messages/s", "CPU us each")),
     "down": ("down: answers of 256 MB", CARRIED),
     "up": ("up: requests with 256 MB", CARRIED),
@@ -78,13 +83,16 @@ CASES = {
     ),
 }  # fmt: skip
 BODIES = ("down", "up")
-HTTP = ("hello", *BODIES)
+SMALL = ("hello", "fresh", "second-hop")
+HTTP = (*SMALL, *BODIES)
 
 GOALS = [
     Goal("hello", 1.5, "http-proxy"),
     Goal("hello", 1.2, "fast-proxy"),
     Goal("hello", 0.5, "nginx"),
     Goal("hello", 10, "werkzeug"),
+    Goal("fresh", 0.35, "nginx"),
+    Goal("second-hop", 2, "http-proxy"),
     Goal("echo", 1, "http-proxy"),
     Goal("down", 1.2, "nginx"),
     Goal("down", 0.9, "nginx-256k"),
@@ -141,38 +149,10 @@ NGINX_UPSTREAM = """
     server {{
         listen 127.0.0.1:{port};
         location = /bench/hello {{ default_type text/plain; return 200 "Hello World!"; }}
+        location = / {{ default_type text/plain; return 200 "Hello World!"; }}
         location / {{ root {files}; }}
     }}
 """
-
-
-#: In one process beside its master, with everything that it writes below a directory.
-NGINX = """{user}
-daemon off;
-worker_processes 1;
-worker_rlimit_nofile {files};
-pid {home}/nginx.pid;
-error_log stderr;
-events {{ worker_connections {connections}; }}
-http {{
-    access_log off;
-    keepalive_timeout 1000s;
-    keepalive_requests 1000000000;
-    client_body_temp_path {home}/client_body;
-    proxy_temp_path {home}/proxy;
-    fastcgi_temp_path {home}/fastcgi;
-    uwsgi_temp_path {home}/uwsgi;
-    scgi_temp_path {home}/scgi;
-    {http}
-}}
-"""
-
-
-def nginx_command(home: Path, http: str) -> Command:
-    user = "user root;" if os.geteuid() == 0 else ""
-    limits = {"files": 4 * IDLE_WEBSOCKETS, "connections": 3 * IDLE_WEBSOCKETS}
-    (home / "nginx.conf").write_text(NGINX.format(user=user, home=home, http=http, **limits))
-    return ["nginx", "-e", "stderr", "-p", home, "-c", home / "nginx.conf"]
 
 
 def nginx_proxy(more: str, site: Site, target: str) -> Command:
@@ -215,7 +195,7 @@ def install_proxies(options: Namespace) -> tuple[dict[str, str], dict[str, str]]
     wanted = {"cc": "gcc libc6-dev"}
     if "hello" in cases:
         wanted["h2load"] = "nghttp2-client"
-    if {"hello", "down"} & set(cases) or set(FOR_NGINX) & set(names):
+    if {*SMALL, "down"} & set(cases) or set(FOR_NGINX) & set(names):
         wanted["nginx"] = "nginx-light"
     if of_node:
         wanted |= {"node": "nodejs", "npm": "npm"}
@@ -254,7 +234,7 @@ def npm_error() -> str:
 def upstream(first: Site, case: str) -> Iterator[tuple[int, list[int]]]:
     """What the proxies carry to: nginx for what it sends, else traffic.c. Its port and its processes."""
     with new_site(first) as site:
-        if case in ("hello", "down"):
+        if case in (*SMALL, "down"):
             port = free_ports(1)
             command = nginx_command(site.home, NGINX_UPSTREAM.format(port=port, files=first.home))
         else:
@@ -271,6 +251,8 @@ def drive_proxy(case: str, site: Site, seconds: float) -> Load:
     """Load a proxy, in requests, messages or MB; that every response was good is checked."""
     if case == "hello":
         return h2load(site, seconds, path="/bench/hello")
+    if case in SMALL:
+        return traffic(site, "fresh", CONNECTIONS, seconds, HELLO.decode())
     if case == "echo":
         return traffic(site, case, WEBSOCKETS, seconds)
     return traffic(site, case, BODY, seconds, unit=BODY / MB)
@@ -300,9 +282,11 @@ def measure_proxy(first: Site, name: str, case: str, seconds: float) -> Run:
             before = sum(memory_of(pid, "status")["VmRSS"] for pid in pids)
             if case in BODIES:
                 check_body(case, site)
-            drive_proxy(case, site, WARM_UP)
             scale = GB / MB if case in BODIES else 1e6
-            _, run = measure_load(site, pids, lambda: drive_proxy(case, site, seconds), behind, scale)
+            with nginx_in_front(first, site, DEFAULT if case == "second-hop" else "") as (near, nginx):
+                drive_proxy(case, near, WARM_UP)
+                others = [*behind, *nginx]
+                _, run = measure_load(site, pids, lambda: drive_proxy(case, near, seconds), others, scale)
             peak = sum(memory_of(pid, "status")["VmHWM"] for pid in pids)
     return run | {"growth": max(0, peak - before) / 1024 if case in BODIES else None}
 

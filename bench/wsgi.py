@@ -1,4 +1,4 @@
-"""WSGI servers beside each other: requests per second and CPU time per request, over a UNIX socket.
+"""WSGI servers beside each other: requests per second, CPU time per request, and response times.
 
 Every contestant serves the same applications with one worker process that is pinned to one core; the load is
 pinned to another. They take turns, each started afresh for every run. What is measured, and how:
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from typing import Any
 from harness import APPS, Failed, environment
 from harness.comparison import Comparison, Contestant, Goal, write_record
 from harness.figures import Column, Run, middle, numbers, ratio, share, span
-from harness.limits import raise_file_limit
+from harness.limits import free_ports, raise_file_limit
 from harness.load import CONNECTIONS, Load, h2load, measure_load, traffic
+from harness.nginx import DEFAULT, KEPT, nginx_in_front
 from harness.processes import Command, gunicorn_command
 from harness.program import comparison_parser, run_benchmark
 from harness.requests import HELLO, UnixConnection, fetch, serving
@@ -41,6 +42,10 @@ IDLE_SECONDS = 10.0
 #: Of 1, 2, 4, 8 and 32 the number with which Granian needed the least CPU time in `hello` and `flask`.
 GRANIAN_THREADS = 32
 
+#: The connections of the latency case, and the share of the load that saturates a server.
+LATENCY_CONNECTIONS = 128
+LATENCY_LOAD = 0.7
+
 # --- what is measured -------------------------------------------------------------------------------
 
 
@@ -53,7 +58,14 @@ class Case:
     response: bytes
     body: bytes | None = None
     access_log: bool = False
+    #: whether each request has a connection of its own
     closing: bool = False
+    #: which load of traffic.c it is; h2load by default
+    load: str = ""
+    tcp: bool = False
+    #: what nginx does, when it is in front of the server
+    nginx: str = ""
+    workers: int = 1
 
 
 CASES = {
@@ -61,7 +73,43 @@ CASES = {
     "flask": Case("flask: 12 bytes by Flask", "flask_hello:application", HELLO),
     "large": Case("large: an answer of 10 kB", "plain:large", b"0123456789" * 1024),
     "post": Case("post: a request with 4 kB", "plain:post", b"4096", body=b"x" * 4096),
-    "connections": Case("connections: a new one for every request", "plain:hello", HELLO, closing=True),
+    "connections": Case(
+        "connections: a new one for every request", "plain:hello", HELLO, closing=True, load="connections"
+    ),
+    "connections-tcp": Case(
+        "connections-tcp: the same on TCP", "plain:hello", HELLO, closing=True, load="connections", tcp=True
+    ),
+    "visitors": Case(
+        "visitors: HTTP/1.0, a new connection and new values in a browser's headers for every request",
+        "plain:hello",
+        HELLO,
+        closing=True,
+        load="visitors",
+    ),
+    "fresh": Case(
+        "fresh: kept connections, new values in a browser's headers for every request",
+        "plain:hello",
+        HELLO,
+        load="fresh",
+    ),
+    **{
+        f"{name}-{app}": Case(
+            f"{name}-{app}: {title}", module, HELLO, closing=closing, load="fresh", nginx=nginx
+        )
+        for app, module in (("hello", "plain:hello"), ("flask", "flask_hello:application"))
+        for name, title, closing, nginx in (
+            ("nginx", "behind nginx in its default configuration", True, DEFAULT),
+            ("nginx-kept", "behind nginx, which keeps its connections", False, KEPT),
+        )
+    },
+    "latency": Case(
+        f"latency: response times in us at {LATENCY_LOAD:.0%} of the load that saturates; "
+        "two workers on one core, one of 20 requests takes 20 ms",
+        "plain:mixed",
+        HELLO,
+        load="latency",
+        workers=2,
+    ),
     "accesslog": Case(
         "accesslog: hello, with an access log in a file", "plain:hello", HELLO, access_log=True
     ),
@@ -75,9 +123,31 @@ GOALS = [
     Goal("flask", 2.3, "gevent"),
     Goal("large", 5, "gevent"),
     Goal("post", 5, "gevent"),
-    Goal("connections", 2.5, "gevent"),
+    *[
+        Goal(case, limit, peer)
+        for case in ("connections", "connections-tcp")
+        for limit, peer in ((6, "gevent"), (1, "granian"), (0.75, "uwsgi"))
+    ],
+    Goal("visitors", 1, "granian"),
+    Goal("visitors", 0.6, "uwsgi"),
+    Goal("fresh", 1.1, "granian"),
+    Goal("fresh", 0.85, "uwsgi"),
+    *[
+        goal
+        for case in CASES
+        if case.startswith("nginx")
+        for goal in (Goal(case, 2, "gevent"), Goal(case, 1, "granian", "cpu", "the CPU time of", most=True))
+    ],
+    *[
+        Goal("latency", 1.2, peer, figure=figure, name=f"the {figure} of", most=True)
+        for figure in ("p50", "p99", "p99.9")
+        for peer in ("gevent", "granian", "uwsgi")
+    ],
     Goal("accesslog", 4, "gevent"),
 ]
+
+
+LATENCIES = ("p50", "p99", "p99.9")
 
 
 def times(peer: str) -> Column:
@@ -92,10 +162,11 @@ def columns(case: Case) -> list[Column]:
         each = zip(numbers(runs, "slowest"), numbers(runs, "fastest"), strict=True)
         return f"{statistics.median(high / max(low, 1) for low, high in each):.2f}"
 
-    peers = map(times, ("gevent", "pywsgi", "granian"))
+    peers = map(times, ("gevent", "granian", "uwsgi"))
     return [
         middle("req/s", "rate"), span("rate"), middle("CPU us/req", "cpu", 1), share("server", "server_load"),
         share("load", "generator_load"), share("others", "others"), *peers,
+        *[middle(figure, figure) for figure in LATENCIES if case.load == "latency"],
         *[("per connection, min-max", range_of_connections), ("max/min", evenness)] * case.access_log,
     ]  # fmt: skip
 
@@ -106,23 +177,32 @@ def columns(case: Case) -> list[Column]:
 def gunicorn(worker: str, case: Case, site: Site) -> Command:
     log = ["--access-logfile", site.home / ACCESS_LOG] if case.access_log else []
     options = ["--keep-alive", 1000, "--worker-connections", 2000, *log]
-    return gunicorn_command(worker, case.app, site.socket, *options, python=site.bin / "python")
+    python = site.bin / "python"
+    return gunicorn_command(worker, case.app, site.target, *options, python=python, workers=case.workers)
+
+
+def second_server(case: Case, site: Site) -> Command:
+    """The same application as a second server of the program, on the port."""
+    return gunicorn(OURS, replace(case, app="second"), replace(site, port=0))
 
 
 def uwsgi(case: Case, site: Site) -> Command:
     """With http11-socket uWSGI keeps connections whatever the client says, with http-socket it never does."""
     protocol = "--http-socket" if case.closing else "--http11-socket"
     log = ["--logto", site.home / ACCESS_LOG] if case.access_log else ["--disable-logging"]
+    address = f"127.0.0.1:{site.port}" if site.port else site.socket
+    threads = LATENCY_CONNECTIONS if case.load == "latency" else CONNECTIONS
     return [
-        site.bin / "uwsgi", "--home", site.bin.parent, "--module", case.app, "--need-app",
-        "--die-on-term", protocol, site.socket, "--processes", 1, "--threads", CONNECTIONS, *log,
+        site.bin / "uwsgi", "--home", site.bin.parent, "--module", case.app, "--need-app", "--listen", 128,
+        "--die-on-term", protocol, address, "--processes", case.workers, "--threads", threads, *log,
     ]  # fmt: skip
 
 
 def granian(case: Case, site: Site) -> Command:
     """Granian writes the access log to its standard output, which is a file here."""
+    address = ["--host", "127.0.0.1", "--port", site.port] if site.port else ["--uds", site.socket]
     return [
-        site.bin / "granian", "--interface", "wsgi", "--uds", site.socket, "--workers", 1, "--http", 1,
+        site.bin / "granian", "--interface", "wsgi", *address, "--workers", case.workers, "--http", 1,
         "--no-ws", "--blocking-threads", GRANIAN_THREADS, "--backpressure", 128,
         "--access-log" if case.access_log else "--no-access-log", case.app,
     ]  # fmt: skip
@@ -133,15 +213,18 @@ def script(name: str, case: Case, site: Site) -> Command:
 
 
 OURS = "gunicorn_passenger.Worker"
+#: the cases of one worker on a UNIX socket
+PLAIN = {name for name, case in CASES.items() if not (case.tcp or case.nginx or case.workers > 1)}
 BJOERN, BARE = partial(script, "run_bjoern.py"), partial(script, "run_bare.py")
 CONTESTANTS = {
     "ours": Contestant(f"gunicorn -k {OURS}", partial(gunicorn, OURS)),
+    "second": Contestant(f"a second server of gunicorn -k {OURS}", second_server, ("connections-tcp",)),
     "gevent": Contestant("gunicorn -k gevent", partial(gunicorn, "gevent")),
     "pywsgi": Contestant("gunicorn -k gevent_pywsgi", partial(gunicorn, "gevent_pywsgi")),
     "uwsgi": Contestant(f"uWSGI, {CONNECTIONS} threads", uwsgi, package="uwsgi"),
     "granian": Contestant(f"Granian, {GRANIAN_THREADS} threads", granian, package="granian"),
-    "bjoern": Contestant("bjoern (it has no access log)", BJOERN, CASES.keys() - {"accesslog"}, "bjoern"),
-    "bare": Contestant("a bare gevent loop", BARE, ("hello", "large", "connections")),
+    "bjoern": Contestant("bjoern (it has no access log)", BJOERN, PLAIN - {"accesslog"}, "bjoern"),
+    "bare": Contestant("a bare gevent loop", BARE, PLAIN - {"accesslog", "flask", "post"}),
 }
 
 SERVERS = Comparison(
@@ -161,11 +244,11 @@ def install_servers(venv: Path, names: Sequence[str], install: bool) -> dict[str
     """
     if install:
         root = [] if os.geteuid() == 0 else ["sudo"]
-        packages = ["gcc", "libc6-dev", "libev-dev", "nghttp2-client"]
+        packages = ["gcc", "libc6-dev", "libev-dev", "nghttp2-client", "nginx-light"]
         for words in (["update"], ["install", "-y", "--no-install-recommends", *packages]):
             if subprocess.run([*root, "apt-get", "-q", *words], stdout=sys.stderr, check=False).returncode:
                 raise Failed(f"apt-get {' '.join(words)} failed")
-    wanted = {"h2load": "nghttp2-client", "cc": "gcc libc6-dev"}
+    wanted = {"h2load": "nghttp2-client", "cc": "gcc libc6-dev", "nginx": "nginx-light"}
     environment.require_programs(wanted, ", or run this with --install")
     environment.make_environment(venv)
     installed = environment.installed_versions(venv)
@@ -182,10 +265,15 @@ def install_servers(venv: Path, names: Sequence[str], install: bool) -> dict[str
 # --- runs -------------------------------------------------------------------------------------------
 
 
-def drive_server(case: Case, site: Site, seconds: float) -> Load:
-    """Load a server; that every response was good is checked."""
-    if case.closing:
-        return traffic(site, "connections", CONNECTIONS, seconds, case.response.decode())
+def drive_server(case: Case, site: Site, seconds: float, rate: float = 0) -> Load:
+    """Load a server; that every response was good is checked.
+
+    :param rate: the requests per second of the latency case; 0 for as many as the server can serve.
+    """
+    if case.load == "latency":
+        return traffic(site, case.load, LATENCY_CONNECTIONS, seconds, case.response.decode(), rate)
+    if case.load:
+        return traffic(site, case.load, CONNECTIONS, seconds, case.response.decode())
     options: list[object] = []
     if case.body:
         body = site.home / "body"
@@ -196,19 +284,24 @@ def drive_server(case: Case, site: Site, seconds: float) -> Load:
 
 def serving_case(name: str, case: Case, site: Site) -> contextlib.AbstractContextManager[list[int]]:
     command = CONTESTANTS[name].command(case, site)
-    return serving(command, site, APPS, "/", case.response, case.body, case.closing)
+    variables = {"BENCH_PORT": site.port}
+    return serving(command, site, APPS, "/", case.response, case.body, case.closing, **variables)
 
 
 def measure_server(first: Site, name: str, case_name: str, seconds: float) -> Run:
     """One run: start, warm up, measure, stop."""
     case = CASES[case_name]
-    with new_site(first) as site:
-        with serving_case(name, case, site) as pids:
-            drive_server(case, site, WARM_UP)
-            load, run = measure_load(site, pids, lambda: drive_server(case, site, seconds))
+    with new_site(first, free_ports(1) if case.tcp else 0) as site:
+        with serving_case(name, case, site) as pids, nginx_in_front(first, site, case.nginx) as (near, nginx):
+            saturated = drive_server(case, near, WARM_UP)
+            rate = LATENCY_LOAD * saturated.amount / saturated.seconds
+            load, run = measure_load(site, pids, lambda: drive_server(case, near, seconds, rate), nginx)
         if case.access_log:
             check_access_log(site, int(load.amount))
-    return run | {"slowest": load.slowest, "fastest": load.fastest}
+    return run | {
+        "slowest": load.slowest, "fastest": load.fastest,
+        **dict(zip(LATENCIES, load.latencies, strict=False)),
+    }  # fmt: skip
 
 
 def check_access_log(site: Site, requests: int) -> None:
@@ -269,7 +362,7 @@ def compare_servers() -> int:
     absent = install_servers(options.venv, options.only, options.install)
     packages = ["gunicorn", "gunicorn_h1c", "gevent", "flask", "gunicorn-passenger"]
     packages += [contestant.package for contestant in CONTESTANTS.values()]
-    versions = environment.versions_of(options.venv, packages, {"h2load": "--version"})
+    versions = environment.versions_of(options.venv, packages, {"h2load": "--version", "nginx": "-v"})
     record = SERVERS.introduce(options, versions, absent)
     status = 0
     with first_site(options.venv) as first:

@@ -29,6 +29,8 @@ class Load:
     #: requests per second on the slowest and on the fastest connection, if connections last
     slowest: float | None = None
     fastest: float | None = None
+    #: the median, the 99th and the 99.9th percentile of the response times, in microseconds
+    latencies: tuple[float, ...] = ()
 
 
 def generate(command: Command, site: Site, seconds: float) -> tuple[str, float, float]:
@@ -77,15 +79,15 @@ def traffic(site: Site, kind: str, size: int, seconds: float, *words: object, un
 
     :param unit: how much each of those carries that it counts.
     """
-    command = [site.traffic, kind, site.socket, size, seconds, *words]
+    command = [site.traffic, kind, site.target, size, seconds, *words]
     report, cpu, wall = generate(command, site, seconds)
     try:
-        count, took = map(float, report.split())
+        count, took, *latencies = map(float, report.split())
     except ValueError:
         raise Failed(f"{kind}: {report.strip() or 'no report'}") from None
     if not count:
         raise Failed(f"{kind}: nothing was carried")
-    return Load(count * unit, took, cpu, wall)
+    return Load(count * unit, took, cpu, wall, latencies=tuple(latencies))
 
 
 def measure_load(

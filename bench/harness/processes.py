@@ -23,10 +23,13 @@ Command = Sequence[object]
 
 
 def gunicorn_command(
-    worker: str, app: str, path: Path, *options: object, python: object = sys.executable, workers: int = 1
-) -> Command:
+    worker: str, app: str, address: int | Path, *options: object, python: object = sys.executable,
+    workers: int = 1,
+) -> Command:  # fmt: skip
+    """:param address: a port of 127.0.0.1, or the path of a UNIX socket."""
+    bind = f"127.0.0.1:{address}" if isinstance(address, int) else f"unix:{address}"
     return [
-        python, "-m", "gunicorn", "-k", worker, "-w", workers, "-b", f"unix:{path}", "--umask", "0077",
+        python, "-m", "gunicorn", "-k", worker, "-w", workers, "-b", bind, "--umask", "0077",
         "--no-control-socket", *options, app,
     ]  # fmt: skip
 

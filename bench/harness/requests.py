@@ -28,9 +28,15 @@ class UnixConnection(http.client.HTTPConnection):
         self.sock.connect(self.path)
 
 
+def connection_to(site: Site) -> http.client.HTTPConnection:
+    if site.port:
+        return http.client.HTTPConnection("127.0.0.1", site.port, timeout=2 * PATIENCE)
+    return UnixConnection(site.socket)
+
+
 def fetch(
-    connection: UnixConnection, path: str = "/", wanted: bytes | None = None, body: bytes | None = None,
-    closing: bool = False,
+    connection: http.client.HTTPConnection, path: str = "/", wanted: bytes | None = None,
+    body: bytes | None = None, closing: bool = False,
 ) -> bytes:  # fmt: skip
     """Make one request, a POST if it has a body; the body of the response.
 
@@ -56,7 +62,7 @@ def serving(
 ) -> Iterator[list[int]]:  # fmt: skip
     """Start a server on its core and end it again; in between, it answers. Its processes, the worker last."""
     with running(command, site.home, cwd, site.core, **variables) as process:
-        with contextlib.closing(UnixConnection(site.socket)) as connection:
+        with contextlib.closing(connection_to(site)) as connection:
             wait_for(process, connection.connect, "it accepted connections")
             fetch(connection, path, wanted, body, closing)
             if connection.sock is None and not closing:

@@ -23,10 +23,17 @@ class Site:
     load_core: int
     #: the compiled traffic.c
     traffic: Path
+    #: the TCP port of 127.0.0.1 that the server listens on; 0 for its UNIX socket
+    port: int = 0
 
     @property
     def socket(self) -> Path:
         return self.home / "s"
+
+    @property
+    def target(self) -> int | Path:
+        """Where the server listens, as traffic.c takes it."""
+        return self.port or self.socket
 
     @property
     def log(self) -> Path:
@@ -51,9 +58,9 @@ def first_site(venv: Path) -> Iterator[Site]:
 
 
 @contextlib.contextmanager
-def new_site(first: Site) -> Iterator[Site]:
+def new_site(first: Site, port: int = 0) -> Iterator[Site]:
     with temporary_directory(first.home) as home:
-        yield replace(first, home=Path(home))
+        yield replace(first, home=Path(home), port=port)
 
 
 def clean_environment(home: Path, **more: object) -> dict[str, str]:
