@@ -83,11 +83,8 @@ class Connection(ConnectionLife):
         listener = self.listener
         read = listener.reader.read
         sticky = listener.sticky
-        idle_ticker = listener.idle_ticker
         recv = self._raw.recv
-        readable = self._readable
-        wait = self._hub.switch
-        switch = greenlet.switch
+        readable: Any = None
         pipelined = 0
         data = self.buf
         if not data:
@@ -138,8 +135,10 @@ class Connection(ConnectionLife):
                 self.sock.early, self.buf = self.buf, b""
 
             if not self._respond(environ, parsed.persist, request):
-                self._send_pending()
-                return self._unread() or (parsed.persist and self.has_input())
+                if self.pending:
+                    self._send_pending()
+                unread = self.body is not EMPTY_BODY and self._unread()
+                return unread or (parsed.persist and self.has_input())
 
             if length and not self._next_begins():
                 return True
@@ -155,7 +154,9 @@ class Connection(ConnectionLife):
                     gevent.sleep(0)
                 continue
             if readable is None:
-                readable = self._reader()
+                # most connections of a server behind nginx never come here
+                readable, wait, switch = self._reader(), self._hub.switch, greenlet.switch
+                idle_ticker = listener.idle_ticker
             keeps_greenlet = False
             while True:
                 # where a busy connection spends its life
@@ -305,7 +306,7 @@ class Connection(ConnectionLife):
     def _unread(self) -> bool:
         """Whether the client may still be sending when the connection ends."""
         body = self.body
-        over = body is EMPTY_BODY or (not body.too_much_unread and body.drain())
+        over = not body.too_much_unread and body.drain()
         body.detach()
         return not over
 
