@@ -68,6 +68,12 @@ _OPTIONS = {"close", "keep-alive", "upgrade", "te", ""}
 #: what stands for an address that is not known (RFC 7239 section 6.3)
 UNKNOWN = "unknown"
 
+#: headers that tell the proxy something, besides those that begin with "proxy-"
+_SPECIAL = ASIDE | {"expect", "host"}
+#: how many names are cached, and how long one may be
+_REMEMBER = 1000
+_SHORT = 64
+
 #: headers whose keys in an environ have no prefix
 _CONTENT = ("CONTENT_TYPE", "CONTENT_LENGTH")
 
@@ -107,6 +113,22 @@ def without_nominated(headers: HeaderList, options: set[str], own: Collection[st
     if not nominated:
         return headers
     return [header for header in headers if header[0].lower() not in nominated]
+
+
+class _NameCache(dict[str, tuple[str, bool]]):
+    """Header names in lower case, and whether they are forwarded without a look. Most names repeat."""
+
+    def __missing__(self, name: str) -> tuple[str, bool]:
+        low = name.lower()
+        found = low, low not in _SPECIAL and low[:6] != "proxy-"
+        if len(name) <= _SHORT:
+            if len(self) >= _REMEMBER:
+                self.clear()
+            self[name] = found
+        return found
+
+
+_names = _NameCache()
 
 
 class RequestHeaders:
@@ -153,8 +175,10 @@ class RequestHeaders:
         #: whether a Content-Length is among them
         self.measured = False
         for name, value in pairs:
-            low = name.lower()
-            if low in ASIDE:
+            low, plain = _names[name]
+            if plain:
+                headers.append((name if keep_case else low, value))
+            elif low in ASIDE:
                 if low == "connection":
                     connection = f"{connection},{value}" if connection else value
                 elif low == "upgrade":
@@ -179,7 +203,8 @@ class RequestHeaders:
         options: set[str] = set()
         if connection:
             options = {token.strip().lower() for token in connection.split(",")}
-            headers = without_nominated(headers, options, own)
+            if not options <= _OPTIONS:
+                headers = without_nominated(headers, options, own)
         if "upgrade" not in options or self.version == "1.0" or "h2c" in protocols(self.upgrade):
             # what is said in HTTP/2 behind the proxy's back would not be under its rules, and HTTP/1.0 knows
             # no upgrades (RFC 9110 section 7.8)
