@@ -31,7 +31,7 @@ class ClientSocket(gsocket.socket):
     """
 
     # Class attributes, not slots: most sockets keep these values, and a new one has to be made quickly.
-    #: whether it lacks what gevent's own constructor sets, and only code which uses the socket needs
+    #: whether it lacks gevent's watchers, which only code that waits for it needs
     _bare = False
     #: bytes that were read ahead; ``recv`` returns them first
     early = b""
@@ -55,30 +55,30 @@ class ClientSocket(gsocket.socket):
             slots: Any = self
             slots._sock = raw = self._gevent_sock_class(family, type, proto, fileno)
             raw.setblocking(False)
+            slots._closed = False
+            slots._io_refs = 0
+            slots.timeout = gsocket.getdefaulttimeout()
 
     def __getattr__(self, name: str) -> Any:
-        """Called for missing attributes: what gevent's constructor sets, and those of the socket below."""
+        """Called for missing attributes: gevent's hub and watchers, and those of the socket below."""
         if self._bare:
             self._bare = False
             slots: Any = self
-            fd = slots._sock.fileno()
-            slots._closed = fd < 0
-            slots._io_refs = 0
             slots.hub = get_hub()
-            slots.timeout = gsocket.getdefaulttimeout()
             slots._read_event = slots._write_event = None
-            if fd >= 0:
-                io = slots.hub.loop.io
+            if not slots._closed:
+                io, fd = slots.hub.loop.io, slots._sock.fileno()
                 slots._read_event, slots._write_event = io(fd, 1), io(fd, 2)
             return getattr(self, name)
         return super().__getattr__(name)
 
     def release(self) -> None:
         """Close the socket at the end of its connection."""
-        if self._bare:
+        if self._bare and not self._io_refs:
             # no other code has used it, so there is no waiting greenlet that gevent's close() would have to
             # wake
             slots: Any = self
+            slots._closed = True
             slots._sock.close()
         else:
             self.close()

@@ -485,6 +485,7 @@ def connected() -> tuple[ClientSocket, socket.socket]:
 def test_a_socket_that_was_not_used_is_gevents_all_the_same() -> None:
     sock, client = connected()
     with client:
+        assert sock.gettimeout() is None  # gunicorn asks for it before it sends an error
         assert isinstance(sock, gevent.socket.socket)
         assert (sock.family, sock.type, sock.timeout) == (socket.AF_UNIX, socket.SOCK_STREAM, None)
         reading = gevent.spawn(sock.recv, 5)
@@ -496,6 +497,20 @@ def test_a_socket_that_was_not_used_is_gevents_all_the_same() -> None:
             sock.recv(1)
         sock.release()
         assert client.recv(1) == b""
+
+
+def test_what_is_set_before_a_socket_is_used_stays() -> None:
+    sock, client = connected()
+    with client:
+        sock.settimeout(0.01)
+        with pytest.raises(TimeoutError):
+            sock.recv(1)
+    sock.close()
+    assert (sock.fileno(), sock.gettimeout()) == (-1, 0.01)
+    unused, client = connected()
+    unused.close()
+    with client, pytest.raises(OSError, match="closed|Bad file descriptor"):
+        unused.recv(1)
 
 
 def test_a_socket_that_is_released_wakes_all_that_wait_for_it() -> None:
