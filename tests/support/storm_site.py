@@ -72,6 +72,7 @@ def _alive(pid: int) -> bool:
 
 #: gunicorn's worker classes whose workers have their ports by the hooks. gunicorn serves the primary.
 HOOKED = {f"{kind}+hooks": kind for kind in ("sync", "gthread", "gevent", "asgi")}
+HOOKED["uvicorn+hooks"] = "uvicorn_worker.UvicornWorker"
 
 #: Those whose second port has an ASGI application, and not an unmodified server.
 ASGI = {"ours+asgi": "gunicorn_passenger.Worker", "sync+hooks+asgi": "sync"}
@@ -141,7 +142,7 @@ class Site:
             sys.executable, Path(sys.executable).parent / "gunicorn", "-k", CONTESTANTS[contestant], "-w", workers,
             "--umask", "007", "--keep-alive", 5, "--graceful-timeout", GRACEFUL, "--timeout", 60,
             "--error-logfile", self.logfile, "--pid", home / "pid", *["--daemon"] * daemon, *options,
-            "storm_app:asgi" if contestant == "asgi+hooks" else "storm_app:application",
+            "storm_app:asgi" if contestant in ("asgi+hooks", "uvicorn+hooks") else "storm_app:application",
         )]  # fmt: skip
         foreign = ("PASSENGER_", "GUNICORN_", "STORM_", "PYTHON")
         self._environment = {
