@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
 
+from gunicorn_passenger._record import Record
 from gunicorn_passenger.config import listen_errors
 
 #: Bytes that a UNIX socket path may have: sun_path without the closing NUL (unix(7)).
@@ -18,16 +18,14 @@ UNIX_PATH_MAX = 107
 SockAddr = tuple[str, int] | tuple[str, int, int, int]
 
 
-@dataclass(frozen=True)
-class Primary:
+class Primary(Record):
     """The socket that the web server reaches."""
 
     def __str__(self) -> str:
         return "passenger"
 
 
-@dataclass(frozen=True)
-class Tcp:
+class Tcp(Record):
     """A TCP port; ``host`` may still be a name."""
 
     host: str
@@ -37,8 +35,7 @@ class Tcp:
         return format_tcp(self.host, self.port)
 
 
-@dataclass(frozen=True)
-class Auto:
+class Auto(Record):
     """Any free port of the allocation."""
 
     host: str
@@ -47,8 +44,7 @@ class Auto:
         return "auto"
 
 
-@dataclass(frozen=True)
-class Unix:
+class Unix(Record):
     """A UNIX socket at an absolute path."""
 
     path: str
@@ -57,8 +53,7 @@ class Unix:
         return f"unix:{self.path}"
 
 
-@dataclass(frozen=True)
-class Once:
+class Once(Record):
     """The right to run a function of this name."""
 
     name: str

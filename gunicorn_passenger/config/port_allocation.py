@@ -12,8 +12,8 @@ import pwd
 import stat
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 
+from gunicorn_passenger._record import Record
 from gunicorn_passenger.config import listen_errors
 from gunicorn_passenger.errors import SettingError
 
@@ -85,8 +85,7 @@ def format_ports(ports: Iterable[int]) -> str:
     return ",".join(f"{a}-{b}" if a != b else str(a) for a, b in runs) or "none"
 
 
-@dataclass(frozen=True)
-class AllocationSource:
+class AllocationSource(Record):
     """One source of the port allocation, and how the operator changes it."""
 
     ports: Ports
@@ -94,8 +93,7 @@ class AllocationSource:
     remedy: str
 
 
-@dataclass(frozen=True)
-class PortAllocation:
+class PortAllocation(Record):
     """The ports that an account may listen on: the intersection of all sources.
 
     The sources are in order, from the strongest (the system's file) to the weakest (the program). Each can

@@ -5,7 +5,6 @@ Process: the master, a worker, plain Python. Never: open a port or start a proce
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -16,10 +15,10 @@ import socket
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 from gunicorn_passenger import errors
+from gunicorn_passenger._record import Record
 from gunicorn_passenger.config import address, listen_errors
 from gunicorn_passenger.daemons import daemon_errors
 
@@ -43,8 +42,7 @@ _SHELL_WORD = re.compile(r"""&&?|\|\|?|\d*[<>].*|[^'"]*;|[^'"]*(\$[A-Za-z_({]|`)
 _FUNCTION_RUNNER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "function_runner.py")
 
 
-@dataclass(frozen=True)
-class DaemonListen:
+class DaemonListen(Record):
     """A socket that a daemon listens on; its host is numeric."""
 
     #: ``"tcp"``, ``"auto"`` or ``"unix"``
@@ -59,8 +57,7 @@ class DaemonListen:
         return "auto" if self.kind == "auto" else address.format_tcp(self.host, self.port)
 
 
-@dataclass(frozen=True)
-class DaemonSpec:
+class DaemonSpec(Record):
     """Everything that ``spawn()`` requests. Equal specs are the same daemon."""
 
     name: str
@@ -86,7 +83,8 @@ class DaemonSpec:
     report: bool = False
 
     def pack(self) -> str:
-        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+        values = {**vars(self), "listen": [vars(wanted) for wanted in self.listen]}
+        return json.dumps(values, separators=(",", ":"))
 
     @classmethod
     def unpack(cls, text: str) -> DaemonSpec:

@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import _socket
 import array
-import dataclasses
 import json
 import os
 import socket
 from collections.abc import Callable, Iterable
-from functools import cache
-from typing import Any, get_type_hints
+from typing import Any
 
 from gunicorn_passenger.ipc.messages import MAX_TEXT, VERSION, Message
 
@@ -76,26 +74,19 @@ def unpack(data: bytes) -> Message:
     kind = Message.types.get(name) if isinstance(name, str) else None
     if kind is None:
         raise MalformedPacket(f"unknown type {str(name)[:40]!r}", number)
-    hints = _hints(kind.__name__)
-    for field in dataclasses.fields(kind):
-        if field.name in fields:
-            _check(fields[field.name], hints[field.name], f"{name}.{field.name}", number)
-        elif field.default is dataclasses.MISSING:
-            raise MalformedPacket(f"{name} without {field.name}", number)
-    if unknown := fields.keys() - {f.name for f in dataclasses.fields(kind)}:
+    for field, annotation in kind.fields.items():
+        if field in fields:
+            _check(fields[field], annotation, f"{name}.{field}", number)
+        elif field not in kind.defaults:
+            raise MalformedPacket(f"{name} without {field}", number)
+    if unknown := fields.keys() - kind.fields.keys():
         raise MalformedPacket(f"{name} with unknown field {str(min(unknown))[:40]!r}", number)
     return kind(**fields)
 
 
-@cache
-def _hints(name: str) -> dict[str, Any]:
-    """The types of a message's fields."""
-    return get_type_hints(Message.types[name])
-
-
-def _check(value: object, hint: type, where: str, number: int) -> None:
-    if type(value) is not hint:
-        raise MalformedPacket(f"{where} is not a value of type {hint.__name__}", number)
+def _check(value: object, annotation: str, where: str, number: int) -> None:
+    if type(value).__name__ != annotation:
+        raise MalformedPacket(f"{where} is not a value of type {annotation}", number)
     if isinstance(value, str) and len(value) > MAX_TEXT:
         raise MalformedPacket(f"{where} is too long", number)
     if isinstance(value, int) and not -(1 << 62) < value < (1 << 62):

@@ -9,8 +9,9 @@ request with its response.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
+
+from gunicorn_passenger._record import Record
 
 #: Raised when a message changes its meaning; each side rejects packets of another version.
 VERSION = 1
@@ -22,8 +23,7 @@ MAX_KEY = 300
 MAX_OFFERED = 32
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(Record):
     """Base of all messages. ``id`` pairs a request with its response; 0 for a message without a response."""
 
     id: int
@@ -33,13 +33,13 @@ class Message:
     max_descriptors: ClassVar[int] = 1
 
     def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         Message.types[cls.__name__] = cls
 
 
 # --- from a worker to the master --------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class OpenPort(Message):
     """The worker wants to accept on an address. Response: PortOpened or RequestDenied.
 
@@ -67,7 +67,6 @@ class OpenPort(Message):
     again: bool = False
 
 
-@dataclass(frozen=True)
 class ReleasePort(Message):
     """The worker no longer wants ``key``. No response.
 
@@ -77,7 +76,6 @@ class ReleasePort(Message):
     key: str
 
 
-@dataclass(frozen=True)
 class AcceptPaused(Message):
     """The worker has stopped to accept on ``key``, as PauseAccept said, and waits for an AcceptGranted.
 
@@ -87,7 +85,6 @@ class AcceptPaused(Message):
     key: str
 
 
-@dataclass(frozen=True)
 class WorkerReady(Message):
     """The worker has loaded the program and serves. No response."""
 
@@ -99,7 +96,6 @@ class WorkerReady(Message):
     serves_primary: bool = True
 
 
-@dataclass(frozen=True)
 class WorkerLeaving(Message):
     """The worker drains: it has stopped to accept, and finishes its open connections.
 
@@ -107,7 +103,6 @@ class WorkerLeaving(Message):
     """
 
 
-@dataclass(frozen=True)
 class OfferConnections(Message):
     """A draining worker offers idle connections, the packet's descriptors, to its siblings.
 
@@ -121,7 +116,6 @@ class OfferConnections(Message):
     addrs: str
 
 
-@dataclass(frozen=True)
 class AssignResult(Message):
     """How many connections of the AssignConnections with this ``id`` the worker can serve.
 
@@ -132,7 +126,6 @@ class AssignResult(Message):
     taken: int
 
 
-@dataclass(frozen=True)
 class OpenMailbox(Message):
     """The worker wants a mailbox, and the sending ends of its siblings'. Response: MailboxOpened.
 
@@ -140,12 +133,10 @@ class OpenMailbox(Message):
     """
 
 
-@dataclass(frozen=True)
 class GetReport(Message):
     """The worker asks for the application's report. Response: ReportSent or RequestDenied."""
 
 
-@dataclass(frozen=True)
 class SpawnDaemon(Message):
     """The program wants a daemon. Response: DaemonSpawned or RequestDenied."""
 
@@ -153,7 +144,6 @@ class SpawnDaemon(Message):
     spec: str
 
 
-@dataclass(frozen=True)
 class RequestSuccessor(Message):
     """The worker has had its max_requests, or its files have changed. No response.
 
@@ -162,7 +152,6 @@ class RequestSuccessor(Message):
     """
 
 
-@dataclass(frozen=True)
 class BootFailure(Message):
     """The worker cannot boot. Response: BootVerdict."""
 
@@ -172,7 +161,6 @@ class BootFailure(Message):
 # --- from the master to a worker --------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class PortOpened(Message):
     """The port is open, or is going to be; AcceptGranted says when the worker may accept.
 
@@ -187,7 +175,6 @@ class PortOpened(Message):
     granted: bool = True
 
 
-@dataclass(frozen=True)
 class AcceptGranted(Message):
     """The worker whose OpenPort had this ``id`` may accept from now on, on the packet's descriptor."""
 
@@ -201,7 +188,6 @@ class AcceptGranted(Message):
     position: int = 0
 
 
-@dataclass(frozen=True)
 class BindClaimed(Message):
     """A server listens on ``key``, which is in gunicorn's bind: the primary is not served there any more.
 
@@ -211,12 +197,10 @@ class BindClaimed(Message):
     key: str
 
 
-@dataclass(frozen=True)
 class SuccessorReady(Message):
     """A sibling can take the connections of this draining worker. No response."""
 
 
-@dataclass(frozen=True)
 class OfferSettled(Message):
     """Which of the offered connections a sibling serves from now on; the worker keeps the others."""
 
@@ -224,7 +208,6 @@ class OfferSettled(Message):
     taken: int
 
 
-@dataclass(frozen=True)
 class AssignConnections(Message):
     """A sibling's idle connections for the worker: the packet's descriptors. Response: AssignResult."""
 
@@ -233,7 +216,6 @@ class AssignConnections(Message):
     addrs: str
 
 
-@dataclass(frozen=True)
 class AssignSettled(Message):
     """Whether the worker serves the connections that it can serve; otherwise they are its sibling's again.
 
@@ -243,7 +225,6 @@ class AssignSettled(Message):
     serve: bool
 
 
-@dataclass(frozen=True)
 class MailboxOpened(Message):
     """The receiving end of the worker's mailbox is the packet's descriptor; without one it has none."""
 
@@ -251,7 +232,6 @@ class MailboxOpened(Message):
     tag: str
 
 
-@dataclass(frozen=True)
 class SiblingJoined(Message):
     """A sibling has a mailbox, whose sending end is the packet's descriptor. No response."""
 
@@ -260,7 +240,6 @@ class SiblingJoined(Message):
     serving: bool
 
 
-@dataclass(frozen=True)
 class SiblingChanged(Message):
     """A sibling is ready, drains, or has exited. No response."""
 
@@ -269,12 +248,10 @@ class SiblingChanged(Message):
     gone: bool = False
 
 
-@dataclass(frozen=True)
 class ReportSent(Message):
     """The application's report, a JSON object in the file that is the packet's descriptor."""
 
 
-@dataclass(frozen=True)
 class DaemonSpawned(Message):
     """The daemon runs, or is going to. ``host`` and ``port``, or ``path``: where it listens, if it does."""
 
@@ -284,14 +261,12 @@ class DaemonSpawned(Message):
     path: str = ""
 
 
-@dataclass(frozen=True)
 class PauseAccept(Message):
     """Stop to accept on ``key``, and finish the open connections. Response: AcceptPaused."""
 
     key: str
 
 
-@dataclass(frozen=True)
 class RequestDenied(Message):
     """The master denies what the worker asked for; ``kind`` is a key of ``errors.REFUSALS``."""
 
@@ -300,12 +275,10 @@ class RequestDenied(Message):
     text: str
 
 
-@dataclass(frozen=True)
 class Acknowledged(Message):
     """The master has acted on the worker's message."""
 
 
-@dataclass(frozen=True)
 class BootVerdict(Message):
     """What a worker does that cannot boot.
 
@@ -319,7 +292,6 @@ class BootVerdict(Message):
     log: bool = False
 
 
-@dataclass(frozen=True)
 class PacketRejected(Message):
     """The packet with that ``id`` was not a message that the receiver knows."""
 

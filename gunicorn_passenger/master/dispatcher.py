@@ -6,7 +6,6 @@ reach another.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import time
@@ -399,4 +398,4 @@ def _check_text(request: OpenPort) -> OpenPort:
         ) from None
     if size > UNIX_PATH_MAX:
         raise listen_errors.unix_path_too_long(request.path[:200], UNIX_PATH_MAX)
-    return dataclasses.replace(request, name=printable(request.name))
+    return request.replace(name=printable(request.name))

@@ -6,7 +6,6 @@ port that the allocation does not name.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import socket
 from collections.abc import Callable, Iterable, Set
@@ -266,7 +265,7 @@ class Listeners:
         """The right to run a function: a UNIX socket on which no worker accepts stands for it."""
         application = repr((self.cfg.address, self.cfg.chdir, request.name))
         path = os.path.join(runtime_dir.ensure(), f"once-{crc32(application.encode()):08x}.sock")
-        return self._open_unix(dataclasses.replace(request, kind="unix", path=path), True)
+        return self._open_unix(request.replace(kind="unix", path=path), True)
 
     def _open_unix(self, request: OpenPort, same_user: bool) -> Port:
         port = self.ports.get(f"unix:{request.path}")

@@ -7,7 +7,6 @@ Never: block gevent's hub, or treat the silence of a lost master as a response.
 from __future__ import annotations
 
 import _socket
-import dataclasses
 import errno
 import itertools
 import json
@@ -162,7 +161,7 @@ class BrokerClient:
         else:
             raise TypeError(f"the master does not open {address!r}")
         label = format_tcp(message.host, message.port) if isinstance(address, Tcp) else str(address)
-        message = dataclasses.replace(message, placement=placement, counts=counts, again=again)
+        message = message.replace(placement=placement, counts=counts, again=again)
         lease = self._leases[number] = PortLease(number, self.scheduler)
         if isinstance(address, Tcp) and placement != "each":
             lease.sockname = _sockname(message)
@@ -270,7 +269,7 @@ class BrokerClient:
         :returns: the response.
         :raises errors.BrokerUnavailable: when the master cannot be reached.
         """
-        response, fd = self._request(dataclasses.replace(message, id=next(self._numbers)), label)
+        response, fd = self._request(message.replace(id=next(self._numbers)), label)
         if fd is not None:
             os.close(fd)
         return response

@@ -11,9 +11,9 @@ import resource
 import socket
 from collections.abc import Set
 from contextlib import suppress
-from dataclasses import dataclass
 
 from gunicorn_passenger import errors
+from gunicorn_passenger._record import Record
 from gunicorn_passenger.config import listen_errors
 from gunicorn_passenger.config.port_allocation import PortAllocation, format_ports, parse_ports
 from gunicorn_passenger.system import listening_sockets
@@ -25,8 +25,7 @@ MAX_PORTS = 1024
 DEFAULT_BACKLOG = 2048
 
 
-@dataclass(frozen=True)
-class ListenRequest:
+class ListenRequest(Record):
     """What to listen on."""
 
     #: ``"tcp"`` (``host``, ``port``), ``"auto"`` (``host``, any port from ``port`` on), ``"unix"`` (``path``)

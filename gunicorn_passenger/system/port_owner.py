@@ -11,8 +11,8 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 
+from gunicorn_passenger._record import Record
 from gunicorn_passenger.config.port_allocation import account_name
 from gunicorn_passenger.system import procfs
 
@@ -20,8 +20,7 @@ from gunicorn_passenger.system import procfs
 _LISTEN, _SYN_RECV = "0A", "03"
 
 
-@dataclass(frozen=True)
-class PortOwner:
+class PortOwner(Record):
     """The process that holds a port, or only its user where the kernel hides the process."""
 
     pid: int | None

@@ -20,7 +20,7 @@ ROOT = Path(gunicorn_passenger.__file__).parent
 #: From the bottom up: a layer imports only from layers that stand before it. The names on one line may not import
 #: each other, but for the faces, which are single modules on the top level.
 LAYERS = [
-    ["_version", "errors"],
+    ["_version", "_record", "errors"],
     ["config"],
     ["system"],
     ["ipc"],

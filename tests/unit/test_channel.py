@@ -184,3 +184,22 @@ def test_an_end_that_closes(ends):
         receive(ends[1])
     with pytest.raises(ChannelClosed):
         send(ends[1], WorkerReady(0))
+
+
+def test_a_message_is_a_record_of_its_fields():
+    port = OpenPort(2, "unix", path="/x")
+    assert port == OpenPort(2, "unix", path="/x") != port.replace(path="/y")
+    assert len({port, OpenPort(2, "unix", path="/x"), port.replace(id=3)}) == 2
+    assert repr(ReleasePort(3, "k")) == "ReleasePort(id=3, key='k')"
+    assert ReleasePort(3, "k") != AcceptPaused(3, "k")
+    with pytest.raises(AttributeError, match=r"OpenPort\.port cannot be changed"):
+        port.port = 5
+    for make in (
+        lambda: ReleasePort(3),
+        lambda: ReleasePort(3, "k", 5),
+        lambda: ReleasePort(3, "k", key="l"),
+    ):
+        with pytest.raises(TypeError, match="ReleasePort has the fields id, key"):
+            make()
+    with pytest.raises(TypeError, match="ReleasePort has the fields id, key"):
+        ReleasePort(3, "k", host="h")
