@@ -124,6 +124,10 @@ class HookedWorker:
     def primary_name(self) -> None:
         """No address: no server of the program is the primary here."""
 
+    def retire(self) -> None:
+        """Leave as a worker does that gunicorn stops, so that gunicorn starts another one in its place."""
+        os.kill(self.pid, signal.SIGTERM)
+
     # --- the worker's life -------------------------------------------------------------------------
 
     def replace_methods(self) -> None:

@@ -8,6 +8,7 @@ before there is a server of ours.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from gunicorn_passenger.config.address import format_sockname
@@ -127,10 +128,12 @@ class AcceptorTable:
         from gunicorn_passenger.serving.asgi_thread import AsgiThread
 
         cfg, log = self.configuration()
-        thread = AsgiThread(server.asgi_app, server.name, cfg, log, scheduler)
+        on_death = None if self._worker is None else self._worker.retire
+        thread = AsgiThread(server.asgi_app, server.name, cfg, log, scheduler, on_death)
+        # before it starts: a drain that begins meanwhile ends it, too
+        self._applications = [*(a for a in self._applications if not a.finished), thread]
         thread.start()
         server.thread = thread
-        self._applications = [*(a for a in self._applications if not a.finished), thread]
 
     def open_mailbox(self, sticky: object) -> None:
         """Have the mailbox that a sticky server needs, before it accepts: this may wait for the master."""
@@ -199,15 +202,26 @@ class AcceptorTable:
             application.idle() for application in self._applications
         )
 
+    def has_applications(self) -> bool:
+        """Whether an ASGI application runs."""
+        return not all(application.finished for application in self._applications)
+
     def kill(self, timeout: float) -> None:
         """End the connections that are left.
 
-        :param timeout: seconds that each acceptor may take.
+        :param timeout: seconds that they may take, and then as many for the ASGI applications to end.
         """
+        deadline = monotonic() + timeout
         for acceptor in self._all():
-            acceptor.kill(timeout)
+            acceptor.kill(max(deadline - monotonic(), 0.0))
         for application in self._applications:
-            application.kill(timeout)
+            application.finish()
+        deadline = monotonic() + timeout
+        for application in self._applications:
+            application.kill(max(deadline - monotonic(), 0.0))
+        deadline = monotonic() + timeout
+        for application in self._applications:
+            application.wait(max(deadline - monotonic(), 0.0))
 
     def by_key(self) -> list[tuple[str, ListenerHandler]]:
         """The acceptors by the key under which all workers know their port."""

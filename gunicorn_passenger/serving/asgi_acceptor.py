@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from contextvars import Context
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -101,8 +102,8 @@ class AsgiAcceptor:
         self._state = state
         self._closing = self._cancelled = False
         self._complained = False
-        #: connections without a protocol yet
-        self._opening = 0
+        #: tasks that give a connection its protocol
+        self._opening: set[asyncio.Task[Any]] = set()
         self._accepted = self._requests = self._sent = self._errors = 0
         self._protocol = self._make_protocol_class()
 
@@ -121,10 +122,12 @@ class AsgiAcceptor:
         self._closing = True
         self._in_loop(self._begin_drain)
 
-    def close(self) -> None:
-        """Close the listening socket at once, when the loop has ended."""
+    def abort(self) -> None:
+        """Close the listening socket and the connections at once. Called in the loop's thread."""
         self._closing = True
         self._sock.close()
+        for protocol in self._connections:
+            protocol.transport.abort()
 
     def leave_to_parent(self) -> None:
         """In a forked child, which has no thread with the loop: close the parent's sockets."""
@@ -143,9 +146,8 @@ class AsgiAcceptor:
 
     def counts(self) -> Counters:
         """The counters since the start."""
-        return Counters(
-            len(self._connections) + self._opening, self._accepted, self._requests, self._sent, self._errors
-        )
+        connections = len(self._connections) + len(self._opening)
+        return Counters(connections, self._accepted, self._requests, self._sent, self._errors)
 
     def kill(self, timeout: float) -> None:
         """Close the connections that are left.
@@ -193,7 +195,7 @@ class AsgiAcceptor:
         for _ in range(self._burst):
             if self._closing:
                 return
-            if len(self._connections) + self._opening >= self._limit:
+            if len(self._connections) + len(self._opening) >= self._limit:
                 self._pause()
                 return
             try:
@@ -205,14 +207,13 @@ class AsgiAcceptor:
                     self._wait_for_room(error)
                 return
             self._accepted += 1
-            self._opening += 1
             # the loop never waits in a socket: one of the system's needs no hub
             kind = unpatched.unpatched("socket", "socket")
             client = kind(self._sock.family, socket.SOCK_STREAM, self._sock.proto, fileno=fd)
             client.setblocking(False)
-            task = self._loop.create_task(self._open(client))
-            self._server.server_state.tasks.add(task)
-            task.add_done_callback(self._server.server_state.tasks.discard)
+            task = self._loop.create_task(self._loop.connect_accepted_socket(self._protocol, client))
+            self._opening.add(task)
+            task.add_done_callback(partial(self._opened, client))
 
     def _wait_for_room(self, error: OSError) -> None:
         self._pause()
@@ -224,11 +225,13 @@ class AsgiAcceptor:
                 error.strerror,
             )
 
-    async def _open(self, client: Any) -> None:
-        try:
-            await self._loop.connect_accepted_socket(self._protocol, client)
-        finally:
-            self._opening -= 1
+    def _opened(self, client: Any, task: asyncio.Task[Any]) -> None:
+        self._opening.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._log.error("A connection to an ASGI server could not be served", exc_info=error)
+        if task.cancelled() or error is not None:
+            client.close()
 
     def _make_protocol_class(self) -> Callable[[], Any]:
         acceptor = self
@@ -317,7 +320,7 @@ class AsgiAcceptor:
 
     def _cancel(self) -> None:
         self._cancelled = True
-        for task in self._server.server_state.tasks:
+        for task in self._opening | self._server.server_state.tasks:
             task.cancel()
         for protocol in self._connections:
             protocol.transport.abort()

@@ -36,17 +36,27 @@ _POLL_INTERVAL = 0.05
 class AsgiThread:
     """Runs one ASGI application. Its methods may be called in any thread but its own."""
 
-    def __init__(self, app: AsgiApp, name: str, cfg: Any, log: Any, scheduler: Scheduler) -> None:
+    def __init__(
+        self,
+        app: AsgiApp,
+        name: str,
+        cfg: Any,
+        log: Any,
+        scheduler: Scheduler,
+        on_death: Callable[[], object] | None = None,
+    ) -> None:
         """
         :param name: of the server, for errors.
         :param cfg: gunicorn's configuration.
+        :param on_death: called when the thread has ended although nothing told it to, and the server with it.
         """
         self._app = app
         self._name = name
         self._cfg = cfg
         self._log = log
         self._scheduler = scheduler
-        self._loop: asyncio.AbstractEventLoop
+        self._on_death = on_death
+        self._loop: asyncio.AbstractEventLoop | None = None
         #: what the loop waits in, if that is a hub
         self._selector: HubSelector | None = None
         self._leaving = asyncio.Event()
@@ -56,7 +66,7 @@ class AsgiThread:
         self._state: dict[str, Any] = {}
         #: the reason of the application for a lifespan that failed
         self._reason = ""
-        self.finishing = self.finished = self._cancelled = False
+        self.finishing = self.finished = self._killed = self._cancelled = False
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -68,6 +78,7 @@ class AsgiThread:
         try:
             threading.Thread(target=self._run, name=f"ASGI {self._name}", daemon=True).start()
         except RuntimeError as error:
+            self.finished = True
             raise server_errors.asgi_thread_failed(self._name, str(error)) from None
         while not self._started.ready():
             self._started.wait(1.0)  # a hub does not wait for another thread without a timer
@@ -76,6 +87,7 @@ class AsgiThread:
 
     def make_acceptor(self, sock: Any) -> AsgiAcceptor:
         """:param sock: a listening socket; the acceptor owns it."""
+        assert self._loop is not None
         acceptor = AsgiAcceptor(
             sock,
             self._app,
@@ -86,14 +98,19 @@ class AsgiThread:
             self._scheduler,
             settings.closes_websockets_on_exit(),
         )
-        self._acceptors.append(acceptor)
+        # a server that is paused and resumed has a new one each time
+        self._acceptors = [*(a for a in self._acceptors if not a.is_drained()), acceptor]
         return acceptor
 
     def finish(self) -> None:
-        """End the application when its connections have ended. Harmless when repeated."""
+        """End the application when it has started and its connections have ended. Harmless when repeated."""
         self.finishing = True
+        self._in_loop(self._leaving.set)
+
+    def _in_loop(self, function: Callable[[], object]) -> None:
         with suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._leaving.set)
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(function)
 
     def leave_to_parent(self) -> None:
         """In a forked child: the application runs in the parent only."""
@@ -105,23 +122,23 @@ class AsgiThread:
         return self.finished or not self.finishing
 
     def kill(self, timeout: float) -> None:
-        """End the application, also in the middle of its lifespan's shutdown.
+        """End the application, whether or not its connections have ended. Its lifespan is shut down.
 
-        :param timeout: seconds that the shutdown may take.
+        :param timeout: seconds after which a shutdown that has not ended is cancelled.
         """
+        self._killed = True
         self.finish()
-        self._wait_until_finished(timeout)
+        self.wait(timeout)
         if not self.finished:
             self._log.warning(
                 "The lifespan of the ASGI server %r has not ended within the graceful timeout; raise "
                 "--graceful-timeout if it may take longer",
                 self._name,
             )
-            with suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(self._cancel)
-            self._wait_until_finished(timeout)
+            self._in_loop(self._cancel)
 
-    def _wait_until_finished(self, seconds: float) -> None:
+    def wait(self, seconds: float) -> None:
+        """Wait until the thread has ended, for so many seconds at most."""
         deadline = time.monotonic() + seconds
         while not self.finished and time.monotonic() < deadline:
             self._scheduler.sleep(0.01)
@@ -130,18 +147,20 @@ class AsgiThread:
 
     def _run(self) -> None:
         try:
-            self._loop = self._new_loop()
-            self._task = self._loop.create_task(self._serve())
-            self._loop.run_until_complete(self._task)
-        except asyncio.CancelledError:
-            pass
+            loop = self._loop = self._new_loop()
+            if self.finishing:
+                self._leaving.set()
+            self._task = loop.create_task(self._serve())
+            loop.run_until_complete(self._task)
         except BaseException as error:
-            self._report(error)
+            if not self._cancelled:
+                self._report(error)
         finally:
-            for acceptor in self._acceptors:
-                acceptor.close()  # after an error, a sibling serves the clients that wait
             try:
-                self._close_loop()
+                for acceptor in self._acceptors:
+                    acceptor.abort()  # after an error, a sibling serves the clients that wait
+                if self._loop is not None:
+                    _close(self._loop)
             except Exception:
                 self._log.exception("gunicorn-passenger: the asyncio loop of %r did not end", self._name)
             self.finished = True
@@ -160,26 +179,28 @@ class AsgiThread:
         return uvloop.new_event_loop()
 
     def _report(self, error: BaseException) -> None:
-        """An error that ends the thread."""
+        """An error that ends the thread, such as a task of the application that has stopped the loop."""
         if not self._started.ready():
+            if not isinstance(error, Exception):
+                error = server_errors.lifespan_failed(self._name, repr(error))
             self._tell_start(self._started.set_exception, error)
-        else:
-            self._log.error("gunicorn-passenger: the thread of %r has ended", self._name, exc_info=error)
+            return
+        on_death = None if self.finishing else self._on_death
+        self._log.error(
+            "gunicorn-passenger: the thread of the ASGI server %r has ended (%r)%s",
+            self._name,
+            error,
+            ": gunicorn replaces this worker; correct what ends the server's event loop" if on_death else "",
+            exc_info=error,
+        )
+        if on_death is not None:
+            self._scheduler.spawn(on_death)
 
     def _tell_start(self, tell: Callable[[Any], object], outcome: Any) -> None:
         if isinstance(self._started, ThreadResult):
             tell(outcome)  # the scheduler's thread may be the one that waits
         else:
             self._scheduler.spawn(tell, outcome)
-
-    def _close_loop(self) -> None:
-        tasks = asyncio.all_tasks(self._loop)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            self._loop.run_until_complete(asyncio.wait(tasks, timeout=1.0))
-        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-        self._loop.close()
 
     async def _serve(self) -> None:
         lifespan = make_config(self._call_lifespan, self._cfg, lifespan="auto")
@@ -192,7 +213,7 @@ class AsgiThread:
         self._state = events.state
         self._tell_start(self._started.set, None)
         await self._leaving.wait()
-        while not all(acceptor.is_drained() for acceptor in self._acceptors):
+        while not (self._killed or all(acceptor.is_drained() for acceptor in self._acceptors)):
             await asyncio.sleep(_POLL_INTERVAL)
         await events.shutdown()
 
@@ -214,6 +235,16 @@ class AsgiThread:
         self._cancelled = True
         if self._task is not None:
             self._task.cancel()
+
+
+def _close(loop: asyncio.AbstractEventLoop) -> None:
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        loop.run_until_complete(asyncio.wait(tasks, timeout=1.0))
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.close()
 
 
 def _reason(text: str) -> str:

@@ -1,7 +1,7 @@
 """A worker that exits waits until its connections are finished.
 
 Process: a worker; plain Python.
-Never: end a connection before the graceful timeout.
+Never: end a connection before the graceful timeout, but for what ASGI applications need of it to shut down.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ class Drainable(Protocol):
 
     def idle(self) -> bool:
         """Whether no connection is open."""
+
+    def shutdown_seconds(self, graceful_timeout: float) -> float:
+        """How long before the graceful timeout the connections that are left must be ended."""
 
     def kill(self, timeout: float) -> None:
         """End the connections that are left, within so many seconds."""
@@ -57,7 +60,7 @@ def finish_connections(
     :param keepalive: seconds.
     """
     now = monotonic()
-    deadline, idle_check_at = now + seconds, now + keepalive
+    deadline, idle_check_at = now + seconds - servers.shutdown_seconds(seconds), now + keepalive
     while not (servers.idle() and (third_party is None or third_party.idle())):
         if monotonic() >= deadline:
             log.warning(

@@ -31,6 +31,7 @@ class HubSelector(_EpollSelector):
 
     def select(self, timeout: float | None = None) -> Any:
         """:param timeout: seconds; ``None`` for no limit."""
+        _install_trace()
         ready = super().select(0)
         if ready or (timeout is not None and timeout <= 0):
             gevent.sleep(0)
@@ -58,33 +59,40 @@ def new_event_loop() -> tuple[asyncio.AbstractEventLoop, HubSelector]:
     asyncio knows one running loop for each thread of the system. From now on it is one for each greenlet of
     this thread, as each would have one if it were a thread.
     """
-    if greenlet.gettrace() is not _trace:
-        _previous.append(greenlet.settrace(_trace))
+    _install_trace()
     selector = HubSelector()
     return asyncio.SelectorEventLoop(selector), selector
 
 
-#: the trace functions that were set when ours was set, if any. Ours is set again after another one has taken
-#: its place, and that one may call ours.
-_previous: list[Any] = []
-#: those of them that run now
-_running: list[Any] = []
+class _Trace:
+    """Called at each switch of this thread, in the greenlet that continues.
+
+    It calls the trace function that was set before it.
+    """
+
+    #: whether one runs: another trace function, which was set in between, may call an older one in turn
+    _runs = False
+
+    def __init__(self, previous: Any) -> None:
+        self._previous = previous
+
+    def __call__(self, event: str, greenlets: Any) -> None:
+        first = not _Trace._runs
+        if first:
+            _Trace._runs = True
+            _switch_loop(*greenlets)
+        try:
+            if self._previous is not None:
+                self._previous(event, greenlets)
+        finally:
+            if first:
+                _Trace._runs = False
 
 
-def _trace(event: str, greenlets: Any) -> None:
-    """Called at each switch of this thread, in the greenlet that continues."""
-    depth = len(_running)
-    if not depth:
-        _switch_loop(*greenlets)
-    # the last one may call ours in turn, which calls the one before it
-    previous = _previous[-1 - depth] if depth < len(_previous) else None
-    if previous is None:
-        return
-    _running.append(previous)
-    try:
-        previous(event, greenlets)
-    finally:
-        _running.pop()
+def _install_trace() -> None:
+    """Set a trace function of ours, unless one is set: a tracer of the program may have taken its place."""
+    if not isinstance(greenlet.gettrace(), _Trace):
+        greenlet.settrace(_Trace(greenlet.gettrace()))
 
 
 def _switch_loop(suspended: Any, continued: Any) -> None:

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 #: Seconds that an ASGI application may take to end when another one cannot start.
 _KILL_TIMEOUT = 1.0
+#: Seconds of the graceful timeout that are left to ASGI applications when connections do not end.
+_SHUTDOWN_SECONDS = 1.5
 
 
 class ServerRegistry:
@@ -181,7 +183,7 @@ class ServerRegistry:
 
     def _start_application(self, server: Server | ThirdPartyServer) -> None:
         """Start what an ASGI application needs before its first request, and wait for it."""
-        if isinstance(server, AsgiServer):
+        if isinstance(server, AsgiServer) and not self.draining:
             assert self.scheduler is not None
             self.acceptors.start_application(server, self.scheduler)
 
@@ -374,8 +376,18 @@ class ServerRegistry:
         """Whether no server of ours has a connection."""
         return not (self.migration is not None and self.migration.in_flight) and self.acceptors.idle()
 
+    def shutdown_seconds(self, graceful_timeout: float) -> float:
+        """What the lifespans of ASGI applications may take of it after the last connections were ended.
+
+        gunicorn kills a worker at the end of the graceful timeout, and their shutdown would not run.
+        """
+        return min(_SHUTDOWN_SECONDS, graceful_timeout / 4) if self.acceptors.has_applications() else 0.0
+
     def kill(self, timeout: float) -> None:
-        """End the connections that are left; ``timeout`` in seconds for each acceptor."""
+        """End the connections that are left, and then the ASGI applications.
+
+        :param timeout: seconds that each of these may take.
+        """
         self.acceptors.kill(timeout)
 
     # --- what others see -------------------------------------------------------------------------

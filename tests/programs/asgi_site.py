@@ -7,6 +7,7 @@ to the file ``LIFE``.
 
 import asyncio
 import os
+import sys
 import time
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -75,6 +76,12 @@ async def stream():
         yield b"second"
 
     return StreamingResponse(halves(), media_type="text/plain")
+
+
+@api.get("/die", response_class=PlainTextResponse)
+async def die():
+    asyncio.get_running_loop().call_soon(sys.exit)
+    await asyncio.sleep(60)
 
 
 @api.get("/fail")

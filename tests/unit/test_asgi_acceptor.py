@@ -1,25 +1,39 @@
 """The acceptor of an ASGI server, on a loop of the test."""
 
 import asyncio
+import functools
 import inspect
 import logging
 import socket
+import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from contextvars import ContextVar, copy_context
+from queue import SimpleQueue
 from types import SimpleNamespace
 
 import pytest
 import uvicorn
+from conditions import wait_for
 
+from gunicorn_passenger.serving.acceptor_table import AcceptorTable
 from gunicorn_passenger.serving.asgi_acceptor import AsgiAcceptor
 from gunicorn_passenger.serving.asgi_thread import AsgiThread
 from gunicorn_passenger.serving.scheduler import ThreadResult
+
+LOG = logging.getLogger("test")
 
 
 async def app(_scope, _receive, send):
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
     await send({"type": "http.response.body", "body": b"ok"})
+
+
+async def lifespan(_scope, receive, send):
+    for _ in range(2):
+        await send({"type": (await receive())["type"] + ".complete"})
 
 
 async def _until(condition):
@@ -70,13 +84,7 @@ def test_the_context_variables_of_the_caller_do_not_reach_the_application():
 
     async def look(scope, receive, send):
         seen.append((scope["type"], variable.get("empty")))
-        if scope["type"] == "lifespan":
-            await receive()
-            await send({"type": "lifespan.startup.complete"})
-            await receive()
-            await send({"type": "lifespan.shutdown.complete"})
-        else:
-            await app(scope, receive, send)
+        await (lifespan if scope["type"] == "lifespan" else app)(scope, receive, send)
 
     def serve_once(thread):
         variable.set("of a request")
@@ -88,10 +96,10 @@ def test_the_context_variables_of_the_caller_do_not_reach_the_application():
             assert client.recv(1000).startswith(b"HTTP/1.1 200")
         acceptor.stop_accepting()
         thread.kill(10.0)
+        thread.wait(10.0)
         assert thread.finished
 
-    log = SimpleNamespace(debug=print, error=print, warning=print, exception=print)
-    thread = AsgiThread(look, "test", configuration(), log, Threads())
+    thread = AsgiThread(look, "test", configuration(), logging.getLogger("test"), Threads())
     copy_context().run(serve_once, thread)
     assert seen == [("lifespan", "empty"), ("http", "empty")]
 
@@ -146,3 +154,125 @@ class Threads:
 
     def result(self):
         return ThreadResult(SimpleNamespace(own_hub=lambda: None))
+
+
+def cancel_all():
+    for task in asyncio.all_tasks():
+        task.cancel()
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        (lambda _: sys.exit(3), "SystemExit(3)"),
+        (lambda loop: loop.stop(), "RuntimeError('Event loop stopped before Future completed.')"),
+        (lambda _: cancel_all(), "CancelledError()"),
+    ],
+    ids=["exit", "stop", "cancel"],
+)
+def test_a_thread_that_ends_by_itself_is_reported_and_leaves_no_connection(caplog, end, said):
+    async def die(scope, receive, send):
+        if scope["type"] == "lifespan":
+            await lifespan(scope, receive, send)
+        else:
+            loop = asyncio.get_running_loop()
+            loop.call_soon(end, loop)
+            await asyncio.sleep(60)
+
+    deaths = SimpleQueue()
+    thread = AsgiThread(die, "api", configuration(), LOG, Threads(), lambda: deaths.put("reported"))
+    thread.start()
+    acceptor = thread.make_acceptor(socket.create_server(("127.0.0.1", 0)))
+    acceptor.start()
+    with ExitStack() as stack:
+        connect = functools.partial(socket.create_connection, acceptor.sockname, timeout=10)
+        idle, client = stack.enter_context(connect()), stack.enter_context(connect())
+        wait_for(lambda: acceptor.counts().connections == 2, "the connections")
+        client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert deaths.get(timeout=10) == "reported"
+        for peer in (idle, client):
+            with suppress(ConnectionResetError):
+                while peer.recv(1000):
+                    pass
+    thread.wait(10.0)
+    assert thread.finished
+    assert acceptor.is_drained()
+    assert (
+        f"the thread of the ASGI server 'api' has ended ({said}): gunicorn replaces this worker"
+        in caplog.text
+    )
+
+
+def test_a_connection_that_does_not_end_does_not_keep_the_lifespan_from_its_shutdown():
+    ended = []
+
+    async def stubborn(scope, receive, send):
+        if scope["type"] == "lifespan":
+            await lifespan(scope, receive, send)
+            ended.append("lifespan")
+            return
+        while not ended:
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(60)
+
+    thread = AsgiThread(stubborn, "api", configuration(), LOG, Threads())
+    thread.start()
+    # a server that was paused and resumed
+    for _ in range(3):
+        acceptor = thread.make_acceptor(socket.create_server(("127.0.0.1", 0)))
+        acceptor.start()
+        acceptor.stop_accepting()
+    acceptor = thread.make_acceptor(socket.create_server(("127.0.0.1", 0)))
+    assert thread._acceptors == [acceptor]
+    acceptor.start()
+    with socket.create_connection(acceptor.sockname, timeout=10) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        wait_for(lambda: acceptor.counts().connections, "the connection")
+        acceptor.kill(0.0)
+        thread.kill(10.0)
+    thread.wait(10.0)
+    assert (thread.finished, ended) == (True, ["lifespan"])
+
+
+def test_an_application_that_starts_while_its_worker_begins_to_drain_is_shut_down():
+    starting, go, said = threading.Event(), threading.Event(), []
+
+    async def slow(_scope, receive, send):
+        said.append((await receive())["type"])
+        starting.set()
+        go.wait(10)
+        await send({"type": "lifespan.startup.complete"})
+        said.append((await receive())["type"])
+        await send({"type": "lifespan.shutdown.complete"})
+
+    table = AcceptorTable()
+    table.configure(configuration(), LOG, None, False)
+    server = SimpleNamespace(asgi_app=slow, name="api", thread=None)
+    with ThreadPoolExecutor(1) as pool:
+        started = pool.submit(table.start_application, server, Threads())
+        assert starting.wait(10)
+        assert list(table.stop_all()) == []
+        assert not table.idle()
+        go.set()
+        started.result(10)
+    wait_for(table.idle, "the end of the application")
+    assert said == ["lifespan.startup", "lifespan.shutdown"]
+
+
+def test_a_connection_that_cannot_be_served_is_closed(caplog):
+    def fail():
+        raise OSError("no protocol")
+
+    thread = AsgiThread(lambda *args: lifespan(*args), "api", configuration(), LOG, Threads())
+    thread.start()
+    acceptor = thread.make_acceptor(socket.create_server(("127.0.0.1", 0)))
+    acceptor._protocol = fail
+    acceptor.start()
+    with socket.create_connection(acceptor.sockname, timeout=10) as client:
+        assert client.recv(1) == b""
+    wait_for(acceptor.idle, "the end of the connection")
+    assert "A connection to an ASGI server could not be served" in caplog.text
+    acceptor.stop_accepting()
+    thread.kill(10.0)
+    thread.wait(10.0)
+    assert thread.finished

@@ -112,6 +112,44 @@ def test_a_trace_function_that_calls_ours_is_called_by_ours():
     assert run(program) == ["ended", "ended"]
 
 
+def test_a_trace_function_that_does_not_call_ours_is_called_by_ours_until_it_is_removed():
+    """A debugger may set one at any time, and again, and may put back the one that it has found, or none."""
+    program = """
+        import greenlet
+
+        def alone():
+            try:
+                asyncio.get_running_loop()
+            except RuntimeError:
+                return True
+
+        async def switch():
+            await asyncio.sleep(0.001)
+            loop = asyncio.get_running_loop()
+            other = gevent.spawn(alone)
+            time.sleep(0.001)
+            assert other.get()
+            assert asyncio.get_running_loop() is loop
+            return len(seen)
+
+        async def main():
+            for end in (greenlet.gettrace(), None):
+                for _ in range(2):
+                    greenlet.settrace(lambda event, greenlets: seen.append(event))
+                    before = len(seen)
+                    assert await switch() > before
+                greenlet.settrace(end)
+                before = len(seen)
+                assert await switch() == before
+            return "ended"
+
+        seen = []
+        end, _ = start(main)
+        print(end())
+        """
+    assert run(program) == ["ended"]
+
+
 def test_locks_queues_and_futures_between_a_loop_its_threads_and_greenlets():
     program = """
         lock, items, ready, count = threading.RLock(), queue.Queue(5), threading.Event(), 0

@@ -153,13 +153,17 @@ def test_the_counts_of_an_acceptor_that_is_done_are_kept():
 class FakeServers:
     """Servers that are idle after some looks at them."""
 
-    def __init__(self, looks):
+    def __init__(self, looks, shutdown=0.0):
         self.looks = looks
+        self.shutdown = shutdown
         self.killed = False
 
     def idle(self):
         self.looks -= 1
         return self.looks < 0
+
+    def shutdown_seconds(self, graceful_timeout):
+        return min(self.shutdown, graceful_timeout)
 
     def kill(self, timeout):
         self.killed = True
@@ -173,9 +177,11 @@ def test_a_drain_waits_until_no_connection_is_open(monkeypatch):
     assert not servers.killed
 
 
-def test_a_drain_ends_at_the_graceful_timeout_and_says_so(caplog):
-    servers = FakeServers(1000)
-    finish.finish_connections(servers, 0, LOG, gevent.sleep)
+@pytest.mark.parametrize(("seconds", "shutdown"), [(0, 0), (600, 600)])
+def test_a_drain_ends_at_the_graceful_timeout_and_says_so(caplog, seconds, shutdown):
+    """Or so much earlier that ASGI applications can shut down."""
+    servers = FakeServers(1000, shutdown)
+    finish.finish_connections(servers, seconds, LOG, gevent.sleep)
     assert servers.killed
     assert "raise --graceful-timeout" in caplog.text
 
