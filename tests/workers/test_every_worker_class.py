@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import websocket
@@ -19,7 +19,9 @@ from unmodified_servers import Requests, answering
 
 HOOKS = "from gunicorn_passenger.hooks import *\n"
 
-CLASSES = ["sync", "gthread", "gevent", "tornado", "asgi", "uvicorn_worker.UvicornWorker"]
+CLASSES = ["sync", "gthread", "gevent", "gevent_pywsgi", "tornado", "asgi", "uvicorn_worker.UvicornWorker"]
+#: Those whose ``--reload`` is tried here; for ``sync`` another test does.
+RELOADED = ["gthread", "gevent", "asgi"]
 #: The modules that a class needs beside gunicorn's oldest version.
 NEEDS = {"tornado": "tornado", "asgi": "gunicorn.workers.gasgi", CLASSES[-1]: "uvicorn_worker"}
 
@@ -55,7 +57,9 @@ def test_servers_survive_their_workers(start, worker_class):
     if (needed := NEEDS.get(worker_class)) and importlib.util.find_spec(needed) is None:
         pytest.skip(f"{needed} is not installed")
     app = "ports_in_threads:" + ("wsgi" if NEEDS.get(worker_class, "tornado") == "tornado" else "asgi")
-    site = Site(start, worker_class, app=app, asgi=True)
+    changed = start.write("changed.py", "")
+    reload = ("--reload", "--reload-engine", "poll", "--reload-extra-file", changed)
+    site = Site(start, worker_class, *reload * (worker_class in RELOADED), app=app, asgi=True)
     process, before = site.process, set(site.all_answer())
     kept = Client(site.pages)
     kept.request("GET", "/")
@@ -64,13 +68,7 @@ def test_servers_survive_their_workers(start, worker_class):
     for client in waiting:
         client.request("GET", "/wait")
 
-    with ExitStack() as stack:
-        asked = [stack.enter_context(Requests(port, threads=1)) for port in site.ports]
-        process.signal(signal.SIGHUP)
-        wait_for(
-            lambda: all(before.isdisjoint(requests.pids[-20:]) for requests in asked),
-            "the new workers alone to accept",
-        )
+    with replaced(site, lambda: process.signal(signal.SIGHUP)):
         # the old workers finish their requests; their idle connections end
         site.go.touch()
         for client in waiting:
@@ -78,7 +76,6 @@ def test_servers_survive_their_workers(start, worker_class):
             assert response.status == 200
             assert int(response.read()) in before
         wait_for(lambda: before.isdisjoint(process.workers()), "the end of the old workers")
-    assert [requests.failures for requests in asked] == [[], [], [], []]
     assert kept.sock.recv(1) == b""
 
     first, second = site.all_answer()
@@ -91,9 +88,27 @@ def test_servers_survive_their_workers(start, worker_class):
         ours = listed[f"127.0.0.1:{port}"]
         assert len(ours["workers"]) == 2
         assert ours["requests"] > 0
+    if worker_class in RELOADED:
+        with replaced(site, lambda: os.utime(changed)):
+            pass
     assert "Worker graceful timeout" not in process.log()
     assert process.stop() == 0
     assert all(map(refused, site.ports))
+
+
+@contextmanager
+def replaced(site, begin):
+    """Have gunicorn replace the workers by other ones. No request to a port is lost meanwhile and in the body."""
+    before = set(site.process.workers())
+    with ExitStack() as stack:
+        asked = [stack.enter_context(Requests(port, threads=1)) for port in site.ports]
+        begin()
+        wait_for(
+            lambda: all(r.pids and before.isdisjoint(r.pids[-20:]) for r in asked),
+            "the new workers alone to accept",
+        )
+        yield
+    assert [requests.failures for requests in asked] == [[], [], [], []]
 
 
 def test_hooks_and_children_of_the_program(start):
