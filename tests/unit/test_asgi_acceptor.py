@@ -20,7 +20,9 @@ from conditions import wait_for
 
 from gunicorn_passenger.serving.acceptor_table import AcceptorTable
 from gunicorn_passenger.serving.asgi_acceptor import AsgiAcceptor
+from gunicorn_passenger.serving.asgi_server import AsgiServer
 from gunicorn_passenger.serving.asgi_thread import AsgiThread
+from gunicorn_passenger.serving.registry import ServerRegistry
 from gunicorn_passenger.serving.scheduler import ThreadResult
 
 LOG = logging.getLogger("test")
@@ -257,6 +259,14 @@ def test_an_application_that_starts_while_its_worker_begins_to_drain_is_shut_dow
         started.result(10)
     wait_for(table.idle, "the end of the application")
     assert said == ["lifespan.startup", "lifespan.shutdown"]
+
+
+def test_a_worker_that_drains_starts_no_application():
+    registry = ServerRegistry()
+    registry.stop_accepting()
+    server = AsgiServer(lifespan, registry)
+    registry._start_application(server)
+    assert server.thread is None
 
 
 def test_a_connection_that_cannot_be_served_is_closed(caplog):
