@@ -111,6 +111,31 @@ def replaced(site, begin):
     assert [requests.failures for requests in asked] == [[], [], [], []]
 
 
+def test_unmodified_servers_in_threads_of_a_worker_without_gevent(start):
+    """wsgiref, waitress, cheroot, asyncio, uvicorn, hypercorn and tornado; a reload loses no client of theirs."""
+    ports = [free_port() for _ in range(7)]
+    process = start.python(
+        GUNICORN, "-k", "sync", "-w", 2, "-c", "python:gunicorn_passenger.hooks", "-b",
+        f"unix:{start.home}/app.sock", *NO_CONTROL, "servers_in_threads:wsgi",
+        env={"PORTS": " ".join(map(str, ports)), "START_IN_HOOK": 1},
+    ).wait_ready()  # fmt: skip
+    wait_for(lambda: len(process.workers()) == 2, "two workers")
+    before = set(process.workers())
+    for port in ports:
+        answering(port, before)
+    with ExitStack() as stack:
+        asked = [stack.enter_context(Requests(port, threads=1)) for port in ports]
+        process.signal(signal.SIGHUP)
+        wait_for(
+            lambda: all(len({*requests.pids} - before) == 2 for requests in asked),
+            "the new workers to accept",
+        )
+        wait_for(lambda: before.isdisjoint(process.workers()), "the end of the old workers")
+    assert [requests.failures for requests in asked] == [[]] * len(ports)
+    assert "Worker graceful timeout" not in process.log()
+    assert process.stop() == 0
+
+
 def test_hooks_and_children_of_the_program(start):
     """With ``--preload`` the program is imported in the master: a server of ours waits for the fork, and a hook
     starts the others. A child that a hook forks keeps no port open, and does not hide the end of its worker.
