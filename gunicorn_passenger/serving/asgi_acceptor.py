@@ -126,7 +126,7 @@ class AsgiAcceptor:
         """Close the listening socket and the connections at once. Called in the loop's thread."""
         self._closing = True
         self._sock.close()
-        for protocol in self._connections:
+        for protocol in list(self._connections):
             protocol.transport.abort()
 
     def leave_to_parent(self) -> None:

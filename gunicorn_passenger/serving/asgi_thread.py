@@ -161,7 +161,7 @@ class AsgiThread:
                     acceptor.abort()  # after an error, a sibling serves the clients that wait
                 if self._loop is not None:
                     _close(self._loop)
-            except Exception:
+            except BaseException:  # also what another task of the application raises at the end
                 self._log.exception("gunicorn-passenger: the asyncio loop of %r did not end", self._name)
             self.finished = True
 

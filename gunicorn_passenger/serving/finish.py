@@ -60,9 +60,9 @@ def finish_connections(
     :param keepalive: seconds.
     """
     now = monotonic()
-    deadline, idle_check_at = now + seconds - servers.shutdown_seconds(seconds), now + keepalive
+    deadline, idle_check_at = now + seconds, now + keepalive
     while not (servers.idle() and (third_party is None or third_party.idle())):
-        if monotonic() >= deadline:
+        if monotonic() >= deadline - servers.shutdown_seconds(seconds):
             log.warning(
                 "Worker graceful timeout (pid:%s): the connections that are still open are closed; raise "
                 "--graceful-timeout if requests may take longer",

@@ -78,10 +78,10 @@ class _Trace:
 
     def __call__(self, event: str, greenlets: Any) -> None:
         first = not _Trace._runs
-        if first:
-            _Trace._runs = True
-            _switch_loop(*greenlets)
+        _Trace._runs = True
         try:
+            if first:
+                _switch_loop(*greenlets)
             if self._previous is not None:
                 self._previous(event, greenlets)
         finally:
