@@ -13,13 +13,15 @@
 # docs/how-to/deployment.md says more: read-only file systems, OpenShift, ports that other containers reach.
 #
 # Any base image works that has Python 3.10 or later with venv, useradd, apt-get and CA certificates.
-ARG BASE=python:3.13-slim
+ARG BASE=python:3.15-slim
 
 FROM ${BASE} AS build
 # gunicorn's HTTP parser in C comes as source. The compiler stays in this stage.
 RUN if ! command -v gcc || ! python3 -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))'; then \
         apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
-        && case $(readlink -f "$(command -v python3)") in /usr/bin/*) apt-get install -y --no-install-recommends python3-dev;; esac; \
+        && case $(readlink -f "$(command -v python3)") in \
+            /usr/bin/*) apt-get install -y --no-install-recommends "$(basename "$(readlink -f "$(command -v python3)")")-dev";; \
+        esac; \
     fi
 # The environment of the image has no pip: the one in another environment fills it. Packages change less often
 # than the code, so they are a layer of their own.

@@ -9,6 +9,7 @@ Process: every process. Never: import anything that imports gevent.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from gunicorn_passenger import errors
@@ -99,7 +100,17 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if not home:
         return importlib.import_module(f"{__name__}.{name}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    try:
+        module = importlib.import_module(f"{__name__}.{home}")
+    except ModuleNotFoundError as error:
+        if error.name != "gevent":
+            raise
+        raise errors.MissingPackage(
+            f"{name} of gunicorn_passenger needs gevent, which the environment {sys.prefix} does not have: "
+            "'pip install gevent', or start the gunicorn of the environment that has it "
+            "(docs/how-to/debugging.md)"
+        ) from None
+    value = globals()[name] = getattr(module, name)
     return value
 
 

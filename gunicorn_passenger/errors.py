@@ -54,6 +54,10 @@ class AlreadyInstalled(PassengerError):
     """The primary socket already has a server."""
 
 
+class MissingPackage(PassengerError, ImportError):
+    """A package that the called part needs is not installed."""
+
+
 class ScriptError(PassengerError):
     """A script run by ``gunicorn-passenger start`` cannot be served."""
 

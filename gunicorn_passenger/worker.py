@@ -27,7 +27,7 @@ from gunicorn.workers.ggevent import GeventWorker
 # A program uses `http_proxy`, `status` and both `api` modules. The master imports them before it forks: the
 # workers share their memory, and a worker that can open hardly any file cannot import anything.
 from gunicorn_passenger import errors, http_proxy, status  # noqa: F401
-from gunicorn_passenger.arbiter import fork_handlers, integration, program_import
+from gunicorn_passenger.arbiter import deployment_checks, fork_handlers, integration, program_import
 from gunicorn_passenger.arbiter.null_heartbeat import NullHeartbeat
 from gunicorn_passenger.config.address import format_sockname
 from gunicorn_passenger.config.gunicorn_types import Log
@@ -53,7 +53,7 @@ from gunicorn_passenger.serving.server import default_name
 from gunicorn_passenger.serving.server_errors import with_program_line
 from gunicorn_passenger.serving.third_party import ThirdPartyServer
 from gunicorn_passenger.status import prometheus_multiproc
-from gunicorn_passenger.system import entry_points, listening_sockets
+from gunicorn_passenger.system import listening_sockets, monkey_patching
 
 
 def _gevent_socket(listener: Any) -> Any:
@@ -96,11 +96,15 @@ class Worker(GeventWorker):
         """gunicorn has read its configuration; with --preload it loads the program next."""
         # gunicorn passes no configuration here, and calls nothing else before it loads the program
         cfg = sys._getframe(1).f_locals.get("self")
+        log = logging.getLogger("gunicorn.error")
+        if cfg is not None:
+            deployment_checks.check(cfg, log)
         if getattr(cfg, "preload_app", False) and not monkey.is_module_patched("socket"):
-            logging.getLogger("gunicorn.error").warning(
+            log.warning(
                 "--preload imports the program before gevent has patched the standard library: a program "
                 "that uses ssl (requests, urllib3) may then fail with RecursionError, and its locks may "
-                "block a worker. Begin gunicorn.conf.py with: from gevent import monkey; monkey.patch_all()"
+                "block a worker. Begin gunicorn.conf.py with: from gevent import monkey; monkey.patch_all() "
+                "(docs/how-to/deployment.md)"
             )
         integration.print_errors_in_one_line()
         settings.config_file_loaded()
@@ -153,8 +157,7 @@ class Worker(GeventWorker):
         """Called after the fork: from here on the process is the worker."""
         try:
             self._keep_primary_listeners()
-            with entry_points.read_once():
-                monkey.patch_all()
+            monkey_patching.patch_standard_library(self.log, self.cfg.preload_app)
             hub.reinit()
             self.sockets = [_gevent_socket(listener) for listener in self.sockets]
             self._other_binds = {key: _gevent_socket(li) for key, li in self._other_binds.items()}

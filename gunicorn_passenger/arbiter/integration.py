@@ -15,7 +15,14 @@ from typing import Any
 
 from gunicorn.errors import HaltServer
 
-from gunicorn_passenger.arbiter import fork_handlers, hook_chain, hooked_worker, program_import, succession
+from gunicorn_passenger.arbiter import (
+    deployment_checks,
+    fork_handlers,
+    hook_chain,
+    hooked_worker,
+    program_import,
+    succession,
+)
 from gunicorn_passenger.config.address import is_unix
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.daemons.manager import DaemonManager
@@ -196,6 +203,7 @@ def install_hooks_for_other_workers(arbiter: Any) -> bool:
         return False
     if not _workers_are_ours(arbiter):
         print_errors_in_one_line()
+        deployment_checks.check(arbiter.cfg, arbiter.log)
         settings.config_file_loaded()
         # with --preload the program is loaded next
         registry.run_as_master()

@@ -7,6 +7,7 @@ Never: hide an error in the program itself.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Container
 from typing import Any
 
@@ -32,6 +33,14 @@ def import_app(uri: str) -> Any:
     before = listening_sockets.own_listeners() if registry.worker is None else None
     try:
         return _import_app(uri)
+    except ModuleNotFoundError as error:
+        module = uri.partition(":")[0]
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise AppImportError(
+            f"The module {error.name!r} was not found in {os.getcwd()}: correct the name of the program, or "
+            "set gunicorn's --chdir to the program's directory (docs/how-to/debugging.md)"
+        ) from None
     except AppImportError:
         if not isinstance(registry.primary, Server):
             raise

@@ -66,6 +66,7 @@ def not_allocated(port: int, account: str, allocation: str, where_set: str, reme
     else:
         said = f"the port allocation is {allocation} (set by {where_set}); listen on one of those ports, "
         said += f"or {remedy}"
+    said += " (docs/reference/ports.md)"
     return PortNotAllocated(errno.EACCES, f"port {port} is not allocated to account {account}: {said}")
 
 

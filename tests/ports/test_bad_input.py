@@ -434,3 +434,20 @@ def test_a_module_whose_last_line_blocks(start, port):
     env = {"P1": port, "PYTHONPATH": f"{start.home}:{start.environment['PYTHONPATH']}"}
     process = start.gunicorn("endless", "--graceful-timeout", 1, workers=1, env=env)
     process.wait_log(r"\[WARNING\] The program is not loaded after 10 s, .*: gunicorn-passenger start SCRIPT")
+
+
+def test_a_wrong_module_name_and_modules_imported_too_early(start):
+    start.write("gunicorn.conf.py", "import requests")
+    process = start.gunicorn("no_such_module", workers=1)
+    assert process.wait_end() != 0
+    log = process.log()
+    assert re.search(
+        r"\[WARNING\] gunicorn.conf.py has imported modules before gevent patched .*urllib3", log
+    )
+    assert f"The module 'no_such_module' was not found in {start.home}: correct the name" in log
+    assert "Traceback" not in log
+
+
+def test_no_directory_for_heartbeats(start):
+    process = start.gunicorn("anything", "--worker-tmp-dir", f"{start.home}/none", workers=1)
+    fails(process, f"Error: the directory {start.home}/none of --worker-tmp-dir does not exist; mount it")

@@ -88,8 +88,11 @@ class Example:
 
     def ask(self, containing):
         """Run a block of commands that ends by itself; its output."""
+        return self.shell(self.command(containing))
+
+    def shell(self, commands):
         done = subprocess.run(
-            ["bash", "-ec", self.command(containing)],
+            ["bash", "-ec", commands],
             cwd=self.directory, capture_output=True, text=True, timeout=PATIENCE, check=True,
         )  # fmt: skip
         return done.stdout

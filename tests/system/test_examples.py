@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+from pathlib import Path
 
 import pytest
 import socketio
@@ -15,12 +16,16 @@ from conditions import wait_for
 from example_sites import EXAMPLES, Example, assert_shown, wait_for_sharing
 from free_ports import free_port, free_range
 from http_client import fetch, pids_answering, refused
+from processes import require
 from status_commands import only
 
 
 def test_every_example_is_tested():
     # proxy: in test_real_peers.py, status: in test_status_app.py
-    tested = {"seed", "prometheus", "unmodified", "hooks", "proxy", "status", "django", "fastapi", "chat"}
+    tested = {
+        "seed", "prometheus", "unmodified", "hooks", "proxy", "status", "django", "fastapi", "chat",
+        "health", "jobs", "docker",
+    }  # fmt: skip
     assert {path.name for path in EXAMPLES.iterdir() if any(path.glob("*.py"))} == tested
     for name in tested:
         assert (EXAMPLES / name / "README.md").exists()
@@ -295,3 +300,79 @@ def test_chat(start):
     wait_for(lambda: only(start)["mailboxes"]["passed"] and only(start)["mailboxes"]["published"])
     assert process.stop() == 0, process.log()
     assert "Traceback" not in process.log(), process.log()
+
+
+# --- health ----------------------------------------------------------------------------------------
+
+
+def test_health_while_all_workers_are_busy(start):
+    health = free_port()
+    example = Example(start, "health", {9101: health})
+    # what blocks a worker ends when the test says so, not after three seconds
+    app = example.directory / "app.py"
+    text = app.read_text()
+    assert "sleep 3" in text
+    app.write_text(text.replace("sleep 3", "until [ -e done ]; do sleep 0.1; done"))
+    # not example.serve(): the master has a child for its daemons, too
+    process = example.run(example.command("gunicorn -b")).wait_ready(example.socket)
+    wait_for(lambda: not refused(health) and '"ready": 4' in fetch(health, "/health")[1], process.log)
+    line = example.ask("gunicorn-passenger health")
+    assert_shown(example.promises("gunicorn-passenger health"), line)
+
+    reports, _, ask, _ = example.command("seq 8").splitlines()
+    shown, finished = example.promises("seq 8")
+    busy = start.run("bash", "-c", f"{reports}\nwait", env=example.env)
+    blocked = re.compile(r"until \[ -e done")
+
+    def all_blocked():
+        commands = [Path(f"/proc/{pid}/cmdline") for pid in process.session()]
+        return sum(bool(blocked.search(path.read_text())) for path in commands if path.exists()) == 4
+
+    wait_for(all_blocked, process.log)
+    assert_shown([shown], example.shell(ask))
+    assert "Hello" not in busy.log()
+    (example.directory / "done").touch()
+    assert busy.wait_end() == 0
+    assert_shown([finished], busy.log())
+    assert process.stop() == 0, process.log()
+
+
+# --- jobs ------------------------------------------------------------------------------------------
+
+
+def test_jobs(start):
+    require("redis-server")
+    example = Example(start, "jobs", {9001: free_port()})
+    process = example.run(example.command("gunicorn -b")).wait_ready(example.socket)
+    for line in example.promises("gunicorn -b"):
+        process.wait_log(re.sub(r"\d+", r"\\d+", line))
+    process.wait_log(r"\[redis\] .*Ready to accept connections")
+    post, get = example.command("curl -s -X POST").splitlines()
+    accepted, done = example.promises("curl -s -X POST")
+    assert example.shell(post).strip() == accepted
+    wait_for(lambda: example.shell(get).strip() == done, process.log)
+    assert process.log().count("[jobs] works on mail-to-ada") == 1
+    assert process.stop() == 0, process.log()
+    log = process.log()
+    assert 0 < log.index("[jobs] has no job in hand, and exits") < log.index("Redis is now ready to exit"), (
+        log
+    )
+    # Redis has warnings of its own about the machine
+    log = re.sub(r".*\[redis\].*", "", log)
+    assert not re.search("WARNING|Warning|ERROR|Traceback", log), log
+
+
+# --- docker ----------------------------------------------------------------------------------------
+
+
+def test_docker(start, port):
+    """The program outside its container. scripts/container-test builds and runs the image."""
+    example = Example(start, "docker", {9000: port})
+    ports = re.search(r"^ENV (PASSENGER_PORTS)=(\d+)$", (example.directory / "Dockerfile").read_text(), re.M)
+    command = f"gunicorn -k gunicorn_passenger.Worker --umask 007 -b unix:{example.socket} app"
+    process = example.run(command, **{ports[1]: ports[2]}).wait_ready()
+    shown, _ = example.promises("docker exec")
+    assert fetch(port) == (200, f"{shown}\n")
+    assert process.log().count(f"Opened 0.0.0.0:{port} ") == 1
+    assert process.stop() == 0, process.log()
+    assert not re.search("WARNING|ERROR|Traceback", process.log()), process.log()

@@ -320,6 +320,17 @@ def test_log_lines():
     assert {text for text in logged if not any(text.startswith(line) for line in quoted)} == set()
 
 
+def test_pages_that_messages_name():
+    """A message leads to a page, and the page exists."""
+    named = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named.update(re.findall(r"\bdocs/[\w/-]+\.md", node.value))
+    assert {"docs/how-to/debugging.md", "docs/how-to/deployment.md", "docs/reference/ports.md"} <= named
+    assert [page for page in named if not (ROOT / page).is_file()] == []
+
+
 # --- the language ----------------------------------------------------------------------------------
 
 
