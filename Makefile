@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 GUNICORN ?= >=23
 TESTS ?= tests
+# what of setup.cfg's extras the tests need
+EXTRA ?= test
 # The tests mostly wait for processes that they start, so more run at a time than there are processors.
 JOBS ?= 6
 BIN = $(VENV)/bin
@@ -12,7 +14,7 @@ SOCKET ?= $(abspath $(VENV))/seed.sock
 
 RUNS ?= 50000
 
-.PHONY: run test fuzz lint types docs docs-serve dist bench bench-proxy clean
+.PHONY: run test coverage fuzz lint types docs docs-serve dist bench bench-proxy clean
 
 # Made anew when what is to be installed changes.
 $(VENV)/installed: setup.cfg pyproject.toml Makefile
@@ -24,7 +26,7 @@ $(VENV)/installed: setup.cfg pyproject.toml Makefile
 	@touch $@
 
 $(VENV)/tested: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' 'gunicorn$(GUNICORN)'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRA)]' 'gunicorn$(GUNICORN)'
 	@touch $@
 
 $(VENV)/linted: $(VENV)/installed
@@ -47,6 +49,16 @@ run: $(VENV)/installed
 test: $(VENV)/tested
 	$(BIN)/python -m compileall -q gunicorn_passenger tests/programs
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TESTS)
+
+# The suite with coverage.py in every process that it starts; a process that is killed is not counted. The table has
+# the lines that no test ran; build/coverage/html/index.html shows them.
+coverage: $(VENV)/tested
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'coverage>=7.10'
+	rm -rf build/coverage && mkdir -p build/coverage
+	$(BIN)/python -m coverage run -m pytest -n $(JOBS) --dist worksteal $(TESTS)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage html --quiet
+	$(BIN)/python -m coverage report
 
 # The same seed each time; RUNS says how long.
 fuzz: $(VENV)/tested

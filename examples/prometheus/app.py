@@ -10,7 +10,7 @@ from flask import Flask
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, multiprocess, start_http_server
 
 app = Flask(__name__)
-requests = Counter("hello_requests", "Requests answered")
+requests = Counter("hello_requests", "Requests served")
 
 registry = REGISTRY
 if "PROMETHEUS_MULTIPROC_DIR" in os.environ:

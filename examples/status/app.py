@@ -10,7 +10,7 @@ from prometheus_client import Counter
 import gunicorn_passenger as passenger
 from gunicorn_passenger import status
 
-requests = Counter("hello_requests", "Requests answered")
+requests = Counter("hello_requests", "Requests served")
 
 
 def application(environ, start_response):

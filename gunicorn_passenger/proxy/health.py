@@ -107,7 +107,7 @@ def _request(target: Target, options: Options) -> int:
             if not data:
                 raise UpstreamClosed("it closed the connection before it responded")
             if len(received) > HEAD_LIMIT:
-                raise BadResponse(f"its head has more than {HEAD_LIMIT} bytes")
+                raise BadResponse(f"its header section has more than {HEAD_LIMIT} bytes")
         return ResponseHead(received[: at + 4], False).status
     finally:
         pool.discard(upstream)

@@ -240,7 +240,7 @@ def _malformed(data: bytes) -> BadResponse:
     for line in rest.split(b"\r\n"):
         if line and not FIELD_LINE_BYTES.fullmatch(line):
             return BadResponse(f"it has a malformed header line: {line[:40]!r}")
-    return BadResponse("its head is malformed")
+    return BadResponse("its header section is malformed")
 
 
 class ResponseChunks(ChunkedDecoder):

@@ -162,14 +162,14 @@ class RoundTrip:
         while True:
             end = data.find(b"\r\n\r\n") + 4
             if (end if end > 3 else len(data)) > HEAD_LIMIT:
-                raise BadResponse(f"its head has more than {HEAD_LIMIT} bytes")
+                raise BadResponse(f"its header section has more than {HEAD_LIMIT} bytes")
             if end > 3:
                 upstream.buffer = data[end:]
                 return data[:end]
             if data and (
                 not data.startswith(b"HTTP/1."[: len(data)]) or data.count(b"\n") != data.count(b"\r\n")
             ):
-                raise BadResponse(f"it begins with {data[:40]!r}, which is not a head of HTTP/1.x")
+                raise BadResponse(f"it begins with {data[:40]!r}, which is not an HTTP/1.x response")
             upstream.buffer = data
             try:
                 more = upstream.stream.recv_response(_EXPECT if expect else self._seconds, self.client)

@@ -22,6 +22,7 @@ from processes import ROOT, Process, Starter, require, starting
 
 DEPLOY = ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
+SOCKETIO = DEPLOY / "kubernetes-socketio"
 PAGES = ROOT / "docs" / "how-to"
 
 
@@ -250,30 +251,98 @@ def test_compose():
     assert (DEPLOY / compose["services"]["app"]["build"]["context"] / "Dockerfile").resolve().is_file()
 
 
-def objects() -> list[dict]:
-    """The Kubernetes objects of the files."""
+def objects(folder: Path = KUBERNETES) -> list[dict]:
+    """The Kubernetes objects of a folder's files."""
     found = []
-    for folder in (KUBERNETES, KUBERNETES / "monitoring"):
-        customization = yaml.safe_load((folder / "kustomization.yaml").read_text())
-        for generated in customization.get("configMapGenerator", ()):
-            assert all((folder / name).is_file() for name in generated["files"])
-        for name in customization["resources"]:
+    customization = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    for generated in customization.get("configMapGenerator", ()):
+        assert all((folder / name).is_file() for name in generated["files"])
+    for name in customization["resources"]:
+        if (folder / name).is_file():
             found += yaml.safe_load_all((folder / name).read_text())
+        else:
+            base = (folder / name).resolve()
+            assert not folder.is_relative_to(base), "kustomize calls that a cycle"
+            found += objects(base)
+    for patch in customization.get("patches", ()):
+        merge_patch(found, yaml.safe_load(patch["patch"]))
     return found
 
 
-def test_kubernetes_objects_follow_the_schema():
+def merge_patch(found: list[dict], patch: dict) -> None:
+    """A strategic merge patch, as far as the files use it: in lists, the entries with a name are merged."""
+
+    def merged(old, new):
+        if isinstance(old, dict) and isinstance(new, dict):
+            return old | {key: merged(old[key], new[key]) if key in old else new[key] for key in new}
+        if isinstance(old, list) and isinstance(new, list):
+            by_name = {item["name"]: item for item in old}
+            for item in new:
+                by_name[item["name"]] = merged(by_name.get(item["name"], {}), item)
+            return list(by_name.values())
+        return new
+
+    (position,) = [
+        position
+        for position, item in enumerate(found)
+        if (item["kind"], item["metadata"]["name"]) == (patch["kind"], patch["metadata"]["name"])
+    ]
+    found[position] = merged(found[position], patch)
+
+
+@pytest.mark.parametrize("folder", [KUBERNETES, KUBERNETES / "monitoring", SOCKETIO], ids=lambda f: f.name)
+def test_kubernetes_objects_follow_the_schema(folder):
     version = kubernetes_validate.latest_version()
-    kinds = set()
-    for item in objects():
-        kinds.add(item["kind"])
+    names = set()
+    for item in objects(folder):
+        name = (item["kind"], item["metadata"]["name"])
+        assert name not in names
+        names.add(name)
         if item["kind"] != "PodMonitor":  # the Prometheus operator's
             kubernetes_validate.validate(item, version, strict=True)
-    assert kinds == {"Deployment", "Service", "HorizontalPodAutoscaler", "PodMonitor"}
+    kinds = {
+        "kubernetes": {"Deployment", "Service", "HorizontalPodAutoscaler"},
+        "monitoring": {"PodMonitor"},
+        "kubernetes-socketio": {
+            "Deployment",
+            "Service",
+            "HorizontalPodAutoscaler",
+            "NetworkPolicy",
+            "Ingress",
+        },
+    }
+    assert {kind for kind, _ in names} == kinds[folder.name]
+
+
+def test_socketio_in_several_pods():
+    """Redis is where the program looks for it, for no other pods, and a client stays with its pod."""
+    named = {(item["kind"], item["metadata"]["name"]): item for item in objects(SOCKETIO)}
+    app, redis = (named["Deployment", name]["spec"]["template"] for name in ("shop", "shop-redis"))
+    (container,) = [c for c in app["spec"]["containers"] if c["name"] == "app"]
+    environment = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert environment["PASSENGER_PORTS"]  # the patch adds one, and takes none away
+    host, port = re.fullmatch(r"redis://([\w-]+):(\d+)/0", environment["REDIS_URL"]).groups()
+    service = named["Service", host]["spec"]
+    assert service["ports"][0]["port"] == int(port)
+    assert service["selector"] == redis["metadata"]["labels"]
+    policy = named["NetworkPolicy", host]["spec"]
+    assert policy["podSelector"]["matchLabels"] == redis["metadata"]["labels"]
+    (source,) = policy["ingress"][0]["from"]
+    assert source["podSelector"]["matchLabels"] == app["metadata"]["labels"]
+    assert named["Service", "shop"]["spec"]["sessionAffinity"] == "ClientIP"
+    assert (
+        named["Ingress", "shop"]["metadata"]["annotations"]["nginx.ingress.kubernetes.io/affinity"]
+        == "cookie"
+    )
+    backend = named["Ingress", "shop"]["spec"]["rules"][0]["http"]["paths"][0]["backend"]["service"]
+    assert backend["port"]["name"] in {
+        port["name"] for port in named["Service", backend["name"]]["spec"]["ports"]
+    }
 
 
 def test_kubernetes_objects_fit_together():
-    deployment, service, autoscaler, monitor = objects()
+    deployment, service, autoscaler = objects()
+    (monitor,) = objects(KUBERNETES / "monitoring")
     template = deployment["spec"]["template"]
     pod = template["spec"]
     ports = {port["name"]: port["containerPort"] for c in pod["containers"] for port in c["ports"]}
