@@ -10,27 +10,29 @@ EXTRA ?= test
 # The tests mostly wait for processes that they start, so more run at a time than there are processors.
 JOBS ?= 6
 BIN = $(VENV)/bin
+# gunicorn is not in the constraints: the tests run with several
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-dev.txt
 SOCKET ?= $(abspath $(VENV))/seed.sock
 
 RUNS ?= 50000
 
-.PHONY: run test coverage fuzz lint types docs docs-serve dist bench bench-proxy clean
+.PHONY: run test coverage fuzz lint types docs docs-serve constraints dist bench bench-proxy clean
 
 # Made anew when what is to be installed changes.
-$(VENV)/installed: setup.cfg pyproject.toml Makefile
+$(VENV)/installed: setup.cfg pyproject.toml constraints-dev.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Error: Python 3.10 or newer is needed; say which with make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.' 'gunicorn$(GUNICORN)'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fast]' 'gunicorn$(GUNICORN)' || \
+	$(PIP) --editable '.' 'gunicorn$(GUNICORN)'
+	$(PIP) --editable '.[fast]' 'gunicorn$(GUNICORN)' || \
 	    echo "gunicorn_h1c was not installed (it needs a C compiler): requests are parsed by gunicorn's Python parser"
 	@touch $@
 
 $(VENV)/tested: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRA)]' 'gunicorn$(GUNICORN)'
+	$(PIP) --editable '.[$(EXTRA)]' 'gunicorn$(GUNICORN)'
 	@touch $@
 
 $(VENV)/linted: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[lint]' 'gunicorn$(GUNICORN)'
+	$(PIP) --editable '.[lint]' 'gunicorn$(GUNICORN)'
 	@touch $@
 
 # examples/seed under four workers; Ctrl-C stops it.
@@ -53,7 +55,7 @@ test: $(VENV)/tested
 # The suite with coverage.py in every process that it starts; a process that is killed is not counted. The table has
 # the lines that no test ran; build/coverage/html/index.html shows them.
 coverage: $(VENV)/tested
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'coverage>=7.10'
+	$(PIP) --editable '.[coverage]' 'gunicorn$(GUNICORN)'
 	rm -rf build/coverage && mkdir -p build/coverage
 	$(BIN)/python -m coverage run -m pytest -n $(JOBS) --dist worksteal $(TESTS)
 	$(BIN)/python -m coverage combine --quiet
@@ -62,7 +64,7 @@ coverage: $(VENV)/tested
 
 # The same seed each time; RUNS says how long.
 fuzz: $(VENV)/tested
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris
+	$(PIP) atheris
 	rm -rf $(VENV)/fuzzed && mkdir $(VENV)/fuzzed
 	$(BIN)/python fuzz/fuzz_http.py -seed=1 -runs=$(RUNS) -timeout=10 -rss_limit_mb=1024 -print_final_stats=1 \
 	    -artifact_prefix=$(VENV)/ $(VENV)/fuzzed fuzz/corpus
@@ -75,18 +77,24 @@ types: $(VENV)/linted
 	$(BIN)/mypy
 
 $(VENV)/documented: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]' 'gunicorn$(GUNICORN)'
+	$(PIP) --editable '.[docs]' 'gunicorn$(GUNICORN)'
 	@touch $@
 
 # The documentation site, in build/site. A warning, such as a link that leads nowhere, is an error.
 docs: $(VENV)/documented
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+# Renews the versions with which everything here is developed and tested, for each Python.
+constraints: $(VENV)/installed
+	$(PIP) uv
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.10 --all-extras --no-emit-package gunicorn \
+	    --no-annotate --custom-compile-command 'make constraints' --output-file constraints-dev.txt setup.cfg
+
 docs-serve: $(VENV)/documented
 	$(BIN)/mkdocs serve
 
 $(VENV)/packaged: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dist]' 'gunicorn$(GUNICORN)'
+	$(PIP) --editable '.[dist]' 'gunicorn$(GUNICORN)'
 	@touch $@
 
 # The wheel and the sdist, checked; the wheel is installed into an empty environment and started from there.

@@ -323,7 +323,7 @@ def check_field(key: Any, text: Any, name: str, framing: bool = False) -> tuple[
     if not isinstance(key, str) or not isinstance(text, str) or not TOKEN.fullmatch(key):
         raise SettingError(f"{name}: {key!r}: {text!r} is not a valid header")
     if not FIELD_VALUE.fullmatch(text):
-        raise SettingError(f"{name}: {key!r}: the value has a line break, or another character that a header may not have")
+        raise SettingError(f"{name}: {key!r}: the value has a character that a header may not have")
     if not framing and key.lower() in _FRAMING:
         raise SettingError(f"{name}: {key!r} is written by the proxy itself")
     return key, text.strip(" \t")
