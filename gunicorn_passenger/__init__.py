@@ -17,6 +17,7 @@ from gunicorn_passenger._version import __version__
 
 if TYPE_CHECKING:
     from gunicorn_passenger import http_proxy, status
+    from gunicorn_passenger.channels import channel
     from gunicorn_passenger.config.settings import configure
     from gunicorn_passenger.daemons.api import Daemon, spawn
     from gunicorn_passenger.errors import (
@@ -51,6 +52,7 @@ __all__ = [
     "Worker",
     "__version__",
     "active",
+    "channel",
     "configure",
     "create_server",
     "http_proxy",
@@ -78,6 +80,7 @@ _HOME = {
     "UnknownSetting": "errors",
     "Worker": "worker",
     "active": "serving.api",
+    "channel": "channels",
     "configure": "config.settings",
     "create_server": "serving.api",
     "http_proxy": "",

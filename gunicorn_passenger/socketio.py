@@ -11,21 +11,31 @@ which siblings pass it the connection (``sticky="socketio"``). :class:`LocalMana
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 from gunicorn_passenger.config.settings import settings
-from gunicorn_passenger.errors import PassengerError, SettingError
+from gunicorn_passenger.errors import SettingError
 from gunicorn_passenger.serving import sibling_messages
-from gunicorn_passenger.status import control_client
+from gunicorn_passenger.serving.registry import registry
+from gunicorn_passenger.status.message_client import MessageClient
+from gunicorn_passenger.system.installed import outdated
+
+#: The oldest python-socketio whose client manager the package can extend.
+_SOCKETIO = "5.16.1"
 
 try:
     import engineio
     import socketio
 except ImportError as error:
     raise ImportError(
-        f"gunicorn_passenger.socketio needs python-socketio ({error}): pip install python-socketio"
+        f"gunicorn_passenger.socketio needs python-socketio {_SOCKETIO} or newer ({error}): pip install "
+        "'gunicorn-passenger[socketio]'"
     ) from None
+if found := outdated("python-socketio", _SOCKETIO):
+    raise ImportError(
+        f"gunicorn_passenger.socketio needs python-socketio {_SOCKETIO} or newer, and this Python has "
+        f"{found}: pip install 'gunicorn-passenger[socketio]'"
+    )
 
 #: Messages of siblings that wait until the worker acts on them; further ones are dropped and counted.
 _MAX_RECEIVED = 10_000
@@ -42,11 +52,11 @@ class LocalManager(socketio.PubSubManager):
 
     name = "gunicorn-passenger"
 
-    def __init__(self, channel: str = "socketio", logger: Any = None, json: Any = None) -> None:
+    def __init__(self, channel: str = "socketio", logger: Any = None) -> None:
         """
         :param channel: tells apart the Socket.IO servers of one program; each needs one of its own.
         """
-        super().__init__(channel=channel, logger=logger, json=json)
+        super().__init__(channel=channel, logger=logger)
         self._topic = _topic(channel)
         self._received: Any = None
 
@@ -71,33 +81,11 @@ class _Emitter(socketio.PubSubManager):
 
     def __init__(self, app: str, channel: str) -> None:
         super().__init__(channel=channel, write_only=True)
-        self._app = app
+        self._client = MessageClient(app)
         self._topic = _topic(channel)
-        self._instance: control_client.Instance | None = None
 
     def _publish(self, data: dict[str, Any]) -> None:
-        text = self.json.dumps(data)
-        if self._instance is not None:
-            # not when it is slow: it may send the message yet
-            with suppress(ConnectionError, FileNotFoundError):
-                self._send(self._instance, text)
-                return
-        # at first, and when the application was started again
-        self._instance = control_client.own_application(self._app)
-        try:
-            self._send(self._instance, text)
-        except OSError as error:
-            raise _no_response(self._instance, error) from None
-
-    def _send(self, instance: control_client.Instance, text: str) -> None:
-        try:
-            control_client.publish(instance, self._topic, text)
-        except (TimeoutError, PermissionError) as error:
-            raise _no_response(instance, error) from None
-
-
-def _no_response(instance: control_client.Instance, error: OSError) -> PassengerError:
-    return PassengerError(f"the master with pid {instance.pid} did not respond ({error}); see its error log")
+        self._client.publish(self._topic, self.json.dumps(data).encode())
 
 
 def emitter(app: str = "", channel: str = "socketio") -> socketio.PubSubManager:
@@ -109,7 +97,7 @@ def emitter(app: str = "", channel: str = "socketio") -> socketio.PubSubManager:
         only one that runs.
     :param channel: that of the application's :class:`LocalManager`.
     :returns: a client manager whose methods (``emit``, ``disconnect``, ``close_room``) raise
-        :class:`PassengerError` when the application cannot be found or does not respond.
+        :class:`.errors.PassengerError` when the application cannot be found or does not respond.
     """
     return _Emitter(app, channel)
 
@@ -140,7 +128,9 @@ def attach(sio: Any) -> None:
         if isinstance(eio, engineio.AsyncServer):
             raise SettingError(
                 f"socketio.attach(): {type(server).__name__} runs in asyncio, and connections of ASGI "
-                "servers are not passed between workers; use socketio.Server"
+                "servers are not passed between workers; use socketio.Server with socketio.WSGIApp, or run "
+                "the server in one worker at a time: create_server(socketio.ASGIApp(...)).listen(9000, "
+                "placement='one') without attach()"
             )
         raise TypeError(
             "socketio.attach() takes a socketio.Server, a flask_socketio.SocketIO or an engineio.Server, "
@@ -158,4 +148,5 @@ def attach(sio: Any) -> None:
         server.manager.set_server(server)
     random_id = eio.generate_id
     eio.generate_id = lambda: sibling_messages.tag() + random_id()
+    registry.acceptors.session_counts.append(lambda: len(eio.sockets))
     settings.default_sticky = "socketio"

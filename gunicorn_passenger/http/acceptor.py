@@ -114,7 +114,7 @@ class Acceptor:
         """:returns: whether a client was waiting, and can be served."""
         idle = None
         if len(self._connections) >= self._limit:
-            idle = self.listener.silent.longest() or self.listener.idle.longest()
+            idle = self._longest_idle()
             if idle is None:
                 self._watcher.stop()
                 return False
@@ -244,9 +244,21 @@ class Acceptor:
         """How many more connections of siblings that drain it may serve."""
         return 0 if self.listener.closing else max(self._limit - len(self._connections), 0)
 
-    def has_room(self) -> bool:
-        """Whether it may serve one more connection, also while it drains."""
-        return len(self._connections) < self._limit
+    def make_room(self) -> bool:
+        """Have room for one more connection, also while it drains: one that is idle may have to leave.
+
+        :returns: whether there is room.
+        """
+        if len(self._connections) < self._limit:
+            return True
+        idle = self._longest_idle()
+        if idle is None or idle.has_input():
+            return False
+        idle.expire()
+        return True
+
+    def _longest_idle(self) -> Any:
+        return self.listener.silent.longest() or self.listener.idle.longest()
 
     def pop_idle_connections(self, most: int) -> list[tuple[Any, Any]]:
         """Stop serving connections that wait for a request.

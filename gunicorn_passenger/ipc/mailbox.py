@@ -42,6 +42,8 @@ MAX_PACKET = 1 + MAX_NAME + 1 + MAX_INLINE
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 #: The largest count of an eventfd (eventfd(2)): it is writable again once the count has been read.
 _UNCLAIMED = (1 << 64) - 2
+#: The count that says what a worker has decided. Between its two steps the count is 0.
+_CLAIMED, _REFUSED = 1, 2
 
 
 class MailboxFull(Exception):
@@ -82,19 +84,29 @@ def post(sock: _socket.socket, kind: str, name: str, data: bytes, fds: Sequence[
     :raises MailboxGone: when no worker reads it any more.
     :raises ValueError: when the name or the data is too long.
     """
+    packet, files = pack(kind, name, data)
+    try:
+        forward(sock, packet, [*fds, *files])
+    finally:
+        for file in files:
+            os.close(file)
+
+
+def pack(kind: str, name: str, data: bytes) -> tuple[bytes, list[int]]:
+    """The packet for :func:`forward`, for any number of mailboxes.
+
+    :returns: the packet, and the descriptors that belong to it, which the caller owns.
+    :raises MailboxFull: when the system has no memory or no descriptor for large data.
+    :raises ValueError: when the name or the data is too long.
+    """
     title = name.encode()
     if len(title) > MAX_NAME or b"\0" in title:
         raise ValueError(f"{name[:100]!r} has more than {MAX_NAME} bytes, or a zero byte")
     if len(data) <= MAX_INLINE:
-        forward(sock, b"%b%b\0%b" % (kind.encode(), title, data), fds)
-        return
+        return b"%b%b\0%b" % (kind.encode(), title, data), []
     if len(data) > MAX_DATA:
         raise ValueError(f"{len(data)} bytes are more than the {MAX_DATA} that siblings pass each other")
-    file = _sealed_file(data)
-    try:
-        forward(sock, b"%b%b\0" % (kind.upper().encode(), title), [*fds, file])
-    finally:
-        os.close(file)
+    return b"%b%b\0" % (kind.upper().encode(), title), [_sealed_file(data)]
 
 
 def forward(sock: _socket.socket, packet: bytes, fds: Sequence[int]) -> None:
@@ -196,7 +208,7 @@ def _read_sealed(fd: int) -> bytes:
 def make_claim() -> int:
     """The right to serve a connection, which one worker can claim, once; the caller owns the descriptor.
 
-    It becomes writable when it is claimed.
+    It becomes writable when it is claimed or refused.
     """
     fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     os.eventfd_write(fd, _UNCLAIMED)
@@ -208,7 +220,30 @@ def claim(fd: int) -> bool:
 
     :returns: whether the caller serves it from now on; false when another worker does.
     """
+    return _settle(fd, _CLAIMED)
+
+
+def refuse(fd: int) -> None:
+    """Leave a connection to the worker that has sent it."""
+    _settle(fd, _REFUSED)
+
+
+def _settle(fd: int, outcome: int) -> bool:
     try:
-        return os.eventfd_read(fd) == _UNCLAIMED
+        if os.eventfd_read(fd) != _UNCLAIMED:
+            return False
+        os.eventfd_write(fd, outcome)
     except OSError:
         return False
+    return True
+
+
+def take_back(fd: int) -> bool | None:
+    """Claim a connection that the caller has sent.
+
+    :returns: whether the caller serves it from now on; ``None`` when another worker is about to decide that.
+    """
+    try:
+        return os.eventfd_read(fd) != _CLAIMED
+    except BlockingIOError:
+        return None

@@ -133,6 +133,10 @@ class OpenMailbox(Message):
     """
 
 
+class ReleaseMailbox(Message):
+    """The worker cannot use its mailbox: the descriptor has not reached it. No response."""
+
+
 class GetReport(Message):
     """The worker asks for the application's report. Response: ReportSent or RequestDenied."""
 

@@ -85,6 +85,7 @@ class MailboxesEntry(TypedDict):
     kept: int
     published: int
     dropped: int
+    sessions: int
 
 
 class EventEntry(TypedDict):

@@ -61,7 +61,7 @@ class Blocking(NamedTuple):
 
 
 class MailboxCounters(NamedTuple):
-    """What a worker has sent to its siblings."""
+    """What a worker has sent to its siblings, and the sessions that bind clients to it."""
 
     #: connections that a sibling serves from then on
     passed: int = 0
@@ -69,8 +69,10 @@ class MailboxCounters(NamedTuple):
     kept: int = 0
     #: messages
     published: int = 0
-    #: messages that one sibling has missed, since too many waited for it
+    #: messages that one sibling or one subscriber has missed, since too many waited for it
     dropped: int = 0
+    #: of Socket.IO, open now
+    sessions: int = 0
 
     def plus(self, other: MailboxCounters) -> MailboxCounters:
         return MailboxCounters(*(min(a + b, _LIMIT) for a, b in zip(self, other, strict=True)))
@@ -136,7 +138,7 @@ class RetiredCounters:
             counts = scoreboard.read(slot)._replace(connections=0)
             self._gone[key] = self._gone.get(key, Counters()).plus(counts)
         self._blocking = self._blocking.plus(scoreboard.read_blocking())
-        self._mailboxes = self._mailboxes.plus(scoreboard.read_mailbox())
+        self._mailboxes = self._mailboxes.plus(scoreboard.read_mailbox()._replace(sessions=0))
         scoreboard.close()
 
     def forget(self, key: str) -> None:

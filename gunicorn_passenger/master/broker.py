@@ -95,6 +95,7 @@ class Broker:
             self.boot_failures,
             self.report,
         )
+        self.mailboxes = self._dispatcher.mailboxes
         #: ages of workers that the arbiter has reaped
         self._reaped: list[int] = []
         self.sync.reconcile(listening, dict(ports.get("open", ())))
@@ -197,14 +198,6 @@ class Broker:
         self.wake()
         return printable(", ".join(done))
 
-    def publish(self, topic: str, data: bytes) -> int:
-        """Send all workers a message from outside.
-
-        :returns: how many workers get it.
-        :raises ValueError: when the topic or the data is too long.
-        """
-        return self._dispatcher.mailboxes.publish(topic, data)
-
     # --- around a fork ---------------------------------------------------------------------------
 
     def after_fork_in_parent(self) -> None:
@@ -218,7 +211,7 @@ class Broker:
         :returns: whether the child is a worker.
         """
         is_worker = self.workers.after_fork_in_child()
-        self._dispatcher.mailboxes.after_fork_in_child()
+        self.mailboxes.after_fork_in_child()
         if is_worker:
             # a worker that outlives the master must not keep the lock of another worker's server
             self.placement.upgrade_lock.close()
@@ -247,6 +240,7 @@ class Broker:
             self.placement.schedule(now),
             self.listeners.idle.deadline(self.grace),
             self._dispatcher.migration.tick(now),
+            self.mailboxes.tick(now),
         ]
         if self.sync.pending:
             due.append(now + _DECISION_INTERVAL)

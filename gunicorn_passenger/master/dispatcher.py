@@ -29,6 +29,7 @@ from gunicorn_passenger.ipc.messages import (
     OpenMailbox,
     OpenPort,
     PacketRejected,
+    ReleaseMailbox,
     ReleasePort,
     ReportSent,
     RequestDenied,
@@ -102,6 +103,7 @@ class MessageDispatcher:
             BootFailure: self._on_boot_failure,
             RequestSuccessor: self._on_request_successor,
             OpenMailbox: self.mailboxes.open,
+            ReleaseMailbox: self.mailboxes.release,
         }
 
     # --- receiving -------------------------------------------------------------------------------

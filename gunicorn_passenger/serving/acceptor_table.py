@@ -7,7 +7,7 @@ before there is a server of ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,8 @@ class AcceptorTable:
         self.counters = AcceptorCounters()
         #: this worker's mailbox and its siblings'; ``None`` without a master
         self.mailboxes: Mailboxes | None = None
+        #: each returns how many sessions a Socket.IO server of this worker has
+        self.session_counts: list[Callable[[], int]] = []
         #: whether all acceptors were told to stop
         self.stopped = False
         #: the acceptors of the primary's listeners
@@ -73,7 +75,8 @@ class AcceptorTable:
         """Bring the worker's page of the scoreboard up to date. Called once a second, and at the end."""
         self.counters.write(scoreboard)
         if self.mailboxes is not None:
-            scoreboard.write_mailbox(self.mailboxes.counts())
+            sessions = sum(count() for count in self.session_counts)
+            scoreboard.write_mailbox(self.mailboxes.counts()._replace(sessions=sessions))
 
     # --- one acceptor -----------------------------------------------------------------------------
 

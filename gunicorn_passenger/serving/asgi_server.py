@@ -6,15 +6,14 @@ Never: import uvicorn or asyncio before the worker has loaded the program.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from gunicorn_passenger.serving import server_errors
 from gunicorn_passenger.serving.interface import AsgiApp
 from gunicorn_passenger.serving.server import Server, ServerHost
 from gunicorn_passenger.system import unpatched
+from gunicorn_passenger.system.installed import outdated
 
 if TYPE_CHECKING:
     from gunicorn_passenger.serving.asgi_thread import AsgiThread
@@ -46,13 +45,6 @@ class AsgiServer(Server):
 
 
 def _check_uvicorn() -> None:
-    try:
-        found = metadata.version("uvicorn")
-    except metadata.PackageNotFoundError:
-        raise server_errors.uvicorn_missing("", _UVICORN) from None
-    if _numbers(found) < _numbers(_UVICORN):
+    found = outdated("uvicorn", _UVICORN)
+    if found is not None:
         raise server_errors.uvicorn_missing(found, _UVICORN)
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", version)[:2]]

@@ -38,6 +38,7 @@ from gunicorn_passenger.ipc.messages import (
     PacketRejected,
     PauseAccept,
     PortOpened,
+    ReleaseMailbox,
     ReleasePort,
     ReportSent,
     RequestDenied,
@@ -245,6 +246,8 @@ class BrokerClient:
         response, fd = self._request(OpenMailbox(next(self._numbers)), "the mailbox")
         if not isinstance(response, MailboxOpened) or fd is None:
             why = response.text if isinstance(response, RequestDenied) else "no descriptor is free"
+            if isinstance(response, MailboxOpened):
+                self._notify(ReleaseMailbox(0))
             raise server_errors.broker_unavailable("the mailbox", f"cannot make it ({why})")
         return response.tag, fd
 

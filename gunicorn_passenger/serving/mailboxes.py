@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import _socket
 import os
-import queue
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,10 +24,11 @@ from gevent.lock import Semaphore
 from gunicorn_passenger import errors
 from gunicorn_passenger.http.acceptor import Acceptor
 from gunicorn_passenger.http.client_socket import adopt
-from gunicorn_passenger.http.faults import report_fault
+from gunicorn_passenger.http.faults import log_from_hub, report_fault
 from gunicorn_passenger.ipc import mailbox
 from gunicorn_passenger.ipc.messages import SiblingChanged, SiblingJoined
 from gunicorn_passenger.ipc.scoreboard import MailboxCounters
+from gunicorn_passenger.ipc.subscribers import Subscribers
 from gunicorn_passenger.serving.acceptors import ListenerHandler
 from gunicorn_passenger.serving.broker_client import BrokerClient
 from gunicorn_passenger.system.unpatched import unpatched
@@ -83,10 +83,17 @@ class Mailboxes:
         #: names this worker in what clients get to see; empty while it has no mailbox
         self.tag = ""
         self._siblings: dict[str, Sibling] = {}
-        self._subscribers: dict[str, Callable[[bytes], object]] = {}
+        #: who receives messages in this worker
+        self.subscribers = Subscribers()
         self._receiving: _socket.socket | None = None
         self._readable: Any = None
+        #: the event loop's epoll set
+        self._epoll: Any = None
+        #: the topics of which a subscriber in this worker has missed a message
+        self._overfull: set[str] = set()
         self._failed = False
+        #: whether it lacks the mailbox of a sibling
+        self._deaf = False
         self._opening = Semaphore()
         self._passed = self._kept = self._published = self._dropped = 0
 
@@ -116,7 +123,12 @@ class Mailboxes:
         self._receiving = _socket.socket(fileno=fd)
         self._receiving.setblocking(False)
         os.register_at_fork(after_in_child=self.close)  # the child has copies of all ends
-        self._readable = get_hub().loop.io(fd, 1)
+        loop = get_hub().loop
+        if getattr(loop, "backend", "") == "epoll":
+            # the object closes its descriptor; without one, libev does more work
+            with suppress(OSError):
+                self._epoll = unpatched("select", "epoll").fromfd(os.dup(loop.fileno()))
+        self._readable = loop.io(fd, 1)
         self._readable.start(self._receive)
 
     def counts(self) -> MailboxCounters:
@@ -128,6 +140,14 @@ class Mailboxes:
         if isinstance(message, SiblingJoined):
             if fd is not None:
                 self._siblings[message.tag] = Sibling(message.tag, fd, message.serving)
+            elif not self._deaf:
+                self._deaf = True
+                self._broker.log.error(
+                    "gunicorn-passenger: this worker has no descriptor for the mailbox of a sibling, which "
+                    "gets no messages and no requests from it; raise the limit of open files (ulimit -n) and "
+                    "reload gunicorn (pid:%s)",
+                    os.getpid(),
+                )
             return
         sibling = self._siblings.get(message.tag)
         if sibling is not None:
@@ -164,10 +184,16 @@ class Mailboxes:
             mailbox.post(sibling.sending, mailbox.CONNECTION, key, data, (fd, claim))
             with suppress(TimeoutError):
                 gsocket.wait_write(claim, CLAIM_TIME)
-            if mailbox.claim(claim):
+            kept = mailbox.take_back(claim)
+            if kept is None:
+                with suppress(TimeoutError):
+                    gsocket.wait_read(claim, CLAIM_TIME)
+                # one that was killed at this moment has taken the connection with it
+                kept = bool(mailbox.take_back(claim))
+            if kept:
                 self._kept += 1
                 return False
-            _leave_epoll(fd, claim)
+            self._leave_epoll(fd, claim)
         except (mailbox.MailboxFull, mailbox.MailboxGone, ValueError):
             self._kept += 1
             return False
@@ -180,44 +206,61 @@ class Mailboxes:
         fd, claim = packet.fds
         try:
             acceptor = next((a for known, a in self._acceptors() if known == packet.name), None)
-            if not isinstance(acceptor, Acceptor) or not acceptor.has_room():
-                os.close(fd)  # the sender claims it back
+            if not isinstance(acceptor, Acceptor) or not acceptor.make_room():
+                mailbox.refuse(claim)
+                os.close(fd)
                 return
             # the address comes from the kernel: a worker need not believe what another one says of a client
             sock, addr = adopt(fd)
             if addr is not None and mailbox.claim(claim):
                 acceptor.attach(sock, addr, begun=True, data=packet.data)
             else:
+                mailbox.refuse(claim)
                 sock.release()
         finally:
             os.close(claim)
 
     # --- messages ---------------------------------------------------------------------------------
 
-    def subscribe(self, topic: str, receive: Callable[[bytes], object]) -> None:
-        """Have the messages of a topic that siblings publish.
-
-        :param receive: called in the hub with each message. It must not wait; when it raises ``queue.Full``,
-            the message is dropped and counted.
-        """
-        self._subscribers[topic] = receive
-
-    def publish(self, topic: str, data: bytes) -> None:
+    def publish(self, topic: str, data: bytes, here: bool) -> None:
         """Send a message to all siblings. One that reads too slowly misses the newest messages.
 
+        :param here: whether the subscribers of this worker receive it, too.
         :raises ValueError: when the topic or the data is too long.
         """
+        try:
+            packet, files = mailbox.pack(mailbox.MESSAGE, topic, data)
+        except mailbox.MailboxFull:
+            packet, files = b"", []
         self._published += 1
-        for sibling in list(self._siblings.values()):
-            if sibling.waiting:
-                self._wait_for_room(sibling, topic, data)
-                continue
-            try:
-                mailbox.post(sibling.sending, mailbox.MESSAGE, topic, data)
-            except mailbox.MailboxFull:
-                self._wait_for_room(sibling, topic, data)
-            except mailbox.MailboxGone:
-                pass  # the master is about to say so
+        try:
+            for sibling in list(self._siblings.values()):
+                if sibling.waiting or not packet:
+                    self._wait_for_room(sibling, topic, data)
+                    continue
+                try:
+                    mailbox.forward(sibling.sending, packet, files)
+                except mailbox.MailboxFull:
+                    self._wait_for_room(sibling, topic, data)
+                except mailbox.MailboxGone:
+                    pass  # the master is about to say so
+        finally:
+            for file in files:
+                os.close(file)
+        if here:
+            self._deliver(topic, data)
+
+    def _deliver(self, topic: str, data: bytes) -> None:
+        dropped = self.subscribers.deliver(topic, data)
+        if dropped and topic not in self._overfull:
+            self._overfull.add(topic)
+            log_from_hub(
+                "gunicorn-passenger: a subscriber of %r takes too few messages, and too many wait for it in "
+                "this worker: the newest are dropped (pid:%s). Have it take them faster, or publish fewer",
+                topic,
+                os.getpid(),
+            )
+        self._dropped += dropped
 
     def _wait_for_room(self, sibling: Sibling, topic: str, data: bytes) -> None:
         if len(sibling.waiting) >= _MAX_WAITING or sibling.waiting_bytes + len(data) > _MAX_WAITING_BYTES:
@@ -289,17 +332,16 @@ class Mailboxes:
                     continue
                 if packet.kind == mailbox.CONNECTION:
                     self._take_connection(packet)
-                elif (receive := self._subscribers.get(packet.name)) is not None:
-                    receive(packet.data)
-            except queue.Full as error:
-                self._dropped += 1
-                report_fault("a message of a sibling was dropped: the program takes too few of them", error)
+                else:
+                    self._deliver(packet.name, packet.data)
             except Exception as error:
                 # gevent would stop this watcher
                 report_fault("a packet of a sibling was ignored", error)
 
     def close(self) -> None:
         """Close this process's copies of all mailboxes."""
+        if self._epoll is not None:
+            self._epoll.close()
         if self._readable is not None:
             self._readable.close()
         if self._receiving is not None:
@@ -308,21 +350,13 @@ class Mailboxes:
             sibling.close()
         self._siblings.clear()
 
+    def _leave_epoll(self, *fds: int) -> None:
+        """Take descriptors, which the caller closes next, out of the event loop's epoll set.
 
-def _leave_epoll(*fds: int) -> None:
-    """Take descriptors, which the caller closes next, out of the event loop's epoll set.
-
-    libev leaves that to ``close``, which has no such effect while a sibling has the same open file. The next
-    event of the file would then make libev build its whole set anew.
-    """
-    loop = get_hub().loop
-    if getattr(loop, "backend", "") != "epoll":
-        return
-    # the object closes its descriptor
-    epoll = unpatched("select", "epoll").fromfd(os.dup(loop.fileno()))
-    try:
-        for fd in fds:
-            with suppress(FileNotFoundError):
-                epoll.unregister(fd)
-    finally:
-        epoll.close()
+        libev leaves that to ``close``, which has no such effect while a sibling has the same open file. The
+        next event of the file would then make libev build its whole set anew.
+        """
+        if self._epoll is not None:
+            for fd in fds:
+                with suppress(FileNotFoundError):
+                    self._epoll.unregister(fd)

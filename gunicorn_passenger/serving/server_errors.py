@@ -75,6 +75,30 @@ def primary_elsewhere(worker_class: str) -> ListenError:
     )
 
 
+def channel_in_master() -> PassengerError:
+    return PassengerError(
+        "a channel cannot be used in gunicorn's master, which serves no clients: publish and subscribe in a "
+        "worker (in a request, or in a handler of passenger.on('ready')), or give channel(...).on() a "
+        "function, which waits for the worker"
+    )
+
+
+def channel_without_master() -> PassengerError:
+    return PassengerError(
+        "this process cannot reach the master that has started it, which a channel needs: both must run as "
+        "the same user, and the application under gunicorn; 'gunicorn-passenger status' shows whether the "
+        "master can be reached"
+    )
+
+
+def channel_without_hooks(worker_class: str) -> PassengerError:
+    return PassengerError(
+        f"this gunicorn runs the worker class {worker_class!r} without the hooks that a channel needs: add "
+        "the line 'from gunicorn_passenger.hooks import *' to gunicorn.conf.py or, without such a file, "
+        "start gunicorn with -c python:gunicorn_passenger.hooks; or use -k gunicorn_passenger.Worker"
+    )
+
+
 def program_line(error: BaseException) -> str:
     """The line of the program that an error comes from, such as ``app.py:3``; empty when no line is known."""
     where, traceback = "", error.__traceback__

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+from gunicorn_passenger.ipc.subscribers import Receive, Subscribers
 from gunicorn_passenger.serving.registry import registry
 
 if TYPE_CHECKING:
@@ -18,36 +19,60 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: of a process that is not a worker
+_subscribers = Subscribers()
 
-def publish(topic: str, data: bytes) -> None:
+
+def publish(topic: str, data: bytes, here: bool = False) -> None:
     """Send a message to the siblings that have subscribed to its topic. Any thread may call.
 
+    :param here: whether the subscribers of this process receive it, too.
     :raises ValueError: when the topic or the data is too long (see :mod:`gunicorn_passenger.ipc.mailbox`).
     """
-    _in_hub(lambda mailboxes: mailboxes.publish(topic, data), None)
+
+    def send(mailboxes: Mailboxes | None) -> None:
+        if mailboxes is not None:
+            mailboxes.publish(topic, data, here)
+        elif here:
+            _subscribers.deliver(topic, data)
+
+    _in_hub(send)
 
 
-def subscribe(topic: str, receive: Callable[[bytes], object]) -> None:
-    """Have the messages of a topic that siblings publish from now on. Any thread may call.
+def subscribe(topic: str, receive: Receive) -> Subscribers:
+    """Have the messages of a topic that are published from now on. Any thread may call.
 
-    :param receive: called in the hub with each message; it must not wait.
+    :param receive: called in the hub with each message.
+    :returns: where to remove ``receive`` again.
     """
-    _in_hub(lambda mailboxes: mailboxes.subscribe(topic, receive), None)
+    subscribers = _in_hub(lambda mailboxes: _subscribers if mailboxes is None else mailboxes.subscribers)
+    subscribers.add(topic, receive)
+    return subscribers
 
 
 def tag() -> str:
     """The tag of this worker; empty where it has no mailbox. Any thread may call."""
-    return _in_hub(lambda mailboxes: mailboxes.tag, "")
+    return _in_hub(lambda mailboxes: "" if mailboxes is None else mailboxes.tag)
 
 
-def _in_hub(use: Callable[[Mailboxes], T], otherwise: T) -> T:
-    """Use this worker's mailboxes, if it has any. A child that the program has forked has none."""
-    if registry.broker is None or registry.scheduler is None or registry.worker.pid != os.getpid():
-        return otherwise
-    return registry.scheduler.run_in_hub(partial(_use, use, otherwise))
+def in_worker() -> bool:
+    """Whether this process is a worker, and not a child that the program has forked."""
+    return (
+        registry.broker is not None and registry.scheduler is not None and registry.worker.pid == os.getpid()
+    )
 
 
-def _use(use: Callable[[Mailboxes], T], otherwise: T) -> T:
+def _in_hub(use: Callable[[Mailboxes | None], T]) -> T:
+    """Use this worker's mailboxes; ``None`` in any other process."""
+    if not in_worker():
+        return use(None)
+    assert registry.scheduler is not None
+    return registry.scheduler.run_in_hub(partial(_use, use))
+
+
+def _use(use: Callable[[Mailboxes | None], T]) -> T:
     registry.prepare_migration()
     mailboxes = registry.acceptors.mailboxes
-    return use(mailboxes) if mailboxes is not None and mailboxes.open() else otherwise
+    if mailboxes is not None:
+        mailboxes.open()
+    return use(mailboxes)

@@ -76,8 +76,8 @@ def open_socket(want: Address | None, primary: bool) -> ListenAddress:
     :param primary: whether the server is the primary; its address is printed.
     :raises errors.ListenError: when it cannot be opened, or gunicorn runs another worker class.
     """
-    if (worker_class := _worker_class()) is not None:
-        raise server_errors.hooks_missing(worker_class)
+    if (found := worker_class()) is not None:
+        raise server_errors.hooks_missing(found)
     sock = _open(want)
     name = listening_sockets.sockname(sock)
     if primary:
@@ -85,7 +85,7 @@ def open_socket(want: Address | None, primary: bool) -> ListenAddress:
     return ListenAddress(sock, name, format_sockname(name))
 
 
-def _worker_class() -> str | None:
+def worker_class() -> str | None:
     """The worker class of the gunicorn that this process belongs to, if it does."""
     arbiters = sys.modules.get("gunicorn.arbiter")
     if arbiters is None:

@@ -1,14 +1,17 @@
 """The client of the masters' control sockets: finds the running applications of this account, and sends them
 requests.
 
-Process: the command line. Never: wait for a master without a limit, or trust a socket that another user
-could have made.
+Process: the command line, and other processes that are not workers. Never: wait for a master without a limit,
+or trust a socket that another user could have made.
 
 The server is :mod:`gunicorn_passenger.status.control_server`.
 """
 
 from __future__ import annotations
 
+import _socket
+import base64
+import errno
 import json
 import os
 import socket
@@ -18,6 +21,7 @@ from typing import Any, NamedTuple
 from gunicorn_passenger.config.address import tcp_ports
 from gunicorn_passenger.config.port_allocation import account_name
 from gunicorn_passenger.errors import PassengerError
+from gunicorn_passenger.ipc import channel
 from gunicorn_passenger.ipc.report_types import DaemonEntry, Report, ServerEntry
 from gunicorn_passenger.system import procfs, runtime_dir
 from gunicorn_passenger.system.peer_credentials import peercred
@@ -96,27 +100,44 @@ def ask(path: str, request: dict[str, Any]) -> dict[str, Any]:
     :raises OSError: when it does not respond, or another user's process listens there.
     :raises PassengerError: when the master reports an error.
     """
-    deadline = time.monotonic() + PATIENCE
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(PATIENCE)
-        _connect(sock, path, deadline)
-        if peercred(sock).uid != os.geteuid():
-            raise PermissionError("a process of another user listens on its socket")
-        sock.sendall(json.dumps(request).encode() + b"\n")
-        received = bytearray()
+        response, fds = _exchange(sock, path, request)
+        for fd in fds:
+            os.close(fd)
+    return response
+
+
+def _exchange(sock: socket.socket, path: str, request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    """Connect, and send one request.
+
+    :returns: the response, and the descriptors that came with it, which the caller owns.
+    """
+    deadline = time.monotonic() + PATIENCE
+    sock.settimeout(PATIENCE)
+    _connect(sock, path, deadline)
+    if peercred(sock).uid != os.geteuid():
+        raise PermissionError("a process of another user listens on its socket")
+    sock.sendall(json.dumps(request).encode() + b"\n")
+    received, fds = bytearray(), list[int]()
+    try:
         while not received.endswith(b"\n"):
             sock.settimeout(max(0.001, deadline - time.monotonic()))
-            data = sock.recv(1 << 16)
+            data, ancillary, _, _ = sock.recvmsg(1 << 16, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+            fds += channel.received_fds(ancillary)
             if not data or len(received) > _MAX_RESPONSE:
                 raise ConnectionError("the response is incomplete")
             received += data
-    try:
-        response = json.loads(received)
-    except (ValueError, RecursionError):
-        raise ConnectionError("the response is not JSON") from None
-    if "error" in response:
-        raise PassengerError(printable(str(response["error"])))
-    return dict(response)
+        try:
+            response = json.loads(received)
+        except (ValueError, RecursionError):
+            raise ConnectionError("the response is not JSON") from None
+        if "error" in response:
+            raise PassengerError(printable(str(response["error"])))
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return dict(response), fds
 
 
 def _connect(sock: socket.socket, path: str, deadline: float) -> None:
@@ -154,37 +175,68 @@ def command(verb: str, name: str, app: str = "") -> str:
         ) from None
 
 
+def parent_application() -> Instance | None:
+    """The application that has started this process, as a daemon of ``spawn()`` or as a child of a worker."""
+    pid, ancestors = os.getppid(), set()
+    while pid > 0 and (stat := procfs.stat(pid)) is not None:
+        ancestors.add(pid)
+        pid = stat.parent
+    for directory in runtime_dir.directories():
+        for pid, path in runtime_dir.status_sockets(directory):
+            if pid in ancestors:
+                return Instance(pid, path, None)
+    return None
+
+
 def own_application(app: str = "") -> Instance:
-    """The application that this process belongs to, as a daemon of ``spawn()`` does; else the only one that
-    runs.
+    """The application that has started this process; else the only one that runs.
 
     :param app: the pid or the name of another one.
     :raises PassengerError: when no application runs, or it is not clear which.
     """
+    if not app and (parent := parent_application()) is not None:
+        return parent
     found = running(app)
-    pid, ancestors = os.getpid(), set()
-    while (stat := procfs.stat(pid)) is not None and pid > 1:
-        ancestors.add(pid)
-        pid = stat.parent
-    chosen = [one for one in found if one.pid in ancestors] or found
-    if len(chosen) == 1:
-        return chosen[0]
+    if len(found) == 1:
+        return found[0]
     account = account_name(os.geteuid())
-    if not chosen:
+    if not found:
         raise PassengerError(f"no application of account {account} runs under gunicorn-passenger")
-    labels = ", ".join(one.label for one in chosen)
+    labels = ", ".join(one.label for one in found)
     raise PassengerError(f"several applications of account {account} run: {labels}; name one (app=...)")
 
 
-def publish(instance: Instance, topic: str, text: str) -> int:
+def publish(path: str, topic: str, data: bytes) -> int:
     """Send the workers of an application a message.
 
-    :returns: how many workers get it.
+    :param path: its control socket.
+    :returns: how many mailboxes have it.
     :raises OSError: when the master does not respond.
     :raises PassengerError: when the message is too long.
     """
-    request = {"command": "publish", "topic": topic, "text": text}
-    return int(ask(instance.socket, request).get("reached", 0))
+    request = {"command": "publish", "topic": topic, "data": base64.b64encode(data).decode()}
+    return int(ask(path, request).get("reached", 0))
+
+
+def subscribe(path: str) -> tuple[socket.socket, _socket.socket]:
+    """Have a mailbox for the messages of an application's workers.
+
+    :param path: its control socket.
+    :returns: the connection, which the caller keeps open for as long as it reads the mailbox, and the
+        receiving end of the mailbox.
+    :raises OSError: when the master does not respond.
+    :raises PassengerError: when it cannot make a mailbox.
+    """
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        _, fds = _exchange(sock, path, {"command": "subscribe"})
+        if not fds:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        sock.settimeout(None)
+        return sock, _socket.socket(fileno=fds[0])
+    except BaseException:
+        sock.close()
+        raise
 
 
 def _choose(verb: str, name: str, app: str) -> Instance:

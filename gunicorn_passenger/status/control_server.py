@@ -6,19 +6,23 @@ The protocol: a request is a line of JSON, and so is its response.
 
 - ``{"command": "report"}``: ``{"report": {...}}`` (its keys: :mod:`.report`);
 - ``{"command": "restart" | "stop", "name": "..."}``: ``{"done": "what the master did"}``;
-- ``{"command": "publish", "topic": "...", "text": "..."}``, which sends the workers a message:
-  ``{"reached": 4}``, the number of workers that get it;
+- ``{"command": "publish", "topic": "...", "data": "..."}``, which sends the workers a message, in base64:
+  ``{"reached": 4}``, the number of mailboxes that have it;
+- ``{"command": "subscribe"}``: ``{"subscribed": true}`` with the descriptor of a mailbox, in which the
+  workers put their messages for as long as the client keeps the connection open;
 - a request that fails: ``{"error": "why"}``.
 
 A connection to the socket has one request, and :data:`PATIENCE` seconds. A persistent connection
-(:meth:`ControlServer.watch_reports`) has any number of them, for reports only. The socket has the mode 0600
-from the moment it exists, only this user may enter its directory, and the kernel says which user connects
-(``SO_PEERCRED``, unix(7)): only this user and root may.
+(:meth:`ControlServer.watch_reports`) has any number of them, for reports only. A client that has subscribed
+keeps its connection. The socket has the mode 0600 from the moment it exists, only this user may enter its
+directory, and the kernel says which user connects (``SO_PEERCRED``, unix(7)): only this user and root may.
 """
 
 from __future__ import annotations
 
 import _socket
+import array
+import base64
 import errno
 import json
 import os
@@ -32,6 +36,7 @@ from gunicorn_passenger.errors import PassengerError
 from gunicorn_passenger.ipc.report_types import Report
 from gunicorn_passenger.master.descriptors import Closer
 from gunicorn_passenger.master.event_log import EventLog
+from gunicorn_passenger.master.mailbox_exchange import MailboxExchange
 from gunicorn_passenger.master.service import BrokerService
 from gunicorn_passenger.system import listening_sockets, runtime_dir
 from gunicorn_passenger.system.peer_credentials import peercred
@@ -59,10 +64,10 @@ class ControlBackend(Protocol):
 
     log: Log
     event_log: EventLog
+    mailboxes: MailboxExchange
 
     def report(self) -> Report: ...
     def command(self, verb: str, name: str) -> str: ...
-    def publish(self, topic: str, data: bytes) -> int: ...
 
 
 class ControlConnection:
@@ -74,12 +79,15 @@ class ControlConnection:
         self.deadline = deadline
         self.received = bytearray()
         self.response = memoryview(b"")
+        #: the client's mailbox, and its receiving end until that is sent
+        self.tag = ""
+        self.mailbox: _socket.socket | None = None
         #: closes descriptors that the client sends, which no request needs
         self.closer = Closer()
 
     @property
     def persistent(self) -> bool:
-        return self.deadline is None
+        return self.deadline is None or bool(self.tag)
 
     @property
     def max_request(self) -> int:
@@ -135,11 +143,14 @@ class ControlServer(BrokerService):
         :param sock: one end of a pair, for a status daemon; this object closes it.
         :raises OSError: when there are too many of them.
         """
-        if sum(client.persistent for client in self._clients.values()) >= MAX_PERSISTENT:
+        if self._is_full():
             sock.close()
             raise OSError(errno.EMFILE, f"{MAX_PERSISTENT} daemons already get reports, which is the limit")
         sock.setblocking(False)
         self._clients[sock.fileno()] = ControlConnection(sock, None)
+
+    def _is_full(self) -> bool:
+        return sum(client.persistent for client in self._clients.values()) >= MAX_PERSISTENT
 
     # --- the broker's loop -----------------------------------------------------------------------
 
@@ -242,17 +253,27 @@ class ControlServer(BrokerService):
 
     def _send(self, client: ControlConnection) -> None:
         while client.response:
+            fds = [] if client.mailbox is None else [client.mailbox.fileno()]
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
             try:
-                sent = client.sock.send(client.response, socket.MSG_NOSIGNAL)
+                sent = client.sock.sendmsg([client.response], ancillary, socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 return
             client.response = client.response[sent:]
-        if not client.persistent:
+            if client.mailbox is not None:
+                client.mailbox.close()
+                client.mailbox = None
+        if client.tag:
+            client.deadline = None
+        elif not client.persistent:
             self._drop(client)
 
     def _drop(self, client: ControlConnection) -> None:
         self._clients.pop(client.sock.fileno(), None)
         client.closer.close_socket(client.sock)
+        if client.mailbox is not None:
+            client.mailbox.close()
+        self._broker.mailboxes.close_outside(client.tag)
 
     # --- requests -------------------------------------------------------------------------------
 
@@ -267,12 +288,14 @@ class ControlServer(BrokerService):
         try:
             if verb == "report":
                 return {"report": self._broker.report()}
-            if verb not in ("restart", "stop", "publish"):
-                return {"error": "unknown command; use report, restart, stop or publish"}
+            if verb not in ("restart", "stop", "publish", "subscribe"):
+                return {"error": "unknown command; use report, restart, stop, publish or subscribe"}
             if client.persistent:
                 return {"error": f"{verb} is not allowed on this connection, which is for reports"}
             if verb == "publish":
-                return self._publish(request.get("topic"), request.get("text"))
+                return self._publish(request.get("topic"), request.get("data"))
+            if verb == "subscribe":
+                return self._subscribe(client)
             if not isinstance(name, str) or not name:
                 return {"error": f"{verb} needs a name"}
             return {"done": self._broker.command(verb, name)}
@@ -282,13 +305,24 @@ class ControlServer(BrokerService):
             self._broker.log.exception("gunicorn-passenger: %s failed", verb)
             return {"error": f"{verb} failed in the master; see its error log"}
 
-    def _publish(self, topic: object, text: object) -> dict[str, Any]:
-        if not isinstance(topic, str) or not isinstance(text, str):
-            return {"error": "publish needs a topic and a text"}
+    def _publish(self, topic: object, data: object) -> dict[str, Any]:
+        if not isinstance(topic, str) or not isinstance(data, str):
+            return {"error": "publish needs a topic and data"}
         try:
-            return {"reached": self._broker.publish(topic, text.encode())}
+            return {"reached": self._broker.mailboxes.publish(topic, base64.b64decode(data, validate=True))}
         except ValueError as error:
             return {"error": f"the message cannot be sent: {error}"}
+
+    def _subscribe(self, client: ControlConnection) -> dict[str, Any]:
+        if self._is_full():
+            return {
+                "error": f"{MAX_PERSISTENT} processes already get messages or reports, which is the limit"
+            }
+        try:
+            client.tag, client.mailbox = self._broker.mailboxes.open_outside()
+        except OSError as error:
+            return {"error": f"the master cannot make a mailbox: {error.strerror}"}
+        return {"subscribed": True}
 
     # --- the other events of a service -----------------------------------------------------------
 
@@ -311,6 +345,8 @@ class ControlServer(BrokerService):
         self._close_listener()
         for client in self._clients.values():
             client.sock.close()
+            if client.mailbox is not None:
+                client.mailbox.close()
         self._clients.clear()
 
     def _close_listener(self) -> None:

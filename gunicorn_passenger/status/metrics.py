@@ -114,17 +114,24 @@ def _families() -> Iterator[Any]:
     longest.add(report["blocking"]["longest"])
     for family in (up, info, failing, started, workers, memory, events, blocked, longest):
         yield family.finish()
-    yield from _mailbox_families(report["mailboxes"], Counter)
+    yield from _mailbox_families(report["mailboxes"], Gauge, Counter)
     yield from _server_families(report["servers"], Gauge, Counter)
     yield from _daemon_families(report.get("daemons", []), Gauge, Counter)
 
 
-def _mailbox_families(mailboxes: MailboxesEntry, counter: Any) -> Iterator[Any]:
+def _mailbox_families(mailboxes: MailboxesEntry, gauge: Any, counter: Any) -> Iterator[Any]:
+    sessions = _MetricFamily(gauge, "sessions", "Open Socket.IO sessions")
+    sessions.add(mailboxes["sessions"])
+    yield sessions.finish()
     for name, value, text in (
         ("connections_passed", mailboxes["passed"], "Connections passed to the worker they belong to"),
         ("connections_kept", mailboxes["kept"], "Connections that such a worker did not take in time"),
-        ("messages_published", mailboxes["published"], "Messages that workers have sent to their siblings"),
-        ("messages_dropped", mailboxes["dropped"], "Messages that a sibling has missed: it reads too slowly"),
+        ("messages_published", mailboxes["published"], "Messages that were sent to all workers"),
+        (
+            "messages_dropped",
+            mailboxes["dropped"],
+            "Messages that a slow worker or subscriber has missed",
+        ),
     ):
         family = _MetricFamily(counter, name, text)
         family.add(value)

@@ -78,12 +78,13 @@ def _blocking(broker: Broker, by_age: dict[int, WorkerChannel]) -> BlockingEntry
 
 
 def _mailboxes(broker: Broker, by_age: dict[int, WorkerChannel]) -> MailboxesEntry:
-    total = broker.retired_counters.mailboxes(_scoreboards(by_age))
+    total = broker.retired_counters.mailboxes(_scoreboards(by_age)).plus(broker.mailboxes.counts())
     return {
         "passed": total.passed,
         "kept": total.kept,
         "published": total.published,
         "dropped": total.dropped,
+        "sessions": total.sessions,
     }
 
 

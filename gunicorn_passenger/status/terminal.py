@@ -184,9 +184,10 @@ def _blocking(blocking: BlockingEntry) -> str:
 def _mailboxes(mailboxes: MailboxesEntry) -> str:
     passed, kept = _number(mailboxes["passed"]), _number(mailboxes["kept"])
     published, dropped = _number(mailboxes["published"]), _number(mailboxes["dropped"])
+    sessions = _number(mailboxes["sessions"])
     return (
         f"SIBLINGS  {passed} connections passed, {kept} not taken in time; "
-        f"{published} messages published, {dropped} dropped"
+        f"{published} messages published, {dropped} dropped; {sessions} Socket.IO sessions"
     )
 
 

@@ -91,10 +91,10 @@ def test_one_line_in_one_line_out(start):
         (b"GET / HTTP/1.1\r\n", "a request is one line with a JSON object"),
         (b"[" * 4000 + b"\n", "a request is one line with a JSON object"),
         (b'["report"]\n', "a request is one line with a JSON object"),
-        (b'{"command": "shutdown"}\n', "unknown command; use report, restart, stop or publish"),
-        (b'{"command": {}}\n', "unknown command; use report, restart, stop or publish"),
+        (b'{"command": "shutdown"}\n', "unknown command; use report, restart, stop, publish or subscribe"),
+        (b'{"command": {}}\n', "unknown command; use report, restart, stop, publish or subscribe"),
         (b'{"command": "stop"}\n', "stop needs a name"),
-        (b'{"command": "publish", "topic": "x"}\n', "publish needs a topic and a text"),
+        (b'{"command": "publish", "topic": "x"}\n', "publish needs a topic and data"),
         (b'{"command": "stop", "name": 7}\n', "stop needs a name"),
         (b'{"command": "stop", "name": "x"}\n', "'x'"),
         (

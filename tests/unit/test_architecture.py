@@ -32,7 +32,7 @@ LAYERS = [
     ["daemons"],
     ["status"],
     ["arbiter"],
-    ["http_proxy", "socketio", "hooks"],
+    ["http_proxy", "socketio", "channels", "hooks"],
     ["worker"],
     ["script_runner"],
     ["cli", ""],

@@ -109,7 +109,7 @@ def test_without_a_mailbox_the_worker_serves_alone_and_says_so_once():
     assert not site.mailboxes.open()
     assert not site.mailboxes.open()
     assert len(site.broker.logged) == site.broker.asked == 1
-    site.mailboxes.publish("t", b"")
+    site.mailboxes.publish("t", b"", False)
 
 
 def test_messages_wait_for_room_and_keep_their_order(site, monkeypatch):
@@ -117,13 +117,13 @@ def test_messages_wait_for_room_and_keep_their_order(site, monkeypatch):
     receiving = site.join("a")
     fill(site.mailboxes.sibling("a"))
     for number in range(60):
-        site.mailboxes.publish("t", b"%d" % number)
+        site.mailboxes.publish("t", b"%d" % number, False)
     found = []
     with gevent.Timeout(30):
         while len(found) < 50:
             found += heard(receiving)
             gevent.sleep(0.001)
-    site.mailboxes.publish("t", b"next")
+    site.mailboxes.publish("t", b"next", False)
     assert [*found, *heard(receiving)] == [*(b"%d" % n for n in range(50)), b"next"]
     assert site.mailboxes.counts() == (0, 0, 61, 10)
     assert len(site.broker.logged) == 1
@@ -138,10 +138,10 @@ def test_a_message_for_which_the_system_has_no_room_keeps_the_hub_free(site, mon
         raise mailbox.MailboxFull("Too many open files")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.mailbox, "post", refuse)
-        site.mailboxes.publish("t", b"first")
+        patch.setattr(module.mailbox, "forward", refuse)
+        site.mailboxes.publish("t", b"first", False)
         gevent.sleep(0.02)
-        site.mailboxes.publish("t", b"second")
+        site.mailboxes.publish("t", b"second", False)
         gevent.sleep(0.02)
         assert len(tried) < 5
     found = []
@@ -157,17 +157,17 @@ def test_the_bytes_that_wait_are_limited(site, monkeypatch):
     site.join("a")
     fill(site.mailboxes.sibling("a"))
     for _ in range(3):
-        site.mailboxes.publish("t", b"x" * 400)
+        site.mailboxes.publish("t", b"x" * 400, False)
     assert site.mailboxes.counts().dropped == 1
 
 
 def test_a_sibling_that_goes_while_messages_wait_is_forgotten(site):
     site.join("a")
     fill(site.mailboxes.sibling("a"))
-    site.mailboxes.publish("t", b"x")
+    site.mailboxes.publish("t", b"x", False)
     site.leave("a")
     assert site.mailboxes.sibling("a") is None
-    site.mailboxes.publish("t", b"x")
+    site.mailboxes.publish("t", b"x", False)
     gevent.sleep(0)
 
 
@@ -204,7 +204,7 @@ def test_a_connection_that_is_not_claimed_in_time_stays(site, connection, monkey
 
 def test_what_a_sibling_sends_wrongly_does_no_harm(site, connection):
     received = []
-    site.mailboxes.subscribe("t", received.append)
+    site.mailboxes.subscribers.add("t", received.append)
     mailbox.forward(site.broker.sending, b"nonsense", ())
     claim = mailbox.make_claim()
     with open(os.devnull) as file:

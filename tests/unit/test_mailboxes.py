@@ -8,6 +8,7 @@ import pytest
 from open_descriptors import open_descriptors
 
 from gunicorn_passenger.ipc import channel, mailbox, messages
+from gunicorn_passenger.master import descriptors
 from gunicorn_passenger.master.mailbox_exchange import MailboxExchange
 from gunicorn_passenger.master.worker_channels import WorkerChannel, WorkerChannels
 
@@ -134,16 +135,18 @@ class Site:
 
     def add(self, age, **state):
         ours, theirs = channel.pair()
+        ours.setblocking(False)
         theirs.setblocking(False)
         worker = WorkerChannel(age, ours, **state)
         self.workers.add(worker)
         self.ends[age] = theirs
         self.exchange.open(worker, messages.OpenMailbox(5), None)
         heard = self.heard(age)
-        opened, fds = heard[-1]
+        opened, fds = next(one for one in heard if isinstance(one[0], messages.MailboxOpened))
+        heard.remove((opened, fds))
         self.tags[age] = opened.tag
         self.receiving[age] = socket.socket(fileno=fds[0])
-        return worker, heard[:-1]
+        return worker, heard
 
     def heard(self, age):
         found = []
@@ -254,3 +257,89 @@ def test_the_connections_of_a_dead_worker_go_to_a_sibling(site, connection):
             mailbox.take(site.receiving[age])
     site.exchange.on_worker_gone(dead)
     assert site.heard(3) == []
+
+
+def test_the_news_of_many_siblings_leaves_room_in_the_channel(site):
+    """Of a worker that does not read, since it imports the program for long."""
+    worker, _ = site.add(1)
+    opened = [site.exchange.open_outside() for _ in range(300)]
+    for tag, receiving in opened[200:]:
+        site.exchange.close_outside(tag)
+        receiving.close()
+    other, heard = site.add(2)
+    for _, fds in heard:
+        os.close(fds[0])
+    other.ready = True
+    site.exchange.on_worker_changed(other)
+    for _ in range(20):
+        assert site.reply(worker, messages.SuccessorReady(0), None)
+    known = {}
+    while True:
+        more = site.exchange.tick(0.0) is not None
+        for message, fds in site.heard(1):
+            for fd in fds:
+                os.close(fd)
+            if not isinstance(message, messages.SuccessorReady):
+                known[message.tag] = message.serving
+                if getattr(message, "gone", False):
+                    del known[message.tag]
+        if not more:
+            break
+    assert known == {**{tag: False for tag, _ in opened[:200]}, site.tags[2]: True}
+    for _, receiving in opened[:200]:
+        receiving.close()
+
+
+def test_another_process_has_a_mailbox_for_messages(site):
+    site.add(1, ready=True)
+    tag, receiving = site.exchange.open_outside()
+    [(joined, fds)] = site.heard(1)
+    assert joined == messages.SiblingJoined(0, tag, False)
+    _, heard = site.add(2, ready=True)
+    for fd in (*fds, *(fd for _, fds in (*heard, *site.heard(1)) for fd in fds)):
+        os.close(fd)
+    assert site.exchange.publish("t", b"x" * 100_000) == 3
+    for end in (receiving, site.receiving[1], site.receiving[2]):
+        assert received(end).data == b"x" * 100_000
+    assert site.exchange.counts()[2:4] == (1, 0)
+    site.exchange.close_outside(tag)
+    site.exchange.close_outside(tag)
+    for age in (1, 2):
+        assert site.heard(age) == [(messages.SiblingChanged(0, tag, False, True), [])]
+    assert mailbox.take(receiving) is None
+    receiving.close()
+
+
+def test_the_messages_that_a_full_mailbox_misses_are_counted(site):
+    site.add(1, ready=True)
+    while site.exchange.publish("t", b""):
+        pass
+    published, dropped = site.exchange.counts()[2:4]
+    assert dropped == 1
+    assert published > 1
+
+
+def test_a_worker_that_cannot_use_its_mailbox_gives_it_back(site):
+    """Without it the siblings would wait for that worker at each connection of a key."""
+    worker, _ = site.add(1, ready=True)
+    site.add(2, ready=True)
+    site.exchange.release(worker, messages.ReleaseMailbox(0), None)
+    gone = messages.SiblingChanged(0, site.tags[1], False, True)
+    assert site.heard(2) == [(gone, [])]
+    assert mailbox.take(site.receiving[1]) is None
+
+
+def test_what_a_sibling_has_sent_without_end_is_not_taken_out(site, monkeypatch):
+    dead, _ = site.add(1, ready=True)
+    monkeypatch.setattr(descriptors, "MAX_WAITING", 3)
+    monkeypatch.setattr(dead.closer, "_start", lambda: None)
+    own = site.exchange._by_age[1]
+    with socket.socket() as sock:
+        for _ in range(40):
+            mailbox.forward(own.sending, b"x", [sock.fileno()])
+        before = open_descriptors()
+        site.exchange.on_worker_gone(dead)
+        assert open_descriptors() <= before + 3
+    for fd, _ in dead.closer._waiting:
+        os.close(fd)
+    dead.closer._waiting.clear()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import metadata
 from types import SimpleNamespace
 
 import engineio
@@ -13,8 +14,10 @@ import socketio
 import gunicorn_passenger
 from gunicorn_passenger import PassengerError, SettingError
 from gunicorn_passenger.config.settings import settings
+from gunicorn_passenger.serving.registry import registry
 from gunicorn_passenger.socketio import LocalManager, attach, emitter
 from gunicorn_passenger.status import control_client
+from gunicorn_passenger.system.installed import outdated
 
 
 @pytest.fixture(autouse=True)
@@ -82,12 +85,12 @@ def test_a_server_with_clients_is_refused():
 def test_an_emitter_does_not_ask_a_slow_master_twice(monkeypatch):
     asked = []
 
-    def publish(instance, topic, text):
+    def publish(path, topic, data):
         asked.append(topic)
         if len(asked) > 1:
             raise TimeoutError("timed out")
 
-    monkeypatch.setattr(control_client, "own_application", lambda app: SimpleNamespace(pid=7))
+    monkeypatch.setattr(control_client, "own_application", lambda app: SimpleNamespace(pid=7, socket="x"))
     monkeypatch.setattr(control_client, "publish", publish)
     manager = emitter()
     manager.emit("news", 1)
@@ -106,7 +109,35 @@ def test_without_python_socketio_the_error_says_what_to_install():
     program = "import sys; sys.modules['socketio'] = None; import gunicorn_passenger.socketio"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.returncode == 1
-    assert "pip install python-socketio" in ended.stderr.splitlines()[-1]
+    assert "pip install 'gunicorn-passenger[socketio]'" in ended.stderr.splitlines()[-1]
+
+
+def test_an_old_python_socketio_is_named():
+    program = (
+        "from importlib import metadata; real = metadata.version; metadata.version = lambda name: "
+        "'5.16.0' if name == 'python-socketio' else real(name); import gunicorn_passenger.socketio"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "needs python-socketio 5.16.1 or newer, and this Python has 5.16.0: pip" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "older"),
+    [("5.16.0", True), ("5.9", True), ("4.16.2", True), ("5.16.1", False), ("6.0", False)],
+)
+def test_versions_are_compared_as_numbers(monkeypatch, version, older):
+    monkeypatch.setattr(metadata, "version", lambda name: version)
+    assert outdated("x", "5.16.1") == (version if older else None)
+
+
+def test_sessions_are_counted(monkeypatch):
+    monkeypatch.setattr(registry.acceptors, "session_counts", [])
+    eio = engineio.Server(async_mode="threading")
+    attach(eio)
+    eio.sockets["x"] = object()
+    [count] = registry.acceptors.session_counts
+    assert count() == 1
 
 
 def test_the_module_is_a_public_name():
