@@ -55,6 +55,7 @@ class LocalManager(socketio.PubSubManager):
     def __init__(self, channel: str = "socketio", logger: Any = None) -> None:
         """
         :param channel: tells apart the Socket.IO servers of one program; each needs one of its own.
+        :param logger: as for ``socketio.PubSubManager``.
         """
         super().__init__(channel=channel, logger=logger)
         self._topic = _topic(channel)

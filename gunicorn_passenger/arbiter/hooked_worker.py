@@ -215,6 +215,14 @@ class HookedWorker:
             self._worker.booted = False  # gunicorn halts, as for a program that it cannot load
             raise
         self._broker.announce_ready(default_name(getattr(self._worker, "wsgi", None)), False)
+        if settings.sticky(is_primary=True) != settings.default_sticky:
+            self.log.warning(
+                "gunicorn-passenger: configure(sticky=%r) has no effect: under the worker class %r gunicorn "
+                "serves the primary; give the option to a server of create_server(), or use "
+                "-k gunicorn_passenger.Worker",
+                settings.sticky(is_primary=True),
+                self._worker.cfg.worker_class_str,
+            )
         events.emit("ready", self._worker, self.log)
         if self._is_gevent:
             self._scheduler.start_task(self._tick_forever)

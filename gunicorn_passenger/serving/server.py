@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.config.address import Address, Primary, SockAddr, Tcp, format_sockname, parse
-from gunicorn_passenger.config.settings import check_placement, check_sticky, settings
+from gunicorn_passenger.config.settings import OFF, PLACEMENTS, check_placement, check_sticky, settings
 from gunicorn_passenger.serving import server_errors
 from gunicorn_passenger.serving.port_lease import PortLease
 from gunicorn_passenger.system.text import MAX_NAME, printable
@@ -175,10 +175,12 @@ class Server:
             raise errors.SettingError(
                 f"name={name!r}: a server's name must be a string of 1 to {MAX_NAME} characters"
             )
+        self._sticky = None if sticky is None else check_sticky(sticky, "listen(sticky=...)")
+        if self._sticky not in (None, OFF) and placement in PLACEMENTS[1:]:
+            raise server_errors.sticky_with_placement(self._sticky, placement)
         if isinstance(requested, Tcp):
             placement = settings.placement(requested.port, placement)
         self.placement = check_placement(placement)
-        self._sticky = None if sticky is None else check_sticky(sticky, "listen(sticky=...)")
         if isinstance(requested, Primary) and placement != "shared":
             raise server_errors.primary_with_placement(placement)
         # the master escapes the name too, so that both know the same one

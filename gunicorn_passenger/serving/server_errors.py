@@ -28,6 +28,13 @@ def primary_with_placement(placement: str) -> SettingError:
     )
 
 
+def sticky_with_placement(sticky: object, placement: str) -> SettingError:
+    return SettingError(
+        f"listen(sticky={sticky!r}) is for the placement 'shared': with {placement!r} one worker serves all "
+        "requests to the port; leave sticky out, or placement"
+    )
+
+
 def unknown_name(name: str) -> PassengerError:
     return PassengerError(
         f"this application has no server or daemon {name!r}; 'gunicorn-passenger status' lists them"

@@ -9,10 +9,11 @@ import pytest
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.config.settings import check_sticky
+from gunicorn_passenger.http.acceptor import Acceptor
 from gunicorn_passenger.ipc import mailbox
 from gunicorn_passenger.ipc.messages import SiblingChanged, SiblingJoined
 from gunicorn_passenger.serving import mailboxes as module
-from gunicorn_passenger.serving.mailboxes import Mailboxes
+from gunicorn_passenger.serving.mailboxes import Mailboxes, Sibling
 from gunicorn_passenger.serving.stickiness import ByCookie, ByKey, BySessionId, install
 
 
@@ -125,7 +126,7 @@ def test_messages_wait_for_room_and_keep_their_order(site, monkeypatch):
             gevent.sleep(0.001)
     site.mailboxes.publish("t", b"next", False)
     assert [*found, *heard(receiving)] == [*(b"%d" % n for n in range(50)), b"next"]
-    assert site.mailboxes.counts() == (0, 0, 61, 10)
+    assert site.mailboxes.counts()[:4] == (0, 0, 61, 10)
     assert len(site.broker.logged) == 1
 
 
@@ -202,22 +203,94 @@ def test_a_connection_that_is_not_claimed_in_time_stays(site, connection, monkey
     assert site.mailboxes.counts()[:2] == (0, 3)
 
 
+class FullAcceptor(Acceptor):
+    def __init__(self):
+        self.attached = []
+
+    def make_room(self):
+        return False
+
+
+def test_a_connection_for_which_there_is_no_room_goes_back_at_once(site, connection, monkeypatch):
+    monkeypatch.setattr(module, "CLAIM_TIME", 60)
+    site.mailboxes._acceptors = lambda: [("key", FullAcceptor())]
+    myself = Sibling("myself", os.dup(site.broker.sending.fileno()), True)
+    with gevent.Timeout(30):
+        assert not site.mailboxes.pass_connection(myself, "key", connection.fileno(), b"GET")
+        assert not site.mailboxes.pass_connection(myself, "no server", connection.fileno(), b"GET")
+    assert site.mailboxes.counts()[:2] == (0, 2)
+    myself.close()
+
+
+def test_a_claim_has_one_outcome():
+    for settle, theirs in ((mailbox.claim, False), (mailbox.refuse, True)):
+        claim = mailbox.make_claim()
+        settle(claim)
+        assert mailbox.take_back(claim) is theirs
+        assert mailbox.take_back(claim) is None
+        assert not mailbox.claim(claim)
+        os.close(claim)
+
+
+def test_a_worker_that_dies_while_it_claims_has_the_connection(site, connection, monkeypatch):
+    """Between its two steps: the sender must not serve a connection that the other one may have served."""
+    monkeypatch.setattr(module, "CLAIM_TIME", 0.02)
+    receiving = site.join("a")
+
+    def begin_to_claim():
+        packet = mailbox.unpack(*mailbox.take(receiving))
+        assert os.eventfd_read(packet.fds[1])
+        for fd in packet.fds:
+            os.close(fd)
+
+    gevent.spawn_later(0.001, begin_to_claim)
+    assert site.mailboxes.pass_connection(site.mailboxes.sibling("a"), "key", connection.fileno(), b"GET")
+
+
+def test_room_for_a_passed_connection_is_made_by_an_idle_one():
+    busy, idle = (
+        SimpleNamespace(has_input=lambda value=value: value, expire=lambda: gone.append(1))
+        for value in (True, False)
+    )
+    gone = []
+    waiting = SimpleNamespace(longest=lambda: None)
+    listener = SimpleNamespace(silent=SimpleNamespace(longest=lambda: None), idle=waiting)
+    acceptor = Acceptor(SimpleNamespace(_sock=SimpleNamespace(family=1, proto=0)), listener, 1)
+    assert acceptor.make_room()
+    acceptor._connections.add(1)
+    assert not acceptor.make_room()
+    waiting.longest = lambda: busy
+    assert not acceptor.make_room()
+    assert not gone
+    waiting.longest = lambda: idle
+    assert acceptor.make_room()
+    assert gone
+
+
+def test_a_sibling_without_a_descriptor_is_reported_once(site):
+    for tag in "ab":
+        site.broker.on_sibling(SiblingJoined(0, tag, True), None)
+    assert len(site.broker.logged) == 1
+    assert site.mailboxes.sibling("a") is None
+
+
 def test_what_a_sibling_sends_wrongly_does_no_harm(site, connection):
     received = []
     site.mailboxes.subscribers.add("t", received.append)
     mailbox.forward(site.broker.sending, b"nonsense", ())
-    claim = mailbox.make_claim()
+    claims = mailbox.make_claim(), mailbox.make_claim()
     with open(os.devnull) as file:
-        mailbox.post(site.broker.sending, mailbox.CONNECTION, "key", b"", (file.fileno(), claim))
-    mailbox.post(site.broker.sending, mailbox.CONNECTION, "no server", b"", (connection.fileno(), claim))
+        mailbox.post(site.broker.sending, mailbox.CONNECTION, "key", b"", (file.fileno(), claims[0]))
+    mailbox.post(site.broker.sending, mailbox.CONNECTION, "no server", b"", (connection.fileno(), claims[1]))
     mailbox.post(site.broker.sending, mailbox.MESSAGE, "not subscribed", b"")
     mailbox.post(site.broker.sending, mailbox.MESSAGE, "t", b"heard")
     with gevent.Timeout(30):
         while not received:
             gevent.sleep(0.001)
     assert received == [b"heard"]
-    assert mailbox.claim(claim)
-    os.close(claim)
+    for claim in claims:
+        assert mailbox.take_back(claim)
+        os.close(claim)
 
 
 def test_a_key_moves_only_with_its_worker(site):

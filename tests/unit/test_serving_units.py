@@ -309,6 +309,10 @@ def test_the_interface_of_an_application_is_recognized():
         ),
         (lambda: passenger.listen(9000, application, nam="x"), "did you mean 'name'"),
         (
+            lambda: passenger.listen(9000, application, sticky="cookie", placement="one"),
+            "sticky='cookie'.* leave sticky out, or placement",
+        ),
+        (
             lambda: passenger.create_server(asgi, interface="wsgi"),
             "is an application for ASGI; leave interface out, or say interface='asgi'",
         ),

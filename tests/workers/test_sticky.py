@@ -206,4 +206,5 @@ def test_servers_under_another_worker_class_are_sticky_too(start):
             assert (answer["pid"], answer["body"]) == (pid, 100)
     pids = {site.ask(site.keys, "/?user=a")["pid"] for _ in range(9)}
     assert len(pids) == 1
+    assert "configure(sticky='cookie:worker') has no effect: under the worker class" in site.process.log()
     assert "Traceback" not in site.process.log()
