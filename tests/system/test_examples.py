@@ -8,10 +8,13 @@ import json
 import os
 import re
 import signal
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import socketio
+import websocket
 from conditions import wait_for
 from example_sites import EXAMPLES, Example, assert_shown, wait_for_sharing
 from free_ports import free_port, free_range
@@ -24,7 +27,7 @@ def test_every_example_is_tested():
     # proxy: in test_real_peers.py, status: in test_status_app.py
     tested = {
         "seed", "prometheus", "unmodified", "hooks", "proxy", "status", "django", "fastapi", "chat",
-        "health", "jobs", "docker",
+        "health", "jobs", "docker", "events",
     }  # fmt: skip
     assert {path.name for path in EXAMPLES.iterdir() if any(path.glob("*.py"))} == tested
     for name in tested:
@@ -376,3 +379,43 @@ def test_docker(start, port):
     assert process.log().count(f"Opened 0.0.0.0:{port} ") == 1
     assert process.stop() == 0, process.log()
     assert not re.search("WARNING|ERROR|Traceback", process.log()), process.log()
+
+
+# --- events ----------------------------------------------------------------------------------------
+
+
+def test_events(start):
+    """Four streams and four WebSockets, of whichever workers, hear what one request says; so does the next worker."""
+    primary = free_port()
+    example = Example(start, "events", {8000: primary})
+    process = example.run(example.command("gunicorn -k")).wait_ready(primary)
+    wait_for(lambda: len(process.workers()) == 4, "four workers")
+    (promised,) = example.promises("curl -d")
+    streams = [
+        subprocess.Popen(
+            ["bash", "-ec", f"exec {example.command('curl -sN')}"], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(4)
+    ]
+    sockets = [websocket.create_connection(f"ws://127.0.0.1:{primary}/socket", timeout=60) for _ in range(4)]
+    try:
+        for client in (*streams, *sockets):
+            # a client that is not connected yet does not hear it: say it again
+            receive = client.stdout.readline if client in streams else client.recv
+            with ThreadPoolExecutor(1) as pool:
+                heard = pool.submit(
+                    lambda receive=receive: next(line for line in iter(receive, None) if line.strip())
+                )
+                wait_for(lambda heard=heard: example.ask("curl -d") == "" and heard.done())
+            assert heard.result().strip() == (
+                promised if client in streams else promised.removeprefix("data: ")
+            )
+    finally:
+        for client in streams:
+            client.kill()
+            client.wait()
+            client.stdout.close()
+        for client in sockets:
+            client.close()
+    assert process.stop() == 0, process.log()
+    assert "Traceback" not in process.log(), process.log()
