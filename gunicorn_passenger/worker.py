@@ -26,7 +26,7 @@ from gunicorn.workers.ggevent import GeventWorker
 
 # A program uses `http_proxy`, `status` and both `api` modules. The master imports them before it forks: the
 # workers share their memory, and a worker that can open hardly any file cannot import anything.
-from gunicorn_passenger import errors, http_proxy, status  # noqa: F401
+from gunicorn_passenger import channels, errors, http_proxy, status  # noqa: F401
 from gunicorn_passenger.arbiter import deployment_checks, fork_handlers, integration, program_import
 from gunicorn_passenger.arbiter.null_heartbeat import NullHeartbeat
 from gunicorn_passenger.config.address import format_sockname

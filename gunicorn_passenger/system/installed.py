@@ -12,7 +12,7 @@ from importlib import metadata
 def outdated(distribution: str, needed: str) -> str | None:
     """
     :param needed: the oldest version that can be used.
-    :returns: the installed version when it is older, empty when there is none, ``None`` when it can be used.
+    :returns: ``None`` when the installed version can be used; else that version, empty when none is installed.
     """
     try:
         found = metadata.version(distribution)
