@@ -12,7 +12,7 @@ from importlib import metadata
 def outdated(distribution: str, needed: str) -> str | None:
     """
     :param needed: the oldest version that can be used.
-    :returns: ``None`` when the installed version can be used; else that version, empty when none is installed.
+    :returns: that version when it is older, empty when it is missing, ``None`` when it can be used.
     """
     try:
         found = metadata.version(distribution)

@@ -1,4 +1,4 @@
-"""Socket.IO with four workers: real clients, all transports, directly and through the proxy."""
+"""Socket.IO with four workers: real clients, all transports, directly, through the proxy and through nginx."""
 
 import itertools
 import os
@@ -11,7 +11,9 @@ import socketio
 from conditions import wait_for
 from free_ports import free_port
 from http_client import pids_answering
+from peer_servers import nginx
 from processes import starting
+from status_commands import only
 
 WORKERS = 4
 TRANSPORTS = (["polling"], ["websocket"], ["polling", "websocket"])
@@ -53,16 +55,35 @@ class Chatter:
 
 class Site:
     def __init__(self, start):
-        self.ports = free_port(), free_port()
+        self.start = start
+        self.ports = [free_port() for _ in range(4)]
         env = {"P1": self.ports[0], "P2": self.ports[1], "PASSENGER_OVERLAP": 60}
         self.process = start.gunicorn(
             "socketio_app", "--graceful-timeout", 3, workers=WORKERS, env=env
         ).wait_ready(self.ports[0])
         pids_answering(self.ports[0], WORKERS)
-        self.chatters = [
-            Chatter(port, transports)
-            for port, transports, _ in itertools.product(self.ports, TRANSPORTS, range(2))
-        ]
+        # with keep-alive, nginx sends the requests of all clients over the same connections
+        upstreams = zip(("keepalive 4;", ""), ("''", "close"), self.ports[2:], strict=True)
+        servers = "".join(
+            f"""
+            upstream chat{port} {{ server 127.0.0.1:{self.ports[0]}; {keepalive} }}
+            map $http_upgrade $connection{port} {{ default upgrade; '' {connection}; }}
+            server {{
+                listen 127.0.0.1:{port};
+                location / {{
+                    proxy_pass http://chat{port};
+                    proxy_http_version 1.1;
+                    proxy_set_header Host $http_host;
+                    proxy_set_header Upgrade $http_upgrade;
+                    proxy_set_header Connection $connection{port};
+                    proxy_read_timeout 300s;
+                }}
+            }}
+            """
+            for keepalive, connection, port in upstreams
+        )
+        nginx(start, "front", servers, *self.ports[2:])
+        self.chatters = [Chatter(*both) for both in itertools.product(self.ports, TRANSPORTS)]
         self.count = itertools.count()
 
     def workers(self):
@@ -117,6 +138,10 @@ def site():
 def test_a_broadcast_reaches_every_client_once(site):
     assert len(set(site.workers())) > 1
     site.broadcast(len(site.chatters))
+    wait_for(lambda: only(site.start)["mailboxes"]["sessions"] == len(site.chatters))
+    found = only(site.start)["mailboxes"]
+    assert found["passed"] > 0
+    assert found["dropped"] == 0
 
 
 def test_a_room_spans_the_workers(site):
