@@ -310,7 +310,9 @@ class SoakClient:
 
         self.port, self.transport = port, transport
         self.news: list[int] = []
-        self.client = socketio.AsyncClient(reconnection_delay=0.5, reconnection_delay_max=2)
+        self.client = socketio.AsyncClient(
+            reconnection_delay=0.5, reconnection_delay_max=2, request_timeout=PATIENCE
+        )
         self.client.on("news", self.news.append)
 
     async def open(self) -> None:

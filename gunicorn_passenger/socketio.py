@@ -116,7 +116,8 @@ def attach(sio: Any) -> None:
 
     :param sio: a ``socketio.Server``, a ``flask_socketio.SocketIO`` that has its application, or an
         ``engineio.Server``.
-    :raises SettingError: (a ``ValueError``) when it is attached already, has clients, or runs in asyncio.
+    :raises SettingError: (a ``ValueError``) when it is attached already, has clients, is instrumented for the
+        admin interface, or runs in asyncio.
     :raises TypeError: for anything else.
     """
     server = getattr(sio, "server", sio) if type(sio).__module__.startswith("flask_socketio") else sio
@@ -143,8 +144,14 @@ def attach(sio: Any) -> None:
         raise SettingError(
             "socketio.attach(): this server has clients already; call it where you make the server"
         )
+    replaces = server is not eio and type(server.manager) is socketio.Manager
+    if replaces and "emit" in vars(server.manager):
+        raise SettingError(
+            "socketio.attach(): the client manager, which attach() replaces, was changed already; call "
+            "attach() before sio.instrument()"
+        )
     setattr(eio, _ATTACHED, True)
-    if server is not eio and type(server.manager) is socketio.Manager:
+    if replaces:
         server.manager = LocalManager()
         server.manager.set_server(server)
     random_id = eio.generate_id

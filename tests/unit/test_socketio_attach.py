@@ -75,6 +75,17 @@ def test_what_cannot_be_attached_is_named(sio, error, text):
     assert settings.default_sticky == "off"
 
 
+def test_the_admin_interface_comes_after_attach():
+    late = socketio.Server(async_mode="threading")
+    late.instrument(auth=False)
+    with pytest.raises(SettingError, match=r"call attach\(\) before sio.instrument\(\)"):
+        attach(late)
+    early = socketio.Server(async_mode="threading")
+    attach(early)
+    early.instrument(auth=False)
+    assert early.manager._timestamps == {}
+
+
 def test_a_server_with_clients_is_refused():
     eio = engineio.Server(async_mode="threading")
     eio.sockets["x"] = object()
