@@ -45,7 +45,7 @@ def gunicorn_words(port: int, worker: str, workers: int) -> list[object]:
 
 
 @contextlib.contextmanager
-def started(words: list[object], home: Path, name: str, port: int, **variables: object) -> Iterator[Any]:
+def server_at(words: list[object], home: Path, name: str, port: int, **variables: object) -> Iterator[Any]:
     place = home / name
     place.mkdir()
     with running(words, place, APPS, **variables) as process:
@@ -59,12 +59,12 @@ def contestant(name: str, home: Path) -> Iterator[tuple[list[int], list[Any]]]:
     port = free_ports(WORKERS + 2)
     if name == OURS:
         words = gunicorn_words(port, "gunicorn_passenger.Worker", WORKERS)
-        with started(words, home, "ours", port, BENCH_MANAGER="ours") as process:
+        with server_at(words, home, "ours", port, BENCH_MANAGER="ours") as process:
             wait_for(process, lambda: len(family(process.pid)) > WORKERS, "all workers run")
             yield [port], [process]
         return
     if name == SINGLE:
-        with started(
+        with server_at(
             gunicorn_words(port, "gevent", 1), home, "single", port, BENCH_MANAGER="none"
         ) as process:
             yield [port], [process]
@@ -72,11 +72,11 @@ def contestant(name: str, home: Path) -> Iterator[tuple[list[int], list[Any]]]:
     with contextlib.ExitStack() as stack:
         redis, first = port + 1, port + 2
         words = ["redis-server", "--port", redis, "--save", "", "--bind", "127.0.0.1"]
-        processes = [stack.enter_context(started(words, home, "redis", redis))]
+        processes = [stack.enter_context(server_at(words, home, "redis", redis))]
         for each in range(WORKERS):
             processes.append(
                 stack.enter_context(
-                    started(
+                    server_at(
                         gunicorn_words(first + each, "gevent", 1), home, f"gunicorn{each}", first + each,
                         BENCH_MANAGER=f"redis://127.0.0.1:{redis}/0",
                     )
@@ -92,7 +92,7 @@ def contestant(name: str, home: Path) -> Iterator[tuple[list[int], list[Any]]]:
             "proxy_set_header Connection upgrade; proxy_read_timeout 300s; } } }\n"
         )
         words = ["nginx", "-c", home / "nginx.conf", "-p", home]
-        processes.append(stack.enter_context(started(words, home, "nginx", port)))
+        processes.append(stack.enter_context(server_at(words, home, "nginx", port)))
         yield [port, *range(first, first + WORKERS)], processes[1:] + processes[:1]
 
 
@@ -286,7 +286,7 @@ def cost_of_sticky(home: Path, requests: int) -> float:
         for name, manager in (("sticky", "ours"), ("plain", "none")):
             port = free_ports(1)
             words = gunicorn_words(port, "gunicorn_passenger.Worker", 1)
-            process = stack.enter_context(started(words, home, name, port, BENCH_MANAGER=manager))
+            process = stack.enter_context(server_at(words, home, name, port, BENCH_MANAGER=manager))
             sock = stack.enter_context(socket.create_connection(("127.0.0.1", port), PATIENCE))
             wait_for(process, lambda port=port: get(port, "/received") and None, "it responds")
             sites.append((sock, family(process.pid)))
@@ -316,9 +316,8 @@ class SoakClient:
         self.client.on("news", self.news.append)
 
     async def open(self) -> None:
-        await self.client.connect(
-            f"http://127.0.0.1:{self.port}", transports=[self.transport], wait_timeout=60
-        )
+        where = f"http://127.0.0.1:{self.port}"
+        await self.client.connect(where, transports=[self.transport], wait_timeout=PATIENCE, retry=True)
 
     async def call(self, event: str, *arguments: object) -> Any:
         """``None`` while it connects again."""

@@ -33,8 +33,8 @@ if handle_emit is not None:
     sio.manager._handle_emit = count_emit
 
 
-@sio.event
-def connect(sid, environ):
+@sio.on("connect")
+def admit(sid, environ):
     sio.enter_room(sid, "all")
 
 
