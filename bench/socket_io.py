@@ -328,16 +328,17 @@ class SoakClient:
         return None
 
 
-async def settle(clients: list[SoakClient], alive: Callable[[], list[int]]) -> None:
-    """Wait until each client has a session in a worker that lives."""
-    deadline = time.monotonic() + 3 * PATIENCE
-    left = list(clients)
-    while left:
-        if time.monotonic() > deadline:
-            raise Failed(f"{len(left)} of {len(clients)} clients did not connect again")
-        answers = await asyncio.gather(*(one.call("whoami") for one in left))
+async def settled_sessions(clients: list[SoakClient], alive: Callable[[], list[int]]) -> list[Any]:
+    """Wait until each client has a session in a worker that lives: the pid of the worker, and the session."""
+    deadline = time.monotonic() + 5 * PATIENCE
+    while True:
+        answers = await asyncio.gather(*(one.call("whoami") for one in clients))
         pids = set(alive())
-        left = [one for one, answer in zip(left, answers, strict=True) if not answer or answer[0] not in pids]
+        left = sum(not answer or answer[0] not in pids for answer in answers)
+        if not left:
+            return answers
+        if time.monotonic() > deadline:
+            raise Failed(f"{left} of {len(clients)} clients did not connect again")
         await asyncio.sleep(0.2)
 
 
@@ -350,25 +351,27 @@ async def soak(port: int, process: Any, count: int, cycles: int) -> int:
         await asyncio.gather(*(one.open() for one in clients[at : at + 20]))
     number, missed, twice = 0, 0, 0
     for cycle in range(cycles + 1):
-        await settle(clients, workers)
+        before = await settled_sessions(clients, workers)
         for one in clients:
             one.news.clear()
-        first = number
+        said = []
         for speaker in random.sample(clients, 20):
-            await speaker.client.emit("say", number)
+            if await speaker.call("say", number):
+                said.append(number)
             number += 1
-        deadline = time.monotonic() + 5 * PATIENCE
-        while any(len(one.news) < number - first for one in clients) and time.monotonic() < deadline:
+        deadline = time.monotonic() + PATIENCE
+        while any(len(one.news) < len(said) for one in clients) and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
+        after = await settled_sessions(clients, workers)
         heard = [Counter(one.news) for one in clients]
-        missed += sum(each not in one for one in heard for each in range(first, number))
+        # the others have lost their connection meanwhile, and what was said before they were back
+        stayed = [one for one, then, now in zip(heard, before, after, strict=True) if then == now]
+        missed += sum(each not in one for one in stayed for each in said)
         twice += sum(times > 1 for one in heard for times in one.values())
-        spread = Counter(
-            answer[0] for answer in await asyncio.gather(*(one.call("whoami") for one in clients))
-        )
+        spread = Counter(pid for pid, _ in after)
         print(
-            f"{number} broadcasts to {count} clients of {len(spread)} workers ({min(spread.values())} to "
-            f"{max(spread.values())} each): {missed} missed, {twice} heard twice",
+            f"{len(said)} broadcasts to {len(stayed)} clients of {len(spread)} workers "
+            f"({min(spread.values())} to {max(spread.values())} each): {missed} missed, {twice} heard twice",
             flush=True,
         )
         if cycle == cycles:

@@ -52,6 +52,7 @@ def whoami(sid):
 def say(sid, number):
     """A message to all clients."""
     sio.emit("news", number, room="all")
+    return True
 
 
 @sio.event
