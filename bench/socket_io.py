@@ -306,8 +306,11 @@ class SoakClient:
     """A client of python-socketio that keeps what it hears."""
 
     def __init__(self, port: int, transport: str) -> None:
+        import engineio
         import socketio
 
+        # a polling client refuses a response with more packets, and connects again
+        engineio.payload.Payload.max_decode_packets = 10_000
         self.port, self.transport = port, transport
         self.news: list[int] = []
         self.client = socketio.AsyncClient(
