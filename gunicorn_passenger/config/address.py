@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import socket
 
-from gunicorn_passenger._record import Record
 from gunicorn_passenger.config import listen_errors
+from gunicorn_passenger.config.record import Record
 
 #: Bytes that a UNIX socket path may have: sun_path without the closing NUL (unix(7)).
 UNIX_PATH_MAX = 107

@@ -13,8 +13,8 @@ import stat
 import sys
 from collections.abc import Iterable
 
-from gunicorn_passenger._record import Record
 from gunicorn_passenger.config import listen_errors
+from gunicorn_passenger.config.record import Record
 from gunicorn_passenger.errors import SettingError
 
 #: The system's file: account -> ports. Read by the master; never taken from the environment,

@@ -18,8 +18,8 @@ from contextlib import suppress
 from typing import Any
 
 from gunicorn_passenger import errors
-from gunicorn_passenger._record import Record
 from gunicorn_passenger.config import address, listen_errors
+from gunicorn_passenger.config.record import Record
 from gunicorn_passenger.daemons import daemon_errors
 
 #: Limits: sockets of a daemon, daemons of an application, characters of a name.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from gunicorn_passenger._record import Record
+from gunicorn_passenger.config.record import Record
 
 #: Raised when a message changes its meaning; each side rejects packets of another version.
 VERSION = 1

@@ -13,9 +13,9 @@ from collections.abc import Set
 from contextlib import suppress
 
 from gunicorn_passenger import errors
-from gunicorn_passenger._record import Record
 from gunicorn_passenger.config import listen_errors
 from gunicorn_passenger.config.port_allocation import PortAllocation, format_ports, parse_ports
+from gunicorn_passenger.config.record import Record
 from gunicorn_passenger.system import listening_sockets
 
 #: How many ports one application may hold, so that a program that never stops opening ports cannot use up the

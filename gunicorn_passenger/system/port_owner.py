@@ -12,8 +12,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 
-from gunicorn_passenger._record import Record
 from gunicorn_passenger.config.port_allocation import account_name
+from gunicorn_passenger.config.record import Record
 from gunicorn_passenger.system import procfs
 
 #: States in /proc/net/tcp (proc(5)); the second is that of a connection which its listener has yet to accept.
