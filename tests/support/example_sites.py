@@ -74,11 +74,14 @@ class Example:
         script = "\n".join(["set -e", *before, re.sub(r"^(\w+=\S+ )*", r"\g<0>exec ", server)])
         return self.start.run("bash", "-c", script, cwd=self.directory, env=self.env | env)
 
-    def serve(self, port=None, **env):
-        """Start what the README says, and wait for it, and for the port in all of its workers."""
+    def serve(self, port=None, containing="", **env):
+        """Start what the README says, and wait for it, and for the port in all of its workers.
+
+        :param containing: tells its block of commands from others that start gunicorn.
+        """
         (server,) = {
             text for language, text in self.blocks
-            if language == "sh" and re.search(r"^gunicorn", text, re.M)
+            if language == "sh" and containing in text and re.search(r"^gunicorn", text, re.M)
         }  # fmt: skip
         process = self.run(server, **env).wait_ready(self.socket)
         wait_for(lambda: len(process.workers()) == 4, "four workers")

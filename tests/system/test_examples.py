@@ -4,6 +4,7 @@ The commands and the expected output are read from the READMEs' code blocks. Two
 a copy of the example: the UNIX socket's path, and the port numbers, in README and code alike.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -172,7 +173,7 @@ def test_django_on_gthread(start):
 def test_fastapi_beside_flask(start):
     admin, metrics = free_port(), free_port()
     example = Example(start, "fastapi", {9500: admin, 9501: metrics})
-    process = example.serve(admin)
+    process = example.serve(admin, "gunicorn shop")
     for line in example.promises("gunicorn shop"):
         assert process.log().count(line) == 1
     *shown, total = example.promises("seq 20")
@@ -187,6 +188,25 @@ def test_fastapi_beside_flask(start):
     process.hup(4)
     assert fetch(admin, "/report")[0] == 200
     assert page_count(metrics, "shop_orders_total") == already + 20
+    assert process.stop() == 0, process.log()
+    assert not re.search("WARNING|ERROR|Traceback", process.log()), process.log()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gunicorn.asgi") is None, reason="this gunicorn has no worker class asgi"
+)
+def test_fastapi_on_asgi_workers(start):
+    metrics = free_port()
+    example = Example(start, "fastapi", {9502: metrics})
+    process = example.serve(metrics, "api:api")
+    already = page_count(metrics, "api_orders_total")
+    *shown, total = example.promises("seq 10")
+    output = example.ask("seq 10")
+    assert_shown(shown, output)
+    assert total == "api_orders_total 10.0"
+    assert f"api_orders_total {already + 10}\n" in output
+    process.hup(4)
+    assert page_count(metrics, "api_orders_total") == already + 10
     assert process.stop() == 0, process.log()
     assert not re.search("WARNING|ERROR|Traceback", process.log()), process.log()
 
