@@ -53,9 +53,8 @@ def copy_response(
     first = round_trip.receive(wait=False) if body is None else b""
     response.sent = len(first)
     unread = not round_trip.sender.started or round_trip.sender.replaced
-    if (status >= 400 or round_trip.head.close) and not round_trip.sender.sent:
-        # the rest of the request's body is not read for long (RFC 9112 section 9.6)
-        response.force_close()
+    if (status >= 400 or round_trip.head.close) and round_trip.sender.is_cut_off:
+        response.force_close()  # RFC 9112 section 9.6
     whole = body is None and round_trip.complete and not round_trip.trailers
     response.begin_upstream_response(line, lines, length, first, whole, unread)
     if whole:

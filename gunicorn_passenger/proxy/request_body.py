@@ -291,6 +291,11 @@ class RequestBodySender:
             self.mirror.end(whole=False)
 
     @property
+    def is_cut_off(self) -> bool:
+        """Whether the client is likely to send more than is read after the upstream has stopped reading."""
+        return self.length > _DISCARD and not self.sent
+
+    @property
     def sent(self) -> bool:
         """Whether the upstream was sent all of it."""
         return self.finished or self.held is not None
@@ -301,7 +306,7 @@ class NoBodySender:
 
     length = chunks_sent = 0
     finished = sent = replayable = True
-    started = replaced = waiting = paused = False
+    started = replaced = waiting = paused = is_cut_off = False
     held = error = mirror = None
 
     def check_untouched(self) -> None:

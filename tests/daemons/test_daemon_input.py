@@ -203,4 +203,4 @@ def test_other_options_than_gunicorns_reach_a_master_with_patched_modules(start,
     site = Site(start, "gevent", head="from gevent import monkey\nmonkey.patch_all()\n" + HEAD)
     process = site.run(f"passenger.spawn(daemon_jobs.service, listen={port})", *NO_CONTROL).wait_ready()
     assert job(port) == f"done work {pid_of(process, 'service')}"
-    assert process.stop() == 0
+    assert process.stop() == 0, process.log()

@@ -1,6 +1,5 @@
 """The users that daemons run as."""
 
-import dataclasses
 import os
 
 import pytest
@@ -69,14 +68,14 @@ def test_a_unix_socket_of_a_daemon_is_not_for_workers_of_another_user(start):
         env={"SPAWN": f"spawn('sleep 9', listen='unix:{start.home}/x.sock')"},
     )
     assert process.wait_end() != 0
-    assert "cannot be opened: the workers run as nobody" in process.log()
+    process.wait_log("cannot be opened: the workers run as nobody")
 
 
 @ROOT_ONLY
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 @pytest.mark.parametrize("asked", [{"user": "daemon"}, {"user": "root"}, {"group": "root"}])
 def test_a_master_that_is_not_root_becomes_no_other_user(asked):
-    spec = dataclasses.replace(DaemonSpec("it", ("id",), "id"), **asked)
+    spec = DaemonSpec("it", ("id",), "id").replace(**asked)
     child = os.fork()
     if child == 0:
         # not by a program of its own: other users cannot run a Python in a home directory
@@ -85,9 +84,7 @@ def test_a_master_that_is_not_root_becomes_no_other_user(asked):
             os.setgroups([])
             os.setresgid(65534, 65534, 65534)
             os.setresuid(65534, 65534, 65534)
-            same = resolve_run_as(
-                dataclasses.replace(spec, user="nobody", group=""), 65534, 65534, False, True
-            )
+            same = resolve_run_as(spec.replace(user="nobody", group=""), 65534, 65534, False, True)
             assert not same.changes
             resolve_run_as(spec, 65534, 65534, False, True)
         except DaemonError as error:

@@ -1,6 +1,5 @@
 """Daemons: one process for the whole application, its life, its sockets, its output, its end."""
 
-import dataclasses
 import os
 import re
 import signal
@@ -292,7 +291,7 @@ def test_a_hook_may_ask_again():
         requested.add_persistent(spec, True)
     assert requested.all() == [(spec, True)]
     with pytest.raises(DaemonError, match="one"):
-        requested.add_persistent(dataclasses.replace(spec, stop_timeout=2.0), True)
+        requested.add_persistent(spec.replace(stop_timeout=2.0), True)
 
 
 # --- real programs -----------------------------------------------------------------------------------
