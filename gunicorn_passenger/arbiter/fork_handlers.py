@@ -17,6 +17,7 @@ from typing import Any
 from gunicorn.arbiter import Arbiter
 
 from gunicorn_passenger.master.broker import Broker
+from gunicorn_passenger.system import log_locks
 
 _current: list[Broker] = []
 _parent: list[Broker] = []
@@ -71,6 +72,7 @@ def _after_in_child() -> None:
     _parent[:] = _current
     _current.clear()
     if worker:
+        log_locks.leave_to_greenlets()
         _handle_stops(_record_stop)
     _unblock()
     if worker:

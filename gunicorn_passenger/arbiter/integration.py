@@ -37,6 +37,7 @@ from gunicorn_passenger.serving.registry import registry
 from gunicorn_passenger.serving.server_errors import with_program_line
 from gunicorn_passenger.status import prometheus_multiproc, report
 from gunicorn_passenger.status.control_server import ControlServer
+from gunicorn_passenger.system import log_locks
 from gunicorn_passenger.system.text import escape_error_log
 
 #: gunicorn's exit status for a configuration that cannot be used.
@@ -91,6 +92,7 @@ def prepare_worker(
 def _start(listening: list[Any], cfg: Any, log: Any, all_binds: bool) -> Broker:
     broker = Broker(log, listening, cfg, report.build, all_binds)
     escape_error_log(log)
+    log_locks.share_between_threads(log)
     broker.arbiter = _arbiters[0] if _arbiters else None
     fork_handlers.install(broker)
     control = ControlServer(broker)
