@@ -14,6 +14,7 @@ handler = logging.StreamHandler()
 log = logging.getLogger("gunicorn.error")
 log.addHandler(handler)
 log_locks.share_between_threads(SimpleNamespace(error_log=log, access_log=log))
+assert type(handler.lock) is _thread.RLock
 held, waits = unpatched.lock(), unpatched.lock()
 held.acquire()
 waits.acquire()
