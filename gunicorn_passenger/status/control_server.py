@@ -273,7 +273,8 @@ class ControlServer(BrokerService):
         client.closer.close_socket(client.sock)
         if client.mailbox is not None:
             client.mailbox.close()
-        self._broker.mailboxes.close_outside(client.tag)
+        if client.tag:
+            self._broker.mailboxes.close_outside(client.tag)
 
     # --- requests -------------------------------------------------------------------------------
 

@@ -96,7 +96,8 @@ class Example:
     def shell(self, commands):
         done = subprocess.run(
             ["bash", "-ec", commands],
-            cwd=self.directory, capture_output=True, text=True, timeout=PATIENCE, check=True,
+            cwd=self.directory, env={**os.environ, "PATH": self.env["PATH"]},
+            capture_output=True, text=True, timeout=PATIENCE, check=True,
         )  # fmt: skip
         return done.stdout
 

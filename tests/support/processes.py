@@ -60,7 +60,7 @@ def require_package(name: str) -> None:
 def check_reachable_for_others() -> None:
     """Fail where another user cannot reach the checkout: its workers could not import their program."""
     for path in (ROOT, *ROOT.parents):
-        assert path.stat().st_mode & 0o001, f"other users cannot reach {ROOT}: chmod o+x {path}"
+        assert path.stat().st_mode & 0o011 == 0o011, f"others cannot reach {ROOT}: chmod go+x {path}"
 
 
 def descriptors(pid: int) -> list[str]:
@@ -235,7 +235,7 @@ class Starter:
     ) -> Process:
         """Start gunicorn with our worker on a UNIX socket (or ``bind``)."""
         default = ["-b", bind or f"unix:{self.home}/app.sock"]
-        if "--user" in arguments:
+        if {"-u", "--user"} & set(map(str, arguments)):
             check_reachable_for_others()
         return self.python(
             GUNICORN, "-k", "gunicorn_passenger.Worker", "-w", workers,
