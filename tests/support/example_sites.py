@@ -96,7 +96,7 @@ class Example:
     def shell(self, commands):
         done = subprocess.run(
             ["bash", "-ec", commands],
-            cwd=self.directory, env={**os.environ, "PATH": self.env["PATH"]},
+            cwd=self.directory, env={**self.start.environment, **self.env},
             capture_output=True, text=True, timeout=PATIENCE, check=True,
         )  # fmt: skip
         return done.stdout
