@@ -448,10 +448,10 @@ def test_a_worker_that_cannot_boot_because_gunicorn_stops_is_not_a_failure(start
         from ports_in_threads import wsgi
 
         if os.path.exists("again"):
-            # before gunicorn stops the worker: it has closed its sockets, and sends the signal next
+            # gunicorn has closed its sockets and sent the signal, which the worker has not seen
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
             open("booting", "w").close()
-            while os.path.exists("app.sock"):
+            while signal.SIGTERM not in signal.sigpending():
                 time.sleep(0.02)
             raise OSError(errno.EADDRINUSE, "refused")
         """,
