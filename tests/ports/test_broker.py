@@ -6,7 +6,7 @@ import socket
 
 import pytest
 from broker_access import BROKER, raw, run
-from conditions import wait_for
+from conditions import stopped, wait_for
 from http_client import answers, fetch, pids_answering, refused
 from processes import NO_CONTROL, descriptors
 
@@ -184,8 +184,7 @@ WSGIServer(('127.0.0.1', {port}), whoami).start()
 def test_a_server_that_asked_a_stopped_master_is_served_when_the_master_continues(start, port, listen):
     """A virtual machine may be paused for longer than a worker waits."""
     process = start.gunicorn("anything", workers=1).wait_ready()
-    os.kill(process.pid, signal.SIGSTOP)
-    try:
+    with stopped(process.pid):
         run(
             process,
             "import gunicorn_passenger.serving.broker_client as c\nc.RESPONSE_TIMEOUT = 0.2\n"
@@ -193,8 +192,6 @@ def test_a_server_that_asked_a_stopped_master_is_served_when_the_master_continue
         )
         assert run(process, "[s.state for s in passenger.servers()]") == "['lost']"
         process.wait_log(rf"127.0.0.1:{port} is not served by this worker: .*did not respond within 0.2 s")
-    finally:
-        os.kill(process.pid, signal.SIGCONT)
     wait_for(lambda: answers(port), "the server")
     assert run(process, "[s.state for s in passenger.servers()]") == "['listening']"
 
@@ -203,15 +200,12 @@ def test_a_late_denial_is_logged(start):
     with socket.create_server(("127.0.0.1", 0)) as other:
         number = other.getsockname()[1]
         process = start.gunicorn("anything", workers=1).wait_ready()
-        os.kill(process.pid, signal.SIGSTOP)
-        try:
+        with stopped(process.pid):
             run(
                 process,
                 "import gunicorn_passenger.serving.broker_client as c\nc.RESPONSE_TIMEOUT = 0.2\n"
                 f"kept = passenger.create_server(whoami).listen({number})",
             )
-        finally:
-            os.kill(process.pid, signal.SIGCONT)
         process.wait_log(rf"a server of this worker gets no port: 127.0.0.1:{number} is in use")
 
 

@@ -1,12 +1,11 @@
 """The proxy's connections: which are used again, which never, what a lost one means, and that none is left over."""
 
 import contextlib
-import os
 import re
 import signal
 
 import pytest
-from conditions import wait_for
+from conditions import stopped, wait_for
 from free_ports import free_port
 from proxy_harness import (
     ALL,
@@ -36,16 +35,6 @@ SERVERS = {
     "one_idle": "UP, HOST, agent=http_proxy.Agent(max_idle=1)",
     "short_idle": "UP, HOST, agent=http_proxy.Agent(idle_timeout=0.2)",
 }
-
-
-@contextlib.contextmanager
-def stopped(pid):
-    """All that is done meanwhile, the process meets at once."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 # --- used again --------------------------------------------------------------------------------------

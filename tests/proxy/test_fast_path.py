@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import signal
 import socket
 import ssl
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import trustme
-from conditions import wait_for
+from conditions import stopped, wait_for
 from proxy_laboratory import OK, Origin, answer, laboratory, read_request, read_response, request
 from upstream_sockets import Upstream, Wire, connect
 
@@ -105,18 +101,8 @@ def test_from_the_second_on(lab, proxy, upstream):
         assert lab.run(TAKEN) - before == 5
 
 
-@contextlib.contextmanager
-def stopped(lab):
-    """The worker sees nothing of what happens, and then all of it in one turn of its loop."""
-    pid = int(lab.run("__import__('os').getpid()"))
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        wait_for(
-            lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", "the stop"
-        )
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
+def worker_of(lab):
+    return int(lab.run("__import__('os').getpid()"))
 
 
 def pieces(*parts: bytes, close: bool = False, reset: bool = False):
@@ -233,7 +219,7 @@ def read_all(client: Wire) -> tuple[bytes, bytes]:
 
 def test_a_connection_that_was_closed_meanwhile_is_not_noticed_by_the_client(lab, proxy, upstream):
     client, target = warm(proxy, upstream, request())
-    with stopped(lab):
+    with stopped(worker_of(lab)):
         target.close()
         client.send(request())
     second = upstream.accept()
@@ -259,7 +245,7 @@ def test_unrequested_bytes_are_not_a_response(lab, proxy, upstream):
         before = lab.run(TAKEN)
         turn(client, target, request())
         assert lab.run(TAKEN) == before + 1
-        with stopped(lab):
+        with stopped(worker_of(lab)):
             # at once, although what was sent before is not acknowledged yet
             target.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             # either may be first among the events of that turn
@@ -295,7 +281,7 @@ def test_surplus_bytes_are_not_the_response_to_the_next_request_of_the_same_turn
     reply = answer("200 OK", DATE, body=b"x" * (16_384 - len(head) + 10_000))
     assert len(reply) == 16_384
     before = lab.run(TAKEN)
-    with stopped(lab):
+    with stopped(worker_of(lab)):
         if asked_first:
             other.send(request("/x", "X-Other: 1"))
         target.send(reply + answer("200 OK", DATE, body=b"not asked for"))
@@ -369,7 +355,7 @@ def test_a_client_that_has_gone_when_its_answer_says_close(lab, port, upstream):
     client.send(request())
     read_request(target)
     lab.run("proxy.close()")
-    with stopped(lab):
+    with stopped(worker_of(lab)):
         target.send(PLAIN)
         client.close()
     wait_for(lambda: lab.run(TAKEN) == before + 1, "the end of the request")

@@ -12,7 +12,7 @@ import sys
 import traceback
 
 import pytest
-from conditions import wait_for
+from conditions import stopped, wait_for
 from http_client import fetch, pids_answering
 from processes import COMMAND, require
 from status_commands import ask, command, control_socket, only, status
@@ -185,16 +185,13 @@ def test_found_by_itself_wherever_the_service_has_put_it(start, home):
 def test_a_master_that_does_not_answer(start):
     """It is shown, and does not keep the others from being shown."""
     process = start.gunicorn("status_app", workers=1).wait_ready()
-    process.signal(signal.SIGSTOP)
-    try:
+    with stopped(process.pid):
         done = command(start, "status")
         assert f"pid {process.pid}: does not respond (no response within 3 s)" in done.stdout
         assert done.returncode == 0
         done = command(start, "stop", "x")
         assert done.returncode == 1
         assert f"the master with pid {process.pid} did not respond" in done.stderr
-    finally:
-        process.signal(signal.SIGCONT)
     assert only(start)["pid"] == process.pid
 
 

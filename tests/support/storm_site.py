@@ -390,19 +390,12 @@ class Kill:
 def kill(worker: int, places: dict[str, Address]) -> Kill | None:
     """Kill a worker with ``SIGKILL``; ``None`` if it was gone already."""
     try:
-        os.kill(worker, signal.SIGSTOP)
-        wait_for(lambda: not _alive(worker) or _stopped(worker), f"worker {worker} to stand still")
+        conditions.stop(worker)
         done = Kill(worker, time.monotonic(), *_connections(worker, places))
         os.kill(worker, signal.SIGKILL)
     except (ProcessLookupError, FileNotFoundError):
         return None
     return done
-
-
-def _stopped(pid: int) -> bool:
-    """Whether all of its threads stand still."""
-    stats = [task / "stat" for task in Path(f"/proc/{pid}/task").iterdir()]
-    return all(stat.read_text().rpartition(")")[2].split()[0] in "TZ" for stat in stats)
 
 
 def _connections(pid: int, places: dict[str, Address]) -> tuple[dict[str, set[int]], dict[str, int]]:

@@ -8,7 +8,7 @@ import socket
 import time
 
 import pytest
-from conditions import wait_for
+from conditions import stop, wait_for
 from free_ports import free_port
 from http_client import Client, fetch
 from processes import starting
@@ -161,7 +161,7 @@ def test_a_sibling_that_is_blocked_loses_no_request(site):
 
 def test_a_worker_that_is_killed_loses_no_connection_in_its_mailbox(site):
     (pid, tag), *_ = site.tags().items()
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     clients = []
     try:
         for n in range(6):
