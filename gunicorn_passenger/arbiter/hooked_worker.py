@@ -13,14 +13,17 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from time import monotonic
 from typing import Any
 
 from gunicorn_passenger.arbiter import fork_handlers
+from gunicorn_passenger.config.address import format_sockname
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.errors import BrokerUnavailable, PassengerError
 from gunicorn_passenger.interposition import replaced_methods
+from gunicorn_passenger.interposition.socket_options import unreachable_listener
 from gunicorn_passenger.ipc.scoreboard import Scoreboard
 from gunicorn_passenger.master.owned_listener import BrokerOwnedListener
 from gunicorn_passenger.serving import events
@@ -214,7 +217,9 @@ class HookedWorker:
         except PassengerError:
             self._worker.booted = False  # gunicorn halts, as for a program that it cannot load
             raise
-        self._broker.announce_ready(default_name(getattr(self._worker, "wsgi", None)), False)
+        self._give_up_binds()
+        name = default_name(getattr(self._worker, "wsgi", None))
+        self._broker.announce_ready(name, serves_primary=False, primary_elsewhere=True)
         if settings.sticky(is_primary=True) != settings.default_sticky:
             self.log.warning(
                 "gunicorn-passenger: configure(sticky=%r) has no effect: under the worker class %r gunicorn "
@@ -226,6 +231,21 @@ class HookedWorker:
         events.emit("ready", self._worker, self.log)
         if self._is_gevent:
             self._scheduler.start_task(self._tick_forever)
+
+    def _give_up_binds(self) -> None:
+        """gunicorn's class does not serve the primary on the binds that a server of the program has."""
+        ours = self._broker.keys
+        given = [
+            sock for sock in self._worker.sockets if format_sockname(listening_sockets.sockname(sock)) in ours
+        ]
+        if not given:
+            return
+        self._worker.sockets = [sock for sock in self._worker.sockets if sock not in given]
+        self._worker.wait_fds = [*self._worker.sockets, *self._worker.PIPE[:1]]
+        with closing(unreachable_listener()) as unreachable:
+            for sock in given:
+                # not closed: the arbiter's list has the same descriptor in an object of its own
+                os.dup2(unreachable.fileno(), sock.fileno(), inheritable=False)
 
     def _has_ports(self) -> bool:
         """Whether the program has opened a port."""

@@ -57,11 +57,10 @@ def install_hooks(cfg: Any) -> None:
 
 
 def prepare_worker(
-    age: int, listening: list[Any], cfg: Any, log: Any, all_binds: bool = False
+    age: int, listening: list[Any], cfg: Any, log: Any
 ) -> tuple[_socket.socket | None, Scoreboard | None, list[Any]]:
     """Before the fork of a worker: its channel, and the listeners of the primary.
 
-    :param all_binds: see :func:`.listener_sync.primary_listeners`.
     :returns: the worker's end of its channel, or ``None`` where the broker has failed; its scoreboard, or
         ``None``; and the gunicorn listeners that the primary is served on.
     :raises HaltServer: at the start, when a setting cannot be used.
@@ -70,14 +69,13 @@ def prepare_worker(
     settings.leave_program_scope()
     is_first = fork_handlers.current_broker() is None
     try:
-        broker = fork_handlers.current_broker() or _start(listening, cfg, log, all_binds)
+        broker = fork_handlers.current_broker() or _start(listening, cfg, log)
         is_reload = broker.cfg is not cfg
         _configure(broker, cfg, log, is_first)
         if is_first:
             _start_services(broker)
         elif is_reload:
             _tell_reload(broker)
-        broker.sync.all_binds = all_binds
         channel, scoreboard = broker.prepare_worker(age, listening)
     except (OSError, RuntimeError) as error:
         log.error(
@@ -85,12 +83,12 @@ def prepare_worker(
             "with listen() are not",
             error,
         )
-        return None, None, primary_listeners(listening, all_binds)
-    return channel, scoreboard, primary_listeners(listening, all_binds)
+        return None, None, primary_listeners(listening)
+    return channel, scoreboard, primary_listeners(listening)
 
 
-def _start(listening: list[Any], cfg: Any, log: Any, all_binds: bool) -> Broker:
-    broker = Broker(log, listening, cfg, report.build, all_binds)
+def _start(listening: list[Any], cfg: Any, log: Any) -> Broker:
+    broker = Broker(log, listening, cfg, report.build)
     escape_error_log(log)
     log_locks.share_between_threads(log)
     broker.arbiter = _arbiters[0] if _arbiters else None
@@ -101,7 +99,7 @@ def _start(listening: list[Any], cfg: Any, log: Any, all_binds: bool) -> Broker:
     environment = prometheus_multiproc.directory.environment
     _daemons[:] = [DaemonManager(broker, environment, control.watch_reports)]
     broker.loop.add(_daemons[0])
-    if not all_binds:
+    if broker.arbiter is None or _workers_are_ours(broker.arbiter):
         _log_primary_notes(listening, log, cfg)
     return broker
 
@@ -238,7 +236,7 @@ def ready(arbiter: Any) -> None:
 def _start_for_daemons(arbiter: Any) -> None:
     """Start a broker for the daemons that the master's own code asks for, before a worker needs one."""
     try:
-        broker = _start(arbiter.LISTENERS, arbiter.cfg, arbiter.log, not _workers_are_ours(arbiter))
+        broker = _start(arbiter.LISTENERS, arbiter.cfg, arbiter.log)
         _configure(broker, arbiter.cfg, arbiter.log, True)
         _start_services(broker)
     except HaltServer as halt:
@@ -282,9 +280,7 @@ _prepared: list[tuple[Any, _socket.socket | None, Scoreboard | None]] = []
 
 def _before_worker_fork(arbiter: Any, worker: Any) -> None:
     if not _workers_are_ours(arbiter):
-        channel, scoreboard, _ = prepare_worker(
-            worker.age, arbiter.LISTENERS, arbiter.cfg, arbiter.log, all_binds=True
-        )
+        channel, scoreboard, _ = prepare_worker(worker.age, arbiter.LISTENERS, arbiter.cfg, arbiter.log)
         _prepared[:] = [(worker, channel, scoreboard)]
     broker = fork_handlers.current_broker()
     if requested_daemons.pending:

@@ -86,6 +86,14 @@ def in_use(address: str, holder: str) -> PortInUse:
     )
 
 
+def serves_primary(address: str) -> PortInUse:
+    return PortInUse(
+        errno.EADDRINUSE,
+        f"{address} is in gunicorn's bind, and this worker serves the primary there since it is ready; call "
+        "listen() while the program is loaded, or listen on another port",
+    )
+
+
 def bound_by_sibling(address: str, pid: int) -> PortInUse:
     return PortInUse(
         errno.EADDRINUSE,

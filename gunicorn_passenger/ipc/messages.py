@@ -94,6 +94,9 @@ class WorkerReady(Message):
     #: listens on, and it counts the requests. Otherwise the primary is a third-party server, or gunicorn's
     #: own in a worker of another class.
     serves_primary: bool = True
+    #: Whether gunicorn's own class serves the primary, for good also on the binds that no server of this
+    #: worker listens on by now.
+    primary_elsewhere: bool = False
 
 
 class WorkerLeaving(Message):

@@ -52,12 +52,10 @@ class Broker:
         listening: list[Listener],
         cfg: Config,
         build_report: Callable[[Broker], Report],
-        all_binds: bool = False,
     ) -> None:
         """
         :param listening: the arbiter's list of listeners.
         :param build_report: makes the application's report; called with the lock held.
-        :param all_binds: see :func:`.listener_sync.primary_listeners`.
         """
         self.log = log
         self.cfg = cfg
@@ -80,7 +78,7 @@ class Broker:
         lock = upgrade_lock.UpgradeLock(previous.pop("exclusive", -1))
         self.placement = PlacementScheduler(self.listeners, self.workers, lock, self.event_log, self)
         self.sync = ListenerSync(
-            self.listeners, self.placement, self.workers, self.retired_counters, self.wake, all_binds
+            self.listeners, self.placement, self.workers, self.retired_counters, self.wake
         )
         self.stopping = self.sync.stopping
         self._dispatcher = MessageDispatcher(

@@ -239,6 +239,12 @@ class MessageDispatcher:
         self._workers.wake_arbiter()
         if message.serves_primary:
             self._name_unclaimed()
+        elif message.primary_elsewhere:
+            worker.primary_binds = frozenset(
+                port.key
+                for port in self._listeners.ports.values()
+                if port.from_config and worker.age not in port.wanted_by
+            )
 
     def _name_unclaimed(self) -> None:
         """Once a program is ready: name the binds that no server of it listens on."""

@@ -26,14 +26,12 @@ from gunicorn_passenger.master.worker_channels import WorkerChannels
 from gunicorn_passenger.system import listening_sockets
 
 
-def primary_listeners(listening: list[Listener], all_binds: bool = False) -> list[Listener]:
-    """The listeners of the primary: the UNIX ones, or else the first; none that a program opened.
+def primary_listeners(listening: list[Listener]) -> list[Listener]:
+    """The listeners of the primary alone: the UNIX ones, or else the first.
 
-    :param all_binds: whether it is served on all of gunicorn's binds, as other worker classes do.
+    On gunicorn's other binds the primary is served until a server of the program listens there.
     """
     binds = [listener for listener in listening if not isinstance(listener, BrokerOwnedListener)]
-    if all_binds:
-        return binds
     unix = [listener for listener in binds if listener.sock is not None and is_unix(listener.getsockname())]
     return unix or binds[:1]
 
@@ -48,13 +46,10 @@ class ListenerSync:
         workers: WorkerChannels,
         retired_counters: RetiredCounters,
         wake: Callable[[], None],
-        all_binds: bool,
     ) -> None:
         """
         :param wake: wakes the broker's thread.
-        :param all_binds: see :func:`primary_listeners`.
         """
-        self.all_binds = all_binds
         self._listeners = listeners
         self._placement = placement
         self._workers = workers
@@ -76,7 +71,7 @@ class ListenerSync:
         return self._listeners.listening
 
     def primary(self) -> list[Listener]:
-        return primary_listeners(self.listening, self.all_binds)
+        return primary_listeners(self.listening)
 
     # --- synchronizing --------------------------------------------------------------------------------
 
@@ -106,7 +101,7 @@ class ListenerSync:
             for port in table.values()
             if port.listener not in listening and port.listener.sock is not None
         )
-        primary = primary_listeners(listening, self.all_binds)
+        primary = primary_listeners(listening)
         for listener in listening:
             known = listener in primary or listener in ours or isinstance(listener, BrokerOwnedListener)
             if not known:

@@ -115,6 +115,9 @@ class PlacementScheduler:
         if port is None:
             self._waiting.append((age, request))
             return PortOpened(request.id, "", granted=False)
+        worker = self._workers.by_age(age)
+        if worker is not None and port.key in worker.primary_binds:
+            raise listen_errors.serves_primary(port.key)
         if port.key not in known:
             port.opened_for = age
             self._broker.on_port_opened(port)

@@ -30,6 +30,8 @@ class WorkerChannel:
     pid: int = 0
     ready: bool = False
     draining: bool = False
+    #: the binds on which gunicorn's own class serves the primary, so that no server of the program may listen
+    primary_binds: frozenset[str] = frozenset()
     #: whether it asks for a successor
     retiring: bool = False
     #: whether it has sent a BootFailure

@@ -209,13 +209,19 @@ class BrokerClient:
         """The worker has stopped accepting on ``key``, and waits for a grant."""
         self._notify(AcceptPaused(0, key))
 
-    def announce_ready(self, primary: str, serves_primary: bool) -> None:
+    @property
+    def keys(self) -> set[str]:
+        """The ports that this worker has requested and not released."""
+        return {lease.key for lease in self._leases.values()}
+
+    def announce_ready(self, primary: str, serves_primary: bool, primary_elsewhere: bool = False) -> None:
         """The worker serves.
 
         :param primary: the name of the primary's server.
-        :param serves_primary: see :class:`~gunicorn_passenger.ipc.messages.WorkerReady`.
+        :param serves_primary: see :class:`~gunicorn_passenger.ipc.messages.WorkerReady`, as for
+            ``primary_elsewhere``.
         """
-        self._notify(WorkerReady(0, primary, serves_primary))
+        self._notify(WorkerReady(0, primary, serves_primary, primary_elsewhere))
 
     def announce_exit(self) -> None:
         """The worker accepts nowhere any more. No connection of a sibling comes after the return."""

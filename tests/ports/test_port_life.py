@@ -388,8 +388,11 @@ def test_requests_in_hand_are_finished_on_a_stop(start, port, home):
     assert process.wait_end() == 0
 
 
-def test_systemd_hands_ports_over(start, port, home):
-    """LISTEN_FDS: the UNIX socket is the primary's, the TCP one waits for a server that listens on it."""
+@pytest.mark.parametrize(
+    "arguments", [["-k", "gunicorn_passenger.Worker"], ["-c", "python:gunicorn_passenger.hooks"]]
+)
+def test_systemd_hands_ports_over(start, port, home, arguments):
+    """LISTEN_FDS: the UNIX socket is the primary's, the TCP one a server's that listens on it."""
     unix, tcp = socket.socket(socket.AF_UNIX), socket.socket()
     unix.bind(f"{home}/app.sock")
     tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -411,12 +414,13 @@ def test_systemd_hands_ports_over(start, port, home):
     )
     with contextlib.closing(unix), contextlib.closing(tcp):
         process = start.python(
-            "launch.py", unix.fileno(), tcp.fileno(),
-            GUNICORN, "-k", "gunicorn_passenger.Worker", "-w", "2", "two_servers",
+            "launch.py", unix.fileno(), tcp.fileno(), GUNICORN, *arguments, "-w", "2", "two_servers:two",
             env={"P1": port}, pass_fds=(unix.fileno(), tcp.fileno()),
         ).wait_ready()  # fmt: skip
         both = pids_answering(process.socket, 2)
         assert pids_answering(port, 2) == both
+        assert {fetch(port, "/which")[1] for _ in range(8)} == {"second"}
+        assert {fetch(process.socket, "/which")[1] for _ in range(8)} == {"primary"}
         process.signal(signal.SIGUSR2)
         process.wait_log(r"\[(\d+)\] \[INFO\] Starting gunicorn", count=2)
         process.wait_log(r"Booting worker", count=4)
@@ -425,10 +429,34 @@ def test_systemd_hands_ports_over(start, port, home):
         process.wait_end()
         new = pids_answering(port, 2)
         assert not new & both
+        assert {fetch(port, "/which")[1] for _ in range(8)} == {"second"}
         for pid in process.session():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
         wait_for(lambda: not process.session(), "everything to end")
+
+
+def test_a_bind_that_the_primary_serves_is_not_given_away_later(start, port):
+    """Under another worker class gunicorn's loop accepts there as soon as it runs."""
+    conf = start.write(
+        "gunicorn.conf.py",
+        f"""
+        from gunicorn_passenger.hooks import *
+        import gunicorn_passenger as passenger
+        def late(worker):
+            try:
+                passenger.create_server(worker.wsgi).listen({port})
+            except OSError as error:
+                worker.log.error("%s", error)
+        passenger.on("ready", late)
+        """,
+    )
+    process = start.python(
+        GUNICORN, "-c", conf, "-b", f"unix:{start.home}/app.sock", "-b", f"127.0.0.1:{port}", "two_servers"
+    ).wait_ready()
+    process.wait_log(rf"127.0.0.1:{port} is in gunicorn's bind, and this worker serves the primary there")
+    assert answers(port)
+    assert process.stop() == 0
 
 
 def test_a_reload_may_name_an_open_port_in_bind(start, port, home):

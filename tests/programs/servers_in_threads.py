@@ -5,6 +5,7 @@ import os
 import threading
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
+import aiohttp.web
 import hypercorn.asyncio
 import hypercorn.config
 import tornado.httpserver
@@ -73,7 +74,27 @@ def with_tornado(port):
     asyncio.run(main())
 
 
-SERVERS = [wsgiref, with_waitress, cheroot, asyncio_streams, with_uvicorn, with_hypercorn, with_tornado]
+def with_aiohttp(port):
+    async def page(_request):
+        return aiohttp.web.Response(text=str(os.getpid()))
+
+    app = aiohttp.web.Application()
+    app.add_routes([aiohttp.web.get("/", page)])
+    aiohttp.web.run_app(
+        app, host=HOST, port=port, print=None, handle_signals=False, loop=asyncio.new_event_loop()
+    )
+
+
+SERVERS = [
+    wsgiref,
+    with_waitress,
+    cheroot,
+    asyncio_streams,
+    with_uvicorn,
+    with_hypercorn,
+    with_tornado,
+    with_aiohttp,
+]
 
 for serve, port in zip(SERVERS, map(int, os.environ["PORTS"].split()), strict=True):
     threading.Thread(target=serve, args=(port,), name=serve.__name__, daemon=True).start()

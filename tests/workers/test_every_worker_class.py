@@ -38,7 +38,7 @@ class Site:
             env["ASGI"] = self.asgi
         self.process = start.python(
             GUNICORN, "-k", worker_class, "-w", 2, "-c", start.write("gunicorn.conf.py", conf),
-            "-b", f"unix:{start.home}/app.sock", *NO_CONTROL, *arguments, app,
+            "-b", f"unix:{start.home}/app.sock", "-b", f"127.0.0.1:{self.pages}", *NO_CONTROL, *arguments, app,
             env={"METRICS": self.metrics, "PAGES": self.pages, "OURS": self.ours, "GO": self.go, **env},
         ).wait_ready()  # fmt: skip
 
@@ -48,7 +48,20 @@ class Site:
         workers = self.process.workers()
         for port in self.ports:
             answering(port, workers)
+        assert self.servers_of_pages() == {"BaseHTTP"}
         return workers
+
+    def servers_of_pages(self):
+        """What serves the port that is in gunicorn's bind, too: the first words of its ``Server``."""
+        found = set()
+        for _ in range(8):
+            client = Client(self.pages)
+            client.request("GET", "/")
+            response = client.getresponse()
+            response.read()
+            found.add(response.headers["Server"].partition("/")[0])
+            client.close()
+        return found
 
 
 @pytest.mark.parametrize("worker_class", CLASSES)
@@ -112,8 +125,8 @@ def replaced(site, begin):
 
 
 def test_unmodified_servers_in_threads_of_a_worker_without_gevent(start):
-    """wsgiref, waitress, cheroot, asyncio, uvicorn, hypercorn and tornado; a reload loses no client of theirs."""
-    ports = [free_port() for _ in range(7)]
+    """wsgiref, waitress, cheroot, asyncio, uvicorn, hypercorn, tornado, aiohttp; a reload loses no client of theirs."""
+    ports = [free_port() for _ in range(8)]
     process = start.python(
         GUNICORN, "-k", "sync", "-w", 2, "-c", "python:gunicorn_passenger.hooks", "-b",
         f"unix:{start.home}/app.sock", *NO_CONTROL, "servers_in_threads:wsgi",
