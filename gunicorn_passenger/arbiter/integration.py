@@ -9,7 +9,9 @@ from __future__ import annotations
 import _socket
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -303,11 +305,19 @@ def _after_worker_fork(arbiter: Any, worker: Any) -> None:
     """In a worker, just forked."""
     for prepared, channel, scoreboard in _prepared:
         if prepared is worker:
+            worker.load_wsgi = partial(_load_with_sums, worker.load_wsgi)
             hooked_worker.enter(worker, arbiter.LISTENERS, channel, scoreboard)
     _prepared.clear()
 
 
+def _load_with_sums(load: Callable[[], object]) -> None:
+    """Load the program. A server that it starts may be asked for the metrics while it loads."""
+    prometheus_multiproc.directory.sum_in_worker()
+    load()
+
+
 def _sum_metrics(_worker: Any) -> None:
+    """In a worker that has loaded a program which only then knew where ``prometheus_client`` is installed."""
     prometheus_multiproc.directory.sum_in_worker()
 
 

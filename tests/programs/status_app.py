@@ -8,10 +8,12 @@ from gunicorn_passenger import status
 hello = None
 if "COUNT" in os.environ:
     # multiprocess: workers of another user may not be able to read where this Python is installed
-    from prometheus_client import Counter, Gauge, multiprocess  # noqa: F401
+    from prometheus_client import REGISTRY, Counter, Gauge, multiprocess  # noqa: F401
 
     hello = Counter("hello", "Requests")
     alive = Gauge("alive", "Workers", multiprocess_mode="livesum")
+    # what a server of prometheus_client that starts here shows at once
+    print("loading:", REGISTRY.get_sample_value("hello_total"), flush=True)
 
 
 @passenger.on("ready")

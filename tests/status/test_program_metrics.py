@@ -306,5 +306,8 @@ def test_counters_under_sync_workers(start, port):
     for _ in range(20):
         fetch(process.socket, "/count")
     assert hello(port) == 20
+    process.signal(signal.SIGHUP)
+    # a server that starts while the program is loaded shows the sums from its first response on
+    process.wait_log(r"loading: 20\.0")
     assert process.stop() == 0
     assert directories(start) == []
