@@ -27,8 +27,8 @@ from gunicorn_passenger.system import procfs, runtime_dir
 from gunicorn_passenger.system.peer_credentials import peercred
 from gunicorn_passenger.system.text import printable
 
-#: Seconds that a master has for its response, also to the status daemon.
-PATIENCE = 3.0
+#: Seconds that a master has for its response: more than a busy machine takes, and a person waits that long.
+PATIENCE = 10.0
 #: Bytes of a response; a report has some hundred for each server and worker.
 _MAX_RESPONSE = 32 << 20
 

@@ -12,10 +12,11 @@ from typing import Any, Protocol, cast
 from gunicorn_passenger.errors import PassengerError
 from gunicorn_passenger.ipc.report_types import Report
 from gunicorn_passenger.serving.registry import registry
-from gunicorn_passenger.status.control_client import PATIENCE
 
 #: Seconds for which a report is used again.
 FRESH = 0.2
+#: Seconds that the master has for a report to the status daemon, which a probe waits for.
+_REPORT_TIMEOUT = 3.0
 
 
 class ReportUnavailable(Exception):
@@ -71,11 +72,11 @@ class PipeSource:
                 self._sock.sendall(b'{"command":"report"}\n')
             except OSError:
                 self._lost = True
-        if self._lost or not self._received.wait(timeout=PATIENCE) or self._lost:
+        if self._lost or not self._received.wait(timeout=_REPORT_TIMEOUT) or self._lost:
             raise ReportUnavailable(
                 "the gunicorn master has exited"
                 if self._lost
-                else f"the gunicorn master did not send its report within {PATIENCE:g} s"
+                else f"the gunicorn master did not send its report within {_REPORT_TIMEOUT:g} s"
             )
         if "report" not in self._response:
             raise ReportUnavailable(str(self._response.get("error", "the gunicorn master sent no report")))
