@@ -72,6 +72,16 @@ def _explain_native_bind(error: Exception, log: Log) -> None:
         )
 
 
+def _explain_endless_import(log: Log) -> None:
+    """A module whose last line is ``app.run()`` is a script; gunicorn waits for its end."""
+    if not registry.script and any(isinstance(s, ThirdPartyServer) for s in registry.servers):
+        log.warning(
+            "The program is not loaded after %g s, and it runs a server: if its last line is app.run() "
+            "or serve_forever(), start it with: gunicorn-passenger start SCRIPT",
+            _LOADING_SECONDS,
+        )
+
+
 #: Seconds that a worker which cannot start waits for gunicorn to halt, when a sibling's exit causes that.
 _HALT_WAIT = 10.0
 #: Seconds after which the servers of the application are expected to exist.
@@ -219,7 +229,7 @@ class Worker(GeventWorker):
             # gunicorn's own would end the worker, whether or not the changed program can start
             kind = reloader_engines[self.cfg.reload_engine]
             self.reloader = kind(extra_files=self.cfg.reload_extra_files, callback=self._on_file_changed)
-        hint = gevent.spawn_later(_LOADING_SECONDS, self._explain_endless_import)
+        hint = gevent.spawn_later(_LOADING_SECONDS, _explain_endless_import, self.log)
         try:
             super().load_wsgi()
         except SystemExit:
@@ -230,15 +240,6 @@ class Worker(GeventWorker):
         finally:
             hint.kill(block=False)
         self._loaded = self.wsgi
-
-    def _explain_endless_import(self) -> None:
-        """A module whose last line is ``app.run()`` is a script; gunicorn waits for its end."""
-        if not registry.script and any(isinstance(s, ThirdPartyServer) for s in registry.servers):
-            self.log.warning(
-                "The program is not loaded after %g s, and it runs a server: if its last line is app.run() "
-                "or serve_forever(), start it with: gunicorn-passenger start SCRIPT",
-                _LOADING_SECONDS,
-            )
 
     def _exit_after_boot_failure(self, error: Exception) -> None:
         """The program cannot start: exit as the master says.

@@ -312,7 +312,7 @@ class HookedWorker:
     def _finish_connections(self) -> None:
         if not self._is_gevent:
             # gunicorn's loop has ended, and with it an asyncio server of the program in this thread
-            self._patch.leased.forget_connections_of_this_thread()
+            self._patch.leased.connections.forget_those_of_this_thread()
         self._scheduler.run(
             lambda: finish_connections(
                 registry,

@@ -287,7 +287,7 @@ class Acceptor:
                 connection.leave_to_parent()
 
     def idle(self) -> bool:
-        """Whether there is no connection."""
+        """Whether all connections have ended."""
         return not self._connections
 
     def is_drained(self) -> bool:

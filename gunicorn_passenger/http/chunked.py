@@ -4,8 +4,7 @@ Process: any.
 Never: accept framing that another recipient could read differently, or grow with bad input.
 
 :class:`ChunkedDecoder` reads only the framing. The caller owns the buffer: a request body takes the content
-    from
-the connection's buffer when the application reads (:meth:`ChunkedDecoder.advance`), and the proxy takes
+from the connection's buffer when the application reads (:meth:`ChunkedDecoder.advance`), and the proxy takes
 everything that has arrived (:meth:`ChunkedDecoder.feed`).
 """
 

@@ -75,8 +75,7 @@ class ClientSocket(gsocket.socket):
     def release(self) -> None:
         """Close the socket at the end of its connection."""
         if self._bare and not self._io_refs:
-            # no other code has used it, so there is no waiting greenlet that gevent's close() would have to
-            # wake
+            # no other code has used it, so no greenlet waits that gevent's close() would have to wake
             slots: Any = self
             slots._closed = True
             slots._sock.close()

@@ -130,8 +130,7 @@ class Connection(ConnectionLife):
                 self.body = EMPTY_BODY
             upgrade = self.buf and not length and "HTTP_UPGRADE" in environ
             if upgrade:
-                # an application that takes over the connection reads from the socket: also what came with
-                # the request
+                # an application that takes over the connection reads from the socket, also these bytes
                 self.sock.early, self.buf = self.buf, b""
 
             if not self._respond(environ, parsed.persist, request):
@@ -311,7 +310,7 @@ class Connection(ConnectionLife):
         return not over
 
     def request_of(self, request: Any) -> Callable[[], Any]:
-        """A function that returns gunicorn's request object, and creates it where there is none."""
+        """A function that returns gunicorn's request object, and creates it when it is missing."""
         reader, head, context = self.listener.reader, self.head, self.context
         return lambda: reader.request(head, context) if request is None else request
 

@@ -10,7 +10,7 @@ NEW        accepted; its greenlet has not run                              ACTIV
 ACTIVE     its greenlet reads a request or sends a response                IDLE, PARKED, UPGRADED, LINGERING,
                                                                            CLOSED
 IDLE       its greenlet waits for the next request                         ACTIVE, PARKED, CLOSED
-PARKED     the hub waits for the next request; there is no greenlet        ACTIVE, CLOSED
+PARKED     the hub waits for the next request, without a greenlet          ACTIVE, CLOSED
 UPGRADED   another protocol is spoken; the server reads no more requests   LINGERING, CLOSED
 LINGERING  the response is sent; what the client still sends is discarded  CLOSED
            (RFC 9112 section 9.6)

@@ -7,8 +7,7 @@ A new greenlet costs more than a small request: the system maps its stack, and u
 whose connection has ended, or is idle, waits here for the next one. Until then everything goes that the
 application can have left in it: the values of each ``threading.local`` (gevent keeps them for each greenlet),
 of each context variable, and its attributes. A greenlet that other code still refers to ends instead: that
-code may wake or end it later, as ``gevent.Timeout`` does, or keep values for it, as a ``WeakKeyDictionary``
-does.
+code may wake or end it later (``gevent.Timeout``), or keep values for it (``WeakKeyDictionary``).
 """
 
 from __future__ import annotations

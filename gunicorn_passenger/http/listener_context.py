@@ -54,11 +54,9 @@ _EACH = (
 )
 
 
-#: Gives a connection to a sibling: its descriptor, and what was read of it. Returns whether the sibling
-#: serves it.
+#: Gives a connection (its descriptor, and what was read of it) to a sibling; returns whether that serves it.
 Give = Callable[[int, bytes], bool]
-#: Finds the sibling that a request belongs to, by the connection and the header section; ``None`` for this
-#: worker.
+#: Finds the sibling that a request belongs to (``None``: this worker), by its connection and header section.
 Sticky = Callable[[Any, bytes], Give | None]
 
 

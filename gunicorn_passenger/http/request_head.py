@@ -6,7 +6,7 @@ Never: touch a socket, or accept what gunicorn's own parser refuses.
 Two parsers work together. gunicorn's Python parser has the rules, for every setting. A C parser
 (``gunicorn_h1c``) is several times faster, and accepts less or more in places. So a header section goes to
 the C parser first, and its result is used only where the two are known to agree. In all other cases, errors
-included, gunicorn's parser decides. There is no third set of rules:
+included, gunicorn's parser decides. A third set of rules does not exist:
 
 - what the C parser refuses is read again by gunicorn's;
 - what it accepts although gunicorn would not (a second space in the request line, a target outside

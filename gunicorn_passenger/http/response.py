@@ -278,13 +278,15 @@ class Response:
 
         :param sendfile: gunicorn's setting.
         """
-        span = self._span(wrapper.filelike) if sendfile and not self._complete else None
+        span = _rest_of_file(wrapper.filelike) if sendfile and not self._complete else None
         if span is None:
             for chunk in wrapper:
                 self.write(chunk)
             self.close()
             return
         file, offset, count = span
+        if self.response_length is not None:
+            count = min(count, self.response_length - self.sent)
         if self.status is None:
             raise AssertionError("start_response() was not called before the body")
         if self._bodiless or not count:
@@ -303,20 +305,6 @@ class Response:
         if self.chunked:
             self._connection.send(b"\r\n")
         self.close()
-
-    def _span(self, file: Any) -> tuple[int, int, int] | None:
-        """Descriptor, offset and length of the rest of a file; ``None`` when it is not a file."""
-        try:
-            fd = file.fileno()
-            offset = os.lseek(fd, 0, os.SEEK_CUR)
-            left = max(os.fstat(fd).st_size - offset, 0)
-        except (AttributeError, OSError, ValueError):
-            return None
-        if not left:
-            return None  # files in /proc say 0, and can be read all the same
-        if self.response_length is not None:
-            left = min(left, self.response_length - self.sent)
-        return fd, offset, left
 
     # --- what the proxy calls --------------------------------------------------------------------
 
@@ -447,3 +435,14 @@ class Response:
                 connection.send(data)
         else:
             connection.send_vector(b"%b%b\r\n" % (begin, self._block), body)
+
+
+def _rest_of_file(file: Any) -> tuple[int, int, int] | None:
+    """Descriptor, offset and length of the rest of a file; ``None`` when it is not a file."""
+    try:
+        fd = file.fileno()
+        offset = os.lseek(fd, 0, os.SEEK_CUR)
+        left = os.fstat(fd).st_size - offset
+    except (AttributeError, OSError, ValueError):
+        return None
+    return (fd, offset, left) if left > 0 else None  # files in /proc say 0, and can be read all the same

@@ -33,7 +33,7 @@ from gevent import get_hub
 
 from gunicorn_passenger.http.faults import report_fault
 
-#: One request of so many is timed while there is no streak.
+#: One request of so many is timed outside a streak.
 _SAMPLE = 16
 #: Seconds that each request of a streak takes, at least and at most. When requests are quicker, clients
 #: hardly have the time to fall asleep, and coalescing costs more than it saves. When they are slower, the
@@ -94,8 +94,7 @@ class WriteCoalescer:
     def enqueue(self, connection: Any, response: bytes) -> None:
         """Send a response at the end of the iteration.
 
-        :param connection: keeps the response as ``pending``; its ``flush_pending()`` sends it without
-            waiting.
+        :param connection: keeps the response as ``pending``; ``flush_pending()`` sends it without waiting.
         """
         connection.pending = response
         connection.listener.sent += len(response)

@@ -1,4 +1,4 @@
-"""The master's sockets under the descriptors of unmodified servers, and the connections accepted from them.
+"""The master's sockets under the descriptors of unmodified servers.
 
 Process: a worker.
 Never: close a descriptor that a server polls; an unreachable socket takes the place of the master's.
@@ -10,9 +10,7 @@ carries the inode of its socket, and counts only while the descriptor still has 
 from __future__ import annotations
 
 import _socket
-import itertools
 import os
-import select
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +21,7 @@ from time import monotonic
 from typing import NamedTuple
 
 from gunicorn_passenger.config.address import SockAddr, format_sockname
+from gunicorn_passenger.interposition.accepted_connections import AcceptedConnections
 from gunicorn_passenger.interposition.fd_swap import epoll_registrations, swap_fds
 from gunicorn_passenger.interposition.own_fds import fds_by_inode, fds_of, inode_of
 from gunicorn_passenger.interposition.socket_options import Option, set_options, unreachable_listener
@@ -32,7 +31,6 @@ from gunicorn_passenger.serving.registry import ServerRegistry
 from gunicorn_passenger.serving.server import CLOSED, LISTENING, LOST, STOPPED, ListenAddress
 from gunicorn_passenger.serving.third_party import ThirdPartyServer
 from gunicorn_passenger.system import unpatched
-from gunicorn_passenger.system.listening_sockets import borrowed_socket
 
 #: Seconds in which a program that listens is expected to accept.
 _ACCEPT_WITHIN = 5.0
@@ -69,40 +67,13 @@ class LeasedFd:
     private: PrivateListener | None = None
 
 
-class AcceptedConnection(NamedTuple):
-    """A connection that a server has accepted from one of the master's sockets."""
-
-    #: of its socket
-    inode: int
-    server: ThirdPartyServer
-    #: the address of the server, as the program knows it
-    name: SockAddr
-    #: the thread that has accepted it
-    thread: int
-
-
 class LeasedSockets:
     """Keeps the master's sockets under the descriptors of their servers, as the master grants and pauses."""
 
     def __init__(self, registry: ServerRegistry) -> None:
         self._registry = registry
         self._by_fd: dict[int, LeasedFd] = {}
-        #: held for a moment to change the next two: servers may accept in threads of their own
-        self._lock = unpatched.lock()
-        #: connections accepted from leased descriptors, by descriptor
-        self._connections: dict[int, AcceptedConnection] = {}
-        #: threads (``Thread.ident``) in ``accept()``: they may have a connection that is not noted yet
-        self._in_accept: set[int] = set()
-        #: the local ports of the servers that have stopped for the drain; the path of one on a UNIX socket
-        self._drained: set[int | str | bytes] = set()
-        #: inodes of connections that cannot finish
-        self._given_up: set[int] = set()
-        #: the addresses of peers that have no TCP address: descriptor -> inode, address
-        self._peers: dict[int, tuple[int, SockAddr]] = {}
-        #: the ports of such clients count up
-        self._client_ports = itertools.cycle(range(1024, 65536))
-        self._fd_by_client_port: dict[int, int] = {}
-        self._explained_half_closed = False
+        self.connections = AcceptedConnections(registry.log)
         #: whether the primary has been captured
         self.captured = False
         #: when a server has last listened
@@ -171,7 +142,7 @@ class LeasedSockets:
         entry = self._by_fd.get(fd)
         if entry is not None and not self._copies(fd, entry.inode):
             entry.server.state = CLOSED
-            self._registry.on_third_party_closing(entry.server)
+            self._registry.forget(entry.server)
 
     def reap(self) -> None:
         """End the leases of descriptors that were closed without their socket object (``os.close``)."""
@@ -307,7 +278,7 @@ class LeasedSockets:
         self.reap()
         entries = list(self._by_fd.values())
         self.server_threads = {entry.thread for entry in entries}
-        self._drained = {port for fd in self._by_fd for port in _local_ports(fd)}
+        self.connections.begin_drain(self._by_fd)
         unreachable, stopped = None, []
         for entry in entries:
             try:
@@ -336,12 +307,12 @@ class LeasedSockets:
             for entry in entries:
                 self._log_failure(entry, "accepts while the worker drains", error)
 
-    # --- connections ------------------------------------------------------------------------------
+    # --- accepting ------------------------------------------------------------------------------
 
     def on_accept_call(self, listener: int) -> LeasedFd | None:
         """The program calls ``accept``; the entry, if the socket is one of the master's.
 
-        The caller tells :meth:`on_accept_end` when the call of an entry has ended.
+        The caller tells :meth:`.AcceptedConnections.on_accept_end` when the call has ended.
         """
         if not self._by_fd:
             return None
@@ -352,109 +323,17 @@ class LeasedSockets:
         if entry is not None:
             entry.accepts = True
             entry.thread = get_ident()
-            self._in_accept.add(get_ident())
+            self.connections.on_accept_begin()
         return entry
-
-    def on_accept_end(self) -> None:
-        """The program's call of ``accept`` has ended, with a connection or without."""
-        self._in_accept.discard(get_ident())
 
     def on_accept(self, entry: LeasedFd | None, fd: int) -> None:
         """A connection was accepted: remember it if it came from one of the master's sockets."""
         if entry is not None:
             entry.server.accepted += 1
-            with self._lock:
-                self._connections[fd] = AcceptedConnection(
-                    inode_of(fd), entry.server, entry.name, entry.thread
-                )
+            self.connections.add(fd, entry.server, entry.name)
             if entry.private is not None and not unpatched.is_readable(entry.private.listener.fileno()):
                 with suppress(OSError):  # it expires soon
                     self._close_private(entry)
-
-    def idle(self) -> bool:
-        """Whether no connection is open that an unmodified server has accepted."""
-        with self._lock:
-            self._connections = {fd: it for fd, it in self._connections.items() if inode_of(fd) == it.inode}
-            self._peers = {fd: peer for fd, peer in self._peers.items() if inode_of(fd) == peer[0]}
-            return not self._connections
-
-    def drained(self) -> bool:
-        """Whether no connection is open, in a worker that has stopped accepting."""
-        return self.idle() and not (self._in_accept and self._has_connection_on_its_way())
-
-    def _has_connection_on_its_way(self) -> bool:
-        """Whether a thread has a connection from the system that it has not noted.
-
-        A thread in ``accept()`` mostly waits there. But it may have got its connection, and wait for its
-        turn to run, when this worker stops accepting; the connection's descriptor shows that.
-        """
-        return any(
-            port in self._drained
-            for inode, (fd, *_) in fds_by_inode().items()
-            if inode not in self._given_up
-            for port in _local_ports(fd, connected=True)
-        )
-
-    def forget_connections_of_this_thread(self) -> None:
-        """The loop that served them has ended, so they cannot finish."""
-        with self._lock:
-            mine = {fd: it for fd, it in self._connections.items() if it.thread == get_ident()}
-            self._given_up |= {it.inode for it in mine.values()}
-            self._connections = {fd: it for fd, it in self._connections.items() if fd not in mine}
-
-    def explain_half_closed(self) -> None:
-        """Log once which servers have not closed connections that their clients have closed.
-
-        Whether the client still waits for a response cannot be seen, so none of them is ended.
-        """
-        if self._explained_half_closed:
-            return
-        self._explained_half_closed = True
-        waiting = unpatched.poll()
-        for fd in self._connections:
-            waiting.register(fd, select.POLLRDHUP)
-        closed = (self._connections[fd].name for fd, events in waiting.poll(0) if events & select.POLLRDHUP)
-        for name, count in Counter(closed).items():
-            self._registry.log.warning(
-                "The worker waits for connections that their clients have closed and the third-party server "
-                "on %s has not: %d (pid:%s). A client that has only finished sending, and waits for its "
-                "response, looks the same; so the worker waits until --graceful-timeout. Otherwise correct "
-                "the server: it must close a connection when it reads the end",
-                format_sockname(name),
-                count,
-                os.getpid(),
-            )
-
-    # --- clients without a TCP address ---------------------------------------------------------------
-
-    def client_address(self, fd: int, family: int) -> SockAddr:
-        """The address of a client on a UNIX socket: each has a port of its own, as over TCP."""
-        port = next(port for port in self._client_ports if not self._has_client(port))
-        address: SockAddr = ("127.0.0.1", port) if family == socket.AF_INET else ("::1", port, 0, 0)
-        self.remember_peer(fd, address)
-        self._fd_by_client_port[port] = fd
-        return address
-
-    def _has_client(self, port: int) -> bool:
-        inode, address = self._peers.get(self._fd_by_client_port.get(port, -1), (-1, None))
-        return address is not None and address[1] == port and inode_of(self._fd_by_client_port[port]) == inode
-
-    def remember_peer(self, fd: int, address: SockAddr) -> None:
-        with self._lock:
-            self._peers[fd] = inode_of(fd), address
-
-    def peer(self, fd: int) -> SockAddr | None:
-        """The address that the peer of a connection was given."""
-        inode = inode_of(fd)
-        known = self._peers.get(fd)
-        if known is None or known[0] != inode:  # a copy of the socket (dup)
-            known = next((peer for peer in self._peers.values() if peer[0] == inode), None)
-        return known[1] if known is not None else None
-
-    def local_address(self, fd: int) -> SockAddr | None:
-        """The address of the server that has accepted a connection."""
-        connection = self._connections.get(fd)
-        return connection.name if connection is not None and connection.inode == inode_of(fd) else None
 
     # --- connections of the worker to its own servers ----------------------------------------------------
 
@@ -497,29 +376,16 @@ class LeasedSockets:
 
     def write_counts(self, scoreboard: Scoreboard) -> None:
         """Bring the worker's page of the scoreboard up to date; only connections are known here."""
-        self.idle()
         accepted = Counter(self._accepted_before)
         for server in {id(entry.server): entry.server for entry in self._by_fd.values()}.values():
             accepted[server.slot] += server.accepted
-        open_now = Counter(connection.server.slot for connection in list(self._connections.values()))
+        open_now = self.connections.open_by_slot()
         for slot in accepted:
             scoreboard.write(slot, Counters(open_now[slot], accepted[slot]))
 
     def _keep_count(self, server: ThirdPartyServer) -> None:
         self._accepted_before[server.slot] += server.accepted
         server.accepted = 0
-
-
-def _local_ports(fd: int, connected: bool = False) -> Iterator[int | str | bytes]:
-    """The local port of a TCP socket, or the path of a UNIX socket; nothing for any other file.
-
-    :param connected: whether only a connection counts.
-    """
-    with suppress(OSError), borrowed_socket(fd) as sock:
-        if connected:
-            sock.getpeername()
-        name = sock.getsockname()
-        yield name[1] if isinstance(name, tuple) else name
 
 
 def describe(server: ThirdPartyServer, grant: AcceptGrant) -> None:

@@ -61,8 +61,8 @@ def _notice_deferred_closes() -> None:
 def _never_wait_after_a_selector() -> None:
     """Let socketserver's ``accept`` fail where a sibling was faster; socketserver ignores that OSError.
 
-    It accepts when its selector reports a connection. If it waited for the next one, it could not be shut
-    down.
+    It accepts when its selector reports a connection. A server that waited for the next one could not be
+    shut down.
     """
     accept = socketserver.TCPServer.get_request
 
@@ -133,9 +133,9 @@ def _replace_calls(cls: Any) -> None:
             fd, peer = _accept_nonblocking(self)
             leased.on_accept(entry, fd)
         finally:
-            leased.on_accept_end()
+            leased.connections.on_accept_end()
         if not isinstance(peer, tuple) and self.family in inet_facade.INET:
-            peer = _installed[0].leased.client_address(fd, self.family)
+            peer = leased.connections.client_address(fd, self.family)
         return fd, peer
 
     def getsockname(self: Any) -> Any:

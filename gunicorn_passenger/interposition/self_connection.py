@@ -7,7 +7,7 @@ Programs connect to their own port: before they listen, to see that it is free, 
 their server works. The port is shared, so a sibling would accept such a connection. While a worker boots, and
 for :data:`STARTING` after a server listens, its connections see what they would see if it were alone:
 
-- the worker's own server accepts (:meth:`.leased_sockets.LeasedSockets.connect`);
+- the worker's own server accepts (:meth:`.leased_sockets.LeasedSockets.open_private`);
 - a port that only siblings serve refuses the connection.
 
 The captured primary has no TCP address. A connection to the address that the script has named reaches it all
@@ -78,7 +78,7 @@ class SelfConnections:
 
     def _replace(self, sock: _socket.socket, entry: LeasedFd, name: str | bytes) -> bool:
         """Put a connection to a UNIX socket under the descriptor of a TCP socket."""
-        inet_facade.enable(self._leased.peer)
+        inet_facade.enable(self._leased.connections.peer)
         with room():
             unix = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -86,7 +86,7 @@ class SelfConnections:
             fd = _socket.socket.fileno(sock)
             unix.setblocking(os.get_blocking(fd))
             swap_fds([fd], unix)
-            self._leased.remember_peer(fd, entry.name)
+            self._leased.connections.remember_peer(fd, entry.name)
         finally:
             unix.close()
         return True

@@ -318,7 +318,7 @@ class SocketPatch:
             registry.on_third_party_closed(server)
             raise
         self._primary_name = bind.name
-        inet_facade.enable(self.leased.peer)
+        inet_facade.enable(self.leased.connections.peer)
         return server, source
 
     def _request_port(
@@ -351,7 +351,7 @@ class SocketPatch:
             )
         except errors.BrokerUnavailable as error:
             registry.log.error("%s", error)
-            inet_facade.enable(self.leased.peer)
+            inet_facade.enable(self.leased.connections.peer)
             return ThirdPartyServer(label, (bind.host, bind.port), "", LOST), unreachable_listener()
         finally:
             for other in own:
@@ -363,9 +363,8 @@ class SocketPatch:
             registry.broker.release_port(lease.key, lease.number)
             raise
         if grant is None:
-            inet_facade.enable(
-                self.leased.peer
-            )  # until the grant comes, an AF_UNIX socket is under the program's object
+            # until the grant comes, an AF_UNIX socket is under the program's object
+            inet_facade.enable(self.leased.connections.peer)
         if lease.key and registry.has_port(lease.key) and not shares_port(sock):
             source.close()
             registry.broker.discard(lease)
@@ -388,7 +387,7 @@ class SocketPatch:
         if not isinstance(real, tuple) and sock.family in inet_facade.INET:
             if (entry := self.leased.find(_socket.socket.fileno(sock))) is not None and entry.server.lease:
                 return entry.name
-            if (name := self.leased.local_address(_socket.socket.fileno(sock))) is not None:
+            if (name := self.leased.connections.local_address(_socket.socket.fileno(sock))) is not None:
                 return name
             return self._primary_name or inet_facade.PEER[sock.family]
         return real
@@ -416,9 +415,9 @@ class SocketPatch:
 
     def idle(self) -> bool:
         """Whether no connection is open that an unmodified server has accepted."""
-        return self.leased.drained()
+        return self.leased.connections.drained()
 
     def shutdown_idle_connections(self) -> None:
         """End the connections on which an unmodified server waits for a request."""
-        self.leased.explain_half_closed()  # before the worker itself shuts down some of them
+        self.leased.connections.explain_half_closed()  # before the worker itself shuts down some of them
         third_party_drain.shutdown_idle_connections()

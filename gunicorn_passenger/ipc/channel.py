@@ -117,8 +117,7 @@ def send(sock: Any, message: Message, *fds: int) -> None:
 def receive(sock: Any, close: Callable[[int], object] = os.close) -> tuple[Message, list[int]]:
     """Receive one message and the descriptors that came with it, which the caller owns.
 
-    They are fewer than were sent when this process had no room for them (EMFILE), which is not the sender's
-    fault.
+    They are fewer than were sent when this process had no room for them (EMFILE); the sender is not at fault.
 
     :param close: closes the descriptors of a packet that is rejected.
     :raises ChannelClosed: the other end is closed.

@@ -23,8 +23,7 @@ from gunicorn_passenger.ipc import channel
 from gunicorn_passenger.system import unpatched
 
 _FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
-#: An empty packet looks like the end: the end is there after more of them than the buffer of a sender can
-#: hold.
+#: An empty packet looks like the end. It is the end after more of them than a sender's buffer can hold.
 _MAX_EMPTY = 1024
 #: How many descriptors may wait to be closed before the channel of their sender is closed.
 MAX_WAITING = 256

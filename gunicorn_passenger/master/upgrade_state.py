@@ -1,7 +1,7 @@
 """What a master passes to the new one when ``USR2`` upgrades gunicorn: a JSON object, in sections by service.
 
-Process: the master, at its start; and the child of the master that is about to become the new master. Never:
-puts anything into the environment that grows with the requests of workers.
+Process: the master, at its start; and the child of the master that is about to become the new master.
+Never: put anything into the environment that grows with the requests of workers.
 
 The object lies in a file in memory (memfd_create(2)) that the new master inherits; the environment has the
 number of its descriptor. The environment alone is too small: with many servers, or long names,

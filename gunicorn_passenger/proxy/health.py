@@ -57,7 +57,7 @@ def _check(backend: Backend, options: Options, servers: ServerDirectory | None) 
         if not 200 <= status < 400:
             problem = f"it responded with {status}"
     except PoolExhausted:
-        return  # it is busy, which is no reason to send it nothing
+        return  # it is busy, and may serve requests all the same
     except TimeoutError:
         problem = f"it has not responded for {_SECONDS:g} s"
     except LookupError:

@@ -50,7 +50,7 @@ ORIGIN = {
     "x-real-ip",
 }
 
-#: Nobody may take these away by naming them in Connection: they are meant for all recipients (RFC 9110
+#: A client cannot remove these by naming them in Connection: they are meant for all recipients (RFC 9110
 #: section 7.6.1), or tell where a request comes from.
 _NOT_TO_NOMINATE = ORIGIN | {
     "host",

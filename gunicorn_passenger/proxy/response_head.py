@@ -109,7 +109,7 @@ class ResponseHead:
         self.upgrade = ""
         #: seconds for which the upstream keeps the connection when it is idle, if it says so
         self.keep_alive: float | None = None
-        #: the header lines for the client when they go on unchanged, once they were made; and the whole head
+        #: once made: the header lines for the client, if they are sent unchanged, and the whole head
         self.lines: bytes | None = None
         self.wire: bytes | None = None
         #: whether a Date is among the headers

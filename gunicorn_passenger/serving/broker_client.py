@@ -308,11 +308,7 @@ class BrokerClient:
         """Send a message that has no response; a lost master needs none of them."""
         if not self._unavailable:
             with suppress(channel.ChannelClosed, OSError):
-                self.scheduler.run(lambda: self._send(message))
-
-    def _send(self, message: Message, *fds: int) -> None:
-        # the kernel takes a packet whole or not at all, so greenlets need no lock
-        channel.send(self._sock, message, *fds)
+                self.scheduler.run(lambda: channel.send(self._sock, message))
 
     def _request(self, message: Message, label: str, fd: int | None = None) -> tuple[Message, int | None]:
         fds = [] if fd is None else [fd]
@@ -326,7 +322,8 @@ class BrokerClient:
         self.start_reading()
         pending = self._pending[message.id] = self.scheduler.result()
         try:
-            self._send(message, *fds)
+            # the kernel takes a packet whole or not at all, so greenlets need no lock
+            channel.send(self._sock, message, *fds)
             pending.wait(timeout)
             if not pending.ready():
                 raise _timed_out(label)
@@ -441,7 +438,7 @@ class BrokerClient:
             os.close(fd)
         self._assigned[message.id] = taken
         with suppress(channel.ChannelClosed, OSError):
-            self._send(AssignResult(message.id, len(taken)))
+            channel.send(self._sock, AssignResult(message.id, len(taken)))
 
     def _on_assign_settled(self, message: AssignSettled, _fd: int | None) -> None:
         for connection in self._assigned.pop(message.id, ()):

@@ -7,7 +7,6 @@ a worker of another class needs only once it has a server of ours.
 
 from __future__ import annotations
 
-import _socket
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -74,7 +73,8 @@ class ServerRegistry:
         #: the last error of a ``listen()``, which a program may have turned into its own ``sys.exit()``
         self.last_error: errors.PassengerError | None = None
         self._in_master = False
-        self._accepting = False
+        #: whether the worker has loaded the program, and its servers accept
+        self.started = False
 
     # --- where it runs ---------------------------------------------------------------------------
 
@@ -93,11 +93,6 @@ class ServerRegistry:
         if self._primary_elsewhere:
             return False
         return settings.auto_install(self.script) and self.script_primary in (0, port)
-
-    @property
-    def started(self) -> bool:
-        """Whether the worker has loaded the program, and its servers accept."""
-        return self._accepting
 
     def run_as_master(self) -> None:
         """This process is a gunicorn master; servers that the program makes now start in the workers."""
@@ -133,7 +128,7 @@ class ServerRegistry:
         except BaseException:
             self.acceptors.kill(_KILL_TIMEOUT)
             raise
-        self._accepting = True
+        self.started = True
         for server in list(self.servers):
             if server.state == LISTENING:
                 self._begin(server)
@@ -149,7 +144,7 @@ class ServerRegistry:
 
     def _add(self, server: Server) -> None:
         try:
-            self._claim_name(server)
+            _check_name(server, self.servers)
             if server.is_primary and self._primary_elsewhere:
                 raise server_errors.primary_elsewhere(self.worker.cfg.worker_class_str)
             address = server.requested_address
@@ -164,7 +159,7 @@ class ServerRegistry:
                     server.set_socket(None, WAITING)
                 else:
                     self._open(server)
-                if self._accepting:
+                if self.started:
                     self._start_application(server)
             except BaseException:
                 self._remove(server)
@@ -174,7 +169,7 @@ class ServerRegistry:
         except errors.PassengerError as error:
             self.last_error = error
             raise
-        if self._accepting and server.state == LISTENING:
+        if self.started and server.state == LISTENING:
             self._begin(server)
 
     def remove(self, server: Server) -> None:
@@ -192,7 +187,7 @@ class ServerRegistry:
         if isinstance(server, AsgiServer) and server.thread is not None:
             server.thread.finish()
         self._release(server.lease)
-        self._forget(server)
+        self.forget(server)
 
     def _run(self, function: Callable[[], None], needs_hub: bool) -> None:
         """Run a function where the servers' sockets belong."""
@@ -210,23 +205,20 @@ class ServerRegistry:
         self.servers.append(server)
         if server is self.primary:
             self.on_primary()
-        if self._accepting:
+        if self.started:
             events.emit("listening", server, self.log)
-
-    def on_third_party_closing(self, server: ThirdPartyServer) -> None:
-        """An unmodified server is closing its socket: another may take its place."""
-        self._forget(server)
 
     def on_third_party_closed(self, server: ThirdPartyServer) -> None:
         """An unmodified server has closed its socket."""
-        self._forget(server)
+        self.forget(server)
         if self.broker is not None:
             if server.key and not self.has_port(server.key):
                 self.broker.release_port(server.key)
             elif not server.key and server.lease is not None:
                 self.broker.release_port("", server.lease.number)
 
-    def _forget(self, server: Server | ThirdPartyServer) -> None:
+    def forget(self, server: Server | ThirdPartyServer) -> None:
+        """A server is closing its socket: another may take its place."""
         if server in self.servers:
             self.servers.remove(server)
         if self.primary is server:
@@ -237,11 +229,6 @@ class ServerRegistry:
     def _release(self, lease: PortLease | None) -> None:
         if self.broker is not None and lease is not None:
             self.broker.release_port(lease.key, lease.number)
-
-    def _claim_name(self, server: Server) -> None:
-        for other in self.servers:
-            if server.given_name is not None and other is not server and other.name == server.given_name:
-                raise server_errors.name_taken(server.name, _requested(other))
 
     def set_primary(self, server: Server | ThirdPartyServer, label: str) -> None:
         """Make a server the primary, of which the program has one.
@@ -263,7 +250,7 @@ class ServerRegistry:
             server.set_socket(standalone.open_socket(server.requested_address, is_primary), LISTENING)
         elif server is self.primary:
             server.set_socket(ListenAddress(None, self.worker.primary_name()), LISTENING)
-            if self._accepting:
+            if self.started:
                 self.worker.set_primary_app(server.app)
         else:
             try:
@@ -287,19 +274,12 @@ class ServerRegistry:
             raise listen_errors.duplicate_listen(lease.key)
         server.lease = lease
         if grant is not None:
-            self._use_grant(server, grant)
+            server.use_grant(grant)
         else:
             # another worker accepts; with "each" the address of this worker is not known yet
             state = LISTENING if lease.key else LOST if lease.is_late else WAITING
             server.set_socket(ListenAddress(None, lease.sockname, lease.key), state)
         lease.subscribe(lambda grant: self._on_grant(server, grant), lambda: self._on_pause(server))
-
-    @staticmethod
-    def _use_grant(server: Server, grant: AcceptGrant) -> None:
-        sock = _socket.socket(fileno=grant.fd)
-        server.position = grant.position
-        server.slot = grant.slot
-        server.set_socket(ListenAddress(sock, grant.sockname, grant.key), LISTENING)
 
     def _on_grant(self, server: Server, grant: AcceptGrant) -> None:
         """The master lets this worker accept."""
@@ -307,8 +287,8 @@ class ServerRegistry:
             os.close(grant.fd)
             self._release(server.lease)
             return
-        self._use_grant(server, grant)
-        if self._accepting:
+        server.use_grant(grant)
+        if self.started:
             self._begin(server)
 
     def _on_pause(self, server: Server) -> None:
@@ -401,10 +381,6 @@ class ServerRegistry:
             raise server_errors.broker_unavailable("the report", "does not run, because gunicorn does not")
         return self.broker.report()
 
-    def addresses(self) -> Iterable[tuple[str, int] | str | None]:
-        """The addresses of our own servers."""
-        return [server.address for server in self.servers if isinstance(server, Server)]
-
 
 def check_program_allocation(port: int | None) -> str:
     """The ports that the program itself allows, which it can only narrow.
@@ -418,6 +394,12 @@ def check_program_allocation(port: int | None) -> str:
     if port is not None:
         PortAllocation(account_name(os.geteuid()), (layer,)).check(port)
     return format_ports(layer.ports)
+
+
+def _check_name(server: Server, servers: Iterable[Server | ThirdPartyServer]) -> None:
+    for other in servers:
+        if server.given_name is not None and other is not server and other.name == server.given_name:
+            raise server_errors.name_taken(server.name, _requested(other))
 
 
 def _auto_name(server: Server, servers: Iterable[Server | ThirdPartyServer]) -> str:

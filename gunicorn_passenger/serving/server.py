@@ -6,6 +6,7 @@ Never: bind a port itself; :mod:`.registry` knows where sockets come from.
 
 from __future__ import annotations
 
+import _socket
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypeVar
 
@@ -13,7 +14,7 @@ from gunicorn_passenger import errors
 from gunicorn_passenger.config.address import Address, Primary, SockAddr, Tcp, format_sockname, parse
 from gunicorn_passenger.config.settings import OFF, PLACEMENTS, check_placement, check_sticky, settings
 from gunicorn_passenger.serving import server_errors
-from gunicorn_passenger.serving.port_lease import PortLease
+from gunicorn_passenger.serving.port_lease import AcceptGrant, PortLease
 from gunicorn_passenger.system.text import MAX_NAME, printable
 
 WSGIApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
@@ -207,6 +208,11 @@ class Server:
         """Called by the registry when the server has its socket, or has lost it."""
         self._socket = sock
         self.state = state
+
+    def use_grant(self, grant: AcceptGrant) -> None:
+        """Called by the registry when the master lets this worker accept."""
+        self.position, self.slot = grant.position, grant.slot
+        self.set_socket(ListenAddress(_socket.socket(fileno=grant.fd), grant.sockname, grant.key), LISTENING)
 
     def _label(self) -> str:
         if self._socket is not None and self._socket.sockname is not None:

@@ -233,7 +233,7 @@ def asgi_as_wsgi(name: str) -> PassengerError:
 def lifespan_failed(name: str, reason: str) -> PassengerError:
     return PassengerError(
         f"the ASGI application of the server {name!r} did not start: its lifespan failed at startup "
-        f"({reason}); mend the application's startup, then reload gunicorn"
+        f"({reason}); correct the application's startup, then reload gunicorn"
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterable
 from typing import Any, Protocol
 
 from gunicorn_passenger import errors
@@ -33,6 +32,7 @@ class StandaloneServers(Drainable, Protocol):
     """The servers of a process without gunicorn."""
 
     acceptors: AcceptorTable
+    servers: list[Any]
     scheduler: Scheduler | None
 
     def start(self) -> None:
@@ -40,9 +40,6 @@ class StandaloneServers(Drainable, Protocol):
 
     def stop_accepting(self) -> None:
         """Close the listening sockets."""
-
-    def addresses(self) -> Iterable[object]:
-        """The addresses of the servers."""
 
 
 def run(servers: StandaloneServers) -> None:
@@ -66,8 +63,8 @@ def run(servers: StandaloneServers) -> None:
         servers.stop_accepting()
         finish_connections(servers, cfg.graceful_timeout, log, gevent.sleep)
         events.emit("exit", None, log)
-        for address in servers.addresses():
-            _unlink(address)
+        for server in servers.servers:
+            _unlink(server.address)
 
 
 def open_socket(want: Address | None, primary: bool) -> ListenAddress:

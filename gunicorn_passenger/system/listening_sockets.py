@@ -1,7 +1,7 @@
 """Opens listening sockets, removes their files, and lists the listening sockets of this process.
 
-Process: the master, and plain Python; a worker gets its sockets from the master and only lists them. Never:
-block, or decide whether a port is allowed.
+Process: the master, and plain Python; a worker gets its sockets from the master and only lists them.
+Never: block, or decide whether a port is allowed.
 """
 
 from __future__ import annotations

@@ -201,7 +201,7 @@ def test_a_lifespan_that_fails_stops_the_start_in_one_line(start, worker_class):
     # gunicorn's own classes log an error with its traceback
     assert log.count("Exception in worker process" if hooked else text) == 1, log
     assert text in log
-    assert re.search(r"no database, \S*asgi_site\.py:\d+\); mend", log)
+    assert re.search(r"no database, \S*asgi_site\.py:\d+\); correct", log)
     assert log.count("Traceback") == hooked
 
 

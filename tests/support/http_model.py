@@ -19,7 +19,7 @@ from gunicorn.http.unreader import IterUnreader
 from gunicorn.http.wsgi import create
 
 from gunicorn_passenger.config.settings import Timeouts
-from gunicorn_passenger.http import transport as transport_module
+from gunicorn_passenger.http import connection_output as output_module
 from gunicorn_passenger.http.connection import Connection
 from gunicorn_passenger.http.grammar import AUTHORITY
 from gunicorn_passenger.http.listener_context import ListenerContext, StandaloneWorker
@@ -146,12 +146,12 @@ def ours(
     gate.app = app
     raw = _Raw(pieces)
     nothing = _Nothing()
-    real = transport_module.get_hub
-    transport_module.get_hub = lambda: nothing
+    real = output_module.get_hub
+    output_module.get_hub = lambda: nothing
     try:
         connection = Connection(_Ended(), gate, _Sock(raw), peer)
     finally:
-        transport_module.get_hub = real
+        output_module.get_hub = real
     refused: list[BaseException] = []
     gate.refuse = lambda request, sock, addr, error: refused.append(error)  # type: ignore[method-assign]
     with contextlib.suppress(OSError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -177,6 +178,35 @@ def test_no_two_classes_share_a_name() -> None:
                 places.setdefault(node.name, []).append(f"{module}:{node.lineno}")
     twice = {name: where for name, where in places.items() if len(where) > 1}
     assert not twice, twice
+
+
+def test_no_module_or_class_is_too_large() -> None:
+    for module, path in MODULES.items():
+        text = path.read_text()
+        assert text.count("\n") <= 500, module
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef):
+                methods = sum(isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef) for one in node.body)
+                assert (node.end_lineno or 0) - node.lineno < 400, f"{module}.{node.name}"
+                assert methods <= 30, f"{module}.{node.name}"
+
+
+def test_each_module_says_which_process_runs_it_and_what_it_never_does() -> None:
+    for module, path in MODULES.items():
+        said = ast.get_docstring(ast.parse(path.read_text())) or ""
+        assert re.search(r"\bProcess(es)?: ", said), module
+        if module:
+            assert re.search(r"\bNever: ", said), module
+
+
+def test_docstrings_and_comments_refer_to_what_exists() -> None:
+    known = {PACKAGE, "dataclasses"}.union(*(module.split(".") for module in MODULES))
+    for path in MODULES.values():
+        known.update(re.findall(r"(?:class|def) (\w+)", path.read_text()))
+        known.update(re.findall(r"^\s*(?:self\.)?(\w+)(?:: .+)? = ", path.read_text(), re.MULTILINE))
+    for module, path in MODULES.items():
+        for target in re.findall(r":(?:class|meth|func|mod|attr|data):`~?\.?([\w.]+)", path.read_text()):
+            assert target.startswith("werkzeug.") or set(target.split(".")) <= known, (module, target)
 
 
 @pytest.mark.parametrize(

@@ -30,14 +30,14 @@ def test_a_connection_accepted_while_the_drain_begins_is_finished(listener, clie
         entry = leased.on_accept_call(listener.fileno())
         accepted.append(listener.accept()[0])
         leased.on_accept(entry, accepted[0].fileno())
-        leased.on_accept_end()
+        leased.connections.on_accept_end()
         stop(self, *arguments)
 
     monkeypatch.setattr(LeasedSockets, "_stop_all", accept_first)
     leased.stop_accepting()
-    assert not leased.drained()
+    assert not leased.connections.drained()
     accepted[0].close()
-    assert leased.drained()
+    assert leased.connections.drained()
 
 
 def test_a_connection_whose_accept_has_not_returned_is_finished(listener, client):
@@ -46,19 +46,19 @@ def test_a_connection_whose_accept_has_not_returned_is_finished(listener, client
     # the system has handed the connection over, and the thread waits for its turn
     accepted, _ = listener.accept()
     leased.stop_accepting()
-    assert not leased.drained()
+    assert not leased.connections.drained()
     leased.on_accept(entry, accepted.fileno())
-    leased.on_accept_end()
-    assert not leased.drained()
+    leased.connections.on_accept_end()
+    assert not leased.connections.drained()
     accepted.close()
-    assert leased.drained()
+    assert leased.connections.drained()
 
 
 def test_a_thread_that_waits_in_accept_keeps_no_worker(listener):
     leased = lease(Registry(), listener)
     leased.on_accept_call(listener.fileno())
     leased.stop_accepting()
-    assert leased.drained()
+    assert leased.connections.drained()
 
 
 def test_a_connection_of_a_loop_that_has_ended_keeps_no_worker(listener, client):
@@ -67,9 +67,9 @@ def test_a_connection_of_a_loop_that_has_ended_keeps_no_worker(listener, client)
     accepted, _ = listener.accept()
     with accepted:
         leased.on_accept(entry, accepted.fileno())
-        leased.on_accept_end()
+        leased.connections.on_accept_end()
         leased.on_accept_call(listener.fileno())  # as a thread of another server that waits
         leased.stop_accepting()
-        assert not leased.drained()
-        leased.forget_connections_of_this_thread()
-        assert leased.drained()
+        assert not leased.connections.drained()
+        leased.connections.forget_those_of_this_thread()
+        assert leased.connections.drained()
