@@ -179,6 +179,14 @@ def test_named_classes_are_where_the_document_says(path):
         assert re.search(rf"^class {name}\b", (PACKAGE / file).read_text(), re.MULTILINE), (name, file)
 
 
+def test_each_word_of_the_glossary_is_a_module_or_a_class():
+    rows = [line for line in NAMING[1].read_text().splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 20
+    assert rows[1:] == sorted(rows[1:], key=str.lower)
+    for row in rows[1:]:
+        assert "`" in row.split(" | ")[2], row
+
+
 def test_the_plots_show_the_tables():
     subprocess.run([sys.executable, ROOT / "scripts" / "draw_performance.py", "--check"], check=True)
 
