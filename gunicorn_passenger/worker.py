@@ -129,7 +129,7 @@ class Worker(GeventWorker):
         integration.install_hooks(cfg)
 
     def __init__(
-        self, age: int, ppid: int, sockets: list[Any], app: Any, timeout: float, cfg: Any, log: Any
+        self, age: int, ppid: int, sockets: list[Any], app: Any, timeout: float, cfg: Any, log: Log
     ) -> None:
         """Called in the master, just before the fork."""
         self.channel, self.scoreboard, primary = integration.prepare_worker(age, sockets, cfg, log)

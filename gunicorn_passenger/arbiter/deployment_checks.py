@@ -16,6 +16,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from gunicorn_passenger.config.gunicorn_types import Log
 from gunicorn_passenger.config.port_allocation import account_name
 from gunicorn_passenger.errors import SettingError
 
@@ -25,7 +26,7 @@ _SHELLS = frozenset({"sh", "dash", "bash", "ash"})
 _checked: set[object] = set()
 
 
-def check(cfg: Any, log: Any) -> None:
+def check(cfg: Any, log: Log) -> None:
     """Log what will go wrong with this configuration.
 
     :param log: the logger of gunicorn's errors.
@@ -49,7 +50,7 @@ def check(cfg: Any, log: Any) -> None:
         _check_first_process(log)
 
 
-def _check_unix_socket(path: str, log: Any) -> None:
+def _check_unix_socket(path: str, log: Log) -> None:
     directory, account = os.path.dirname(path), account_name(os.geteuid())
     remedy = f"use systemd's RuntimeDirectory=, or 'install -d -o {account} -m 0750 {directory}' as root"
     if not os.path.isdir(directory):
@@ -68,7 +69,7 @@ def _check_unix_socket(path: str, log: Any) -> None:
     )
 
 
-def _warn_if_served(path: str, log: Any) -> None:
+def _warn_if_served(path: str, log: Log) -> None:
     """gunicorn removes a socket's file without asking, also if another process serves it."""
     with socket.socket(socket.AF_UNIX) as client:
         client.setblocking(False)
@@ -83,7 +84,7 @@ def _warn_if_served(path: str, log: Any) -> None:
     )
 
 
-def _check_first_process(log: Any) -> None:
+def _check_first_process(log: Log) -> None:
     """In a container whose first process is a shell, gunicorn gets no signals, and zombies stay."""
     if os.getpid() == 1 or os.getppid() != 1:
         return

@@ -26,6 +26,7 @@ from gunicorn_passenger.arbiter import (
     succession,
 )
 from gunicorn_passenger.config.address import is_unix
+from gunicorn_passenger.config.gunicorn_types import Log
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.daemons.manager import DaemonManager
 from gunicorn_passenger.daemons.requested import requested_daemons
@@ -59,7 +60,7 @@ def install_hooks(cfg: Any) -> None:
 
 
 def prepare_worker(
-    age: int, listening: list[Any], cfg: Any, log: Any
+    age: int, listening: list[Any], cfg: Any, log: Log
 ) -> tuple[_socket.socket | None, Scoreboard | None, list[Any]]:
     """Before the fork of a worker: its channel, and the listeners of the primary.
 
@@ -89,7 +90,7 @@ def prepare_worker(
     return channel, scoreboard, primary_listeners(listening)
 
 
-def _start(listening: list[Any], cfg: Any, log: Any) -> Broker:
+def _start(listening: list[Any], cfg: Any, log: Log) -> Broker:
     broker = Broker(log, listening, cfg, report.build)
     escape_error_log(log)
     log_locks.share_between_threads(log)
@@ -119,7 +120,7 @@ def _start_services(broker: Broker) -> None:
         raise HaltServer(str(error), _CONFIG_ERROR) from None
 
 
-def _configure(broker: Broker, cfg: Any, log: Any, first: bool) -> None:
+def _configure(broker: Broker, cfg: Any, log: Log, first: bool) -> None:
     """Give the broker the settings of the start, or of a reload."""
     if broker.cfg is cfg and not first:
         return
@@ -139,7 +140,7 @@ def _configure(broker: Broker, cfg: Any, log: Any, first: bool) -> None:
     prometheus_multiproc.directory.give_to_workers(cfg, log)
 
 
-def _log_primary_notes(listening: list[Any], log: Any, cfg: Any) -> None:
+def _log_primary_notes(listening: list[Any], log: Log, cfg: Any) -> None:
     """Log at the start what an operator may not expect of the primary under our worker class."""
     for listener in primary_listeners(listening):
         name = listener.getsockname()
@@ -149,7 +150,7 @@ def _log_primary_notes(listening: list[Any], log: Any, cfg: Any) -> None:
             _warn_if_world_writable(name, log, cfg)
 
 
-def _warn_if_world_writable(path: str, log: Any, cfg: Any) -> None:
+def _warn_if_world_writable(path: str, log: Log, cfg: Any) -> None:
     try:
         mode = os.stat(path).st_mode
     except OSError:

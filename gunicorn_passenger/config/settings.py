@@ -218,7 +218,7 @@ class Settings:
         """A worker begins to load the program."""
         self.in_program = True
 
-    def _effective(self, name: str) -> Any:
+    def _effective(self, name: str, default: Any = None) -> Any:
         # with plain python no master reads a configuration: every call is the program's
         program = {**self._reading, **self.program}
         if name in program:
@@ -226,21 +226,18 @@ class Settings:
         variable = f"PASSENGER_{name.upper()}"
         if text := os.environ.get(variable, "").strip():
             return _CHECKS[name](text, variable)
-        return self.operator.get(name)
+        return self.operator.get(name, default)
 
     def auto_install(self, default: bool) -> bool:
-        value = self._effective("auto_install")
-        return default if value is None else bool(value)
+        return bool(self._effective("auto_install", default))
 
     def grace_period(self) -> float:
         """Seconds that a port stays open after the last worker has released it."""
-        value = self._effective("grace_period")
-        return DEFAULT_GRACE_PERIOD if value is None else float(value)
+        return float(self._effective("grace_period", DEFAULT_GRACE_PERIOD))
 
     def overlap(self, default: float) -> float:
         """Seconds for which an old worker waits for a new one that boots."""
-        value = self._effective("overlap")
-        return default if value is None else float(value)
+        return float(self._effective("overlap", default))
 
     def prometheus(self) -> bool:
         """Whether the program's own ``prometheus_client`` metrics are added up over all workers."""
@@ -257,23 +254,21 @@ class Settings:
 
     def max_blocking_time(self) -> float:
         """Seconds for which a worker's event loop may be blocked without a warning; 0 for no warning."""
-        value = self._effective("max_blocking_time")
-        return DEFAULT_MAX_BLOCKING_TIME if value is None else float(value)
+        return float(self._effective("max_blocking_time", DEFAULT_MAX_BLOCKING_TIME))
 
     def sticky(self, is_primary: bool) -> object:
         """Which worker serves a request of a server that was not given the option ``sticky``.
 
         :param is_primary: whether the setting applies to it.
         """
-        value = self._effective("sticky") if is_primary else None
-        return self.default_sticky if value is None else value
+        return self._effective("sticky", self.default_sticky) if is_primary else self.default_sticky
 
     def status_hosts(self) -> frozenset[str]:
         """Host names that the status application serves, beside local names and addresses."""
-        return frozenset(self._effective("status_hosts") or ())
+        return frozenset(self._effective("status_hosts", ()))
 
     def placement(self, port: int, asked: str) -> str:
-        return str((self._effective("placement") or {}).get(port, asked))
+        return str(self._effective("placement", {}).get(port, asked))
 
     def operator_allocation(self, uid: int) -> PortAllocation:
         """The port allocation of the master: the system's file, the environment, ``gunicorn.conf.py``.

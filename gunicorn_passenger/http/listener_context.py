@@ -18,6 +18,7 @@ from gunicorn.http import message
 from gunicorn.http.wsgi import WSGIErrorsWrapper, base_environ
 from gunicorn.workers.base import Worker as GunicornWorker
 
+from gunicorn_passenger.config.gunicorn_types import Log
 from gunicorn_passenger.config.settings import Timeouts
 from gunicorn_passenger.http.access_log import AccessLog
 from gunicorn_passenger.http.greenlet_pool import GreenletPool
@@ -98,7 +99,7 @@ class ListenerContext:
         self,
         app: Any,
         cfg: Any,
-        log: Any,
+        log: Log,
         worker: Any,
         sockname: Any,
         timeouts: Timeouts,

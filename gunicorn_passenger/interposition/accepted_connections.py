@@ -17,9 +17,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from threading import get_ident
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gunicorn_passenger.config.address import SockAddr, format_sockname
+from gunicorn_passenger.config.gunicorn_types import Log
 from gunicorn_passenger.interposition.own_fds import fds_by_inode, inode_of
 from gunicorn_passenger.serving.third_party import ThirdPartyServer
 from gunicorn_passenger.system import unpatched
@@ -41,7 +42,7 @@ class AcceptedConnection(NamedTuple):
 class AcceptedConnections:
     """Knows which connections are open, and which addresses their clients were given."""
 
-    def __init__(self, log: Any) -> None:
+    def __init__(self, log: Log) -> None:
         """:param log: gunicorn's logger."""
         self._log = log
         #: held for a moment to change a table: servers may accept in threads of their own

@@ -12,6 +12,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from gunicorn_passenger.config.address import format_sockname
+from gunicorn_passenger.config.gunicorn_types import Log
 from gunicorn_passenger.config.settings import OFF, settings
 from gunicorn_passenger.ipc.accept_balance import AcceptBalance
 from gunicorn_passenger.ipc.scoreboard import Scoreboard
@@ -53,7 +54,7 @@ class AcceptorTable:
         self._worker: Any = None
         self._is_patched = True
 
-    def configure(self, cfg: Any, log: Any, worker: Any, is_patched: bool) -> None:
+    def configure(self, cfg: Any, log: Log, worker: Any, is_patched: bool) -> None:
         """
         :param cfg: gunicorn's configuration.
         :param worker: gunicorn's worker object.

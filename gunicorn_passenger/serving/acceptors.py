@@ -20,6 +20,7 @@ from gunicorn.sock import ssl_context
 from gunicorn.workers.ggevent import GeventWorker
 
 from gunicorn_passenger.config.address import format_sockname
+from gunicorn_passenger.config.gunicorn_types import Log
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.http.acceptor import Acceptor
 from gunicorn_passenger.http.access_log import escape_access_log
@@ -69,7 +70,7 @@ def unsupported_features(cfg: Any) -> str:
 
 
 def make_acceptor(
-    sock: Any, app: Any, cfg: Any, log: Any, worker: Any, balance: AcceptBalance | None = None
+    sock: Any, app: Any, cfg: Any, log: Log, worker: Any, balance: AcceptBalance | None = None
 ) -> ListenerHandler:
     """The acceptor of a listener.
 
@@ -107,7 +108,7 @@ def make_acceptor(
 class GunicornHandler(GeventWorker):
     """gunicorn's connection handler for one WSGI app."""
 
-    def __init__(self, app: Any, cfg: Any, log: Any, worker: Any) -> None:
+    def __init__(self, app: Any, cfg: Any, log: Log, worker: Any) -> None:
         # gunicorn's own __init__ prepares a worker process; only its request handling is used here
         self.wsgi = app
         self.cfg = cfg

@@ -20,6 +20,7 @@ from typing import Any
 
 import uvicorn
 
+from gunicorn_passenger.config.gunicorn_types import Log
 from gunicorn_passenger.ipc.scoreboard import Counters
 from gunicorn_passenger.serving.interface import AsgiApp
 from gunicorn_passenger.serving.scheduler import Scheduler
@@ -72,7 +73,7 @@ class AsgiAcceptor:
         state: dict[str, Any],
         loop: asyncio.AbstractEventLoop,
         cfg: Any,
-        log: Any,
+        log: Log,
         scheduler: Scheduler,
         closes_websockets: bool,
     ) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from gunicorn_passenger.config.gunicorn_types import Log
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.serving import server_errors
 from gunicorn_passenger.serving.asgi_acceptor import AsgiAcceptor, make_config
@@ -41,7 +42,7 @@ class AsgiThread:
         app: AsgiApp,
         name: str,
         cfg: Any,
-        log: Any,
+        log: Log,
         scheduler: Scheduler,
         on_death: Callable[[], object] | None = None,
     ) -> None:
@@ -254,7 +255,7 @@ def _reason(text: str) -> str:
     return f"{last}, {os.path.relpath(places[-1][0])}:{places[-1][1]}" if places else last
 
 
-def _configure_logging(log: Any) -> None:
+def _configure_logging(log: Log) -> None:
     """uvicorn's lines go where gunicorn's go, if the program has not configured uvicorn's loggers."""
     error_log = getattr(log, "error_log", None)
     if error_log is None or logging.getLogger("uvicorn").handlers:

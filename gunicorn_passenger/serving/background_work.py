@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from time import monotonic
 from types import FrameType
-from typing import Any
 
+from gunicorn_passenger.config.gunicorn_types import Log
 from gunicorn_passenger.serving.scheduler import Scheduler
 from gunicorn_passenger.system.live_objects import live_objects
 
@@ -24,7 +24,7 @@ _HEARTBEAT_INTERVAL = 1.0
 
 def finish_background_work(
     seconds: float,
-    log: Any,
+    log: Log,
     scheduler: Scheduler,
     on_tick: Callable[[], object],
     endless: Collection[threading.Thread],
@@ -63,7 +63,7 @@ def do_not_wait_for_threads() -> None:
     threading._shutdown = lambda: None  # type: ignore[attr-defined]
 
 
-def _finish(log: Any, endless: Collection[threading.Thread]) -> None:
+def _finish(log: Log, endless: Collection[threading.Thread]) -> None:
     callbacks: list[Callable[[], object]] = getattr(threading, "_threading_atexits", [])
     for callback in reversed(callbacks):
         try:

@@ -15,11 +15,11 @@ import sys
 from threading import get_ident
 from time import monotonic
 from types import CodeType, FrameType
-from typing import Any
 
 import gevent
 from gevent.hub import Hub
 
+from gunicorn_passenger.config.gunicorn_types import Log
 from gunicorn_passenger.ipc.scoreboard import Blocking, Scoreboard
 from gunicorn_passenger.system.callers import is_program_file
 from gunicorn_passenger.system.unpatched import start_thread, unpatched
@@ -28,7 +28,7 @@ from gunicorn_passenger.system.unpatched import start_thread, unpatched
 class BlockingWatch:
     """Logs once for each function of the program that blocks the loop for too long."""
 
-    def __init__(self, seconds: float, log: Any, scoreboard: Scoreboard | None) -> None:
+    def __init__(self, seconds: float, log: Log, scoreboard: Scoreboard | None) -> None:
         """
         :param seconds: for which the loop may be blocked.
         :param scoreboard: the worker's, which shows how often and for how long it was blocked.

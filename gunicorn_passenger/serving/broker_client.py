@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.config.address import Address, Auto, Once, SockAddr, Tcp, Unix, format_tcp, resolve
+from gunicorn_passenger.config.gunicorn_types import Log
 from gunicorn_passenger.ipc import channel
 from gunicorn_passenger.ipc.messages import (
     AcceptGranted,
@@ -69,7 +70,7 @@ class AssignedConnection(NamedTuple):
 class BrokerClient:
     """Requests ports from the master. Any greenlet may use it, and so may threads of the system."""
 
-    def __init__(self, end: _socket.socket | None, log: Any, scheduler: Scheduler) -> None:
+    def __init__(self, end: _socket.socket | None, log: Log, scheduler: Scheduler) -> None:
         """:param end: the worker's end of the channel, or ``None`` where the broker has failed."""
         self.log = log
         self.scheduler = scheduler

@@ -15,6 +15,7 @@ from time import monotonic
 from typing import Any, NamedTuple
 
 from gunicorn_passenger import errors
+from gunicorn_passenger.config.gunicorn_types import Log
 from gunicorn_passenger.serving.server import Server
 from gunicorn_passenger.serving.third_party import ThirdPartyServer
 
@@ -97,7 +98,7 @@ class ServerDiscovery:
             return [name]
         return sorted({member for member, _ in self._members(name)})
 
-    def explain_missing(self, log: Any) -> None:
+    def explain_missing(self, log: Log) -> None:
         """Name the targets of proxies that are the name of no server and no daemon.
 
         :param log: gunicorn's.

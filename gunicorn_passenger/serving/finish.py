@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from time import monotonic
-from typing import Any, Protocol
+from typing import Protocol
+
+from gunicorn_passenger.config.gunicorn_types import Log
 
 #: Seconds between two looks for idle connections of third-party servers.
 _IDLE_CHECK_INTERVAL = 0.5
@@ -45,7 +47,7 @@ class ThirdPartyDrainable(Protocol):
 def finish_connections(
     servers: Drainable,
     seconds: float,
-    log: Any,
+    log: Log,
     sleep: Callable[[float], object],
     on_tick: Callable[[], object] = lambda: None,
     third_party: ThirdPartyDrainable | None = None,

@@ -18,6 +18,7 @@ from functools import partial
 from time import monotonic
 from typing import Any, Protocol, TypeVar
 
+from gunicorn_passenger.config.gunicorn_types import Log
 from gunicorn_passenger.system import unpatched
 
 T = TypeVar("T")
@@ -150,7 +151,7 @@ class ThreadScheduler:
 
     how_tasks_end = "its start function must return soon after its stop function was called"
 
-    def __init__(self, log: Any, on_tick: Callable[[], object], make_hub: Callable[[], HubScheduler]) -> None:
+    def __init__(self, log: Log, on_tick: Callable[[], object], make_hub: Callable[[], HubScheduler]) -> None:
         """
         :param on_tick: called about once a second by the thread.
         :param make_hub: called by the thread when it needs a hub.

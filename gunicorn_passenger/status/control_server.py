@@ -29,14 +29,11 @@ import os
 import select
 import socket
 import time
-from typing import Any, Protocol
+from typing import Any
 
-from gunicorn_passenger.config.gunicorn_types import Log
 from gunicorn_passenger.errors import PassengerError
-from gunicorn_passenger.ipc.report_types import Report
+from gunicorn_passenger.master.broker import Broker
 from gunicorn_passenger.master.descriptors import Closer
-from gunicorn_passenger.master.event_log import EventLog
-from gunicorn_passenger.master.mailbox_exchange import MailboxExchange
 from gunicorn_passenger.master.service import BrokerService
 from gunicorn_passenger.system import listening_sockets, runtime_dir
 from gunicorn_passenger.system.peer_credentials import peercred
@@ -57,17 +54,6 @@ _PAUSE = 1.0
 
 #: The client closed its connection before it was accepted.
 _GONE = {errno.ECONNABORTED, errno.EAGAIN, errno.EINTR, errno.EPROTO}
-
-
-class ControlBackend(Protocol):
-    """What this module needs of the broker."""
-
-    log: Log
-    event_log: EventLog
-    mailboxes: MailboxExchange
-
-    def report(self) -> Report: ...
-    def command(self, verb: str, name: str) -> str: ...
 
 
 class ControlConnection:
@@ -104,7 +90,7 @@ class ControlConnection:
 class ControlServer(BrokerService):
     """The control socket of one master: a :class:`~.service.BrokerService`."""
 
-    def __init__(self, broker: ControlBackend) -> None:
+    def __init__(self, broker: Broker) -> None:
         self._broker = broker
         self._listener: Any = None
         self._path = ""

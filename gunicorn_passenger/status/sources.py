@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from gunicorn_passenger.errors import PassengerError
 from gunicorn_passenger.ipc.report_types import Report
@@ -23,22 +23,14 @@ class ReportUnavailable(Exception):
     """The process could not get a report; the text says why."""
 
 
-class ReportSource(Protocol):
-    """Where this process gets the report."""
-
-    #: whether this process is a worker, which is healthy when it responds at all
-    serves: bool
-
-    def report(self) -> Report:
-        """:raises ReportUnavailable: when the master did not send a report."""
-
-
 class ChannelSource:
     """In a worker: asks the master over the worker's channel."""
 
+    #: whether this process is a worker, which is healthy when it responds at all
     serves = True
 
     def report(self) -> Report:
+        """:raises ReportUnavailable: when the master did not send a report."""
         try:
             return cast(Report, registry.report())
         except (PassengerError, OSError, ValueError) as error:
@@ -119,7 +111,7 @@ class ReportCache:
     """The report of this process's source, used again for :data:`FRESH` seconds."""
 
     def __init__(self) -> None:
-        self.source: ReportSource = ChannelSource()
+        self.source: ChannelSource | PipeSource | NullSource = ChannelSource()
         self._report: Report | None = None
         self._at = 0.0
 
