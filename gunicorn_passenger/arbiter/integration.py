@@ -246,7 +246,10 @@ def _start_for_daemons(arbiter: Any) -> None:
         # gunicorn catches HaltServer only after its start
         arbiter.halt(reason=halt.reason, exit_status=halt.exit_status)
     except (OSError, RuntimeError) as error:
-        arbiter.log.error("gunicorn-passenger: the daemons cannot be started (%s)", error)
+        arbiter.log.error(
+            "gunicorn-passenger: the daemons cannot be started (%s); correct that, then reload gunicorn",
+            error,
+        )
 
 
 def reloaded(arbiter: Any) -> None:
@@ -260,7 +263,9 @@ def reloaded(arbiter: Any) -> None:
         _configure(broker, arbiter.cfg, arbiter.log, False)
         _tell_reload(broker)
     except (OSError, RuntimeError) as error:
-        arbiter.log.error("gunicorn-passenger: the daemons were not told of the reload (%s)", error)
+        arbiter.log.error(
+            "gunicorn-passenger: the daemons were not told of the reload (%s); reload gunicorn again", error
+        )
 
 
 def _tell_reload(broker: Broker) -> None:

@@ -446,7 +446,9 @@ class BrokerClient:
             try:
                 self.scheduler.run(connection.serve if message.serve else connection.close)
             except Exception:
-                self.log.exception("gunicorn-passenger: a connection of another worker was closed")
+                self.log.exception(
+                    "gunicorn-passenger: a connection that a sibling has passed here was closed"
+                )
 
 
 def _sockname(message: OpenPort | PortOpened | AcceptGranted) -> SockAddr | str:
