@@ -327,7 +327,7 @@ class Worker(GeventWorker):
     def _write_counts(self) -> None:
         if self.scoreboard is not None and os.getpid() == self.pid:
             registry.acceptors.write_counts(self.scoreboard)
-            self._socket_patch.write_counts(self.scoreboard)
+            self._socket_patch.leased.write_counts(self.scoreboard)
 
     # --- the primary -----------------------------------------------------------------------------
 

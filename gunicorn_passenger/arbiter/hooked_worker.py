@@ -268,7 +268,7 @@ class HookedWorker:
     def _write_counts(self) -> None:
         if self._scoreboard is not None:
             registry.acceptors.write_counts(self._scoreboard)
-            self._patch.write_counts(self._scoreboard)
+            self._patch.leased.write_counts(self._scoreboard)
 
     def _begin_drain(self) -> None:
         """Stop accepting on the program's ports. gunicorn's class does the same for the primary."""

@@ -52,7 +52,7 @@ from gunicorn_passenger.interposition.socket_options import (
     unreachable_listener,
 )
 from gunicorn_passenger.interposition.unmanaged_listeners import UnmanagedListeners
-from gunicorn_passenger.ipc.scoreboard import PRIMARY_SLOT, Scoreboard
+from gunicorn_passenger.ipc.scoreboard import PRIMARY_SLOT
 from gunicorn_passenger.serving import program_metrics, server_errors
 from gunicorn_passenger.serving.registry import ServerRegistry, check_program_allocation
 from gunicorn_passenger.serving.server import LISTENING, LOST, WAITING, ListenAddress
@@ -399,10 +399,6 @@ class SocketPatch:
         self.binds.check()
         self.leased.reap()
         self._unmanaged.check(self.leased.inodes() | self.binds.inodes())
-
-    def write_counts(self, scoreboard: Scoreboard) -> None:
-        """Bring the worker's page of the scoreboard up to date."""
-        self.leased.write_counts(scoreboard)
 
     def server_threads(self) -> set[threading.Thread]:
         """The threads in which unmodified servers accepted until the drain began."""

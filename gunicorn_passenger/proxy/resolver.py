@@ -16,6 +16,7 @@ import time
 from typing import Any, NamedTuple
 
 from gunicorn_passenger.errors import UpstreamRefused
+from gunicorn_passenger.system import unpatched
 
 #: Seconds for which the addresses of a name are used without another look-up.
 _FRESH = 5.0
@@ -123,7 +124,7 @@ class Resolver:
             self._runtime.call_from_thread(self._finish, name, addresses, error)
 
         try:
-            self._runtime.start_native_thread(in_native_thread)
+            unpatched.start_thread(in_native_thread)
         except RuntimeError as error:
             name.done = None
             if not usable:

@@ -24,7 +24,7 @@ from typing import Any
 from weakref import WeakSet
 
 import gevent
-from gevent import getcurrent, monkey
+from gevent import getcurrent
 from gevent import select as gevent_select
 from gevent._hub_local import get_hub_if_exists
 from gevent.event import Event as GeventEvent
@@ -34,6 +34,7 @@ from gunicorn_passenger.http.downstream_api import DisconnectNotifier
 from gunicorn_passenger.http.timeouts import TimeoutQueue
 from gunicorn_passenger.proxy.log import failed_callback
 from gunicorn_passenger.proxy.resolver import Resolver
+from gunicorn_passenger.system import unpatched
 
 #: what a wait ends with
 _READY, _LATE, _GONE = "ready", "late", "gone"
@@ -49,10 +50,6 @@ SMALL_REQUEST = 8192
 
 #: what a wait is for
 READ, WRITE = 1, 2
-
-#: the system's own: gevent's would need a hub, which a thread does not have
-_poll = monkey.get_original("select", "poll")
-_start_new_thread = monkey.get_original("_thread", "start_new_thread")
 
 
 class DownstreamDisconnected(Exception):
@@ -126,10 +123,6 @@ class GeventRuntime:
         """An object with the interface of :func:`select.poll`; its wait lets the hub run."""
         return gevent_select.poll()
 
-    def start_native_thread(self, function: Callable[[], None]) -> None:
-        """Run a function in a thread that has no hub."""
-        _start_new_thread(function, ())
-
     def call_from_thread(self, function: Callable[..., None], *arguments: Any) -> None:
         """Called in a native thread: call a function in the hub."""
         with contextlib.suppress(Exception):  # the hub has ended meanwhile
@@ -160,10 +153,7 @@ class ThreadRuntime:
         return threading.Event()
 
     def poll(self) -> Any:
-        return _poll()
-
-    def start_native_thread(self, function: Callable[[], None]) -> None:
-        _start_new_thread(function, ())
+        return unpatched.poll()  # gevent's would need a hub, which a thread does not have
 
     def call_from_thread(self, function: Callable[..., None], *arguments: Any) -> None:
         function(*arguments)
@@ -289,7 +279,7 @@ class Stream:
         if self._poll is None:
             if self.sock.fileno() < 0:
                 return False  # it is closed
-            self._poll = _poll()
+            self._poll = unpatched.poll()
             self._poll.register(self.sock.fileno(), select.POLLIN)
         return not self._poll.poll(0)
 
@@ -325,7 +315,7 @@ class ThreadStream(Stream):
         self.sock = sock
 
     def wait(self, what: int, seconds: float | None = None, client: DisconnectNotifier | None = None) -> None:
-        poll = _poll()
+        poll = unpatched.poll()
         events = (select.POLLIN if what & READ else 0) | (select.POLLOUT if what & WRITE else 0)
         poll.register(self.sock.fileno(), events)
         if not poll.poll(None if seconds is None else seconds * 1000):

@@ -293,7 +293,7 @@ def test_a_thread_that_cannot_start_costs_one_look_up(names, runtime, monkeypatc
         raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime, "start_native_thread", refuse, raising=False)
+        patch.setattr(resolver.unpatched, "start_thread", refuse)
         with pytest.raises(UpstreamRefused, match="was not looked up: can't start new thread"):
             known.addresses("name.test", 80, 30)
     assert known.addresses("name.test", 80, 30) == [Address(socket.AF_INET, ("127.0.0.3", 80))]
