@@ -385,6 +385,8 @@ def test_every_callback_of_the_loop_is_known() -> None:
     known = {
         ("acceptor.py", "self._accept"),
         ("acceptor.py", "then"),
+        ("connection_output.py", "self._sending.switch"),
+        ("connection_output.py", "self._wake"),
         ("connection_life.py", "gone"),
         ("connection_life.py", "self._ready"),
         ("connection_life.py", "self._wake"),
@@ -399,9 +401,7 @@ def test_every_callback_of_the_loop_is_known() -> None:
         ("timeouts.py", "self._fire"),
         ("timeouts.py", "self._next"),
         ("transport.py", "greenlet.throw"),
-        ("transport.py", "self._sending.switch"),
         ("transport.py", "self._waiting.switch"),
-        ("transport.py", "self._wake"),
         ("write_coalescing.py", "self.flush"),
     }
     found = set()
