@@ -237,6 +237,8 @@ class MailboxOpened(Message):
 
     #: names the worker in what clients get to see; no client can guess one
     tag: str
+    #: signs what names a worker in a cookie; the same in all workers of a master
+    key: str
 
 
 class SiblingJoined(Message):

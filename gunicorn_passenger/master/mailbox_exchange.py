@@ -40,6 +40,8 @@ from gunicorn_passenger.master.worker_channels import WorkerChannel, WorkerChann
 
 #: Random bytes of a tag.
 TAG_BYTES = 12
+#: Random bytes of the key for signatures.
+_KEY_BYTES = 32
 #: Seconds until a worker that has not read its channel is told the rest.
 _RETRY_INTERVAL = 0.05
 #: The part of a channel that the news may fill.
@@ -77,6 +79,8 @@ class MailboxExchange:
         #: the workers that have not been told everything
         self._behind: set[int] = set()
         self._published = self._dropped = 0
+        #: of the workers' signatures
+        self._key = secrets.token_hex(_KEY_BYTES)
 
     # --- mailboxes of workers --------------------------------------------------------------------
 
@@ -95,7 +99,7 @@ class MailboxExchange:
         self._tell(own, self._by_tag)
         # a failed reply closes the channel, and with it the mailbox
         if receiving.fileno() >= 0:
-            self._reply(worker, MailboxOpened(message.id, own.tag), receiving.fileno())
+            self._reply(worker, MailboxOpened(message.id, own.tag, self._key), receiving.fileno())
 
     def _add(self, own: _Mailbox) -> _Mailbox:
         self._by_tag[own.tag] = own

@@ -244,10 +244,10 @@ class BrokerClient:
         response, _ = self._send_and_wait(message, "a connection", fds, None)
         return response.taken if isinstance(response, OfferSettled) else 0
 
-    def open_mailbox(self) -> tuple[str, int]:
+    def open_mailbox(self) -> tuple[MailboxOpened, int]:
         """Ask for this worker's mailbox; :attr:`on_sibling` is told of those of the siblings.
 
-        :returns: the tag of this worker, and the receiving end, which the caller owns.
+        :returns: what the master says of it, and the receiving end, which the caller owns.
         :raises errors.BrokerUnavailable: when the master cannot be reached, or has no descriptor for it.
         """
         response, fd = self._request(OpenMailbox(next(self._numbers)), "the mailbox")
@@ -256,7 +256,7 @@ class BrokerClient:
             if isinstance(response, MailboxOpened):
                 self._notify(ReleaseMailbox(0))
             raise server_errors.broker_unavailable("the mailbox", f"cannot make it ({why})")
-        return response.tag, fd
+        return response, fd
 
     def report(self) -> dict[str, Any]:
         """The state of the whole application (see ``status/report.py``).

@@ -82,6 +82,8 @@ class Mailboxes:
         self._acceptors = acceptors
         #: names this worker in what clients get to see; empty while it has no mailbox
         self.tag = ""
+        #: signs what names a worker in a cookie; the siblings have the same
+        self.key = b""
         self._siblings: dict[str, Sibling] = {}
         #: who receives messages in this worker
         self.subscribers = Subscribers()
@@ -110,7 +112,7 @@ class Mailboxes:
     def _open(self) -> None:
         self._broker.on_sibling = self._on_sibling
         try:
-            self.tag, fd = self._broker.open_mailbox()
+            opened, fd = self._broker.open_mailbox()
         except errors.BrokerUnavailable as error:
             self._failed = True
             self._broker.log.error(
@@ -120,6 +122,7 @@ class Mailboxes:
                 error.strerror or error,
             )
             return
+        self.tag, self.key = opened.tag, opened.key.encode()
         self._receiving = _socket.socket(fileno=fd)
         self._receiving.setblocking(False)
         os.register_at_fork(after_in_child=self.close)  # the child has copies of all ends

@@ -10,9 +10,11 @@ before it is parsed, so a request that is passed on is parsed once, and no hook 
 from __future__ import annotations
 
 import re
+from base64 import urlsafe_b64encode
 from collections.abc import Callable
 from functools import partial
 from hashlib import blake2b
+from hmac import compare_digest
 from typing import Any
 
 import gevent
@@ -30,6 +32,8 @@ from gunicorn_passenger.serving.mailboxes import Mailboxes, Sibling
 _DEFAULT_COOKIE = "passenger_worker"
 #: Characters of a tag.
 TAG_LENGTH = 16
+#: Characters of a signature, 144 bits.
+_SIGNATURE_LENGTH = 24
 _SID = re.compile(rb"[?&]sid=([A-Za-z0-9_-]{%d})" % TAG_LENGTH)
 #: Seconds until a sibling that has just started is known here, too.
 _NEWS_TIME = 0.001
@@ -72,25 +76,37 @@ class BySessionId(Stickiness):
 
 
 class ByCookie(Stickiness):
-    """``sticky="cookie"``: a cookie whose value is the tag of the worker that has set it."""
+    """``sticky="cookie"``: a cookie with the tag of the worker that has set it, and a signature.
+
+    All workers of a master sign with one key, so each can check the cookie of a sibling. What begins the
+    session ids of Socket.IO is the same tag; without the signature a client cannot make a cookie of it.
+    """
 
     def __init__(self, mailboxes: Mailboxes, key: str, name: str) -> None:
         """:param name: of the cookie."""
         super().__init__(mailboxes, key)
         self._name = name.encode()
-        self._own = b"%b=%b" % (self._name, self._tag)
+        self._own = self._signed(self._tag)
         self._pattern = re.compile(
-            rb"\r\ncookie:(?:[^\r]*;)?[ \t]*%b=([A-Za-z0-9_-]{%d})[ \t]*[;\r]"
-            % (re.escape(self._name), TAG_LENGTH),
+            rb"\r\ncookie:(?:[^\r]*;)?[ \t]*%b=(([A-Za-z0-9_-]{%d})\.[A-Za-z0-9_-]{%d})[ \t]*[;\r]"
+            % (re.escape(self._name), TAG_LENGTH, _SIGNATURE_LENGTH),
             re.IGNORECASE,
         )
+
+    def _signed(self, tag: bytes) -> bytes:
+        """The cookie that names a worker."""
+        named = b"%b=%b" % (self._name, tag)
+        digest = blake2b(named, digest_size=_SIGNATURE_LENGTH * 3 // 4, key=self._mailboxes.key).digest()
+        return b"%b.%b" % (named, urlsafe_b64encode(digest))
 
     def __call__(self, connection: Any, head: bytes) -> Give | None:
         connection.extra_headers = b""
         if head.find(self._own) >= 0:
             return None
         found = self._pattern.search(head)
-        give = None if found is None else self._give_to(found[1].decode())
+        give = None
+        if found is not None and compare_digest(self._signed(found[2]), b"%b=%b" % (self._name, found[1])):
+            give = self._give_to(found[2].decode())
         if give is None:
             connection.extra_headers = b"Set-Cookie: %b; Path=/; HttpOnly; SameSite=Lax\r\n" % self._own
         return give

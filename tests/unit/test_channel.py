@@ -73,7 +73,7 @@ EXAMPLES = [
     RequestDenied(1, "in_use", 98, "text"),
     PacketRejected(0, "text"),
     OpenMailbox(8),
-    MailboxOpened(8, "tag"),
+    MailboxOpened(8, "tag", "key"),
     SiblingJoined(0, "tag", True),
     SiblingChanged(0, "tag", False, True),
 ]

@@ -11,7 +11,7 @@ from gunicorn_passenger import errors
 from gunicorn_passenger.config.settings import check_sticky
 from gunicorn_passenger.http.acceptor import Acceptor
 from gunicorn_passenger.ipc import mailbox
-from gunicorn_passenger.ipc.messages import SiblingChanged, SiblingJoined
+from gunicorn_passenger.ipc.messages import MailboxOpened, SiblingChanged, SiblingJoined
 from gunicorn_passenger.serving import mailboxes as module
 from gunicorn_passenger.serving.mailboxes import Mailboxes, Sibling
 from gunicorn_passenger.serving.stickiness import ByCookie, ByKey, BySessionId, install
@@ -36,7 +36,7 @@ class Broker:
         if not self.available:
             raise errors.BrokerUnavailable(24, "no descriptor is free")
         receiving, self.sending = mailbox.pair()
-        return "own-tag", receiving.detach()
+        return MailboxOpened(1, "own-tag", "key"), receiving.detach()
 
 
 class Site:
@@ -333,16 +333,45 @@ def test_only_the_query_names_the_session(site):
 
 @pytest.mark.parametrize("name", ["plain", "*a", "a+b", "a|b", "$a^", "a.b"])
 def test_the_name_of_a_cookie_is_no_pattern(site, name):
-    site.mailboxes.tag = "o" * 16
+    site.mailboxes.tag, site.mailboxes.key = "o" * 16, b"key"
     site.join("s" * 16)
     by_cookie = ByCookie(site.mailboxes, "key", name)
     connection = SimpleNamespace()
     head = b"GET / HTTP/1.1\r\nCookie: x=y; %b=%b\r\n\r\n"
-    give = by_cookie(connection, head % (name.encode(), b"s" * 16))
+    of_sibling = value_of_cookie(site, "s" * 16, name)
+    give = by_cookie(connection, head % (name.encode(), of_sibling))
     assert give is not None
     assert give.args[0].tag == "s" * 16
-    assert by_cookie(connection, head % (b"b", b"s" * 16)) is None
+    assert connection.extra_headers == b""
+    assert by_cookie(connection, head % (b"b", of_sibling)) is None
     assert connection.extra_headers.startswith(b"Set-Cookie: %b=" % name.encode())
+
+
+def value_of_cookie(site, tag, name):
+    """The cookie that the worker with that tag sets."""
+    own, site.mailboxes.tag = site.mailboxes.tag, tag
+    connection = SimpleNamespace()
+    ByCookie(site.mailboxes, "key", name)(connection, b"GET / HTTP/1.1\r\n\r\n")
+    site.mailboxes.tag = own
+    return connection.extra_headers.split(b"=", 1)[1].split(b";")[0]
+
+
+def test_a_cookie_of_a_sibling_is_signed_with_the_key_of_the_master(site):
+    """The tags of live workers are no secret: session ids begin with them."""
+    site.mailboxes.tag, site.mailboxes.key = "o" * 16, b"the master's key"
+    site.join("s" * 16)
+    signed = value_of_cookie(site, "s" * 16, "worker")
+    assert signed[:17] == b"s" * 16 + b"."
+    site.mailboxes.key = b"another key"
+    foreign = value_of_cookie(site, "s" * 16, "worker")
+    site.mailboxes.key = b"the master's key"
+    by_cookie = ByCookie(site.mailboxes, "key", "worker")
+    other_name = value_of_cookie(site, "s" * 16, "cookie")
+    for forged in (signed[:16], signed[:-1], signed[:17] + b"A" * 24, signed + b"A", foreign, other_name):
+        connection = SimpleNamespace()
+        assert by_cookie(connection, b"GET / HTTP/1.1\r\nCookie: worker=%b\r\n\r\n" % forged) is None
+        assert connection.extra_headers.startswith(b"Set-Cookie: worker=%b." % (b"o" * 16))
+    assert by_cookie(connection, b"GET / HTTP/1.1\r\nCookie: worker=%b\r\n\r\n" % signed) is not None
 
 
 @pytest.mark.parametrize("value", ["off", "socketio", "cookie", "cookie:my-name", len])

@@ -110,23 +110,25 @@ def test_the_cookie_leads_back_to_the_worker_that_has_set_it(site):
     response = client.getresponse()
     answer, cookie = json.loads(response.read()), response.getheader("Set-Cookie")
     client.close()
-    assert cookie == f"worker={answer['tag']}; Path=/; HttpOnly; SameSite=Lax"
+    signed, attributes = cookie.split("; ", 1)
+    assert re.fullmatch(rf"worker={answer['tag']}\.[\w-]{{24}}", signed)
+    assert attributes == "Path=/; HttpOnly; SameSite=Lax"
     for _ in range(12):
         client = Client(site.primary)
-        client.request("GET", "/", headers={"Cookie": f"a=b; worker={answer['tag']}; c=d"})
+        client.request("GET", "/", headers={"Cookie": f"a=b; {signed}; c=d"})
         response = client.getresponse()
         assert json.loads(response.read())["pid"] == answer["pid"]
         assert response.getheader("Set-Cookie") is None
         client.close()
 
 
-@pytest.mark.parametrize("value", ["", "x", "A" * 16, "A" * 17, "!" * 16])
+@pytest.mark.parametrize("value", ["", "x", "A" * 16, "A" * 41, "A" * 16 + "." + "A" * 24, "!" * 16])
 def test_a_forged_cookie_is_replaced(site, value):
     client = Client(site.primary)
     client.request("GET", "/", headers={"Cookie": f"worker={value}"})
     response = client.getresponse()
     tag = json.loads(response.read())["tag"]
-    assert response.getheader("Set-Cookie", "").startswith(f"worker={tag};")
+    assert response.getheader("Set-Cookie", "").startswith(f"worker={tag}.")
     client.close()
 
 
