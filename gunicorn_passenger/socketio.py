@@ -10,7 +10,10 @@ which siblings pass it the connection (``sticky="socketio"``). :class:`LocalMana
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import socket
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from gunicorn_passenger.config.settings import settings
@@ -39,6 +42,8 @@ if found := outdated("python-socketio", _SOCKETIO):
 
 #: Messages of siblings that wait until the worker acts on them; further ones are dropped and counted.
 _MAX_RECEIVED = 10_000
+#: RFC 1123 section 2.1, a label of a host name
+_HOST = re.compile(r"[A-Za-z0-9-]{1,63}")
 #: the attribute of an Engine.IO server that is attached
 _ATTACHED = "_gunicorn_passenger_attached"
 
@@ -103,11 +108,17 @@ def emitter(app: str = "", channel: str = "socketio") -> socketio.PubSubManager:
     return _Emitter(app, channel)
 
 
+def _new_id(random_id: Callable[[], str], host: str | None) -> str:
+    """A session id: the tag of the worker, the machine between dots, and what Engine.IO makes."""
+    tag = sibling_messages.tag()
+    return f"{tag}.{host}.{random_id()}" if tag and host else tag + random_id()
+
+
 def _topic(channel: str) -> str:
     return f"socketio {channel}"
 
 
-def attach(sio: Any) -> None:
+def attach(sio: Any, host: str | None = None) -> None:
     """Let a Socket.IO server work with any number of workers. Call it once, before the first client comes.
 
     It turns ``sticky="socketio"`` on for the primary and for all servers that are not given another value.
@@ -116,7 +127,11 @@ def attach(sio: Any) -> None:
 
     :param sio: a ``socketio.Server``, a ``flask_socketio.SocketIO`` that has its application, or an
         ``engineio.Server``.
-    :raises SettingError: (a ``ValueError``) when it is attached already, has clients, is instrumented for the
+    :param host: names this machine in the session ids, for the web server that sends each session to its
+        machine. With a client manager for several machines the default is the name of the host up to the
+        first dot; otherwise the ids name no machine.
+    :raises SettingError: (a ``ValueError``) for a host that is not a name, and when the server is attached
+        already, has clients, is instrumented for the
         admin interface, or runs in asyncio.
     :raises TypeError: for anything else.
     """
@@ -150,11 +165,16 @@ def attach(sio: Any) -> None:
             "socketio.attach(): the client manager, which attach() replaces, was changed already; call "
             "attach() before sio.instrument()"
         )
+    if host is None and server is not eio and not (replaces or isinstance(server.manager, LocalManager)):
+        host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname().partition(".")[0])
+    elif host is not None and not _HOST.fullmatch(host):
+        raise SettingError(
+            f"socketio.attach(host={host!r}): use 1 to 63 letters, digits and hyphens, such as 'web1'"
+        )
     setattr(eio, _ATTACHED, True)
     if replaces:
         server.manager = LocalManager()
         server.manager.set_server(server)
-    random_id = eio.generate_id
-    eio.generate_id = lambda: sibling_messages.tag() + random_id()
+    eio.generate_id = partial(_new_id, eio.generate_id, host)
     registry.acceptors.session_counts.append(lambda: len(eio.sockets))
     settings.default_sticky = "socketio"

@@ -85,6 +85,7 @@ class MailboxesEntry(TypedDict):
     kept: int
     published: int
     dropped: int
+    unknown: int
     sessions: int
 
 

@@ -71,6 +71,8 @@ class MailboxCounters(NamedTuple):
     published: int = 0
     #: messages that one sibling or one subscriber has missed, since too many waited for it
     dropped: int = 0
+    #: requests with the Socket.IO session of no worker of this machine
+    unknown: int = 0
     #: of Socket.IO, open now
     sessions: int = 0
 

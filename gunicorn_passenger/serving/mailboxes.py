@@ -98,6 +98,8 @@ class Mailboxes:
         self._deaf = False
         self._opening = Semaphore()
         self._passed = self._kept = self._published = self._dropped = 0
+        #: requests with the Socket.IO session of no worker that it knows
+        self.unknown = 0
 
     def open(self) -> bool:
         """Have a mailbox, which the siblings know when this returns.
@@ -135,7 +137,7 @@ class Mailboxes:
         self._readable.start(self._receive)
 
     def counts(self) -> MailboxCounters:
-        return MailboxCounters(self._passed, self._kept, self._published, self._dropped)
+        return MailboxCounters(self._passed, self._kept, self._published, self._dropped, self.unknown)
 
     # --- siblings ---------------------------------------------------------------------------------
 

@@ -72,7 +72,12 @@ class BySessionId(Stickiness):
         if head.find(b"sid=", 0, line) < 0:
             return None
         found = _SID.search(head, 0, line)
-        return None if found is None or found[1] == self._tag else self._give_to(found[1].decode())
+        if found is None or found[1] == self._tag:
+            return None
+        give = self._give_to(found[1].decode())
+        if give is None:
+            self._mailboxes.unknown += 1
+        return give
 
 
 class ByCookie(Stickiness):

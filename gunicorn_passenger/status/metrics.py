@@ -132,6 +132,11 @@ def _mailbox_families(mailboxes: MailboxesEntry, gauge: Any, counter: Any) -> It
             mailboxes["dropped"],
             "Messages that a slow worker or subscriber has missed",
         ),
+        (
+            "unknown_sessions",
+            mailboxes["unknown"],
+            "Requests with a Socket.IO session of another machine, or of a worker that is gone",
+        ),
     ):
         family = _MetricFamily(counter, name, text)
         family.add(value)

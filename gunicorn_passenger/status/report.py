@@ -84,6 +84,7 @@ def _mailboxes(broker: Broker, by_age: dict[int, WorkerChannel]) -> MailboxesEnt
         "kept": total.kept,
         "published": total.published,
         "dropped": total.dropped,
+        "unknown": total.unknown,
         "sessions": total.sessions,
     }
 

@@ -184,10 +184,11 @@ def _blocking(blocking: BlockingEntry) -> str:
 def _mailboxes(mailboxes: MailboxesEntry) -> str:
     passed, kept = _number(mailboxes["passed"]), _number(mailboxes["kept"])
     published, dropped = _number(mailboxes["published"]), _number(mailboxes["dropped"])
-    sessions = _number(mailboxes["sessions"])
+    sessions, unknown = _number(mailboxes["sessions"]), _number(mailboxes["unknown"])
     return (
         f"SIBLINGS  {passed} connections passed, {kept} not taken in time; "
-        f"{published} messages published, {dropped} dropped; {sessions} Socket.IO sessions"
+        f"{published} messages published, {dropped} dropped; {sessions} Socket.IO sessions, "
+        f"{unknown} requests for unknown ones"
     )
 
 

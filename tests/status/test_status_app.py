@@ -270,7 +270,7 @@ def test_samples_of_the_same_labels_are_added_up(monkeypatch):
         "workers": [{"state": "odd", "memory": None}],
         "daemons": [{"name": "d", "state": "failed", "restarts": 3, "memory": None}],
         "blocking": {"times": 7, "longest": 2.5},
-        "mailboxes": {"passed": 1, "kept": 2, "published": 3, "dropped": 4, "sessions": 5},
+        "mailboxes": {"passed": 1, "kept": 2, "published": 3, "dropped": 4, "unknown": 6, "sessions": 5},
     }  # fmt: skip
     monkeypatch.setattr(sources.reports, "get", lambda: report)
     text = metrics.render("")[1].decode()

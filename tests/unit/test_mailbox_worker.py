@@ -329,6 +329,10 @@ def test_only_the_query_names_the_session(site):
     assert of_sibling.args[0].tag == "s" * 16
     assert by_id(None, b"GET /?sid=%b1 HTTP/1.1\r\nCookie: sid=%b2\r\n\r\n" % (b"o" * 16, b"s" * 16)) is None
     assert by_id(None, b"GET / HTTP/1.1\r\nReferer: /?sid=%b1\r\n\r\n" % (b"s" * 16)) is None
+    assert site.mailboxes.counts().unknown == 0
+    # of another machine
+    assert by_id(None, b"GET /?sid=%b.web2.1 HTTP/1.1\r\n\r\n" % (b"x" * 16)) is None
+    assert site.mailboxes.counts().unknown == 1
 
 
 @pytest.mark.parametrize("name", ["plain", "*a", "a+b", "a|b", "$a^", "a.b"])

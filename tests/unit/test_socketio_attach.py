@@ -1,5 +1,6 @@
 """``attach()`` and ``emitter()``: what they take, what they refuse, and what they change without a worker."""
 
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -14,6 +15,7 @@ import socketio
 import gunicorn_passenger
 from gunicorn_passenger import PassengerError, SettingError
 from gunicorn_passenger.config.settings import settings
+from gunicorn_passenger.serving import sibling_messages
 from gunicorn_passenger.serving.registry import registry
 from gunicorn_passenger.socketio import LocalManager, attach, emitter
 from gunicorn_passenger.status import control_client
@@ -52,6 +54,26 @@ def test_a_plain_client_manager_is_replaced_and_another_one_kept():
     server = socketio.Server(async_mode="threading", client_manager=own)
     attach(server)
     assert server.manager is own
+
+
+def test_ids_name_the_machine_where_there_are_several(monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "web_1.example.org")
+    monkeypatch.setattr(sibling_messages, "tag", lambda: "t" * 16)
+
+    def beginning(manager=None, **arguments):
+        server = socketio.Server(async_mode="threading", client_manager=manager)
+        attach(server, **arguments)
+        new_id = server.eio.generate_id()
+        assert re.fullmatch(r"[\w.-]+", new_id)
+        return new_id[:-20]
+
+    tag = "t" * 16
+    assert beginning() == beginning(LocalManager("other")) == tag
+    assert beginning(socketio.PubSubManager()) == f"{tag}.web-1."
+    assert beginning(socketio.PubSubManager(), host="a") == beginning(host="a") == f"{tag}.a."
+    for bad in ("", "a.b", "a b", "a" * 64, "é"):
+        with pytest.raises(SettingError, match="use 1 to 63 letters"):
+            beginning(host=bad)
 
 
 def test_without_siblings_the_manager_serves_its_own_clients():
