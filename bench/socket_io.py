@@ -3,6 +3,7 @@
 Contestants: ours with four workers; plain ``gunicorn -k gevent`` with one; and four of these with a message
 queue in Redis, behind nginx. All clients use WebSockets, and this program is all of them.
 ``--soak`` measures nothing: real clients of python-socketio count what they hear through reloads and kills.
+``--plain`` shows what the same clients get from plain ``gunicorn -k gevent`` with four workers.
 """
 
 import asyncio
@@ -31,6 +32,7 @@ from harness.tables import print_machine, progress, table
 from harness.usage import cpu_seconds, family
 
 OURS, SINGLE, REDIS = "ours, 4 workers", "gevent, 1 worker", "4 gunicorns, Redis, nginx"
+PLAIN = "gevent, 4 workers"
 WORKERS = 4
 #: Messages between two processes before the sender waits for the receiver.
 BATCH = 2000
@@ -63,10 +65,9 @@ def contestant(name: str, home: Path) -> Iterator[tuple[list[int], list[Any]]]:
             wait_for(process, lambda: len(family(process.pid)) > WORKERS, "all workers run")
             yield [port], [process]
         return
-    if name == SINGLE:
-        with server_at(
-            gunicorn_words(port, "gevent", 1), home, "single", port, BENCH_MANAGER="none"
-        ) as process:
+    if name in (SINGLE, PLAIN):
+        words = gunicorn_words(port, "gevent", 1 if name == SINGLE else WORKERS)
+        with server_at(words, home, "plain", port, BENCH_MANAGER="none") as process:
             yield [port], [process]
         return
     with contextlib.ExitStack() as stack:
@@ -398,6 +399,29 @@ async def soak(port: int, process: Any, count: int, cycles: int) -> int:
     return 1 if missed or twice else 0
 
 
+async def without_the_package(port: int, count: int, broadcasts: int = 20) -> None:
+    """What the clients get from workers that know nothing of each other."""
+    clients = [SoakClient(port, ("polling", "websocket")[number % 2]) for number in range(count)]
+    for at in range(0, count, 20):
+        opening = (asyncio.wait_for(one.open(), 10) for one in clients[at : at + 20])
+        await asyncio.gather(*opening, return_exceptions=True)
+    print(f"{sum(one.client.connected for one in clients)} of {count} clients have connected")
+    speakers = [one for one in clients if one.client.connected][:broadcasts]
+    said = sum(map(bool, await asyncio.gather(*(one.call("say", 0) for one in speakers))))
+    # their answers come behind what their workers have said before
+    answers = await asyncio.gather(*(one.call("whoami") for one in clients))
+    for transport in ("polling", "websocket"):
+        lasting = [
+            one for one, answer in zip(clients, answers, strict=True) if one.transport == transport and answer
+        ]
+        heard = sum(len(one.news) for one in lasting) / max(1, len(lasting))
+        print(
+            f"{transport}: {len(lasting)} clients have a session after that, and have heard {heard:.1f} of "
+            f"{said} broadcasts on average"
+        )
+    await asyncio.gather(*(one.client.shutdown() for one in clients), return_exceptions=True)
+
+
 # --- the program --------------------------------------------------------------------------------
 
 
@@ -411,9 +435,14 @@ def measure_socket_io() -> int:
     parser.add_argument("--broadcasts", type=at_least(1, int), default=200, help="in a run (default 200)")
     parser.add_argument("--requests", type=at_least(2, int), default=1000, help="in a run (default 1000)")
     parser.add_argument("--soak", action="store_true", help="real clients, reloads and kills")
+    parser.add_argument("--plain", action="store_true", help="real clients of plain gunicorn, 4 workers")
     parser.add_argument("--cycles", type=at_least(1, int), default=6, help="of a soak (default 6)")
     options = parser.parse_args()
     raise_file_limit(3 * options.clients + 500)
+    if options.plain:
+        with temporary_directory() as name, contestant(PLAIN, Path(name)) as (ports, _):
+            asyncio.run(without_the_package(ports[0], options.clients))
+        return 0
     if options.soak:
         with temporary_directory() as name, contestant(OURS, Path(name)) as (ports, processes):
             return asyncio.run(soak(ports[0], processes[0], options.clients, options.cycles))
