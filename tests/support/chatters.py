@@ -1,6 +1,13 @@
 """Clients of Socket.IO, which tests have speak to each other."""
 
+import logging
+
 import socketio
+
+#: What the clients say of connections that tests break on purpose.
+_UNHEARD = logging.getLogger("tests.chatters")
+_UNHEARD.addHandler(logging.NullHandler())
+_UNHEARD.propagate = False
 
 
 class Chatter:
@@ -12,7 +19,11 @@ class Chatter:
         # python-socketio takes a random part off the delay; with none left it connects again while the thread
         # of the lost connection still resets the client, which then stays without a session for ever
         self.client = socketio.Client(
-            reconnection_delay=0.2, reconnection_delay_max=0.4, randomization_factor=0.1
+            reconnection_delay=0.2,
+            reconnection_delay_max=0.4,
+            randomization_factor=0.1,
+            logger=_UNHEARD,
+            engineio_logger=_UNHEARD,
         )
         self.client.on("news", self.news.append)
         self.client.on("question", lambda text: f"{text}!")
