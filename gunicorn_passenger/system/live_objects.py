@@ -14,6 +14,8 @@ from typing import Any
 
 def live_objects(*kinds: type) -> Iterator[Any]:
     """All objects of some types that the garbage collector knows; there may be millions of others."""
+    # what a worker has from the master is frozen, such as the objects of a preloaded program
+    gc.unfreeze()
     for found in gc.get_objects():
         if issubclass(type(found), kinds):
             yield found

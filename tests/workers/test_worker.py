@@ -452,6 +452,16 @@ def test_without_preload_there_is_nothing_to_patch(start):
     assert "monkey" not in start.gunicorn("two_servers", workers=1).wait_ready().log()
 
 
+def test_the_garbage_collector_of_a_worker_leaves_the_masters_objects_alone(start):
+    """They stay in the memory that both share; a search for objects finds those of a preloaded program."""
+    start.write("gunicorn.conf.py", "from gevent import monkey; monkey.patch_all()")
+    start.write("program.py", "from queue import Queue\nclass Jobs(Queue): pass\njobs = Jobs()")
+    process = start.gunicorn("anything", "--preload", workers=1).wait_ready()
+    assert int(run(process, "__import__('gc').get_freeze_count()")) > 10_000
+    search = "__import__('gunicorn_passenger.system.live_objects').system.live_objects.live_objects"
+    assert run(process, f"next({search}(Jobs)) is jobs") == "True"
+
+
 def test_gevents_plugins_are_called_and_the_installed_packages_read_once(start):
     """gevent asks for plugins at each step of its patching; the metadata of packages is read for the first only."""
     info = start.home / "plugin-1.dist-info"
