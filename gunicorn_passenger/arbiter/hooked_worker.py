@@ -165,6 +165,8 @@ class HookedWorker:
         try:
             self._init_process()
         except Exception as error:
+            if self._has_ports():
+                do_not_wait_for_threads()
             # also a plain OSError: the port of an unmodified server may be a leaving sibling's still
             if self._worker.booted or not self._is_superfluous(error):
                 raise
