@@ -232,8 +232,10 @@ def test_nothing_outlives_a_master_that_is_killed(start, port, worker):
     process = site.run(
         f"passenger.spawn(daemon_jobs.service, name='jobs', listen={port})\n"
         "passenger.spawn(daemon_jobs.family)\n"
-        "passenger.spawn(daemon_jobs.stubborn)\n"
-    ).wait_ready()
+        "passenger.spawn(daemon_jobs.stubborn)\n",
+        # gunicorn's sync worker looks after its master only twice in this time
+        "--timeout", 6,
+    ).wait_ready()  # fmt: skip
     pids = [pid_of(process, name) for name in ("jobs", "family", "stubborn")]
     pids += [int(pid) for pid in process.wait_log(r"\[family\] family (\d+) (\d+)").groups()]
     pids += [int(process.wait_log(r"\[stubborn\] child (\d+)").group(1)), supervisor_of(process)]

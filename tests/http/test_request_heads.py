@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 EXAMPLES = settings(
-    max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 
 
@@ -348,7 +348,7 @@ def test_noise(data: bytes, cuts: list[int]) -> None:
 
 
 @given(stream, st.integers(1, 7))
-@settings(EXAMPLES, max_examples=300)
+@EXAMPLES
 def test_how_it_is_cut_makes_no_difference(data: bytes, step: int) -> None:
     whole = http_model.ours(GATE, [data])[:2]
     cut = http_model.ours(GATE, [data[at : at + step] for at in range(0, len(data), step)])[:2]

@@ -151,11 +151,15 @@ BROKEN = {
 def test_without_a_broker_gunicorn_serves_the_primary_and_says_what_is_lost(start, port, fault, kind):
     conf = start.write("gunicorn.conf.py", BROKEN[fault])
     if fault == "no thread":
-        # nobody answers: do not wait as long as in production
-        (start.home / "gunicorn.conf.py").write_text(
-            (start.home / "gunicorn.conf.py").read_text()
-            + "from gunicorn_passenger.serving import broker_client\nbroker_client.ANSWER_TIMEOUT = 0.3\n"
-        )
+        # the master does not respond, and does not learn that the workers of the reload are ready
+        with conf.open("a") as file:
+            file.write(
+                "import gunicorn_passenger\n"
+                "gunicorn_passenger.configure(overlap=1)\n"
+                "from gunicorn_passenger.serving import broker_client\n"
+                "assert hasattr(broker_client, 'RESPONSE_TIMEOUT')\n"
+                "broker_client.RESPONSE_TIMEOUT = 0.3\n"
+            )
     text = f"server = passenger.create_server(whoami).listen({port})"
     if kind == "unmodified":
         text = f"""

@@ -106,15 +106,21 @@ class Process:
 
     def wait_log(self, pattern: str, count: int = 1) -> re.Match[str]:
         """Wait until the log has ``count`` matches; returns the last."""
+        searched = -1
 
         def look() -> re.Match[str] | None:
-            found = list(re.finditer(pattern, self.log()))
-            if len(found) >= count:
-                return found[-1]
-            if self.popen.poll() is not None and len(found) < count:
+            nonlocal searched
+            size = self.logfile.stat().st_size
+            if size != searched:
+                searched = size
+                found = list(re.finditer(pattern, self.log()))
+                if len(found) >= count:
+                    return found[-1]
+            if self.popen.poll() is not None:
                 # one more look: it may have been written since
                 found = list(re.finditer(pattern, self.log()))
                 assert len(found) >= count, f"ended without {pattern!r}:\n{self.log()}"
+                return found[-1]
             return None
 
         result: re.Match[str] = wait_for(look, lambda: f"{pattern!r} x {count} in\n{self.log()}")

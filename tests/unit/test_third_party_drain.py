@@ -2,6 +2,8 @@
 
 from types import SimpleNamespace
 
+import greenlet  # noqa: F401  without it there is nothing to search
+
 from gunicorn_passenger.interposition import third_party_drain
 from gunicorn_passenger.system.live_objects import live_objects
 
