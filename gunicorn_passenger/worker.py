@@ -334,7 +334,8 @@ class Worker(GeventWorker):
     def _serve_primary(self) -> None:
         primary = registry.primary
         if isinstance(primary, ThirdPartyServer):
-            unserved = [*(format_sockname(s.getsockname()) for s in self.sockets[1:]), *self._other_binds]
+            others = [key for key in self._other_binds if not registry.has_port(key)]
+            unserved = [*(format_sockname(s.getsockname()) for s in self.sockets[1:]), *others]
             if unserved:
                 self.log.warning(
                     "%s is the primary and a third-party server, which accepts from one socket only: %s is "
@@ -350,7 +351,12 @@ class Worker(GeventWorker):
             self.wsgi = primary.app
         sticky = settings.sticky(is_primary=True) if primary is None else primary.sticky
         registry.acceptors.open_mailbox(sticky)
-        self.sockets.extend(self._other_binds.values())
+        assert registry.broker is not None
+        for key, sock in self._other_binds.items():
+            if registry.broker.keep_bind(key, for_good=False):
+                self.sockets.append(sock)
+            else:
+                sock.close()
         self._other_binds.clear()
         for sock in self.sockets:
             sock.setblocking(1)
@@ -358,9 +364,6 @@ class Worker(GeventWorker):
 
     def _on_bind_claimed(self, key: str) -> None:
         """A server of the program listens on a bind: from now on the primary is not served there."""
-        sock = self._other_binds.pop(key, None)
-        if sock is not None:
-            sock.close()
         registry.acceptors.stop_primary_at(key)
 
     def set_primary_app(self, app: Any) -> None:
@@ -376,7 +379,7 @@ class Worker(GeventWorker):
 
     def primary_descriptors(self) -> set[int]:
         """The worker's own copies of the primary's listeners."""
-        return {sock.fileno() for sock in (*self.sockets, self._primary_copy)}
+        return {sock.fileno() for sock in (*self.sockets, *self._other_binds.values(), self._primary_copy)}
 
     def dup_primary_socket(self) -> Any:
         """A copy of the primary socket for an unmodified server, which accepts from it itself."""

@@ -19,12 +19,13 @@ from time import monotonic
 from typing import Any
 
 from gunicorn_passenger.arbiter import fork_handlers
-from gunicorn_passenger.config.address import format_sockname
+from gunicorn_passenger.config.address import format_sockname, is_unix
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.errors import BrokerUnavailable, PassengerError
 from gunicorn_passenger.interposition import replaced_methods
 from gunicorn_passenger.interposition.socket_options import unreachable_listener
 from gunicorn_passenger.ipc.scoreboard import Scoreboard
+from gunicorn_passenger.master.listener_sync import primary_among
 from gunicorn_passenger.master.owned_listener import BrokerOwnedListener
 from gunicorn_passenger.serving import events
 from gunicorn_passenger.serving.background_work import do_not_wait_for_threads, finish_background_work
@@ -121,8 +122,8 @@ class HookedWorker:
         return bool(self._worker.alive) and not self._draining.locked()
 
     def primary_descriptors(self) -> set[int]:
-        """No descriptor: gunicorn's class keeps the primary's listeners to itself."""
-        return set()
+        """Those of gunicorn's binds: they belong to its class, also where a server has the same socket."""
+        return {sock.fileno() for sock in self._worker.sockets}
 
     def primary_name(self) -> None:
         """No address: no server of the program is the primary here."""
@@ -221,7 +222,7 @@ class HookedWorker:
             raise
         self._give_up_binds()
         name = default_name(getattr(self._worker, "wsgi", None))
-        self._broker.announce_ready(name, serves_primary=False, primary_elsewhere=True)
+        self._broker.announce_ready(name, serves_primary=False)
         if settings.sticky(is_primary=True) != settings.default_sticky:
             self.log.warning(
                 "gunicorn-passenger: configure(sticky=%r) has no effect: under the worker class %r gunicorn "
@@ -236,9 +237,12 @@ class HookedWorker:
 
     def _give_up_binds(self) -> None:
         """gunicorn's class does not serve the primary on the binds that a server of the program has."""
-        ours = self._broker.keys
+        names = [listening_sockets.sockname(sock) for sock in self._worker.sockets]
+        primary = primary_among([is_unix(name) for name in names])
         given = [
-            sock for sock in self._worker.sockets if format_sockname(listening_sockets.sockname(sock)) in ours
+            sock
+            for sock, name, keeps in zip(self._worker.sockets, names, primary, strict=True)
+            if not keeps and not self._broker.keep_bind(format_sockname(name), for_good=True)
         ]
         if not given:
             return

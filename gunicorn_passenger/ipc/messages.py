@@ -94,9 +94,18 @@ class WorkerReady(Message):
     #: listens on, and it counts the requests. Otherwise the primary is a third-party server, or gunicorn's
     #: own in a worker of another class.
     serves_primary: bool = True
-    #: Whether gunicorn's own class serves the primary, for good also on the binds that no server of this
-    #: worker listens on by now.
-    primary_elsewhere: bool = False
+
+
+class KeepBind(Message):
+    """The worker serves the primary on ``key`` of gunicorn's bind, unless a server of the program has it.
+
+    Response: Acknowledged, or RequestDenied; none with the id 0.
+    """
+
+    key: str
+    #: Whether no server of this worker may listen there later. Otherwise the worker gives the bind up when it
+    #: receives BindClaimed.
+    for_good: bool = False
 
 
 class WorkerLeaving(Message):
@@ -198,7 +207,8 @@ class AcceptGranted(Message):
 class BindClaimed(Message):
     """A server listens on ``key``, which is in gunicorn's bind: the primary is not served there any more.
 
-    No response. The worker that has asked for the port gets it before its PortOpened.
+    No response. It goes to workers that serve the primary there, and not for good (:class:`KeepBind`). The
+    one that has asked for the port gets it before its PortOpened.
     """
 
     key: str

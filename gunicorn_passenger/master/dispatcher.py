@@ -24,6 +24,7 @@ from gunicorn_passenger.ipc.messages import (
     BootFailure,
     BootVerdict,
     GetReport,
+    KeepBind,
     Message,
     OfferConnections,
     OpenMailbox,
@@ -96,6 +97,7 @@ class MessageDispatcher:
             OpenPort: self._on_open_port,
             ReleasePort: self._on_release_port,
             AcceptPaused: self._on_accept_paused,
+            KeepBind: self._on_keep_bind,
             WorkerReady: self._on_worker_ready,
             WorkerLeaving: self._on_worker_leaving,
             AssignResult: self._on_assign_result,
@@ -220,6 +222,19 @@ class MessageDispatcher:
     def _on_accept_paused(self, worker: WorkerChannel, message: AcceptPaused, _fd: int | None) -> None:
         self._placement.on_accept_paused(worker.age, message.key)
 
+    def _on_keep_bind(self, worker: WorkerChannel, message: KeepBind, _fd: int | None) -> None:
+        response: Message = Acknowledged(message.id)
+        port = self._listeners.ports.get(message.key)
+        if port is None or not port.from_config:
+            pass  # with SO_REUSEPORT each worker has opened its own
+        elif any(age > self._workers.previous_generation for age in port.wanted_by):
+            # not one of the previous program's, which is about to leave
+            response = RequestDenied(message.id, "listen", 0, "a server of the program listens there")
+        else:
+            worker.primary_binds[message.key] = message.for_good
+        if message.id:
+            self.reply(worker, response)
+
     def _on_worker_ready(self, worker: WorkerChannel, message: WorkerReady, _fd: int | None) -> None:
         if worker.ready:
             return
@@ -239,12 +254,6 @@ class MessageDispatcher:
         self._workers.wake_arbiter()
         if message.serves_primary:
             self._name_unclaimed()
-        elif message.primary_elsewhere:
-            worker.primary_binds = frozenset(
-                port.key
-                for port in self._listeners.ports.values()
-                if port.from_config and worker.age not in port.wanted_by
-            )
 
     def _name_unclaimed(self) -> None:
         """Once a program is ready: name the binds that no server of it listens on."""

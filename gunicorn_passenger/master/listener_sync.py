@@ -32,8 +32,16 @@ def primary_listeners(listening: list[Listener]) -> list[Listener]:
     On gunicorn's other binds the primary is served until a server of the program listens there.
     """
     binds = [listener for listener in listening if not isinstance(listener, BrokerOwnedListener)]
-    unix = [listener for listener in binds if listener.sock is not None and is_unix(listener.getsockname())]
-    return unix or binds[:1]
+    unix = [listener.sock is not None and is_unix(listener.getsockname()) for listener in binds]
+    return [listener for listener, primary in zip(binds, primary_among(unix), strict=True) if primary]
+
+
+def primary_among(unix: list[bool]) -> list[bool]:
+    """Which of gunicorn's binds are the primary's alone.
+
+    :param unix: whether each is a UNIX socket.
+    """
+    return unix if any(unix) else [position == 0 for position in range(len(unix))]
 
 
 class ListenerSync:
@@ -59,6 +67,8 @@ class ListenerSync:
         self.pending = False
         #: gunicorn's bind setting, during a reload without the part of it that is open already
         self._bind: list[str] | None = None
+        #: the keys of that part
+        self._unopened: set[str] = set()
         listeners.on_close_request = self._on_close_request
 
     @property
@@ -85,7 +95,14 @@ class ListenerSync:
         """
         table = self._listeners.ports
         for key in [k for k, p in table.items() if p.from_config and p.listener not in listening]:
-            # the reload has removed it from ``bind``
+            # the reload has removed it from ``bind``, or gunicorn cannot open it again
+            if key in self._unopened and not table[key].wanted_by:
+                self._listeners.log.error(
+                    "gunicorn-passenger: %s is in bind, but no longer open: a reload that changes bind "
+                    "cannot open it again while the old workers have it. Upgrade with USR2, or restart "
+                    "gunicorn",
+                    key,
+                )
             self._listeners.quarantine_slot(table.pop(key), self._workers.ages())
             self._retired_counters.forget(key)
         ours = [port.listener for port in table.values()]
@@ -112,6 +129,7 @@ class ListenerSync:
         """Before the fork of a worker: a reload may have made a new list, without our ports."""
         if listening is not self.listening:
             self.reconcile(listening, {})
+            self._unopened.clear()
             if self._bind is not None and self._arbiter is not None:
                 self._arbiter.cfg.set("bind", self._bind)
                 self._bind = None
@@ -155,10 +173,10 @@ class ListenerSync:
         kept = [bind for bind, key in zip(binds, named, strict=True) if key not in ports]
         if kept and kept != binds:
             self._bind = binds
+            self._unopened = {key for key in named if key in ports}
             cfg.set("bind", kept)
-            for key in named:
-                if key in ports:
-                    ports[key].claimed = True
+            for key in self._unopened:
+                ports[key].claimed = True
 
     def stopping(self) -> bool:
         """Whether the arbiter has closed everything and waits for its workers to exit."""

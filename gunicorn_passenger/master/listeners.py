@@ -221,8 +221,7 @@ class Listeners:
             raise listen_errors.bad_port(request.port)
         port = self.ports.get(format_tcp(request.host, request.port))
         if port is None:
-            # a port that the operator's ``bind`` has opened serves any host
-            port = next((p for p in self.ports.values() if p.from_config and p.port == request.port), None)
+            port = self._bound_port(request.host, request.port)
         if port is None or not port.from_config:
             self.allocation.check(request.port)
         if port is None:
@@ -235,16 +234,25 @@ class Listeners:
         self._raise_backlog(port, _backlog(request))
         return port
 
+    def _bound_port(self, host: str, number: int) -> Port | None:
+        """The port of gunicorn's ``bind`` that a server for another host of the same family gets."""
+        if number in self._primary_ports():
+            return None  # the primary's number, on another address
+        bound = [p for p in self.ports.values() if p.from_config and p.port == number]
+        family = port_opening.address_family(host)
+        # a socket for all IPv6 addresses may serve those of IPv4, too
+        return next((p for p in bound if p.family == family or p.host == "::"), None)
+
     def _explain_own_port(self, host: str, number: int) -> None:
         """Name the server, where this application itself has the port that is in use.
 
         :raises errors.PortInUse: with the name.
         """
         own = next((p for p in self.ports.values() if p.port == number), None)
-        if own is not None:
-            owner = f"this application itself, which holds it as {own.key}"
-        elif number in self._primary_ports():
+        if number in self._primary_ports():
             owner = "this application itself, whose primary it is (gunicorn's bind)"
+        elif own is not None:
+            owner = f"this application itself, which holds it as {own.key}"
         else:
             return
         raise listen_errors.in_use(format_tcp(host, number), owner) from None

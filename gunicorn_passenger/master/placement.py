@@ -116,7 +116,7 @@ class PlacementScheduler:
             self._waiting.append((age, request))
             return PortOpened(request.id, "", granted=False)
         worker = self._workers.by_age(age)
-        if worker is not None and port.key in worker.primary_binds:
+        if worker is not None and worker.primary_binds.get(port.key):
             raise listen_errors.serves_primary(port.key)
         if port.key not in known:
             port.opened_for = age
@@ -159,8 +159,10 @@ class PlacementScheduler:
             port.name = request.name
         if port.from_config:
             first = len(port.wanted_by) == 1
-            for other in self._workers.ages() if first else [age]:
-                self._broker.send(other, BindClaimed(0, port.key))
+            for other in list(self._workers) if first else [self._workers.by_age(age)]:
+                if other is not None and other.primary_binds.get(port.key) is False:
+                    del other.primary_binds[port.key]
+                    self._broker.send(other.age, BindClaimed(0, port.key))
 
     def release(self, age: int, key: str, number: int) -> None:
         """A worker no longer wants a port; without a key, the one that its request ``number`` waits for."""

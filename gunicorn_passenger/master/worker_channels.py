@@ -30,8 +30,8 @@ class WorkerChannel:
     pid: int = 0
     ready: bool = False
     draining: bool = False
-    #: the binds on which gunicorn's own class serves the primary, so that no server of the program may listen
-    primary_binds: frozenset[str] = frozenset()
+    #: the binds beside the primary's own on which it serves the primary, and whether it does so for good
+    primary_binds: dict[str, bool] = field(default_factory=dict)
     #: whether it asks for a successor
     retiring: bool = False
     #: whether it has sent a BootFailure

@@ -23,6 +23,7 @@ from gunicorn_passenger.ipc import channel
 from gunicorn_passenger.ipc.messages import (
     AcceptGranted,
     AcceptPaused,
+    Acknowledged,
     AssignConnections,
     AssignResult,
     AssignSettled,
@@ -30,6 +31,7 @@ from gunicorn_passenger.ipc.messages import (
     BootFailure,
     BootVerdict,
     GetReport,
+    KeepBind,
     MailboxOpened,
     Message,
     OfferConnections,
@@ -210,19 +212,29 @@ class BrokerClient:
         """The worker has stopped accepting on ``key``, and waits for a grant."""
         self._notify(AcceptPaused(0, key))
 
-    @property
-    def keys(self) -> set[str]:
-        """The ports that this worker has requested and not released."""
-        return {lease.key for lease in self._leases.values()}
+    def keep_bind(self, key: str, for_good: bool) -> bool:
+        """Ask whether this worker serves the primary on one of gunicorn's binds (see :class:`.KeepBind`).
 
-    def announce_ready(self, primary: str, serves_primary: bool, primary_elsewhere: bool = False) -> None:
+        The master decides, since another thread may be asking for the port at this moment.
+        """
+        self._notify(KeepBind(0, key, for_good))
+        # a worker that has asked for no port yet need not wait: from now on the master refuses this one
+        while self._reading:
+            try:
+                response, _ = self._request(KeepBind(next(self._numbers), key, for_good), key)
+                return isinstance(response, Acknowledged)
+            except errors.BrokerUnavailable as error:
+                if error.errno != errno.ETIMEDOUT:
+                    break
+        return True
+
+    def announce_ready(self, primary: str, serves_primary: bool) -> None:
         """The worker serves.
 
         :param primary: the name of the primary's server.
-        :param serves_primary: see :class:`~gunicorn_passenger.ipc.messages.WorkerReady`, as for
-            ``primary_elsewhere``.
+        :param serves_primary: see :class:`~gunicorn_passenger.ipc.messages.WorkerReady`.
         """
-        self._notify(WorkerReady(0, primary, serves_primary, primary_elsewhere))
+        self._notify(WorkerReady(0, primary, serves_primary))
 
     def announce_exit(self) -> None:
         """The worker accepts nowhere any more. No connection of a sibling comes after the return."""

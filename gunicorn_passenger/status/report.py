@@ -97,11 +97,13 @@ def _servers(broker: Broker, by_age: dict[int, WorkerChannel], pids: dict[int, i
     scoreboards = _scoreboards(by_age)
     primary = broker.sync.primary()
     ports = broker.listeners.ports.values()
-    unclaimed = [port.key for port in ports if port.from_config and not port.wanted_by]
+    serving = [age for age, worker in by_age.items() if worker.serving]
+    # the binds that no server of the program listens on
+    unclaimed = {key for age in serving for key in by_age[age].primary_binds}
+    unclaimed -= {port.key for port in ports if port.wanted_by}
     found: list[ServerEntry] = []
     if by_age and primary:
         total = broker.retired_counters.total(PRIMARY_KEY, PRIMARY_SLOT, scoreboards)
-        serving = [age for age, worker in by_age.items() if worker.serving]
         names = [format_sockname(li.sock.getsockname()) for li in primary if li.sock is not None]
         found.append(
             {

@@ -14,6 +14,7 @@ from free_ports import free_port
 from http_client import Client, answers, fetch, pids_answering, refused
 from placement_site import sockets_of
 from processes import COMMAND, GUNICORN, descriptors
+from status_commands import only
 
 
 class Knocking:
@@ -456,6 +457,39 @@ def test_a_bind_that_the_primary_serves_is_not_given_away_later(start, port):
     ).wait_ready()
     process.wait_log(rf"127.0.0.1:{port} is in gunicorn's bind, and this worker serves the primary there")
     assert answers(port)
+    assert process.stop() == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [["-k", "gunicorn_passenger.Worker"], ["-c", "python:gunicorn_passenger.hooks"]]
+)
+def test_a_bind_whose_server_was_closed_while_the_program_loaded(start, port, arguments):
+    """The primary is served there again. The number of its own port goes to no server, whatever the address."""
+    main = free_port()
+    start.write(
+        "closing.py",
+        f"""
+        import http.server
+        import gunicorn_passenger as passenger
+        from two_servers import two
+
+        http.server.ThreadingHTTPServer(("127.0.0.1", {port}), http.server.BaseHTTPRequestHandler).server_close()
+        passenger.create_server(two).listen({port}).close()
+        try:
+            passenger.create_server(two).listen({main})
+        except OSError as error:
+            print(error, flush=True)
+        """,
+    )
+    binds = [f"127.0.0.1:{main}", f"127.0.0.1:{port}", f"[::1]:{main}"]
+    process = start.python(
+        GUNICORN, *arguments, *(word for bind in binds for word in ("-b", bind)), "closing:two"
+    )
+    process.wait_log(rf"127.0.0.1:{main} is in use by this application itself, whose primary it is")
+    wait_for(lambda: answers(main), "the primary")
+    assert {fetch(port, "/which")[1] for _ in range(4)} == {"primary"}
+    (server,) = only(start)["servers"]
+    assert set(server["address"].split(", ")) == set(binds)
     assert process.stop() == 0
 
 

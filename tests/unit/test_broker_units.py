@@ -18,6 +18,7 @@ import pytest
 from conditions import wait_for
 from free_ports import free_port
 from gunicorn.config import Config
+from gunicorn.sock import TCPSocket
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from open_descriptors import open_descriptors, wait_closed
@@ -428,6 +429,46 @@ def test_a_mistake_of_ours_costs_one_worker_its_channel(workers, monkeypatch):
     (line,) = workers.log.grep("internal error while handling the message AcceptPaused of worker number 1")
     assert "ZeroDivisionError: a mistake of ours" in line
     assert workers.broker.loop.running
+
+
+@pytest.fixture
+def bind(workers):
+    """A bind of gunicorn's beside the primary's own."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        listener = TCPSocket(sock.getsockname(), workers.cfg, workers.log, fd=os.dup(sock.fileno()))
+        with workers.broker.locked():
+            workers.broker.listeners.register(listener, True)
+        number = sock.getsockname()[1]
+        yield number
+        with workers.broker.locked():
+            workers.broker.listeners.ports.pop(f"127.0.0.1:{number}").listener.close()
+
+
+def listening_on(port):
+    return {"kind": "tcp", "host": "127.0.0.1", "port": port}
+
+
+@pytest.mark.parametrize("for_good", [True, False])
+def test_the_master_decides_whether_the_primary_or_a_server_has_a_bind(workers, bind, for_good):
+    """Another thread of the worker may ask for it while the worker becomes ready."""
+    key = f"127.0.0.1:{bind}"
+    workers.add(2, ready=False)
+    kept = workers.ask(1, "KeepBind", key=key, for_good=for_good)
+    assert isinstance(kept, messages.Acknowledged)
+    # a class of gunicorn's own serves the primary there from now on; ours can stop
+    late = workers.open(1, **listening_on(bind))
+    assert isinstance(late, messages.RequestDenied if for_good else messages.PortOpened), late
+    # a worker whose own server has it
+    assert isinstance(workers.open(2, **listening_on(bind)), messages.PortOpened)
+    assert isinstance(workers.ask(2, "KeepBind", key=key, for_good=for_good), messages.RequestDenied)
+
+
+def test_a_worker_keeps_only_binds_in_mind(workers, bind):
+    for n in range(100):
+        workers.ask(1, "KeepBind", key=f"127.0.0.1:{n}", for_good=True)
+    opened = workers.open(1)
+    workers.ask(1, "KeepBind", key=opened.key, for_good=True)
+    assert workers.broker.workers.by_age(1).primary_binds == {}
 
 
 def test_a_worker_is_ready_once(workers):
