@@ -6,7 +6,6 @@ waiting without a bound, or leave anything of the master's open in a child.
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import signal
@@ -73,8 +72,6 @@ def _after_in_child() -> None:
     _parent[:] = _current
     _current.clear()
     if worker:
-        # a collection would write to all of the memory that the worker shares with the master, and copy it
-        gc.freeze()
         log_locks.leave_to_greenlets()
         _handle_stops(_record_stop)
     _unblock()

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -123,7 +123,12 @@ class HookedWorker:
 
     def primary_descriptors(self) -> set[int]:
         """Those of gunicorn's binds: they belong to its class, also where a server has the same socket."""
-        return {sock.fileno() for sock in self._worker.sockets}
+        found = set()
+        for sock in self._worker.sockets:
+            # gunicorn's object has no socket once its class has closed it
+            with suppress(AttributeError):
+                found.add(sock.fileno())
+        return found
 
     def primary_name(self) -> None:
         """No address: no server of the program is the primary here."""

@@ -12,9 +12,9 @@ def pid_in(response):
     """The pid of the worker that sent this response."""
     text = response.read().decode()
     assert response.status == 200, text
-    return int(
-        re.fullmatch(r'(\d+)|(?s:.*)worker_up\{pid="(\d+)"\}(?s:.*)', text)[1 if text.isdigit() else 2]
-    )
+    match = re.fullmatch(r'(\d+)|(?s:.*)worker_up\{pid="(\d+)"\}(?s:.*)', text)
+    assert match, text
+    return int(match[1] or match[2])
 
 
 def answering(where, workers):
@@ -51,7 +51,7 @@ class Requests:
             try:
                 client.request("GET", "/")
                 self.pids.append(pid_in(client.getresponse()))
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, http.client.HTTPException, AssertionError) as error:
                 self.failures.append(error)
             finally:
                 client.close()
