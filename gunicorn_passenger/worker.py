@@ -280,10 +280,10 @@ class Worker(GeventWorker):
             self._leave_boot()
             return
         registry.start()
-        self._serve_primary()
+        assert registry.broker is not None
+        self._serve_primary(registry.broker)
         os.register_at_fork(after_in_child=registry.acceptors.leave_to_parent)
         self._threads_at_start = set(threading.enumerate())
-        assert registry.broker is not None
         if (seconds := settings.max_blocking_time()) > 0:
             try:
                 BlockingWatch(seconds, self.log, self.scoreboard).start()
@@ -331,7 +331,7 @@ class Worker(GeventWorker):
 
     # --- the primary -----------------------------------------------------------------------------
 
-    def _serve_primary(self) -> None:
+    def _serve_primary(self, broker: BrokerClient) -> None:
         primary = registry.primary
         if isinstance(primary, ThirdPartyServer):
             others = [key for key in self._other_binds if not registry.has_port(key)]
@@ -351,19 +351,18 @@ class Worker(GeventWorker):
             self.wsgi = primary.app
         sticky = settings.sticky(is_primary=True) if primary is None else primary.sticky
         registry.acceptors.open_mailbox(sticky)
-        assert registry.broker is not None
-        for key, sock in self._other_binds.items():
-            if registry.broker.keep_bind(key, for_good=False):
-                self.sockets.append(sock)
-            else:
-                sock.close()
-        self._other_binds.clear()
+        for key in list(self._other_binds):  # a server may take one meanwhile
+            if not broker.keep_bind(key, for_good=False):
+                self._on_bind_claimed(key)
+        self.sockets.extend(self._other_binds.pop(key) for key in list(self._other_binds))
         for sock in self.sockets:
             sock.setblocking(1)
             registry.acceptors.start_primary(sock, self.wsgi, self.cfg, PRIMARY_SLOT, sticky)
 
     def _on_bind_claimed(self, key: str) -> None:
         """A server of the program listens on a bind: from now on the primary is not served there."""
+        if (sock := self._other_binds.pop(key, None)) is not None:
+            sock.close()
         registry.acceptors.stop_primary_at(key)
 
     def set_primary_app(self, app: Any) -> None:

@@ -106,6 +106,7 @@ class HookedWorker:
         #: set when all servers have stopped accepting
         self._drain_begun = self._scheduler.result()
         self._broker = BrokerClient(channel, self.log, self._scheduler)
+        self._broker.on_bind_claimed = partial(_log_late_claim, self.log)
         registry.run_as_worker(self, self._broker, is_patched=self._is_gevent, primary_elsewhere=True)
         registry.acceptors.seat = scoreboard.seat if scoreboard is not None else None
         os.register_at_fork(after_in_child=registry.acceptors.leave_to_parent)
@@ -170,6 +171,10 @@ class HookedWorker:
         """
         try:
             self._init_process()
+        except SystemExit:
+            if not self._worker.booted and self._has_ports():
+                do_not_wait_for_threads()
+            raise
         except Exception as error:
             if self._has_ports():
                 do_not_wait_for_threads()
@@ -340,6 +345,16 @@ class HookedWorker:
     def _on_drain_tick(self) -> None:
         self._worker.notify()
         self._write_counts()
+
+
+def _log_late_claim(log: Any, key: str) -> None:
+    """The master did not respond before gunicorn's loop began, and a server has the bind."""
+    log.error(
+        "gunicorn-passenger: the primary and a server of the program accept on %s, since the master "
+        "responded too late: reload gunicorn (pid:%s)",
+        key,
+        os.getpid(),
+    )
 
 
 def _ignore(_number: int, _frame: Any) -> None:

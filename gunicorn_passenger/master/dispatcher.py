@@ -230,6 +230,7 @@ class MessageDispatcher:
         elif any(age > self._workers.previous_generation for age in port.wanted_by):
             # not one of the previous program's, which is about to leave
             response = RequestDenied(message.id, "listen", 0, "a server of the program listens there")
+            worker.primary_binds.pop(message.key, None)
         else:
             worker.primary_binds[message.key] = message.for_good
         if message.id:

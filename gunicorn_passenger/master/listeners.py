@@ -241,7 +241,7 @@ class Listeners:
         bound = [p for p in self.ports.values() if p.from_config and p.port == number]
         family = port_opening.address_family(host)
         # a socket for all IPv6 addresses may serve those of IPv4, too
-        return next((p for p in bound if p.family == family or p.host == "::"), None)
+        return next((p for p in bound if p.family == family or _serves_ipv4(p)), None)
 
     def _explain_own_port(self, host: str, number: int) -> None:
         """Name the server, where this application itself has the port that is in use.
@@ -393,6 +393,14 @@ class Listeners:
         port.listener.close_now(for_all)
         if unlink and port.file is not None:
             listening_sockets.remove(port.path, port.file)
+
+
+def _serves_ipv4(port: Port) -> bool:
+    """Whether a socket for all IPv6 addresses serves those of IPv4, too (ipv6(7))."""
+    sock = port.listener.sock
+    if port.host != "::" or sock is None:
+        return False
+    return not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
 
 
 def _backlog(request: OpenPort) -> int:

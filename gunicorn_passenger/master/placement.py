@@ -158,9 +158,8 @@ class PlacementScheduler:
         if request.name:
             port.name = request.name
         if port.from_config:
-            first = len(port.wanted_by) == 1
-            for other in list(self._workers) if first else [self._workers.by_age(age)]:
-                if other is not None and other.primary_binds.get(port.key) is False:
+            for other in self._workers:
+                if other.primary_binds.get(port.key) is False:
                     del other.primary_binds[port.key]
                     self._broker.send(other.age, BindClaimed(0, port.key))
 

@@ -90,6 +90,8 @@ class BrokerClient:
         self._assigned: dict[int, list[AssignedConnection]] = {}
         #: whether this worker has announced its exit
         self.exit_announced = False
+        #: binds on which the primary is served because the master did not respond in time, by ``id``
+        self._undecided: dict[int, str] = {}
         #: called with the key of a bind that a server listens on from now on
         self.on_bind_claimed: Callable[[str], object] = lambda key: None
         #: called when a sibling has a mailbox, with its sending end, and when the sibling's state changes
@@ -218,14 +220,16 @@ class BrokerClient:
         The master decides, since another thread may be asking for the port at this moment.
         """
         self._notify(KeepBind(0, key, for_good))
-        # a worker that has asked for no port yet need not wait: from now on the master refuses this one
-        while self._reading:
-            try:
-                response, _ = self._request(KeepBind(next(self._numbers), key, for_good), key)
+        if not self._reading:
+            return True  # it has asked for no port yet, and from now on the master refuses this one
+        message = KeepBind(next(self._numbers), key, for_good)
+        with suppress(errors.BrokerUnavailable):
+            if not self._undecided:
+                response, _ = self._request(message, key)
                 return isinstance(response, Acknowledged)
-            except errors.BrokerUnavailable as error:
-                if error.errno != errno.ETIMEDOUT:
-                    break
+            # the master does not respond: the worker waits once, not once for each bind
+            self._notify(message)
+        self._undecided[message.id] = key
         return True
 
     def announce_ready(self, primary: str, serves_primary: bool) -> None:
@@ -395,6 +399,9 @@ class BrokerClient:
         # the greenlet that sent the request waits no longer
         if fd is not None:
             os.close(fd)
+        undecided = self._undecided.pop(message.id, "")
+        if undecided and isinstance(message, RequestDenied):
+            self.on_bind_claimed(undecided)
         lease = self._leases.get(message.id)
         if lease is not None and isinstance(message, PortOpened):
             self._on_port_opened(lease, message)

@@ -15,7 +15,11 @@ from typing import Any
 def live_objects(*kinds: type) -> Iterator[Any]:
     """All objects of some types that the garbage collector knows; there may be millions of others."""
     # what a worker has from the master is frozen, such as the objects of a preloaded program
+    frozen = gc.get_freeze_count()
     gc.unfreeze()
-    for found in gc.get_objects():
+    known = gc.get_objects()
+    if frozen:
+        gc.freeze()
+    for found in known:
         if issubclass(type(found), kinds):
             yield found

@@ -7,6 +7,7 @@ import socket
 import pytest
 from broker_access import BROKER, raw, run
 from conditions import stopped, wait_for
+from free_ports import free_port
 from http_client import answers, fetch, pids_answering, refused
 from processes import NO_CONTROL, descriptors
 
@@ -167,10 +168,12 @@ from gevent.pywsgi import WSGIServer
 WSGIServer(('127.0.0.1', {port}), whoami).start()
 """
     start.write("program.py", text)
-    process = start.gunicorn("anything", "-c", conf, workers=2).wait_ready()
+    spare = free_port()
+    process = start.gunicorn("anything", "-c", conf, "-b", f"127.0.0.1:{spare}", workers=2).wait_ready()
     process.wait_log(r"ERROR.*the port broker (cannot start|failed) .*: (only )?the primary is served")
     process.wait_log(rf"ERROR.*127.0.0.1:{port} is not served by this worker: the master's port broker")
     assert len(pids_answering(process.socket, 2)) == 2
+    assert len(pids_answering(spare, 2)) == 2
     assert refused(port)
     assert run(process, "[s.state for s in passenger.servers()]") == "['lost']"
     process.hup(2)
