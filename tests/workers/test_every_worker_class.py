@@ -80,6 +80,7 @@ def test_servers_survive_their_workers(start, worker_class):
     waiting = [Client(site.pages), Client(site.ours), Client(site.asgi)]
     for client in waiting:
         client.request("GET", "/wait")
+        wait_for(lambda client=client: accepted(client), "a worker to accept")
 
     with replaced(site, lambda: process.signal(signal.SIGHUP)):
         # the old workers finish their requests; their idle connections end
@@ -211,6 +212,7 @@ def test_a_worker_that_is_stopped_while_it_boots_finishes_what_it_has_accepted(s
     (old,) = process.workers()
     waiting = Client(pages)
     waiting.request("GET", "/wait")
+    wait_for(lambda: accepted(waiting), "the worker to accept")
     os.kill(old, signal.SIGTERM)
     (start.home / "loaded").touch()
     wait_for(lambda: not listens(old, pages), "the worker to stop accepting")
@@ -221,6 +223,14 @@ def test_a_worker_that_is_stopped_while_it_boots_finishes_what_it_has_accepted(s
     assert old not in process.workers()
     assert "Worker graceful timeout" not in process.log()
     assert process.stop() == 0
+
+
+def accepted(client):
+    """Whether a process has accepted this connection; until then the kernel says inode 0."""
+    port = client.sock.getsockname()[1]
+    with open("/proc/net/tcp") as file:
+        lines = [line.split() for line in list(file)[1:]]
+    return any(fields[2].endswith(f":{port:04X}") and fields[9] != "0" for fields in lines)
 
 
 def listens(pid, port):
@@ -294,6 +304,7 @@ def test_a_worker_that_leaves_loses_at_most_what_it_had_in_hand(start):
     with Requests(site.ours, threads=1) as asked, Requests(site.pages, threads=1) as pages:
         for client in waiting:
             client.request("GET", "/wait")
+            wait_for(lambda client=client: accepted(client), "a worker to accept")
         os.utime(changed)
         # gunicorn starts the next workers when these have exited; new clients wait until then
         wait_for(lambda: not any(listens(pid, site.ours) for pid in workers), "the workers to stop accepting")
