@@ -321,10 +321,14 @@ class Listeners:
         return port
 
     def _primary_ports(self) -> set[int]:
+        """The ports on which the primary is served for good."""
+        others = [port.listener for port in self.ports.values()]
         names = [
             listener.getsockname()
             for listener in self.listening
-            if listener.sock is not None and not isinstance(listener, BrokerOwnedListener)
+            if listener.sock is not None
+            and not isinstance(listener, BrokerOwnedListener)
+            and listener not in others
         ]
         return {name[1] for name in names if isinstance(name, tuple)}
 
