@@ -311,6 +311,8 @@ class _WsgiBody:
         self._body = body
         self._chunks = self._send()
         self._keeps_upstream = keeps_upstream
+        #: whether the response is whole, while the client is still sending its request
+        self._ends_early = False
 
     def __iter__(self) -> Iterator[bytes]:
         return self._chunks
@@ -327,7 +329,11 @@ class _WsgiBody:
             return
         except DownstreamDisconnected as error:
             raise self._request.client_gone(error) from None
-        self._request.complete()
+        if self._request.sender.sent:
+            self._request.complete()
+        else:
+            # The end waits for the client: the server must be able to send its last chunk before.
+            self._ends_early = True
 
     def close(self) -> None:
         """End the request, also when the body was not read to its end."""
@@ -336,5 +342,7 @@ class _WsgiBody:
             close = getattr(self._body, "close", None)
             if close is not None:
                 close()
+            if self._ends_early:
+                self._request.complete()
         finally:
             self._request.end(broken=not self._keeps_upstream)

@@ -9,6 +9,7 @@ import os
 import threading
 
 import gevent
+import gevent.event
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from wsgi_calls import call, environ
 from gunicorn_passenger import http_proxy
 from gunicorn_passenger.errors import BadResponse, PoolExhausted, TruncatedResponse
 from gunicorn_passenger.proxy import agent as agents
+from gunicorn_passenger.proxy import request_body
 from gunicorn_passenger.proxy.dial import Dialer, DialSettings
 from gunicorn_passenger.proxy.response_head import ResponseChunks, ResponseHead, parse_response_head
 from gunicorn_passenger.proxy.target import parse_target
@@ -240,6 +242,49 @@ def test_a_host_that_vanishes_ends_the_request(monkeypatch, timeout, begun):
         else:
             with pytest.raises(TruncatedResponse, match="failed inside its response: Connection timed out"):
                 call(proxy.web, environ())
+    proxy.proxy.close()
+    ends[0].close()
+
+
+class HeldBody:
+    """A request body of which the client sends the second half when it is told to."""
+
+    def __init__(self):
+        self.go_on = gevent.event.Event()
+        self._pieces = [b"first", b"later"]
+
+    def read(self, size=-1):
+        if len(self._pieces) == 1:
+            self.go_on.wait()
+        return self._pieces.pop(0) if self._pieces else b""
+
+
+def test_the_end_of_a_response_does_not_wait_for_the_rest_of_the_request(monkeypatch):
+    gevent.get_hub()
+    monkeypatch.setattr(request_body, "_LINGER", 60)
+    ends = []
+
+    def connect(dialer, seconds):
+        stream, far = pair()
+        ends.append(far)
+        far.send(b"HTTP/1.1 413 Too Large\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nbig\r\n0\r\n\r\n")
+        stream.is_quiet = lambda: True
+        return stream
+
+    monkeypatch.setattr(Dialer, "connect", connect)
+    proxy = http_proxy.create_server(9)
+    ended = []
+    proxy.on("end", lambda request, response: ended.append(response.status_code))
+    body, statuses = HeldBody(), []
+    posted = environ(REQUEST_METHOD="POST", CONTENT_LENGTH="10")
+    posted["wsgi.input"] = body
+    with gevent.Timeout(30):
+        response = proxy.web(posted, lambda status, headers, exc_info=None: statuses.append(status[:3]))
+        assert b"".join(response) == b"big"
+        assert (statuses, ended) == (["413"], [])
+        body.go_on.set()
+        response.close()
+    assert ended == [413]
     proxy.proxy.close()
     ends[0].close()
 
