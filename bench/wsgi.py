@@ -35,8 +35,9 @@ ACCESS_LOG = "access.log"
 #: Seconds for which each server warms up.
 WARM_UP = 0.4
 
-#: The connections and the seconds of the memory measurement's idle part.
+#: The connections (by default, and at most) and the seconds of the memory measurement's idle part.
 IDLE_CONNECTIONS = 1000
+MOST_CONNECTIONS = 20_000
 IDLE_SECONDS = 10.0
 
 #: Of 1, 2, 4, 8 and 32 the number with which Granian needed the least CPU time in `hello` and `flask`.
@@ -176,7 +177,7 @@ def columns(case: Case) -> list[Column]:
 
 def gunicorn(worker: str, case: Case, site: Site) -> Command:
     log = ["--access-logfile", site.home / ACCESS_LOG] if case.access_log else []
-    options = ["--keep-alive", 1000, "--worker-connections", 2000, *log]
+    options = ["--keep-alive", 1000, "--worker-connections", MOST_CONNECTIONS, *log]
     python = site.bin / "python"
     return gunicorn_command(worker, case.app, site.target, *options, python=python, workers=case.workers)
 
@@ -314,7 +315,7 @@ def check_access_log(site: Site, requests: int) -> None:
         raise Failed(f"{requests} requests, but {logged} of them in the access log")
 
 
-def measure_memory(first: Site, name: str, seconds: float) -> dict[str, Any]:
+def measure_memory(first: Site, name: str, seconds: float, connections: int) -> dict[str, Any]:
     """The worker's memory in kB (resident, proportional share, its own): started, after a burst, idle."""
 
     def memory(pids: list[int]) -> dict[str, int]:
@@ -330,17 +331,17 @@ def measure_memory(first: Site, name: str, seconds: float) -> dict[str, Any]:
         burst = memory(pids)
     with new_site(first) as site, serving_case(name, case, site) as pids, contextlib.ExitStack() as stack:
         before = memory(pids)
-        for _ in range(IDLE_CONNECTIONS):
+        for _ in range(connections):
             fetch(stack.enter_context(contextlib.closing(UnixConnection(site.socket))), wanted=HELLO)
         used = cpu_seconds(pids[-1:])
         time.sleep(IDLE_SECONDS)
         used = cpu_seconds(pids[-1:]) - used
         # once they have idled: at first, the last of them are as busy as any
-        each = (memory(pids)["uss"] - before["uss"]) / IDLE_CONNECTIONS
+        each = (memory(pids)["uss"] - before["uss"]) / connections
     return {"started": started, "burst": burst, "kB per idle connection": each, "idle CPU ms": 1000 * used}
 
 
-def report_memory(results: dict[str, dict[str, Any]]) -> None:
+def report_memory(results: dict[str, dict[str, Any]], connections: int) -> None:
     progress()
     rows, idle = [], []
     for name, result in results.items():
@@ -349,15 +350,21 @@ def report_memory(results: dict[str, dict[str, Any]]) -> None:
         idle.append([name, f"{result['kB per idle connection']:.1f}", f"{result['idle CPU ms']:.1f}"])
     print("\nMemory of the worker, MB: resident / proportional share / its own\n")
     table(["contestant", "after the start", "after a burst of hello"], rows)
-    print(f"\n{IDLE_CONNECTIONS} connections that made one request each and idle\n")
+    print(f"\n{connections} connections that made one request each and idle\n")
     table(["contestant", "kB each", f"CPU ms in {IDLE_SECONDS:g} s"], idle)
 
 
 def compare_servers() -> int:
     parser = comparison_parser(__doc__, CONTESTANTS, CASES, seconds=4)
     parser.add_argument("--memory", action="store_true", help="measure memory instead (ours, gevent)")
+    parser.add_argument(
+        "--idle", type=int, default=IDLE_CONNECTIONS, metavar="N",
+        help=f"with --memory: how many connections idle (default {IDLE_CONNECTIONS})",
+    )  # fmt: skip
     parser.add_argument("--install", action="store_true", help="get h2load and libev-dev by apt-get first")
     options = parser.parse_args()
+    if not 1 <= options.idle < MOST_CONNECTIONS:
+        parser.error(f"--idle {options.idle}: give a number from 1 to {MOST_CONNECTIONS - 1}")
     options.only = options.only or (["ours", "gevent"] if options.memory else list(CONTESTANTS))
     absent = install_servers(options.venv, options.only, options.install)
     packages = ["gunicorn", "gunicorn_h1c", "gevent", "flask", "gunicorn-passenger"]
@@ -367,9 +374,11 @@ def compare_servers() -> int:
     status = 0
     with first_site(options.venv) as first:
         if options.memory:
-            raise_file_limit(2 * IDLE_CONNECTIONS + 100)
-            record["memory"] = {name: measure_memory(first, name, options.seconds) for name in options.only}
-            report_memory(record["memory"])
+            raise_file_limit(options.idle + 200)
+            record["memory"] = {
+                name: measure_memory(first, name, options.seconds, options.idle) for name in options.only
+            }
+            report_memory(record["memory"], options.idle)
         else:
             status = SERVERS.compare(options, record, partial(measure_server, first))
     write_record(options.json, record)
