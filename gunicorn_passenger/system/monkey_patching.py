@@ -5,7 +5,6 @@ Process: a worker. Never: run in the master, whose threads must stay native.
 
 from __future__ import annotations
 
-import gc
 import warnings
 
 from gevent import monkey
@@ -19,9 +18,6 @@ def patch_standard_library(log: Log, preloaded: bool) -> None:
     with entry_points.read_once(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", monkey.MonkeyPatchWarning)
         monkey.patch_all()
-    # A collection would write to all memory that the worker shares with the master, and copy it. Not before:
-    # gevent looks for locks among the collector's objects.
-    gc.freeze()
     late = [str(item.message) for item in caught if issubclass(item.category, monkey.MonkeyPatchWarning)]
     if late and not preloaded:
         log.warning(
