@@ -19,6 +19,9 @@ DOCS = ROOT / "docs"
 PAGES = ["CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "bench/README.md", "examples/*/README.md"]
 #: a role of Sphinx in a docstring, such as :meth:`.Server.listen`, as mkdocstrings leaves it
 ROLE = re.compile(r":(?:class|meth|func|mod|attr):<code>~?\.?([\w.]+)</code>")
+WORD = re.compile(r"<code>([^<\s]+)</code>")
+#: as many characters of code fit on a line of a telephone
+SHORT = 36
 LINK = re.compile(r"\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
@@ -54,8 +57,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Show the roles of docstrings as code, with the last part of the name."""
-    return ROLE.sub(lambda match: f"<code>{match[1].rpartition('.')[2]}</code>", html)
+    """Show the roles of docstrings as code, with the last part of the name, and mark words (site.css)."""
+    html = ROLE.sub(lambda match: f"<code>{match[1].rpartition('.')[2]}</code>", html)
+    return WORD.sub(
+        lambda match: f'<code class="word{" long" * (len(match[1]) > SHORT)}">{match[1]}</code>', html
+    )
 
 
 def _target(source: Path, link: str) -> Path | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from browser import Page, chromium
 from free_ports import free_port
 from obedient_workers import ObedientWorkers
 from processes import Starter, starting
@@ -64,3 +65,10 @@ def obedient(start: Starter) -> Iterator[ObedientWorkers]:
     workers = ObedientWorkers(start)
     yield workers
     workers.close()
+
+
+@pytest.fixture
+def browser(start: Starter) -> Iterator[Callable[[], Page]]:
+    """A headless Chromium of this test's own; calling it opens a tab."""
+    with chromium(start) as new:
+        yield new

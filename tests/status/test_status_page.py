@@ -1,116 +1,22 @@
 """The status page, in real Chromium, driven over the DevTools protocol."""
 
-import base64
 import contextlib
 import http.client
-import itertools
 import json
-import os
 import re
 import signal
 import subprocess
-import urllib.request
 
 import pytest
 from conditions import wait_for
 from free_ports import free_port
 from http_client import Client, fetch
 from processes import require
-from websocket import create_connection
 
-#: Where screenshots are kept for someone to look at; without it they are only taken.
-SHOTS = os.environ.get("PASSENGER_SCREENSHOTS", "")
+#: The rows of the table of servers.
+SERVERS = "#servers tbody tr"
 
 NAUGHTY = "<img src=x onerror=\"document.title='gotcha'\"><b>bold</b>"
-
-
-class Page:
-    """One tab of a browser."""
-
-    def __init__(self, url):
-        self.socket = create_connection(url, timeout=60, suppress_origin=True)
-        self.numbers = itertools.count(1)
-        self.events = []
-        for domain in ("Page", "Network", "Runtime", "Log"):
-            self.call(f"{domain}.enable")
-
-    def call(self, method, **params):
-        number = next(self.numbers)
-        self.socket.send(json.dumps({"id": number, "method": method, "params": params}))
-        while True:
-            message = json.loads(self.socket.recv())
-            if message.get("id") == number:
-                assert "error" not in message, message
-                return message["result"]
-            self.events.append(message)
-
-    def open(self, url, width=1280, height=900, dark=False):
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=height,
-            deviceScaleFactor=1,
-            mobile=width < 500,
-        )
-        scheme = "dark" if dark else "light"
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self.call("Page.navigate", url=url)
-        wait_for(
-            lambda: self.run("document.querySelectorAll('#servers tbody tr').length"), "the table of servers"
-        )
-
-    def run(self, expression):
-        """The value of a JavaScript expression."""
-        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in result, result
-        return result["result"].get("value")
-
-    def text(self):
-        return self.run("document.body.innerText")
-
-    def requests(self):
-        self.run("1")  # reads what has come
-        return [
-            e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"
-        ]
-
-    def complaints(self):
-        """What the browser's console shows."""
-        self.run("1")
-        return [e for e in self.events if e["method"] in ("Log.entryAdded", "Runtime.exceptionThrown")]
-
-    def shot(self, name):
-        picture = base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"])
-        assert picture.startswith(b"\x89PNG")
-        if SHOTS:
-            with open(f"{SHOTS}/{name}.png", "wb") as file:
-                file.write(picture)
-
-
-@pytest.fixture
-def browser(start):
-    """A headless Chromium of this test's own."""
-    program = start.run(
-        require("chromium"), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
-        "--remote-debugging-port=0", f"--user-data-dir={start.home}/chromium", "--no-first-run",
-        "--disable-background-networking", "about:blank",
-    )  # fmt: skip
-    url = program.wait_log(r"DevTools listening on ws://(\S+?)/").group(1)
-    pages = []
-
-    def new():
-        request = urllib.request.Request(f"http://{url}/json/new?about:blank", method="PUT")
-        with urllib.request.urlopen(request, timeout=60) as response:
-            pages.append(Page(json.load(response)["webSocketDebuggerUrl"]))
-        return pages[-1]
-
-    yield new
-    for page in pages:
-        with contextlib.suppress(Exception):
-            page.socket.close()
-    program.signal(15)
-    program.wait_end()
-    wait_for(lambda: not program.session(), "the browser's processes")
 
 
 @pytest.fixture
@@ -150,7 +56,7 @@ def cell(page, column):
 def test_page(browser, served, port):
     page = browser()
     url = f"http://127.0.0.1:{port}/"
-    page.open(url)
+    page.open(url, shows=SERVERS)
     text = page.text()
     for pid in (served.pid, *json_pids(port)):
         assert str(pid) in text
@@ -189,7 +95,7 @@ def json_pids(port):
 @pytest.mark.parametrize("dark", [False, True])
 def test_nothing_overflows(browser, served, port, width, dark):
     page = browser()
-    page.open(f"http://127.0.0.1:{port}/", width=width, dark=dark)
+    page.open(f"http://127.0.0.1:{port}/", width=width, dark=dark, shows=SERVERS)
     assert page.run("document.documentElement.scrollWidth") <= width
     outside = page.run(
         "[...document.querySelectorAll('main *')].filter(e => e.offsetParent && e.getBoundingClientRect().right > "
@@ -236,7 +142,7 @@ CONTRAST = """
 def test_for_a_screen_reader(browser, served, port):
     """Tables stay tables on a narrow screen, every section has a name, changes of state are said."""
     page = browser()
-    page.open(f"http://127.0.0.1:{port}/", width=390, height=800)
+    page.open(f"http://127.0.0.1:{port}/", width=390, height=800, shows=SERVERS)
     nodes = page.call("Accessibility.getFullAXTree")["nodes"]
     roles = [node.get("role", {}).get("value") for node in nodes if not node.get("ignored")]
     assert roles.count("table") >= 3
@@ -257,7 +163,7 @@ def test_says_when_there_is_no_response_and_recovers(browser, start, port):
     process = start.gunicorn("status_app", "-n", "shop", workers=1, env={"P1": port}).wait_ready()
     wait_for(lambda: fetch(port, "/health")[0] == 200, "health")
     page = browser()
-    page.open(f"http://127.0.0.1:{port}/")
+    page.open(f"http://127.0.0.1:{port}/", shows=SERVERS)
     assert page.run("document.querySelector('#lost').innerText") == ""
     assert process.stop() == 0
     wait_for(
@@ -287,7 +193,7 @@ def test_a_failed_daemon_is_what_one_sees_first(browser, start, port, width):
     ).wait_ready()  # fmt: skip
     process.wait_log("Daemon failing is not started again")
     page = browser()
-    page.open(f"http://127.0.0.1:{port}/", width=width)
+    page.open(f"http://127.0.0.1:{port}/", width=width, shows=SERVERS)
     wait_for(
         lambda: page.run("document.querySelector('#state').innerText") == "running, 1 problem", "the problem"
     )
@@ -305,7 +211,7 @@ def test_a_failed_daemon_is_what_one_sees_first(browser, start, port, width):
 
 def test_below_a_prefix(browser, served, port):
     page = browser()
-    page.open(f"http://127.0.0.1:{served.second}/ops")
+    page.open(f"http://127.0.0.1:{served.second}/ops", shows=SERVERS)
     assert page.run("location.pathname") == "/ops/"
     wait_for(lambda: str(served.pid) in page.text(), "the report")
 
@@ -325,7 +231,7 @@ def test_the_policy_forbids_what_the_page_does_not_need(browser, served, port):
     assert not re.search(r"https?://", body)
     assert len(body) < 40000
     page = browser()
-    page.open(f"http://127.0.0.1:{port}/")
+    page.open(f"http://127.0.0.1:{port}/", shows=SERVERS)
     page.run(
         "document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.injected = 1'}))"
     )
