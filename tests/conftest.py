@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import node_packages
 import pytest
 from browser import Page, chromium
 from free_ports import free_port
@@ -72,3 +73,9 @@ def browser(start: Starter) -> Iterator[Callable[[], Page]]:
     """A headless Chromium of this test's own; calling it opens a tab."""
     with chromium(start) as new:
         yield new
+
+
+@pytest.fixture(scope="session")
+def node_modules() -> Path:
+    """The packages of tests/node/package-lock.json."""
+    return node_packages.installed()

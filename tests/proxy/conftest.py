@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
-import os
 import ssl
-import subprocess
-from pathlib import Path
 
 import pytest
 import trustme
 from free_ports import free_port
 from http_client import fetch
-from peer_servers import NODE
 from peer_site import Peers, serve
-from processes import require, starting
+from processes import starting
 from proxy_harness import proxied
 from proxy_laboratory import Origin, laboratory
 from upstream_sockets import Upstream
@@ -98,31 +92,6 @@ def foreign():
             return came, [message for _, message in origin.requests[before:]]
 
         yield run
-
-
-@pytest.fixture(scope="session")
-def node_modules() -> Path:
-    """The packages of tests/node/package-lock.json, installed once for all test processes."""
-    require("node")
-    npm = require("npm")
-    lock = (NODE / "package-lock.json").read_bytes()
-    wanted = hashlib.sha256(lock).hexdigest()
-    mark = NODE / "node_modules" / ".installed"
-    with (NODE / "package-lock.json").open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if not mark.exists() or mark.read_text() != wanted:
-            done = subprocess.run(
-                [npm, "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--loglevel=error"],
-                cwd=NODE,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if done.returncode:
-                assert "CI" not in os.environ, done.stderr
-                pytest.skip(f"npm installs nothing here: {done.stderr[-300:]}")
-            mark.write_text(wanted)
-    return NODE / "node_modules"
 
 
 @pytest.fixture(scope="session")
