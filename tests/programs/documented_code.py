@@ -60,7 +60,9 @@ def run(code):
             if "django" in code:
                 import django.conf
 
-                django.conf.settings.configure()
+                apps = ("admin", "auth", "contenttypes", "messages", "sessions")
+                django.conf.settings.configure(INSTALLED_APPS=[f"django.contrib.{app}" for app in apps])
+                django.setup()
             listener = socket.socket()
             os.dup2(listener.fileno(), 3)  # where a daemon finds its first socket
             for path, here in FILES.items():
