@@ -18,6 +18,7 @@ import yaml
 from conditions import wait_for
 from free_ports import free_port
 from http_client import answers, fetch, refused
+from json_schemas import check_schema
 from processes import ROOT, Process, Starter, require, starting
 
 DEPLOY = ROOT / "deploy"
@@ -209,11 +210,18 @@ def test_daemons_of_the_pages(site):
 
 
 def test_traefik():
-    """Traefik is not to be had here: the names that its file uses are at least those that it defines."""
+    """Neither Debian, PyPI nor npm has Traefik: the names that its files use are at least those that they define."""
+    static = yaml.safe_load((DEPLOY / "traefik" / "traefik.yml").read_text())
+    assert Path(static["providers"]["file"]["filename"]).name == "dynamic.yml"
     http = yaml.safe_load((DEPLOY / "traefik" / "dynamic.yml").read_text())["http"]
+    entered = set()
     for router in http["routers"].values():
         assert router["service"] in http["services"]
         assert set(router.get("middlewares", ())) <= set(http["middlewares"])
+        entered |= set(router["entryPoints"])
+    assert entered == set(static["entryPoints"])
+    for service in http["services"].values():
+        assert service["loadBalancer"]["serversTransport"] in http["serversTransports"]
 
 
 # --- systemd ---------------------------------------------------------------------------------------
@@ -249,6 +257,7 @@ def test_compose():
             source = volume.split(":")[0]
             assert source in compose["volumes"] or (DEPLOY / source).is_file(), volume
     assert (DEPLOY / compose["services"]["app"]["build"]["context"] / "Dockerfile").resolve().is_file()
+    check_schema("compose-spec", DEPLOY / "compose.yaml")
 
 
 def objects(folder: Path = KUBERNETES) -> list[dict]:

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import yaml
+from json_schemas import check_schema
 from processes import ROOT, require
 
 WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
@@ -26,6 +27,14 @@ def test_it_is_valid(node_modules):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Checking 1 workflow file" in done.stdout
+
+
+def test_the_forms_for_issues_are_valid():
+    templates = ROOT / ".github" / "ISSUE_TEMPLATE"
+    forms = [path for path in templates.iterdir() if path.name != "config.yml"]
+    assert forms
+    check_schema("github-issue-forms", *forms)
+    check_schema("github-issue-config", templates / "config.yml")
 
 
 def test_it_runs_ci_run_and_nothing_else():
