@@ -17,6 +17,7 @@ import websocket
 import yaml
 from conditions import wait_for
 from free_ports import free_port
+from gunicorn.config import Config
 from http_client import answers, fetch, refused
 from json_schemas import check_schema
 from processes import ROOT, Process, Starter, require, starting
@@ -368,6 +369,13 @@ def test_kubernetes_objects_fit_together():
         for mount in container["volumeMounts"]:
             volume = volumes[mount["name"]]
             assert "subPath" not in mount or mount["subPath"] in maps[volume["configMap"]["name"]]
+    # nginx stops first: until then it needs the program, which has its time after that
+    waits = {c["name"]: int(c["lifecycle"]["preStop"]["exec"]["command"][1]) for c in pod["containers"]}
+    assert waits["nginx"] < waits["app"]
+    assert pod["terminationGracePeriodSeconds"] > waits["app"] + Config().graceful_timeout
+    app = next(c for c in pod["containers"] if c["name"] == "app")
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert app[probe]["httpGet"] == {"path": "/health", "port": "status"}
     configuration = (KUBERNETES / "nginx.conf").read_text()
     assert f"listen {ports['web']};" in configuration
     assert f"listen {ports['second']};" in configuration

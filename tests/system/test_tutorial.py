@@ -1,4 +1,4 @@
-"""docs/tutorial.md from its first step to its last, with one gunicorn and one nginx.
+"""README.md, and docs/tutorial.md from its first step to its last, with one gunicorn and one nginx.
 
 As in the examples' tests, only the paths below /tmp, the port numbers and the number of workers are others.
 """
@@ -16,15 +16,16 @@ from http_client import answers, refused
 from processes import ROOT, require
 
 
-class Tutorial:
-    """The blocks of the page, in their order, with the addresses of the test."""
+class Page:
+    """The blocks of a page, in their order, with the addresses of the test."""
 
-    def __init__(self, home):
-        text = (ROOT / "docs" / "tutorial.md").read_text()
+    def __init__(self, home, page):
+        text = (ROOT / page).read_text()
         self.home = home
         self.ports = {name: free_port() for name in ("9000", "8080")}
         replaced = self.ports | {
             "/tmp/shop.sock": f"{home}/app.sock",
+            "/tmp/app.sock": f"{home}/app.sock",
             "/tmp/shop": f"{home}/shop",
             "-w 4": "-w 2",
         }
@@ -49,9 +50,23 @@ class Tutorial:
         return done.stdout
 
 
+def test_readme(start):
+    """The program of the README, started as it says, gives what it says."""
+    page = Page(start.home, "README.md")
+    start.write("app.py", page.next("python", "listen("))
+    install, command = page.next("sh", "gunicorn -k").splitlines()
+    assert install.startswith("pip install")
+    process = start.run(
+        "bash", "-c", f"exec {command}", env={"PATH": page.env["PATH"], "PYTHONPATH": ""}
+    ).wait_ready()
+    wait_for(lambda: len(process.workers()) == 2 and answers(page.ports["9000"]), process.log)
+    assert page.ask("--unix-socket") == "request successfully proxied!\n" * 2
+    assert process.stop() == 0, process.log()
+
+
 def test_tutorial(start):
     require("nginx")
-    page = Tutorial(start.home)
+    page = Page(start.home, "docs/tutorial.md")
     page.next("sh", "pip install")
     app = start.write("app.py", page.next("python", "listen("))
     command = page.next("sh", "gunicorn -k")

@@ -191,6 +191,19 @@ def test_the_plots_show_the_tables():
     subprocess.run([sys.executable, ROOT / "scripts" / "draw_performance.py", "--check"], check=True)
 
 
+def test_the_changelog_has_the_form_that_it_names():
+    """https://keepachangelog.com/en/1.1.0/: versions, newest first, and in each the known kinds of changes."""
+    text = (ROOT / "CHANGELOG.md").read_text()
+    versions = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert versions[0] == "[Unreleased]"
+    assert all(re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", version) for version in versions[1:])
+    for version in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        kinds = re.findall(r"^### (.+)$", version, re.MULTILINE)
+        assert kinds == sorted(
+            set(kinds), key=["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"].index
+        )
+
+
 # --- the code on the pages -------------------------------------------------------------------------
 
 
