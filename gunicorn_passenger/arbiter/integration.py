@@ -259,6 +259,9 @@ def reloaded(arbiter: Any) -> None:
     if broker is None:
         requested_daemons.commit_config()
         return
+    # before a new worker asks for a bind on which a server of the previous program listens; with our own
+    # worker class the arbiter has done it
+    broker.workers.previous_generation = arbiter.worker_age
     try:
         _configure(broker, arbiter.cfg, arbiter.log, False)
         _tell_reload(broker)

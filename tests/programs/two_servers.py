@@ -1,4 +1,5 @@
-"""A primary, and a second server on P1. Both respond with the worker's pid; ``two``, as the primary, says which."""
+"""A primary, and a second server on P1. Both respond with the worker's pid; ``two`` and, for ASGI,
+``two_asgi``, as the primary, say which."""
 
 import os
 
@@ -25,6 +26,18 @@ def which(name):
 
 
 two = which("primary")
+
+
+async def two_asgi(scope, receive, send):
+    if scope["type"] == "lifespan":
+        for _ in range(2):
+            await send({"type": (await receive())["type"] + ".complete"})
+        return
+    body = b"primary" if scope["path"] == "/which" else str(os.getpid()).encode()
+    head = [(b"content-type", b"text/plain"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": head})
+    await send({"type": "http.response.body", "body": body})
+
 
 if os.environ.get("P1"):
     address = os.environ["P1"]

@@ -57,6 +57,21 @@ def require_package(name: str) -> None:
         pytest.skip(f"the package {name} is not installed")
 
 
+#: The modules of the worker classes that gunicorn's oldest version, or a new Python, does not have.
+WORKER_MODULES = {
+    "tornado": "tornado",
+    "asgi": "gunicorn.workers.gasgi",
+    "uvicorn_worker.UvicornWorker": "uvicorn_worker",
+}
+
+
+def require_worker_class(name: str) -> None:
+    """Skip the test where that worker class is not installed."""
+    module = WORKER_MODULES.get(name)
+    if module is not None and importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} is not installed")
+
+
 def check_reachable_for_others() -> None:
     """Fail where another user cannot reach the checkout: its workers could not import their program."""
     for path in (ROOT, *ROOT.parents):

@@ -1,0 +1,188 @@
+"""gunicorn's binds as ports of the program, under worker classes that serve the primary on them by themselves."""
+
+import os
+import signal
+from contextlib import ExitStack
+from textwrap import dedent
+
+import pytest
+from conditions import stopped, wait_for
+from free_ports import free_port
+from http_client import Client, accepted, answers, fetch
+from placement_site import report
+from processes import GUNICORN, NO_CONTROL, require_worker_class
+from unmodified_servers import Requests
+
+HOOKS = "from gunicorn_passenger.hooks import *\n"
+OURS = "gunicorn_passenger.Worker"
+
+
+def started(start, worker_class, app, *arguments, binds=(), conf="", workers=2, **env):
+    """gunicorn with a UNIX socket for the primary, and further binds."""
+    return start.python(
+        GUNICORN, "-k", worker_class, "-w", workers,
+        "-c", start.write("gunicorn.conf.py", HOOKS + dedent(conf)),
+        "-b", f"unix:{start.home}/app.sock", *(word for bind in binds for word in ("-b", f"127.0.0.1:{bind}")),
+        *NO_CONTROL, *arguments, app, env=env,
+    )  # fmt: skip
+
+
+def primary_of(worker_class):
+    """A program that says ``primary``."""
+    return "two_servers:" + ("two_asgi" if worker_class == "asgi" else "two")
+
+
+def who(where, times=8):
+    """Which servers respond there: ``primary`` or ``second``."""
+    return {fetch(where, "/which")[1] for _ in range(times)}
+
+
+#: A primary, and where the file ``claims`` says so a second server on the bind. ``/which`` says which of them
+#: responds, and ``/wait`` responds when the file ``go`` exists.
+CLAIMING = """
+    import os
+    import time
+    import two_servers
+    import gunicorn_passenger as passenger
+
+    def waiting(app):
+        def respond(environ, start_response):
+            while environ["PATH_INFO"] == "/wait" and not os.path.exists("go"):
+                time.sleep(0.02)
+            return app(environ, start_response)
+        return respond
+
+    primary = waiting(two_servers.two)
+
+    if os.path.exists("claims"):
+        passenger.create_server(waiting(two_servers.which("second"))).listen(int(os.environ["BIND"]))
+    """
+
+
+@pytest.mark.parametrize("worker_class", ["sync", "gthread", "gevent", OURS])
+def test_a_program_claims_a_bind_by_a_reload(start, port, home, worker_class):
+    """The old program's primary finishes what it has accepted, and the new program's server alone accepts."""
+    start.write("claiming.py", CLAIMING)
+    process = started(
+        start,
+        worker_class,
+        "claiming:primary",
+        "--threads",
+        4 if worker_class == "gthread" else 1,
+        binds=[port],
+        BIND=port,
+    ).wait_ready()
+    assert who(port) == {"primary"}
+    before = set(process.workers())
+    held = Client(port)
+    held.request("GET", "/wait")
+    wait_for(lambda: accepted(held), "a worker to accept")
+    (home / "claims").touch()
+    process.signal(signal.SIGHUP)
+    wait_for(lambda: fetch(port, "/which")[1] == "second", "the next program to have the bind")
+    (home / "go").touch()
+    response = held.getresponse()
+    assert response.status == 200
+    assert int(response.read()) in before
+    wait_for(lambda: before.isdisjoint(process.workers()), "the end of the old workers")
+    assert who(port) == {"second"}
+    assert who(process.socket) == {"primary"}
+    assert process.stop() == 0
+    assert "Traceback" not in process.log()
+
+
+@pytest.mark.parametrize("worker_class", ["sync", "gthread", "gevent", OURS])
+def test_a_program_gives_a_bind_back_by_a_reload(start, port, home, worker_class):
+    """Also while an old worker is too busy to notice that it leaves: the primary is served there again."""
+    start.write("claiming.py", CLAIMING)
+    (home / "claims").touch()
+    process = started(
+        start, worker_class, "claiming:primary", binds=[port], BIND=port, P1=free_port()
+    ).wait_ready()
+    wait_for(lambda: answers(port), "the bind")
+    assert who(port) == {"second"}
+    before = set(process.workers())
+    (home / "claims").unlink()
+    with ExitStack() as busy:
+        for pid in before:
+            busy.enter_context(stopped(pid))
+        process.signal(signal.SIGHUP)
+        wait_for(lambda: answers(process.socket), "the next workers")
+        wait_for(lambda: fetch(port, "/which")[1] == "primary", "the next program to have the bind")
+    wait_for(lambda: before.isdisjoint(process.workers()), "the end of the old workers")
+    assert who(port) == {"primary"}
+    assert process.stop() == 0
+    assert "Traceback" not in process.log()
+
+
+@pytest.mark.parametrize("opens", ["ours", "unmodified"])
+@pytest.mark.parametrize("worker_class", ["sync", "gevent", "asgi"])
+def test_a_bind_belongs_to_the_primary_before_gunicorns_loop_runs(start, port, worker_class, opens):
+    """The master has said so, and the class accepts there next: a server that comes now gets an error that says
+    what to do, and each client gets the primary.
+    """
+    require_worker_class(worker_class)
+    conf = f"""
+        import http.server
+        import gunicorn_passenger as passenger
+        import two_servers
+
+        def late(worker):
+            try:
+                if "{opens}" == "ours":
+                    passenger.create_server(two_servers.two).listen({port})
+                else:
+                    http.server.HTTPServer(("127.0.0.1", {port}), http.server.BaseHTTPRequestHandler)
+            except OSError as error:
+                worker.log.error("no server: %s", error)
+
+        passenger.on("ready", late)
+        """
+    process = started(
+        start, worker_class, primary_of(worker_class), binds=[port], conf=conf, P1=free_port()
+    ).wait_ready()
+    process.wait_log(
+        rf"no server: .*127.0.0.1:{port} is in gunicorn's bind, and this worker serves the primary there", 2
+    )
+    assert who(port) == who(process.socket) == {"primary"}
+    assert process.stop() == 0
+    assert "Traceback" not in process.log()
+
+
+@pytest.mark.parametrize("worker_class", ["sync", "gthread", "gevent", "asgi"])
+def test_one_worker_accepts_on_a_bind(start, port, worker_class):
+    """``placement="one"``: neither the other workers nor the primary accept there, whoever leaves."""
+    require_worker_class(worker_class)
+    conf = f"""
+        import gunicorn_passenger as passenger
+        import two_servers
+
+        def post_worker_init(worker):
+            passenger.create_server(two_servers.which("second")).listen({port}, placement="one", name="jobs")
+        """
+    process = started(start, worker_class, primary_of(worker_class), binds=[port], conf=conf).wait_ready()
+    wait_for(lambda: answers(port), "the bind")
+
+    def accepting():
+        """The one worker that accepts, as the master and the clients say."""
+        (server,) = [server for server in report(start)["servers"] if server["name"] == "jobs"]
+        found = {fetch(port)[1] for _ in range(10)}
+        return int(*found) if len(found) == 1 and list(map(str, server["workers"])) == [*found] else 0
+
+    with Requests(port, threads=1) as asked:
+        first = wait_for(accepting, "one worker to accept")
+        assert who(port) == {"second"}
+        before = set(process.workers())
+        process.signal(signal.SIGHUP)
+        wait_for(lambda: before.isdisjoint(process.workers()), "the end of the old workers")
+        second = wait_for(accepting, "one worker to accept after the reload")
+    assert asked.failures == []
+    assert second != first
+    os.kill(second, signal.SIGKILL)
+    wait_for(lambda: second not in process.workers(), "the end of the worker")
+    third = wait_for(accepting, "another worker to accept")
+    assert third != second
+    assert who(port) == {"second"}
+    assert who(process.socket) == {"primary"}
+    assert process.stop() == 0
+    assert "Traceback" not in process.log()
