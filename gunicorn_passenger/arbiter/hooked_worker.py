@@ -88,6 +88,8 @@ class HookedWorker:
         self._on_sigterm: Any = None
         #: whether it was told to stop while it booted
         self._stopped_in_boot = False
+        #: whether gunicorn has told it to stop since
+        self._told_to_stop = False
         #: whether the program is loaded, and its servers accept
         self._running = False
         #: whether it exits without a drain
@@ -153,6 +155,7 @@ class HookedWorker:
 
     def _on_stop(self, handle: Callable[..., None], *args: Any) -> None:
         """A signal handler: the thread of the ports does what may wait."""
+        self._told_to_stop = True
         if self._has_ports():
             self._scheduler.spawn(self._begin_drain)
         handle(*args)
@@ -213,9 +216,8 @@ class HookedWorker:
         if not self._stopped_in_boot:
             self._start()
         if self._on_sigterm is not None:
-            # uvicorn raises the signal again when it has drained; the default action would end the process
             default = self._on_sigterm is signal.SIG_DFL
-            signal.signal(signal.SIGTERM, _ignore if default else self._on_sigterm)
+            signal.signal(signal.SIGTERM, _leave if default else self._on_sigterm)
         try:
             if not self._stopped_in_boot:
                 self._run()
@@ -278,6 +280,9 @@ class HookedWorker:
             return
         self._patch.reap_closed_fds()
         self._write_counts()
+        if self._told_to_stop:
+            # tornado's class forgets a stop that comes before its loop runs
+            self._worker.alive = False
         if self._running and (not self._worker.alive or _uvicorn_stops()):
             self._begin_drain()
 
@@ -355,6 +360,18 @@ def _log_late_claim(log: Any, key: str) -> None:
         key,
         os.getpid(),
     )
+
+
+def _leave(_number: int, _frame: Any) -> None:
+    """The signal handler in place of the default action, which would end the process with all connections.
+
+    uvicorn has a handler of its own while it serves. A signal may come before that, and when uvicorn has
+    drained it raises the signal again.
+
+    :raises SystemExit: so that gunicorn's loop, which does not serve now, ends.
+    """
+    signal.signal(signal.SIGTERM, _ignore)
+    raise SystemExit(0)
 
 
 def _ignore(_number: int, _frame: Any) -> None:

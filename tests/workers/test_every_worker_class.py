@@ -1,29 +1,29 @@
 """Unmodified servers share their ports under every worker class of gunicorn, by the hooks alone."""
 
 import http.client
-import importlib.util
 import json
 import os
 import signal
 import socket
 from contextlib import ExitStack, contextmanager
+from textwrap import dedent
 
 import pytest
 import websocket
 from conditions import wait_for
 from free_ports import free_port
-from http_client import Client, answers, fetch, refused
-from processes import GUNICORN, NO_CONTROL, descriptors, starting
+from http_client import Client, accepted, answers, fetch, refused
+from processes import GUNICORN, NO_CONTROL, descriptors, require_worker_class, starting
 from status_commands import only
 from unmodified_servers import Requests, answering
 
 HOOKS = "from gunicorn_passenger.hooks import *\n"
 
 CLASSES = ["sync", "gthread", "gevent", "gevent_pywsgi", "tornado", "asgi", "uvicorn_worker.UvicornWorker"]
+#: Those whose primary is an ASGI application.
+ASGI = ["asgi", "uvicorn_worker.UvicornWorker"]
 #: Those whose ``--reload`` is tried here; for ``sync`` another test does.
 RELOADED = ["gthread", "gevent", "asgi"]
-#: The modules that a class needs beside gunicorn's oldest version.
-NEEDS = {"tornado": "tornado", "asgi": "gunicorn.workers.gasgi", CLASSES[-1]: "uvicorn_worker"}
 
 
 class Site:
@@ -67,9 +67,8 @@ class Site:
 @pytest.mark.parametrize("worker_class", CLASSES)
 def test_servers_survive_their_workers(start, worker_class):
     """They share the master's sockets, and a worker that exits finishes what they have accepted."""
-    if (needed := NEEDS.get(worker_class)) and importlib.util.find_spec(needed) is None:
-        pytest.skip(f"{needed} is not installed")
-    app = "ports_in_threads:" + ("wsgi" if NEEDS.get(worker_class, "tornado") == "tornado" else "asgi")
+    require_worker_class(worker_class)
+    app = "ports_in_threads:" + ("asgi" if worker_class in ASGI else "wsgi")
     changed = start.write("changed.py", "")
     reload = ("--reload", "--reload-engine", "poll", "--reload-extra-file", changed)
     site = Site(start, worker_class, *reload * (worker_class in RELOADED), app=app, asgi=True)
@@ -188,8 +187,7 @@ def test_hooks_and_children_of_the_program(start):
 @pytest.mark.parametrize("worker_class", ["sync", "asgi"])
 def test_a_worker_that_is_stopped_while_it_boots_finishes_what_it_has_accepted(start, worker_class):
     """gunicorn's asgi class loses the signal if uvloop is installed, and would be killed."""
-    if (needed := NEEDS.get(worker_class)) and importlib.util.find_spec(needed) is None:
-        pytest.skip(f"{needed} is not installed")
+    require_worker_class(worker_class)
     start.write(
         "slow_program.py",
         """
@@ -225,12 +223,74 @@ def test_a_worker_that_is_stopped_while_it_boots_finishes_what_it_has_accepted(s
     assert process.stop() == 0
 
 
-def accepted(client):
-    """Whether a process has accepted this connection; until then the kernel says inode 0."""
-    port = client.sock.getsockname()[1]
-    with open("/proc/net/tcp") as file:
-        lines = [line.split() for line in list(file)[1:]]
-    return any(fields[2].endswith(f":{port:04X}") and fields[9] != "0" for fields in lines)
+#: Code of gunicorn.conf.py: the first worker is told to stop when its class makes its event loop.
+STOPPED_BEFORE_THE_LOOP = """
+    import os
+    import signal
+
+    def post_worker_init(worker):
+        if os.path.exists("told"):
+            return
+        open("told", "w").close()
+        place, name = PLACE
+        make = getattr(place, name)
+
+        def make_loop(*arguments):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return make(*arguments)
+
+        setattr(place, name, make_loop)
+    """
+
+
+@pytest.mark.parametrize(
+    ("worker_class", "place"),
+    [
+        ("tornado", "__import__('tornado.ioloop').ioloop.IOLoop, 'instance'"),
+        ("uvicorn_worker.UvicornWorker", "worker.config, 'get_loop_factory'"),
+    ],
+)
+def test_a_worker_that_is_stopped_before_its_loop_runs_finishes_what_it_has_accepted(
+    start, worker_class, place
+):
+    """tornado's class forgets such a stop, and uvicorn's would end at once."""
+    require_worker_class(worker_class)
+    pages, ours, go = free_port(), free_port(), start.home / "go"
+    start.write(
+        "slow_program.py",
+        """
+        import os
+        import time
+        from ports_in_threads import asgi, wsgi
+
+        while not os.path.exists("loaded"):
+            time.sleep(0.02)
+        """,
+    )
+    process = start.python(
+        GUNICORN, "-k", worker_class,
+        "-c", start.write("gunicorn.conf.py", HOOKS + dedent(STOPPED_BEFORE_THE_LOOP.replace("PLACE", place))),
+        "-b", f"unix:{start.home}/app.sock", "--graceful-timeout", 600, "--timeout", 600, *NO_CONTROL,
+        "--chdir", start.home, "slow_program:" + ("wsgi" if worker_class == "tornado" else "asgi"),
+        env={"METRICS": free_port(), "PAGES": pages, "OURS": ours, "GO": go},
+    )  # fmt: skip
+    wait_for(lambda: answers(pages), "a server of the worker that boots")
+    (old,) = process.workers()
+    waiting = Client(pages)
+    waiting.request("GET", "/wait")
+    wait_for(lambda: accepted(waiting), "the worker to accept")
+    (start.home / "loaded").touch()
+    wait_for(
+        lambda: (start.home / "told").exists() and not listens(old, pages), "the worker to stop accepting"
+    )
+    go.touch()
+    response = waiting.getresponse()
+    assert (response.status, int(response.read())) == (200, old)
+    wait_for(lambda: old not in process.workers(), "the end of the worker")
+    process.wait_ready()
+    wait_for(lambda: answers(pages) and answers(ours), "the servers of the worker in its place")
+    assert process.stop() == 0
+    assert "Traceback" not in process.log()
 
 
 def listens(pid, port):
