@@ -160,8 +160,8 @@ class ThreadScheduler:
         self._on_tick = on_tick
         self._order = itertools.count()
         self._added: SimpleQueue[tuple[float, int, Callable[[], object]]] = SimpleQueue()
-        self._starting = unpatched.lock()
-        self._started = False
+        #: held from the start of the thread on
+        self._started = unpatched.lock()
         self._thread = 0
         self._new_hub = make_hub
         self._hub: HubScheduler | None = None
@@ -204,12 +204,14 @@ class ThreadScheduler:
             self._hub.spawn(self._take_added)
 
     def _start(self) -> None:
-        if self._started:
-            return  # without the lock, since a signal handler may come here
-        with self._starting:
-            if not self._started:
-                unpatched.start_thread(self._work)
-                self._started = True
+        # without waiting, since a signal handler may come here in the midst of it
+        if not self._started.acquire(False):
+            return
+        try:
+            unpatched.start_thread(self._work)
+        except BaseException:
+            self._started.release()
+            raise
 
     def start_task(self, function: Callable[[], object]) -> Task:
         self._start()

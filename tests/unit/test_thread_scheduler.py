@@ -1,0 +1,58 @@
+"""The thread in which a worker of another class acts on the master's messages."""
+
+import logging
+import threading
+
+import pytest
+from conditions import PATIENCE
+
+from gunicorn_passenger.serving import scheduler
+from gunicorn_passenger.serving.scheduler import ThreadScheduler
+
+
+@pytest.fixture
+def threads():
+    """A scheduler; its thread has ended afterwards."""
+    made = ThreadScheduler(logging.getLogger("test"), lambda: None, lambda: pytest.fail("no hub is needed"))
+    yield made
+    ended = threading.Event()
+
+    def end():
+        ended.set()
+        raise SystemExit
+
+    made.spawn(end)
+    assert ended.wait(PATIENCE)
+
+
+def test_a_signal_handler_may_spawn_while_the_thread_starts(threads, monkeypatch):
+    """SIGTERM may come while the program's thread, which is the main one, asks for its first port."""
+    done, start, begun = threading.Event(), scheduler.unpatched.start_thread, []
+
+    def interrupted(function):
+        begun.append(True)
+        threads.spawn(done.set)  # as the signal handler does, in the same thread
+        start(function)
+
+    monkeypatch.setattr(scheduler.unpatched, "start_thread", interrupted)
+    asking = threading.Thread(target=threads.spawn, args=[lambda: None], daemon=True)
+    asking.start()
+    asking.join(PATIENCE)
+    assert not asking.is_alive()
+    assert done.wait(PATIENCE)
+    assert len(begun) == 1
+
+
+def test_a_thread_that_the_system_refuses_is_started_later(threads, monkeypatch):
+    """The limit of processes may be reached for a moment."""
+
+    def refused(_function):
+        raise RuntimeError("can't start new thread")
+
+    ran = threading.Event()
+    with monkeypatch.context() as patched:
+        patched.setattr(scheduler.unpatched, "start_thread", refused)
+        with pytest.raises(RuntimeError):
+            threads.spawn(ran.set)
+    threads.spawn(lambda: None)
+    assert ran.wait(PATIENCE)
