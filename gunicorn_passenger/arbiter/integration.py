@@ -53,7 +53,6 @@ def install_hooks(cfg: Any) -> None:
     hook_chain.before(cfg, "on_reload", reloaded)
     hook_chain.after(cfg, "pre_fork", _before_worker_fork)
     hook_chain.before(cfg, "post_fork", _after_worker_fork)
-    hook_chain.before(cfg, "post_worker_init", _sum_metrics)
     hook_chain.before(cfg, "child_exit", _on_worker_reaped)
     hook_chain.after(cfg, "pre_exec", _export_upgrade_state)
     hook_chain.before(cfg, "on_exit", _finish)
@@ -323,11 +322,6 @@ def _load_with_sums(load: Callable[[], object]) -> None:
     """Load the program. A server that it starts may be asked for the metrics while it loads."""
     prometheus_multiproc.directory.sum_in_worker()
     load()
-
-
-def _sum_metrics(_worker: Any) -> None:
-    """In a worker that has loaded a program which only then knew where ``prometheus_client`` is installed."""
-    prometheus_multiproc.directory.sum_in_worker()
 
 
 def _on_worker_reaped(_arbiter: Any, worker: Any) -> None:

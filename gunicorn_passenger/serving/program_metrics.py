@@ -1,17 +1,21 @@
 """The program's own metrics, which it counts with ``prometheus_client``, summed over all workers.
 
 Process: a worker, the status daemon. Never: import ``prometheus_client`` where the setting is off, or before
-gevent has patched the process.
+the program: it may have gevent patch the process first.
 
 The master sets up the directory in which the workers count (``status/prometheus_multiproc.py``).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 from gunicorn_passenger.system.callers import called_in_packages
@@ -53,6 +57,39 @@ def log_omitted(error: Exception) -> None:
         type(error).__name__,
         printable(str(error)[:1000]),
     )
+
+
+def sum_when_imported() -> None:
+    """Call :func:`sum_default_registry`, at once or when the program has imported ``prometheus_client``."""
+    if "prometheus_client" in sys.modules:
+        sum_default_registry()
+    elif not any(isinstance(finder, _ImportWatch) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _ImportWatch())
+
+
+class _ImportWatch:
+    """Has ``prometheus_client`` found as ever, and sums its registry before the import ends."""
+
+    def find_spec(
+        self, name: str, _path: Sequence[str] | None, _target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != "prometheus_client":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            # the program may add the directory in which it is installed, and try again
+            sys.meta_path.insert(0, self)
+            return None
+        loader: Any = spec.loader
+        execute = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            sum_default_registry()
+
+        loader.exec_module = exec_module
+        return spec
 
 
 def sum_default_registry() -> None:

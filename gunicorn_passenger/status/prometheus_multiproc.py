@@ -181,9 +181,9 @@ class MultiprocDir:
                     os.close(where)
 
     def sum_in_worker(self) -> None:
-        """In a worker, before or after it has loaded the program."""
+        """In a worker, before it loads the program."""
         if self.path and os.environ.get(VARIABLE):
-            program_metrics.sum_default_registry()
+            program_metrics.sum_when_imported()
 
     def _forked(self) -> None:
         """A child of the master counts in the workers' directory, and holds the lock of that one only."""

@@ -2,13 +2,14 @@
 
 import fcntl
 import os
+import re
 import signal
 import stat
 import subprocess
 
 import pytest
 from conditions import wait_for
-from http_client import fetch
+from http_client import answers, fetch
 from processes import GUNICORN, NO_CONTROL, require
 from status_requests import ready, samples, value
 
@@ -311,3 +312,60 @@ def test_counters_under_sync_workers(start, port):
     process.wait_log(r"loading: 20\.0")
     assert process.stop() == 0
     assert directories(start) == []
+
+
+def test_a_program_that_has_gevent_patch_the_process(start):
+    """It comes first: otherwise a greenlet that waits for a lock of ``prometheus_client`` would stop all of them.
+    Where the package is found only after a first attempt, its counters are summed, too.
+    """
+    start.write(
+        "patched.py",
+        """
+        import sys
+
+        path, sys.path[:] = sys.path[:], []
+        try:
+            import prometheus_client
+        except ImportError:
+            print("not found yet", flush=True)
+        sys.path[:] = path
+
+        from gevent import monkey
+
+        monkey.patch_all()
+        import prometheus_client
+
+        assert prometheus_client.registry.Lock is not monkey.get_original("threading", "Lock")
+        hits = prometheus_client.Counter("hits", "Hits")
+        metrics = prometheus_client.make_wsgi_app()
+
+        def application(environ, start_response):
+            if environ["PATH_INFO"] != "/metrics":
+                hits.inc()
+            return metrics(environ, start_response)
+        """,
+    )
+    conf = start.write(
+        "g.conf.py",
+        """
+        from gunicorn_passenger.hooks import *
+        import gunicorn_passenger
+        gunicorn_passenger.configure(prometheus=True)
+        """,
+    )
+    process = start.python(
+        GUNICORN, "-k", "sync", "-w", "2", "-c", conf, "-b", f"unix:{start.home}/app.sock", *NO_CONTROL, "patched",
+    )  # fmt: skip
+    process.wait_log("not found yet", 2)
+    wait_for(lambda: answers(process.socket), "a response")
+    for _ in range(10):
+        fetch(process.socket)
+    (before,) = {hits(process) for _ in range(8)}
+    assert before >= 10
+    assert process.stop() == 0
+    assert "Traceback" not in process.log()
+
+
+def hits(process):
+    """What a worker shows as the sum."""
+    return float(re.search(r"^hits_total (.*)$", fetch(process.socket, "/metrics")[1], re.M)[1])
