@@ -36,6 +36,8 @@ from gunicorn_passenger.system.text import printable
 
 #: Seconds between two attempts to acquire the lock that another master holds.
 _LOCK_INTERVAL = 0.05
+#: What an operator does with the primary on one of gunicorn's binds.
+_OF_PRIMARY = {"stop": "remove it from bind and reload", "restart": "reload gunicorn (HUP)"}
 #: For how many ports a worker may wait.
 _MAX_WAITING = 64
 
@@ -297,6 +299,11 @@ class PlacementScheduler:
             if name in (p.name, p.title, p.key, printable(p.key), str(p.port or p.key))
         ]
         for port in ports:
+            if port.from_config and not port.wanted_by:
+                raise PassengerError(
+                    f"{port.key} is in gunicorn's bind, and no server of the program listens there: the "
+                    f"primary does; to {verb} it, {_OF_PRIMARY[verb]}"
+                )
             if port.from_config and verb == "stop":
                 raise PassengerError(
                     f"{port.title} listens on {port.key}, which is in gunicorn's bind: remove it from bind "

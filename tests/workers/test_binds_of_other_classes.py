@@ -6,11 +6,13 @@ from contextlib import ExitStack
 from textwrap import dedent
 
 import pytest
+from broker_access import run
 from conditions import stopped, wait_for
 from free_ports import free_port
-from http_client import Client, accepted, answers, fetch
+from http_client import Client, accepted, answers, fetch, pids_answering, refused
 from placement_site import report
 from processes import GUNICORN, NO_CONTROL, require_worker_class
+from status_commands import command
 from unmodified_servers import Requests
 
 HOOKS = "from gunicorn_passenger.hooks import *\n"
@@ -186,3 +188,128 @@ def test_one_worker_accepts_on_a_bind(start, port, worker_class):
     assert who(process.socket) == {"primary"}
     assert process.stop() == 0
     assert "Traceback" not in process.log()
+
+
+@pytest.mark.parametrize("worker_class", ["sync", "gevent"])
+@pytest.mark.parametrize(
+    "opens",
+    [
+        "kept = passenger.create_server(whoami).listen({port})",
+        "import http.server as h; kept = h.HTTPServer(('127.0.0.1', {port}), h.BaseHTTPRequestHandler)",
+    ],
+    ids=["ours", "unmodified"],
+)
+def test_a_denial_that_comes_too_late(start, port, worker_class, opens):
+    """The log has the reason, and the worker and its other servers continue."""
+    allowed = free_port()
+    process = started(start, worker_class, "anything", workers=1, PASSENGER_PORTS=allowed).wait_ready()
+    run(process, f"kept_too = passenger.create_server(whoami).listen({allowed})")
+    run(process, "import gunicorn_passenger.serving.broker_client as c")
+    with stopped(process.pid):
+        run(process, "c.RESPONSE_TIMEOUT = 0.2")
+        run(process, opens.format(port=port))
+        run(process, "c.RESPONSE_TIMEOUT = 10.0")
+        process.wait_log(
+            rf"\[ERROR\] 127.0.0.1:{port} is not served by this worker: .*did not respond within 0.2 s"
+        )
+    process.wait_log(
+        rf"\[ERROR\] gunicorn-passenger: a server of this worker gets no port: .*\b{port}\b.* not allocated"
+    )
+    assert refused(port)
+    assert answers(allowed)
+    run(process, "kept.close() if hasattr(kept, 'close') else kept.server_close()")
+    again = run(process, "[s.address for s in passenger.servers()]")
+    assert str(allowed) in again
+    assert str(port) not in again
+    assert process.stop() == 0
+    assert "Traceback" not in process.log()
+
+
+LATE_CLAIM = """
+    import os
+    import signal
+    import threading
+    import gunicorn_passenger as passenger
+    import gunicorn_passenger.serving.broker_client as client
+    import two_servers
+
+    def claim():
+        passenger.create_server(two_servers.which("second")).listen({port})
+
+    def post_worker_init(worker):
+        if os.path.exists("stopped"):
+            claim()
+            return
+        client.RESPONSE_TIMEOUT = 0.2
+        os.kill(os.getppid(), signal.SIGSTOP)
+        while True:
+            with open(f"/proc/{{os.getppid()}}/stat") as file:
+                if file.read().rpartition(")")[2].split()[0] == "T":
+                    break
+        open("stopped", "w").close()
+        # it returns when the master has not responded
+        claim()
+        passenger.on("ready", lambda _: setattr(client, "RESPONSE_TIMEOUT", 10.0))
+    """
+
+
+@pytest.mark.parametrize("worker_class", ["sync", "gevent"])
+def test_a_bind_whose_claim_is_decided_too_late(start, port, home, worker_class):
+    """The primary is served there meanwhile. The log says that a server has the bind, too, and that a reload helps."""
+    process = started(
+        start,
+        worker_class,
+        "two_servers:two",
+        binds=[port],
+        conf=LATE_CLAIM.format(port=port),
+        workers=1,
+        P1=free_port(),
+    )
+    try:
+        wait_for((home / "stopped").exists, "the master to be stopped")
+        wait_for(lambda: answers(port), "the primary on the bind")
+        assert who(port) == {"primary"}
+    finally:
+        process.signal(signal.SIGCONT)
+    process.wait_log(
+        rf"\[ERROR\] gunicorn-passenger: the primary and a server of the program accept on 127.0.0.1:{port}, .*: "
+        "reload gunicorn"
+    )
+    process.hup(1)
+    wait_for(lambda: answers(port), "the server on the bind")
+    assert who(port) == {"second"}
+    assert process.log().count("the primary and a server of the program accept") == 1
+    assert process.stop() == 0
+    assert "Traceback" not in process.log()
+
+
+@pytest.mark.parametrize("worker_class", ["sync", OURS])
+def test_an_operator_restarts_and_stops_a_bind(start, port, worker_class):
+    """Nothing of the primary's is restarted: the error says what does that. A server of the program is."""
+    unclaimed = free_port()
+    conf = f"""
+        import gunicorn_passenger as passenger
+        import two_servers
+
+        def post_worker_init(worker):
+            passenger.create_server(two_servers.which("second")).listen({port}, name="jobs")
+        """
+    process = started(start, worker_class, "two_servers:two", binds=[port, unclaimed], conf=conf).wait_ready()
+    wait_for(lambda: answers(port) and len(pids_answering(unclaimed, 2)) == 2, "the binds")
+    for verb, remedy in (("restart", "reload gunicorn"), ("stop", "remove it from bind and reload")):
+        done = command(start, verb, unclaimed)
+        assert done.returncode == 1
+        assert (
+            f"127.0.0.1:{unclaimed} is in gunicorn's bind, and no server of the program listens"
+            in done.stderr
+        )
+        assert remedy in done.stderr
+    assert who(unclaimed) == {"primary"}
+    with Requests(port, threads=1) as asked:
+        done = command(start, "restart", "jobs")
+        assert (done.returncode, done.stdout) == (0, f"restarted jobs (127.0.0.1:{port})\n")
+        count = len(asked.pids)
+        wait_for(lambda: len({*asked.pids[count:]}) == 2, "both workers to accept again")
+    assert asked.failures == []
+    assert who(port) == {"second"}
+    assert process.stop() == 0
