@@ -26,19 +26,42 @@ class Page:
         self.socket = create_connection(url, timeout=60, suppress_origin=True)
         self.numbers = itertools.count(1)
         self.events: list[dict[str, Any]] = []
+        #: what the page gets instead of the responses of other hosts
+        self.responses: dict[str, bytes] = {}
         for domain in ("Page", "Network", "Runtime", "Log"):
             self.call(f"{domain}.enable")
 
-    def call(self, method: str, **params: Any) -> dict[str, Any]:
+    def _send(self, method: str, **params: Any) -> int:
         number = next(self.numbers)
         self.socket.send(json.dumps({"id": number, "method": method, "params": params}))
+        return number
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        number = self._send(method, **params)
         while True:
             message: dict[str, Any] = json.loads(self.socket.recv())
+            assert "error" not in message, message
             if message.get("id") == number:
-                assert "error" not in message, message
                 result: dict[str, Any] = message["result"]
                 return result
-            self.events.append(message)
+            if message.get("method") == "Fetch.requestPaused":
+                self._respond(message["params"])
+            if "method" in message:
+                self.events.append(message)
+
+    def serve(self, url: str, script: bytes) -> None:
+        """Have the page get this script for a URL of a host that the tests do not reach."""
+        self.responses[url] = script
+        self.call("Fetch.enable", patterns=[{"urlPattern": url} for url in self.responses])
+
+    def _respond(self, paused: dict[str, Any]) -> None:
+        self._send(
+            "Fetch.fulfillRequest",
+            requestId=paused["requestId"],
+            responseCode=200,
+            responseHeaders=[{"name": "Content-Type", "value": "text/javascript"}],
+            body=base64.b64encode(self.responses[paused["request"]["url"]]).decode(),
+        )
 
     def open(
         self, url: str, width: int = 1280, height: int = 900, dark: bool = False, shows: str = "body"
@@ -68,6 +91,18 @@ class Page:
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
+
+    def type(self, selector: str, text: str) -> None:
+        """Click on a field, type a line into it, and press Enter, in the tab that is in front."""
+        self.call("Page.bringToFront")
+        at = self.run(f"(({{x, y, width, height}}) => ({{x: x + width / 2, y: y + height / 2}}))"
+                      f"(document.querySelector('{selector}').getBoundingClientRect())")  # fmt: skip
+        for event in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=event, button="left", clickCount=1, **at)
+        self.call("Input.insertText", text=text)
+        enter = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13}
+        self.call("Input.dispatchKeyEvent", type="keyDown", text="\r", **enter)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **enter)
 
     def text(self) -> str:
         return str(self.run("document.body.innerText"))

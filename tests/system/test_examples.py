@@ -12,6 +12,7 @@ import signal
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import socketio
@@ -323,6 +324,67 @@ def test_chat(start):
     wait_for(lambda: only(start)["mailboxes"]["passed"] and only(start)["mailboxes"]["published"])
     assert process.stop() == 0, process.log()
     assert "Traceback" not in process.log(), process.log()
+
+
+@pytest.mark.parametrize("width", [1000, 400])
+def test_chat_in_two_browser_tabs(start, browser, node_modules, width):
+    """What one page types, the other one shows; also on a phone, and after both have lost their workers."""
+    port, primary = free_port(), free_port()
+    example = Example(start, "chat", {9000: port, 9009: port, 8000: primary})
+    process = example.run(example.command("gunicorn -k")).wait_ready(primary)
+    wait_for_sharing(process, port)
+    pages = [browser(), browser()]
+    script = (node_modules / "socket.io-client/dist/socket.io.min.js").read_bytes()
+    version = json.loads((node_modules / "socket.io-client/package.json").read_text())["version"]
+    url = f"http://127.0.0.1:{primary}/"
+    for page in pages:
+        page.serve(f"https://cdn.socket.io/{version}/socket.io.min.js", script)
+        page.open(url, width=width, height=700)
+        wait_for(lambda page=page: page.run("socket.connected"), "a session")
+
+    def see(lines):
+        for page in pages:
+            wait_for(
+                lambda page=page: shown(page) == lines, lambda page=page: f"{lines}, shown {shown(page)}"
+            )
+
+    ada, grace = pages
+    ada.type("#text", "Ada")
+    see(said := ["Ada is here"])
+    grace.type("#text", "Grace")
+    see(said := [*said, "Grace is here"])
+    ada.type("#text", "Is anybody here? <b>Hello</b>")
+    see(said := [*said, "Ada: Is anybody here? <b>Hello</b>"])
+    grace.type("#text", "w" * 400)
+    see(said := [*said, f"Grace: {'w' * 400}"])
+    for page in pages:
+        assert page.run("document.documentElement.scrollWidth") <= width
+        inside = "[...document.querySelectorAll('h1, #lines p, input, button')].every(e => {"
+        inside += "const r = e.getBoundingClientRect(); return r.left >= 0 && r.right <= innerWidth})"
+        assert page.run(inside)
+        assert page.run("document.querySelectorAll('b').length") == 0
+        assert page.complaints() == []
+        hosts = {urlsplit(asked).netloc for asked in page.requests()} - {""}
+        assert hosts == {f"127.0.0.1:{primary}", "cdn.socket.io"}
+    ada.shot(f"chat-{width}")
+
+    sessions = [page.run("socket.id") for page in pages]
+    process.hup(4, primary)
+    for page, before in zip(pages, sessions, strict=True):
+        wait_for(
+            lambda p=page, b=before: p.run("socket.connected && socket.id") not in (False, b), "a session"
+        )
+    ada.type("#text", "Still here")
+    for page in pages:
+        wait_for(lambda page=page: shown(page)[-1] == "Ada: Still here", lambda page=page: shown(page))
+        assert shown(page).count("Ada: Still here") == 1
+    assert process.stop() == 0, process.log()
+    assert "Traceback" not in process.log(), process.log()
+
+
+def shown(page):
+    """The lines of the chat that a page shows."""
+    return page.run("[...document.querySelectorAll('#lines p')].map(e => e.textContent)")
 
 
 # --- health ----------------------------------------------------------------------------------------
