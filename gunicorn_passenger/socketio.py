@@ -5,14 +5,19 @@ Never: change what python-socketio does in a process without siblings.
 
 Socket.IO needs every request of a session to reach the worker that has the session, and every event to reach
 the clients of all workers. The session ids that :func:`attach` makes begin with the tag of their worker, by
-which siblings pass it the connection (``sticky="socketio"``). :class:`LocalManager` passes the events.
+which siblings pass it the connection (``sticky="socketio"``). :class:`LocalManager` and
+:class:`AsyncLocalManager` pass the events.
 """
 
 from __future__ import annotations
 
+import asyncio
+import queue
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -29,6 +34,7 @@ _SOCKETIO = "5.16.1"
 try:
     import engineio
     import socketio
+    from socketio.async_pubsub_manager import AsyncPubSubManager
 except ImportError as error:
     raise ImportError(
         f"gunicorn_passenger.socketio needs python-socketio {_SOCKETIO} or newer ({error}): pip install "
@@ -80,6 +86,51 @@ class LocalManager(socketio.PubSubManager):
             yield self._received.get()
 
 
+class AsyncLocalManager(AsyncPubSubManager):
+    """:class:`LocalManager` for a ``socketio.AsyncServer``."""
+
+    name = "gunicorn-passenger"
+
+    def __init__(self, channel: str = "socketio", logger: Any = None) -> None:
+        """
+        :param channel: as for :class:`LocalManager`.
+        :param logger: as for ``socketio.AsyncPubSubManager``.
+        """
+        super().__init__(channel=channel, logger=logger)
+        self._topic = _topic(channel)
+        self._received: deque[bytes] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._wake = asyncio.Event()
+
+    def initialize(self) -> None:
+        """Called by python-socketio in its loop, before the first client of this worker is served."""
+        self._loop = asyncio.get_running_loop()
+        sibling_messages.subscribe(self._topic, self._receive)
+        super().initialize()
+
+    def _receive(self, data: bytes) -> None:
+        """Called in the hub.
+
+        :raises queue.Full: when too many wait.
+        """
+        if len(self._received) >= _MAX_RECEIVED:
+            raise queue.Full
+        self._received.append(data)
+        with suppress(RuntimeError):  # the loop is closed
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(self._wake.set)
+
+    async def _publish(self, data: dict[str, Any]) -> None:
+        sibling_messages.publish(self._topic, self.json.dumps(data).encode())
+
+    async def _listen(self) -> AsyncIterator[bytes]:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._received:
+                yield self._received.popleft()
+
+
 class _Emitter(socketio.PubSubManager):
     """A client manager without clients, which sends its events by way of the master."""
 
@@ -92,6 +143,10 @@ class _Emitter(socketio.PubSubManager):
 
     def _publish(self, data: dict[str, Any]) -> None:
         self._client.publish(self._topic, self.json.dumps(data).encode())
+
+
+#: the client managers for the workers of one machine
+_LOCAL = (LocalManager, AsyncLocalManager)
 
 
 def emitter(app: str = "", channel: str = "socketio") -> socketio.PubSubManager:
@@ -122,17 +177,19 @@ def attach(sio: Any, host: str | None = None) -> None:
     """Let a Socket.IO server work with any number of workers. Call it once, before the first client comes.
 
     It turns ``sticky="socketio"`` on for the primary and for all servers that are not given another value.
-    It sets a :class:`LocalManager`, unless the server has a client manager for several processes, such as
-    ``socketio.RedisManager``. Under plain Python it changes nothing that a client or the program can see.
+    It sets a :class:`LocalManager` or an :class:`AsyncLocalManager`, unless the server has a client manager
+    for several processes, such as ``socketio.RedisManager``. Under plain Python it changes nothing that a
+    client or the program can see.
 
-    :param sio: a ``socketio.Server``, a ``flask_socketio.SocketIO`` that has its application, or an
-        ``engineio.Server``.
+    A ``socketio.AsyncServer`` works on a server of :func:`gunicorn_passenger.create_server`.
+
+    :param sio: a ``socketio.Server``, a ``flask_socketio.SocketIO`` that has its application, a
+        ``socketio.AsyncServer`` with ``async_mode="asgi"``, or the ``engineio`` server of these kinds.
     :param host: names this machine in the session ids, for the web server that sends each session to its
         machine. With a client manager for several machines the default is the name of the host up to the
         first dot; otherwise the ids name no machine.
     :raises SettingError: (a ``ValueError``) for a host that is not a name, and when the server is attached
-        already, has clients, is instrumented for the
-        admin interface, or runs in asyncio.
+        already, has clients, is instrumented for the admin interface, or is one for aiohttp and the like.
     :raises TypeError: for anything else.
     """
     server = getattr(sio, "server", sio) if type(sio).__module__.startswith("flask_socketio") else sio
@@ -141,17 +198,17 @@ def attach(sio: Any, host: str | None = None) -> None:
             "socketio.attach(): the SocketIO object has no server yet; call init_app(app) before"
         )
     eio = getattr(server, "eio", server)
-    if not isinstance(eio, engineio.Server):
-        if isinstance(eio, engineio.AsyncServer):
-            raise SettingError(
-                f"socketio.attach(): {type(server).__name__} runs in asyncio, and connections of ASGI "
-                "servers are not passed between workers; use socketio.Server with socketio.WSGIApp, or run "
-                "the server in one worker at a time: create_server(socketio.ASGIApp(...)).listen(9000, "
-                "placement='one') without attach()"
-            )
+    if not isinstance(eio, (engineio.Server, engineio.AsyncServer)):
         raise TypeError(
-            "socketio.attach() takes a socketio.Server, a flask_socketio.SocketIO or an engineio.Server, "
-            f"not {type(sio).__name__}"
+            "socketio.attach() takes a socketio.Server, a socketio.AsyncServer, a flask_socketio.SocketIO or "
+            f"the server of Engine.IO, not {type(sio).__name__}"
+        )
+    is_async = isinstance(eio, engineio.AsyncServer)
+    if is_async and eio.async_mode != "asgi":
+        raise SettingError(
+            f"socketio.attach(): this {type(server).__name__} is one for {eio.async_mode}, whose connections "
+            "are not passed between workers; make it with async_mode='asgi', and serve its "
+            "socketio.ASGIApp with create_server()"
         )
     if getattr(eio, _ATTACHED, False):
         raise SettingError("socketio.attach(): this server is attached already; call it once")
@@ -159,13 +216,14 @@ def attach(sio: Any, host: str | None = None) -> None:
         raise SettingError(
             "socketio.attach(): this server has clients already; call it where you make the server"
         )
-    replaces = server is not eio and type(server.manager) is socketio.Manager
+    plain_manager = socketio.AsyncManager if is_async else socketio.Manager
+    replaces = server is not eio and type(server.manager) is plain_manager
     if replaces and "emit" in vars(server.manager):
         raise SettingError(
             "socketio.attach(): the client manager, which attach() replaces, was changed already; call "
             "attach() before sio.instrument()"
         )
-    if host is None and server is not eio and not (replaces or isinstance(server.manager, LocalManager)):
+    if host is None and server is not eio and not (replaces or isinstance(server.manager, _LOCAL)):
         host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname().partition(".")[0])
     elif host is not None and not _HOST.fullmatch(host):
         raise SettingError(
@@ -173,7 +231,7 @@ def attach(sio: Any, host: str | None = None) -> None:
         )
     setattr(eio, _ATTACHED, True)
     if replaces:
-        server.manager = LocalManager()
+        server.manager = AsyncLocalManager() if is_async else LocalManager()
         server.manager.set_server(server)
     eio.generate_id = partial(_new_id, eio.generate_id, host)
     registry.acceptors.session_counts.append(lambda: len(eio.sockets))

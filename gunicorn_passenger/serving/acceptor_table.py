@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from gunicorn_passenger.config.address import format_sockname
 from gunicorn_passenger.config.gunicorn_types import Log
-from gunicorn_passenger.config.settings import OFF, settings
+from gunicorn_passenger.config.settings import OFF
 from gunicorn_passenger.ipc.accept_balance import AcceptBalance
 from gunicorn_passenger.ipc.scoreboard import Scoreboard
 from gunicorn_passenger.serving.asgi_server import AsgiServer
@@ -99,10 +99,10 @@ class AcceptorTable:
             assert server.thread is not None
             asgi_acceptor = server.thread.make_acceptor(sock)
             self.counters.register(server.slot, asgi_acceptor)
-            asgi_acceptor.start()
             self._by_server[server] = asgi_acceptor
-            if server.sticky != settings.default_sticky:
-                self._make_sticky(asgi_acceptor, server.sticky, "", cfg)
+            if server.lease is not None and server.placement == "shared":
+                self._make_sticky(asgi_acceptor, server.sticky, server.lease.key, cfg)
+            asgi_acceptor.start()
             return
         app = server.app
         if server.threads and not self._is_patched:

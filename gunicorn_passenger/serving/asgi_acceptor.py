@@ -22,6 +22,7 @@ import uvicorn
 
 from gunicorn_passenger.config.gunicorn_types import Log
 from gunicorn_passenger.ipc.scoreboard import Counters
+from gunicorn_passenger.serving.asgi_sticky import SiblingConnections
 from gunicorn_passenger.serving.interface import AsgiApp
 from gunicorn_passenger.serving.scheduler import Scheduler
 from gunicorn_passenger.system import unpatched
@@ -63,7 +64,7 @@ class CountingTransport:
         return getattr(self._transport, name)
 
 
-class AsgiAcceptor:
+class AsgiAcceptor(SiblingConnections):
     """Accepts on one listening socket; the connections belong to one asyncio loop."""
 
     def __init__(
@@ -83,13 +84,13 @@ class AsgiAcceptor:
         :param state: what the lifespan of the application has made for its requests.
         :param closes_websockets: whether a drain ends WebSockets at once.
         """
+        super().__init__(scheduler)
         self._sock = sock
         self.sockname = sock.getsockname()
         sock.setblocking(False)
         self._app = app
         self._loop = loop
         self._log = log
-        self._sleep = scheduler.sleep
         self._limit = cfg.worker_connections
         #: seconds; a client that has just connected is not yet idle, also when no connection is kept
         self._keepalive = float(cfg.keepalive or 1)
@@ -125,21 +126,25 @@ class AsgiAcceptor:
 
     def abort(self) -> None:
         """Close the listening socket and the connections at once. Called in the loop's thread."""
-        self._closing = True
+        self._closing = self._shut = True
         self._sock.close()
         for protocol in list(self._connections):
             protocol.transport.abort()
+        while self._arriving:
+            os.close(self._arriving.popleft()[1])
 
     def leave_to_parent(self) -> None:
         """In a forked child, which has no thread with the loop: close the parent's sockets."""
         self._sock.close()
+        for _, fd, _ in self._arriving:
+            os.close(fd)
         for protocol in self._connections:
             with suppress(Exception):
                 os.close(protocol.transport.get_extra_info("socket").fileno())
 
     def idle(self) -> bool:
         """Whether no connection is open."""
-        return not (self._opening or self._connections or self._server.server_state.tasks)
+        return not (self._arriving or self._opening or self._connections or self._server.server_state.tasks)
 
     def is_drained(self) -> bool:
         """Whether it has stopped accepting, and no connection is open."""
@@ -159,7 +164,7 @@ class AsgiAcceptor:
         self._in_loop(self._kill)
         deadline = time.monotonic() + timeout
         while not self.idle() and time.monotonic() < deadline:
-            self._sleep(_KILL_POLL)
+            self._scheduler.sleep(_KILL_POLL)
 
     def set_app(self, app: Any) -> None:
         raise NotImplementedError("an ASGI server is never the primary")
@@ -167,9 +172,6 @@ class AsgiAcceptor:
     def pop_idle_connections(self, most: int) -> list[tuple[Any, Any]]:
         """None: uvicorn keeps a connection until its keep-alive time is over."""
         return []
-
-    def attach(self, sock: Any, addr: Any, begun: bool = False, data: bytes = b"") -> Any:
-        raise NotImplementedError("an ASGI server takes no connections of siblings")
 
     # --- in the loop ------------------------------------------------------------------------------
 
@@ -196,7 +198,7 @@ class AsgiAcceptor:
         for _ in range(self._burst):
             if self._closing:
                 return
-            if len(self._connections) + len(self._opening) >= self._limit:
+            if self._room() <= 0:
                 self._pause()
                 return
             try:
@@ -208,13 +210,18 @@ class AsgiAcceptor:
                     self._wait_for_room(error)
                 return
             self._accepted += 1
-            # the loop never waits in a socket: one of the system's needs no hub
-            kind = unpatched.unpatched("socket", "socket")
-            client = kind(self._sock.family, socket.SOCK_STREAM, self._sock.proto, fileno=fd)
-            client.setblocking(False)
-            task = self._loop.create_task(self._loop.connect_accepted_socket(self._protocol, client))
-            self._opening.add(task)
-            task.add_done_callback(partial(self._opened, client))
+            self._open(self._sock.family, fd, self._protocol)
+
+    def _open(self, family: int, fd: int, protocol: Callable[[], Any]) -> None:
+        # the loop never waits in a socket: one of the system's needs no hub
+        client = unpatched.unpatched("socket", "socket")(family, socket.SOCK_STREAM, fileno=fd)
+        client.setblocking(False)
+        task = self._loop.create_task(self._loop.connect_accepted_socket(protocol, client))
+        self._opening.add(task)
+        task.add_done_callback(partial(self._opened, client))
+
+    def _room(self) -> int:
+        return int(self._limit) - len(self._connections) - len(self._opening)
 
     def _wait_for_room(self, error: OSError) -> None:
         self._pause()
@@ -234,19 +241,24 @@ class AsgiAcceptor:
         if task.cancelled() or error is not None:
             client.close()
 
-    def _make_protocol_class(self) -> Callable[[], Any]:
+    def _make_protocol_class(self) -> Callable[..., Any]:
         acceptor = self
 
         class Protocol(self._config.http_protocol_class):  # type: ignore[name-defined]
+            #: whether a sibling is asked to take the connection
+            passing = False
+
+            def __init__(self) -> None:
+                super().__init__(
+                    config=acceptor._config,
+                    server_state=acceptor._server.server_state,
+                    app_state=acceptor._state,
+                )
+
             def connection_made(self, transport: Any) -> None:
                 super().connection_made(CountingTransport(transport, acceptor._count_sent))
 
-        def make() -> Any:
-            return Protocol(
-                config=self._config, server_state=self._server.server_state, app_state=self._state
-            )
-
-        return make
+        return Protocol
 
     def _count_sent(self, size: int) -> None:
         self._sent += size
@@ -297,7 +309,7 @@ class AsgiAcceptor:
         self._shut_down(
             c
             for c in self._connections - set(self._websockets())
-            if c.cycle is None or c.cycle.response_complete
+            if not c.passing and (c.cycle is None or c.cycle.response_complete)
         )
         if not self.idle():
             self._loop.call_later(_IDLE_CHECK_INTERVAL, self._end_idle)

@@ -214,9 +214,31 @@ class AsgiThread:
         self._state = events.state
         self._tell_start(self._started.set, None)
         await self._leaving.wait()
-        while not (self._killed or all(acceptor.is_drained() for acceptor in self._acceptors)):
+        while not (self._killed or await self._is_over()):
             await asyncio.sleep(_POLL_INTERVAL)
         await events.shutdown()
+
+    async def _is_over(self) -> bool:
+        """Whether all connections have ended, and no sibling can pass one any more."""
+        if not all(acceptor.is_drained() for acceptor in self._acceptors):
+            return False
+        if not any(acceptor.takes_connections for acceptor in self._acceptors):
+            return True
+        # the hub takes the connections of siblings: there is none between its look and its decision
+        loop = asyncio.get_running_loop()
+        over = loop.create_future()
+
+        def tell(is_over: bool) -> None:
+            if not over.done():
+                over.set_result(is_over)
+
+        def shut() -> None:
+            drained = [acceptor.shut() for acceptor in self._acceptors]
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(tell, all(drained))
+
+        self._scheduler.spawn(shut)
+        return bool(await over)
 
     async def _call_lifespan(self, scope: Any, receive: Any, send: Any) -> None:
         """The application, as uvicorn calls it for the lifespan."""

@@ -22,7 +22,6 @@ from gevent import socket as gsocket
 from gevent.lock import Semaphore
 
 from gunicorn_passenger import errors
-from gunicorn_passenger.http.acceptor import Acceptor
 from gunicorn_passenger.http.client_socket import adopt
 from gunicorn_passenger.http.faults import log_from_hub, report_fault
 from gunicorn_passenger.ipc import mailbox
@@ -211,7 +210,7 @@ class Mailboxes:
         fd, claim = packet.fds
         try:
             acceptor = next((a for known, a in self._acceptors() if known == packet.name), None)
-            if not isinstance(acceptor, Acceptor) or not acceptor.make_room():
+            if acceptor is None or not acceptor.make_room():
                 mailbox.refuse(claim)
                 os.close(fd)
                 return

@@ -16,7 +16,7 @@ from gunicorn_passenger import errors
 from gunicorn_passenger.config import listen_errors
 from gunicorn_passenger.config.address import Auto, Tcp, Unix, format_sockname
 from gunicorn_passenger.config.port_allocation import PortAllocation, account_name, format_ports
-from gunicorn_passenger.config.settings import settings
+from gunicorn_passenger.config.settings import OFF, settings
 from gunicorn_passenger.serving import events, server_errors, standalone
 from gunicorn_passenger.serving.acceptor_table import AcceptorTable
 from gunicorn_passenger.serving.asgi_server import AsgiServer
@@ -116,7 +116,7 @@ class ServerRegistry:
 
     def start(self) -> None:
         """The program is loaded: open what waited for the fork, and accept on everything."""
-        self._run(self._start, any(isinstance(s, Server) and s.needs_hub for s in self.servers))
+        self._run(self._start, *self.servers)
 
     def _start(self) -> None:
         for server in list(self.servers):
@@ -140,7 +140,7 @@ class ServerRegistry:
 
         :raises errors.PassengerError: when the server may not.
         """
-        self._run(lambda: self._add(server), server.needs_hub)
+        self._run(lambda: self._add(server), server)
 
     def _add(self, server: Server) -> None:
         try:
@@ -174,7 +174,7 @@ class ServerRegistry:
 
     def remove(self, server: Server) -> None:
         """A server of ours closes: it stops accepting, and this worker releases the port."""
-        self._run(lambda: self._remove(server), server.needs_hub)
+        self._run(lambda: self._remove(server), server)
 
     def _start_application(self, server: Server | ThirdPartyServer) -> None:
         """Start what an ASGI application needs before its first request, and wait for it."""
@@ -189,11 +189,11 @@ class ServerRegistry:
         self._release(server.lease)
         self.forget(server)
 
-    def _run(self, function: Callable[[], None], needs_hub: bool) -> None:
-        """Run a function where the servers' sockets belong."""
+    def _run(self, function: Callable[[], None], *servers: Server | ThirdPartyServer) -> None:
+        """Run a function where the sockets of the servers belong."""
         if self.scheduler is None:
             function()
-        elif needs_hub:
+        elif any(_needs_hub(server, self.broker is not None) for server in servers):
             self.scheduler.run_in_hub(function)
         else:
             self.scheduler.run(function)
@@ -380,6 +380,13 @@ class ServerRegistry:
         if self.broker is None:
             raise server_errors.broker_unavailable("the report", "does not run, because gunicorn does not")
         return self.broker.report()
+
+
+def _needs_hub(server: Server | ThirdPartyServer, in_worker: bool) -> bool:
+    """Whether a server accepts in a hub, or has a mailbox, which a hub reads."""
+    return isinstance(server, Server) and (
+        server.needs_hub or (in_worker and server.sticky not in (None, OFF))
+    )
 
 
 def check_program_allocation(port: int | None) -> str:

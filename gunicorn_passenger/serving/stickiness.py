@@ -71,10 +71,23 @@ class BySessionId(Stickiness):
         line = head.find(b"\r\n")
         if head.find(b"sid=", 0, line) < 0:
             return None
-        found = _SID.search(head, 0, line)
-        if found is None or found[1] == self._tag:
-            return None
-        give = self._give_to(found[1].decode())
+        tag = self.owner(head)
+        return self.give_to(tag) if tag else None
+
+    def owner(self, head: bytes) -> str:
+        """The tag of the other worker that a request belongs to; empty if there is none.
+
+        Any thread may call.
+        """
+        found = _SID.search(head, 0, head.find(b"\r\n"))
+        return "" if found is None or found[1] == self._tag else found[1].decode()
+
+    def give_to(self, tag: str) -> Give | None:
+        """Called in a greenlet.
+
+        :returns: ``None`` for a tag that no live sibling has; it is counted.
+        """
+        give = self._give_to(tag)
         if give is None:
             self._mailboxes.unknown += 1
         return give
@@ -159,10 +172,14 @@ def install(
     :param key: of the listener.
     :param cfg: gunicorn's configuration.
     """
-    if not isinstance(acceptor, Acceptor):
+    if sticky == "socketio" and hasattr(acceptor, "use_sticky"):
+        if mailboxes.open():
+            acceptor.use_sticky(BySessionId(mailboxes, key))
+    elif not isinstance(acceptor, Acceptor):
         log.warning(
-            "%s: sticky=%r has no effect on an ASGI application, nor with TLS, HTTP/2 or the PROXY protocol; "
-            "have the web server speak plain HTTP/1.1 to a WSGI application at this address",
+            "%s: sticky=%r has no effect with TLS, HTTP/2 or the PROXY protocol, and an ASGI application can "
+            "have 'socketio' only; have the web server speak plain HTTP/1.1 to a WSGI application at this "
+            "address",
             format_sockname(acceptor.sockname),
             sticky,
         )

@@ -17,7 +17,7 @@ from gunicorn_passenger import PassengerError, SettingError
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.serving import sibling_messages
 from gunicorn_passenger.serving.registry import registry
-from gunicorn_passenger.socketio import LocalManager, attach, emitter
+from gunicorn_passenger.socketio import AsyncLocalManager, LocalManager, attach, emitter
 from gunicorn_passenger.status import control_client
 from gunicorn_passenger.system.installed import outdated
 
@@ -33,6 +33,8 @@ def default_sticky(monkeypatch):
         lambda: socketio.Server(async_mode="threading"),
         lambda: engineio.Server(async_mode="threading"),
         lambda: flask_socketio.SocketIO(flask.Flask("x"), async_mode="threading"),
+        lambda: socketio.AsyncServer(async_mode="asgi"),
+        lambda: engineio.AsyncServer(async_mode="asgi"),
     ],
 )
 def test_every_kind_of_server_is_attached_once(make):
@@ -50,6 +52,10 @@ def test_a_plain_client_manager_is_replaced_and_another_one_kept():
     attach(plain)
     assert isinstance(plain.manager, LocalManager)
     assert plain.manager.server is plain
+    asynchronous = socketio.AsyncServer(async_mode="asgi")
+    attach(asynchronous)
+    assert isinstance(asynchronous.manager, AsyncLocalManager)
+    assert asynchronous.manager.server is asynchronous
     own = LocalManager("of its own")
     server = socketio.Server(async_mode="threading", client_manager=own)
     attach(server)
@@ -86,7 +92,7 @@ def test_without_siblings_the_manager_serves_its_own_clients():
     ("sio", "error", "text"),
     [
         (flask_socketio.SocketIO(), SettingError, "init_app"),
-        (socketio.AsyncServer(async_mode="asgi"), SettingError, "asyncio"),
+        (socketio.AsyncServer(async_mode="aiohttp"), SettingError, "async_mode='asgi'"),
         (object(), TypeError, "not object"),
         (None, TypeError, "not NoneType"),
     ],

@@ -1,4 +1,7 @@
-"""Socket.IO with four workers: real clients, all transports, directly, through the proxy and through nginx."""
+"""Socket.IO with four workers: real clients, all transports, directly, through the proxy and through nginx.
+
+socketio.Server under Flask, and socketio.AsyncServer on an ASGI server.
+"""
 
 import itertools
 import os
@@ -20,12 +23,12 @@ TRANSPORTS = (["polling"], ["websocket"], ["polling", "websocket"])
 
 
 class Site:
-    def __init__(self, start):
+    def __init__(self, start, program, *options):
         self.start = start
         self.ports = [free_port() for _ in range(4)]
         env = {"P1": self.ports[0], "P2": self.ports[1], "PASSENGER_OVERLAP": 60}
         self.process = start.gunicorn(
-            "socketio_app", "--graceful-timeout", 3, workers=WORKERS, env=env
+            program, "--graceful-timeout", 3, *options, workers=WORKERS, env=env
         ).wait_ready(self.ports[0])
         pids_answering(self.ports[0], WORKERS)
         # with keep-alive, nginx sends the requests of all clients over the same connections
@@ -93,10 +96,18 @@ class Site:
             chatter.client.disconnect()
 
 
-@pytest.fixture(scope="module")
-def site():
+SITES = {
+    "WSGI": ["socketio_app"],
+    # an ASGI server runs in a greenlet of our worker class, and in a thread of the system under gthread
+    "ASGI": ["socketio_async_app"],
+    "ASGI-gthread": ["socketio_async_app", "-k", "gthread", "-c", "python:gunicorn_passenger.hooks"],
+}
+
+
+@pytest.fixture(scope="module", params=SITES.values(), ids=SITES)
+def site(request):
     with starting() as start:
-        site = Site(start)
+        site = Site(start, *request.param)
         yield site
         site.close()
 
