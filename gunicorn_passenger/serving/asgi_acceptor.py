@@ -316,6 +316,8 @@ class AsgiAcceptor(SiblingConnections):
 
     def _shut_down(self, protocols: Any) -> None:
         for protocol in list(protocols):
+            if _is_closing(protocol):
+                continue
             try:
                 protocol.shutdown()
             except Exception:
@@ -337,6 +339,12 @@ class AsgiAcceptor(SiblingConnections):
             task.cancel()
         for protocol in self._connections:
             protocol.transport.abort()
+
+
+def _is_closing(protocol: Any) -> bool:
+    """Whether one side has begun to close a WebSocket; uvicorn cannot close it a second time."""
+    state = getattr(getattr(protocol, "conn", None), "state", None)
+    return getattr(state, "name", "").endswith("CLOSING")
 
 
 def make_config(app: AsgiApp, cfg: Any, lifespan: str) -> uvicorn.Config:

@@ -79,6 +79,35 @@ def test_a_client_that_has_just_connected_is_served_by_a_worker_that_drains(keep
     assert b"connection: close" in response.lower()
 
 
+def test_a_websocket_that_its_client_has_begun_to_close_is_left_to_it(caplog):
+    async def converse(scope, receive, send):
+        await send({"type": "websocket.accept"})
+        while (await receive())["type"] != "websocket.disconnect":
+            pass
+
+    async def exchange():
+        loop = asyncio.get_running_loop()
+        listener, scheduler = socket.create_server(("127.0.0.1", 0)), SimpleNamespace(sleep=None)
+        acceptor = AsgiAcceptor(listener, converse, {}, loop, configuration(), LOG, scheduler, True)
+        acceptor.start()
+        reader, writer = await asyncio.open_connection(*acceptor.sockname)
+        writer.write(
+            b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        )
+        await reader.readuntil(b"\r\n\r\n")
+        [protocol] = acceptor._connections
+        protocol.conn.receive_data(b"\x88\x82\0\0\0\0\x03\xe8")  # a Close frame, RFC 6455 section 5.5.1
+        acceptor.stop_accepting()
+        await _until(lambda: acceptor._sock.fileno() < 0)
+        assert not protocol.transport.is_closing()
+        writer.close()
+        await _until(acceptor.is_drained)
+
+    asyncio.run(asyncio.wait_for(exchange(), 10))
+    assert "ended at once" not in caplog.text
+
+
 def test_the_context_variables_of_the_caller_do_not_reach_the_application():
     """A program may open a server while it serves a request."""
     variable = ContextVar("variable")
