@@ -92,6 +92,10 @@ class Site:
         return self.chatters[0], self.chatters[other]
 
     def close(self):
+        # first the server: that of asyncio does not end the poll of a client that says goodbye
+        for chatter in self.chatters:
+            chatter.client.reconnection = False
+        self.process.stop()
         for chatter in self.chatters:
             chatter.client.disconnect()
 
