@@ -3,14 +3,14 @@
 import os
 
 from flask import Flask, request
-from flask_socketio import SocketIO, join_room
+from flask_socketio import Namespace, SocketIO, disconnect, join_room
 
 import gunicorn_passenger as passenger
 from gunicorn_passenger import http_proxy
 from gunicorn_passenger.socketio import attach
 
 application = Flask(__name__)
-io = SocketIO(application, async_mode="gevent", cors_allowed_origins="*")
+io = SocketIO(application, async_mode="gevent", cors_allowed_origins="*", max_http_buffer_size=10_000_000)
 attach(io)
 
 
@@ -55,5 +55,22 @@ def on_close(room):
     io.close_room(room)
 
 
+class ForNode(Namespace):
+    """What tests/node/io_client.js asks for."""
+
+    def on_echo(self, data):
+        self.emit("echoed", data, room=request.sid)
+
+    def on_everybody(self, data):
+        self.emit("told", data)
+
+    def on_ask(self, data):
+        return {"data": data, "transport": io.server.transport(request.sid, self.namespace)}
+
+    def on_leave(self):
+        disconnect()
+
+
+io.on_namespace(ForNode("/node"))
 passenger.create_server(application).listen(int(os.environ["P1"]), name="chat")
 http_proxy.create_server("chat").listen(int(os.environ["P2"]))

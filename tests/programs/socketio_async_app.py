@@ -8,7 +8,7 @@ import gunicorn_passenger as passenger
 from gunicorn_passenger import http_proxy
 from gunicorn_passenger.socketio import attach
 
-io = socketio.AsyncServer(async_mode="asgi", cors_allowed_origins="*")
+io = socketio.AsyncServer(async_mode="asgi", cors_allowed_origins="*", max_http_buffer_size=10_000_000)
 attach(io)
 
 
@@ -55,6 +55,25 @@ async def on_throw_out(sid, target):
 @io.on("close")
 async def on_close(sid, room):
     await io.close_room(room)
+
+
+class ForNode(socketio.AsyncNamespace):
+    """What tests/node/io_client.js asks for."""
+
+    async def on_echo(self, sid, data):
+        await self.emit("echoed", data, to=sid)
+
+    async def on_everybody(self, sid, data):
+        await self.emit("told", data)
+
+    async def on_ask(self, sid, data):
+        return {"data": data, "transport": io.transport(sid, self.namespace)}
+
+    async def on_leave(self, sid):
+        await self.disconnect(sid)
+
+
+io.register_namespace(ForNode("/node"))
 
 
 def application(environ, start_response):

@@ -14,6 +14,7 @@ from chatters import Chatter
 from conditions import wait_for
 from free_ports import free_port
 from http_client import pids_answering
+from peer_clients import socketio_node
 from peer_servers import nginx
 from processes import starting
 from status_commands import only
@@ -146,6 +147,12 @@ def test_a_client_of_another_worker_acknowledges(site):
     one, other = site.apart()
     assert one.call("ask", other.whoami()[1], "who") == "who!"
     assert one.call("ask", one.whoami()[1], "who") == "who!"
+
+
+@pytest.mark.parametrize("transports", TRANSPORTS, ids="-".join)
+def test_the_client_of_npm(site, node_modules, transports):
+    for port in site.ports:
+        socketio_node(f"{port}/node", "/socket.io", transports)
 
 
 def test_large_messages_reach_the_clients_of_other_workers(site):
