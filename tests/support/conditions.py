@@ -17,6 +17,7 @@ PATIENCE = 60.0
 def wait_for(condition: Callable[[], Any], what: object = "the condition", timeout: float = PATIENCE) -> Any:
     """Call ``condition`` until it returns something true, and return that; fail after ``timeout`` seconds."""
     deadline = time.monotonic() + timeout
+    pause = 0.001  # what another thread of this process does is often done within a moment
     while True:
         began = time.thread_time()
         result = condition()
@@ -25,7 +26,8 @@ def wait_for(condition: Callable[[], Any], what: object = "the condition", timeo
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {timeout:g} s for {what() if callable(what) else what}")
         # a condition that costs much (it searches a long log) leaves the processor to what it waits for
-        time.sleep(max(0.02, 3 * (time.thread_time() - began)))
+        time.sleep(max(pause, 3 * (time.thread_time() - began)))
+        pause = min(2 * pause, 0.02)
 
 
 def stop(pid: int) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import ast
 import functools
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from sources import nodes, syntax
 
 import gunicorn_passenger
 
@@ -112,7 +111,7 @@ def imports(module: str) -> tuple[Import, ...]:
                     yield Import(module, target, child.lineno, lazy, types)
             yield from visit(child, inside, types)
 
-    return tuple(visit(ast.parse(MODULES[module].read_text()), False, False))
+    return tuple(visit(syntax(MODULES[module]), False, False))
 
 
 def layer(module: str) -> int:
@@ -173,7 +172,7 @@ def test_the_top_level_is_small() -> None:
 def test_no_two_classes_share_a_name() -> None:
     places: dict[str, list[str]] = {}
     for module, path in MODULES.items():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name, []).append(f"{module}:{node.lineno}")
     twice = {name: where for name, where in places.items() if len(where) > 1}
@@ -182,9 +181,8 @@ def test_no_two_classes_share_a_name() -> None:
 
 def test_no_module_or_class_is_too_large() -> None:
     for module, path in MODULES.items():
-        text = path.read_text()
-        assert text.count("\n") <= 500, module
-        for node in ast.walk(ast.parse(text)):
+        assert path.read_text().count("\n") <= 500, module
+        for node in nodes(path):
             if isinstance(node, ast.ClassDef):
                 methods = sum(isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef) for one in node.body)
                 assert (node.end_lineno or 0) - node.lineno < 400, f"{module}.{node.name}"
@@ -193,7 +191,7 @@ def test_no_module_or_class_is_too_large() -> None:
 
 def test_each_module_says_which_process_runs_it_and_what_it_never_does() -> None:
     for module, path in MODULES.items():
-        said = ast.get_docstring(ast.parse(path.read_text())) or ""
+        said = ast.get_docstring(syntax(path)) or ""
         assert re.search(r"\bProcess(es)?: ", said), module
         if module:
             assert re.search(r"\bNever: ", said), module
@@ -207,54 +205,3 @@ def test_docstrings_and_comments_refer_to_what_exists() -> None:
     for module, path in MODULES.items():
         for target in re.findall(r":(?:class|meth|func|mod|attr|data):`~?\.?([\w.]+)", path.read_text()):
             assert target.startswith("werkzeug.") or set(target.split(".")) <= known, (module, target)
-
-
-@pytest.mark.parametrize(
-    ("statement", "absent"),
-    [
-        ("import gunicorn_passenger", ["gevent", "gunicorn", "werkzeug"]),
-        ("import gunicorn_passenger; gunicorn_passenger.__version__", ["gevent", "gunicorn", "werkzeug"]),
-        ("import gunicorn_passenger.cli", ["gevent", "werkzeug", f"{PACKAGE}.proxy", f"{PACKAGE}.http"]),
-        ("import gunicorn_passenger.config.address", ["gevent", "gunicorn"]),
-        ("import gunicorn_passenger.hooks", [f"{PACKAGE}.proxy", f"{PACKAGE}.http", "gevent"]),
-    ],
-)
-def test_an_import_brings_no_more_than_it_needs(statement: str, absent: list[str]) -> None:
-    code = f"{statement}; import sys; print([name for name in {absent!r} if name in sys.modules])"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert result.stdout.strip() == "[]"
-
-
-def test_the_supervisor_imports_only_the_standard_library_and_this_package() -> None:
-    """It would otherwise run code of other packages, perhaps as root, and need their memory."""
-    program = ROOT / "daemons" / "supervisor.py"
-    code = f"import runpy, sys; runpy.run_path({str(program)!r}); print(*{{n.split('.')[0] for n in sys.modules}})"
-    result = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert set(result.stdout.split()) - {PACKAGE, "__main__"} <= sys.stdlib_module_names
-
-
-def test_public_modules_need_no_import_of_their_own() -> None:
-    code = (
-        "import gunicorn_passenger as p; print(p.http_proxy.create_server, p.status.spawn, p.spawn, p.Worker)"
-        "; print(sorted(set(p.__all__) - set(dir(p))))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert result.stdout.splitlines()[1] == "[]"
-
-
-def test_the_master_has_imported_all_that_a_program_uses_before_it_forks() -> None:
-    code = (
-        "import sys, gunicorn_passenger as p; p.Worker; before = set(sys.modules)"
-        "; [getattr(p, name) for name in p.__all__]"
-        f"; print([name for name in set(sys.modules) - before if name.startswith('{PACKAGE}')])"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert result.stdout.strip() == "[]"

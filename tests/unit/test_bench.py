@@ -8,6 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from sources import nodes
 
 BENCH = Path(__file__).resolve().parent.parent.parent / "bench"
 FILES = sorted(path for path in BENCH.rglob("*.py") if "node_modules" not in path.parts)
@@ -15,8 +16,7 @@ FILES = sorted(path for path in BENCH.rglob("*.py") if "node_modules" not in pat
 
 def definitions(path: Path, *kinds: type) -> set[str]:
     """The names of the functions or classes that a file defines, nested ones and methods included."""
-    nodes = ast.walk(ast.parse(path.read_text(), path))
-    return {node.name for node in nodes if isinstance(node, kinds) and not node.name.startswith("__")}
+    return {node.name for node in nodes(path) if isinstance(node, kinds) and not node.name.startswith("__")}
 
 
 @pytest.mark.parametrize(
@@ -34,9 +34,7 @@ def test_every_benchmark_uses_the_harness():
     programs = sorted(BENCH.glob("*.py"))
     assert {path.stem for path in programs} >= {"boot", "listen", "proxy", "storm", "takeover", "wsgi"}
     for path in programs:
-        modules = {
-            node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
-        }
+        modules = {node.module for node in nodes(path) if isinstance(node, ast.ImportFrom)}
         assert "harness.program" in modules, f"{path.name} has a command line of its own"
 
 
@@ -44,7 +42,7 @@ def test_one_file_of_the_benchmarks_imports_what_is_inside_the_package():
     """Names inside the package change; the benchmarks run the package as its users do."""
     inside = set()
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text(), path)):
+        for node in nodes(path):
             module = (isinstance(node, ast.ImportFrom) and node.module) or ""
             public = ("gunicorn_passenger.hooks", "gunicorn_passenger.socketio")
             if module.startswith("gunicorn_passenger.") and module not in public:

@@ -4,8 +4,6 @@ import logging
 import os
 import re
 import socket
-import subprocess
-import sys
 
 import pytest
 from gunicorn.config import Config
@@ -106,14 +104,3 @@ def test_a_module_that_the_program_misses(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError):
         program_import.import_app("broken_program")
-
-
-def test_gevent_is_missing():
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.modules['gevent'] = None; import gunicorn_passenger as p; p.Worker"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert re.fullmatch(
-        r"Error: Worker of gunicorn_passenger needs gevent, .*pip install gevent.*\n", done.stderr
-    )

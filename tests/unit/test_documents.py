@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
-import shlex
-import subprocess
-import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
-from gunicorn.config import Config
-from processes import PROGRAMS, require
+from sources import nodes, syntax
 
-from gunicorn_passenger import cli
 from gunicorn_passenger.config import settings
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "gunicorn_passenger"
@@ -187,10 +174,6 @@ def test_each_word_of_the_glossary_is_a_module_or_a_class():
         assert "`" in row.split(" | ")[2], row
 
 
-def test_the_plots_show_the_tables():
-    subprocess.run([sys.executable, ROOT / "scripts" / "draw_performance.py", "--check"], check=True)
-
-
 def test_the_changelog_has_the_form_that_it_names():
     """https://keepachangelog.com/en/1.1.0/: versions, newest first, and in each the known kinds of changes."""
     text = (ROOT / "CHANGELOG.md").read_text()
@@ -202,77 +185,6 @@ def test_the_changelog_has_the_form_that_it_names():
         assert kinds == sorted(
             set(kinds), key=["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"].index
         )
-
-
-# --- the code on the pages -------------------------------------------------------------------------
-
-
-def blocks(*languages: str) -> Iterator[tuple[str, str]]:
-    """The blocks of some languages: where each is, and its text, with the files that it includes."""
-    for path in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]:
-        text = path.read_text()
-        for match in re.finditer(r"^ *```(\w+)\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL):
-            if match[1] in languages:
-                where = f"{ids(path)}:{text.count(chr(10), 0, match.start()) + 1}"
-                include = re.fullmatch(r'--8<-- "(.+)"\n', match[2])
-                yield where, (ROOT / include[1]).read_text() if include else textwrap.dedent(match[2])
-
-
-def test_every_block_is_checked():
-    checked = {"python", "sh", "js", "toml", "yaml", "text"}
-    elsewhere = {
-        "nginx",
-        "ini",
-        "dockerfile",
-    }  # tests/deploy, tests/system/test_tutorial.py, scripts/container-test
-    languages = {
-        language
-        for path in [ROOT / "README.md", *DOCS.rglob("*.md")]
-        for language in re.findall(r"^ *```(.+)\n", path.read_text(), re.MULTILINE)
-    }
-    assert languages <= checked | elsewhere
-
-
-def test_python():
-    """Each block runs, as a program that a master preloads; the tutorial's client needs the tutorial's servers."""
-    found = [[where, code] for where, code in blocks("python") if "import websocket\n" not in code]
-    done = subprocess.run(
-        [sys.executable, PROGRAMS / "documented_code.py"],
-        input=json.dumps(found), capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    assert json.loads(done.stdout) == {}
-
-
-def test_shell():
-    """The syntax of each block, and the options of gunicorn and of our own command."""
-    parser = Config().parser()
-    for where, text in blocks("sh"):
-        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
-        for line in text.splitlines():
-            words = shlex.split(line, comments=True)
-            while words and re.match(r"\w+=", words[0]):
-                del words[0]
-            if words[:1] == ["gunicorn"]:
-                parser.parse_args(words[1:])
-            elif words[:1] == ["gunicorn-passenger"]:
-                assert re.search(rf"\b{words[1]}\b", cli._USAGE), where
-
-
-def test_toml_and_yaml():
-    for where, text in blocks("toml"):
-        assert tomllib.loads(text), where
-    for where, text in blocks("yaml"):
-        assert yaml.safe_load(text), where
-    for file in [ROOT / ".pre-commit-config.yaml", *(ROOT / ".github").rglob("*.yml")]:
-        assert yaml.safe_load(file.read_text()), file
-
-
-def test_javascript(tmp_path):
-    for where, text in blocks("js"):
-        file = tmp_path / "block.js"
-        file.write_text(text)
-        done = subprocess.run([require("node"), "--check", file], capture_output=True, text=True)
-        assert done.returncode == 0, (where, done.stderr)
 
 
 # --- log lines and errors --------------------------------------------------------------------------
@@ -306,7 +218,7 @@ def quoted_lines() -> set[str]:
 def test_errors(module):
     """Each error that these modules make is quoted, by its beginning."""
     made = set()
-    for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+    for node in nodes(PACKAGE / module):
         if isinstance(node, ast.Return) and isinstance(node.value, ast.Call) and node.value.args:
             # the text is the last argument; its first string is the whole of it, the others are parts
             made.update(list(texts(node.value.args[-1]))[:1])
@@ -321,9 +233,8 @@ def test_log_lines():
     known: set[str] = set()
     logged: set[str] = set()
     for path in PACKAGE.rglob("*.py"):
-        tree = ast.parse(path.read_text())
-        known.update(texts(tree))
-        for node in ast.walk(tree):
+        known.update(texts(syntax(path)))
+        for node in nodes(path):
             if (
                 isinstance(node, ast.Call)
                 and isinstance(node.func, ast.Attribute)
@@ -340,7 +251,7 @@ def test_pages_that_messages_name():
     """A message leads to a page, and the page exists."""
     named = set()
     for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 named.update(re.findall(r"\bdocs/[\w/-]+\.md", node.value))
     assert {"docs/how-to/debugging.md", "docs/how-to/deployment.md", "docs/reference/ports.md"} <= named
@@ -376,7 +287,7 @@ def test_width(path):
 def test_english_of_the_package(folder):
     found = []
     for path in sorted((PACKAGE / folder).glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found += [f"{ids(path)}:{node.lineno}: {it[0]}" for it in UNIDIOMATIC.finditer(node.value)]
     assert not found

@@ -1,8 +1,6 @@
 """``channel()`` in one process: what is delivered, what is dropped, how an iteration ends, and what is refused."""
 
 import gc
-import subprocess
-import sys
 import threading
 from types import SimpleNamespace
 
@@ -172,11 +170,3 @@ def test_a_master_that_does_not_respond_is_named(monkeypatch):
     for use in (lambda: passenger.channel("x").publish("x"), passenger.channel("x").subscribe):
         with pytest.raises(PassengerError, match="pid 7 did not respond"):
             use()
-
-
-def test_plain_python_needs_no_gevent():
-    program = (
-        "import sys, gunicorn_passenger as p; s = p.channel('x').subscribe(); p.channel('x').publish('y'); "
-        "assert next(s) == 'y'; assert 'gevent' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

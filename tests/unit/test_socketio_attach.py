@@ -1,8 +1,6 @@
 """``attach()`` and ``emitter()``: what they take, what they refuse, and what they change without a worker."""
 
 import re
-import subprocess
-import sys
 from importlib import metadata
 from types import SimpleNamespace
 
@@ -142,23 +140,6 @@ def test_an_emitter_without_an_application_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("PASSENGER_RUNTIME_DIR", str(tmp_path))
     with pytest.raises(PassengerError, match="no application"):
         emitter().emit("news", 1)
-
-
-def test_without_python_socketio_the_error_says_what_to_install():
-    program = "import sys; sys.modules['socketio'] = None; import gunicorn_passenger.socketio"
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert ended.returncode == 1
-    assert "pip install 'gunicorn-passenger[socketio]'" in ended.stderr.splitlines()[-1]
-
-
-def test_an_old_python_socketio_is_named():
-    program = (
-        "from importlib import metadata; real = metadata.version; metadata.version = lambda name: "
-        "'5.16.0' if name == 'python-socketio' else real(name); import gunicorn_passenger.socketio"
-    )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert ended.returncode == 1
-    assert "needs python-socketio 5.16.1 or newer, and this Python has 5.16.0: pip" in ended.stderr
 
 
 @pytest.mark.parametrize(

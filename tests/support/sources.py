@@ -1,0 +1,19 @@
+"""The syntax of Python files. Each file is parsed once, however many tests of a process look at it."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from pathlib import Path
+
+
+@functools.cache
+def syntax(path: Path) -> ast.Module:
+    """The syntax tree of a file; the tests only read it."""
+    return ast.parse(path.read_text(), path)
+
+
+@functools.cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """All nodes of a file's syntax tree."""
+    return tuple(ast.walk(syntax(path)))
