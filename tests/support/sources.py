@@ -1,4 +1,4 @@
-"""The syntax of Python files. Each file is parsed once, however many tests of a process look at it."""
+"""The syntax of Python files. A file is parsed once for all tests of a module (:func:`forget`)."""
 
 from __future__ import annotations
 
@@ -17,3 +17,9 @@ def syntax(path: Path) -> ast.Module:
 def nodes(path: Path) -> tuple[ast.AST, ...]:
     """All nodes of a file's syntax tree."""
     return tuple(ast.walk(syntax(path)))
+
+
+def forget() -> None:
+    """Free all syntax trees: every garbage collection would visit their half a million nodes."""
+    syntax.cache_clear()
+    nodes.cache_clear()

@@ -95,7 +95,9 @@ def imports(module: str) -> tuple[Import, ...]:
 
     def visit(node: ast.AST, lazy: bool, for_types: bool) -> Iterator[Import]:
         for child in ast.iter_child_nodes(node):
-            inside = lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            if isinstance(child, ast.expr):
+                continue  # an import is a statement
+            inside = lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
             types = for_types or (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test))
             names: list[str] = []
             if isinstance(child, ast.Import):
@@ -205,3 +207,13 @@ def test_docstrings_and_comments_refer_to_what_exists() -> None:
     for module, path in MODULES.items():
         for target in re.findall(r":(?:class|meth|func|mod|attr|data):`~?\.?([\w.]+)", path.read_text()):
             assert target.startswith("werkzeug.") or set(target.split(".")) <= known, (module, target)
+
+
+def test_unit_tests_start_no_program() -> None:
+    """They can be run alone, in seconds; a test may fork its own process."""
+    for path in Path(__file__).parent.glob("*.py"):
+        text = path.read_text()
+        assert not re.search(
+            r"^(import|from) (subprocess|multiprocessing|processes)\b", text, re.MULTILINE
+        ), path
+        assert not re.search(r"^def test_\w+\([^)]*\b(start|home|obedient)\b", text, re.MULTILINE), path
