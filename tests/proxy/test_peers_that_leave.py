@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import socket
-import time
 
 import pytest
 from proxy_harness import (
@@ -67,7 +66,7 @@ def test_the_client_goes_while_the_answer_is_awaited(px, where, how):
 @LEAVING
 @pytest.mark.parametrize("framing", ["length", "chunked", "close"])
 def test_the_client_goes_inside_the_answer(px, where, how, framing):
-    """While nothing is coming down: nobody would notice by writing."""
+    """While the target sends nothing: a failed write cannot reveal it."""
     head = {
         "length": b"Content-Length: 100\r\n\r\nabc",
         "chunked": b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n",
@@ -237,7 +236,7 @@ def test_an_upstream_that_goes_before_its_answer_is_502(px, where, part, end):
             assert Message(client.head()).status == 103  # or the reset might overtake it
         getattr(wire, end)()
         assert response_of(client).status == 502
-        # the client's connection goes on
+        # the client's connection stays open
         asked(client, upstream, get("/next"))
     line = px.one_line(target, rf"proxy: {name_of(px)}: .+ after [\d.]+ s \(POST {target}\): 502")
     assert "Traceback" not in line
@@ -303,12 +302,15 @@ def test_an_answer_that_stops_in_its_body_is_cut_off(px, where, part):
 
 @pytest.mark.parametrize("where", ["late", "inside_late"])
 def test_a_slow_client_is_not_a_silent_upstream(px, where):
-    """proxy_timeout is about the target: while the body of the request is awaited, its silence is no fault."""
+    """proxy_timeout is about the target: while the proxy waits for the request's body, the target may be silent."""
     with px.upstream() as upstream, connect(px[where]) as client:
         client.send(get("/", "Content-Length: 3", method="POST"))
         wire = upstream.accept()
         wire.head()
-        time.sleep(1)
+        with connect(px[where]) as other:
+            other.send(get("/silent"))
+            request_of(upstream.accept())
+            assert final_of(other).status == 504  # so proxy_timeout has passed for the first request, too
         client.send(b"abc")
         assert wire.exactly(3) == b"abc"
         wire.send(OK)
@@ -329,7 +331,7 @@ def test_a_target_that_refuses_is_502(px, where):
         assert str(px.up) not in answer.body.decode()  # clients are not told what is behind
         assert "up.sock" not in answer.body.decode()
         px.one_line(target, rf"proxy: {name_of(px, where)}: .+ after [\d.]+ s \(POST {target}\): 502")
-        # the client's connection goes on
+        # the client's connection stays open
         with upstream_for(px, where) as upstream:
             asked(client, upstream)
 
@@ -374,7 +376,7 @@ def test_connecting_that_takes_too_long_is_504(px):
 
 
 def test_a_unix_socket_whose_queue_is_full(px):
-    """connect() says EAGAIN at once there; who asks is not to pay for it if there is room a moment later."""
+    """connect() fails with EAGAIN at once there; the proxy tries again, because there may be room a moment later."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(px.unix)
     with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as stack:

@@ -5,7 +5,6 @@ import http.client
 import select
 import socket
 import threading
-import time
 
 import pytest
 from conditions import wait_for
@@ -113,7 +112,8 @@ def test_a_connection_in_use_is_not_idle(lab, upstream, port):
         read_request(wire)
         wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nhalf")
         client.head()
-        time.sleep(0.5)
+        ask(where, upstream)
+        assert upstream.wires[1].ended()  # so idle_timeout has passed for the first connection, too
         wire.send(b"half")
         assert client.exactly(8) == b"halfhalf"
 
@@ -255,7 +255,7 @@ def test_an_upgrade_takes_a_place(lab, upstream, port):
 
 @pytest.fixture
 def full():
-    """Makes a listener's backlog full, so that who connects waits."""
+    """Makes a listener's backlog full, so that a connecting client waits."""
     with contextlib.ExitStack() as stack:
 
         def fill(family, address):
@@ -304,7 +304,10 @@ def test_connect_timeout_does_not_end_a_slow_answer(lab, upstream, port):
     with connect(where) as client:
         wire = accept(upstream, client.send(request()))
         read_request(wire)
-        time.sleep(0.6)
+        other = lab.serve(
+            f"'https://localhost:{port}', secure=False, agent=http_proxy.Agent(connect_timeout=0.3)"
+        )
+        assert refuse(other).status == 504  # so connect_timeout has passed for the first connection, too
         wire.send(OK)
         assert read_response(client).status == 200
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import time
 
 import pytest
 from http_client import fetch
@@ -18,7 +17,7 @@ from proxy_harness import (
     response_of,
     upstream_for,
 )
-from upgraded_connections import EVERYWHERE, PROTOCOLS, dial, switching, tunnel, upgrading
+from upgraded_connections import EVERYWHERE, PROTOCOLS, dial, switching, upgrading
 from upstream_sockets import connect
 
 HANDLERS = """
@@ -186,7 +185,7 @@ REFUSALS = {
 @PROTOCOLS
 @pytest.mark.parametrize("case", REFUSALS)
 def test_an_upgrade_that_the_upstream_refuses(px, where, protocol, case):
-    """Its answer is an ordinary one; what the client sends on is no tunnel's, but a request like others."""
+    """Its response is an ordinary one; what the client sends next is not tunneled, but an ordinary request."""
     with upstream_for(px, where) as upstream, connect(px[where]) as client:
         target = path()
         client.send(upgrading(target, protocol))
@@ -271,7 +270,7 @@ def test_an_upgrade_to_a_target_that_refuses_is_502(px, where):
 
 @EVERYWHERE
 @pytest.mark.parametrize("sent", [b"", b"HTTP/1.1 101 Switch", b"nonsense\r\n\r\n"])
-def test_an_upgrade_whose_upstream_goes_is_502(px, where, sent):
+def test_an_upgrade_whose_upstream_leaves_is_502(px, where, sent):
     target = path()
     with upstream_for(px, where) as upstream, connect(px[where]) as client:
         client.send(upgrading(target))
@@ -302,8 +301,11 @@ def test_an_upgrade_that_is_not_answered_in_time_is_504(px):
 
 
 def test_the_timeout_of_responses_does_not_end_a_tunnel(px):
-    with tunnel(px, "late") as (client, wire):
-        time.sleep(1)
+    with upstream_for(px, "late") as upstream, connect(px["late"]) as client, connect(px["late"]) as other:
+        wire = dial(client, upstream)
+        other.send(get("/silent"))
+        request_of(upstream.accept())
+        assert response_of(other).status == 504  # so the time has passed for the tunnel, too
         client.send(b"still")
         assert wire.exactly(5) == b"still"
         wire.send(b"there")
