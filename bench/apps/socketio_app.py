@@ -74,7 +74,7 @@ def other_paths(environ, start_response):
             sio.manager.initialize()
         before = received
         for number in range(int(path[6:])):
-            sio.emit("news", number, room="nobody")
+            sio.emit("news", number, room="empty")
         return respond(start_response, b"%d %d" % (os.getpid(), received - before))
     return respond(start_response, b"hello")
 

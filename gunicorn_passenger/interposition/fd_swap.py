@@ -4,7 +4,7 @@ Process: a worker.
 Never: wake a greenlet or thread, or change the events that an epoll set asks for.
 
 The kernel keeps a registration until the *open file description* is closed (epoll(7)). The master keeps the
-old one open, so an epoll set would go on reporting the old socket under the number of the new one, and would
+old one open, so an epoll set would still report the old socket under the number of the new one, and would
 not see the new one at all. So the registration moves, with its events and its data: libev keeps a generation
 of its own in the data, which is why ``select.epoll`` cannot do this.
 """

@@ -1,7 +1,7 @@
 """Ports that the program has bound, and on which it does not listen yet.
 
 Process: a worker.
-Never: decide who may bind a port; the kernel does.
+Never: decide which process may bind a port; the kernel does.
 
 ``bind`` cannot know what follows: ``listen`` (a server, which gets the master's socket), ``connect`` (a
 client with a local port), or nothing (a port that serves as a lock). So the kernel binds the socket at once,

@@ -1,8 +1,8 @@
 """How many connections each worker has on each server, in memory that all workers share.
 
 Process: the master, which gives each worker a seat, and the workers.
-Never: trusted. A worker can write any number anywhere in it, so a number may only decide who accepts the next
-connection, and that for a moment.
+Never: trusted. A worker can write any number anywhere in it, so a number may only decide which worker
+accepts the next connection, and that for a moment.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Process: the master and a worker. Never: decide or send anything; a message is only data.
 
-A message's name says who does what to what: a verb and a noun for a request or a command (``OpenPort``,
+A message's name says what is done to what: a verb and a noun for a request or a command (``OpenPort``,
 ``PauseAccept``), a noun and a verb for what has happened (``PortOpened``, ``AcceptPaused``). ``id`` pairs a
 request with its response.
 """

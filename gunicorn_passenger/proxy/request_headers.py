@@ -1,4 +1,4 @@
-"""Decides which request headers go on to the target, and writes the proxy's own. Functions without I/O.
+"""Decides which request headers the target gets, and writes the proxy's own. Functions without I/O.
 
 Process: any process in which the proxy is mounted.
 Never: forward a header of one connection to another, or believe an untrusted client about its origin.
@@ -38,7 +38,7 @@ ASIDE = frozenset(
     }
 )
 
-#: Fields that tell where a request comes from, and whom a server believes it.
+#: Headers that say where a request comes from. A server may believe them only from its own proxy.
 ORIGIN = {
     "forwarded",
     "via",

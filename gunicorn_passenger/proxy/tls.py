@@ -137,7 +137,7 @@ class TlsStream(Stream):
         return False
 
     def shutdown_write(self) -> None:
-        """Send no more, and go on reading."""
+        """Send no more; reading continues."""
         with contextlib.suppress(OSError, ValueError):
             self._tls.unwrap()
         with contextlib.suppress(OSError, ValueError):

@@ -301,7 +301,7 @@ class Stream:
             self.sock.shutdown(how)
 
     def shutdown_write(self) -> None:
-        """Send no more, and go on reading."""
+        """Send no more; reading continues."""
         self.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:

@@ -84,7 +84,7 @@ class Mailboxes:
         #: signs what names a worker in a cookie; the siblings have the same
         self.key = b""
         self._siblings: dict[str, Sibling] = {}
-        #: who receives messages in this worker
+        #: the subscribers of this worker
         self.subscribers = Subscribers()
         self._receiving: _socket.socket | None = None
         self._readable: Any = None

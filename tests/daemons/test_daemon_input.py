@@ -59,7 +59,7 @@ for arguments in {[arguments for arguments, _ in BAD]!r}:
 
 @pytest.fixture(scope="module")
 def refusals():
-    """What each of these calls raises in an application that catches it and goes on."""
+    """What each of these calls raises in an application that catches it and continues."""
     with starting() as start:
         start.write("program.py", CATCH)
         process = start.gunicorn("anything", workers=1, env={"PASSENGER_PORTS": free_port()}).wait_ready()
@@ -134,7 +134,7 @@ def test_a_port_that_the_application_has_itself(start, port):
 
 
 def test_a_worker_cannot_use_up_the_masters_descriptors(start):
-    """Too many sockets and too many daemons are refused; what is there goes on."""
+    """Too many sockets and too many daemons are refused; the others still run."""
     text = (
         "refused = []\n"
         "for number in range(80):\n"

@@ -97,7 +97,7 @@ def test_pauses_grow_and_it_is_given_up(site, port):
     assert pauses == ["0.1", "0.2", "0.4", "0.8"]
     assert starts(process, "quick") == 5
     assert daemons(site.start, process)["quick"]["state"] == "failed"
-    assert refused(port)  # nobody would ever answer
+    assert refused(port)  # its clients would wait in vain
     done = command(site.start, "restart", "quick")
     assert done.returncode == 0, done
     pid_of(process, "quick", 6)
@@ -132,7 +132,7 @@ def test_stop_and_restart_by_an_operator(site, port):
     assert job(port) == f"done work {pid_of(process, 'jobs', 2)}"
     assert command(site.start, "restart", "jobs").returncode == 0
     assert pid_of(process, "jobs", 3)
-    assert command(site.start, "stop", "nobody").returncode == 1
+    assert command(site.start, "stop", "unknown").returncode == 1
 
 
 def test_workers_know_where_a_stopped_one_was(start):

@@ -306,7 +306,7 @@ def test_a_node_program_takes_the_socket(site, port):
     pid = pid_of(process, "socketio")
     assert fetch(port)[1] == str(pid)
     os.kill(pid, signal.SIGKILL)
-    assert fetch(port)[1] == str(pid_of(process, "socketio", 2))  # who connects meanwhile waits
+    assert fetch(port)[1] == str(pid_of(process, "socketio", 2))  # a client that connects meanwhile waits
     assert process.stop() == 0
     assert refused(port)
 

@@ -135,7 +135,7 @@ def nginx(site: Site, port: int, second_port: int) -> Process:
 
 
 def nginx_in_a_container(site: Site, port: int, second_port: int) -> Process:
-    """As the containers run it: as another user, who only has the socket's group."""
+    """As the containers run it: as another user that only has the socket's group."""
     writable = site.start.home / "container"
     writable.mkdir()
     writable.chmod(0o777)
@@ -239,7 +239,7 @@ def test_the_units_are_valid(tmp_path):
     done = subprocess.run([analyze, "verify", "--man=no", *units], capture_output=True, text=True)
     complaints = [line for line in done.stderr.splitlines() if "shop." in line]
     assert (complaints, done.returncode) == ([], 0), done.stderr
-    # 0 is no exposure, 10 is all of it; a service without a sandbox has 9.2
+    # from 0 (not exposed) to 10; a service without a sandbox has 9.2
     rated = subprocess.run(
         [analyze, "security", "--offline=true", "--threshold=25", units[0]], capture_output=True, text=True
     )

@@ -55,7 +55,7 @@ ATOMS = (
 
 def answered():
     """Requests that the application answers: what to send, and the method."""
-    login = base64.b64encode(b"somebody:secret").decode()
+    login = base64.b64encode(b"ada:secret").decode()
     yield request("/pid"), "GET"
     yield request("/pid", method="HEAD"), "HEAD"
     yield request("/missing?q=1&r=%20"), "GET"
@@ -150,7 +150,7 @@ def test_access_log_format(start, kind):
         assert process.stop() == 0
     expected, seen = logs.values()
     for line in expected:
-        if line["m"] == "HEAD":  # an older gunicorn sends a body to who asked for none
+        if line["m"] == "HEAD":  # an older gunicorn sends a body in response to HEAD
             line["b"] = line["B"] = "0"
     if kind == "unanswered":
         expected, seen = (
@@ -180,7 +180,7 @@ def test_access_log_by_default(serve, start):
 
 
 def test_access_log_is_even(serve, start):
-    """Eight clients as fast as they can: nobody is starved by the others, with the log on or off."""
+    """Eight clients as fast as they can: none of them starves another, with the log on or off."""
     log = start.home / "access"
     served = serve("--access-logfile", log)
     total = 4000
@@ -236,7 +236,7 @@ def test_sigusr1_reopens_the_access_log(serve, start):
             text = before.read_text() + log.read_text()  # noqa: B023
             return [int(number) for number in re.findall(r"/pid\?(\d+) ", text)]
 
-        # each file goes on where the one before it ended: nothing is lost
+        # each file begins where the one before it ended: nothing is lost
         wait_for(lambda: lines()[-1:] == [asked], "the last line")  # noqa: B023
         assert lines() == list(range(lines()[0], asked + 1))
         assert first < asked
@@ -348,7 +348,7 @@ def test_statsd(serve):
 
 
 def test_debug_log_shows_no_traceback(serve):
-    """What clients do every day is no error, at the most talkative level."""
+    """What clients do every day is not an error, at the most talkative level."""
     served = serve("--log-level", "debug", "--keep-alive", 1)
     for address in served.both:
         fetch(address)

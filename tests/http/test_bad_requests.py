@@ -61,7 +61,7 @@ def attempts(case: Case, server: Server) -> list[str]:
     ways.append(("in parts", server.path, cut(case.data, *places[:: max(1, len(places) // 4)]), 0))
     for name, where, parts, before in ways:
         if wrong := refusal(case, where, parts, before):
-            # one of them says enough, and a connection that goes on takes its time
+            # one of them says enough, and a connection that stays open takes time
             found.append(f"{case.name}, {name}: {wrong}")
             break
     if never in calls(server.path)[0]:

@@ -192,12 +192,12 @@ DIFFERENCES = {
         ours="3",
         section="RFC 9110 8.6: a sender does not forward or make more than one",
     ),
-    "length that is none": Difference(
+    "malformed length": Difference(
         gunicorn=200,
         ours=500,
         section="RFC 9110 8.6: Content-Length = 1*DIGIT; RFC 9112 6.3: lengths that differ cannot be recovered from",
     ),
-    "part that is no bytes": Difference(
+    "part that is not bytes": Difference(
         gunicorn=(200, False),
         ours=(500, True),
         section="RFC 9110 15.6: the failure is known before the head is sent",
@@ -213,11 +213,11 @@ DIFFERENCES = {
         section="RFC 9112 7.1, 8: nothing but chunks may follow; the missing last chunk tells of the failure",
     ),
     "answer shorter than its length": Difference(
-        gunicorn="goes on",
+        gunicorn="stays open",
         ours="closed",
         section="RFC 9112 8: the close tells that the message is incomplete; else the next answer is its rest",
     ),
-    "100 for a body that nobody reads": Difference(
+    "100 for a body that is not read": Difference(
         gunicorn=([100, 200], "keep-alive"),
         ours=([200], "close"),
         section="RFC 9110 10.1.1: a final status instead, and close, for the body may come all the same",
@@ -228,7 +228,7 @@ DIFFERENCES = {
         section="RFC 9110 10.1.1",
     ),
     "close among other options": Difference(
-        gunicorn="goes on",
+        gunicorn="stays open",
         ours="closed",
         section="RFC 9110 7.6.1: Connection is a list; RFC 9112 9.6: close ends it",
     ),
@@ -242,8 +242,8 @@ DIFFERENCES = {
         ours="5",
         section="RFC 9110 8.6: one number, for every recipient behind this server",
     ),
-    "large body that nobody reads": Difference(
-        gunicorn="goes on",
+    "large body that is not read": Difference(
+        gunicorn="stays open",
         ours="closed",
         section="RFC 9112 9.3: read the whole body or close",
     ),
@@ -262,10 +262,10 @@ def noted(server: Server, target: str) -> Any:
     return wait_for(lambda: calls(server.path)[1].get(target), f"a note on {target}")
 
 
-def goes_on(where: str | int, data: bytes, heads: tuple[int, ...] = ()) -> str:
+def stays_open(where: str | int, data: bytes, heads: tuple[int, ...] = ()) -> str:
     """Whether a further request on the connection is answered."""
     raw, _ = exchange(where, [data + PROBE])
-    return "goes on" if b'"RAW_URI": "/probe"' in raw else "closed"
+    return "stays open" if b'"RAW_URI": "/probe"' in raw else "closed"
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["unix", "tcp"])
@@ -341,7 +341,7 @@ def test_a_length_that_is_not_valid(both, application):
     def status(where: str) -> int:
         return parse(exchange(where, [runs(application, "Connection: close")])[0])[0][0].status
 
-    check("length that is none", both, [status(server.path) for server in both])
+    check("malformed length", both, [status(server.path) for server in both])
 
 
 @pytest.mark.parametrize("application", ["part str", "part bytearray", "string", "write str"])
@@ -350,7 +350,7 @@ def test_a_part_that_is_not_bytes(both, application):
         (answer,) = parse(exchange(where, [runs(application) + PROBE])[0])[0]
         return answer.status, answer.whole
 
-    check("part that is no bytes", both, [answer(server.path) for server in both])
+    check("part that is not bytes", both, [answer(server.path) for server in both])
 
 
 def test_unwinding_in_mid_body(both):
@@ -376,14 +376,14 @@ def test_unwinding_before_the_head_is_a_500_with_both(both):
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 def test_answer_shorter_than_its_length(both, application, version):
     request = runs(application, "Connection: keep-alive", version=version)
-    check("answer shorter than its length", both, [goes_on(server.path, request) for server in both])
+    check("answer shorter than its length", both, [stays_open(server.path, request) for server in both])
 
 
 @pytest.mark.parametrize("version", ["1.1", "1.0"])
 def test_after_head_of_a_short_response_both_continue(both, version):
     """The answer to HEAD has a length and no body."""
     request = runs("too little", "Connection: keep-alive", method="HEAD", version=version)
-    assert [goes_on(server.path, request) for server in both] == ["goes on"] * 2
+    assert [stays_open(server.path, request) for server in both] == ["stays open"] * 2
 
 
 def _expecting(application: str, *fields: str) -> bytes:
@@ -409,7 +409,7 @@ def _expect_nothing(where: str | int, data: bytes, own_end: bool) -> tuple[list[
 def test_no_100_for_a_body_that_is_not_read(both, fields):
     data = _expecting("ignore", *fields)
     check(
-        "100 for a body that nobody reads",
+        "100 for a body that is not read",
         both,
         [
             _expect_nothing(both[0].path, data, own_end=False),
@@ -426,7 +426,7 @@ def test_no_100_for_a_program_that_fails(both):
 @pytest.mark.parametrize("place", [0, 1], ids=["unix", "tcp"])
 @pytest.mark.parametrize("application", ["echo", "readline", "iterate", "part", "read 1"])
 def test_100_for_a_program_that_reads_with_both(both, place, application):
-    """The body follows when the 100 has come; the connection goes on."""
+    """The body follows when the 100 has come; the connection stays open."""
     for server in both:
         with Connection(server.places[place]) as connection:
             connection.send(_expecting(application))
@@ -466,7 +466,7 @@ def test_no_100_after_the_head_of_the_answer(both):
 )  # fmt: skip
 def test_close_among_other_options(both, values, version):
     data = message(f"GET /c HTTP/{version}", "Host: a.test", *(f"Connection: {value}" for value in values))
-    check("close among other options", both, [goes_on(server.path, data) for server in both])
+    check("close among other options", both, [stays_open(server.path, data) for server in both])
 
 
 def _large(kind: str, size: int) -> bytes:
@@ -486,13 +486,13 @@ KINDS = ["length", "part of length", "chunked"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_large_body_that_is_not_read(both, kind, place):
     data = _large(kind, 600_000)
-    check("large body that nobody reads", both, [goes_on(server.places[place], data) for server in both])
+    check("large body that is not read", both, [stays_open(server.places[place], data) for server in both])
 
 
 @pytest.mark.parametrize("size", [1024, 8192, 60 * 1024])
 @pytest.mark.parametrize("kind", KINDS)
 def test_after_a_small_body_that_is_not_read_both_continue(both, kind, size):
-    assert [goes_on(server.path, _large(kind, size)) for server in both] == ["goes on"] * 2
+    assert [stays_open(server.path, _large(kind, size)) for server in both] == ["stays open"] * 2
 
 
 def test_what_is_unread_is_never_a_request(both):

@@ -396,7 +396,7 @@ def test_a_greenlet_that_reads_on_after_the_response_holds_nothing(served):
 def test_what_a_client_leaves_in_a_local_is_not_anothers(shared):
     _, where = shared
     for n in range(20):
-        assert fetch(where, f"/local?{n}") == (200, "nobody")
+        assert fetch(where, f"/local?{n}") == (200, "unset")
 
 
 def test_a_bug_that_raises_stop_iteration_is_answered_500(served):
@@ -568,7 +568,7 @@ def test_what_an_application_leaves_in_a_local_stays_as_long_as_the_connection(s
     with connected(where) as with_local, connected(where) as without:
         for number in range(3):
             with_local.sendall(b"GET /local?%d HTTP/1.1\r\n\r\n" % number)
-            until(with_local, b"\r\n\r\n" + (b"%d" % (number - 1) if number else b"nobody"))
+            until(with_local, b"\r\n\r\n" + (b"%d" % (number - 1) if number else b"unset"))
             without.sendall(b"GET / HTTP/1.1\r\n\r\n")
             until(without, b"ok")
             # the other has been idle for longer than the one that has given up its greenlet
@@ -579,7 +579,7 @@ def test_a_connection_with_locals_ends_after_keepalive(served):
     _, where = served("--keep-alive", "1")
     with connected(where) as sock:
         sock.sendall(b"GET /local?a HTTP/1.1\r\n\r\n")
-        until(sock, b"nobody")
+        until(sock, b"unset")
         assert everything(sock) == b""
 
 
@@ -606,7 +606,7 @@ def test_idle_connections_make_room(served):
         for path in (b"/", b"/local?x", b"/", b"/local?y"):
             sock = stack.enter_context(connected(where))
             sock.sendall(b"GET %b HTTP/1.1\r\n\r\n" % path)
-            until(sock, b"nobody" if path.startswith(b"/local") else b"ok")
+            until(sock, b"unset" if path.startswith(b"/local") else b"ok")
             assert last is None or everything(last) == b""
             last = sock
 

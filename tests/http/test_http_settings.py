@@ -115,7 +115,7 @@ def show_mounted(address):
 def test_forwarded_allow_ips(serve, allowed, trusted):
     served = serve(f"--forwarded-allow-ips={allowed}")
     assert is_trusted(show_mounted(served.second)) is trusted
-    # who connects to a UNIX socket is trusted always
+    # clients of a UNIX socket are always trusted
     assert is_trusted(show_mounted(served.primary)) is True
 
 
@@ -355,7 +355,7 @@ def test_max_requests_on_one_connection(serve):
 
 
 @pytest.mark.parametrize("jitter", [0, 3])
-def test_max_requests_loses_none(serve, jitter):
+def test_max_requests_loses_no_request(serve, jitter):
     served = serve("--max-requests", 5, "--max-requests-jitter", jitter, ready=False)
     pids = []
     while len(set(pids)) < 4:
@@ -409,7 +409,7 @@ def test_files(serve, start, sendfile):
                 assert answer.status == 200, query
                 assert answer.body == expected, query
                 assert ("Content-Length" in answer.headers) == bool(query.split(",")[1]), query
-                # nothing of the file goes to who asks for the head only
+                # a client that sends HEAD gets nothing of the file
                 sock.sendall(request(f"/file?{query}", method="HEAD", close=False))
                 assert Answer(sock, "HEAD").status == 200, query
         for version in ("HTTP/1.0", "HTTP/1.1"):
@@ -522,7 +522,7 @@ def test_a_pre_request_hook_that_raises(serve):
 
 
 def test_a_post_request_hook_that_raises(serve):
-    """The answer is sent already, and the connection goes on."""
+    """The response is sent already, and the connection stays open."""
     served = serve("-c", CONF, ready=False, env={"RAISE": "post_request"})
     for number, address in enumerate(served.both, 1):
         with contextlib.closing(dial(address)) as sock:

@@ -1,4 +1,4 @@
-"""The reader of requests against gunicorn's own, on streams that nobody would think of."""
+"""The reader of requests against gunicorn's own, on streams of random parts."""
 
 from __future__ import annotations
 

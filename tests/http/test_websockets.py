@@ -485,7 +485,7 @@ def test_socketio_the_server_disconnects(served, where):
 def test_socketio_broadcast_to_many(served, where):
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(SocketIO(served[where])) for _ in range(20)]
-        clients[0].client.emit("everybody", "news")
+        clients[0].client.emit("all", "news")
         for client in clients:
             wait_for(lambda client=client: client.heard == ["news"], "the news")
 
@@ -493,7 +493,7 @@ def test_socketio_broadcast_to_many(served, where):
 def test_socketio_broadcast_from_one_server_to_the_other(served):
     """One program, one Socket.IO server on two sockets."""
     with SocketIO(served["primary"]) as one, SocketIO(served["second"]) as other:
-        one.client.emit("everybody", "news")
+        one.client.emit("all", "news")
         wait_for(lambda: one.heard == other.heard == ["news"], "the news")
 
 

@@ -31,7 +31,7 @@ socket.on('told', (data) => { result.told = data; });
 socket.on('disconnect', (reason) => end({ reason }));
 
 function finish() {
-  socket.emit('everybody', 'news');
+  socket.emit('all', 'news');
   const ask = () => socket.emit('ask', 'x', (reply) => {
     // the server knows of an upgrade a moment later
     if (JSON.parse(transports).includes('websocket') && reply.transport !== 'websocket') {

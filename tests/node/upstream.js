@@ -140,7 +140,7 @@ const io = new SocketIO(server, {
 io.on('connection', (socket) => {
   socket.on('echo', (data) => socket.emit('echoed', data));
   socket.on('ask', (data, reply) => reply({ transport: socket.conn.transport.name, data }));
-  socket.on('everybody', (data) => io.emit('told', data));
+  socket.on('all', (data) => io.emit('told', data));
   socket.on('leave', () => socket.disconnect(true));
 });
 

@@ -163,7 +163,7 @@ def test_the_placements_one_and_each(start):
     workers = site.pids()
 
     def ports():
-        """The ports of the workers' own servers, and who responds there."""
+        """The ports of the workers' own servers, and which worker responds there."""
         named = {s["name"]: s["address"] for s in only(start)["servers"] if s["name"].startswith("each")}
         found = {name: int(address.rpartition(":")[2]) for name, address in named.items()}
         return {name: (port, answers(port) and int(fetch(port)[1])) for name, port in found.items()}

@@ -92,7 +92,7 @@ IMPOSSIBLE = [
 
 @pytest.fixture(scope="module")
 def refusals():
-    """What each of these calls raises, in a worker that catches it and goes on."""
+    """What each of these calls raises, in a worker that catches it and continues."""
     with starting() as start:
         start.write(
             "program.py",

@@ -49,7 +49,7 @@ def test_a_port_as_a_lock(start, port, host):
 
 
 def test_a_port_that_is_left_to_the_kernel(obedient, port):
-    """``placement={port: "off"}``: who listens first has the port, as without the package."""
+    """``placement={port: "off"}``: the worker that listens first has the port, as without the package."""
     process, first, second = obedient(2, PASSENGER_PLACEMENT=f"{port}=off")
     code = f"s = socket.create_server(('127.0.0.1', {port}))"
     first.do(code)

@@ -43,7 +43,7 @@ def test_a_flood_of_garbage_costs_only_that_worker_its_channel(start, port):
     pids_answering(port, 2)
     victim = run(process, f"[os.getpid(), [{raw(b'garbage')} for _ in range(150)]][0]")
     process.wait_log(rf"closing the channel of worker {victim} after 100 malformed messages")
-    assert len(pids_answering(port, 2)) == 2  # itself, or who has taken its place
+    assert len(pids_answering(port, 2)) == 2  # itself, or its successor
 
     def other():
         pid, state = eval(run(process, "(os.getpid(), passenger.listen('auto', whoami).listening)"))
@@ -291,7 +291,7 @@ def test_idle_costs_nothing(start, port):
                 total += next(int(li.split()[1]) for li in file if li.startswith("voluntary"))
         return total
 
-    # gunicorn's own loop turns once a second; the broker's thread sleeps until somebody asks
+    # gunicorn's own loop turns once a second; the broker's thread sleeps until a message arrives
     import time
 
     before, begun = switches(), time.monotonic()

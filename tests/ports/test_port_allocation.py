@@ -322,7 +322,7 @@ needs_root = pytest.mark.skipif(
 
 
 def nobodys_home(home):
-    """A home that nobody may use, with the modules that an unprivileged worker has to read."""
+    """A home that the account nobody may use, with the modules that an unprivileged worker has to read."""
     home.chmod(0o1777)
 
 

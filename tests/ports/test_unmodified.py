@@ -126,7 +126,7 @@ def test_a_captured_server_that_closes_and_listens_again(start, port):
 
 
 def test_a_script_whose_thread_outlives_it(start, port):
-    """Plain Python waits for threads that are no daemons."""
+    """Plain Python waits for threads that are not daemons."""
     script = start.write(
         "outlives.py",
         """

@@ -50,10 +50,10 @@ def family():
 
 
 def leaves():
-    """Goes into the background, as daemons of old did."""
+    """Goes into the background, as old daemons did."""
     read, write = os.pipe()
     if os.fork():
-        os.read(read, 1)  # it is ended when this process has ended: first it says who it is
+        os.read(read, 1)  # it is ended when this process has ended: first it prints its pid
         os._exit(0)
     print(f"left behind {os.getpid()}", flush=True)
     os.write(write, b".")

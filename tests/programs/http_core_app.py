@@ -116,7 +116,7 @@ def application(environ, start_response):
     elif path == "/outcomes":
         answer = b" ".join(kept)
     elif path == "/local":
-        answer = getattr(local, "who", "nobody").encode()
+        answer = getattr(local, "who", "unset").encode()
         local.who = environ["QUERY_STRING"]
     elif path == "/stop":
         next(iter(()))

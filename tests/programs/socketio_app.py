@@ -29,8 +29,8 @@ def on_join(room):
     join_room(room)
 
 
-@io.on("everybody")
-def on_everybody(data):
+@io.on("all")
+def on_all(data):
     io.emit("news", data)
 
 

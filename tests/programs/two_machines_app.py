@@ -28,6 +28,6 @@ def on_whoami():
     return os.getpid(), request.sid
 
 
-@io.on("everybody")
-def on_everybody(data):
+@io.on("all")
+def on_all(data):
     io.emit("news", data)

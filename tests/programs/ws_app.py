@@ -82,8 +82,8 @@ def socketio_ask(data=None):
     return {"pid": os.getpid(), "transport": socketio.server.transport(flask.request.sid), "data": data}
 
 
-@socketio.on("everybody")
-def socketio_everybody(data):
+@socketio.on("all")
+def socketio_all(data):
     flask_socketio.emit("told", data, broadcast=True)
 
 

@@ -1,4 +1,4 @@
-"""Targets that break off a response."""
+"""Targets that end a response too early."""
 
 import pytest
 from proxy_harness import background, cut_off, wait_read

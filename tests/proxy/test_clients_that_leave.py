@@ -16,7 +16,7 @@ def test_a_client_goes_whose_upload_is_blocked(lab, upstream, port, leaves):
     fill(client.sock, bytes(MB), 4 * buffers() + 16 * MB)
     if leaves == "resets":
         client.reset()
-        # nobody has read a byte: the worker lets go all the same
+        # the client has not read a byte: the worker closes the connection all the same
         lab.wait_sockets(before)
     else:
         client.sock.close()

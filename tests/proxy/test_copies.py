@@ -50,7 +50,7 @@ def test_forward_gets_a_copy(lab, upstream, port, mode, form, path):
         assert read_response(client).text == b"ok"
         copy = copies.accept()
         copied = read_request(copy)
-        copy.send(answer("500 No", body=b"nobody reads this"))
+        copy.send(answer("500 No", body=b"not read"))
     assert (got.path, got.text) == ("/x?q", b"hello")
     assert (copied.path, copied.text, copied.get("x-thing")) == (path, b"hello", ["1"])
     assert copied.start.startswith("POST ")

@@ -144,7 +144,7 @@ def test_the_error_handlers_answer_to_head_has_no_body(lab, port):
 
 
 def test_the_clients_connection_is_in_order_after_an_error(lab, port):
-    """The rest of a body that nobody took is no request."""
+    """The rest of a body that the application did not read is not a request."""
     where = lab.serve(f"{port}")
     lab.run("\nproxy.on('error', lambda *a: seen.append(a[1].path))")
     hidden = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"

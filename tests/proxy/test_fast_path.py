@@ -139,7 +139,7 @@ ANSWERS = {
     "two lengths": pieces(answer("200 OK", DATE, "Content-Length: 3")),
     "one length twice": pieces(answer("200 OK", DATE, "Content-Length: 2")),
     "both framings": pieces(answer("200 OK", DATE, "Transfer-Encoding: chunked")),
-    "switching, which nobody asked for": pieces(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n"),
+    "switching without an Upgrade header": pieces(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n"),
     "garbage": pieces(b"SSH-2.0-x\r\n\r\n"),
     "a bad line": pieces(answer("200 OK", DATE, "X Y: 1")),
     "a bare LF": pieces(PLAIN.replace(b"\r\n", b"\n", 1)),
@@ -213,7 +213,7 @@ def read_all(client: Wire) -> tuple[bytes, bytes]:
         end = b"whole"
     except (AssertionError, ConnectionError):
         message, client.data = head + client.data, b""
-        end = b"broke off"
+        end = b"truncated"
     return re.sub(rb"(?i)date: [^\r]*", b"date", message), end
 
 

@@ -96,7 +96,7 @@ def test_forwarded_is_written(lab, upstream, port, mode, value):
     (element,) = forwarded_elements(got)
     assert element["for"] in ("127.0.0.1", '"127.0.0.1"')
     assert element["proto"] == "http"
-    # a colon is no token character
+    # a colon is not a token character
     assert element["host"] == '"example.org:81"'
     assert not got.get("x-forwarded-for")
 

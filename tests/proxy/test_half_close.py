@@ -42,7 +42,7 @@ def test_a_unix_client_that_half_closes_and_then_goes(lab, upstream, port):
         wire = accept(upstream, client)
         read_request(wire)
         client.finish()
-        assert silent(wire), "a half-close is no end"
+        assert silent(wire), "a half-close is not an end"
     wire.sock.settimeout(15)
     assert wire.ended()
 

@@ -41,8 +41,8 @@ Ours = http_proxy.ProxyMiddleware
 #: - fields named by Connection are dropped too (RFC 9110 section 7.6.1), under a server that tells which of
 #:   them the client has sent;
 #: - Host has the target's port, where it is not the scheme's own (section 7.2);
-#: - the path goes on as the client wrote it: %2F stays, and what is not ASCII is not coded twice;
-#: - a silent target is 504 (theirs: 502), and an answer that breaks off does not look whole;
+#: - the target gets the path as the client wrote it: %2F stays, and what is not ASCII is not coded twice;
+#: - a silent target is 504 (theirs: 502), and a truncated response does not look complete;
 #: - a body without length is sent in chunks; connections to the target are kept;
 #: - ``Accept-Encoding: identity`` is not added for a client that said nothing;
 #: - what cannot be used is told when the middleware is made.
@@ -643,7 +643,7 @@ def test_an_upgrade_under_another_server(served, upstream):
 # wsgiref serves one request at a time
 @pytest.mark.leave_out(lambda served: served == "wsgiref")
 def test_many_at_once_under_another_server(served):
-    """Each thread has its own request; nobody gets another's answer."""
+    """Each thread has its own request, and gets the response to that."""
 
     class Own(Origin):
         def reply(self, message):

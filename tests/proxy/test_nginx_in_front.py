@@ -83,7 +83,7 @@ def test_front_plain(front):
     assert front.get("/unmodified")[0] == 304
 
 
-def test_front_tells_who_asked(front):
+def test_the_address_of_the_client_is_known(front):
     """nginx speaks over a UNIX socket of this machine, and is believed."""
     _, _, body = front.get("/node/", X_Forwarded_For="203.0.113.9", Host="example.org")
     got = {name.lower(): value for name, value in names(json.loads(body))}
@@ -117,7 +117,7 @@ def test_front_socketio(front, client, transports):
 
 
 def test_reload_under_load(start, peers):
-    """Four workers are replaced twice: every request is answered whole; WebSockets get 1001, or go on."""
+    """Four workers are replaced twice: every response is complete; WebSockets get 1001, or stay open."""
     process = peers.gunicorn(start, "--graceful-timeout", 120, workers=4, bind=f"unix:{start.home}/app.sock")
     end, answers, wrong = threading.Event(), [0] * 4, []
     body = BIG[:100_000]
@@ -186,7 +186,7 @@ def test_reload_under_load(start, peers):
                         ws.recv(LIMIT)
                     assert caught.value.rcvd is not None, caught.value
                     assert caught.value.rcvd.code == 1001
-                # those that may wait go on, in workers that are leaving
+                # those that may wait stay open, in workers that drain
                 for ws in waiting:
                     ws.send("after")
                     assert ws.recv(LIMIT) == "after"

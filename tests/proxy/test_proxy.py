@@ -395,7 +395,7 @@ def test_a_client_that_goes_in_mid_body_ends_the_exchange(proxied, port):
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
 def test_a_target_that_answers_early_leaves_the_clients_connection_in_order(proxied, port, framing):
-    """A 413 on an upload: the client gets it, and what it sends on is no request."""
+    """A 413 on an upload: the client gets it, and the proxy does not take the rest of the body for a request."""
     process = wait_listening(proxied())
     with Upstream(port) as upstream, contextlib.closing(connect(process.socket)) as client:
         if framing == "length":

@@ -203,7 +203,7 @@ def test_curl(site, tmp_path):
     base = f"http://127.0.0.1:{site.port}"
     assert sha256(curl(f"{base}/nginx/big.bin")) == sha256(BIG)
     assert curl("--compressed", f"{base}/nginx/text.txt") == TEXT
-    # a download that goes on where it stopped
+    # a download that is resumed
     part = tmp_path / "big.bin"
     part.write_bytes(BIG[:1_000_000])
     curl("-C", "-", "-o", part, f"{base}/nginx/big.bin")

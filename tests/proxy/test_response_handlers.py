@@ -227,7 +227,7 @@ def test_self_handle_response_that_leaves_the_body_unread(lab, upstream, port):
 
 def test_self_handle_response_of_head(lab, upstream, port):
     where = lab.serve(f"{port}, self_handle_response=True")
-    on_answer(lab, "return Response(b'nobody sees', headers={'X-Made': '1'})")
+    on_answer(lab, "return Response(b'not sent', headers={'X-Made': '1'})")
     with connect(where) as client:
         wire = accept(upstream, client.send(request(method="HEAD")))
         read_request(wire)
@@ -237,7 +237,7 @@ def test_self_handle_response_of_head(lab, upstream, port):
         wire = wire if not upstream.connects_within(0.5) else upstream.wires[-1]
         assert read_request(wire).path == "/y"
         wire.send(OK)
-        assert read_response(client).text == b"nobody sees"
+        assert read_response(client).text == b"not sent"
 
 
 def test_self_handle_response_and_several_handlers(lab, upstream, port):

@@ -340,7 +340,7 @@ def test_what_the_program_has_left_is_what_is_sent(came, changes):
 
 
 def test_a_unix_peer_is_believed_only_when_trusted_says_so(lab, port, upstream):
-    """A list of whom to trust that does not name it must not let it through."""
+    """A list of trusted addresses that does not name it must not let it through."""
     said = "X-Forwarded-For: 6.6.6.6"
     for trusted, wanted in (
         ("[]", "127.0.0.1"),

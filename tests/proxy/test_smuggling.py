@@ -327,7 +327,7 @@ def test_a_response_that_is_not_http_is_502(px, case):
             answer = final_of(client)
             assert answer.status == 502, (where, answer)
             assert b"poison" not in answer.body
-            # the connections: this one is used no more, the client's goes on
+            # the connections: this one is not used again, the client's stays open
             cut_off(wire)
             client.send(get("/next"))
             again = upstream.accept()

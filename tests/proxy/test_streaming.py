@@ -226,7 +226,7 @@ def test_100_continue_is_the_upstreams_to_say(px, where):
         assert head.get("expect") == "100-continue"
         assert head.get("content-length") == "5"
         early = came(client)
-        # after a moment the proxy may go on without the upstream's word
+        # after a moment the proxy may send the body without the upstream's 100
         assert not early or elapsed(begun) > 0.5, early
         if not early:
             wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -235,7 +235,7 @@ def test_100_continue_is_the_upstreams_to_say(px, where):
         assert wire.exactly(5) == b"hello"
         wire.send(OK)
         assert response_of(client).body == b"ok"
-        # no second 100, and the connection goes on
+        # no second 100, and the connection stays open
         client.send(get("/next"))
         assert request_of(wire).target == "/next"
         wire.send(OK)
@@ -297,7 +297,7 @@ def cut_off_or_answer(client, wire, upstream):
 
 @ALL
 def test_an_upstream_that_says_nothing_gets_the_body_after_a_moment(px, where):
-    """Of a client that does not wait; one that does is told to go on."""
+    """Of a client that does not wait; one that waits is told to send it."""
     with px.upstream() as upstream, connect(px[where]) as client:
         client.send(EXPECTING + b"hello")
         wire = upstream.accept()
@@ -433,7 +433,7 @@ def test_a_body_that_ends_with_its_connection_is_chunked_for_a_client(px, where,
         assert answer.get("transfer-encoding") == "chunked"
         assert answer.body == b"all of it"
         assert answer.line.startswith("HTTP/1.1 ")
-        # the client's connection goes on, the upstream's was used up
+        # the client's connection stays open, the upstream's was closed
         client.send(get("/next"))
         wire = upstream.accept()
         assert request_of(wire).target == "/next"
@@ -592,7 +592,7 @@ def test_a_pipelined_request_waits_for_the_answer_before(px, where):
 @FRAMINGS
 @pytest.mark.parametrize("end", ["stays", "closes", "resets"])
 def test_an_answer_before_the_request_is_complete(px, where, framing, end):
-    """An early 413 reaches a client that is still sending, and what it sends is no request."""
+    """An early 413 reaches a client that is still sending; the rest of its body is not taken for a request."""
     total = 8 * MB
     field = f"Content-Length: {total}" if framing == "length" else "Transfer-Encoding: chunked"
     with talking(px, where, get("/up", field, method="POST")) as (client, wire):
@@ -613,7 +613,7 @@ def test_an_answer_before_the_request_is_complete(px, where, framing, end):
             assert (answer.status, answer.body) == (413, b"big")
             if end == "resets":
                 wire.reset()
-            # whoever still sends is read or cut off, not left hanging
+            # the proxy reads what a client still sends, or closes the connection; the client does not hang
             client.sock.shutdown(2)
 
 
@@ -762,7 +762,7 @@ def test_a_large_request(px, where, framing):
 @ALL
 @FRAMINGS
 def test_large_bodies_both_ways_at_once(px, where, framing):
-    """Neither direction waits for the other: nobody would ever go on if it did."""
+    """Neither direction waits for the other: that would be a deadlock."""
     total = 30 * MB
     field = f"Content-Length: {total}" if framing == "length" else "Transfer-Encoding: chunked"
     with talking(px, where, get("/", field, method="POST")) as (client, wire):

@@ -344,7 +344,7 @@ def test_what_is_asked_for_under_a_prefix(lab, upstream, port, mode, prefix, val
 
 @pytest.mark.parametrize("path", ["//evil.example/x", "/api//evil.example/x"])
 def test_what_is_left_of_the_prefix_is_a_path(lab, upstream, port, path):
-    """Two slashes at its begin are no authority."""
+    """Two slashes at its beginning do not begin an authority."""
     where = lab.serve(f"{{'/api/': {{'target': {port}, 'remove_prefix': True}}, '/': {port}}}")
     got, _ = ask(where, upstream, request(path))
     assert got.path == path.removeprefix("/api")

@@ -47,7 +47,7 @@ def certificates(tmp_path_factory):
 
 @pytest.fixture
 def secured(origins, port, certificates):
-    """An https target whose authority nobody knows."""
+    """An https target whose certificate authority is unknown."""
     return origins(port, b"secret", tls=certificates.server("localhost", "127.0.0.1"))
 
 

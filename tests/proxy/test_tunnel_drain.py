@@ -62,7 +62,7 @@ def test_a_graceful_stop_closes_websockets_with_1001(number, where):
         unused, unused_wire = opened(where)  # without a frame ever
         worker = px.worker
         px.process.signal(number)
-        # nobody answers the closing frame, and nobody hangs up
+        # neither end responds to the close frame or closes its connection
         assert is_close(cut_off(client), mask=False)
         assert is_close(cut_off(wire), mask=True)
         assert is_close(cut_off(unused), mask=False)
@@ -84,8 +84,8 @@ HALVES = {
 
 
 @pytest.mark.parametrize("direction", ["down", "up"])
-@pytest.mark.parametrize("goes_on", [False, True])
-def test_a_closing_frame_is_never_put_inside_another(direction, goes_on):
+@pytest.mark.parametrize("continues", [False, True])
+def test_a_closing_frame_is_never_put_inside_another(direction, continues):
     """All places of a frame at once, each in a tunnel of its own."""
     with stopping("close") as (px, opened, _):
         mask = direction == "up"
@@ -105,7 +105,7 @@ def test_a_closing_frame_is_never_put_inside_another(direction, goes_on):
         px.process.signal(signal.SIGTERM)
         px.process.wait_log("Handling signal: term")
         for one, other, _, behind in tunnels:
-            if goes_on:
+            if continues:
                 with contextlib.suppress(OSError):
                     one.send(behind)
             data = cut_off(other)

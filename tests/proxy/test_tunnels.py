@@ -180,7 +180,7 @@ def test_a_tunnel_that_one_side_speaks_in_is_not_silent(px, direction):
                 one.send(b"x")
                 assert other.exactly(1) == b"x"
             except (AssertionError, OSError):
-                assert longest > 2, "it was ended, and nobody was silent"  # else the machine was
+                assert longest > 2, "it was ended, and neither end was silent"  # else the machine was
                 return
             last = time.monotonic()
 
@@ -271,7 +271,7 @@ def test_whoever_does_not_read_is_waited_for(px, where, protocol, direction):
         before = px.rss()
         sent = fill(one.sock, block, 2 * buffers() + 8 * MB)
         assert px.rss() < before + 24 * MB
-        # the other direction goes on meanwhile
+        # the other direction continues meanwhile
         other.send(b"hello")
         assert one.exactly(5) == b"hello"
         expected = hashlib.sha256((block * (sent // len(block) + 1))[:sent]).digest()

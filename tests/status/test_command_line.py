@@ -1,4 +1,4 @@
-"""The command line: which application it means, what it prints into a pipe, who has a port, health."""
+"""The command line: which application it means, what it prints into a pipe, which process has a port, health."""
 
 import json
 import os

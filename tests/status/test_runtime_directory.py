@@ -1,4 +1,4 @@
-"""The runtime directory: who may ask, and what another user may have put there."""
+"""The runtime directory: which users may ask, and what another user may have put there."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ from gunicorn_passenger.system import listening_sockets, runtime_dir
 needs_root = pytest.mark.skipif(os.geteuid() != 0 and "CI" not in os.environ, reason="needs root")
 
 
-# --- who may ask, and who is believed ----------------------------------------------------------------
+# --- which users may ask, and which masters are believed ---------------------------------------------
 
 
 def as_nobody(function):
@@ -64,7 +64,7 @@ def test_another_user_gets_nothing(start, home, monkeypatch):
     assert as_nobody(control_client.find) == "[]"
     assert as_nobody(lambda: ask(path, b'{"command": "report"}\n')) == "error PermissionError"
     assert as_nobody(lambda: os.listdir(path.parent)) == "error PermissionError"
-    # and even where the directory and the file let them: the kernel says who it is
+    # and even where the directory and the file let them: the kernel says which user it is
     path.parent.chmod(0o755)
     path.chmod(0o666)
     assert as_nobody(lambda: ask(path, b'{"command": "report"}\n')) in ("b''", "error BrokenPipeError")
@@ -125,7 +125,7 @@ def test_a_status_socket_of_another_user_is_not_trusted(start, home, what):
 
 @needs_root
 def test_read_only_runtime_directory(start, home):
-    """A line in the log, and the application goes on; a reload tries again."""
+    """The log says so and the application runs; a reload tries again."""
     run = home / "run"
     run.mkdir(mode=0o700)
     script = f'mount -t tmpfs -o ro,mode=700 tmpfs {run} && exec "$@"'

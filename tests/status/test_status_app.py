@@ -307,7 +307,7 @@ def spinning(where, workers):
             if client.sock.recv(15):
                 clients[len(clients)] = client
         except TimeoutError:
-            client.close()  # it waits in the queue: nobody is left to accept
+            client.close()  # it waits in the queue: all workers are busy
             return len(clients) >= workers
         return len(clients) >= workers
 

@@ -70,7 +70,7 @@ def test_page(browser, served, port):
     assert NAUGHTY in text
     assert page.run("document.querySelectorAll('img, main b').length") == 0
 
-    # it refreshes by itself, and nobody touched it
+    # it refreshes by itself
     assert cell(page, "Requests") == "0"
     for _ in range(3):
         fetch(served.second, "/")

@@ -33,7 +33,7 @@ def wait_for(condition: Callable[[], Any], what: object = "the condition", timeo
 def stop(pid: int) -> None:
     """Stop a process, and return when all of its threads stand still.
 
-    ``SIGSTOP`` is delivered to one thread, which stops the others once it runs; until then they go on working.
+    ``SIGSTOP`` is delivered to one thread, which stops the others once it runs; until then they continue.
     """
     os.kill(pid, signal.SIGSTOP)
     wait_for(lambda: stands_still(pid), f"process {pid} to stand still")

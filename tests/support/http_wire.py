@@ -87,7 +87,7 @@ def _dechunk(answer: Answer, data: bytes) -> bytes:
 
 
 def parse(data: bytes, heads: Sequence[int] = ()) -> tuple[list[Answer], bytes]:
-    """All answers of a connection that has ended, and what is none."""
+    """All responses of a connection that has ended, and the bytes that are not a response."""
     answers: list[Answer] = []
     final = 0
     while data:

@@ -7,7 +7,7 @@ What counts as a failure, on every request of every client:
 
 - ``refused``: no process listens;
 - ``reset``: the connection was reset, or closed before any byte of the answer to its first request;
-- ``truncated``: the answer broke off, in its head or its body;
+- ``truncated``: the response ended too early, in its head or its body;
 - ``timeout``: nothing came for ``SILENCE`` seconds;
 - ``wrong``: another status than 200, other framing than HTTP's, or other bytes than those that were asked for.
 
@@ -209,7 +209,7 @@ class Clients:
 
     def __init__(self, places: dict[str, Address]) -> None:
         self.places = places
-        #: (place, what) -> answers that were right; and by whom
+        #: (place, what) -> answers that were right; and which worker sent them
         self.answered: Counter[tuple[str, str]] = Counter()
         self.workers: dict[str, set[int]] = {place: set() for place in places}
         self.requests = self.closed_idle = 0

@@ -94,7 +94,7 @@ def socketio_python(port, path, transports):
             client.emit("echo", data)
             wait_for(lambda: heard, "the echo")
             assert heard.pop() == data
-        client.emit("everybody", "news")
+        client.emit("all", "news")
         wait_for(lambda: told, "the news")
         wanted = transports[-1]
         wait_for(lambda: client.call("ask", "x", timeout=LIMIT)["transport"] == wanted, f"{wanted}")

@@ -44,7 +44,7 @@ class Case:
     answer: bytes = answer()
     #: how many final answers there are
     count: int = 1
-    #: what the upstream does after its answer: "" (go on), "close" or "reset"
+    #: what the upstream does after its answer: "" (keep the connection), "close" or "reset"
     then: str = ""
     #: compare the order of the X- fields
     order: bool = False
@@ -76,7 +76,7 @@ METHODS = [
     Case("TRACE", request(method="TRACE")),
     Case("CONNECT", request("example.test:443", method="CONNECT", host="example.test:443")),
     Case("PROPFIND with a body", post(method="PROPFIND")),
-    Case("a method nobody knows", request(method="BREW")),
+    Case("an unknown method", request(method="BREW")),
     Case("a method in small letters", request(method="get")),
     Case("GET with a body", post(method="GET")),
     Case("GET chunked", chunked(method="GET")),
@@ -102,7 +102,7 @@ FRAMINGS = [
     Case("chunked twice", request("/", "Transfer-Encoding: chunked", "Transfer-Encoding: chunked", method="POST", body=b"0\r\n\r\n")),
     Case("Chunked in another letter case", request("/", "Transfer-Encoding: CHUNKED", method="POST", body=b"5\r\nhello\r\n0\r\n\r\n")),
     Case("a vertical tab before chunked", request("/", "Transfer-Encoding: \x0bchunked", method="POST", body=b"0\r\n\r\n")),
-    Case("a chunk's size that is none", chunked(b"zz\r\nhello\r\n0\r\n\r\n")),
+    Case("a malformed chunk size", chunked(b"zz\r\nhello\r\n0\r\n\r\n")),
 ]  # fmt: skip
 
 FIELDS = [
@@ -197,7 +197,7 @@ UPGRADES = [
     Case("an upgrade in a list of others", request("/", "Connection: keep-alive, Upgrade", "Upgrade: websocket"), SWITCH, after=b"hello"),
     Case("an upgrade to another protocol", request("/", "Connection: Upgrade", "Upgrade: echo"), SWITCH.replace(b"websocket", b"echo"), after=b"hello"),
     Case("an upgrade to one of two protocols", request("/", "Connection: Upgrade", "Upgrade: echo, other"), SWITCH.replace(b"websocket", b"echo"), after=b"hello"),
-    Case("a switch that nobody asked for", request(), SWITCH, then="close", hangs=("node",)),
+    Case("an unsolicited switch", request(), SWITCH, then="close", hangs=("node",)),
 ]  # fmt: skip
 
 
@@ -221,7 +221,7 @@ ANSWERS = [
     Case("HEAD, of no length", request(method="HEAD"), answer("Connection: close", framing="", body=b""), then="close"),
     Case("103 before the answer", request(), b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + OK, hangs=("nginx",)),
     Case("102 before the answer", request(), b"HTTP/1.1 102 Processing\r\n\r\n" + OK, hangs=("nginx",)),
-    Case("100 that nobody asked for", request(), b"HTTP/1.1 100 Continue\r\n\r\n" + OK, hangs=("nginx",)),
+    Case("an unsolicited 100", request(), b"HTTP/1.1 100 Continue\r\n\r\n" + OK, hangs=("nginx",)),
     Case("a redirect with a path", request(), answer("Location: /other?x", status="302 Found")),
     Case("a relative redirect", request("/a/b"), answer("Location: ../other", status="301 Moved")),
     Case("a redirect elsewhere", request(), answer("Location: http://other.test/", status="307 There")),
@@ -268,10 +268,10 @@ BROKEN = [
     Case("two lengths in the answer", post(), answer("Content-Length: 5"), then="close"),
     Case("one length twice in the answer", post(), answer("Content-Length: 6"), then="close"),
     Case("a length and chunks in the answer", post(), answer("Content-Length: 6", framing="chunked"), then="close"),
-    Case("a length that is none in the answer", post(), answer("Content-Length: six", framing=""), then="close"),
+    Case("a malformed length in the answer", post(), answer("Content-Length: six", framing=""), then="close"),
     Case("a coding that is not chunked in the answer", post(), answer("Transfer-Encoding: gzip", framing=""), then="close", hangs=("node",)),
-    Case("a chunk that is none in the answer", post(), answer("Transfer-Encoding: chunked", framing="", body=b"zz\r\nanswer\r\n0\r\n\r\n"), then="close", hangs=("node",)),
-    Case("a second chunk that is none in the answer", post(), answer("Transfer-Encoding: chunked", framing="", body=b"6\r\nanswer\r\nzz\r\n"), then="close", hangs=("node",)),
+    Case("a malformed chunk in the answer", post(), answer("Transfer-Encoding: chunked", framing="", body=b"zz\r\nanswer\r\n0\r\n\r\n"), then="close", hangs=("node",)),
+    Case("a malformed second chunk in the answer", post(), answer("Transfer-Encoding: chunked", framing="", body=b"6\r\nanswer\r\nzz\r\n"), then="close", hangs=("node",)),
     Case("a chunk longer than it says in the answer", post(), answer("Transfer-Encoding: chunked", framing="", body=b"3\r\nanswer\r\n0\r\n\r\n"), then="close", hangs=("node",)),
     Case("a field without a colon in the answer", post(), answer("nonsense"), then="close"),
     Case("a space before the colon in the answer", post(), answer("X-A : 1"), then="close"),
@@ -334,7 +334,7 @@ def differ(name: str, peers: str, what: str, why: str, *cases: str, **options: A
 
 
 BROKEN_CHUNKS = (
-    "a chunk that is none in the answer", "a second chunk that is none in the answer",
+    "a malformed chunk in the answer", "a malformed second chunk in the answer",
     "a chunk longer than it says in the answer",
 )  # fmt: skip
 
@@ -369,7 +369,7 @@ DIFFERENCES = [
     ),
     differ(
         "a request without a body", "node", "request framing",
-        "adds Content-Length: 0 to DELETE, OPTIONS and POST; here nothing is added (RFC 9110 section 8.6 asks for it of POST, from who makes the request)",
+        "adds Content-Length: 0 to DELETE, OPTIONS and POST; here nothing is added (RFC 9110 section 8.6 asks the client, not the proxy, to add it to POST)",
         "DELETE", "OPTIONS", "OPTIONS *", "POST without a framing",
     ),
     differ(
@@ -406,11 +406,11 @@ DIFFERENCES = [
     differ(
         "unknown methods", "node", REFUSED,
         "Node knows a list of methods; here, as in RFC 9110 section 9.1, any token is one",
-        "a method nobody knows",
+        "an unknown method",
     ),
     differ(
         "codings other than chunked", "nginx node", REFUSED,
-        "nginx says 501 to all, Node lets `gzip, chunked` through; here 501 to what is a coding and 400 to what is none (RFC 9112 section 6.1)",
+        "nginx says 501 to all, Node lets `gzip, chunked` through; here 501 to a coding and 400 to anything else (RFC 9112 section 6.1)",
         "a coding that is not chunked", "identity as a coding", "a vertical tab before chunked",
         sometimes=True,
     ),
@@ -422,7 +422,7 @@ DIFFERENCES = [
     differ(
         "a malformed body", "nginx node", "number of requests",
         "read the first chunk before they send the head; here the head goes up at once, and the target's connection is closed before the body's end (RFC 9112 section 7.1)",
-        "a chunk's size that is none",
+        "a malformed chunk size",
         sometimes=True,
     ),
     differ(
@@ -556,13 +556,13 @@ DIFFERENCES = [
     differ(
         "an unsolicited switch of protocols", "nginx node", "status",
         "nginx hands the 101 on, node-http-proxy never answers; here 502 (RFC 9110 section 15.2.2)",
-        "a switch that nobody asked for",
+        "an unsolicited switch",
     ),
     # answers
     differ(
         "1xx", "nginx node", "interim, kept, status, number of requests",
         "nginx 1.22 takes one for the answer, node-http-proxy drops it; here 102 and 103 are handed on, and a 100 if the client waits for it (RFC 9110 section 15.2)",
-        "103 before the answer", "102 before the answer", "100 that nobody asked for",
+        "103 before the answer", "102 before the answer", "an unsolicited 100",
         sometimes=True,
     ),
     differ(
@@ -638,7 +638,7 @@ DIFFERENCES = [
     differ(
         "responses of two framings", "nginx", "status",
         "takes one of them; here 502 (RFC 9112 section 6.3)",
-        "two lengths in the answer", "a length and chunks in the answer", "a length that is none in the answer",
+        "two lengths in the answer", "a length and chunks in the answer", "a malformed length in the answer",
     ),
     differ(
         "one length twice", "node", "status",

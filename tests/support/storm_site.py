@@ -347,11 +347,11 @@ class Traffic:
         wait_for(lambda: sum(self._say("count")["answered"].values()) >= goal, "the traffic")
 
     def drain(self) -> None:
-        """Nobody connects any more; everybody who is connected has been let in."""
+        """No client connects any more; a worker has accepted each one that is connected."""
         self._say("drain")
 
     def finish(self) -> Report:
-        """Everybody has had an answer: what they saw."""
+        """What the clients saw, when each has had a response."""
         result = self._say("finish")
         self._popen.wait()
         failures = [Failure(**failure) for failure in result["failures"]]
@@ -573,7 +573,7 @@ class Outcome:
 
 
 def finish(site: Site, traffic: Traffic, kills: list[Kill]) -> Outcome:
-    """After a storm: workers and traffic are well; then a stop, which everybody survives who was let in."""
+    """After a storm: workers and traffic are well; then a stop, which finishes each request that a worker has accepted."""
     # with max_requests, successors start and old workers drain all the time
     wait_for(lambda: len(site.workers()) >= site.number, site.settling)
     traffic.flow()

@@ -108,7 +108,7 @@ def test_a_flood_of_listen_and_close_leaks_nothing_and_disturbs_no_worker(proces
 
 
 def settled_descriptors(process):
-    """How many descriptors the master has when every port that nobody wants is closed."""
+    """How many descriptors the master has when every unused port is closed."""
     seen = []
 
     def same():
@@ -470,7 +470,7 @@ def kill_broker(process, count=1):
 
 
 def test_a_broker_whose_thread_dies_continues_with_what_is_open(start, port):
-    """Noticed, logged, started again: the ports stay open, who wants them is known, and new ones are opened."""
+    """Noticed, logged, started again: the ports stay open, the master knows which workers use them, and new ones are opened."""
     other = free_port()
     start.write(
         "program.py",

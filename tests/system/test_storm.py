@@ -1,4 +1,4 @@
-"""Nobody who was let in is dropped: storms of reloads, deaths and upgrades, with traffic on three servers at once."""
+"""No accepted client is dropped: storms of reloads, deaths and upgrades, with traffic on three servers at once."""
 
 import hashlib
 import json

@@ -112,7 +112,7 @@ class Site:
             chatter.news.clear()
         with suppress(socketio.exceptions.SocketIOError):
             for number, chatter in zip(said, self.chatters, strict=True):
-                chatter.call("everybody", number)
+                chatter.call("all", number)
         wait_for(
             lambda: all({*said} <= {*one.news} for one in self.chatters) or self.sessions() != before,
             lambda: f"{said}, heard {[one.news for one in self.chatters]}",

@@ -192,7 +192,7 @@ def test_a_blocked_sibling_is_waited_for_once(
     workers: Workers, absent: AcceptBalance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert waits(workers, 10, lambda _number: None) == [0]
-    # it goes on, and is blocked again
+    # it continues, and is blocked again
     assert waits(workers, 10, lambda number: number or absent.add(1)) == [0]
     monkeypatch.setattr(workers.acceptors[0]._balance, "_blocked_until", 0.0)  # some time later
     assert len(waits(workers, 10, lambda _number: None)) == 1

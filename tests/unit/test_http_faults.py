@@ -220,7 +220,7 @@ class Waiting:
         boom()
 
 
-def test_deadlines_go_on_after_a_fault(log: list[logging.LogRecord]) -> None:
+def test_timeouts_still_run_after_a_fault(log: list[logging.LogRecord]) -> None:
     faults.log.setLevel(logging.DEBUG)
     deadlines, expired = TimeoutQueue(0.01), []  # type: ignore[var-annotated]
     for _ in range(2):
@@ -234,7 +234,7 @@ def test_deadlines_go_on_after_a_fault(log: list[logging.LogRecord]) -> None:
     logged(log)
 
 
-def test_idle_ticks_go_on_after_a_fault(log: list[logging.LogRecord]) -> None:
+def test_idle_ticks_still_run_after_a_fault(log: list[logging.LogRecord]) -> None:
     faults.log.setLevel(logging.DEBUG)
     silence, expired = IdleTicker(0.01), []  # type: ignore[var-annotated]
     for count in (3, 6):

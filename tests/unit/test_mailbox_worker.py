@@ -336,7 +336,7 @@ def test_only_the_query_names_the_session(site):
 
 
 @pytest.mark.parametrize("name", ["plain", "*a", "a+b", "a|b", "$a^", "a.b"])
-def test_the_name_of_a_cookie_is_no_pattern(site, name):
+def test_the_name_of_a_cookie_is_not_a_pattern(site, name):
     site.mailboxes.tag, site.mailboxes.key = "o" * 16, b"key"
     site.join("s" * 16)
     by_cookie = ByCookie(site.mailboxes, "key", name)
@@ -361,7 +361,7 @@ def value_of_cookie(site, tag, name):
 
 
 def test_a_cookie_of_a_sibling_is_signed_with_the_key_of_the_master(site):
-    """The tags of live workers are no secret: session ids begin with them."""
+    """The tags of live workers are not secret: session ids begin with them."""
     site.mailboxes.tag, site.mailboxes.key = "o" * 16, b"the master's key"
     site.join("s" * 16)
     signed = value_of_cookie(site, "s" * 16, "worker")

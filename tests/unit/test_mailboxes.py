@@ -1,4 +1,4 @@
-"""Mailboxes without processes: what fits in, who gets what, and what the master does with those of the dead."""
+"""Mailboxes without processes: what fits in, which worker gets what, and what the master does with those of dead workers."""
 
 import os
 import socket

@@ -124,7 +124,7 @@ def test_a_request_that_cannot_be_sent_keeps_no_other_from_it(pairs, logged):
     gevent.sleep(0)
     assert [received(far, 7) for _, far in ends[::2]] == [b"request"] * 2
     until(lambda: ended(ends[1][1]))
-    assert streams[1].recv(10) == b""  # whoever waits for the response hears of it
+    assert streams[1].recv(10) == b""  # the greenlet that waits for the response sees the end
     assert (streams[1].failed, streams[1].partially_sent) == (True, False)
     runtime().send_at_end_of_iteration(streams[0], b"another")
     assert received(ends[0][1], 7) == b"another"
@@ -229,7 +229,7 @@ def test_an_unused_connection_that_cannot_be_closed_keeps_no_other_open(pool, lo
     assert ended(one.stream.far)
     assert ended(two.stream.far)
     real.close()
-    # the timer goes on
+    # the timer still runs
     three = pool.acquire()
     pool.release(three)
     until(lambda: ended(three.stream.far))

@@ -324,7 +324,7 @@ def test_a_connection_that_is_given_back_goes_to_the_request_that_waits_longest(
     assert pool.used == 0
 
 
-def test_who_is_killed_while_waiting_leaves_no_trace(pool):
+def test_a_greenlet_that_is_killed_while_it_waits_leaves_no_trace(pool):
     one, _ = pool.acquire(), pool.acquire()
     waiting = gevent.spawn(pool.acquire)
     gevent.sleep(0)
@@ -334,7 +334,7 @@ def test_who_is_killed_while_waiting_leaves_no_trace(pool):
     assert pool.acquire() is one
 
 
-def test_who_is_killed_when_just_called_gives_the_place_back(pool):
+def test_a_greenlet_that_is_killed_when_just_called_gives_its_place_back(pool):
     one, two = pool.acquire(), pool.acquire()
     waiting = gevent.spawn(pool.acquire)
     gevent.sleep(0)

@@ -79,7 +79,7 @@ WORKERS = st.lists(
 
 
 @given(WORKERS, st.integers(0, 5))
-def test_nobody_is_stopped_who_is_needed(states, wanted):
+def test_a_worker_that_is_needed_is_not_stopped(states, wanted):
     workers = [
         Candidate(1000 + age, age, serves, serves or overdue, retiring, leaving)
         for age, (serves, overdue, retiring, leaving) in enumerate(states)

@@ -1,4 +1,4 @@
-"""Answers that the loop's turn holds: who gets them when, and that none is lost or comes out of order.
+"""Responses that wait for the end of the loop's turn: when each client gets them, in order and complete.
 
 A server, its loop and its clients are in this process, so that a test sees what has been sent while an
 application runs.

@@ -330,7 +330,7 @@ def test_a_client_that_sends_no_close_frame_delays_no_exit(start, port):
     ws.shutdown()
 
 
-def test_websockets_may_go_on_by_a_setting(start, port):
+def test_a_setting_keeps_websockets_open(start, port):
     start.write("program.py", WEBSOCKET.replace("{port}", str(port)))
     process = start.gunicorn("program", *KEPT, workers=1, env={"PASSENGER_WS_STOP": "wait"}).wait_ready()
     ws = websocket_to(port)

@@ -68,7 +68,7 @@ def test_a_sibling_that_is_busy_and_about_to_leave_loses_nothing(start, port, ho
 
 
 def test_a_reload_that_changes_the_bind_closes_no_connection(start, home):
-    """Nobody of the next generation listens where it came from: it is kept, and its next answer is the last."""
+    """No worker of the next generation listens on its port: the worker keeps it, and its next response is the last."""
     conf = start.write("gunicorn.conf.py", f"bind = ['unix:{home}/app.sock']\nworkers = 1\nkeepalive = 30\n")
     process = start.python(
         GUNICORN, "-k", "gunicorn_passenger.Worker", "--umask", "007", "-c", conf, "two_servers"

@@ -1,4 +1,4 @@
-"""Reloads without a gap, and reloads that fail: somebody accepts all the time.
+"""Reloads without a gap, and reloads that fail: a worker accepts at any time.
 
 A worker of ``gated_app`` boots when the test lets it, so nothing here depends on how long that takes.
 """
@@ -315,7 +315,7 @@ def test_connections_wait_for_the_successor(start, home):
     idle.close()
 
 
-def test_a_server_that_the_new_program_opens_late_has_somebody_who_accepts(start, home, port):
+def test_a_server_that_the_new_program_opens_late_always_has_a_worker_that_accepts(start, home, port):
     text = f"""
         import os, threading, time
         def listen_late():

@@ -76,12 +76,12 @@ class Site:
             chatter.news.clear()
         said = [next(self.count) for _ in range(times)]
         for number, chatter in zip(said, itertools.cycle(self.chatters), strict=False):
-            chatter.call("everybody", number)
+            chatter.call("all", number)
         for chatter in self.chatters:
             wait_for(lambda c=chatter: len(c.news) >= times, lambda c=chatter: f"{said}, heard {c.news}")
         # what comes twice would have come by now: a later message comes behind it
         last = next(self.count)
-        self.chatters[0].call("everybody", last)
+        self.chatters[0].call("all", last)
         for chatter in self.chatters:
             wait_for(lambda c=chatter: last in c.news)
             assert sorted(chatter.news) == [*said, last]
@@ -136,8 +136,8 @@ def test_a_room_spans_the_workers(site):
     for chatter in (one, other):
         wait_for(lambda c=chatter: c.news == ["hello"])
     one.call("close", "two")  # what one worker publishes arrives in its order
-    one.call("room", "two", "nobody hears this")
-    one.call("everybody", "last")
+    one.call("room", "two", "for an empty room")
+    one.call("all", "last")
     for chatter in site.chatters:
         wait_for(lambda c=chatter: "last" in c.news)
         assert chatter.news == (["hello", "last"] if chatter in (one, other) else ["last"])
@@ -159,7 +159,7 @@ def test_large_messages_reach_the_clients_of_other_workers(site):
     one, other = site.apart()
     for chatter in site.chatters:
         chatter.news.clear()
-    one.call("everybody", "x" * 300_000)
+    one.call("all", "x" * 300_000)
     for chatter in site.chatters:
         wait_for(lambda c=chatter: c.news == ["x" * 300_000])
     # to one client: python-engineio confuses the two encodings of a binary packet that it sends to several

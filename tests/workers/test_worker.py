@@ -94,7 +94,7 @@ def test_a_bind_that_a_server_claims_later_is_its_own_from_then_on(start, port):
     assert int(idle.getresponse().read()) in process.workers()
     run(process, f"server = passenger.create_server(other).listen({port})")
     wait_for(lambda: all(fetch(port)[1] == "other" for _ in range(20)), "the server of the program")
-    # a connection of before is finished where it is
+    # the old worker finishes its connection
     idle.request("GET", "/")
     response = idle.getresponse()
     assert response.getheader("Connection") == "close"
@@ -103,14 +103,14 @@ def test_a_bind_that_a_server_claims_later_is_its_own_from_then_on(start, port):
     assert "Traceback" not in process.log()
 
 
-def test_socket_open_to_everybody_is_warned_of(start):
+def test_a_socket_that_every_user_may_connect_to_is_warned_of(start):
     process = start.gunicorn("two_servers", "--umask", "0").wait_ready()
     process.wait_log(r"WARNING.*Every user of this machine may connect to unix:.*--umask 007")
 
 
-def test_socket_for_the_group_is_not_warned_of(start):
+def test_a_socket_of_the_group_is_not_warned_of(start):
     process = start.gunicorn("two_servers").wait_ready()
-    assert "Everybody" not in process.log()
+    assert "Every user" not in process.log()
 
 
 def test_two_unix_binds_both_serve_the_primary(start, home):
