@@ -88,6 +88,10 @@ _HALT_WAIT = 10.0
 _SETTLED_SECONDS = 3.0
 #: Seconds after which a program that is still being imported may need a hint.
 _LOADING_SECONDS = 10.0
+_NO_BLOCKING_WATCH = (
+    "What blocks this worker's event loop will not be logged: %s; raise the limit of processes (ulimit -u, "
+    "pids.max) and reload gunicorn"
+)
 
 
 class Worker(GeventWorker):
@@ -288,7 +292,7 @@ class Worker(GeventWorker):
             try:
                 BlockingWatch(seconds, self.log, self.scoreboard).start()
             except RuntimeError as error:
-                self.log.warning("What blocks this worker's event loop will not be logged: %s", error)
+                self.log.warning(_NO_BLOCKING_WATCH, error)
         serves_primary = not isinstance(registry.primary, ThirdPartyServer)
         name = default_name(self.wsgi) if registry.primary is None else registry.primary.name
         registry.broker.announce_ready(name, serves_primary)

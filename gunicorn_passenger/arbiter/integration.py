@@ -82,7 +82,7 @@ def prepare_worker(
     except (OSError, RuntimeError) as error:
         log.error(
             "gunicorn-passenger: the port broker failed (%s): the primary is served, ports asked for "
-            "with listen() are not",
+            "with listen() are not; correct that, then restart gunicorn",
             error,
         )
         return None, None, primary_listeners(listening)

@@ -53,13 +53,15 @@ class UnmanagedListeners:
     def _warn(self, inode: int, name: SockAddr) -> None:
         with listening_sockets.borrowed_socket(fds_of(inode)[0]) as sock:
             if shares_port(sock):
-                who = "each worker accepts there by itself (SO_REUSEPORT), and loses what waits when it exits"
+                consequence = (
+                    "each worker accepts there by itself (SO_REUSEPORT), and loses what waits when it exits"
+                )
             else:
-                who = "only this worker accepts there"
+                consequence = "only this worker accepts there"
         self._registry.log.warning(
             "%s was opened without Python's socket module, so the master cannot share it: %s (pid:%s); run "
             "gunicorn with --workers 1, or open the socket in Python",
             format_sockname(name),
-            who,
+            consequence,
             os.getpid(),
         )

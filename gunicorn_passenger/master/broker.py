@@ -261,7 +261,7 @@ class Broker:
 
     def close_port(self, port: Port) -> None:
         self.sync.close_stopped(port)
-        self.log.info("Closed %s: it was stopped", port.key)
+        self.log.info("Closed %s, as 'gunicorn-passenger stop' asked", port.key)
 
     def reopen_port(self, port: Port) -> None:
         self.listeners.reopen(port)

@@ -69,7 +69,7 @@ class MirroredRequest:
         if len(_under_way) >= _MOST:
             self._given_up = True
             log.warning(
-                "proxy: %s: %d requests are being mirrored already, this one is not", self._target, _MOST
+                "proxy: %s: %d requests are being mirrored already, so this one is not", self._target, _MOST
             )
             return
         _under_way.add(self)
@@ -82,7 +82,7 @@ class MirroredRequest:
         if self._waiting > _WAITING or _MirrorTotal.waiting > _WAITING_IN_ALL:
             self._give_up()
             log.warning(
-                "proxy: %s: it is slower than the client, so mirroring this request is given up",
+                "proxy: %s: it is slower than the client, so this request is not mirrored to its end",
                 self._target,
             )
             return

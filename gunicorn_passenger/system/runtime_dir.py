@@ -54,7 +54,7 @@ def ensure(warn: Callable[[str], object] = lambda _: None) -> str:
     name is used instead, which the command line finds.
 
     :param warn: called with one sentence in that case.
-    :raises SettingError: when it cannot be made, or another user owns it or may write to it.
+    :raises SettingError: when it cannot be created, or another user owns it or may write to it.
     """
     path = directory()
     try:
@@ -132,7 +132,7 @@ def _ensure(path: str, mode: int) -> str:
         if _owner(path) not in (None, os.geteuid()):
             raise _not_ours(path) from None
         raise SettingError(
-            f"the runtime directory {path} cannot be made ({error.strerror}); {advice}"
+            f"the runtime directory {path} cannot be created ({error.strerror}); {advice}"
         ) from None
     try:
         info = os.fstat(fd)

@@ -155,7 +155,7 @@ def test_a_directory_that_cannot_be_made(start, home):
     process = start.gunicorn(
         "status_app", workers=1, env={"PASSENGER_RUNTIME_DIR": "/proc/nowhere/run"}
     ).wait_ready()
-    process.wait_log("will not find this application, which otherwise runs normally: .*cannot be made")
+    process.wait_log("will not find this application, which otherwise runs normally: .*cannot be created")
     assert process.stop() == 0
 
 
