@@ -45,7 +45,7 @@ class Candidate(NamedTuple):
     serving: bool
     #: whether it can take the place of another: it serves what that serves, or the overlap is over
     replaces: bool
-    #: whether it is to be replaced: it asks for that, or runs the program from before a reload
+    #: whether it is to be replaced: it asks for that, or runs the previous program
     retiring: bool = False
     #: whether it was stopped
     leaving: bool = False
@@ -252,7 +252,7 @@ class OverlappingArbiter(Arbiter):
 
     @staticmethod
     def _set_previous_generation(age: int) -> None:
-        """Workers up to this age run the program from before the reload."""
+        """Workers up to this age run the program that the reload replaces."""
         broker = fork_handlers.current_broker()
         if broker is not None:
             broker.workers.previous_generation = age
@@ -272,8 +272,8 @@ class OverlappingArbiter(Arbiter):
             if not isinstance(error, PassengerError):
                 self.log.error("Exception in the reload", exc_info=error)
         self.log.error(
-            "gunicorn-passenger: reload failed: %s. The workers and the configuration from before the reload "
-            "stay. Repair gunicorn's configuration and reload again (HUP)",
+            "gunicorn-passenger: reload failed: %s. The previous workers and configuration stay. Repair "
+            "gunicorn's configuration and reload again (HUP)",
             text,
         )
         broker = fork_handlers.current_broker()

@@ -50,7 +50,7 @@ class BootFailures:
     def record(self, text: str, is_reload: bool, now: float) -> bool:
         """A worker cannot boot.
 
-        :param is_reload: whether workers with the program from before a reload serve.
+        :param is_reload: whether workers with the previous program serve.
         :param now: monotonic seconds.
         :returns: whether it is the first failure of an attempt.
         """
@@ -65,12 +65,12 @@ class BootFailures:
     def report(self, log: Log, event_log: EventLog) -> None:
         """Log the failure that was recorded last."""
         event_log.record("boot_failure", self.text)
-        since = "from before the reload" if self._is_reload else "that run"
+        which = "with the previous program" if self._is_reload else "that run"
         log.error(
             "gunicorn-passenger: %s. The workers %s continue to serve. Repair the program and reload "
             "gunicorn (HUP); without that, the next attempt is in %g s",
             self.text,
-            since,
+            which,
             self._pause,
         )
 

@@ -131,12 +131,14 @@ def test_a_script_whose_thread_outlives_it(start, port):
         "outlives.py",
         """
         import threading
-        import time
+        import gevent
         from wsgiref.simple_server import make_server
         from answering import PORT, application
 
+        script = gevent.getcurrent()
+
         def serve():
-            time.sleep(0.2)  # reads its configuration
+            script.join()  # the script has ended
             make_server("127.0.0.1", PORT, application).serve_forever()
 
         threading.Thread(target=serve).start()

@@ -590,7 +590,7 @@ def test_authorization_is_handed_on(px, where):
 
 @ALL
 def test_the_answer_tells_nothing_of_the_upstreams_connection(px, where):
-    """The client's connection is the proxy's matter: that the upstream's ends is none of the client's."""
+    """The proxy alone decides about the client's connection; the end of the upstream's does not concern the client."""
     with px.upstream() as upstream, connect(px[where]) as client:
         for target in (path(), path()):
             client.send(get(target))

@@ -107,7 +107,7 @@ def test_a_forged_sticky_cookie_is_ignored(lab, pair, value):
     sent = request("/x", f"Cookie: passenger_target={value}")
     came = [get(where, sent) for _ in range(4)]
     assert {message.status for message in came} == {200}
-    # shared out as if there were none, and each told where it is now
+    # balanced as without a cookie, and each response sets a new one
     assert len({message.text for message in came}) == 2
     for message in came:
         assert sticky_cookie(message)[0]

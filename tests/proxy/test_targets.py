@@ -142,7 +142,7 @@ def test_a_target_by_the_name_of_a_server(lab, mode):
     name = f"metrics-{lab.number}"
     lab.run(METRICS)
     where = lab.serve(f"{name!r}", mode)
-    # it is looked up for each request: there is none yet
+    # the proxy looks for it at each request; it does not exist yet
     assert refuse(where).status == 502
     lab.run(f"server.listen('auto', name={name!r}) and None")
     port = lab.run("server.address[1]")

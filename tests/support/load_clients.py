@@ -11,7 +11,7 @@ What counts as a failure, on every request of every client:
 - ``timeout``: nothing came for ``SILENCE`` seconds;
 - ``wrong``: another status than 200, other framing than HTTP's, or other bytes than those that were asked for.
 
-A request on a *reused* connection that meets a clean close before any byte of its answer is none: HTTP lets a server
+A request on a *reused* connection that meets a clean close before any byte of its response is not one: HTTP lets a server
 close an idle connection at any time (RFC 9112 section 9.5), and the client asks again on another. It is counted by itself.
 """
 

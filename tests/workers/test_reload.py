@@ -506,7 +506,7 @@ def test_a_broken_configuration_changes_nothing(start, home, kind):
         start.write("gunicorn.conf.py", f"raw_env = ['COLOUR=red']\n{text}\n")
         process.signal(signal.SIGHUP)
         process.wait_log(f"{reason}")
-        process.wait_log("the configuration from before the reload stay. Repair gunicorn's configuration")
+        process.wait_log("The previous workers and configuration stay. Repair gunicorn's configuration")
         assert ("Traceback" in process.log()) == (kind in ("syntax", "pre_fork"))
         assert set(process.workers()) == old
         assert re.search("^reload failed: ", site.report(start)["failure"])
