@@ -70,6 +70,7 @@ class ListenerSync:
         #: the keys of that part
         self._unopened: set[str] = set()
         listeners.on_close_request = self._on_close_request
+        listeners.keeps_bind = self._keeps_bind
 
     @property
     def _arbiter(self) -> Arbiter | None:
@@ -94,15 +95,8 @@ class ListenerSync:
         :param inherited: the ports of the previous master's programs (see :meth:`.Listeners.export_state`).
         """
         table = self._listeners.ports
-        for key in [k for k, p in table.items() if p.from_config and p.listener not in listening]:
-            # the reload has removed it from ``bind``, or gunicorn cannot open it again
-            if key in self._unopened and not table[key].wanted_by:
-                self._listeners.log.error(
-                    "gunicorn-passenger: %s is in bind, but no longer open: a reload that changes bind "
-                    "cannot open it again while the old workers have it. Upgrade with USR2, or restart "
-                    "gunicorn",
-                    key,
-                )
+        # the reload has removed it from ``bind``
+        for key in [k for k, p in table.items() if p.from_config and p.listener.sock is None]:
             self._listeners.quarantine_slot(table.pop(key), self._workers.ages())
             self._retired_counters.forget(key)
         ours = [port.listener for port in table.values()]
@@ -129,6 +123,8 @@ class ListenerSync:
         """Before the fork of a worker: a reload may have made a new list, without our ports."""
         if listening is not self.listening:
             self.reconcile(listening, {})
+            # it was a reload
+            self.pending = False
             self._unopened.clear()
             if self._bind is not None and self._arbiter is not None:
                 self._arbiter.cfg.set("bind", self._bind)
@@ -162,21 +158,30 @@ class ListenerSync:
         self.pending = True
         self._wake()
 
+    def _keeps_bind(self, key: str) -> bool:
+        """Whether a bind that gunicorn closes stays open, since it is in the new configuration, too."""
+        self._on_close_request()
+        return key in self._unopened
+
     def _strip_owned_binds(self, cfg: Config) -> None:
-        """Remove the ports that a program has open from ``bind``, until gunicorn has opened the rest.
+        """Remove the ports that are open already from ``bind``, until gunicorn has opened the rest.
 
         gunicorn could not open them, since the old workers still hold them.
         """
         named = [format_sockname(a) if isinstance(a, tuple | str) else "" for a in cfg.address]
         binds = cfg.settings["bind"].get()
         ports = self._listeners.ports
-        kept = [bind for bind, key in zip(binds, named, strict=True) if key not in ports]
+        primary = primary_among([isinstance(a, str) for a in cfg.address])
+        # a bind that becomes the primary's has to be the first of gunicorn's own
+        stays = [
+            key in ports and not (first and ports[key].from_config)
+            for key, first in zip(named, primary, strict=True)
+        ]
+        kept = [bind for bind, open_already in zip(binds, stays, strict=True) if not open_already]
         if kept and kept != binds:
             self._bind = binds
-            self._unopened = {key for key in named if key in ports}
+            self._unopened = {key for key, open_already in zip(named, stays, strict=True) if open_already}
             cfg.set("bind", kept)
-            for key in self._unopened:
-                ports[key].claimed = True
 
     def stopping(self) -> bool:
         """Whether the arbiter has closed everything and waits for its workers to exit."""

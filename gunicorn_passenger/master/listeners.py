@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Set
 from contextlib import suppress
+from functools import partial
 from typing import Any
 from zlib import crc32
 
@@ -53,6 +54,9 @@ class Listeners:
         self._stopped = set(stopped)
         #: called when gunicorn closes a listener of the broker
         self.on_close_request: Callable[[], None] = lambda: None
+        #: whether a bind stays open that gunicorn closes (see :class:`.ListenerSync`)
+        self.keeps_bind: Callable[[str], bool] = lambda key: False
+        self._pid = os.getpid()
 
     # --- registering ----------------------------------------------------------------------------
 
@@ -71,7 +75,9 @@ class Listeners:
             port = Port(format_sockname(name), listener, path=str(name), family=socket.AF_UNIX)
             port.file = listening_sockets.inode_id(str(name))
         port.from_config = from_config
-        if not from_config:
+        if from_config:
+            vars(listener)["close"] = partial(self._close_bind, listener, port.key)
+        else:
             port.listener = self._as_owned(listener)
         self._add(port)
         if auto.startswith(_EACH):
@@ -138,6 +144,12 @@ class Listeners:
             ],
             "stopped": [p.key for p in ports if p.paused == "stop"],
         }
+
+    def _close_bind(self, listener: Listener, key: str) -> None:
+        """gunicorn closes a bind. A reload could not open it again while the old workers have it."""
+        if os.getpid() != self._pid or not self.keeps_bind(key):
+            vars(listener).pop("close", None)
+            listener.close()
 
     def _as_owned(self, listener: Listener) -> Listener:
         """The same socket as a listener of our own class, so that a reload does not close it."""

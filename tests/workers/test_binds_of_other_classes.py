@@ -313,3 +313,48 @@ def test_an_operator_restarts_and_stops_a_bind(start, port, worker_class):
     assert asked.failures == []
     assert who(port) == {"second"}
     assert process.stop() == 0
+
+
+@pytest.mark.parametrize("worker_class", ["sync", "gevent", OURS])
+@pytest.mark.parametrize("runtime", [False, True], ids=["", "with another port"])
+def test_a_reload_adds_a_bind_and_removes_it(start, port, worker_class, runtime):
+    """Those that stay, a server's and the primary's, refuse no client meanwhile: gunicorn alone could not open
+    them again while the old workers have them, and would exit.
+    """
+    unclaimed, added = free_port(), free_port()
+    conf = """
+        import gunicorn_passenger as passenger
+        import two_servers
+
+        bind = {binds}
+
+        def post_worker_init(worker):
+            passenger.create_server(two_servers.which("second")).listen({port}, name="jobs")
+        """
+
+    def write(*ports):
+        binds = [f"unix:{start.home}/app.sock", *(f"127.0.0.1:{number}" for number in ports)]
+        return start.write("gunicorn.conf.py", HOOKS + dedent(conf.format(binds=binds, port=port)))
+
+    process = start.python(
+        GUNICORN, "-k", worker_class, "-w", 2, "-c", write(port, unclaimed), *NO_CONTROL, "two_servers:two",
+        env={"P1": free_port()} if runtime else {},
+    ).wait_ready()  # fmt: skip
+    wait_for(lambda: answers(port) and answers(unclaimed), "the binds")
+    with Requests(port, threads=1) as second, Requests(unclaimed, threads=1) as primary:
+        write(added, port, unclaimed)
+        process.hup(2)
+        wait_for(lambda: answers(added), "the new bind")
+        assert who(added) == who(unclaimed) == {"primary"}
+        assert who(port) == {"second"}
+        write(port, unclaimed)
+        process.hup(2)
+        wait_for(lambda: refused(added), "the bind to be closed")
+        assert who(unclaimed) == {"primary"}
+        assert who(port) == {"second"}
+    assert second.failures == []
+    # a class of gunicorn's own may end connections that it has only just accepted
+    assert not [error for error in primary.failures if isinstance(error, ConnectionRefusedError)]
+    assert process.stop() == 0
+    assert all(map(refused, [port, unclaimed]))
+    assert "Traceback" not in process.log()
