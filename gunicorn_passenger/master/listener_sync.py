@@ -5,7 +5,8 @@ Process: the master, in the broker's thread and the arbiter's. Never: close a po
 gunicorn closes every listener of its list in two cases: when it stops, and when a reload changes ``bind``.
 Our listeners only report such a close (:class:`.BrokerOwnedListener`). Which case it was is known when the
 arbiter has replaced its list: by an empty one when it stops (then the ports are closed), by the new binds
-after a reload (then they stay, and join that list before the next worker is forked).
+after a reload (then they stay, and join that list before the next worker is forked). So do the binds
+beside the primary's own that are in the new configuration, too (:meth:`.Listeners.register`).
 """
 
 from __future__ import annotations
