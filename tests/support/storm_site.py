@@ -71,7 +71,7 @@ def _alive(pid: int) -> bool:
 
 
 #: gunicorn's worker classes whose workers have their ports by the hooks. gunicorn serves the primary.
-HOOKED = {f"{kind}+hooks": kind for kind in ("sync", "gthread", "gevent", "asgi")}
+HOOKED = {f"{kind}+hooks": kind for kind in ("sync", "gthread", "gevent", "gevent_pywsgi", "tornado", "asgi")}
 HOOKED["uvicorn+hooks"] = "uvicorn_worker.UvicornWorker"
 
 #: Those whose second port has an ASGI application, and not an unmodified server.
@@ -122,7 +122,7 @@ class Site:
         if hooked:
             self.places.clear()
             options += ["-c", "python:gunicorn_passenger.hooks"]
-            if contestant != "gevent+hooks":
+            if not CONTESTANTS[contestant].startswith("gevent"):
                 variables["STORM_THREADS"] = "1"
         if contestant.startswith("ours") or hooked:
             second = "asgi" if contestant in ASGI else "unmodified"

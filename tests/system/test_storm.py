@@ -56,6 +56,18 @@ def test_the_ports_of_other_worker_classes_lose_nothing_by_a_reload(home, ports,
         assert "Traceback" not in site.log(), site.log()
 
 
+@pytest.mark.parametrize("contestant", ["sync+hooks", "tornado+hooks", "uvicorn+hooks"])
+def test_the_ports_of_other_worker_classes_lose_nothing_by_an_upgrade_that_is_taken_back(
+    home, ports, contestant
+):
+    """The new master is stopped while some of its workers have only just begun to serve."""
+    with storm_site.raised(storm_site.usr2_and_back, 1, home, ports, contestant, workers=2) as raised:
+        site, traffic, kills = raised
+        outcome = storm_site.finish(site, traffic, kills)
+        assert not outcome.faults, "\n".join([str(outcome.report), *outcome.faults, site.log()[-6000:]])
+        assert "Traceback" not in site.log(), site.log()
+
+
 def test_the_clients_notice_what_goes_wrong(home, ports):
     """The measure is measured: workers that are killed lose requests, and a port that is closed refuses them."""
     with storm_site.raised(storm_site.kill_9, 4, home, ports) as (site, traffic, kills):
