@@ -10,6 +10,7 @@ from textwrap import dedent
 
 import pytest
 import websocket
+from broker_access import run
 from conditions import wait_for
 from free_ports import free_port
 from http_client import Client, accepted, answers, fetch, refused
@@ -552,6 +553,30 @@ def test_a_worker_that_cannot_boot_because_gunicorn_stops_is_not_a_failure(start
     wait_for((start.home / "booting").exists, "the second worker to boot")
     assert process.stop() == 0
     assert "Traceback" not in process.log()
+
+
+def test_without_the_hooks_the_program_does_not_start(start):
+    """What the hooks are for."""
+    process = start.python(
+        GUNICORN, "-k", "sync", "-w", 2, "-b", f"unix:{start.home}/app.sock", *NO_CONTROL, "ports_in_threads:wsgi",
+        env={"METRICS": free_port(), "PAGES": free_port()},
+    )  # fmt: skip
+    assert process.wait_end() != 0
+    assert "Address already in use" in process.log()
+
+
+def test_a_port_closes_after_no_worker_has_used_it_for_the_grace_period(start, port):
+    conf = HOOKS + "import gunicorn_passenger\ngunicorn_passenger.configure(grace_period=0.2)\n"
+    process = start.python(
+        GUNICORN, "-k", "sync", "-c", start.write("gunicorn.conf.py", conf), "-b", f"unix:{start.home}/app.sock",
+        *NO_CONTROL, "anything",
+    ).wait_ready()  # fmt: skip
+    run(process, f"server = passenger.create_server(whoami).listen({port})")
+    wait_for(lambda: answers(port), "the server")
+    run(process, "server.close()")
+    process.wait_log(f"Closed 127.0.0.1:{port}: no worker has wanted it for 0.2 s")
+    assert refused(port)
+    assert process.stop() == 0
 
 
 def test_the_hooks_beside_our_own_worker_class(start):
