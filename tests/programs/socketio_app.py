@@ -61,7 +61,7 @@ class ForNode(Namespace):
     def on_echo(self, data):
         self.emit("echoed", data, room=request.sid)
 
-    def on_everybody(self, data):
+    def on_all(self, data):
         self.emit("told", data)
 
     def on_ask(self, data):

@@ -31,8 +31,8 @@ async def on_join(sid, room):
     await io.enter_room(sid, room)
 
 
-@io.on("everybody")
-async def on_everybody(sid, data):
+@io.on("all")
+async def on_all(sid, data):
     await io.emit("news", data)
 
 
@@ -63,7 +63,7 @@ class ForNode(socketio.AsyncNamespace):
     async def on_echo(self, sid, data):
         await self.emit("echoed", data, to=sid)
 
-    async def on_everybody(self, sid, data):
+    async def on_all(self, sid, data):
         await self.emit("told", data)
 
     async def on_ask(self, sid, data):
