@@ -10,6 +10,17 @@ _UNHEARD.addHandler(logging.NullHandler())
 _UNHEARD.propagate = False
 
 
+class _Client(socketio.Client):
+    """One whose every attempt to connect waits as long as the first one does.
+
+    When it connects again, it gives up after a second, which a loaded machine may need. Then it waits for its
+    poll to end, which python-engineio's server of asyncio does only at the next ping.
+    """
+
+    def connect(self, *arguments, wait_timeout=30, **options):
+        super().connect(*arguments, wait_timeout=wait_timeout, **options)
+
+
 class Chatter:
     """A client that connects again when it has lost its worker, and keeps what it hears."""
 
@@ -18,7 +29,7 @@ class Chatter:
         self.rooms = ["all"]
         # python-socketio takes a random part off the delay; with none left it connects again while the thread
         # of the lost connection still resets the client, which then stays without a session for ever
-        self.client = socketio.Client(
+        self.client = _Client(
             reconnection_delay=0.2,
             reconnection_delay_max=0.4,
             randomization_factor=0.1,
