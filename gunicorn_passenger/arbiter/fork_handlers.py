@@ -6,7 +6,6 @@ waiting without a bound, or leave anything of the master's open in a child.
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import signal
@@ -24,8 +23,6 @@ _current: list[Broker] = []
 _parent: list[Broker] = []
 _hooked: list[bool] = []
 _stops: list[bool] = []
-#: whether the garbage collector leaves the master's objects alone until a fork is over
-_frozen: list[bool] = []
 #: the signals that a thread had blocked before the fork that it is in
 _masks: dict[int, Any] = {}
 
@@ -56,11 +53,6 @@ def install(broker: Broker) -> None:
 
 
 def _before_fork() -> None:
-    # A collection in the child would write to the memory that it shares with the master, and the system would
-    # copy it. The program may have done this itself.
-    if _current and not _frozen and not gc.get_freeze_count():
-        _frozen.append(True)
-        gc.freeze()
     # a stop signal that reaches a child before it has installed its handlers waits until then
     _masks[get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     for broker in _current:
@@ -68,9 +60,6 @@ def _before_fork() -> None:
 
 
 def _after_in_parent() -> None:
-    if _frozen:
-        _frozen.clear()
-        gc.unfreeze()
     for broker in _current:
         broker.after_fork_in_parent()
     _unblock()
@@ -82,7 +71,6 @@ def _after_in_child() -> None:
     # the arbiter's reexec child still exports the state of its broker
     _parent[:] = _current
     _current.clear()
-    _frozen.clear()
     if worker:
         log_locks.leave_to_greenlets()
         _handle_stops(_record_stop)

@@ -223,6 +223,12 @@ class AsgiAcceptor(SiblingConnections):
     def _room(self) -> int:
         return int(self._limit) - len(self._connections) - len(self._opening)
 
+    def _idle_connections(self) -> list[Any]:
+        # a copy: the loop may be adding one
+        http: Any = self._config.http_protocol_class
+        idle = [c for c in list(self._connections) if isinstance(c, http) and c.is_idle]
+        return sorted(idle, key=lambda connection: connection.idle_since)
+
     def _wait_for_room(self, error: OSError) -> None:
         self._pause()
         if not self._complained:
@@ -247,6 +253,8 @@ class AsgiAcceptor(SiblingConnections):
         class Protocol(self._config.http_protocol_class):  # type: ignore[name-defined]
             #: whether a sibling is asked to take the connection
             passing = False
+            #: the loop's time when the last response was complete
+            idle_since = 0.0
 
             def __init__(self) -> None:
                 super().__init__(
@@ -257,6 +265,16 @@ class AsgiAcceptor(SiblingConnections):
 
             def connection_made(self, transport: Any) -> None:
                 super().connection_made(CountingTransport(transport, acceptor._count_sent))
+
+            def on_response_complete(self) -> None:
+                self.idle_since = self.loop.time()
+                super().on_response_complete()
+
+            @property
+            def is_idle(self) -> bool:
+                """Whether it waits for a further request."""
+                done = self.cycle is not None and self.cycle.response_complete
+                return done and not self.passing and not self.transport.is_closing()
 
         return Protocol
 

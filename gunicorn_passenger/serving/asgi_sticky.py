@@ -5,9 +5,9 @@ Never: give uvicorn a part of a request that a sibling is to serve, or lose a by
 
 uvicorn's protocol gets what comes of a connection at once. To pass a connection on, nothing of the request
 may have reached uvicorn, and the one before must be over: its body has come, its response is written. So the
-class below gives uvicorn one request at a time. The length of a request is what Content-Length says (RFC 9112
-section 6.3). Of any other request uvicorn finds the end, and the connection ends with the response: where the
-next request would begin is not known here. A web server that buffers bodies sends no such requests.
+class below gives uvicorn one request at a time. It refuses a request whose end uvicorn's parser could see
+elsewhere (RFC 9112 sections 2.2 and 6.3): what one of them takes for a body would be a request to the other,
+and reach a worker that no check has sent it to.
 """
 
 from __future__ import annotations
@@ -20,39 +20,117 @@ from contextvars import Context
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from gunicorn.http.errors import ParseException
+
+from gunicorn_passenger.http.chunked import CHUNKED, ChunkedDecoder
 from gunicorn_passenger.serving.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from gunicorn_passenger.serving.stickiness import BySessionId
 
-#: Bytes of a head that is not complete, beyond which uvicorn is asked to refuse it; h11 has the same limit.
+#: Bytes that a header section may have; h11 has the same limit.
 _MAX_HEAD = 65536
+#: Bytes that a chunk line may have.
+_MAX_CHUNK_LINE = 4096
 #: Bytes that wait for the response before; then nothing more is read.
 _MAX_WAITING = 65536
-#: Seconds until the next look whether the response before has left the process.
+#: Seconds until the next look whether the response before has left the process: the first, and the most.
 _PAUSE = 0.02
+_MAX_PAUSE = 1.0
+#: Seconds that a client has to read why its request was refused. A connection that is closed with unread
+#: bytes is reset, and the response may be lost (RFC 9112 section 9.6).
+_LINGER = 2.0
 _END = b"\r\n\r\n"
 #: Lines whose end, or whose continuation, parsers take in different ways.
 _AMBIGUOUS = re.compile(rb"(?<!\r)\n|\r(?!\n)|\n[ \t]")
-_CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([^\r]*)", re.IGNORECASE)
-_OTHER_LENGTH = re.compile(
-    rb"\r\n(?:transfer-encoding|upgrade)[ \t]*:|\r\ncontent-length[ \t]+:", re.IGNORECASE
+_FRAMING = re.compile(
+    rb"\r\n(content-length|transfer-encoding|upgrade)([ \t]*):[ \t]*([^\r]*?)[ \t]*(?=\r)", re.IGNORECASE
 )
+_EMPTY_LINES = re.compile(rb"(?:\r\n)+")
+_LENGTH = re.compile(rb"[0-9]{1,18}")
 
 
-def body_length(head: bytes) -> int | None:
-    """The length of a request's body.
+class UnclearRequest(Exception):
+    """A request whose end, or whose beginning, two parsers could see in different places."""
+
+
+def check_line_ends(data: bytes, start: int, end: int) -> None:
+    """Look at the lines of ``data[start:end]``.
+
+    :raises UnclearRequest: for one that does not end with CRLF, or continues the line before.
+    """
+    if _AMBIGUOUS.search(data, start, end):
+        raise UnclearRequest("a line does not end with CRLF, or continues the line before")
+
+
+def body_length(head: bytes) -> int:
+    """The length of a request's body (RFC 9112 section 6.3).
 
     :param head: its header section, complete.
-    :returns: ``None`` when Content-Length does not say it beyond doubt, and for an upgrade.
+    :returns: bytes, or :data:`.CHUNKED`.
+    :raises UnclearRequest: when the header section does not say it beyond doubt.
     """
-    if _AMBIGUOUS.search(head) or _OTHER_LENGTH.search(head):
-        return None
-    found = _CONTENT_LENGTH.findall(head)
-    if not found:
-        return 0
-    text = found[0].rstrip(b" \t")
-    return int(text) if len(found) == 1 and re.fullmatch(rb"[0-9]{1,18}", text) else None
+    check_line_ends(head, 0, len(head))
+    line = head[: head.find(b"\r\n")]
+    if line.startswith(b"CONNECT "):
+        raise UnclearRequest("the method is CONNECT")
+    if line.startswith(b"PRI "):
+        raise UnclearRequest("the client speaks HTTP/2")
+    values: dict[bytes, bytes] = {}
+    for name, space, value in _FRAMING.findall(head):
+        if space:
+            raise UnclearRequest(f"white space follows the name {name.decode()}")
+        if name.lower() in values:
+            raise UnclearRequest(f"{name.decode()} comes twice")
+        values[name.lower()] = value
+    length, coding = values.get(b"content-length"), values.get(b"transfer-encoding")
+    if coding is not None:
+        if length is not None:
+            raise UnclearRequest("it has both Content-Length and Transfer-Encoding")
+        if coding.lower() != b"chunked" or not line.endswith(b" HTTP/1.1"):
+            raise UnclearRequest("Transfer-Encoding is not chunked, or not with HTTP/1.1")
+    elif length is not None and not _LENGTH.fullmatch(length):
+        raise UnclearRequest("Content-Length is not a number of bytes")
+    result = CHUNKED if coding is not None else int(length or 0)
+    if result and b"upgrade" in values:
+        raise UnclearRequest("a request for an upgrade has a body")
+    return result
+
+
+class RequestBody:
+    """Follows the body of a request to its end."""
+
+    def __init__(self, length: int) -> None:
+        """:param length: as :func:`body_length` returns it."""
+        self._left = length
+        self._chunks = ChunkedDecoder(_MAX_CHUNK_LINE) if length == CHUNKED else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether all of it has come."""
+        return not self._left if self._chunks is None else self._chunks.finished
+
+    def advance(self, data: bytes) -> int:
+        """
+        :param data: what has come after that which was taken before.
+        :returns: how many bytes of it belong to the body; the size of a chunk is taken when it is complete.
+        :raises UnclearRequest: for a malformed chunk.
+        """
+        if self._chunks is None:
+            length = min(self._left, len(data))
+            self._left -= length
+            return length
+        at = 0
+        try:
+            while True:
+                at = self._chunks.advance(data, at)
+                length = min(self._chunks.left, len(data) - at)
+                if not length:
+                    return at
+                self._chunks.consume(length)
+                at += length
+        except ParseException as error:
+            raise UnclearRequest(f"a chunk is malformed: {error}") from error
 
 
 def sticky_protocol(base: Any, passes: SiblingConnections) -> Any:
@@ -70,20 +148,25 @@ def sticky_protocol(base: Any, passes: SiblingConnections) -> Any:
             #: how much of that is known to have no end of a head
             self._searched = 0
             self._was_passed = bool(early)
-            #: bytes of the current request's body that have not come yet
-            self._body_left = 0
+            #: the body of the current request
+            self._body = RequestBody(0)
             self._responding = False
-            #: whether uvicorn gets all that comes: it finds the end of the request, the connection's last
-            self._is_last = False
+            #: whether what else comes of the connection is thrown away
+            self._is_refused = False
             self._stopped_reading = False
+
+        @property
+        def is_idle(self) -> bool:
+            return super().is_idle and not self._waiting
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self._advance()
 
         def data_received(self, data: bytes) -> None:
-            self._waiting += data
-            self._advance()
+            if not self._is_refused:
+                self._waiting += data
+                self._advance()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
@@ -96,22 +179,22 @@ def sticky_protocol(base: Any, passes: SiblingConnections) -> Any:
             """Give uvicorn what it may have."""
             if self._waiting:
                 self._unset_keepalive_if_required()
-            while self._waiting and not self.passing and not self.transport.is_closing():
-                if self._is_last:
-                    self._give(len(self._waiting))
-                    if self.cycle is not None:
-                        self.cycle.keep_alive = False
-                elif self._body_left:
-                    length = min(self._body_left, len(self._waiting))
-                    self._body_left -= length
-                    self._give(length)
-                elif self._responding:
-                    if len(self._waiting) > _MAX_WAITING:
-                        self._stopped_reading = True
-                        self.transport.pause_reading()
-                    return
-                elif not self._begin():
-                    break
+            try:
+                while self._waiting and not self.passing and not self.transport.is_closing():
+                    if not self._body.finished:
+                        length = self._body.advance(self._waiting)
+                        if not length:
+                            break
+                        self._give(length)
+                    elif self._responding:
+                        if len(self._waiting) > _MAX_WAITING:
+                            self._stopped_reading = True
+                            self.transport.pause_reading()
+                        return
+                    elif not self._begin():
+                        break
+            except UnclearRequest as error:
+                self._refuse(str(error))
             if self._stopped_reading and not self.passing and not self.transport.is_closing():
                 self._stopped_reading = False
                 if not self.flow.read_paused:
@@ -120,22 +203,35 @@ def sticky_protocol(base: Any, passes: SiblingConnections) -> Any:
         def _give(self, length: int) -> None:
             data, self._waiting, self._searched = self._waiting[:length], self._waiting[length:], 0
             super().data_received(data)
+            protocol = self.transport.get_protocol()
+            if protocol is not self and self._waiting:
+                # the first frames of a WebSocket
+                data, self._waiting = self._waiting, b""
+                protocol.data_received(data)
 
         def _begin(self) -> bool:
             """Begin the next request.
 
-            :returns: whether uvicorn gets it now.
+            :returns: whether uvicorn has got it, or empty lines before it were dropped.
+            :raises UnclearRequest: when it is to be refused.
             """
             data, searched = self._waiting, self._searched
+            empty = _EMPTY_LINES.match(data)
+            if empty is not None:
+                # RFC 9112 section 2.2
+                self._waiting = data[empty.end() :]
+                return True
             end = data.find(_END, max(searched - len(_END), 0)) + len(_END)
             if end < len(_END):
-                # uvicorn judges what no parser may take for the same as this one
-                known = len(data) - data.endswith(b"\r")
-                ambiguous = _AMBIGUOUS.search(data, max(searched - 2, 0), known)
-                self._is_last = len(data) > _MAX_HEAD or ambiguous is not None
-                self._searched = known
-                return self._is_last
+                self._searched = len(data) - data.endswith(b"\r")
+                check_line_ends(data, max(searched - 2, 0), self._searched)
+                end = 0
+            if (end or len(data)) > _MAX_HEAD:
+                raise UnclearRequest(f"its header section is larger than {_MAX_HEAD} bytes")
+            if not end:
+                return False
             head = data[:end]
+            length = body_length(head)
             tag = "" if self._was_passed else passes.owner(head)
             self._was_passed = False
             if tag:
@@ -143,20 +239,35 @@ def sticky_protocol(base: Any, passes: SiblingConnections) -> Any:
                 self.transport.pause_reading()
                 self._pass_on(tag)
                 return False
-            length = body_length(head)
-            if length is None or head.startswith(b"\r"):
-                self._is_last = True
-            else:
-                self._responding, self._body_left = True, length
-                self._give(end)
+            self._responding, self._body = True, RequestBody(length)
+            self._give(end)
             return True
 
-        def _pass_on(self, tag: str) -> None:
+        def _refuse(self, reason: str) -> None:
+            self._waiting, self._is_refused = b"", True
+            self.logger.warning("Invalid HTTP request received: %s; the client gets 400", reason)
+            if not self._body.finished:
+                # the application learns that there is no more
+                started, self.cycle.disconnected = self.cycle.response_started, True
+                self.cycle.message_event.set()
+                if started:
+                    self.transport.close()
+                    return
+            text = f"{reason}\n".encode()
+            self.transport.write(
+                b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n"
+                b"Content-Length: %d\r\n\r\n%b" % (len(text), text)
+            )
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+            self.loop.call_later(_LINGER, self.transport.abort)
+
+        def _pass_on(self, tag: str, pause: float = _PAUSE) -> None:
             if self.transport.is_closing():
                 return
             if self.transport.get_write_buffer_size():
                 # a client that does not wait for the response before
-                self.loop.call_later(_PAUSE, self._pass_on, tag)
+                self.loop.call_later(pause, self._pass_on, tag, min(2 * pause, _MAX_PAUSE))
                 return
             try:
                 # the transport may close its own descriptor meanwhile
@@ -198,6 +309,10 @@ class SiblingConnections:
         """How many more connections it may have."""
         raise NotImplementedError
 
+    def _idle_connections(self) -> list[Any]:
+        """Those that wait for a further request, the longest idle first. Any thread may call."""
+        raise NotImplementedError
+
     def _in_loop(self, function: Callable[[], object]) -> None:
         raise NotImplementedError
 
@@ -218,8 +333,11 @@ class SiblingConnections:
         return self._sticky is not None and not self._shut
 
     def make_room(self) -> bool:
-        """:returns: whether it has room for one more connection, also while it drains."""
-        return self.takes_connections and self._room() > len(self._arriving)
+        """Whether it can serve one more connection, also while it drains.
+
+        At its limit, an idle connection is closed for it: the client of a session has only this worker.
+        """
+        return self.takes_connections and self._room() + len(self._idle_connections()) > len(self._arriving)
 
     def attach(self, sock: Any, addr: Any, begun: bool = False, data: bytes = b"") -> None:
         """Serve a connection that a sibling has accepted.
@@ -253,6 +371,9 @@ class SiblingConnections:
     def _take_arriving(self) -> None:
         while self._arriving:
             family, fd, data = self._arriving[0]
+            if self._room() <= 0:
+                for idle in self._idle_connections()[:1]:
+                    idle.shutdown()
             self._open(family, fd, partial(self._protocol, early=data))
             self._arriving.popleft()  # afterwards: meanwhile it must not seem to be drained
 

@@ -436,8 +436,10 @@ def test_a_module_whose_last_line_blocks(start, port):
     process.wait_log(r"\[WARNING\] The program is not loaded after 10 s, .*: gunicorn-passenger start SCRIPT")
 
 
-def test_a_wrong_module_name_and_modules_imported_too_early(start):
-    start.write("gunicorn.conf.py", "import requests")
+@pytest.mark.parametrize("frozen", ["", "\ndef pre_fork(server, worker): __import__('gc').freeze()"])
+def test_a_wrong_module_name_and_modules_imported_too_early(start, frozen):
+    """gevent finds those modules among the objects of the garbage collector, also if the program has frozen them."""
+    start.write("gunicorn.conf.py", f"import requests{frozen}")
     process = start.gunicorn("no_such_module", workers=1)
     assert process.wait_end() != 0
     log = process.log()

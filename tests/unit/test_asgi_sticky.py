@@ -11,19 +11,21 @@ from zlib import crc32
 import pytest
 import uvicorn
 
+from gunicorn_passenger.http.chunked import CHUNKED
 from gunicorn_passenger.http.client_socket import adopt
+from gunicorn_passenger.serving import asgi_sticky
 from gunicorn_passenger.serving.asgi_acceptor import AsgiAcceptor
-from gunicorn_passenger.serving.asgi_sticky import body_length
+from gunicorn_passenger.serving.asgi_sticky import UnclearRequest, body_length
 
 CFG = SimpleNamespace(
     worker_connections=3, keepalive=2, workers=1, accesslog=None, forwarded_allow_ips="127.0.0.1"
 )
 
 
-@pytest.fixture(autouse=True)
-def h11(monkeypatch):
-    """The same parser with and without httptools, which refuses some of these requests."""
-    monkeypatch.setitem(uvicorn.config.HTTP_PROTOCOLS, "auto", "uvicorn.protocols.http.h11_impl:H11Protocol")
+@pytest.fixture(autouse=True, params=["h11_impl:H11Protocol", "httptools_impl:HttpToolsProtocol"])
+def parser(monkeypatch, request):
+    """uvicorn has one or the other, and they differ in what they accept."""
+    monkeypatch.setitem(uvicorn.config.HTTP_PROTOCOLS, "auto", f"uvicorn.protocols.http.{request.param}")
 
 
 class Worker:
@@ -48,6 +50,8 @@ class Worker:
         body, more = b"", True
         while more and scope["path"] != "/early":
             message = await receive()
+            if message["type"] == "http.disconnect":
+                return
             body, more = body + message["body"], message["more_body"]
         text = f"{self.name} {scope['method']} {scope['path']} {len(body)} {crc32(body)}\n".encode()
         headers = [(b"content-length", str(len(text)).encode())]
@@ -210,29 +214,131 @@ def test_a_sibling_at_its_limit_refuses():
     run(test)
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        request("POST", "/1?sid=a1", headers="Transfer-Encoding: chunked\r\n") + b"2\r\nab\r\n0\r\n\r\n",
-        b"POST /1?sid=a1 HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nab",
-        b"POST /1?sid=a1 HTTP/1.1\nHost: x\nContent-Length: 2\n\nab",
-    ],
-    ids=["chunked", "two lengths", "bare line feeds"],
-)
-def test_a_request_whose_end_only_uvicorn_knows_is_the_last_of_its_connection(data):
+def test_a_sibling_at_its_limit_closes_the_connection_that_is_idle_longest():
     async def test(a, b):
-        for size in (0, 1):
-            got = await exchange(a, data, 1, size, closes=True)
-            assert got == [f"a POST /1 2 {crc32(b'ab')}"]
+        clients = []
+        for _ in range(3):
+            reader, writer = await asyncio.open_connection(*b.acceptor.sockname)
+            writer.write(request("GET", "/1?sid=b1"))
+            assert (await reader.readuntil(b"\n\r\n")).startswith(b"HTTP/1.1 200")
+            assert await reader.readline() == b"b GET /1 0 0\n"
+            clients.append((reader, writer))
+        got = await exchange(a, request("GET", "/1?sid=b1"), 1)
+        assert got == ["b GET /1 0 0"]
+        assert await clients[0][0].read() == b""
+        for reader, writer in clients[1:]:
+            writer.write(request("GET", "/2?sid=b1"))
+            assert (await reader.readuntil(b"\n\r\n")).startswith(b"HTTP/1.1 200")
+        for _, writer in clients:
+            writer.close()
 
     run(test)
 
 
-def test_a_head_without_end_is_refused():
+def chunked(*chunks, trailers=""):
+    parts = [f"{len(chunk):x}\r\n".encode() + chunk + b"\r\n" for chunk in chunks]
+    return b"".join(parts) + f"0\r\n{trailers}\r\n".encode()
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 0])
+def test_chunked_bodies_end_where_their_last_chunk_does(size):
     async def test(a, b):
+        coding = "Transfer-Encoding: chunked\r\n"
+        data = request("POST", "/1?sid=a1", headers=coding) + chunked(BODY[:100], INNER, trailers="A: 1\r\n")
+        data += request("GET", "/2?sid=b1")
+        data += request("POST", "/3?sid=b1", headers=coding.upper()) + chunked(INNER)
+        data += request("GET", "/4?sid=a1")
+        content = BODY[:100] + INNER
+        assert await exchange(a, data, 4, size) == [
+            f"a POST /1 {len(content)} {crc32(content)}",
+            "b GET /2 0 0",
+            f"b POST /3 {len(INNER)} {crc32(INNER)}",
+            "a GET /4 0 0",
+        ]
+
+    run(test)
+
+
+def test_empty_lines_before_a_request_are_dropped():
+    async def test(a, b):
+        data = b"\r\n" + request("GET", "/1?sid=a1") + b"\r\n\r\n" + request("GET", "/2?sid=b1")
+        for size in (0, 1):
+            assert await exchange(a, data, 2, size) == ["a GET /1 0 0", "b GET /2 0 0"]
+
+    run(test)
+
+
+async def refusal(worker, data, size=0):
+    """:returns: the response, after which the worker has closed its side."""
+    reader, writer = await asyncio.open_connection(*worker.acceptor.sockname)
+    try:
+        for at in range(0, len(data), size or len(data)):
+            writer.write(data[at : at + (size or len(data))])
+            await writer.drain()
+            await asyncio.sleep(0)
+        return await reader.read()
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nab", "comes twice"),
+        (b"POST / HTTP/1.1\nHost: x\nContent-Length: 2\n\nab", "does not end with CRLF"),
+        (b"GET / HTTP/1.1\r\nHost: x\n", "does not end with CRLF"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 200_000, "larger than 65536 bytes"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 70_000 + b"\r\n\r\n", "larger than 65536 bytes"),
+        (b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n", "CONNECT"),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "HTTP/2"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\nContent-Length: 2\r\n\r\nab", "upgrade"),
+        (b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "not with HTTP/1.1"),
+        (
+            b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nno size\r\n",
+            "chunk is malformed",
+        ),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\nab\r\n", "chunk is malformed"),
+    ],
+)
+def test_a_request_whose_end_is_unclear_is_refused(data, reason, caplog):
+    async def test(a, b):
+        good = request("GET", "/1?sid=a1")
+        for size in (0, 1000 if len(data) > 1000 else 1):
+            for before in (b"", good):
+                got = await refusal(a, before + data + good, size)
+                assert got.count(b"HTTP/1.1 200 OK") == (1 if before else 0)
+                refused = got.rpartition(b"HTTP/1.1 ")[2]
+                assert refused.startswith(b"400 Bad Request\r\n")
+                assert reason in refused.decode()
+        assert len(caplog.messages) == 4
+        assert reason in caplog.messages[0]
+        assert "Invalid HTTP request received" in caplog.messages[0]
+
+    caplog.set_level(logging.WARNING, "uvicorn.error")
+    run(test)
+
+
+def test_a_malformed_chunk_after_the_response_ends_the_connection():
+    async def test(a, b):
+        head = request("POST", "/early?sid=a1", headers="Transfer-Encoding: chunked\r\n")
         reader, writer = await asyncio.open_connection(*a.acceptor.sockname)
-        writer.write(b"GET / HTTP/1.1\r\nX: " + b"x" * 200_000)
-        assert (await reader.read(12)).startswith(b"HTTP/1.1 400")
+        writer.write(head + b"2\r\nab\r\n")
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+        assert await reader.readline() == b"a POST /early 0 0\n"
+        writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        assert await reader.read() == b""
+        writer.close()
+
+    run(test)
+
+
+def test_a_refused_client_that_stays_is_let_go(monkeypatch):
+    async def test(a, b):
+        monkeypatch.setattr(asgi_sticky, "_LINGER", 0.01)
+        reader, writer = await asyncio.open_connection(*a.acceptor.sockname)
+        writer.write(b"GET / HTTP/1.1\n\n")
+        assert (await reader.read(12)) == b"HTTP/1.1 400"
+        await until(a.acceptor.idle)
         writer.close()
 
     run(test)
@@ -299,12 +405,21 @@ def test_a_worker_that_drains_keeps_a_connection_that_it_passes_and_takes_those_
         ("Content-Length: 12\nX: y", None),
         ("X: y\rContent-Length: 12", None),
         ("Content-Length: 9999999999999999999", None),
-        ("Transfer-Encoding: chunked", None),
+        ("Transfer-Encoding: chunked", CHUNKED),
+        ("Content-Length: 2\r\nTransfer-Encoding: chunked", None),
         ("transfer-encoding: identity", None),
-        ("Upgrade: websocket", None),
+        ("Upgrade: websocket", 0),
+        ("Upgrade: websocket\r\nContent-Length: 1", None),
+        ("Upgrade: websocket\r\nContent-Length: 0", 0),
+        ("Upgrade: websocket\r\nTransfer-Encoding: chunked", None),
         ("X: Upgrade: websocket", 0),
     ],
 )
-def test_the_length_of_a_body_is_known_or_left_to_uvicorn(lines, length):
+def test_the_length_of_a_body_is_known_or_the_request_refused(lines, length):
     lines = lines and f"{lines}\r\n"
-    assert body_length(f"POST / HTTP/1.1\r\nHost: x\r\n{lines}\r\n".encode()) == length
+    head = f"POST / HTTP/1.1\r\nHost: x\r\n{lines}\r\n".encode()
+    if length is None:
+        with pytest.raises(UnclearRequest):
+            body_length(head)
+    else:
+        assert body_length(head) == length

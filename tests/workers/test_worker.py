@@ -464,22 +464,6 @@ def test_the_garbage_collector_of_a_worker_leaves_the_masters_objects_alone(star
     assert run(process, f"next({search}(Jobs)) is jobs") == "True"
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["thawed", "frozen-by-the-program"])
-def test_the_garbage_collector_of_the_master_knows_its_objects_after_a_fork(start, own):
-    """Workers come and go: what is left of them must not gather in the master. A program may freeze objects itself."""
-    conf = start.write(
-        "gunicorn.conf.py",
-        "import gc\n"
-        f"def when_ready(server):\n    if {own}: gc.freeze()\n"
-        "def on_exit(server): print('the master has frozen', gc.get_freeze_count() > 10_000, flush=True)\n"
-        "def post_worker_init(worker): print('the worker has frozen', gc.get_freeze_count() > 10_000, flush=True)\n",
-    )
-    process = start.gunicorn("anything", "-c", conf, workers=1).wait_ready()
-    process.stop()
-    assert process.log().count("the worker has frozen True") == 1
-    assert process.log().count(f"the master has frozen {own}") == 1
-
-
 def test_gevents_plugins_are_called_and_the_installed_packages_read_once(start):
     """gevent asks for plugins at each step of its patching; the metadata of packages is read for the first only."""
     info = start.home / "plugin-1.dist-info"
