@@ -47,6 +47,12 @@ class Worker:
         self.acceptor.start()
 
     async def app(self, scope, receive, send):
+        if scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.accept"})
+            text = (await receive())["text"]
+            await send({"type": "websocket.send", "text": f"{self.name} {text}"})
+            return
         body, more = b"", True
         while more and scope["path"] != "/early":
             message = await receive()
@@ -264,6 +270,30 @@ def test_empty_lines_before_a_request_are_dropped():
         data = b"\r\n" + request("GET", "/1?sid=a1") + b"\r\n\r\n" + request("GET", "/2?sid=b1")
         for size in (0, 1):
             assert await exchange(a, data, 2, size) == ["a GET /1 0 0", "b GET /2 0 0"]
+
+    run(test)
+
+
+def test_a_websocket_whose_client_sends_a_frame_at_once():
+    async def test(a, b):
+        upgrade = (
+            "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+            "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+        )
+        frame = b"\x81\x85" + bytes(4) + b"hello"
+        before = request("POST", "/1?sid=a1", b"abc")
+        for size in (0, 1):
+            reader, writer = await asyncio.open_connection(*a.acceptor.sockname)
+            data = before + request("GET", "/ws?sid=b1", headers=upgrade) + frame
+            for at in range(0, len(data), size or len(data)):
+                writer.write(data[at : at + (size or len(data))])
+                await writer.drain()
+                await asyncio.sleep(0)
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+            assert (await reader.readline()).startswith(b"a POST /1 3 ")
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101")
+            assert await reader.readexactly(9) == b"\x81\x07b hello"
+            writer.close()
 
     run(test)
 
