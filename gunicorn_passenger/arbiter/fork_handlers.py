@@ -6,6 +6,7 @@ waiting without a bound, or leave anything of the master's open in a child.
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import signal
@@ -23,6 +24,8 @@ _current: list[Broker] = []
 _parent: list[Broker] = []
 _hooked: list[bool] = []
 _stops: list[bool] = []
+#: whether the garbage collector leaves the master's objects alone until a fork is over
+_frozen: list[bool] = []
 #: the signals that a thread had blocked before the fork that it is in
 _masks: dict[int, Any] = {}
 
@@ -52,6 +55,18 @@ def install(broker: Broker) -> None:
     _current[:] = [broker]
 
 
+def freeze_until_forked() -> None:
+    """Have the garbage collector of the worker that is forked next leave the master's objects alone.
+
+    A collection would write to the memory that it shares with the master, and the system would copy it. Not
+    for the worker classes of others: eventlet looks for locks among the collector's objects, and gevent for
+    what was imported before it has patched.
+    """
+    if not gc.get_freeze_count():  # otherwise the program has done this itself
+        _frozen.append(True)
+        gc.freeze()
+
+
 def _before_fork() -> None:
     # a stop signal that reaches a child before it has installed its handlers waits until then
     _masks[get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
@@ -60,6 +75,9 @@ def _before_fork() -> None:
 
 
 def _after_in_parent() -> None:
+    if _frozen:
+        _frozen.clear()
+        gc.unfreeze()
     for broker in _current:
         broker.after_fork_in_parent()
     _unblock()
@@ -71,6 +89,7 @@ def _after_in_child() -> None:
     # the arbiter's reexec child still exports the state of its broker
     _parent[:] = _current
     _current.clear()
+    _frozen.clear()
     if worker:
         log_locks.leave_to_greenlets()
         _handle_stops(_record_stop)

@@ -289,7 +289,8 @@ _prepared: list[tuple[Any, _socket.socket | None, Scoreboard | None]] = []
 
 
 def _before_worker_fork(arbiter: Any, worker: Any) -> None:
-    if not _workers_are_ours(arbiter):
+    ours = _workers_are_ours(arbiter)
+    if not ours:
         channel, scoreboard, _ = prepare_worker(worker.age, arbiter.LISTENERS, arbiter.cfg, arbiter.log)
         _prepared[:] = [(worker, channel, scoreboard)]
     broker = fork_handlers.current_broker()
@@ -298,6 +299,8 @@ def _before_worker_fork(arbiter: Any, worker: Any) -> None:
     if broker is not None:
         broker.arbiter = arbiter
         broker.workers.mark_forking()
+        if ours:
+            fork_handlers.freeze_until_forked()
 
 
 def _refresh(arbiter: Any, broker: Broker | None) -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import gc
 import warnings
+from importlib import _bootstrap  # type: ignore[attr-defined]
 
-from gevent import monkey
+from gevent import events, monkey
 
 from gunicorn_passenger.config.gunicorn_types import Log
 from gunicorn_passenger.system import entry_points
@@ -16,11 +17,13 @@ from gunicorn_passenger.system import entry_points
 
 def patch_standard_library(log: Log, preloaded: bool) -> None:
     """:param preloaded: with ``--preload`` the master has already logged a warning."""
-    # gevent looks for locks, and for what was imported too early, among the collector's objects
-    gc.unfreeze()
+    if _is_importing():
+        gc.unfreeze()
+    events.subscribers.append(_thaw)
     with entry_points.read_once(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", monkey.MonkeyPatchWarning)
         monkey.patch_all()
+    events.subscribers.remove(_thaw)
     # a collection would write to all memory that the worker shares with the master, and copy it
     gc.freeze()
     late = [str(item.message) for item in caught if issubclass(item.category, monkey.MonkeyPatchWarning)]
@@ -32,3 +35,18 @@ def patch_standard_library(log: Log, preloaded: bool) -> None:
             "(docs/how-to/deployment.md). gevent says: %s",
             " ".join(late),
         )
+
+
+def _is_importing() -> bool:
+    """Whether a thread imports a module: the lock of that module is one of those that gevent looks for."""
+    return bool(getattr(_bootstrap, "_module_locks", True))
+
+
+def _thaw(event: object) -> None:
+    """gevent looks next for modules that have imported names of ``ssl``, among the objects of the collector.
+
+    Earlier it looks for locks that are held, and writes to all objects. What the master has made is better
+    frozen then: the system would copy it.
+    """
+    if isinstance(event, events.GeventWillPatchModuleEvent) and event.module_name == "ssl":
+        gc.unfreeze()

@@ -464,6 +464,47 @@ def test_the_garbage_collector_of_a_worker_leaves_the_masters_objects_alone(star
     assert run(process, f"next({search}(Jobs)) is jobs") == "True"
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["thawed", "frozen-by-the-program"])
+def test_the_garbage_collector_of_the_master_knows_its_objects_after_a_fork(start, own):
+    """Workers come and go: what is left of them must not gather in the master. A program may freeze objects itself."""
+    conf = start.write(
+        "gunicorn.conf.py",
+        "import gc\n"
+        f"def when_ready(server):\n    if {own}: gc.freeze()\n"
+        "def on_exit(server): print('the master has frozen', gc.get_freeze_count() > 10_000, flush=True)\n"
+        "def post_worker_init(worker): print('the worker has frozen', gc.get_freeze_count() > 10_000, flush=True)\n",
+    )
+    process = start.gunicorn("anything", "-c", conf, workers=1).wait_ready()
+    process.stop()
+    assert process.log().count("the worker has frozen True") == 1
+    assert process.log().count(f"the master has frozen {own}") == 1
+
+
+def test_gunicorn_may_be_started_while_a_module_is_imported(start, port):
+    """The program imports that module, too, in a worker, where a greenlet now holds the lock of the import."""
+    start.write(
+        "launcher.py",
+        f"""
+        from gunicorn.app.base import BaseApplication
+
+        class Application(BaseApplication):
+            def load_config(self):
+                self.cfg.set("worker_class", "gunicorn_passenger.Worker")
+                self.cfg.set("bind", "127.0.0.1:{port}")
+
+            def load(self):
+                import launcher
+                print("the program is loaded:", launcher.Application is Application, flush=True)
+                return lambda environ, start_response: []
+
+        Application().run()
+        """,
+    )
+    process = start.python("-c", "import launcher", cwd=start.home)
+    process.wait_log("the program is loaded: True")
+    process.stop()
+
+
 def test_gevents_plugins_are_called_and_the_installed_packages_read_once(start):
     """gevent asks for plugins at each step of its patching; the metadata of packages is read for the first only."""
     info = start.home / "plugin-1.dist-info"
