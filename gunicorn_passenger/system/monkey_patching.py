@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from importlib import _bootstrap  # type: ignore[attr-defined]
+from importlib import _bootstrap
 
 from gevent import events, monkey
 

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import os
 import re
 import signal
 import subprocess
@@ -243,7 +244,7 @@ def test_without_javascript_there_is_a_way_on(start, port):
     dom = subprocess.run(
         [require("chromium"), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={start.home}/c",
          "--virtual-time-budget=3000", "--dump-dom", f"http://127.0.0.1:{port}/"],
-        capture_output=True, text=True, timeout=90,
+        capture_output=True, text=True, timeout=90, env={**os.environ, "TMPDIR": str(start.home)},
     ).stdout  # fmt: skip
     assert "<noscript>" in dom
     assert 'href="status.json"' in dom

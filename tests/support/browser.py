@@ -134,6 +134,8 @@ def chromium(start: Starter) -> Iterator[Callable[[], Page]]:
         require("chromium"), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
         "--remote-debugging-port=0", f"--user-data-dir={start.home}/chromium", "--no-first-run",
         "--disable-background-networking", "about:blank",
+        # where Chromium leaves a directory behind
+        env={"TMPDIR": start.home},
     )  # fmt: skip
     url = program.wait_log(r"DevTools listening on ws://(\S+?)/").group(1)
     pages: list[Page] = []
