@@ -10,12 +10,9 @@ import gc
 import math
 import os
 import signal
-import sys
 from threading import get_ident
 from types import CodeType
 from typing import Any
-
-from gunicorn.arbiter import Arbiter
 
 from gunicorn_passenger.master.broker import Broker
 from gunicorn_passenger.system import log_locks
@@ -84,8 +81,7 @@ def _after_in_parent() -> None:
 
 
 def _after_in_child() -> None:
-    upgrades = _is_upgrade()
-    worker = any(broker.after_fork_in_child(upgrades) for broker in _current)
+    worker = any(broker.after_fork_in_child() for broker in _current)
     # the arbiter's reexec child still exports the state of its broker
     _parent[:] = _current
     _current.clear()
@@ -96,16 +92,6 @@ def _after_in_child() -> None:
     _unblock()
     if worker:
         _handle_stops(exit_boot)
-
-
-def _is_upgrade() -> bool:
-    """Whether gunicorn forks the process that becomes the new master (``USR2``)."""
-    frame: Any = sys._getframe()
-    while frame is not None:
-        if frame.f_code is Arbiter.reexec.__code__:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _unblock() -> None:

@@ -42,22 +42,26 @@ _STOP_WAIT = 2.0
 
 
 def enter(
-    worker: Any, listening: list[Any], channel: _socket.socket | None, scoreboard: Scoreboard | None
+    worker: Any,
+    listening: list[Any],
+    channel: _socket.socket | None,
+    scoreboard: Scoreboard | None,
+    inherited: set[int],
 ) -> None:
     """Connect a worker that was just forked to the broker.
 
     :param worker: gunicorn's worker object.
     :param listening: the arbiter's listeners.
     :param channel: the worker's end of its channel, or ``None`` where the broker has failed.
+    :param inherited: inodes of the sockets on which the master listened at the fork.
     """
-    inodes = set(listening_sockets.own_listeners())
     owned = [listener for listener in listening if isinstance(listener, BrokerOwnedListener)]
     # a server of the program does not get its port from here, but from the master
     worker.sockets = [listener for listener in worker.sockets if listener not in owned]
     for listener in owned:
         listener.close_now()
     settings.enter_program_scope()
-    HookedWorker(worker, channel, scoreboard, inodes).replace_methods()
+    HookedWorker(worker, channel, scoreboard, inherited).replace_methods()
 
 
 class HookedWorker:

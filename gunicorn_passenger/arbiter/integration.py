@@ -40,7 +40,7 @@ from gunicorn_passenger.serving.registry import registry
 from gunicorn_passenger.serving.server_errors import with_program_line
 from gunicorn_passenger.status import prometheus_multiproc, report
 from gunicorn_passenger.status.control_server import ControlServer
-from gunicorn_passenger.system import log_locks
+from gunicorn_passenger.system import listening_sockets, log_locks
 from gunicorn_passenger.system.text import escape_error_log
 
 #: gunicorn's exit status for a configuration that cannot be used.
@@ -285,14 +285,16 @@ def _set_arbiter(arbiter: Any) -> None:
 
 
 #: the worker of another class that is forked next, and what it gets
-_prepared: list[tuple[Any, _socket.socket | None, Scoreboard | None]] = []
+_prepared: list[tuple[Any, _socket.socket | None, Scoreboard | None, set[int]]] = []
 
 
 def _before_worker_fork(arbiter: Any, worker: Any) -> None:
     ours = _workers_are_ours(arbiter)
     if not ours:
         channel, scoreboard, _ = prepare_worker(worker.age, arbiter.LISTENERS, arbiter.cfg, arbiter.log)
-        _prepared[:] = [(worker, channel, scoreboard)]
+        # listed here: a worker would copy memory of the master for it
+        inodes = set(listening_sockets.own_listeners())
+        _prepared[:] = [(worker, channel, scoreboard, inodes)]
     broker = fork_handlers.current_broker()
     if requested_daemons.pending:
         _refresh(arbiter, broker)
@@ -314,10 +316,10 @@ def _refresh(arbiter: Any, broker: Broker | None) -> None:
 
 def _after_worker_fork(arbiter: Any, worker: Any) -> None:
     """In a worker, just forked."""
-    for prepared, channel, scoreboard in _prepared:
+    for prepared, channel, scoreboard, inodes in _prepared:
         if prepared is worker:
             worker.load_wsgi = partial(_load_with_sums, worker.load_wsgi)
-            hooked_worker.enter(worker, arbiter.LISTENERS, channel, scoreboard)
+            hooked_worker.enter(worker, arbiter.LISTENERS, channel, scoreboard, inodes)
     _prepared.clear()
 
 

@@ -315,9 +315,11 @@ class DaemonManager(BrokerService):
         with suppress(TimeoutError), self._broker.locked():
             self._lifecycle.kill_all()
 
-    def forked(self) -> None:
+    def forked(self, upgrades: bool) -> None:
         self._lifecycle.forked()
-        self._sockets.forked()
+        if not upgrades:
+            # the next master gets them (export_state)
+            self._sockets.close_in_child()
 
     def export_state(self, lowest: int) -> list[list[Any]]:
         """The sockets for the next master (see :meth:`.sockets.DaemonSockets.export_state`)."""

@@ -21,7 +21,6 @@ from gunicorn_passenger.daemons.state import DaemonState
 from gunicorn_passenger.master import upgrade_state
 from gunicorn_passenger.master.broker import Broker
 from gunicorn_passenger.system import listening_sockets, port_opening
-from gunicorn_passenger.system.callers import called_in
 
 
 class DaemonSockets:
@@ -133,18 +132,13 @@ class DaemonSockets:
             one.close(unlink=False)
         self.inherited = []
 
-    def forked(self) -> None:
-        """In a child: close the master's sockets.
-
-        The child that becomes the next master keeps them until then (:meth:`export_state`).
-        """
-        # gunicorn calls no hook before its fork for USR2
-        if not called_in("reexec", "gunicorn.arbiter"):
-            for daemon in self._daemons.values():
-                for one in daemon.sockets:
-                    one.sock.close()
-            for _, _, one in self.inherited:
+    def close_in_child(self) -> None:
+        """Close the master's sockets."""
+        for daemon in self._daemons.values():
+            for one in daemon.sockets:
                 one.sock.close()
+        for _, _, one in self.inherited:
+            one.sock.close()
 
     def export_state(self, lowest: int) -> list[list[Any]]:
         """In the child that is about to become the next master: the sockets for it.

@@ -37,6 +37,7 @@ from gunicorn_passenger.master.placement import PlacementScheduler
 from gunicorn_passenger.master.port import Port
 from gunicorn_passenger.master.worker_channels import WorkerChannels
 from gunicorn_passenger.serving import server_errors
+from gunicorn_passenger.system.callers import called_in
 from gunicorn_passenger.system.text import printable
 
 #: Seconds between two checks whether the arbiter has stopped or reloaded (see :mod:`.listener_sync`).
@@ -202,20 +203,21 @@ class Broker:
         self.workers.after_fork_in_parent()
         self.loop.after_fork_in_parent()
 
-    def after_fork_in_child(self, upgrades: bool) -> bool:
-        """Close what is the master's. A worker closes the ports itself.
+    def after_fork_in_child(self) -> bool:
+        """Close what is the master's. A worker closes the ports itself, and the next master gets them.
 
-        :param upgrades: whether the child becomes the new master (``USR2``), which gets the ports.
         :returns: whether the child is a worker.
         """
         is_worker = self.workers.after_fork_in_child()
+        # gunicorn calls no hook before its fork for USR2
+        upgrades = not is_worker and called_in("reexec", "gunicorn.arbiter")
         self.mailboxes.after_fork_in_child()
         if is_worker:
             # a worker that outlives the master must not keep the lock of another worker's server
             self.placement.upgrade_lock.close()
         elif not upgrades:
             self.sync.close_in_child()
-        self.loop.after_fork_in_child()
+        self.loop.after_fork_in_child(upgrades)
         return is_worker
 
     # --- called by the loop ----------------------------------------------------------------------

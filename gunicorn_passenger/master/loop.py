@@ -115,9 +115,10 @@ class BrokerLoop:
             self._lock.release()
         self.wake()
 
-    def after_fork_in_child(self) -> None:
+    def after_fork_in_child(self, upgrades: bool) -> None:
+        """:param upgrades: whether the child becomes the next master (``USR2``)."""
         for service in self.services:
-            service.forked()
+            service.forked(upgrades)
         self.services = []
         os.close(self._wake_read)
         os.close(self._wake_write)

@@ -66,5 +66,8 @@ class BrokerService:
         Called in the main thread, without the lock.
         """
 
-    def forked(self) -> None:
-        """In a child of the master: close what is the master's."""
+    def forked(self, upgrades: bool) -> None:
+        """In a child of the master: close what is the master's.
+
+        :param upgrades: whether the child becomes the next master (``USR2``).
+        """

@@ -234,8 +234,7 @@ class WorkerChannels:
                 worker.sock.close()
             if worker.scoreboard is not None:
                 worker.scoreboard.close()
-        self._by_fd.clear()
-        self._by_age.clear()
+        # the tables stay: the child would copy the memory of what it frees
         return is_worker
 
 

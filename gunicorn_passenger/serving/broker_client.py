@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from gunicorn_passenger import errors
 from gunicorn_passenger.config.address import Address, Auto, Once, SockAddr, Tcp, Unix, format_tcp, resolve
@@ -98,16 +98,6 @@ class BrokerClient:
         self.on_sibling: Callable[[SiblingJoined | SiblingChanged, int | None], object] | None = None
         #: called when the master has closed the channel
         self.on_lost: Callable[[], object] = lambda: None
-        self._handlers: dict[type[Message], Callable[[Any, int | None], object]] = {
-            AcceptGranted: self._on_accept_granted,
-            BindClaimed: self._on_bind_claimed,
-            PauseAccept: self._on_pause_accept,
-            AssignSettled: self._on_assign_settled,
-            SuccessorReady: self._on_successor_ready,
-            PacketRejected: self._on_packet_rejected,
-            SiblingJoined: self._on_sibling,
-            SiblingChanged: self._on_sibling,
-        }
         self._pid = os.getpid()
         self._reading = False
         self._sock: Any = None
@@ -375,8 +365,8 @@ class BrokerClient:
                 if isinstance(message, AssignConnections):
                     self._on_assign_connections(message, fds)
                 else:
-                    handler = self._handlers.get(type(message), self._on_response)
-                    handler(message, fds[0] if fds else None)
+                    handler = self._HANDLERS.get(type(message), BrokerClient._on_response)
+                    handler(self, message, fds[0] if fds else None)
             except Exception:
                 self.log.exception(
                     "gunicorn-passenger: the worker could not act on the master's message %s",
@@ -468,6 +458,18 @@ class BrokerClient:
                 self.log.exception(
                     "gunicorn-passenger: a connection that a sibling has passed here was closed"
                 )
+
+    #: what the client does with the master's messages that are not responses
+    _HANDLERS: ClassVar[dict[type[Message], Callable[[BrokerClient, Any, int | None], object]]] = {
+        AcceptGranted: _on_accept_granted,
+        BindClaimed: _on_bind_claimed,
+        PauseAccept: _on_pause_accept,
+        AssignSettled: _on_assign_settled,
+        SuccessorReady: _on_successor_ready,
+        PacketRejected: _on_packet_rejected,
+        SiblingJoined: _on_sibling,
+        SiblingChanged: _on_sibling,
+    }
 
 
 def _sockname(message: OpenPort | PortOpened | AcceptGranted) -> SockAddr | str:

@@ -328,7 +328,7 @@ class ControlServer(BrokerService):
             listening_sockets.remove(self._path, self._file)
         self._close_listener()
 
-    def forked(self) -> None:
+    def forked(self, upgrades: bool) -> None:
         self._close_listener()
         for client in self._clients.values():
             client.sock.close()

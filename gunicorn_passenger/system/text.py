@@ -61,8 +61,11 @@ class EscapingFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         if record.name == "gunicorn.error" and record.args:
-            record = copy.copy(record)
-            record.msg, record.args = printable(record.getMessage(), keep="\t"), None
+            text = record.getMessage()
+            shown = printable(text, keep="\t")
+            if shown != text:
+                record = copy.copy(record)
+                record.msg, record.args = shown, None
         return printable(self._inner.format(record), keep="\t\n")
 
 

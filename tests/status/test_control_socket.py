@@ -364,7 +364,7 @@ def test_persistent_connections_are_limited(control):
             pairs.append(socket.socketpair())
             control.watch_reports(pairs[-1][1])
     assert len(control._clients) == control_server.MAX_PERSISTENT
-    control.forked()
+    control.forked(upgrades=False)
     assert control._clients == {}
     assert control.descriptors() == {}
     for ours, _ in pairs:
