@@ -66,6 +66,8 @@ class Broker:
         self.overlap = 0.0
         self.boot_failures = BootFailures()
         self._build_report = build_report
+        #: whether the log says that there is no port allocation
+        self._told_of_allocation = False
         previous = upgrade_state.inherited()
         upgrade_state.forget(cfg)
         ports = previous.pop("ports", {})
@@ -260,6 +262,14 @@ class Broker:
     def on_port_opened(self, port: Port) -> None:
         self.sync.add(port)
         self.log.info("Opened %s for the workers", port.key)
+        if not (
+            self._told_of_allocation or self.listeners.allocation.limited or port.key.startswith("unix:")
+        ):
+            self._told_of_allocation = True
+            self.log.info(
+                "No port allocation is set, so the program may open any unprivileged port. To limit it, "
+                "name its ports in PASSENGER_PORTS: docs/reference/ports.md"
+            )
 
     def close_port(self, port: Port) -> None:
         self.sync.close_stopped(port)

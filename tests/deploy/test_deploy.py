@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import grp
 import os
 import re
 import signal
@@ -124,12 +125,12 @@ USER = "user root;" if os.geteuid() == 0 else ""
 TEMPORARY = "client_body_temp_path n1; proxy_temp_path n2; fastcgi_temp_path n3; uwsgi_temp_path n4; scgi_temp_path n5;"
 
 
-def nginx(site: Site, port: int, second_port: int) -> Process:
+def nginx(site: Site, port: int, second_port: int, user: str = USER) -> Process:
     servers = configured(
         site, "nginx/shop.conf",
         **{"listen 80;": f"listen 127.0.0.1:{port};", "listen 8081;": f"listen 127.0.0.1:{second_port};"},
     )  # fmt: skip
-    main = f"daemon off; pid nginx.pid; error_log stderr; {USER} events {{ }}"
+    main = f"daemon off; pid nginx.pid; error_log stderr; {user} events {{ }}"
     conf = site.start.write("nginx.conf", f"{main} http {{ access_log off; {TEMPORARY}\n{servers} }}")
     return site.start.run(require("nginx"), "-e", "stderr", "-c", conf, "-p", site.start.home)
 
@@ -193,6 +194,24 @@ def test_a_web_server_in_front(site, server):
             assert client.recv() == text
     finally:
         client.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run nginx's workers as another user")
+def test_nginx_without_permission_on_the_socket(site):
+    """The page on debugging has nginx's line, and what it says to do helps."""
+    port = free_port()
+    process = nginx(site, port, free_port(), user="user nobody nogroup;")
+    wait_for(lambda: not refused(port), process.log)
+    assert fetch(port)[0] == 502
+    line = re.search(r"failed \(13: Permission denied\)", process.wait_log("Permission denied").string)
+    assert line[0] in (PAGES / "debugging.md").read_text()
+    process.stop()
+    port = free_port()
+    process = nginx(
+        site, port, free_port(), user=f"user nobody {grp.getgrgid(os.stat(site.process.socket).st_gid)[0]};"
+    )
+    wait_for(lambda: not refused(port), process.log)
+    assert fetch(port)[0] == 200
 
 
 def test_a_body_that_is_too_large(site):

@@ -275,6 +275,32 @@ def test_no_other_variable_that_is_set_but_empty_changes_a_setting(monkeypatch, 
     settings.check_environment()
 
 
+def test_a_program_that_listens_without_a_port_allocation(start):
+    """One line at the first port says that there is no limit, and names the page; with a limit there is none."""
+    start.write(
+        "two.py",
+        """
+        import os
+        import gunicorn_passenger as passenger
+        from answering import application
+
+        for name in ("P1", "P2"):
+            passenger.create_server(application).listen(int(os.environ[name]))
+        """,
+    )
+    path = f"{start.home}:{start.environment['PYTHONPATH']}"
+    first, second = free_port(), free_port()
+    said = "No port allocation is set, so the program may open any unprivileged port"
+    for ports in ({}, {"PASSENGER_PORTS": f"{first},{second}"}):
+        process = start.gunicorn(
+            "two", env={"P1": first, "P2": second, "PYTHONPATH": path, **ports}
+        ).wait_ready()
+        process.wait_log(rf"Opened 127.0.0.1:{second} ")
+        process.stop()
+        assert process.log().count(said) == (not ports)
+        assert process.log().count("docs/reference/ports.md") == (not ports)
+
+
 def test_an_empty_allocation_opens_nothing(start, port):
     start.write(
         "program.py",
