@@ -284,6 +284,17 @@ def test_width(path):
     assert not long
 
 
+def test_nothing_is_said_twice():
+    """The pages of docs/ share no run of fourteen words; a page links to the one that says it."""
+    pages: dict[tuple[str, ...], set[str]] = {}
+    for path in sorted(DOCS.rglob("*.md")):
+        text = re.sub(r"\]\([^)]*\)", "]", without_code(path.read_text())).lower()
+        words = re.findall(r"[a-z0-9_()./'-]+", text)
+        for at in range(len(words) - 13):
+            pages.setdefault(tuple(words[at : at + 14]), set()).add(ids(path))
+    assert not {" ".join(run): found for run, found in pages.items() if len(found) > 1}
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_english_of_the_package(folder):
     found = []
