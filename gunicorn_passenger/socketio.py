@@ -173,13 +173,21 @@ def _topic(channel: str) -> str:
     return f"socketio {channel}"
 
 
+def _websocket(driver: Any, handler: Callable[[Any], object], server: Any) -> Any:
+    """What Engine.IO makes for each WebSocket of a client."""
+    from gunicorn_passenger.serving.engineio_websocket import engineio_websocket
+
+    return engineio_websocket(driver, handler, server)
+
+
 def attach(sio: Any, host: str | None = None) -> None:
     """Let a Socket.IO server work with any number of workers. Call it once, before the first client comes.
 
     It turns ``sticky="socketio"`` on for the primary and for all servers that are not given another value.
     It sets a :class:`LocalManager` or an :class:`AsyncLocalManager`, unless the server has a client manager
-    for several processes, such as ``socketio.RedisManager``. Under plain Python it changes nothing that a
-    client or the program can see.
+    for several processes, such as ``socketio.RedisManager``. WebSockets on a server of ours use the package's
+    own code instead of simple-websocket. Under plain Python it changes nothing that a client or the program
+    can see.
 
     A ``socketio.AsyncServer`` works on a server of :func:`gunicorn_passenger.create_server`.
 
@@ -233,6 +241,10 @@ def attach(sio: Any, host: str | None = None) -> None:
     if replaces:
         server.manager = AsyncLocalManager() if is_async else LocalManager()
         server.manager.set_server(server)
+    # what Engine.IO's server takes from its driver has no public name; a copy, since all servers share it
+    used = vars(eio).get("_async", {})
+    if not is_async and used.get("websocket") is not None:
+        vars(eio)["_async"] = {**used, "websocket": partial(_websocket, used["websocket"])}
     eio.generate_id = partial(_new_id, eio.generate_id, host)
     registry.acceptors.session_counts.append(lambda: len(eio.sockets))
     settings.default_sticky = "socketio"

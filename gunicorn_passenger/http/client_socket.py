@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _socket
 import contextlib
+from math import inf
 from typing import Any
 
 import gevent
@@ -45,6 +46,8 @@ class ClientSocket(gsocket.socket):
     #: whether the application has sent "101 Switching Protocols" over it; ``None`` before it sent anything
     switched: bool | None = None
     _muted = False
+    #: the end of a message; it must be sent before anything else
+    _rest = b""
 
     def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
         if fileno is None:
@@ -121,6 +124,7 @@ class ClientSocket(gsocket.socket):
         :raises OSError: when the client has disconnected.
         """
         with self._lock():
+            self.send_rest()
             if not self._muted:
                 super().sendall(data)
                 self._muted = True
@@ -151,6 +155,7 @@ class ClientSocket(gsocket.socket):
             view = memoryview(data).cast("B")
             count = len(view)
             with self._lock():
+                self.send_rest()
                 while view:
                     view = view[super().send(view, flags) :]
             self._count(count)
@@ -164,9 +169,54 @@ class ClientSocket(gsocket.socket):
         if self.switched is None:
             self._see(data)
         with self._lock():
+            self.send_rest()
             if not self._muted:
                 super().sendall(data, flags)
                 self._count(memoryview(data).nbytes)
+
+    def send_at_once(self, data: bytes) -> bool:
+        """Send a message without a wait, as far as the kernel takes it. :meth:`send_rest` sends what is left.
+
+        :returns: whether nothing is left.
+        :raises OSError: when the client has disconnected.
+        """
+        self.taken = True
+        if self.switched is None:
+            self._see(data)
+        if self._muted:
+            return True
+        taken = 0
+        if not (self._rest or (self._turn is not None and self._turn.locked())):
+            slots: Any = self
+            try:
+                # past gevent's wrapper, for most messages
+                taken = slots._sock.send(data)
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                self.error = error
+                raise
+            self._count(taken)
+        if taken == len(data):
+            return True
+        self._rest += data[taken:]
+        return False
+
+    def send_rest(self, patience: float = inf) -> None:
+        """Send what :meth:`send_at_once` has left.
+
+        :param patience: seconds in which the client must read some of it.
+        :raises TimeoutError: when it does not.
+        :raises OSError: when the client has disconnected.
+        """
+        with self._lock():
+            while self._rest and not self._muted:
+                error = TimeoutError(f"the client reads nothing for {patience:g} s")
+                with gevent.Timeout(None if patience == inf else patience, error):
+                    taken = super().send(self._rest)
+                # more may have come meanwhile
+                self._rest = self._rest[taken:]
+                self._count(taken)
 
     def _count(self, count: int) -> None:
         if self.connection is not None:

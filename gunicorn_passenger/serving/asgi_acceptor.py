@@ -100,7 +100,7 @@ class AsgiAcceptor(SiblingConnections):
         self._config.load()
         #: holds the connections, and the Date header that uvicorn renews
         self._server = uvicorn.Server(self._config)
-        self._connections: set[Any] = self._server.server_state.connections
+        self._connections = self._server.server_state.connections
         self._state = state
         self._closing = self._cancelled = False
         self._complained = False
@@ -222,12 +222,6 @@ class AsgiAcceptor(SiblingConnections):
 
     def _room(self) -> int:
         return int(self._limit) - len(self._connections) - len(self._opening)
-
-    def _idle_connections(self) -> list[Any]:
-        # a copy: the loop may be adding one
-        http: Any = self._config.http_protocol_class
-        idle = [c for c in list(self._connections) if isinstance(c, http) and c.is_idle]
-        return sorted(idle, key=lambda connection: connection.idle_since)
 
     def _wait_for_room(self, error: OSError) -> None:
         self._pause()

@@ -97,7 +97,7 @@ def body_length(head: bytes) -> int:
     return result
 
 
-class RequestBody:
+class BodyFraming:
     """Follows the body of a request to its end."""
 
     def __init__(self, length: int) -> None:
@@ -149,7 +149,7 @@ def sticky_protocol(base: Any, passes: SiblingConnections) -> Any:
             self._searched = 0
             self._was_passed = bool(early)
             #: the body of the current request
-            self._body = RequestBody(0)
+            self._body = BodyFraming(0)
             self._responding = False
             #: whether what else comes of the connection is thrown away
             self._is_refused = False
@@ -239,7 +239,7 @@ def sticky_protocol(base: Any, passes: SiblingConnections) -> Any:
                 self.transport.pause_reading()
                 self._pass_on(tag)
                 return False
-            self._responding, self._body = True, RequestBody(length)
+            self._responding, self._body = True, BodyFraming(length)
             self._give(end)
             return True
 
@@ -300,6 +300,8 @@ class SiblingConnections:
         self._arriving: deque[tuple[int, int, bytes]] = deque()
         #: whether it takes none any more
         self._shut = False
+        #: uvicorn's protocols of the open connections
+        self._connections: set[Any]
 
     def is_drained(self) -> bool:
         """Whether it has stopped accepting, and no connection is open."""
@@ -311,7 +313,9 @@ class SiblingConnections:
 
     def _idle_connections(self) -> list[Any]:
         """Those that wait for a further request, the longest idle first. Any thread may call."""
-        raise NotImplementedError
+        # a copy: the loop may be adding one; those of WebSockets are never idle
+        idle = [connection for connection in list(self._connections) if getattr(connection, "is_idle", False)]
+        return sorted(idle, key=lambda connection: connection.idle_since)
 
     def _in_loop(self, function: Callable[[], object]) -> None:
         raise NotImplementedError

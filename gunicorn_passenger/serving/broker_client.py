@@ -69,6 +69,9 @@ class AssignedConnection(NamedTuple):
     close: Callable[[], object]
 
 
+TakeConnections = Callable[[str, list[Any], list[int]], list[AssignedConnection]]
+
+
 class BrokerClient:
     """Requests ports from the master. Any greenlet may use it, and so may threads of the system."""
 
@@ -84,8 +87,7 @@ class BrokerClient:
         self.successor_ready = False
         #: receives a sibling's connections: the key of their server, the clients' addresses and the
         #: descriptors. Takes the first few of them, as many as this worker can serve.
-        self.on_connections_assigned: Callable[[str, list[Any], list[int]], list[AssignedConnection]] | None
-        self.on_connections_assigned = None
+        self.on_connections_assigned: TakeConnections | None = None
         #: connections of siblings that wait for the master's decision, by the ``id`` of their message
         self._assigned: dict[int, list[AssignedConnection]] = {}
         #: whether this worker has announced its exit

@@ -287,20 +287,13 @@ def test_a_worker_without_descriptors_is_told_why_it_gets_no_port(process, port)
 if os.getpid() == {worker}:
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = max(int(name) for name in os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 1, hard))
-    spare = []
-    try:
-        while True:
-            spare.append(os.open("/dev/null", os.O_RDONLY))
-    except OSError:
-        pass
+    # no descriptor that the worker closes meanwhile makes room: those below 3 stay open
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
     try:
         said = str(passenger.listen('auto', whoami).state)
     except OSError as error:
         said = str(error)
     finally:
-        for fd in spare: os.close(fd)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 """
     wait_for(

@@ -91,6 +91,11 @@ class Site:
     def join(self, transport):
         self.chatters.append(Chatter(self.front, [transport]))
 
+    def reaches(self, machine):
+        """Whether the machine gets the next new session; no client uses that."""
+        url = f"http://127.0.0.1:{self.front}/socket.io/?EIO=4&transport=polling"
+        return f".{machine}." in requests.get(url, timeout=30).text
+
     def sessions(self):
         """Of each client the worker's pid and the session's id; false while one has none."""
         found = [chatter.whoami() for chatter in self.chatters]
@@ -145,6 +150,8 @@ def test_clients_of_two_machines_hear_each_other_and_outlive_one():
         site.broadcast()
         machines[0].ip("link", "set", "eth0", "up")
         wait_for(lambda: answers((machines[0].address, 8000)))
+        # nginx tries it again after a second
+        wait_for(lambda: site.reaches("web1"))
         while "web1" not in wait_for(site.hosts):
             assert len(site.chatters) < 20
             site.join("polling")

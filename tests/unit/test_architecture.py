@@ -62,6 +62,10 @@ LAZY = {
         "serving.gevent_asyncio",
     ): "importing asgi_thread must not import gevent, which a native thread does not need",
     ("serving.acceptor_table", "serving.asgi_thread"): "only an ASGI server needs asyncio and uvicorn",
+    (
+        "socketio",
+        "serving.engineio_websocket",
+    ): "the master, and workers without a server of ours, have no hub",
     ("status", "status.web"): "importing the package must not import what serves the application",
     ("status.web", "daemons.api"): "only spawn() needs it, in gunicorn.conf.py or the program",
     ("status.web", "http.listener_context"): "only the daemon's own process serves",
