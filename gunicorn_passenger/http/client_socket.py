@@ -197,10 +197,10 @@ class ClientSocket(gsocket.socket):
                 self.error = error
                 raise
             self._count(taken)
-        if taken == len(data):
-            return True
+            if taken == len(data):
+                return True
         self._rest += data[taken:]
-        return False
+        return not self._rest
 
     def send_rest(self, patience: float = inf) -> None:
         """Send what :meth:`send_at_once` has left.

@@ -166,7 +166,7 @@ class WebSocket:
                     return message
         except InvalidFrame as error:
             self.close(error.code)
-            self._ended = True
+            self._discard_rest()
         except OSError:
             self._ended = True
         return None
@@ -180,6 +180,16 @@ class WebSocket:
             self._send(frame(_CLOSE, pack("!H", code)))
             # a client that does not reply must not keep a greenlet in receive()
             gevent.spawn_later(_CLOSE_TIMEOUT, self._abort)
+
+    def _discard_rest(self) -> None:
+        """Read what the client still sends, for as long as it has to reply to the Close frame.
+
+        A connection that is closed with unread bytes is reset, and the client may not see why.
+        """
+        with suppress(OSError):
+            while not self._ended and self._sock.recv(_READ_SIZE):
+                pass
+        self._ended = True
 
     def end(self) -> None:
         """Send what waits; the connection is closed next."""

@@ -10,6 +10,8 @@ import subprocess
 import sys
 
 import pytest
+import requests
+import websocket
 from chatters import Chatter
 from conditions import wait_for
 from free_ports import free_port
@@ -166,6 +168,36 @@ def test_large_messages_reach_the_clients_of_other_workers(site):
     other.call("join", "binary")
     one.call("room", "binary", b"y" * 300_000)
     wait_for(lambda: other.news[1:] == [b"y" * 300_000])
+
+
+@pytest.mark.parametrize("site", [SITES["WSGI"]], ids=["WSGI"], indirect=True)
+def test_websockets_are_served_by_the_package(site):
+    """Without compression; a request that is none of a WebSocket is refused, and the session stays usable."""
+    port = site.ports[0]
+    client = websocket.create_connection(
+        f"ws://127.0.0.1:{port}/socket.io/?EIO=4&transport=websocket",
+        timeout=60,
+        header=["Sec-WebSocket-Extensions: permessage-deflate"],
+    )
+    assert "sec-websocket-extensions" not in client.getheaders()
+    assert client.recv().startswith('0{"sid"')
+    client.send("40")
+    assert client.recv().startswith('40{"sid"')
+    client.ping("x")
+    client.send('420["whoami"]')
+    assert client.recv_frame().opcode == websocket.ABNF.OPCODE_PONG
+    assert client.recv().startswith("430[")
+    # RFC 6455 section 7.4.1: this client may send 10 MB
+    client.send("4" + "x" * 10_000_001)
+    opcode, data = client.recv_data(control_frame=True)
+    assert (opcode, int.from_bytes(data, "big")) == (websocket.ABNF.OPCODE_CLOSE, 1009)
+    client.close()
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket"}
+    for headers, status in (({}, 426), ({"Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "x"}, 400)):
+        url = f"http://127.0.0.1:{port}/socket.io/?EIO=4&transport=websocket"
+        response = requests.get(url, headers=upgrade | headers, timeout=60)
+        assert response.status_code == status
+        assert "Sec-WebSocket" in response.text
 
 
 def test_other_processes_emit(site):
