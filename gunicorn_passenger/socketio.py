@@ -185,9 +185,9 @@ def attach(sio: Any, host: str | None = None) -> None:
 
     It turns ``sticky="socketio"`` on for the primary and for all servers that are not given another value.
     It sets a :class:`LocalManager` or an :class:`AsyncLocalManager`, unless the server has a client manager
-    for several processes, such as ``socketio.RedisManager``. WebSockets on a server of ours use the package's
-    own code instead of simple-websocket. Under plain Python it changes nothing that a client or the program
-    can see.
+    for several processes, such as ``socketio.RedisManager``. On a server of ours, WebSockets use the
+    package's own code instead of simple-websocket, and are not compressed. Under plain Python it changes
+    nothing else that a client or the program can see.
 
     A ``socketio.AsyncServer`` works on a server of :func:`gunicorn_passenger.create_server`.
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import _socket
 import contextlib
-from math import inf
+import errno
+from collections import deque
 from typing import Any
 
 import gevent
@@ -22,6 +23,10 @@ _NOT_GIVEN = object()
 _CLOSE_1001 = b"\x88\x02\x03\xe9"
 #: Seconds that a client has to reply to it.
 _CLOSE_TIMEOUT = 5.0
+#: Seconds in which a client must read some of what waits for it.
+_PATIENCE = 60.0
+#: Bytes of waiting messages that are sent by one call.
+_JOINED = 65536
 
 
 class ClientSocket(gsocket.socket):
@@ -46,8 +51,13 @@ class ClientSocket(gsocket.socket):
     #: whether the application has sent "101 Switching Protocols" over it; ``None`` before it sent anything
     switched: bool | None = None
     _muted = False
-    #: the end of a message; it must be sent before anything else
-    _rest = b""
+    #: what is sent before anything else: the messages of this iteration, and what the kernel has not taken
+    _queue: Any = ()
+    _queued = 0
+    #: whether the hub or a greenlet will send it
+    _is_flushed = False
+    #: whether a message could not be sent
+    _broken = False
 
     def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
         if fileno is None:
@@ -124,10 +134,10 @@ class ClientSocket(gsocket.socket):
         :raises OSError: when the client has disconnected.
         """
         with self._lock():
-            self.send_rest()
+            self.send_queue()
             if not self._muted:
                 super().sendall(data)
-                self._muted = True
+                self.mute()
 
     def close_websocket(self) -> None:
         """Close the WebSocket that the application speaks over it (RFC 6455 section 7.1.1).
@@ -136,8 +146,10 @@ class ClientSocket(gsocket.socket):
         """
         connection = self.connection
         with contextlib.suppress(OSError):
-            self.send_last(_CLOSE_1001)
-            gevent.sleep(_CLOSE_TIMEOUT)
+            # a client that reads nothing holds up the greenlet that sends to it, and this one
+            with gevent.Timeout(_CLOSE_TIMEOUT, False):
+                self.send_last(_CLOSE_1001)
+                gevent.sleep(_CLOSE_TIMEOUT)
             if self.connection is connection:
                 self.shutdown(gsocket.SHUT_RDWR)
 
@@ -155,7 +167,7 @@ class ClientSocket(gsocket.socket):
             view = memoryview(data).cast("B")
             count = len(view)
             with self._lock():
-                self.send_rest()
+                self.send_queue()
                 while view:
                     view = view[super().send(view, flags) :]
             self._count(count)
@@ -169,54 +181,110 @@ class ClientSocket(gsocket.socket):
         if self.switched is None:
             self._see(data)
         with self._lock():
-            self.send_rest()
+            self.send_queue()
             if not self._muted:
                 super().sendall(data, flags)
                 self._count(memoryview(data).nbytes)
 
-    def send_at_once(self, data: bytes) -> bool:
-        """Send a message without a wait, as far as the kernel takes it. :meth:`send_rest` sends what is left.
+    def send_soon(self, data: bytes) -> int:
+        """Send a message at the end of the event-loop iteration, with those that follow until then.
 
-        :returns: whether nothing is left.
+        :returns: how many bytes wait. A caller with much to send uses :meth:`send_queue` now and then.
         :raises OSError: when the client has disconnected.
         """
         self.taken = True
         if self.switched is None:
             self._see(data)
         if self._muted:
-            return True
-        taken = 0
-        if not (self._rest or (self._turn is not None and self._turn.locked())):
+            return 0
+        if self._broken:
+            raise BrokenPipeError(errno.EPIPE, "a message could not be sent before")
+        if self._queue == ():
+            self._queue = deque()
+        self._queue.append(data)
+        self._queued += len(data)
+        if not self._is_flushed:
+            self._is_flushed = True
+            get_hub().loop.run_callback(self._flush)
+        return self._queued
+
+    def send_queue(self) -> None:
+        """Send what waits.
+
+        :raises OSError: when the client has disconnected, or reads nothing for 60 s, which ends the
+            connection.
+        """
+        with self._lock():
+            while self._queue and not self._muted:
+                late = TimeoutError(f"the client reads nothing for {_PATIENCE:g} s")
+                try:
+                    with gevent.Timeout(_PATIENCE, late):
+                        taken = super().send(self._first())
+                except OSError as error:
+                    self._break(error)
+                    raise
+                self._sent(taken)
+        if self._broken:
+            raise BrokenPipeError(errno.EPIPE, "a message could not be sent before")
+
+    def mute(self) -> None:
+        """Discard what is sent from now on."""
+        self._muted = True
+
+    def _flush(self) -> None:
+        """Called in the hub, at the end of an iteration."""
+        turn = self._turn
+        if self._queue and (turn is None or turn.acquire(blocking=False)):
+            # most messages go this way, past gevent's wrapper
             slots: Any = self
             try:
-                # past gevent's wrapper, for most messages
-                taken = slots._sock.send(data)
+                if not self._muted:
+                    self._sent(slots._sock.send(self._first()))
             except BlockingIOError:
                 pass
             except OSError as error:
-                self.error = error
-                raise
-            self._count(taken)
-            if taken == len(data):
-                return True
-        self._rest += data[taken:]
-        return not self._rest
+                self._break(error)
+            finally:
+                if turn is not None:
+                    turn.release()
+        if self._queue and not self._muted:
+            gevent.spawn(self._finish)
+        else:
+            self._is_flushed = False
 
-    def send_rest(self, patience: float = inf) -> None:
-        """Send what :meth:`send_at_once` has left.
+    def _finish(self) -> None:
+        try:
+            with contextlib.suppress(OSError):
+                self.send_queue()
+        finally:
+            self._is_flushed = False
 
-        :param patience: seconds in which the client must read some of it.
-        :raises TimeoutError: when it does not.
-        :raises OSError: when the client has disconnected.
-        """
-        with self._lock():
-            while self._rest and not self._muted:
-                error = TimeoutError(f"the client reads nothing for {patience:g} s")
-                with gevent.Timeout(None if patience == inf else patience, error):
-                    taken = super().send(self._rest)
-                # more may have come meanwhile
-                self._rest = self._rest[taken:]
-                self._count(taken)
+    def _first(self) -> Any:
+        """The first bytes of the queue: all of it, unless that is much."""
+        if len(self._queue) > 1 and self._queued <= _JOINED:
+            data = b"".join(self._queue)
+            self._queue.clear()
+            self._queue.append(data)
+        return self._queue[0]
+
+    def _sent(self, taken: int) -> None:
+        self._queued -= taken
+        self._count(taken)
+        first = self._queue[0]
+        if taken == len(first):
+            self._queue.popleft()
+        else:
+            self._queue[0] = memoryview(first)[taken:]
+
+    def _break(self, error: OSError) -> None:
+        self.error = error
+        self._broken = True
+        self._queue.clear()
+        self._queued = 0
+        if isinstance(error, TimeoutError):
+            # a part of a message is sent, so nothing else can be
+            with contextlib.suppress(OSError):
+                self.shutdown(gsocket.SHUT_RDWR)
 
     def _count(self, count: int) -> None:
         if self.connection is not None:

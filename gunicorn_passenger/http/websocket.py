@@ -1,11 +1,11 @@
 """The server's side of a WebSocket (RFC 6455), without extensions.
 
 Process: a worker, in the greenlets of the application.
-Never: hold more of what a client sends than one message and one read, or more for it than the messages of one
-event-loop iteration.
+Never: hold more of what a client sends than one message, one frame and one read, or keep other clients
+waiting for one that floods.
 
-The messages of one iteration are sent together at its end: an event for all clients is often one of several,
-and a system call costs more than all the rest of a message.
+The messages of one event-loop iteration are sent together at its end: an event for all clients is often one
+of several, and a system call costs more than all the rest of a message.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ from struct import pack
 from typing import Any
 
 import gevent
-from gevent import get_hub
 
 from gunicorn_passenger.http.client_socket import ClientSocket
 
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 #: Bytes that are read at once.
 _READ_SIZE = 65536
-#: Bytes of messages that wait for the end of the iteration.
-_MAX_UNSENT = 16384
+#: Bytes that may wait for the end of the iteration, or for a slow client.
+_MAX_QUEUED = 16384
+#: How many frames are read before other greenlets run.
+_EAGER = 64
 #: Seconds that a client has to reply to a Close frame.
 _CLOSE_TIMEOUT = 5.0
-#: Seconds in which a client must read something of a message.
-_SEND_TIMEOUT = 60.0
 
 # RFC 6455 section 11.8
 _CONTINUATION, _TEXT, _BINARY, _CLOSE, _PING, _PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
@@ -53,7 +52,7 @@ class InvalidFrame(Exception):
 
 
 def handshake_error(environ: dict[str, Any]) -> tuple[str, list[tuple[str, str]], str] | None:
-    """What is wrong with a request for a WebSocket (RFC 6455 section 4.2.1).
+    """What is wrong with the WebSocket's own headers in a request (RFC 6455 section 4.2.1).
 
     :returns: status, headers and reason of a response that refuses it; ``None`` for a valid request.
     """
@@ -97,7 +96,7 @@ class WebSocket:
         """Accept the client's request.
 
         :param environ: of a request in which :func:`handshake_error` finds nothing.
-        :param max_message: bytes that a message of the client may have.
+        :param max_message: bytes that a binary message of the client may have, or characters of a text.
         :raises OSError: when the client has disconnected.
         """
         self._sock = sock
@@ -105,16 +104,13 @@ class WebSocket:
         self._buf = bytearray()
         #: the message whose frames are arriving: opcode and content
         self._opcode = 0
-        self._parts: list[bytes] = []
-        self._size = 0
-        self._loop = get_hub().loop
-        #: the frames that are sent at the end of this iteration, and their size
-        self._unsent: list[bytes] = []
-        self._unsent_size = 0
-        #: sends what the kernel has not taken then
-        self._sender: gevent.Greenlet | None = None
+        self._message = bytearray()
+        #: frames since the greenlet has let others run
+        self._eager = 0
         self._close_sent = False
-        #: whether the application is done with it, or the client
+        #: whether the client has broken the protocol
+        self._refused = False
+        #: whether the client is gone, or the application is done with it
         self._ended = False
         digest = sha1(environ["HTTP_SEC_WEBSOCKET_KEY"].encode() + _GUID, usedforsecurity=False).digest()
         self._send(
@@ -128,29 +124,21 @@ class WebSocket:
         :param message: text, or bytes.
         :raises OSError: when the WebSocket is closed, and when the client reads nothing for 60 s.
         """
-        if self._sender is not None:
-            self._sender.join()
         if self._close_sent or self._ended:
             raise BrokenPipeError("the WebSocket is closed")
         last = _LastFrame
-        if message is not last.message:
-            if isinstance(message, str):
-                last.frame = frame(_TEXT, message.encode())
-            else:
-                # a copy, since the caller may change what it has
-                message = bytes(message)
-                last.frame = frame(_BINARY, message)
-            last.message = message
-        self._unsent.append(last.frame)
-        self._unsent_size += len(last.frame)
-        if len(last.frame) > _MAX_UNSENT:
-            # not kept
-            last.message = None
-            last.frame = b""
-        if self._unsent_size > _MAX_UNSENT:
-            self._send(b"")
-        elif len(self._unsent) == 1:
-            self._loop.run_callback(self._flush)
+        if message is last.message:
+            self._send(last.frame)
+            return
+        if isinstance(message, str):
+            data = frame(_TEXT, message.encode())
+        else:
+            # a copy, since the caller may change what it has
+            message = bytes(message)
+            data = frame(_BINARY, message)
+        if len(data) <= _MAX_QUEUED:
+            last.message, last.frame = message, data
+        self._send(data)
 
     def receive(self) -> str | bytes | None:
         """The next message of the client.
@@ -158,67 +146,68 @@ class WebSocket:
         :returns: ``None`` when the WebSocket is closed.
         """
         try:
-            while not self._ended:
+            while not (self._ended or self._refused):
                 opcode, final, payload = self._frame()
                 if opcode & 0x8:
                     self._control(opcode, payload)
-                elif (message := self._message(opcode, final, payload)) is not None:
+                elif (message := self._add(opcode, final, payload)) is not None:
                     return message
         except InvalidFrame as error:
+            self._refused = True
             self.close(error.code)
-            self._discard_rest()
         except OSError:
             self._ended = True
         return None
 
     def close(self, code: int = NORMAL) -> None:
-        """Send a Close frame. What the client has not read until its reply is lost."""
-        if self._close_sent or self._ended:
+        """Send a Close frame, and nothing behind it."""
+        if self._ended or self._close_sent:
             return
-        self._close_sent = True
-        with suppress(OSError):
-            self._send(frame(_CLOSE, pack("!H", code)))
-            # a client that does not reply must not keep a greenlet in receive()
-            gevent.spawn_later(_CLOSE_TIMEOUT, self._abort)
-
-    def _discard_rest(self) -> None:
-        """Read what the client still sends, for as long as it has to reply to the Close frame.
-
-        A connection that is closed with unread bytes is reset, and the client may not see why.
-        """
-        with suppress(OSError):
-            while not self._ended and self._sock.recv(_READ_SIZE):
-                pass
-        self._ended = True
+        self._send_close(pack("!H", code))
+        # a client that does not reply must not keep a greenlet in receive()
+        gevent.spawn_later(_CLOSE_TIMEOUT, self._abort)
 
     def end(self) -> None:
-        """Send what waits; the connection is closed next."""
-        if not self._ended:
-            with suppress(OSError):
-                self._send(b"")
-            self._ended = True
+        """Send what waits; the connection is closed next.
+
+        To a client that has broken the protocol the Close frame says so. A connection that is closed with
+        unread bytes is reset, and the client may not get the frame: what it still sends is discarded, for as
+        long as it has to reply.
+        """
+        if self._ended:
+            return
+        with suppress(OSError):
+            self._sock.send_queue()
+            while self._refused and not self._ended:
+                data = self._sock.recv(_READ_SIZE)
+                if not data or _ends_with_close(data):
+                    break
+                self._let_others_run()
+        self._ended = True
 
     # --- frames ----------------------------------------------------------------------------------
 
-    def _message(self, opcode: int, final: bool, payload: bytes) -> str | bytes | None:
+    def _add(self, opcode: int, final: bool, payload: bytes) -> str | bytes | None:
         """:returns: the message that is complete with this frame."""
         if (opcode == _CONTINUATION) != bool(self._opcode):
             raise InvalidFrame(PROTOCOL_ERROR, "a message begins in another one, or in its middle")
         if not final:
             self._opcode = self._opcode or opcode
-            self._parts.append(payload)
-            self._size += len(payload)
+            self._message += payload
             return None
         if opcode == _CONTINUATION:
-            opcode, payload = self._opcode, b"".join([*self._parts, payload])
-            self._opcode, self._size = 0, 0
-            self._parts.clear()
+            opcode, payload = self._opcode, bytes(self._message + payload)
+            self._opcode = 0
+            self._message.clear()
         if opcode == _BINARY:
             return payload
         try:
-            return payload.decode()
+            text = payload.decode()
         except UnicodeDecodeError:
             raise InvalidFrame(NOT_UTF8, "a text is not UTF-8") from None
+        if len(text) > self._max_message:
+            raise InvalidFrame(TOO_LARGE, "a message that is too large")
+        return text
 
     def _control(self, opcode: int, payload: bytes) -> None:
         if opcode == _PING:
@@ -226,9 +215,7 @@ class WebSocket:
                 self._send(frame(_PONG, payload))
         elif opcode == _CLOSE:
             code = _close_code(payload)
-            if not self._close_sent:
-                self._close_sent = True
-                self._send(frame(_CLOSE, b"" if code == _NO_STATUS else pack("!H", code)))
+            self._send_close(b"" if code == _NO_STATUS else pack("!H", code))
             self._ended = True
 
     def _frame(self) -> tuple[int, bool, bytes]:
@@ -236,6 +223,7 @@ class WebSocket:
 
         :raises OSError: when the client has disconnected.
         """
+        self._let_others_run()
         buf = self._buf
         need = 2
         while True:
@@ -270,56 +258,47 @@ class WebSocket:
             if len(buf) < size:
                 return size, 0
             length = int.from_bytes(buf[2 : size - 4], "big")
-        if not opcode & 0x8 and self._size + length > self._max_message:
+            if length < 126 or (size > 8 and length < 65536) or length >> 63:
+                raise InvalidFrame(PROTOCOL_ERROR, "a length in more bytes than it needs")
+        # a character has up to four bytes; where a message continues, its first frame says what it is
+        limit = self._max_message * (4 if (self._opcode or opcode) == _TEXT else 1)
+        if not opcode & 0x8 and len(self._message) + length > limit:
             raise InvalidFrame(TOO_LARGE, "a message that is too large")
         return size, length
 
+    def _let_others_run(self) -> None:
+        """Reading does not wait while a client sends faster than its frames are read."""
+        self._eager += 1
+        if self._eager == _EAGER:
+            self._eager = 0
+            gevent.sleep(0)
+
     # --- the connection --------------------------------------------------------------------------
 
-    def _take_unsent(self, data: bytes) -> bytes:
-        """What waits for the end of the iteration, and ``data`` behind it."""
-        self._unsent.append(data)
-        data = b"".join(self._unsent)
-        self._unsent.clear()
-        self._unsent_size = 0
-        return data
-
-    def _flush(self) -> None:
-        """Called in the hub, at the end of an iteration."""
-        if not self._unsent or self._ended:
-            return
-        data = self._take_unsent(b"")
-        try:
-            if not self._sock.send_at_once(data):
-                self._sender = gevent.spawn(self._send_rest)
-        except OSError:
-            # the greenlet that receives learns the same
-            self._ended = True
-
-    def _send_rest(self) -> None:
-        try:
-            with suppress(OSError):
-                self._send(b"")
-        finally:
-            self._sender = None
-
     def _send(self, data: bytes) -> None:
-        """Send this at once, behind what waits."""
-        if self._unsent:
-            data = self._take_unsent(data)
-        try:
-            if not self._sock.send_at_once(data):
-                self._sock.send_rest(_SEND_TIMEOUT)
-        except TimeoutError:
-            # a part of a frame is gone
-            self._abort()
-            raise
+        if self._sock.send_soon(data) > _MAX_QUEUED:
+            self._sock.send_queue()
+
+    def _send_close(self, payload: bytes) -> None:
+        """Send the Close frame, the last one (RFC 6455 section 5.5.1)."""
+        if not self._close_sent:
+            self._close_sent = True
+            with suppress(OSError):
+                self._sock.send_soon(frame(_CLOSE, payload))
+                self._sock.send_queue()
+            self._sock.mute()
 
     def _abort(self) -> None:
         if not self._ended:
             self._ended = True
             with suppress(OSError):
                 self._sock.shutdown(SHUT_RDWR)
+
+
+def _ends_with_close(data: bytes) -> bool:
+    """Whether a read ends with a client's Close frame, as far as can be seen where frames are not read."""
+    alone = len(data) > 1 and data[0] == 0x88 and data[1] - 0x80 == len(data) - 6
+    return alone or data[-8:-6] == b"\x88\x82" or data[-6:-4] == b"\x88\x80"
 
 
 def _close_code(payload: bytes) -> int:

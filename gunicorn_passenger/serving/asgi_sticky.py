@@ -43,9 +43,7 @@ _LINGER = 2.0
 _END = b"\r\n\r\n"
 #: Lines whose end, or whose continuation, parsers take in different ways.
 _AMBIGUOUS = re.compile(rb"(?<!\r)\n|\r(?!\n)|\n[ \t]")
-_FRAMING = re.compile(
-    rb"\r\n(content-length|transfer-encoding|upgrade)([ \t]*):[ \t]*([^\r]*?)[ \t]*(?=\r)", re.IGNORECASE
-)
+_FRAMING = re.compile(rb"\r\n(content-length|transfer-encoding|upgrade)([ \t]*):([^\r]*)", re.IGNORECASE)
 _EMPTY_LINES = re.compile(rb"(?:\r\n)+")
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 
@@ -82,7 +80,7 @@ def body_length(head: bytes) -> int:
             raise UnclearRequest(f"white space follows the name {name.decode()}")
         if name.lower() in values:
             raise UnclearRequest(f"{name.decode()} comes twice")
-        values[name.lower()] = value
+        values[name.lower()] = value.strip(b" \t")
     length, coding = values.get(b"content-length"), values.get(b"transfer-encoding")
     if coding is not None:
         if length is not None:
@@ -157,7 +155,7 @@ def sticky_protocol(base: Any, passes: SiblingConnections) -> Any:
 
         @property
         def is_idle(self) -> bool:
-            return super().is_idle and not self._waiting
+            return super().is_idle and self._body.finished and not (self._waiting or self._is_refused)
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)

@@ -4,7 +4,7 @@ Process: a worker, in the greenlet of the connection; the writer of Engine.IO is
 Never: serve a client of another server, such as gunicorn's own handler: the driver of Engine.IO does.
 
 Engine.IO's drivers use simple-websocket, which takes one more greenlet for each client and the pure Python of
-wsproto for each message. What the client sees is the same, but for compression: there is none.
+wsproto for each message. Another difference that clients see: messages are not compressed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class EngineIOWebSocket:
         if refused is not None:
             status, headers, reason = refused
             start_response(status, [*headers, ("Content-Type", "text/plain")])
-            return [reason.encode()]
+            # not a list, which Engine.IO's server takes for packets
+            return (reason.encode(),)
         self._websocket = WebSocket(self._client, environ, self._max_message)
         try:
             self._handler(self)

@@ -20,10 +20,12 @@ def patch_standard_library(log: Log, preloaded: bool) -> None:
     if _is_importing():
         gc.unfreeze()
     events.subscribers.append(_thaw)
-    with entry_points.read_once(), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", monkey.MonkeyPatchWarning)
-        monkey.patch_all()
-    events.subscribers.remove(_thaw)
+    try:
+        with entry_points.read_once(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", monkey.MonkeyPatchWarning)
+            monkey.patch_all()
+    finally:
+        events.subscribers.remove(_thaw)
     # a collection would write to all memory that the worker shares with the master, and copy it
     gc.freeze()
     late = [str(item.message) for item in caught if issubclass(item.category, monkey.MonkeyPatchWarning)]

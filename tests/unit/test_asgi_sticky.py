@@ -443,6 +443,7 @@ def test_a_worker_that_drains_keeps_a_connection_that_it_passes_and_takes_those_
         ("Upgrade: websocket\r\nContent-Length: 0", 0),
         ("Upgrade: websocket\r\nTransfer-Encoding: chunked", None),
         ("X: Upgrade: websocket", 0),
+        ("Content-Length: a" + " " * 60_000 + "a", None),
     ],
 )
 def test_the_length_of_a_body_is_known_or_the_request_refused(lines, length):

@@ -1,6 +1,9 @@
 """The server's side of a WebSocket, with wsproto as the client on a socket pair."""
 
+import contextlib
+import os
 import random
+import select
 import socket
 from itertools import pairwise
 from struct import pack
@@ -22,8 +25,8 @@ from wsproto.events import (
     TextMessage,
 )
 
-from gunicorn_passenger.http import websocket
-from gunicorn_passenger.http.client_socket import adopt
+from gunicorn_passenger.http import client_socket, websocket
+from gunicorn_passenger.http.client_socket import ClientSocket, adopt
 from gunicorn_passenger.http.websocket import WebSocket, handshake_error
 
 LIMIT = 300_000
@@ -178,22 +181,71 @@ def test_fragments_with_pings_between_them_wherever_the_bytes_are_cut(messages, 
         (masked(0x81, b"\xff"), 1007),
         (masked(0x01, b"\xc3") + masked(0x80, b"("), 1007),
         (masked(0x82, b"", LIMIT + 1), 1009),
-        (masked(0x82, b"", 1 << 63), 1009),
+        (masked(0x82, b"", 1 << 63), 1002),
+        (masked(0x82, b"", (1 << 63) - 1), 1009),
+        (b"\x81\xfe\x00\x01" + masked(0x81, b"x")[2:], 1002),  # a length in more bytes than it needs
+        (b"\x81\xff" + bytes(7) + b"\x7e" + masked(0x81, b"x" * 126)[4:], 1002),
+        (masked(0x81, b"x" * (LIMIT + 1)), 1009),
+        (masked(0x01, b"", 4 * LIMIT + 1), 1009),
         (masked(0x02, b"x" * 200_000) + masked(0x80, b"", 100_001), 1009),
     ],
 )
 def test_what_a_client_must_not_send(client, data, code):
-    reader = gevent.spawn(client.server.receive)
+    writer = gevent.spawn(client.sock.sendall, data + masked(0x81, b"y" * 500_000))
+    # the application learns it at once
+    assert client.server.receive() is None
+    assert client.server.receive() is None
     # the rest of what it sends is thrown away, so that the connection is not reset
-    client.sock.sendall(data + masked(0x81, b"y" * 500_000))
+    end = gevent.spawn(client.server.end)
+    writer.get()
     event = client.next()
     assert isinstance(event, CloseConnection)
     assert event.code == code
-    assert not reader.ready()
-    client.sock.close()
-    assert reader.get() is None
+    assert not end.ready()
+    if code % 2:
+        client.sock.close()
+    else:
+        client.sock.sendall(masked(0x88, pack("!H", code)))
+    end.get()
     with pytest.raises(BrokenPipeError):
         client.server.send("more")
+
+
+def test_the_limit_of_a_text_counts_characters(client):
+    """As Engine.IO's does."""
+    text = "\N{GRINNING FACE}" * LIMIT
+    for parts in ([text.encode()], [text.encode()[:700_001], text.encode()[700_001:]]):
+        data = [
+            masked((0x80 if n == len(parts) - 1 else 0) | (0 if n else 1), part)
+            for n, part in enumerate(parts)
+        ]
+        writer = gevent.spawn(client.sock.sendall, b"".join(data))
+        assert client.server.receive() == text
+        writer.get()
+
+
+@pytest.mark.parametrize(
+    "data", [masked(0x8A), masked(0x00), masked(0x82, b"x")], ids=["pong", "fragment", "message"]
+)
+def test_a_client_that_floods_lets_the_others_run(client, data):
+    client.sock.sendall(masked(0x02, b"x") if data[0] == 0 else b"")
+    writer = gevent.get_hub().threadpool.spawn(flood, client.sock.fileno(), data * 1000)
+    reader = gevent.spawn(lambda: [0 for _ in iter(client.server.receive, None)])
+    for _ in range(20):
+        gevent.sleep(0.001)
+    assert not reader.ready()
+    client.sock.shutdown(socket.SHUT_RDWR)
+    reader.get()
+    writer.get()
+    # empty fragments take no memory
+    assert len(client.server._message) <= 1
+
+
+def flood(fd, data):
+    with contextlib.suppress(OSError):
+        while True:
+            select.select([], [fd], [])
+            os.write(fd, data)
 
 
 def test_a_text_may_be_cut_within_a_character(client):
@@ -203,8 +255,7 @@ def test_a_text_may_be_cut_within_a_character(client):
 
 def test_the_messages_of_an_iteration_are_sent_together(client, monkeypatch):
     sent = []
-    send = client.server_socket.send_at_once
-    monkeypatch.setattr(client.server_socket, "send_at_once", lambda data: sent.append(data) or send(data))
+    monkeypatch.setattr(ClientSocket, "_count", lambda self, count: sent.append(count))
     for number in range(5):
         client.server.send(f"{number}")
     assert sent == []
@@ -234,7 +285,12 @@ def test_greenlets_that_send_to_a_client_that_reads_slowly(client):
     for _ in range(9):
         gevent.idle()
     assert len(done) < 90
-    messages = [client.next() for _ in range(90)]
+    # another one that uses the socket itself, as simple-websocket does
+    other = gevent.spawn(client.server_socket.send, websocket.frame(2, b"z" * 30_000))
+    messages = [client.next() for _ in range(91)]
+    other.get()
+    assert b"z" * 30_000 in messages
+    messages.remove(b"z" * 30_000)
     gevent.joinall(senders, raise_error=True)
     for name in "abc":
         assert [m for m in messages if m[0] == name] == [f"{name}{n} " + name * 20_000 for n in range(30)]
@@ -242,7 +298,7 @@ def test_greenlets_that_send_to_a_client_that_reads_slowly(client):
 
 def test_small_messages_to_a_client_that_does_not_read(client, monkeypatch):
     """The sender gets an error in the end, and the greenlet that receives ends."""
-    monkeypatch.setattr(websocket, "_SEND_TIMEOUT", 0.05)
+    monkeypatch.setattr(client_socket, "_PATIENCE", 0.05)
     client.server_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     reader = gevent.spawn(client.server.receive)
     with pytest.raises(OSError):
@@ -270,7 +326,8 @@ def test_a_close_that_the_client_answers(client):
     event = client.next()
     client.sock.sendall(client.wsproto.send(event.response()))
     assert reader.get() is None
-    # no second Close frame
+    # no second Close frame, and none of a worker that drains
+    client.server_socket.send_last(b"\x88\x02\x03\xe9")
     client.server.end()
     client.server_socket.close()
     assert client.left() == b""
@@ -291,12 +348,15 @@ def test_a_client_that_disconnects(client):
         client.server.send("x")
 
 
-def test_a_drain_goes_between_two_messages(client):
-    """Also where the kernel has taken a part of a message only."""
-    client.server_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+@pytest.mark.parametrize("partly", [False, True])
+def test_a_drain_goes_behind_the_messages(client, partly):
+    """Also where the kernel has taken a part of a message only, or nothing yet."""
+    if partly:
+        client.server_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     for _ in range(15):
         client.server.send("x" * 1000)
-    gevent.sleep(0)
+    if partly:
+        gevent.sleep(0)
     closing = gevent.spawn(client.server_socket.send_last, b"\x88\x02\x03\xe9")
     messages = [client.next() for _ in range(15)]
     assert messages == ["x" * 1000] * 15
@@ -334,7 +394,7 @@ def test_the_accept_key_of_the_rfc():
     """RFC 6455 section 1.3."""
     ours, theirs = gsocket.socketpair()
     sock, _ = adopt(theirs.detach())
-    WebSocket(sock, {"HTTP_SEC_WEBSOCKET_KEY": "dGhlIHNhbXBsZSBub25jZQ=="}, LIMIT)
+    WebSocket(sock, {"HTTP_SEC_WEBSOCKET_KEY": "dGhlIHNhbXBsZSBub25jZQ=="}, LIMIT).end()
     sock.close()
     with ours:
         assert b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n" in ours.recv(65536)

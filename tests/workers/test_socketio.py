@@ -4,6 +4,7 @@ socketio.Server under Flask, and socketio.AsyncServer on an ASGI server.
 """
 
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -193,11 +194,24 @@ def test_websockets_are_served_by_the_package(site):
     assert (opcode, int.from_bytes(data, "big")) == (websocket.ABNF.OPCODE_CLOSE, 1009)
     client.close()
     upgrade = {"Connection": "Upgrade", "Upgrade": "websocket"}
-    for headers, status in (({}, 426), ({"Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "x"}, 400)):
-        url = f"http://127.0.0.1:{port}/socket.io/?EIO=4&transport=websocket"
-        response = requests.get(url, headers=upgrade | headers, timeout=60)
-        assert response.status_code == status
-        assert "Sec-WebSocket" in response.text
+    url = f"http://127.0.0.1:{port}/socket.io/?EIO=4"
+    sid = json.loads(requests.get(f"{url}&transport=polling", timeout=60).text[1:])["sid"]
+    for session in ("", f"&sid={sid}"):
+        for headers, status in (({}, 426), ({"Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "x"}, 400)):
+            response = requests.get(
+                f"{url}&transport=websocket{session}", headers=upgrade | headers, timeout=60
+            )
+            assert response.status_code == status
+            assert "Sec-WebSocket" in response.text
+    # the session is not lost, and can still be upgraded
+    assert requests.post(f"{url}&transport=polling&sid={sid}", data="40", timeout=60).text == "OK"
+    client = websocket.create_connection(
+        f"ws://127.0.0.1:{port}/socket.io/?EIO=4&transport=websocket&sid={sid}", timeout=60
+    )
+    client.send("2probe")
+    assert client.recv() == "3probe"
+    client.close()
+    assert "Traceback" not in site.process.log()
 
 
 def test_other_processes_emit(site):
