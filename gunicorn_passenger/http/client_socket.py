@@ -17,6 +17,8 @@ from gevent import get_hub
 from gevent import socket as gsocket
 from gevent.lock import RLock
 
+from gunicorn_passenger.http.faults import report_fault
+
 _NOT_GIVEN = object()
 
 #: A server's Close frame with 1001, "going away" (RFC 6455 sections 5.5.1 and 7.4.1).
@@ -244,6 +246,9 @@ class ClientSocket(gsocket.socket):
                 pass
             except OSError as error:
                 self._break(error)
+            except Exception as error:
+                report_fault("what waited for a client was not sent, and its connection was closed", error)
+                self._break(ConnectionAbortedError(errno.ECONNABORTED, "an error in the worker"))
             finally:
                 if turn is not None:
                     turn.release()
@@ -281,10 +286,9 @@ class ClientSocket(gsocket.socket):
         self._broken = True
         self._queue.clear()
         self._queued = 0
-        if isinstance(error, TimeoutError):
-            # a part of a message is sent, so nothing else can be
-            with contextlib.suppress(OSError):
-                self.shutdown(gsocket.SHUT_RDWR)
+        # a part of a message may be sent, so nothing else can be
+        with contextlib.suppress(OSError):
+            self.shutdown(gsocket.SHUT_RDWR)
 
     def _count(self, count: int) -> None:
         if self.connection is not None:

@@ -23,7 +23,7 @@ from open_descriptors import open_descriptors
 from gunicorn_passenger.http import acceptor as acceptor_module
 from gunicorn_passenger.http import faults
 from gunicorn_passenger.http.acceptor import Acceptor
-from gunicorn_passenger.http.client_socket import ClientSocket
+from gunicorn_passenger.http.client_socket import ClientSocket, adopt
 from gunicorn_passenger.http.connection import Connection
 from gunicorn_passenger.http.connection_state import TRANSITIONS, ConnectionState, set_checked
 from gunicorn_passenger.http.greenlet_pool import GreenletPool
@@ -274,6 +274,22 @@ def test_responses_that_are_held_are_sent_after_a_fault(log: list[logging.LogRec
     logged(log)
 
 
+def test_a_fault_when_waiting_messages_are_sent_ends_the_connection(
+    log: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = gsocket.socketpair()
+    sock, _ = adopt(theirs.detach())
+    monkeypatch.setattr(sock, "_first", lambda: 1 / 0)
+    with ours:
+        sock.send_soon(b"x")
+        assert ours.recv(9) == b""
+        assert sock.recv(9) == b""
+    assert [record.exc_info[0] for record in log if record.exc_info] == [ZeroDivisionError]
+    with pytest.raises(BrokenPipeError):
+        sock.send_soon(b"y")
+    sock.close()
+
+
 def test_faults_are_counted_while_they_are_not_logged(
     monkeypatch: pytest.MonkeyPatch, log: list[logging.LogRecord]
 ) -> None:
@@ -385,6 +401,7 @@ def test_every_callback_of_the_loop_is_known() -> None:
     known = {
         ("acceptor.py", "self._accept"),
         ("acceptor.py", "then"),
+        ("client_socket.py", "self._flush"),
         ("connection_output.py", "self._sending.switch"),
         ("connection_output.py", "self._wake"),
         ("connection_life.py", "gone"),
