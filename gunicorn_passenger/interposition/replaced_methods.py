@@ -21,6 +21,7 @@ from gunicorn_passenger.interposition.own_fds import keep_spare
 from gunicorn_passenger.interposition.socket_options import FOREVER, keep_nonblocking
 from gunicorn_passenger.interposition.socket_patch import SocketPatch
 from gunicorn_passenger.serving.registry import ServerRegistry
+from gunicorn_passenger.system.import_watch import call_when_imported
 
 _installed: list[SocketPatch] = []
 
@@ -34,20 +35,27 @@ def install(registry: ServerRegistry, inherited: set[int]) -> SocketPatch:
     patch = SocketPatch(registry, inherited)
     if not _installed:
         _installed.append(patch)
-        for cls in inet_facade.socket_classes():
-            _replace_calls(cls)
-            _replace_connection_calls(cls)
-        _notice_deferred_closes()
+        _replace(inet_facade.NATIVE)
+        call_when_imported("gevent._socket3", _replace_gevents)
         _never_wait_after_a_selector()
     _installed[:] = [patch]
     return patch
 
 
-def _notice_deferred_closes() -> None:
+def _replace(cls: Any) -> None:
+    _replace_calls(cls)
+    _replace_connection_calls(cls)
+
+
+def _replace_gevents() -> None:
+    """gevent may be imported later: by a program that has it patch a worker of another class."""
+    gevents = sys.modules["gevent._socket3"]
+    _replace(gevents._wrefsocket)
+    _notice_deferred_closes(gevents)
+
+
+def _notice_deferred_closes(gevents: Any) -> None:
     """gevent may close a descriptor in its next loop iteration; for the program the socket is closed now."""
-    gevents: Any = sys.modules.get("gevent._socket3")
-    if gevents is None:
-        return
     close_later = gevents.socket._drop_events_and_close
 
     def _drop_events_and_close(self: Any, closefd: bool = True, *args: Any) -> None:

@@ -8,17 +8,14 @@ The master sets up the directory in which the workers count (``status/prometheus
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
-import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from gunicorn_passenger.system.callers import called_in_packages
+from gunicorn_passenger.system.import_watch import call_when_imported
 from gunicorn_passenger.system.text import printable
 
 #: Where ``prometheus_client`` counts in its multiprocess mode.
@@ -61,35 +58,7 @@ def log_omitted(error: Exception) -> None:
 
 def sum_when_imported() -> None:
     """Call :func:`sum_default_registry`, at once or when the program has imported ``prometheus_client``."""
-    if "prometheus_client" in sys.modules:
-        sum_default_registry()
-    elif not any(isinstance(finder, _ImportWatch) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _ImportWatch())
-
-
-class _ImportWatch:
-    """Has ``prometheus_client`` found as ever, and sums its registry before the import ends."""
-
-    def find_spec(
-        self, name: str, _path: Sequence[str] | None, _target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if name != "prometheus_client":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            # the program may add the directory in which it is installed, and try again
-            sys.meta_path.insert(0, self)
-            return None
-        loader: Any = spec.loader
-        execute = loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            sum_default_registry()
-
-        loader.exec_module = exec_module
-        return spec
+    call_when_imported("prometheus_client", sum_default_registry)
 
 
 def sum_default_registry() -> None:

@@ -150,6 +150,41 @@ def test_unmodified_servers_in_threads_of_a_worker_without_gevent(start):
     assert process.stop() == 0
 
 
+def test_a_program_that_gevent_patches_in_a_sync_worker(start, port):
+    """gevent is imported after the hooks; sockets of its class get the master's, too."""
+    start.write(
+        "late.py",
+        """
+        from gevent import monkey
+
+        monkey.patch_all()
+
+        import os
+        from http.server import HTTPServer
+        from threading import Thread
+
+        from answering import Handler, application
+
+        server = HTTPServer(("127.0.0.1", int(os.environ["P1"])), Handler)
+        Thread(target=server.serve_forever, daemon=True).start()
+        """,
+    )
+    process = start.python(
+        GUNICORN, "-k", "sync", "-w", 2, "-c", "python:gunicorn_passenger.hooks", "-b",
+        f"unix:{start.home}/app.sock", *NO_CONTROL, "late:application",
+        env={"P1": port, "PYTHONPATH": f"{start.home}:{start.environment['PYTHONPATH']}"},
+    ).wait_ready()  # fmt: skip
+    wait_for(lambda: len(process.workers()) == 2, "two workers")
+    before = set(process.workers())
+    answering(port, before)
+    with Requests(port, threads=1) as asked:
+        process.signal(signal.SIGHUP)
+        wait_for(lambda: len({*asked.pids} - before) == 2, "the new workers to accept")
+        wait_for(lambda: before.isdisjoint(process.workers()), "the end of the old workers")
+    assert asked.failures == []
+    assert process.stop() == 0
+
+
 def test_hooks_and_children_of_the_program(start):
     """With ``--preload`` the program is imported in the master: a server of ours waits for the fork, and a hook
     starts the others. A child that a hook forks keeps no port open, and does not hide the end of its worker.
