@@ -253,6 +253,8 @@ class HookedWorker:
 
     def _give_up_binds(self) -> None:
         """gunicorn's class does not serve the primary on the binds that a server of the program has."""
+        if len(self._worker.sockets) < 2:
+            return  # the only one is the primary's
         names = [listening_sockets.sockname(sock) for sock in self._worker.sockets]
         primary = primary_among([is_unix(name) for name in names])
         given = [

@@ -31,6 +31,7 @@ from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.daemons.manager import DaemonManager
 from gunicorn_passenger.daemons.requested import requested_daemons
 from gunicorn_passenger.errors import PassengerError, SettingError
+from gunicorn_passenger.interposition import replaced_methods
 from gunicorn_passenger.interposition.pending_bind import bind_locks
 from gunicorn_passenger.ipc.scoreboard import Scoreboard
 from gunicorn_passenger.master import upgrade_state
@@ -210,6 +211,7 @@ def install_hooks_for_other_workers(arbiter: Any) -> bool:
         # with --preload the program is loaded next
         registry.run_as_master()
         program_import.install()
+        replaced_methods.watch_gevent()
         bind_locks.create()
         prometheus_multiproc.directory.prepare()
     install_hooks(arbiter.cfg)
@@ -295,6 +297,8 @@ def _before_worker_fork(arbiter: Any, worker: Any) -> None:
         # listed here: a worker would copy memory of the master for it
         inodes = set(listening_sockets.own_listeners())
         _prepared[:] = [(worker, channel, scoreboard, inodes)]
+        if prometheus_multiproc.directory.path:
+            worker.load_wsgi = partial(_load_with_sums, worker.load_wsgi)
     broker = fork_handlers.current_broker()
     if requested_daemons.pending:
         _refresh(arbiter, broker)
@@ -318,7 +322,6 @@ def _after_worker_fork(arbiter: Any, worker: Any) -> None:
     """In a worker, just forked."""
     for prepared, channel, scoreboard, inodes in _prepared:
         if prepared is worker:
-            worker.load_wsgi = partial(_load_with_sums, worker.load_wsgi)
             hooked_worker.enter(worker, arbiter.LISTENERS, channel, scoreboard, inodes)
     _prepared.clear()
 

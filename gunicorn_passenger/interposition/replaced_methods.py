@@ -1,6 +1,6 @@
 """Replaces the methods of Python's sockets by which :class:`.socket_patch.SocketPatch` learns what they do.
 
-Process: a worker, from just after the fork.
+Process: a worker, from just after the fork; the master has only the watch for gevent.
 Never: decide anything.
 
 The two classes get the replacements from which all Python sockets derive their system calls: the standard
@@ -24,6 +24,7 @@ from gunicorn_passenger.serving.registry import ServerRegistry
 from gunicorn_passenger.system.import_watch import call_when_imported
 
 _installed: list[SocketPatch] = []
+_gevents_replaced: list[bool] = []
 
 
 def install(registry: ServerRegistry, inherited: set[int]) -> SocketPatch:
@@ -36,7 +37,7 @@ def install(registry: ServerRegistry, inherited: set[int]) -> SocketPatch:
     if not _installed:
         _installed.append(patch)
         _replace(inet_facade.NATIVE)
-        call_when_imported("gevent._socket3", _replace_gevents)
+        _replace_gevents()
         _never_wait_after_a_selector()
     _installed[:] = [patch]
     return patch
@@ -47,11 +48,20 @@ def _replace(cls: Any) -> None:
     _replace_connection_calls(cls)
 
 
+def watch_gevent() -> None:
+    """Notice in a worker that the program imports gevent, which it may have patch a worker of another class.
+
+    Called in the master: in a worker it would copy memory that both share.
+    """
+    call_when_imported("gevent._socket3", _replace_gevents)
+
+
 def _replace_gevents() -> None:
-    """gevent may be imported later: by a program that has it patch a worker of another class."""
-    gevents = sys.modules["gevent._socket3"]
-    _replace(gevents._wrefsocket)
-    _notice_deferred_closes(gevents)
+    gevents: Any = sys.modules.get("gevent._socket3")
+    if gevents is not None and _installed and not _gevents_replaced:
+        _gevents_replaced.append(True)
+        _replace(gevents._wrefsocket)
+        _notice_deferred_closes(gevents)
 
 
 def _notice_deferred_closes(gevents: Any) -> None:

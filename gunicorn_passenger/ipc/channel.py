@@ -42,13 +42,15 @@ class ChannelClosed(Exception):
 
 # --- packing ----------------------------------------------------------------------------------
 
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
 
 def pack(message: Message) -> bytes:
     """The packet of a message; texts are cut to ``MAX_TEXT`` characters."""
     fields: dict[str, Any] = {"v": VERSION, "type": type(message).__name__}
     for name, value in vars(message).items():
         fields[name] = value[:MAX_TEXT] if isinstance(value, str) else value
-    data = json.dumps(fields, separators=(",", ":")).encode()
+    data = _encode(fields).encode()
     if len(data) > MAX_MESSAGE:
         raise ValueError(f"a {type(message).__name__} message of {len(data)} bytes is too long")
     return data
