@@ -164,10 +164,15 @@ class Mailboxes:
         """The sibling of that tag, also while it drains."""
         return self._siblings.get(tag)
 
+    @property
+    def is_leaving(self) -> bool:
+        """Whether this worker drains."""
+        return self._broker.exit_announced
+
     def serving(self) -> list[str]:
-        """The tags of the workers that take new clients, this one included."""
-        own = [] if self._broker.exit_announced else [self.tag]
-        return own + [tag for tag, sibling in self._siblings.items() if sibling.serving]
+        """The tags of the workers that take new clients, this one included. Any thread may call."""
+        own = [] if self.is_leaving else [self.tag]
+        return own + [tag for tag, sibling in list(self._siblings.items()) if sibling.serving]
 
     # --- connections ------------------------------------------------------------------------------
 

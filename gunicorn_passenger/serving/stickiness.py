@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from hashlib import blake2b
 from hmac import compare_digest
+from itertools import count
 from typing import Any
 
 import gevent
@@ -34,7 +35,11 @@ _DEFAULT_COOKIE = "passenger_worker"
 TAG_LENGTH = 16
 #: Characters of a signature, 144 bits.
 _SIGNATURE_LENGTH = 24
+#: the first request of an Engine.IO client
+_BEGINS = re.compile(rb"[?&]EIO=[0-9]")
 _SID = re.compile(rb"[?&]sid=([A-Za-z0-9_-]{%d})" % TAG_LENGTH)
+#: by which the siblings of a worker that drains take turns
+_turns = count()
 #: Seconds until a sibling that has just started is known here, too.
 _NEWS_TIME = 0.001
 
@@ -64,12 +69,16 @@ class Stickiness:
 
 
 class BySessionId(Stickiness):
-    """``sticky="socketio"``: Engine.IO's session id, which begins with the tag of its worker."""
+    """``sticky="socketio"``: Engine.IO's session id, which begins with the tag of its worker.
+
+    A worker that drains begins no new session, which would end with it: a sibling that serves gets the
+    request.
+    """
 
     def __call__(self, _connection: Any, head: bytes) -> Give | None:
         # a cookie or a Referer may have the id of another session
         line = head.find(b"\r\n")
-        if head.find(b"sid=", 0, line) < 0:
+        if head.find(b"sid=", 0, line) < 0 and not self._mailboxes.is_leaving:
             return None
         tag = self.owner(head)
         return self.give_to(tag) if tag else None
@@ -79,8 +88,13 @@ class BySessionId(Stickiness):
 
         Any thread may call.
         """
-        found = _SID.search(head, 0, head.find(b"\r\n"))
-        return "" if found is None or found[1] == self._tag else found[1].decode()
+        line = head.find(b"\r\n")
+        found = _SID.search(head, 0, line)
+        if found is not None:
+            return "" if found[1] == self._tag else found[1].decode()
+        begins = self._mailboxes.is_leaving and _BEGINS.search(head, 0, line) is not None
+        serving = self._mailboxes.serving() if begins else []
+        return serving[next(_turns) % len(serving)] if serving else ""
 
     def give_to(self, tag: str) -> Give | None:
         """Called in a greenlet.

@@ -335,6 +335,26 @@ def test_only_the_query_names_the_session(site):
     assert site.mailboxes.counts().unknown == 1
 
 
+def test_a_worker_that_drains_begins_no_session(site):
+    site.mailboxes.tag = "o" * 16
+    for tag in ("s", "t"):
+        site.join(tag * 16)
+    by_id = BySessionId(site.mailboxes, "key")
+    begins = b"GET /socket.io/?transport=polling&EIO=4 HTTP/1.1\r\n\r\n"
+    others = (
+        b"GET /?sid=%b1&EIO=4 HTTP/1.1\r\n\r\n" % (b"o" * 16),
+        b"GET / HTTP/1.1\r\nReferer: /?EIO=4\r\n\r\n",
+    )
+    assert [by_id(None, head) for head in (begins, *others)] == [None] * 3
+    site.mailboxes._broker.exit_announced = True
+    assert [by_id(None, head) for head in others] == [None] * 2
+    # in turns
+    assert {by_id(None, begins).args[0].tag for _ in range(2)} == {"s" * 16, "t" * 16}
+    for sibling in site.mailboxes._siblings.values():
+        sibling.serving = False
+    assert by_id(None, begins) is None
+
+
 @pytest.mark.parametrize("name", ["plain", "*a", "a+b", "a|b", "$a^", "a.b"])
 def test_the_name_of_a_cookie_is_not_a_pattern(site, name):
     site.mailboxes.tag, site.mailboxes.key = "o" * 16, b"key"

@@ -3,6 +3,7 @@
 socketio.Server under Flask, and socketio.AsyncServer on an ASGI server.
 """
 
+import http.client
 import itertools
 import json
 import os
@@ -70,7 +71,9 @@ class Site:
         def states():
             return "\n".join([*(chatter.state() for chatter in self.chatters), self.process.log()])
 
-        return wait_for(known, states)
+        # an attempt that a worker's end has cut off costs a client of asyncio's server up to a minute: half of it
+        # for the response, the rest until its poll ends
+        return wait_for(known, states, timeout=180)
 
     def broadcast(self, times=6):
         """Each client in turn speaks to all, and every client hears everything once."""
@@ -244,6 +247,34 @@ def test_a_client_of_another_worker_can_be_disconnected(site):
     wait_for(lambda: gone)
     site.chatters.remove(other)
     site.broadcast()
+
+
+def test_a_worker_that_drains_begins_no_session(start, port):
+    """On a connection that it keeps, as nginx's: the session is a new worker's."""
+    env = {"P1": port, "P2": free_port()}
+    process = start.gunicorn(
+        "socketio_async_app", "--keep-alive", 75, "--graceful-timeout", 60, workers=1, env=env
+    ).wait_ready(port)  # fmt: skip
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    old = int(get(connection, "/"))
+    process.signal(signal.SIGHUP)
+    wait_for(lambda: {one["pid"]: one["state"] for one in only(start)["workers"]}.get(old) == "leaving")
+    sid = json.loads(get(connection, "/socket.io/?EIO=4&transport=polling")[1:])["sid"]
+    # the connection is the new worker's, and so is the session
+    assert int(get(connection, "/")) != old
+    other = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    other.request("POST", f"/socket.io/?EIO=4&transport=polling&sid={sid}", body="40")
+    assert other.getresponse().read() == b"OK"
+    for each in (connection, other):
+        each.close()
+    # its long time to drain is not for the end of the test
+    process.signal(signal.SIGQUIT)
+    process.wait_end()
+
+
+def get(connection, path):
+    connection.request("GET", path)
+    return connection.getresponse().read().decode()
 
 
 def test_clients_outlive_a_reload(site):
