@@ -53,14 +53,15 @@ test: $(VENV)/tested
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TESTS)
 
 # The suite with coverage.py in every process that it starts; a process that is killed is not counted. The table has
-# the lines that no test ran; build/coverage/html/index.html shows them.
+# the lines that no test ran, also when a test has failed; build/coverage/html/index.html shows them.
 coverage: $(VENV)/tested
 	$(PIP) --editable '.[coverage]' 'gunicorn$(GUNICORN)'
 	rm -rf build/coverage && mkdir -p build/coverage
-	$(BIN)/python -m coverage run -m pytest -n $(JOBS) --dist worksteal $(TESTS)
-	$(BIN)/python -m coverage combine --quiet
-	$(BIN)/python -m coverage html --quiet
-	$(BIN)/python -m coverage report
+	status=0; \
+	$(BIN)/python -m coverage run -m pytest -n $(JOBS) --dist worksteal $(TESTS) || status=$$?; \
+	$(BIN)/python -m coverage combine --quiet && \
+	$(BIN)/python -m coverage html --quiet && \
+	$(BIN)/python -m coverage report && exit $$status
 
 # The same seed each time; RUNS says how long.
 fuzz: $(VENV)/tested
