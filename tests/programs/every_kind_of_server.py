@@ -16,6 +16,8 @@ import gunicorn_passenger as passenger
 told = {"ready": 0, "listening": [], "exit": 0}
 #: streams that were closed
 closed = []
+#: the threads in which requests wait for the file GO
+waiting = []
 targets = {}
 
 
@@ -95,6 +97,7 @@ def stream(path):
 def plain(environ, start_response):
     path = environ["PATH_INFO"]
     if path == "/wait":
+        waiting.append(threading.get_ident())
         while not os.path.exists(os.environ["GO"]):
             time.sleep(0.02)
     elif path == "/length":
@@ -144,5 +147,6 @@ def application(environ, start_response):
         "servers": [server[:] for server in passenger.servers()],
         "told": told,
         "closed": closed,
+        "waiting": waiting,
     }
     return text(start_response, json.dumps(found))

@@ -462,6 +462,7 @@ def test_the_application_runs_in_native_threads(one):
         client.request("GET", "/wait")
     assert fetch(one.ours)[0] == 200
     waiting[2].request("GET", "/wait")
+    wait_for(lambda: len({*one.facts()["waiting"]}) == 3, "three threads to wait")
     waiting[3].request("GET", "/")
     # the proxy and the server without threads are not concerned
     hub = fetch(one.hub)[1]
