@@ -166,6 +166,7 @@ def _run(path: str) -> BaseException | None:
     """The script's greenlet; returns the error that ended the script, if one did."""
     # It stands in for the main thread: threads that the script starts are not daemons by default. But the
     # interpreter must not wait for it at its end, as gevent's shutdown would (Python 3.13).
+    fork_handlers.load_in_this_greenlet()
     thread: Any = threading.current_thread()
     thread._daemonic = False
     threading._register_atexit(_make_daemon, thread)  # type: ignore[attr-defined]

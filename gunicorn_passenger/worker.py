@@ -458,7 +458,9 @@ class Worker(GeventWorker):
 
     def _leave_boot(self) -> None:
         """The worker was stopped while it loaded the program, whose unmodified servers accept already."""
-        if registry.servers and not self._quitting:
+        fork_handlers.leave_boot()
+        accepts = self._socket_patch is not None  # a preloaded server does not, before the worker is set up
+        if accepts and registry.servers and not self._quitting:
             fork_handlers.limit_exit(self.cfg.graceful_timeout)
             self._drain(time.monotonic() + self.cfg.graceful_timeout)
             fork_handlers.limit_exit(0.0)

@@ -10,6 +10,7 @@ import gc
 import math
 import os
 import signal
+import sys
 from threading import get_ident
 from types import CodeType
 from typing import Any
@@ -21,6 +22,10 @@ _current: list[Broker] = []
 _parent: list[Broker] = []
 _hooked: list[bool] = []
 _stops: list[bool] = []
+#: the greenlets that load the program, beside the main one
+_loading: list[Any] = []
+#: the callbacks of gevent's loop that are about to interrupt the start
+_interruptions: list[Any] = []
 #: whether the garbage collector leaves the master's objects alone until a fork is over
 _frozen: list[bool] = []
 #: the signals that a thread had blocked before the fork that it is in
@@ -118,7 +123,9 @@ def _record_stop(_number: int, _frame: Any) -> None:
 def exit_boot(_number: int, frame: Any) -> None:
     """The signal handler of a worker that boots; the import of a large program may take long.
 
-    Where Python would print and ignore the exception, the worker exits when it has booted instead.
+    Where Python would print and ignore the exception, the worker exits when it has booted instead. A server
+    of the program accepts already, so Python may be in the greenlet of a request: that is finished, and the
+    greenlet that boots is interrupted.
 
     :raises SystemExit: wherever else Python runs now.
     """
@@ -129,7 +136,35 @@ def exit_boot(_number: int, frame: Any) -> None:
         if _ignores_exceptions(frame.f_code):
             return
         frame = frame.f_back
-    raise SystemExit(0)
+    hub = _hub_of_another_greenlet()
+    if hub is None:
+        raise SystemExit(0)
+    _interruptions.append(hub.loop.run_callback(hub.parent.throw, SystemExit(0)))
+
+
+def load_in_this_greenlet() -> None:
+    """The program is loaded in this greenlet, so a stop may interrupt it."""
+    _loading.append(sys.modules["greenlet"].getcurrent())
+
+
+def leave_boot() -> None:
+    """The worker leaves because it was told to stop; from here on a stop does not interrupt it."""
+    for callback in _interruptions:
+        callback.stop()
+    _interruptions.clear()
+
+
+def _hub_of_another_greenlet() -> Any:
+    """gevent's hub, if Python runs in it or in one of its greenlets, and not where the worker boots."""
+    module = sys.modules.get("gevent.hub")
+    if module is None:
+        return None
+    greenlet = sys.modules["greenlet"].getcurrent()
+    if greenlet in _loading:
+        return None
+    while greenlet is not None and not isinstance(greenlet, module.Hub):
+        greenlet = greenlet.parent
+    return greenlet
 
 
 def limit_exit(seconds: float) -> None:

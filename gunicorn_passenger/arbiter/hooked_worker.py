@@ -179,6 +179,7 @@ class HookedWorker:
         try:
             self._init_process()
         except SystemExit:
+            fork_handlers.leave_boot()
             if not self._worker.booted and self._has_ports():
                 do_not_wait_for_threads()
             raise

@@ -397,6 +397,67 @@ def test_a_stop_while_a_worker_boots_finishes_the_requests_of_its_servers(start,
     assert "was sent" not in process.log()
 
 
+def test_a_stop_that_reaches_a_request_while_the_worker_boots_interrupts_the_boot(start, port):
+    """Python runs a signal handler wherever it is: here in the greenlet of a request, every time."""
+    start.write(
+        "early.py",
+        f"""
+        import os, signal, time
+        from gevent.pywsgi import WSGIServer
+
+        def application(environ, start_response):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.02)
+            start_response("200 OK", [])
+            return [b"answered"]
+
+        WSGIServer(("127.0.0.1", {port}), application, log=None).start()
+        try:
+            while True:
+                time.sleep(0.02)
+        finally:
+            print("the boot ended", flush=True)
+        """,
+    )
+    process = start.gunicorn("early", workers=1, env={"PASSENGER_PORTS": port})
+    process.wait_log(f"Opened 127.0.0.1:{port}")
+    with contextlib.closing(Client(port)) as client:
+        client.request("GET", "/")
+        assert client.getresponse().read() == b"answered"
+    process.wait_log("the boot ended")
+    assert "Traceback" not in process.log()
+    assert process.stop() == 0
+
+
+def test_a_preloaded_server_is_not_drained_before_it_serves(start, port):
+    """The worker is told to stop in the middle of its setup."""
+    start.write("gunicorn.conf.py", "from gevent import monkey; monkey.patch_all()")
+    start.write(
+        "program.py",
+        f"""
+        import os, signal
+        import gunicorn_passenger as passenger
+        from gunicorn_passenger.serving.registry import registry
+
+        def stopped():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        if not os.path.exists("stopped"):
+            open("stopped", "w").close()
+            registry.prepare_migration = stopped
+        def application(environ, start_response):
+            start_response("200 OK", [])
+            return [b"fine"]
+
+        passenger.create_server(application).listen({port})
+        """,
+    )
+    process = start.gunicorn("program", "--preload", workers=1, env={"PASSENGER_PORTS": port})
+    process.wait_log("Worker exiting")
+    assert "Traceback" not in process.log()
+    assert process.stop() == 0
+
+
 def test_a_stop_that_meets_a_finalizer_is_remembered_and_not_shown():
     """Python shows and ignores what is raised in a ``__del__``: the worker exits when it has booted."""
     program = """
