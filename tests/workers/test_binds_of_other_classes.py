@@ -3,8 +3,10 @@
 import os
 import signal
 from contextlib import ExitStack
+from http.client import RemoteDisconnected
 from textwrap import dedent
 
+import gunicorn
 import pytest
 from broker_access import run
 from conditions import stopped, wait_for
@@ -37,6 +39,20 @@ def primary_of(worker_class):
 def who(where, times=8):
     """Which servers respond there: ``primary`` or ``second``."""
     return {fetch(where, "/which")[1] for _ in range(times)}
+
+
+def responds(server, where, worker_class):
+    """Whether ``server`` responds there now.
+
+    ``gthread`` of gunicorn 23 ends without a response the connections that a leaving worker has accepted and
+    not read; 24 does not.
+    """
+    try:
+        return fetch(where, "/which")[1] == server
+    except (ConnectionResetError, RemoteDisconnected):
+        if worker_class == "gthread" and gunicorn.version_info < (24,):
+            return False
+        raise
 
 
 #: A primary, and where the file ``claims`` says so a second server on the bind. ``/which`` says which of them
@@ -81,7 +97,7 @@ def test_a_program_claims_a_bind_by_a_reload(start, port, home, worker_class):
     wait_for(lambda: accepted(held), "a worker to accept")
     (home / "claims").touch()
     process.signal(signal.SIGHUP)
-    wait_for(lambda: fetch(port, "/which")[1] == "second", "the next program to have the bind")
+    wait_for(lambda: responds("second", port, worker_class), "the next program to have the bind")
     (home / "go").touch()
     response = held.getresponse()
     assert response.status == 200
@@ -110,7 +126,7 @@ def test_a_program_gives_a_bind_back_by_a_reload(start, port, home, worker_class
             busy.enter_context(stopped(pid))
         process.signal(signal.SIGHUP)
         wait_for(lambda: answers(process.socket), "the next workers")
-        wait_for(lambda: fetch(port, "/which")[1] == "primary", "the next program to have the bind")
+        wait_for(lambda: responds("primary", port, worker_class), "the next program to have the bind")
     wait_for(lambda: before.isdisjoint(process.workers()), "the end of the old workers")
     assert who(port) == {"primary"}
     assert process.stop() == 0
