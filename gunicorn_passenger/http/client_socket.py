@@ -18,11 +18,10 @@ from gevent import socket as gsocket
 from gevent.lock import RLock
 
 from gunicorn_passenger.http.faults import report_fault
+from gunicorn_passenger.http.websocket_frames import GOING_AWAY, close_frame
 
 _NOT_GIVEN = object()
 
-#: A server's Close frame with 1001, "going away" (RFC 6455 sections 5.5.1 and 7.4.1).
-_CLOSE_1001 = b"\x88\x02\x03\xe9"
 #: Seconds that a client has to reply to it.
 _CLOSE_TIMEOUT = 5.0
 #: Seconds in which a client must read some of what waits for it.
@@ -150,7 +149,7 @@ class ClientSocket(gsocket.socket):
         with contextlib.suppress(OSError):
             # a client that reads nothing holds up the greenlet that sends to it, and this one
             with gevent.Timeout(_CLOSE_TIMEOUT, False):
-                self.send_last(_CLOSE_1001)
+                self.send_last(close_frame(GOING_AWAY))
                 gevent.sleep(_CLOSE_TIMEOUT)
             if self.connection is connection:
                 self.shutdown(gsocket.SHUT_RDWR)

@@ -15,12 +15,28 @@ from base64 import b64decode, b64encode
 from contextlib import suppress
 from hashlib import sha1
 from socket import SHUT_RDWR
-from struct import pack
 from typing import Any
 
 import gevent
 
 from gunicorn_passenger.http.client_socket import ClientSocket
+from gunicorn_passenger.http.websocket_frames import (
+    BINARY,
+    CLOSE,
+    CONTINUATION,
+    NO_STATUS,
+    NORMAL,
+    NOT_UTF8,
+    OPCODES,
+    PING,
+    PONG,
+    PROTOCOL_ERROR,
+    TEXT,
+    TOO_LARGE,
+    close_frame,
+    frame,
+    mask,
+)
 
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 #: Bytes that are read at once.
@@ -32,14 +48,8 @@ _EAGER = 64
 #: Seconds that a client has to reply to a Close frame.
 _CLOSE_TIMEOUT = 5.0
 
-# RFC 6455 section 11.8
-_CONTINUATION, _TEXT, _BINARY, _CLOSE, _PING, _PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
-_OPCODES = frozenset({_CONTINUATION, _TEXT, _BINARY, _CLOSE, _PING, _PONG})
-# RFC 6455 section 7.4.1
-NORMAL, PROTOCOL_ERROR, NOT_UTF8, TOO_LARGE = 1000, 1002, 1007, 1009
-_NO_STATUS = 1005
 #: Codes that an endpoint may not send.
-_RESERVED = frozenset({1004, _NO_STATUS, 1006, 1015})
+_RESERVED = frozenset({1004, NO_STATUS, 1006, 1015})
 
 
 class InvalidFrame(Exception):
@@ -63,23 +73,6 @@ def handshake_error(environ: dict[str, Any]) -> tuple[str, list[tuple[str, str]]
         if environ["REQUEST_METHOD"] == "GET" and len(b64decode(key.encode("ascii"), validate=True)) == 16:
             return None
     return "400 Bad Request", [], "Sec-WebSocket-Key is not 16 bytes in base64\n"
-
-
-def frame(opcode: int, payload: bytes) -> bytes:
-    """One frame of a server, which is the whole message (RFC 6455 section 5.2)."""
-    length = len(payload)
-    if length < 126:
-        return pack("!BB", 0x80 | opcode, length) + payload
-    if length < 65536:
-        return pack("!BBH", 0x80 | opcode, 126, length) + payload
-    return pack("!BBQ", 0x80 | opcode, 127, length) + payload
-
-
-def unmask(mask: bytes, payload: bytes) -> bytes:
-    """RFC 6455 section 5.3."""
-    length = len(payload)
-    key = (mask * (length // 4 + 1))[:length]
-    return (int.from_bytes(payload, "little") ^ int.from_bytes(key, "little")).to_bytes(length, "little")
 
 
 class _LastFrame:
@@ -131,11 +124,11 @@ class WebSocket:
             self._send(last.frame)
             return
         if isinstance(message, str):
-            data = frame(_TEXT, message.encode())
+            data = frame(TEXT, message.encode())
         else:
             # a copy, since the caller may change what it has
             message = bytes(message)
-            data = frame(_BINARY, message)
+            data = frame(BINARY, message)
         if len(data) <= _MAX_QUEUED:
             last.message, last.frame = message, data
         self._send(data)
@@ -163,7 +156,7 @@ class WebSocket:
         """Send a Close frame, and nothing behind it."""
         if self._ended or self._close_sent:
             return
-        self._send_close(pack("!H", code))
+        self._send_close(code)
         # a client that does not reply must not keep a greenlet in receive()
         gevent.spawn_later(_CLOSE_TIMEOUT, self._abort)
 
@@ -189,17 +182,17 @@ class WebSocket:
 
     def _add(self, opcode: int, final: bool, payload: bytes) -> str | bytes | None:
         """:returns: the message that is complete with this frame."""
-        if (opcode == _CONTINUATION) != bool(self._opcode):
+        if (opcode == CONTINUATION) != bool(self._opcode):
             raise InvalidFrame(PROTOCOL_ERROR, "a message begins in another one, or in its middle")
         if not final:
             self._opcode = self._opcode or opcode
             self._message += payload
             return None
-        if opcode == _CONTINUATION:
+        if opcode == CONTINUATION:
             opcode, payload = self._opcode, bytes(self._message + payload)
             self._opcode = 0
             self._message.clear()
-        if opcode == _BINARY:
+        if opcode == BINARY:
             return payload
         try:
             text = payload.decode()
@@ -210,12 +203,12 @@ class WebSocket:
         return text
 
     def _control(self, opcode: int, payload: bytes) -> None:
-        if opcode == _PING:
+        if opcode == PING:
             if not self._close_sent:
-                self._send(frame(_PONG, payload))
-        elif opcode == _CLOSE:
+                self._send(frame(PONG, payload))
+        elif opcode == CLOSE:
             code = _close_code(payload)
-            self._send_close(b"" if code == _NO_STATUS else pack("!H", code))
+            self._send_close(code)
             self._ended = True
 
     def _frame(self) -> tuple[int, bool, bytes]:
@@ -236,7 +229,7 @@ class WebSocket:
             need = size + length
             if len(buf) >= need:
                 first = buf[0]
-                payload = unmask(bytes(buf[size - 4 : size]), bytes(buf[size:need]))
+                payload = mask(bytes(buf[size - 4 : size]), bytes(buf[size:need]))
                 del buf[:need]
                 return first & 0xF, first >= 0x80, payload
 
@@ -247,7 +240,7 @@ class WebSocket:
         buf = self._buf
         first, length = buf[0], buf[1] & 0x7F
         opcode = first & 0xF
-        if first & 0x70 or opcode not in _OPCODES:
+        if first & 0x70 or opcode not in OPCODES:
             raise InvalidFrame(PROTOCOL_ERROR, "a frame of an extension")
         if not buf[1] & 0x80:
             raise InvalidFrame(PROTOCOL_ERROR, "a frame without a mask")
@@ -261,7 +254,7 @@ class WebSocket:
             if length < 126 or (size > 8 and length < 65536) or length >> 63:
                 raise InvalidFrame(PROTOCOL_ERROR, "a length in more bytes than it needs")
         # a character has up to four bytes; where a message continues, its first frame says what it is
-        limit = self._max_message * (4 if (self._opcode or opcode) == _TEXT else 1)
+        limit = self._max_message * (4 if (self._opcode or opcode) == TEXT else 1)
         if not opcode & 0x8 and len(self._message) + length > limit:
             raise InvalidFrame(TOO_LARGE, "a message that is too large")
         return size, length
@@ -279,12 +272,12 @@ class WebSocket:
         if self._sock.send_soon(data) > _MAX_QUEUED:
             self._sock.send_queue()
 
-    def _send_close(self, payload: bytes) -> None:
+    def _send_close(self, code: int) -> None:
         """Send the Close frame, the last one (RFC 6455 section 5.5.1)."""
         if not self._close_sent:
             self._close_sent = True
             with suppress(OSError):
-                self._sock.send_soon(frame(_CLOSE, payload))
+                self._sock.send_soon(close_frame(code))
                 self._sock.send_queue()
             self._sock.mute()
 
@@ -304,7 +297,7 @@ def _ends_with_close(data: bytes) -> bool:
 def _close_code(payload: bytes) -> int:
     """The status code in a client's Close frame (RFC 6455 section 5.5.1)."""
     if not payload:
-        return _NO_STATUS
+        return NO_STATUS
     code = int.from_bytes(payload[:2], "big")
     if len(payload) == 1 or code in _RESERVED or not (1000 <= code <= 1014 or 3000 <= code <= 4999):
         raise InvalidFrame(PROTOCOL_ERROR, "a Close frame with a code that is not one")

@@ -20,9 +20,9 @@ from weakref import WeakSet
 import gevent
 from gevent import get_hub, getcurrent
 
+from gunicorn_passenger.http.websocket_frames import GOING_AWAY, FrameTracker, close_frame
 from gunicorn_passenger.proxy.log import failed_callback
 from gunicorn_passenger.proxy.upstream_io import runtime
-from gunicorn_passenger.proxy.websocket_frames import FrameTracker, close_frame
 
 #: The size of one read, in bytes.
 _READ = 65536
@@ -159,7 +159,7 @@ class _TunnelDirection:
         """Send a Close frame after the current frame, and nothing after it."""
         if self.ended or self._frames is None or self._close_frame:
             return
-        self._close_frame = close_frame(masked)
+        self._close_frame = close_frame(GOING_AWAY, masked)
         if self._frames.between:
             self._dropping = True
             self._write(self._close_frame)

@@ -18,13 +18,13 @@ from wsgi_calls import call, environ
 
 from gunicorn_passenger import http_proxy
 from gunicorn_passenger.errors import BadResponse, PoolExhausted, TruncatedResponse
+from gunicorn_passenger.http.websocket_frames import GOING_AWAY, FrameTracker, close_frame
 from gunicorn_passenger.proxy import agent as agents
 from gunicorn_passenger.proxy import request_body
 from gunicorn_passenger.proxy.dial import Dialer, DialSettings
 from gunicorn_passenger.proxy.response_head import ResponseChunks, ResponseHead, parse_response_head
 from gunicorn_passenger.proxy.target import parse_target
 from gunicorn_passenger.proxy.upstream_io import GeventRuntime, GeventStream, runtime
-from gunicorn_passenger.proxy.websocket_frames import FrameTracker, close_frame
 
 SIZES = st.lists(st.sampled_from([0, 1, 2, 124, 125, 126, 127, 128, 129, 300, 65535, 65536]), max_size=6)
 
@@ -54,8 +54,8 @@ def test_frames_are_told_apart_however_they_are_cut(sizes, masked, cuts):
 
 
 def test_a_close_is_1001_and_masked_towards_the_target():
-    assert close_frame(masked=False) == b"\x88\x02\x03\xe9"
-    masked = close_frame(masked=True)
+    assert close_frame(GOING_AWAY, masked=False) == b"\x88\x02\x03\xe9"
+    masked = close_frame(GOING_AWAY, masked=True)
     assert masked[:2] == b"\x88\x82"
     assert bytes(byte ^ mask for byte, mask in zip(masked[6:], masked[2:4], strict=True)) == b"\x03\xe9"
 

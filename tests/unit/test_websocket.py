@@ -25,7 +25,7 @@ from wsproto.events import (
     TextMessage,
 )
 
-from gunicorn_passenger.http import client_socket, websocket
+from gunicorn_passenger.http import client_socket, websocket, websocket_frames
 from gunicorn_passenger.http.client_socket import ClientSocket, adopt
 from gunicorn_passenger.http.websocket import WebSocket, handshake_error
 
@@ -42,7 +42,7 @@ def masked(first, payload=b"", length=None):
         head = pack("!BBH", first, 0x80 | 126, size)
     else:
         head = pack("!BBQ", first, 0x80 | 127, size)
-    return head + MASK + websocket.unmask(MASK, payload)
+    return head + MASK + websocket_frames.mask(MASK, payload)
 
 
 def environ_of(request):

@@ -1,16 +1,49 @@
-"""Finds where WebSocket frames end, and writes the Close frame (RFC 6455 section 5).
+"""Writes WebSocket frames, and finds where they end (RFC 6455 section 5).
 
 Process: a gevent worker. It does no I/O.
-Never: read or change the payload of a frame.
+Never: read or change the payload of a frame that passes through.
 """
 
 from __future__ import annotations
 
 import os
-import struct
+from struct import pack
 
-#: RFC 6455 section 7.4.1: 1001 indicates that an endpoint is "going away", such as a server going down
-_GOING_AWAY = struct.pack("!H", 1001)
+# RFC 6455 section 11.8
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
+OPCODES = frozenset({CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG})
+# RFC 6455 section 7.4.1; 1001 is "such as a server going down"
+NORMAL, GOING_AWAY, PROTOCOL_ERROR, NO_STATUS, NOT_UTF8, TOO_LARGE = 1000, 1001, 1002, 1005, 1007, 1009
+
+
+def frame(opcode: int, payload: bytes) -> bytes:
+    """One frame of a server, which is the whole message (RFC 6455 section 5.2)."""
+    length = len(payload)
+    if length < 126:
+        return pack("!BB", 0x80 | opcode, length) + payload
+    if length < 65536:
+        return pack("!BBH", 0x80 | opcode, 126, length) + payload
+    return pack("!BBQ", 0x80 | opcode, 127, length) + payload
+
+
+def close_frame(code: int, masked: bool = False) -> bytes:
+    """A Close frame (RFC 6455 section 5.5.1).
+
+    :param code: why; with :data:`NO_STATUS` the frame does not say it.
+    :param masked: as a client sends it.
+    """
+    payload = b"" if code == NO_STATUS else pack("!H", code)
+    if not masked:
+        return frame(CLOSE, payload)
+    key = os.urandom(4)
+    return pack("!BB", 0x80 | CLOSE, 0x80 | len(payload)) + key + mask(key, payload)
+
+
+def mask(key: bytes, payload: bytes) -> bytes:
+    """Mask a payload, or unmask it (RFC 6455 section 5.3)."""
+    length = len(payload)
+    keys = (key * (length // 4 + 1))[:length]
+    return (int.from_bytes(payload, "little") ^ int.from_bytes(keys, "little")).to_bytes(length, "little")
 
 
 class FrameTracker:
@@ -86,12 +119,3 @@ def _head_size(head: bytes) -> tuple[int, int] | None:
             return None
         return size + 8, int.from_bytes(head[2:10], "big")
     return size, length
-
-
-def close_frame(masked: bool) -> bytes:
-    """A Close with 1001."""
-    if not masked:
-        return b"\x88\x02" + _GOING_AWAY
-    mask = os.urandom(4)
-    payload = bytes(byte ^ mask[i] for i, byte in enumerate(_GOING_AWAY))
-    return b"\x88\x82" + mask + payload
