@@ -457,10 +457,10 @@ class Worker(GeventWorker):
         self._exit_requested.set()
 
     def _leave_boot(self) -> None:
-        """The worker was stopped while it loaded the program, whose unmodified servers accept already."""
+        """The worker was stopped while it loaded the program, whose servers may accept already."""
         fork_handlers.leave_boot()
-        accepts = self._socket_patch is not None  # a preloaded server does not, before the worker is set up
-        if accepts and registry.servers and not self._quitting:
+        # a preloaded server does not accept before the worker is set up
+        if self._socket_patch is not None and registry.servers and not self._quitting:
             fork_handlers.limit_exit(self.cfg.graceful_timeout)
             self._drain(time.monotonic() + self.cfg.graceful_timeout)
             fork_handlers.limit_exit(0.0)

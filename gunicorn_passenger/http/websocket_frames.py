@@ -29,7 +29,7 @@ def frame(opcode: int, payload: bytes) -> bytes:
 def close_frame(code: int, masked: bool = False) -> bytes:
     """A Close frame (RFC 6455 section 5.5.1).
 
-    :param code: why; with :data:`NO_STATUS` the frame does not say it.
+    :param code: why; with ``NO_STATUS`` the frame does not say it.
     :param masked: as a client sends it.
     """
     payload = b"" if code == NO_STATUS else pack("!H", code)
