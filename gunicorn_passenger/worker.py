@@ -457,9 +457,8 @@ class Worker(GeventWorker):
         self._exit_requested.set()
 
     def _leave_boot(self) -> None:
-        """The worker was stopped while it loaded the program, whose servers may accept already."""
+        """The worker was stopped while it booted. Once it is set up, the program's servers may accept."""
         fork_handlers.leave_boot()
-        # a preloaded server does not accept before the worker is set up
         if self._socket_patch is not None and registry.servers and not self._quitting:
             fork_handlers.limit_exit(self.cfg.graceful_timeout)
             self._drain(time.monotonic() + self.cfg.graceful_timeout)
