@@ -24,6 +24,8 @@ _NOT_GIVEN = object()
 
 #: Seconds that a client has to reply to it.
 _CLOSE_TIMEOUT = 5.0
+#: Seconds between two looks whether the application has sent its first frame.
+_POLL = 0.02
 #: Seconds in which a client must read some of what waits for it.
 _PATIENCE = 60.0
 #: Bytes of waiting messages that are sent by one call.
@@ -51,6 +53,8 @@ class ClientSocket(gsocket.socket):
     _turn: Any = None
     #: whether the application has sent "101 Switching Protocols" over it; ``None`` before it sent anything
     switched: bool | None = None
+    #: whether it has sent anything behind that
+    spoken = False
     _muted = False
     #: what is sent before anything else: the messages of this iteration, and what the kernel has not taken
     _queue: Any = ()
@@ -140,15 +144,19 @@ class ClientSocket(gsocket.socket):
                 super().sendall(data)
                 self.mute()
 
-    def close_websocket(self) -> None:
+    def close_websocket(self, waits: bool) -> None:
         """Close the WebSocket that the application speaks over it (RFC 6455 section 7.1.1).
 
         The application's library reads the client's Close frame as if the client had begun it.
+
+        :param waits: whether the application sends a frame first, see :func:`.engineio.is_upgrade`.
         """
         connection = self.connection
         with contextlib.suppress(OSError):
             # a client that reads nothing holds up the greenlet that sends to it, and this one
             with gevent.Timeout(_CLOSE_TIMEOUT, False):
+                while waits and not self.spoken:
+                    gevent.sleep(_POLL)
                 self.send_last(close_frame(GOING_AWAY))
                 gevent.sleep(_CLOSE_TIMEOUT)
             if self.connection is connection:
@@ -156,7 +164,7 @@ class ClientSocket(gsocket.socket):
 
     def send(self, data: Any, flags: int = 0, timeout: Any = _NOT_GIVEN) -> int:
         self.taken = True
-        if self.switched is None:
+        if not self.spoken:
             self._see(data)
         if self._muted:
             return memoryview(data).nbytes
@@ -179,7 +187,7 @@ class ClientSocket(gsocket.socket):
 
     def sendall(self, data: Any, flags: int = 0) -> None:
         self.taken = True
-        if self.switched is None:
+        if not self.spoken:
             self._see(data)
         with self._lock():
             self.send_queue()
@@ -194,7 +202,7 @@ class ClientSocket(gsocket.socket):
         :raises OSError: when the client has disconnected.
         """
         self.taken = True
-        if self.switched is None:
+        if not self.spoken:
             self._see(data)
         if self._muted:
             return 0
@@ -294,7 +302,11 @@ class ClientSocket(gsocket.socket):
             self.connection.count_sent(count)
 
     def _see(self, data: Any) -> None:
-        self.switched = bytes(memoryview(data).cast("B")[:12]) == b"HTTP/1.1 101"
+        """Called when the application sends for the first time, and for the second."""
+        if self.switched is None:
+            self.switched = bytes(memoryview(data).cast("B")[:12]) == b"HTTP/1.1 101"
+        else:
+            self.spoken = True
 
     def _lock(self) -> Any:
         if self._turn is None:

@@ -20,6 +20,7 @@ from weakref import WeakSet
 import gevent
 from gevent import get_hub, getcurrent
 
+from gunicorn_passenger.http.engineio import is_upgrade
 from gunicorn_passenger.http.websocket_frames import GOING_AWAY, FrameTracker, close_frame
 from gunicorn_passenger.proxy.log import failed_callback
 from gunicorn_passenger.proxy.upstream_io import runtime
@@ -108,6 +109,8 @@ class _TunnelDirection:
                     data += self._close_frame
                     self._dropping = True
         self._write(data)
+        if self._tunnel.shutdown_due:
+            self._tunnel.begin_shutdown()
 
     def _write(self, data: bytes) -> None:
         self.count += len(data)
@@ -187,6 +190,7 @@ class Tunnel:
         "_ws_timeout",
         "active",
         "closed",
+        "shutdown_due",
         "target",
     )
 
@@ -211,6 +215,8 @@ class Tunnel:
         self.closed = False
         #: whether bytes have passed since the timeout was last checked
         self.active = False
+        #: whether the worker drains, and a Close frame waits for the target's first frame
+        self.shutdown_due = False
         self._up: Any = None
         self._down: Any = None
         self._timer: Any = None
@@ -294,6 +300,12 @@ class Tunnel:
         if self.closed or not self._websocket or self._ws_stop != "close":
             return
         try:
+            if not self._down.count and is_upgrade(self.request.query_string):
+                if not self.shutdown_due:
+                    self.shutdown_due = True
+                    self._close_soon()
+                return
+            self.shutdown_due = False
             self._down.send_close_frame(masked=False)
             if not self.closed:
                 self._up.send_close_frame(masked=True)

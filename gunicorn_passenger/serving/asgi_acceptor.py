@@ -21,6 +21,7 @@ from typing import Any
 import uvicorn
 
 from gunicorn_passenger.config.gunicorn_types import Log
+from gunicorn_passenger.http.engineio import is_upgrade
 from gunicorn_passenger.ipc.scoreboard import Counters
 from gunicorn_passenger.serving.asgi_sticky import SiblingConnections
 from gunicorn_passenger.serving.interface import AsgiApp
@@ -33,8 +34,10 @@ _BURST = 64
 _PAUSE = 0.1
 #: Seconds between two looks for idle connections during a drain.
 _IDLE_CHECK_INTERVAL = 0.5
-#: Seconds between two looks whether connections that were ended are gone.
-_KILL_POLL = 0.01
+#: Seconds that the application has to send the first frame of a WebSocket.
+_CLOSE_TIMEOUT = 5.0
+#: Seconds between two looks whether connections have come so far that they can be closed, or are gone.
+_POLL = 0.01
 
 #: The messages with which an application begins its response.
 _FIRST = {
@@ -52,8 +55,15 @@ class CountingTransport:
     def __init__(self, transport: Any, count: Callable[[int], object]) -> None:
         self._transport = transport
         self._count = count
+        #: how often uvicorn has written in the present protocol
+        self.writes = 0
+
+    def set_protocol(self, protocol: Any) -> None:
+        self.writes = 0
+        self._transport.set_protocol(protocol)
 
     def write(self, data: Any) -> None:
+        self.writes += 1
         self._count(len(data))
         self._transport.write(data)
 
@@ -164,7 +174,7 @@ class AsgiAcceptor(SiblingConnections):
         self._in_loop(self._kill)
         deadline = time.monotonic() + timeout
         while not self.idle() and time.monotonic() < deadline:
-            self._scheduler.sleep(_KILL_POLL)
+            self._scheduler.sleep(_POLL)
 
     def set_app(self, app: Any) -> None:
         raise NotImplementedError("an ASGI server is never the primary")
@@ -310,11 +320,18 @@ class AsgiAcceptor(SiblingConnections):
             self._loop.remove_reader(self._sock.fileno())
             self._sock.close()
             if self._closes_websockets:
-                self._shut_down(self._websockets())
+                self._close_websockets(self._websockets(), self._loop.time() + _CLOSE_TIMEOUT)
             self._loop.call_later(self._keepalive, self._end_idle)
 
     def _websockets(self) -> list[Any]:
         return [c for c in self._connections if not isinstance(c, self._config.http_protocol_class)]
+
+    def _close_websockets(self, websockets: list[Any], deadline: float) -> None:
+        """Close WebSockets; those of which a client waits for the first frame, when that is sent."""
+        waiting = [each for each in websockets if _is_waiting(each) and self._loop.time() < deadline]
+        self._shut_down(each for each in websockets if each not in waiting)
+        if waiting:
+            self._loop.call_later(_POLL, self._close_websockets, waiting, deadline)
 
     def _end_idle(self) -> None:
         """End connections that have no request; uvicorn gives a new connection any time for its first."""
@@ -339,7 +356,7 @@ class AsgiAcceptor(SiblingConnections):
     def _kill(self) -> None:
         """End the connections; an application that does not notice it is cancelled."""
         self._begin_drain()
-        websockets = self._websockets()
+        websockets = [each for each in self._websockets() if not _is_waiting(each)]
         self._shut_down(websockets)
         for protocol in self._connections - set(websockets):
             protocol.transport.abort()
@@ -357,6 +374,14 @@ def _is_closing(protocol: Any) -> bool:
     """Whether one side has begun to close a WebSocket; uvicorn cannot close it a second time."""
     state = getattr(getattr(protocol, "conn", None), "state", None)
     return getattr(state, "name", "").endswith("CLOSING")
+
+
+def _is_waiting(websocket: Any) -> bool:
+    """Whether the client waits for its first frame, see :func:`.engineio.is_upgrade`."""
+    # the first that uvicorn writes is the response with 101
+    if websocket.transport.is_closing() or websocket.transport.writes > 1:
+        return False
+    return is_upgrade(getattr(websocket, "scope", {}).get("query_string", b""))
 
 
 def make_config(app: AsgiApp, cfg: Any, lifespan: str) -> uvicorn.Config:

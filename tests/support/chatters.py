@@ -1,13 +1,24 @@
 """Clients of Socket.IO, which tests have speak to each other."""
 
+import collections
 import logging
+import sys
+import threading
+import traceback
 
 import socketio
 
-#: What the clients say of connections that tests break on purpose.
-_UNHEARD = logging.getLogger("tests.chatters")
-_UNHEARD.addHandler(logging.NullHandler())
-_UNHEARD.propagate = False
+
+class _LastWords(logging.Handler):
+    """Keeps what a client has logged last; a test that breaks its connections on purpose shows it when it fails."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = collections.deque(maxlen=40)
+        self.setFormatter(logging.Formatter("%(asctime)s %(threadName)s %(message).200s"))
+
+    def emit(self, record):
+        self.lines.append(self.format(record))
 
 
 class _Client(socketio.Client):
@@ -29,12 +40,15 @@ class Chatter:
         self.rooms = ["all"]
         # python-socketio takes a random part off the delay; with none left it connects again while the thread
         # of the lost connection still resets the client, which then stays without a session for ever
+        log = logging.Logger("tests.chatters", logging.INFO)
+        self._said = _LastWords()
+        log.addHandler(self._said)
         self.client = _Client(
             reconnection_delay=0.2,
             reconnection_delay_max=0.4,
             randomization_factor=0.1,
-            logger=_UNHEARD,
-            engineio_logger=_UNHEARD,
+            logger=log,
+            engineio_logger=log,
         )
         self.client.on("news", self.news.append)
         self.client.on("question", lambda text: f"{text}!")
@@ -57,3 +71,18 @@ class Chatter:
             f"{client.connection_transports}: connected {client.connected}, engine {engine.state} "
             f"by {engine.current_transport}, connecting again {client._reconnect_task is not None}"
         )
+
+    def last_words(self):
+        """What it did last, and where its threads are."""
+        threads = (
+            self.client._reconnect_task,
+            self.client.eio.read_loop_task,
+            self.client.eio.write_loop_task,
+        )
+        frames = sys._current_frames()
+        stacks = [
+            "".join([f"{thread.name}\n", *traceback.format_stack(frames[thread.ident])])
+            for thread in threads
+            if isinstance(thread, threading.Thread) and thread.ident in frames
+        ]
+        return "\n".join([*self._said.lines, *stacks])

@@ -87,6 +87,20 @@ def descriptors(pid: int) -> list[str]:
     return found
 
 
+def listens(pid: int, port: int) -> bool:
+    """Whether a process has a socket open that listens on the port; one that has ended has none."""
+    inodes = set()
+    with open("/proc/net/tcp") as file:
+        for line in list(file)[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[1].endswith(f":{port:04X}"):
+                inodes.add(f"socket:[{fields[9]}]")
+    try:
+        return bool(inodes & set(descriptors(pid)))
+    except OSError:
+        return False
+
+
 class Process:
     """A program under test, its log, and its end."""
 

@@ -10,7 +10,7 @@ import pytest
 import websocket
 from conditions import wait_for
 from http_client import Client, fetch, pids_answering, refused
-from processes import descriptors
+from processes import descriptors, listens
 from status_commands import command
 
 KEPT = ("--keep-alive", 600, "--graceful-timeout", 600, "--timeout", 600)
@@ -249,14 +249,6 @@ def test_an_unmodified_server_says_close_and_its_idle_connections_delay_no_exit(
     assert int(fetch(port)[1]) != old
     # (gunicorn 23 logs a SIGTERM of its own as an error)
     assert "[ERROR]" not in re.sub(r"\[ERROR\] Worker \(pid:\d+\) was sent SIGTERM!", "", process.log())
-
-
-def listens(pid, port):
-    """Whether a process has the socket that listens on a port."""
-    with open("/proc/net/tcp") as file:
-        lines = [line.split() for line in file.readlines()[1:]]
-    inodes = [line[9] for line in lines if line[3] == "0A" and line[1].endswith(f":{port:04X}")]
-    return any(f"socket:[{inode}]" in descriptors(pid) for inode in inodes)
 
 
 # --- WebSockets --------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from broker_access import run
 from conditions import wait_for
 from free_ports import free_port
 from http_client import Client, accepted, answers, fetch, refused
-from processes import GUNICORN, NO_CONTROL, descriptors, require_worker_class, starting
+from processes import GUNICORN, NO_CONTROL, listens, require_worker_class, starting
 from status_commands import only
 from unmodified_servers import Requests, answering
 
@@ -136,6 +136,7 @@ def test_unmodified_servers_in_threads_of_a_worker_without_gevent(start):
     wait_for(lambda: len(process.workers()) == 2, "two workers")
     before = set(process.workers())
     for port in ports:
+        wait_for(lambda port=port: answers(port), "the first worker's thread to listen")
         answering(port, before)
     with ExitStack() as stack:
         asked = [stack.enter_context(Requests(port, threads=1)) for port in ports]
@@ -327,20 +328,6 @@ def test_a_worker_that_is_stopped_before_its_loop_runs_finishes_what_it_has_acce
     wait_for(lambda: answers(pages) and answers(ours), "the servers of the worker in its place")
     assert process.stop() == 0
     assert "Traceback" not in process.log()
-
-
-def listens(pid, port):
-    """Whether a process has a socket open that listens on the port; one that has ended has none."""
-    inodes = set()
-    with open("/proc/net/tcp") as file:
-        for line in list(file)[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and fields[1].endswith(f":{port:04X}"):
-                inodes.add(f"socket:[{fields[9]}]")
-    try:
-        return bool(inodes & set(descriptors(pid)))
-    except OSError:
-        return False
 
 
 def test_a_worker_that_leaves_loses_at_most_what_it_had_in_hand(start):

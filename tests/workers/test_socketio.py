@@ -20,7 +20,7 @@ from free_ports import free_port
 from http_client import pids_answering
 from peer_clients import socketio_node
 from peer_servers import nginx
-from processes import starting
+from processes import listens, starting
 from status_commands import only
 
 WORKERS = 4
@@ -69,7 +69,8 @@ class Site:
             return all(who and who[0] in alive for who in found) and [who[0] for who in found]
 
         def states():
-            return "\n".join([*(chatter.state() for chatter in self.chatters), self.process.log()])
+            lost = [chatter.last_words() for chatter in self.chatters if not chatter.client.connected]
+            return "\n".join([*(chatter.state() for chatter in self.chatters), *lost, self.process.log()])
 
         # an attempt that a worker's end has cut off costs a client of asyncio's server up to a minute: half of it
         # for the response, the rest until its poll ends
@@ -270,6 +271,30 @@ def test_a_worker_that_drains_begins_no_session(start, port):
     # its long time to drain is not for the end of the test
     process.signal(signal.SIGQUIT)
     process.wait_end()
+
+
+@pytest.mark.parametrize("port", ["P1", "P2"], ids=["direct", "proxy"])
+@pytest.mark.parametrize("program", ["socketio_app", "socketio_async_app"])
+def test_an_upgrade_that_meets_a_drain_gets_its_reply_first(start, program, port):
+    """python-engineio's client stays without a session for ever when a Close frame comes in its place."""
+    ports = {"P1": free_port(), "P2": free_port()}
+    process = start.gunicorn(
+        program, "--graceful-timeout", 600, "--timeout", 600, workers=1, env=ports
+    ).wait_ready(ports["P1"])
+    where = f"127.0.0.1:{ports[port]}/socket.io/?EIO=4"
+    polling = requests.get(f"http://{where}&transport=polling", timeout=60)
+    sid = json.loads(polling.text[1:])["sid"]
+    client = websocket.create_connection(f"ws://{where}&transport=websocket&sid={sid}", timeout=60)
+    (old,) = process.workers()
+    process.signal(signal.SIGHUP)
+    wait_for(lambda: not any(listens(old, each) for each in ports.values()), "the old worker to drain")
+    client.send("2probe")
+    assert client.recv_data() == (websocket.ABNF.OPCODE_TEXT, b"3probe")
+    assert client.recv_data()[0] == websocket.ABNF.OPCODE_CLOSE
+    client.shutdown()
+    wait_for(lambda: old not in process.workers(), "the old worker to be gone")
+    assert "Traceback" not in process.log()
+    assert process.stop() == 0
 
 
 def get(connection, path):
