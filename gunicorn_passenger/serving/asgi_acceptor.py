@@ -254,6 +254,9 @@ class AsgiAcceptor(SiblingConnections):
     def _make_protocol_class(self) -> Callable[..., Any]:
         acceptor = self
 
+        def count_sent(size: int) -> None:
+            acceptor._sent += size
+
         class Protocol(self._config.http_protocol_class):  # type: ignore[name-defined]
             #: whether a sibling is asked to take the connection
             passing = False
@@ -268,7 +271,7 @@ class AsgiAcceptor(SiblingConnections):
                 )
 
             def connection_made(self, transport: Any) -> None:
-                super().connection_made(CountingTransport(transport, acceptor._count_sent))
+                super().connection_made(CountingTransport(transport, count_sent))
 
             def on_response_complete(self) -> None:
                 self.idle_since = self.loop.time()
@@ -281,9 +284,6 @@ class AsgiAcceptor(SiblingConnections):
                 return done and not self.passing and not self.transport.is_closing()
 
         return Protocol
-
-    def _count_sent(self, size: int) -> None:
-        self._sent += size
 
     async def _call(self, scope: Any, receive: Any, send: Any) -> None:
         """The application, as uvicorn calls it."""

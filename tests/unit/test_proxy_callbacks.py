@@ -10,6 +10,7 @@ import pytest
 from gevent.event import Event
 from open_descriptors import open_descriptors
 from websocket_frames import frame
+from werkzeug.wrappers import Request
 
 from gunicorn_passenger.http import faults
 from gunicorn_passenger.proxy import agent as agents
@@ -272,7 +273,7 @@ class Running:
         near, self.client = pairs()
         far, self.target = pairs()
         self.ends = near, far
-        self.tunnel = Tunnel("http://target", lambda: None, ws_timeout, "close", True)
+        self.tunnel = Tunnel("http://target", lambda: Request({}), ws_timeout, "close", True)
         self.greenlet = gevent.spawn(self.tunnel.run, near, b"", far, b"")
         until(lambda: self.tunnel._greenlet is not None and self.tunnel._up._readable.active)
 
