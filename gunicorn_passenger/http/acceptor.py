@@ -13,6 +13,7 @@ A worker that has clearly more connections than a sibling leaves the next one to
 
 from __future__ import annotations
 
+import _socket
 import errno
 import os
 from collections.abc import Callable
@@ -39,6 +40,9 @@ _PATIENCE = 0.001
 _DEFERRALS = 3
 #: Seconds until the next attempt when the system lacks a descriptor or memory for a connection.
 _PAUSE = 0.25
+
+#: Without what the package adds to the sockets of programs, which costs a new connection more than the call.
+_accept: Any = _socket.socket._accept  # type: ignore[attr-defined]
 
 #: The client has disconnected before it was accepted. Any other error would come again at once.
 _GONE = {errno.ECONNABORTED, errno.EPROTO, errno.EINTR, errno.EPERM}
@@ -121,7 +125,7 @@ class Acceptor:
             if idle.has_input():
                 return False  # it has a request, and stops being idle in this iteration
         try:
-            fd, addr = self._raw._accept()
+            fd, addr = _accept(self._raw)
         except BlockingIOError:
             return False  # a sibling was faster
         except OSError as error:

@@ -22,6 +22,9 @@ from gunicorn_passenger.http.websocket_frames import GOING_AWAY, close_frame
 
 _NOT_GIVEN = object()
 
+#: Without what the package adds to the sockets of programs.
+_close = _socket.socket.close
+
 #: Seconds that a client has to reply to it.
 _CLOSE_TIMEOUT = 5.0
 #: Seconds between two looks whether the application has sent its first frame.
@@ -96,7 +99,7 @@ class ClientSocket(gsocket.socket):
             # no other code has used it, so no greenlet waits that gevent's close() would have to wake
             slots: Any = self
             slots._closed = True
-            slots._sock.close()
+            _close(slots._sock)
         else:
             self.close()
 

@@ -153,6 +153,7 @@ class HeadReader:
         self._scheme_fields = {
             "HTTP_" + name.replace("-", "_"): value for name, value in cfg.secure_scheme_headers.items()
         }
+        self._scheme_names = frozenset(self._scheme_fields)
         self._drops_underscores = getattr(cfg, "header_map", "drop") == "drop"
         self._forwarders = bool(getattr(cfg, "forwarder_headers", ()))
         #: the C parser, and why it is not used, for the log
@@ -245,12 +246,10 @@ class HeadReader:
                 return None
             length = int(digits)
 
-        if (
-            context.trusted
-            and not parsed.keys().isdisjoint(self._scheme_fields)
-            and not self._set_scheme(parsed)
-        ):
-            return None
+        if context.trusted:
+            named = parsed.keys() & self._scheme_names
+            if named and not self._set_scheme(parsed, named):
+                return None
 
         environ = context.base.copy()
         environ.update(parsed)
@@ -337,22 +336,21 @@ class HeadReader:
         """Whether a setting keeps names with an underscore. The C parser drops them, as gunicorn does."""
         return not self._drops_underscores or (context.trusted and self._forwarders)
 
-    def _set_scheme(self, environ: dict[str, Any]) -> bool:
+    def _set_scheme(self, environ: dict[str, Any], named: set[str]) -> bool:
         """Set the scheme that a trusted client's ``secure_scheme_headers`` give.
 
+        :param named: those of them that the request has, one at least.
         :returns: whether the headers agree.
         """
-        schemes = set()
-        for name, secure in self._scheme_fields.items():
-            value = environ.get(name)
-            if value is None:
-                continue
+        scheme = ""
+        for name in named:
+            value = environ[name]
             if "," in value:
                 return False  # the header may have come twice
-            schemes.add("https" if value == secure else "http")
-        if len(schemes) != 1:
-            return False
-        environ["wsgi.url_scheme"] = schemes.pop()
+            before, scheme = scheme, "https" if value == self._scheme_fields[name] else "http"
+            if before and before != scheme:
+                return False
+        environ["wsgi.url_scheme"] = scheme
         return True
 
     # --- gunicorn's own parser -------------------------------------------------------------------
