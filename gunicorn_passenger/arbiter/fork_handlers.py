@@ -124,22 +124,23 @@ def exit_boot(_number: int, frame: Any) -> None:
     """The signal handler of a worker that boots; the import of a large program may take long.
 
     Where Python would print and ignore the exception, the worker exits when it has booted instead. A server
-    of the program accepts already, so Python may be in the greenlet of a request: that is finished, and the
-    greenlet that boots is interrupted.
+    of the program may accept already, so Python may be in the greenlet of a request: that is finished, and
+    the greenlet that boots is interrupted.
 
     :raises SystemExit: wherever else Python runs now.
     """
     _stops.append(True)
     ignore_further_stops()
     limit_exit(0.0)
+    hub = _hub_of_another_greenlet()
+    if hub is not None:
+        _interruptions.append(hub.loop.run_callback(hub.parent.throw, SystemExit(0)))
+        return
     while frame is not None:
         if _ignores_exceptions(frame.f_code):
             return
         frame = frame.f_back
-    hub = _hub_of_another_greenlet()
-    if hub is None:
-        raise SystemExit(0)
-    _interruptions.append(hub.loop.run_callback(hub.parent.throw, SystemExit(0)))
+    raise SystemExit(0)
 
 
 def load_in_this_greenlet() -> None:

@@ -25,7 +25,7 @@ _NOT_GIVEN = object()
 #: Without what the package adds to the sockets of programs.
 _close = _socket.socket.close
 
-#: Seconds that a client has to reply to it.
+#: Seconds that the application's first frame, if it has to come first, and the client's reply may take.
 _CLOSE_TIMEOUT = 5.0
 #: Seconds between two looks whether the application has sent its first frame.
 _POLL = 0.02
@@ -152,7 +152,8 @@ class ClientSocket(gsocket.socket):
 
         The application's library reads the client's Close frame as if the client had begun it.
 
-        :param waits: whether the application sends a frame first, see :func:`.engineio.is_upgrade`.
+        :param waits: whether the application sends a frame first, see :func:`.engineio.is_upgrade`. If it
+            sends none, the connection ends without a Close frame.
         """
         connection = self.connection
         with contextlib.suppress(OSError):
@@ -308,6 +309,9 @@ class ClientSocket(gsocket.socket):
         """Called when the application sends for the first time, and for the second."""
         if self.switched is None:
             self.switched = bytes(memoryview(data).cast("B")[:12]) == b"HTTP/1.1 101"
+            connection = self.connection
+            if self.switched and connection is not None and connection.listener.closing:
+                get_hub().loop.run_callback(connection.begin_shutdown)
         else:
             self.spoken = True
 

@@ -21,14 +21,14 @@ import gevent
 from gevent import get_hub, getcurrent
 
 from gunicorn_passenger.http.engineio import is_upgrade
-from gunicorn_passenger.http.websocket_frames import GOING_AWAY, FrameTracker, close_frame
+from gunicorn_passenger.http.websocket_frames import CLOSE, GOING_AWAY, FrameTracker, close_frame
 from gunicorn_passenger.proxy.log import failed_callback
 from gunicorn_passenger.proxy.upstream_io import runtime
 
 #: The size of one read, in bytes.
 _READ = 65536
 #: How long the two ends of a WebSocket may take to close it, in seconds, after they were sent a Close or one
-#: of them has ended its side.
+#: of them has ended its side, and how long a Close waits for the target's first frame.
 _CLOSING = 2.0
 
 
@@ -110,7 +110,7 @@ class _TunnelDirection:
                     self._dropping = True
         self._write(data)
         if self._tunnel.shutdown_due:
-            self._tunnel.begin_shutdown()
+            self._tunnel.on_passed(self, data)
 
     def _write(self, data: bytes) -> None:
         self.count += len(data)
@@ -301,11 +301,9 @@ class Tunnel:
             return
         try:
             if not self._down.count and is_upgrade(self.request.query_string):
-                if not self.shutdown_due:
-                    self.shutdown_due = True
-                    self._close_soon()
+                self.shutdown_due = True
+                self._close_soon()
                 return
-            self.shutdown_due = False
             self._down.send_close_frame(masked=False)
             if not self.closed:
                 self._up.send_close_frame(masked=True)
@@ -313,6 +311,13 @@ class Tunnel:
                 self._close_soon()
         except Exception as error:
             self.failed(error)
+
+    def on_passed(self, direction: _TunnelDirection, data: bytes) -> None:
+        """Called in the hub while a Close frame waits for the target's first frame."""
+        if direction is self._down:
+            self.shutdown_due = False
+            if data[0] & 0xF != CLOSE:  # otherwise the target has been quicker
+                self.begin_shutdown()
 
     def failed(self, error: Exception) -> None:
         """Called in the hub after an unexpected error in a callback: log it, and close the tunnel."""

@@ -34,10 +34,10 @@ _BURST = 64
 _PAUSE = 0.1
 #: Seconds between two looks for idle connections during a drain.
 _IDLE_CHECK_INTERVAL = 0.5
-#: Seconds that the application has to send the first frame of a WebSocket.
-_CLOSE_TIMEOUT = 5.0
-#: Seconds between two looks whether connections have come so far that they can be closed, or are gone.
-_POLL = 0.01
+#: Seconds that the application has to send the first frame of a WebSocket whose client waits for it.
+_FIRST_FRAME_TIMEOUT = 5.0
+#: Seconds between two looks for WebSockets to close, and whether connections that were ended are gone.
+_POLL = 0.02
 
 #: The messages with which an application begins its response.
 _FIRST = {
@@ -92,7 +92,7 @@ class AsgiAcceptor(SiblingConnections):
 
         :param sock: a listening socket; the acceptor owns it.
         :param state: what the lifespan of the application has made for its requests.
-        :param closes_websockets: whether a drain ends WebSockets at once.
+        :param closes_websockets: whether a drain ends WebSockets.
         """
         super().__init__(scheduler)
         self._sock = sock
@@ -320,18 +320,34 @@ class AsgiAcceptor(SiblingConnections):
             self._loop.remove_reader(self._sock.fileno())
             self._sock.close()
             if self._closes_websockets:
-                self._close_websockets(self._websockets(), self._loop.time() + _CLOSE_TIMEOUT)
+                self._close_websockets({})
             self._loop.call_later(self._keepalive, self._end_idle)
 
     def _websockets(self) -> list[Any]:
         return [c for c in self._connections if not isinstance(c, self._config.http_protocol_class)]
 
-    def _close_websockets(self, websockets: list[Any], deadline: float) -> None:
-        """Close WebSockets; those of which a client waits for the first frame, when that is sent."""
-        waiting = [each for each in websockets if _is_waiting(each) and self._loop.time() < deadline]
-        self._shut_down(each for each in websockets if each not in waiting)
-        if waiting:
-            self._loop.call_later(_POLL, self._close_websockets, waiting, deadline)
+    def _close_websockets(self, known: dict[Any, float]) -> None:
+        """Close the WebSockets that are open, and look again for others until it is drained.
+
+        :param known: those that were seen before, and until when each waits for its application's first frame
+            (:func:`.engineio.is_upgrade`); 0.0 when it is closed.
+        """
+        now = self._loop.time()
+        for each in self._websockets():
+            writes = each.transport.writes
+            if not writes or each.transport.is_closing():
+                continue  # the application has not accepted it yet, or it ends
+            if each not in known:
+                known[each] = now + _FIRST_FRAME_TIMEOUT * _waits_for_frame(each)
+            if not known[each] or (writes == 1 and known[each] > now):
+                continue
+            known[each] = 0.0
+            if _waits_for_frame(each):
+                each.transport.abort()
+            else:
+                self._shut_down([each])
+        if not self.is_drained():
+            self._loop.call_later(_POLL, self._close_websockets, known)
 
     def _end_idle(self) -> None:
         """End connections that have no request; uvicorn gives a new connection any time for its first."""
@@ -356,7 +372,7 @@ class AsgiAcceptor(SiblingConnections):
     def _kill(self) -> None:
         """End the connections; an application that does not notice it is cancelled."""
         self._begin_drain()
-        websockets = [each for each in self._websockets() if not _is_waiting(each)]
+        websockets = [each for each in self._websockets() if not _waits_for_frame(each)]
         self._shut_down(websockets)
         for protocol in self._connections - set(websockets):
             protocol.transport.abort()
@@ -376,12 +392,10 @@ def _is_closing(protocol: Any) -> bool:
     return getattr(state, "name", "").endswith("CLOSING")
 
 
-def _is_waiting(websocket: Any) -> bool:
-    """Whether the client waits for its first frame, see :func:`.engineio.is_upgrade`."""
-    # the first that uvicorn writes is the response with 101
-    if websocket.transport.is_closing() or websocket.transport.writes > 1:
-        return False
-    return is_upgrade(getattr(websocket, "scope", {}).get("query_string", b""))
+def _waits_for_frame(websocket: Any) -> bool:
+    """Whether a client waits for the frame behind the response with 101, see :func:`.engineio.is_upgrade`."""
+    # uvicorn writes the response at once
+    return websocket.transport.writes == 1 and is_upgrade(websocket.scope["query_string"])
 
 
 def make_config(app: AsgiApp, cfg: Any, lifespan: str) -> uvicorn.Config:

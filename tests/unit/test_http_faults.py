@@ -401,6 +401,7 @@ def test_every_callback_of_the_loop_is_known() -> None:
     known = {
         ("acceptor.py", "self._accept"),
         ("acceptor.py", "then"),
+        ("client_socket.py", "connection.begin_shutdown"),  # as at the beginning of a drain
         ("client_socket.py", "self._flush"),
         ("connection_output.py", "self._sending.switch"),
         ("connection_output.py", "self._wake"),
