@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import select
 import sys
+import threading
 from _thread import LockType
 from collections.abc import Callable
 from typing import Any
@@ -31,11 +32,18 @@ def threads_are_greenlets() -> bool:
 
 
 def start_thread(function: Callable[[], object]) -> None:
-    """Run ``function()`` in a thread of the system.
+    """Run ``function()`` in a thread of the system, which debuggers and coverage.py see as they do others.
 
     :raises RuntimeError: when the system cannot start a thread.
     """
-    unpatched("_thread", "start_new_thread")(function, ())
+    trace = threading.gettrace()
+
+    def run() -> None:
+        if trace is not None:
+            sys.settrace(trace)
+        function()
+
+    unpatched("_thread", "start_new_thread")(run, ())
 
 
 def lock() -> LockType:

@@ -56,3 +56,23 @@ def test_a_thread_that_the_system_refuses_is_started_later(threads, monkeypatch)
             threads.spawn(ran.set)
     threads.spawn(lambda: None)
     assert ran.wait(PATIENCE)
+
+
+def test_a_debugger_sees_the_threads_below_those_of_python():
+    """``threading.settrace`` is for all threads; coverage.py uses it, too."""
+    seen, done = [], threading.Event()
+
+    def trace(frame, _event, _argument):
+        seen.append(frame.f_code.co_name)
+
+    def work_of_the_thread():
+        done.set()
+
+    before = threading.gettrace()
+    threading.settrace(trace)
+    try:
+        scheduler.unpatched.start_thread(work_of_the_thread)
+    finally:
+        threading.settrace(before)
+    assert done.wait(PATIENCE)
+    assert "work_of_the_thread" in seen
