@@ -18,6 +18,7 @@ import pytest
 import uvicorn
 from conditions import wait_for
 
+from gunicorn_passenger.serving import asgi_acceptor
 from gunicorn_passenger.serving.acceptor_table import AcceptorTable
 from gunicorn_passenger.serving.asgi_acceptor import AsgiAcceptor
 from gunicorn_passenger.serving.asgi_server import AsgiServer
@@ -105,6 +106,69 @@ def test_a_websocket_that_its_client_has_begun_to_close_is_left_to_it(caplog):
         await _until(acceptor.is_drained)
 
     asyncio.run(asyncio.wait_for(exchange(), 10))
+    assert "ended at once" not in caplog.text
+
+
+HANDSHAKE = (
+    b"GET /socket.io/?%b HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize("ws", ["websockets", "websockets-sansio", "wsproto"])
+@pytest.mark.parametrize(
+    ("query", "spoken", "expected"),
+    [
+        (b"", False, b"\x88\x02\x03\xf4"),
+        (b"EIO=4&sid=a", True, b"\x81\x063probe\x88\x02\x03\xf4"),
+        # a Close frame in place of the first frame would leave python-engineio's client without a session
+        (b"EIO=4&sid=a", False, b""),
+    ],
+    ids=["another WebSocket", "an upgrade", "an upgrade without a reply"],
+)
+def test_a_websocket_that_opens_during_the_drain_is_closed(monkeypatch, caplog, ws, query, spoken, expected):
+    monkeypatch.setattr(asgi_acceptor, "_FIRST_FRAME_TIMEOUT", 0.1)
+    make_config = asgi_acceptor.make_config
+
+    def with_protocol(*arguments, **options):
+        config = make_config(*arguments, **options)
+        config.ws = ws
+        return config
+
+    monkeypatch.setattr(asgi_acceptor, "make_config", with_protocol)
+
+    async def exchange():
+        accepts, asked = asyncio.Event(), asyncio.Event()
+
+        async def converse(scope, receive, send):
+            assert (await receive())["type"] == "websocket.connect"
+            asked.set()
+            await accepts.wait()
+            await send({"type": "websocket.accept"})
+            if spoken:
+                await send({"type": "websocket.send", "text": "3probe"})
+            while (await receive())["type"] != "websocket.disconnect":
+                pass
+
+        loop = asyncio.get_running_loop()
+        listener, scheduler = socket.create_server(("127.0.0.1", 0)), SimpleNamespace(sleep=None)
+        acceptor = AsgiAcceptor(listener, converse, {}, loop, configuration(), LOG, scheduler, True)
+        acceptor.start()
+        reader, writer = await asyncio.open_connection(*acceptor.sockname)
+        writer.write(HANDSHAKE % query)
+        await asked.wait()
+        acceptor.stop_accepting()
+        await _until(lambda: acceptor._sock.fileno() < 0)
+        accepts.set()
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101")
+        got = b""
+        while expected != got and (data := await reader.read(1000)):
+            got += data
+        writer.close()
+        await _until(acceptor.is_drained)
+        return got
+
+    assert asyncio.run(asyncio.wait_for(exchange(), 30)) == expected
     assert "ended at once" not in caplog.text
 
 

@@ -269,11 +269,13 @@ def test_a_connection_that_cannot_be_dropped_gives_its_place_back(pool):
 class Running:
     """A tunnel in a greenlet of its own."""
 
-    def __init__(self, pairs, ws_timeout=None):
+    def __init__(self, pairs, ws_timeout=None, query=""):
         near, self.client = pairs()
         far, self.target = pairs()
         self.ends = near, far
-        self.tunnel = Tunnel("http://target", lambda: Request({}), ws_timeout, "close", True)
+        self.tunnel = Tunnel(
+            "http://target", lambda: Request({"QUERY_STRING": query}), ws_timeout, "close", True
+        )
         self.greenlet = gevent.spawn(self.tunnel.run, near, b"", far, b"")
         until(lambda: self.tunnel._greenlet is not None and self.tunnel._up._readable.active)
 
@@ -348,6 +350,38 @@ def test_a_tunnel_that_cannot_say_goodbye_ends(running, logged):
     one.over()
     assert received(other.client, 4) == b"\x88\x02\x03\xe9"
     logged()
+
+
+UPGRADE = "EIO=4&transport=websocket&sid=a"
+
+
+def test_an_upgrade_of_engineio_is_closed_after_the_targets_first_frame(running):
+    """Its client stays without a session for ever if a Close frame comes first."""
+    one = running(query=UPGRADE)
+    gevent.get_hub().loop.run_callback(one.tunnel.begin_shutdown)
+    one.client.send(frame(6, True))
+    assert received(one.target, 12) == frame(6, True)
+    one.target.send(frame(6, False))
+    assert received(one.client, 12) == frame(6, False) + b"\x88\x02\x03\xe9"
+    one.over()
+
+
+def test_a_target_that_closes_such_an_upgrade_has_the_last_word(running):
+    one = running(query=UPGRADE)
+    gevent.get_hub().loop.run_callback(one.tunnel.begin_shutdown)
+    until(lambda: one.tunnel.shutdown_due)
+    one.target.send(b"\x88\x02\x03\xe8")
+    assert received(one.client, 4) == b"\x88\x02\x03\xe8"
+    one.target.shutdown(2)
+    one.over()
+    assert one.tunnel.bytes_out == 4
+
+
+def test_an_upgrade_whose_target_says_nothing_ends_without_a_close_frame(running):
+    one = running(query=UPGRADE)
+    gevent.get_hub().loop.run_callback(one.tunnel.begin_shutdown)
+    one.over()
+    assert one.tunnel.bytes_out == 0
 
 
 @pytest.mark.parametrize("way", ["_up", "_down"])

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 
 import pytest
@@ -289,6 +290,43 @@ def test_websockets_end_with_1001_at_once(start, port, which):
     assert (opcode, data[:2]) == (websocket.ABNF.OPCODE_CLOSE, b"\x03\xe9")
     wait_for(lambda: old not in process.workers(), "the old worker to be gone")
     ws.close()
+    assert "Traceback" not in process.log()
+
+
+@pytest.mark.parametrize("which", ["primary", "second"])
+def test_a_websocket_that_opens_during_the_drain_is_closed(start, port, home, which):
+    start.write(
+        "program.py",
+        WEBSOCKET.replace("{port}", str(port)).replace("return str(os.getpid())", "return 'pid'")
+        + """
+    import time
+    inner = app.wsgi_app
+    def slow(environ, start_response):
+        if environ["PATH_INFO"] == "/ws":
+            open("asked", "w").close()
+            while not os.path.exists("go"):
+                time.sleep(0.02)
+        return inner(environ, start_response)
+    app.wsgi_app = slow
+    """,
+    )
+    process = start.gunicorn("program", *KEPT, workers=1, cwd=home).wait_ready()
+    (old,) = process.workers()
+    found = []
+    opening = threading.Thread(
+        target=lambda: found.append(websocket_to(process.socket if which == "primary" else port))
+    )
+    opening.start()
+    wait_for(lambda: (home / "asked").exists(), "the handshake to arrive")
+    process.signal(signal.SIGHUP)
+    wait_for(lambda: not listens(old, port), "the old worker to drain")
+    (home / "go").touch()
+    opening.join()
+    (ws,) = found
+    opcode, data = ws.recv_data()
+    assert (opcode, data[:2]) == (websocket.ABNF.OPCODE_CLOSE, b"\x03\xe9")
+    ws.close()
+    wait_for(lambda: old not in process.workers(), "the old worker to be gone")
     assert "Traceback" not in process.log()
 
 

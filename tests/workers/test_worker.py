@@ -458,6 +458,27 @@ def test_a_preloaded_server_is_not_drained_before_it_serves(start, port):
     assert process.stop() == 0
 
 
+def test_a_stop_that_meets_a_finalizer_of_a_request_interrupts_the_boot():
+    """Nothing is raised in the request's greenlet, so the finalizer does not matter."""
+    program = """
+import sys, gevent
+from gunicorn_passenger.arbiter import fork_handlers
+
+class Leaving:
+    def __del__(self):
+        fork_handlers.exit_boot(15, sys._getframe())
+
+def request():
+    Leaving()
+    print("finished", flush=True)
+
+gevent.spawn(request)
+gevent.sleep(3600)
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "finished\n", "")
+
+
 def test_a_stop_that_meets_a_finalizer_is_remembered_and_not_shown():
     """Python shows and ignores what is raised in a ``__del__``: the worker exits when it has booted."""
     program = """
