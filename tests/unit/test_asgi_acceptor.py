@@ -115,6 +115,8 @@ HANDSHAKE = (
 )
 
 
+# uvicorn and websockets deprecate the first of them
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("ws", ["websockets", "websockets-sansio", "wsproto"])
 @pytest.mark.parametrize(
     ("query", "spoken", "expected"),
