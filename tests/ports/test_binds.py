@@ -22,9 +22,10 @@ LOCK = """
     lock = socket.socket(family)
     try:
         lock.bind(({host!r}, PORT))
-        print("the scheduler runs in", os.getpid(), flush=True)
+        print(f"the scheduler runs in {{os.getpid()}}\\n", end="", flush=True)
     except OSError as error:
-        print("no scheduler here:", error, flush=True)
+        # in one write: another worker prints at the same time
+        print(f"no scheduler here: {{error}}\\n", end="", flush=True)
     """
 
 

@@ -379,7 +379,7 @@ class Clients:
         return {
             "answered": {f"{place}/{what}": count for (place, what), count in self.answered.items()},
             "workers": {place: sorted(pids) for place, pids in self.workers.items()},
-            "failed": Counter(failure.kind for failure in self.failures),
+            "failed": Counter(f"{failure.place}/{failure.kind}" for failure in self.failures),
         }
 
     def result(self) -> dict[str, Any]:

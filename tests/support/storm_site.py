@@ -322,7 +322,7 @@ class Traffic:
         return found
 
     def failed(self) -> dict[str, int]:
-        """By kind: the requests that have failed so far."""
+        """By place and kind (``ours/refused``): the requests that have failed so far."""
         found: dict[str, int] = self._say("count")["failed"]
         return found
 

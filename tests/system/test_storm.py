@@ -74,7 +74,8 @@ def test_the_clients_notice_what_goes_wrong(home, ports):
         for pid in site.processes():
             os.kill(pid, signal.SIGKILL)
         site.reap()
-        wait_for(lambda: traffic.failed().get("refused", 0) > 20, "the clients to meet closed doors")
+        doors = {f"{place}/refused" for place in ("primary", "ours", "unmodified")}
+        wait_for(lambda: doors <= set(traffic.failed()), "the clients to meet closed doors everywhere")
         report = traffic.finish()
     lost = [loss for loss in report.failures if not any(kill.covers(loss) for kill in kills)]
     for kind in ("refused", "truncated"):
