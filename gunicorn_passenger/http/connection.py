@@ -31,7 +31,7 @@ from gunicorn_passenger.http.connection_life import ConnectionLife
 from gunicorn_passenger.http.connection_state import ConnectionState
 from gunicorn_passenger.http.failed_request import client_name, fail_request, send_error
 from gunicorn_passenger.http.listener_context import Sticky
-from gunicorn_passenger.http.request_head import RequestFailed
+from gunicorn_passenger.http.request_head import ParsedHead, RequestFailed
 from gunicorn_passenger.http.response import RESPONSE_SENT, Response
 from gunicorn_passenger.http.transport import READ_SIZE
 
@@ -57,7 +57,11 @@ class Connection(ConnectionLife):
             return  # before the greenlet has begun
         linger: bool | None = False
         try:
-            linger = self.serve_requests(greenlet)
+            if self.state is ConnectionState.FLUSHING:
+                self.greenlet = self._waiting = greenlet
+                self._send_pending()
+            else:
+                linger = self.serve_requests(greenlet)
             if linger:
                 self._linger()
         except ClientDisconnected as error:
@@ -75,7 +79,7 @@ class Connection(ConnectionLife):
 
         :param greenlet: the current greenlet.
         :returns: whether the client may still be sending when the connection ends; ``None`` when the
-            connection is parked.
+            connection is parked, or ends when its last response is flushed.
         """
         self.greenlet = self._waiting = greenlet
         if self.state is not _ACTIVE:
@@ -133,10 +137,12 @@ class Connection(ConnectionLife):
                 # an application that takes over the connection reads from the socket, also these bytes
                 self.sock.early, self.buf = self.buf, b""
 
-            if not self._respond(environ, parsed.persist, request):
-                if self.pending:
+            if not self._respond(environ, parsed, request):
+                if self.pending and parsed.persist:
                     self._send_pending()
                 unread = self.body is not EMPTY_BODY and self._unread()
+                if self.pending and not unread and self._end_with_flush():
+                    return None
                 return unread or (parsed.persist and self.has_input())
 
             if length and not self._next_begins():
@@ -194,9 +200,11 @@ class Connection(ConnectionLife):
                 break
         return False
 
-    def _respond(self, environ: dict[str, Any], persist: bool, request: Any) -> bool:
+    def _respond(self, environ: dict[str, Any], parsed: ParsedHead, request: Any) -> bool:
         """Call the application and send its response.
 
+        :param parsed: what was found in the request's headers.
+        :param request: gunicorn's request object, where there is one.
         :returns: whether the connection can serve another request.
         """
         listener = self.listener
@@ -206,7 +214,7 @@ class Connection(ConnectionLife):
         if worker.nr >= worker.max_requests:
             listener.on_max_requests()
         response = self.response = Response(self, environ, request)
-        if not (persist and listener.keepalive):
+        if not (parsed.persist and listener.keepalive):
             response.must_close = True
         environ["gunicorn.socket"] = self.sock
         environ["wsgi.input"] = self.body
@@ -249,7 +257,7 @@ class Connection(ConnectionLife):
             if listener.after is not None:
                 self._after(request, environ)
             if began and result is not RESPONSE_SENT:
-                coalescer.record_duration(perf_counter() - began)
+                coalescer.record_duration(perf_counter() - began, parsed.template is not None)
         return not response.must_close
 
     # --- rare cases ------------------------------------------------------------------------------

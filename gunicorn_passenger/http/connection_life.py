@@ -29,6 +29,7 @@ from gunicorn_passenger.http.transport import Transport
 _WEBSOCKET = re.compile(rb"\r\nupgrade:[ \t]*websocket[ \t]*\r\n", re.IGNORECASE)
 
 _ACTIVE, _IDLE, _PARKED = ConnectionState.ACTIVE, ConnectionState.IDLE, ConnectionState.PARKED
+_FLUSHING = ConnectionState.FLUSHING
 
 
 class ConnectionLife(Transport):
@@ -231,6 +232,37 @@ class ConnectionLife(Transport):
     def _wake(self) -> None:
         if self.state is _IDLE:
             self.greenlet.switch()
+        elif self.state is _FLUSHING:
+            self.listener.greenlets.serve(self)
+
+    def _end_with_flush(self) -> bool:
+        """Leave the connection to the coalescer, which sends its last response: then it ends.
+
+        :returns: whether it is; if not, a part of the response is sent already, and the client reads slowly.
+        """
+        if self._blocked:
+            return False
+        self.state = _FLUSHING
+        self.greenlet = self._waiting = None
+        return True
+
+    def flush_pending(self) -> None:
+        """Send the pending response without waiting. Called by the coalescer in any greenlet."""
+        pending = self.pending
+        if not pending:
+            return
+        try:
+            sent = self._raw.send(pending)
+        except OSError:
+            sent = 0  # the connection's greenlet waits until it can send, or meets the error again
+        if sent < len(pending):
+            self.pending = pending[sent:]
+            self._blocked = True
+            self._hub.loop.run_callback(self._wake)
+            return
+        self.pending = b""
+        if self.state is _FLUSHING:
+            self.close()
 
     def close(self) -> None:
         """Close the connection, whatever it is doing."""

@@ -9,7 +9,6 @@ through :meth:`ConnectionOutput.send`, and a delegation would cost a Python call
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import sys
@@ -82,21 +81,6 @@ class ConnectionOutput:
         if sent < len(data):
             self._send_rest(memoryview(data)[sent:])
         self.listener.sent += len(data)
-
-    def flush_pending(self) -> None:
-        """Send the pending response without waiting. Called by the coalescer in any greenlet."""
-        if not self.pending:
-            return
-        # the connection's greenlet waits until it can send the rest, or meets the error again
-        with contextlib.suppress(OSError):
-            self.pending = self.pending[self._raw.send(self.pending) :]
-        if self.pending:
-            self._blocked = True
-            self._hub.loop.run_callback(self._wake)
-
-    def _wake(self) -> None:
-        """Have the connection's greenlet send what is pending, when it waits for a request."""
-        raise NotImplementedError
 
     def drop_pending(self) -> None:
         """In a forked child: the parent process sends the pending response."""

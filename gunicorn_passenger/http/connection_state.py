@@ -7,11 +7,12 @@ Never: decide anything. The connection changes its state, and other objects read
 state      meaning                                                         next
 =========  ==============================================================  ===================================
 NEW        accepted; its greenlet has not run                              ACTIVE, CLOSED
-ACTIVE     its greenlet reads a request or sends a response                IDLE, PARKED, UPGRADED, LINGERING,
-                                                                           CLOSED
+ACTIVE     its greenlet reads a request or sends a response                IDLE, PARKED, UPGRADED, FLUSHING,
+                                                                           LINGERING, CLOSED
 IDLE       its greenlet waits for the next request                         ACTIVE, PARKED, CLOSED
 PARKED     the hub waits for the next request, without a greenlet          ACTIVE, CLOSED
 UPGRADED   another protocol is spoken; the server reads no more requests   LINGERING, CLOSED
+FLUSHING   the last response waits for the coalescer, without a greenlet   CLOSED
 LINGERING  the response is sent; what the client still sends is discarded  CLOSED
            (RFC 9112 section 9.6)
 CLOSED     its socket is closed, or has another owner
@@ -32,6 +33,7 @@ class ConnectionState(Enum):
     IDLE = "idle"
     PARKED = "parked"
     UPGRADED = "upgraded"
+    FLUSHING = "flushing"
     LINGERING = "lingering"
     CLOSED = "closed"
 
@@ -40,10 +42,11 @@ _S = ConnectionState
 #: The table above.
 TRANSITIONS: dict[ConnectionState, frozenset[ConnectionState]] = {
     _S.NEW: frozenset({_S.ACTIVE, _S.CLOSED}),
-    _S.ACTIVE: frozenset({_S.IDLE, _S.PARKED, _S.UPGRADED, _S.LINGERING, _S.CLOSED}),
+    _S.ACTIVE: frozenset({_S.IDLE, _S.PARKED, _S.UPGRADED, _S.FLUSHING, _S.LINGERING, _S.CLOSED}),
     _S.IDLE: frozenset({_S.ACTIVE, _S.PARKED, _S.CLOSED}),
     _S.PARKED: frozenset({_S.ACTIVE, _S.CLOSED}),
     _S.UPGRADED: frozenset({_S.LINGERING, _S.CLOSED}),
+    _S.FLUSHING: frozenset({_S.CLOSED}),
     _S.LINGERING: frozenset({_S.CLOSED}),
     _S.CLOSED: frozenset(),
 }

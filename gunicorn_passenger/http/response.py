@@ -373,7 +373,7 @@ class Response:
             wire = wire.removesuffix(b"keep-alive\r\n\r\n") + b"close\r\n\r\n"
         if connection.extra_headers:
             wire = b"%b%b\r\n" % (wire[:-2], connection.extra_headers)
-        if len(body) < _JOIN and not self.must_close:
+        if len(body) < _JOIN:
             listener.coalescer.enqueue(connection, wire + body)
         else:
             connection.send_vector(wire, body)
@@ -429,7 +429,7 @@ class Response:
         self.headers_sent = True
         if len(body) < _JOIN:
             data = b"%b%b\r\n%b" % (begin, self._block, body)
-            if listener.coalescer.active and self.sent == self.response_length and word == "keep-alive":
+            if listener.coalescer.active and self.sent == self.response_length and not self.upgrade:
                 listener.coalescer.enqueue(connection, data)
             else:
                 connection.send(data)

@@ -15,6 +15,9 @@ advance. So responses are coalesced only after a long streak of requests that al
 - when there are 32 (``_MAX_PENDING``);
 - when one request has taken more than 1 ms, which also ends the streak.
 
+A response that ends its connection as its client wishes waits, too: the coalescer closes the connection when
+the response is sent.
+
 One case remains: the first slow request after a streak. The responses that were finished in the 3 ms before
 it wait until its code ends or waits for something. The next 200 responses are sent at once. The same holds
 for greenlets in the middle of a request that wake up in that iteration. The clients' next requests would
@@ -35,9 +38,9 @@ from gunicorn_passenger.http.faults import report_fault
 
 #: One request of so many is timed outside a streak.
 _SAMPLE = 16
-#: Seconds that each request of a streak takes, at least and at most. When requests are quicker, clients
-#: hardly have the time to fall asleep, and coalescing costs more than it saves. When they are slower, the
-#: delay would be long and the gain small.
+#: Seconds that each request of a streak takes, at least and at most. When requests are quicker, and their
+#: headers need not be parsed either, clients hardly have the time to fall asleep, and coalescing costs more
+#: than it saves. When they are slower, the delay would be long and the gain small.
 _QUICKEST, _SLOWEST = 25e-6, 1e-3
 #: How many such requests in a row it takes before responses are coalesced.
 _STREAK = 200
@@ -78,12 +81,13 @@ class WriteCoalescer:
             return began
         return 0.0
 
-    def record_duration(self, seconds: float) -> None:
+    def record_duration(self, seconds: float, repeated: bool) -> None:
         """A request has ended.
 
         :param seconds: from the call of the application to the end of its result's ``close()``.
+        :param repeated: whether its headers repeated those of the request before, and were not parsed.
         """
-        if _QUICKEST < seconds < _SLOWEST:
+        if seconds < _SLOWEST and (seconds > _QUICKEST or not repeated):
             self.streak += 1
             self.active = self.streak >= _STREAK
         else:

@@ -404,7 +404,6 @@ def test_every_callback_of_the_loop_is_known() -> None:
         ("client_socket.py", "connection.begin_shutdown"),  # as at the beginning of a drain
         ("client_socket.py", "self._flush"),
         ("connection_output.py", "self._sending.switch"),
-        ("connection_output.py", "self._wake"),
         ("connection_life.py", "gone"),
         ("connection_life.py", "self._ready"),
         ("connection_life.py", "self._wake"),

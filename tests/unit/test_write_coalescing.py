@@ -31,6 +31,9 @@ PATIENCE = 60.0
 #: more than a small buffer takes
 BIG = b"x" * 30000 + b"ok"
 GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
+#: after its response, the client wants the connection to end
+CLOSE = b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
+OLD = b"GET / HTTP/1.0\r\n\r\n"
 
 
 def wait_for(condition: Callable[[], Any]) -> Any:
@@ -225,22 +228,36 @@ def test_a_slow_request_holds_back_only_what_was_finished_before_it(server: Serv
     wait_for(lambda: sum(server.answered()) == 3)
 
 
-def test_the_streak_is_long_and_of_requests_that_are_quick_but_not_too_quick() -> None:
-    for broken in 0.0011, 0.00002:
-        turn = WriteCoalescer(None)
-        for _ in range(199):
-            turn.record_duration(0.0001)
+@pytest.mark.parametrize(
+    ("broken", "repeated"),
+    [(0.0011, True), (0.0011, False), (0.00002, True)],
+    ids=["slow", "slow, new headers", "quick"],
+)
+def test_the_streak_is_long_and_of_requests_that_are_quick_but_not_too_quick(
+    broken: float, repeated: bool
+) -> None:
+    turn = WriteCoalescer(None)
+    for _ in range(199):
+        turn.record_duration(0.0001, True)
+    assert not turn.active
+    turn.record_duration(broken, repeated)
+    turn.record_duration(0.0001, True)
+    assert not turn.active
+    for _ in range(199):
+        turn.record_duration(0.0009, True)
+    assert turn.active
+    turn.record_duration(broken, repeated)
+    assert not turn.active
+    turn.record_duration(0.0001, True)
+    assert not turn.active
+
+
+def test_a_request_with_new_headers_is_never_too_quick() -> None:
+    turn = WriteCoalescer(None)
+    for _ in range(200):
         assert not turn.active
-        turn.record_duration(broken)
-        turn.record_duration(0.0001)
-        assert not turn.active
-        for _ in range(199):
-            turn.record_duration(0.0009)
-        assert turn.active
-        turn.record_duration(broken)
-        assert not turn.active
-        turn.record_duration(0.0001)
-        assert not turn.active
+        turn.record_duration(0.000001, False)
+    assert turn.active
 
 
 def test_all_servers_of_a_loop_share_its_turn(server: Server) -> None:
@@ -248,7 +265,7 @@ def test_all_servers_of_a_loop_share_its_turn(server: Server) -> None:
 
 
 def test_a_new_server_finds_its_streak_by_itself(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    server.turn.record_duration(601.0)
+    server.turn.record_duration(601.0, True)
     assert not server.turn.active
     monkeypatch.setattr(turn_module, "_STREAK", 10)
     client = server.connect()
@@ -276,16 +293,104 @@ def test_the_next_request_on_a_connection_finds_its_answer_sent(server: Server) 
     assert seen == [[False], [True], [True]]
 
 
-def test_an_answer_that_ends_its_connection_is_not_held(server: Server) -> None:
+@pytest.mark.parametrize("sent", [CLOSE, OLD], ids=["Connection: close", "HTTP/1.0"])
+def test_an_answer_that_ends_its_connection_is_held_and_the_connection_ends_with_it(
+    server: Server, sent: bytes
+) -> None:
     seen = []
     server.act = lambda call, environ: seen.append(sum(server.answered()))
+    clients = [server.connect() for _ in range(3)]
+    for client in clients:
+        client.send(sent)
+    for client in clients:
+        wait_for(lambda client=client: client.read() and client.ended)
+        assert client.came.partition(b"\r\n\r\n")[2] == b"ok"
+        assert client.connection.state is ConnectionState.CLOSED
+        assert client.connection.greenlet is None
+    assert seen == [0, 0, 0]
+    assert server.acceptor.idle()
+
+
+def test_an_answer_that_ends_a_connection_against_its_clients_wish_is_not_held(server: Server) -> None:
+    """Such a client may be sending already: what it has sent is looked at when it has its response."""
+    seen = []
+
+    def act(call: int, environ: Any) -> None:
+        seen.append(sum(server.answered()))
+        client = server.clients[call - 1]
+        client.connection.response.force_close()
+
     for _ in range(2):
         server.connect()
+    server.act = act
     for client in server.clients:
-        client.send(b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n")
-    for client in server.clients:
+        client.send()
         client.until(1)
+        wait_for(lambda client=client: client.read() == b"" and client.ended)
     assert seen == [0, 1]
+
+
+def test_a_client_that_reads_its_last_answer_slowly(server: Server) -> None:
+    server.act = lambda call, environ: [BIG]
+    client = server.connect(SO_SNDBUF=4096)
+    client.send(CLOSE)
+    wait_for(lambda: client.connection._writable and client.connection._writable.active)
+    assert client.connection.state is ConnectionState.FLUSHING
+    assert client.until(1) == [BIG]
+    wait_for(lambda: client.read() == b"" and client.ended)
+
+
+def test_a_client_that_goes_before_its_last_answer(server: Server) -> None:
+    def act(call: int, environ: Any) -> None:
+        if call == 2:
+            gone.append(server.held())
+            gone[0].sock.close()
+
+    gone: list[Client] = []
+    for client in server.connect(), server.connect():
+        client.send(CLOSE)
+    server.act = act
+    wait_for(lambda: not server.acceptor._connections)
+    server.clients.remove(gone[0])
+    assert server.clients[0].until(1) == [b"ok"]
+
+
+def test_the_rest_of_a_body_comes_before_the_last_answer_is_held(server: Server) -> None:
+    server.act = lambda call, environ: environ["wsgi.input"].read(1) and None
+    client = server.connect()
+    client.send(b"POST / HTTP/1.1\r\nConnection: close\r\nContent-Length: 10\r\n\r\nabc")
+    client.until(1)
+    client.send(b"defghij")
+    wait_for(lambda: client.read() == b"" and client.ended)
+
+
+def test_a_server_at_its_limit_accepts_when_the_last_answers_are_flushed(server: Server) -> None:
+    server.acceptor._limit = 1
+    client = server.connect()
+    client.send(CLOSE)
+    client.until(1)
+    wait_for(lambda: client.read() == b"" and client.ended)
+    assert server.acceptor.room() == 1
+
+
+def test_a_drain_and_a_kill_send_the_last_answers(server: Server) -> None:
+    flushed = []
+
+    def act(call: int, environ: Any) -> None:
+        if call == 2:
+            held = server.held()
+            held.connection.begin_shutdown()
+            assert held.connection.state is ConnectionState.FLUSHING
+            held.connection.close()  # as Acceptor.kill() does with a connection without a greenlet
+            flushed.append(held)
+
+    for client in server.connect(), server.connect():
+        client.send(CLOSE)
+    server.act = act
+    for client in server.clients:
+        assert client.until(1) == [b"ok"]
+        wait_for(lambda client=client: client.read() == b"" and client.ended)
+    assert len(flushed) == 1
 
 
 def test_a_part_of_an_answer_is_not_held(server: Server) -> None:
@@ -441,7 +546,8 @@ def test_only_an_idle_connection_is_detached(server: Server) -> None:
     assert kept.until(1) == [b"ok"]
 
 
-def test_a_forked_child_does_not_send_what_its_parent_sends(server: Server) -> None:
+@pytest.mark.parametrize("sent", [GET, CLOSE], ids=["kept", "closed"])
+def test_a_forked_child_does_not_send_what_its_parent_sends(server: Server, sent: bytes) -> None:
     statuses = []
 
     def act(call: int, environ: Any) -> None:
@@ -457,7 +563,7 @@ def test_a_forked_child_does_not_send_what_its_parent_sends(server: Server) -> N
             statuses.append(os.waitpid(pid, 0)[1])
 
     for client in server.connect(), server.connect():
-        client.send()
+        client.send(sent)
     server.act = act
     for client in server.clients:
         assert client.until(1) == [b"ok"]
