@@ -46,6 +46,8 @@ FIELD_LINE_BYTES = _bytes(_FIELD_LINE)
 FIELD_LINES_BYTES = _bytes(rf"((?:{_FIELD_LINE}\r\n)*)")
 #: Field lines, and the empty line that ends them.
 FIELD_SECTION_BYTES = _bytes(rf"((?:{_FIELD_LINE}\r\n)*)\r\n")
+#: The same as nearly all senders write it: each value behind one space, and no space behind the value.
+PLAIN_FIELD_SECTION_BYTES = _bytes(rf"(?:{_TCHAR}+: (?![ \t]){_VCHAR}*(?<![ \t])\r\n)*\r\n")
 #: RFC 9112 section 4: status-line = HTTP-version SP status-code SP [ reason-phrase ]; many servers omit the
 #: second SP.
 STATUS_LINE_BYTES = _bytes(_STATUS_LINE)

@@ -120,7 +120,7 @@ def execute(  # noqa: PLR0915 - one function, so that the common case needs no o
             request.method,
             request.downstream,
             request.sender,
-            bool(plan.headers.upgrade),
+            plan.upgrades,
         )
         try:
             if failure is not None:

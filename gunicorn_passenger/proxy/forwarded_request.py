@@ -54,6 +54,8 @@ class ProxyContext(Protocol):
     route: Route
     events: Events
     servers: ServerDirectory | None
+    #: the :class:`~.plan.ForwardPlan` for ordinary requests, once there was one
+    ordinary_plan: Any
 
     def buffer_for(self, options: Options) -> Any:
         """The body to send in place of the client's."""
@@ -73,8 +75,6 @@ class ForwardedRequest:
     authority_prefix = ""
     #: the target as the route names it; ``None`` before it is chosen
     target: Target | None = None
-    headers: RequestHeaders
-    forwarded_info: ForwardedInfo
     sender: RequestBodySender | NoBodySender = NO_BODY_SENDER
     #: the targets that remain to be tried, and the one that is tried now
     backends: list[Backend] = []  # noqa: RUF012 - replaced, never changed
@@ -93,6 +93,8 @@ class ForwardedRequest:
     sticky_id = ""
     new_cookie = ""
     _downstream: WsgiDownstream | None = None
+    _headers: RequestHeaders | None = None
+    _forwarded_info: ForwardedInfo | None = None
     _werkzeug_request: Any = None
 
     def __init__(
@@ -126,6 +128,28 @@ class ForwardedRequest:
                 self.connection = found.connection
             self._downstream = found
         return found
+
+    @property
+    def headers(self) -> RequestHeaders:
+        """The headers that are meant for the target."""
+        if self._headers is None:
+            self._headers = self.downstream.headers(self.options.preserve_header_key_case)
+        return self._headers
+
+    @headers.setter
+    def headers(self, headers: RequestHeaders) -> None:
+        self._headers = headers
+
+    @property
+    def forwarded_info(self) -> ForwardedInfo:
+        """Where the request comes from."""
+        if self._forwarded_info is None:
+            self._forwarded_info = self.downstream.forwarded_info(self.options, self.headers.host)
+        return self._forwarded_info
+
+    @forwarded_info.setter
+    def forwarded_info(self, info: ForwardedInfo) -> None:
+        self._forwarded_info = info
 
     def werkzeug_request(self) -> Any:
         """The request as the program's handlers get it."""

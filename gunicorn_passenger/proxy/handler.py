@@ -14,6 +14,7 @@ from gunicorn_passenger.proxy.events import Events
 from gunicorn_passenger.proxy.forward import execute
 from gunicorn_passenger.proxy.forwarded_request import ForwardedRequest
 from gunicorn_passenger.proxy.options import Options
+from gunicorn_passenger.proxy.plan import ForwardPlan
 from gunicorn_passenger.proxy.routes import Route
 from gunicorn_passenger.proxy.target import ServerDirectory
 
@@ -38,23 +39,25 @@ class Proxy:
         self.route = Route(target, host, self.options)
         self.events = Events()
         self.servers = servers
+        #: the plan for ordinary requests, once there was one
+        self.ordinary_plan: ForwardPlan | None = None
         self._buffer: bytes | None = None
 
     def __str__(self) -> str:
         return str(self.route)
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        # headers have a plan only when no application stands between the proxy and the server
         connection = getattr(environ.get("gunicorn.socket"), "connection", None)
-        if connection is not None and connection.parsed.plan is not None:
+        if connection is not None:
             plan = planning.remembered_plan(self, connection, environ)
             if plan is not None:
                 request = ForwardedRequest(self, environ, start_response, connection)
                 request.path = path = environ["RAW_URI"]
                 request.request_line = b"GET %b HTTP/1.1\r\n" % path.encode()
                 request.target = plan.target
-                request.headers = plan.headers
-                request.forwarded_info = plan.forwarded_info
+                if plan.headers is not None and plan.forwarded_info is not None:
+                    request.headers = plan.headers
+                    request.forwarded_info = plan.forwarded_info
                 request.copies_response = True
                 try:
                     return execute(plan, request)

@@ -4,7 +4,8 @@ Process: any process in which the proxy is mounted, in the greenlet or thread of
 Never: send anything to the target. That is the executor's part (:mod:`~.forward`).
 
 A client mostly sends the same headers again. The connection keeps the plan with them; while the headers
-repeat and nothing else can change the plan, :func:`remembered_plan` returns it and decides nothing again.
+repeat and nothing else can change the plan, :func:`remembered_plan` returns it and decides nothing again. If
+the headers are new, but all of the kind that is forwarded as it is, it only exchanges them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from gunicorn_passenger.proxy.forwarded_request import ForwardedRequest, LocalRe
 from gunicorn_passenger.proxy.log import log
 from gunicorn_passenger.proxy.mirror import MirroredRequest
 from gunicorn_passenger.proxy.options import Options
+from gunicorn_passenger.proxy.plain_headers import forwards_plainly, plain_lines
 from gunicorn_passenger.proxy.pool import Pool
 from gunicorn_passenger.proxy.request_body import NO_BODY_SENDER, RequestBodySender
 from gunicorn_passenger.proxy.request_headers import ForwardedInfo, RequestHeaders
@@ -55,6 +57,7 @@ class ForwardPlan:
         "repeatable",
         "reusable",
         "target",
+        "upgrades",
     )
 
     def __init__(
@@ -62,12 +65,13 @@ class ForwardPlan:
         options: Options,
         target: Target,
         pool: Pool,
-        headers: RequestHeaders,
-        forwarded_info: ForwardedInfo,
+        headers: RequestHeaders | None,
+        forwarded_info: ForwardedInfo | None,
         header_lines: bytes,
     ) -> None:
         """
-        :param headers: of the client's request.
+        :param headers: of the client's request; ``None`` when it is an ordinary one, see
+            :mod:`.plain_headers`. Then the request finds out about them and its origin when that is needed.
         :param header_lines: the headers as the target is sent them, with the empty line.
         """
         self.options = options
@@ -77,6 +81,8 @@ class ForwardPlan:
         self.forwarded_info = forwarded_info
         self.header_lines = header_lines
         self.keep_case = options.preserve_header_key_case
+        #: whether it asks for an upgrade
+        self.upgrades = headers is not None and bool(headers.upgrade)
         #: whether the header lines do not depend on the body of the request
         self.reusable = False
         #: whether it holds for every GET without a body that has the same headers
@@ -86,12 +92,23 @@ class ForwardPlan:
         """Whether its header lines can be used again."""
         return self.reusable and self.options is options and self.target is target and not self.pool.forgotten
 
+    def for_ordinary_request(self, header_lines: bytes) -> ForwardPlan:
+        """The same plan with other headers, for which it holds, too."""
+        plan = ForwardPlan(self.options, self.target, self.pool, None, None, header_lines)
+        plan.reusable = plan.repeatable = True
+        return plan
+
 
 def remembered_plan(
     proxy: ProxyContext, connection: DownstreamConnection, environ: dict[str, Any]
 ) -> ForwardPlan | None:
-    """The plan for the request's headers, when it holds for this request, too."""
-    plan: ForwardPlan | None = connection.parsed.plan
+    """The plan for a request for which nothing is to be decided again.
+
+    Either its headers repeat, or they are ordinary ones, and the proxy has a plan for these.
+    """
+    parsed = connection.parsed
+    known: ForwardPlan | None = parsed.plan
+    plan = known if known is not None else proxy.ordinary_plan
     if (
         plan is None
         or not plan.repeatable
@@ -106,6 +123,15 @@ def remembered_plan(
         or connection.response.req is not None
     ):
         return None
+    if known is None:
+        if environ["SERVER_PROTOCOL"] != "HTTP/1.1" or environ["SCRIPT_NAME"]:
+            return None
+        lines = plain_lines(connection.head, environ.get("HTTP_HOST"), plan.keep_case)
+        if lines is None:
+            return None
+        plan = parsed.plan = plan.for_ordinary_request(lines)
+        if not connection.listener.is_proxy:
+            connection.listener.is_proxy = True
     return plan
 
 
@@ -131,7 +157,7 @@ def plan_request(  # noqa: PLR0915 - the decisions, one after the other
     last: ForwardPlan | None = parsed.plan if parsed is not None else None
     if last is not None and last.keep_case is not keep_case:
         last = None
-    headers = last.headers if last is not None else client.headers(keep_case)
+    headers = last.headers if last is not None and last.headers is not None else client.headers(keep_case)
     try:
         request.path, scheme = request_path(environ, client.unmodified)
     except BadTarget as error:
@@ -146,7 +172,7 @@ def plan_request(  # noqa: PLR0915 - the decisions, one after the other
     if options.max_body is not None and length > options.max_body:
         raise LocalResponse(413, f"The request's body has more than {options.max_body} bytes.")
     request.headers = headers
-    if last is not None and last.options is options:
+    if last is not None and last.forwarded_info is not None and last.options is options:
         request.forwarded_info = last.forwarded_info
     else:
         prefix = environ.get("SCRIPT_NAME", "") + route.remove
@@ -172,10 +198,12 @@ def plan_request(  # noqa: PLR0915 - the decisions, one after the other
     plan = _plan_backend(request, backends, last)
     if parsed is not None:
         parsed.plan = plan
-        if plan.reusable and plan.options is route.options and _is_repeatable(plan, route):
+        if plan.reusable and plan.options is route.options and _is_repeatable(plan, request, route):
             assert client.connection is not None
             client.connection.listener.is_proxy = True
             plan.repeatable = client.protocol == "HTTP/1.1"
+            if plan.repeatable and forwards_plainly(options):
+                request.proxy.ordinary_plan = plan
     return plan
 
 
@@ -352,13 +380,13 @@ def _remove_prefix(request: ForwardedRequest, prefix: str) -> None:
     request.path = (path if path.startswith("/") else "/" + path) + mark + query
 
 
-def _is_repeatable(plan: ForwardPlan, route: Route) -> bool:
+def _is_repeatable(plan: ForwardPlan, request: ForwardedRequest, route: Route) -> bool:
     """Whether the plan holds for every GET without a body that has the same headers."""
-    options, headers = plan.options, plan.headers
+    options, headers = plan.options, request.headers
     return (
         route.always_targets(plan.target)
         and options.copies_responses
-        and not plan.forwarded_info.prefix
+        and not request.forwarded_info.prefix
         and headers.valid
         and not (
             options.buffer is not None

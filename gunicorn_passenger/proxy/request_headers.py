@@ -131,6 +131,11 @@ class _NameCache(dict[str, tuple[str, bool]]):
 _names = _NameCache()
 
 
+def is_forwarded(name: str) -> bool:
+    """Whether a header with this name is forwarded without a look."""
+    return _names[name][1]
+
+
 class RequestHeaders:
     """The headers of a client's request that are meant for the target.
 

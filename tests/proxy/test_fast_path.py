@@ -156,11 +156,20 @@ def settled(lab) -> str:
     return re.sub(r"after \d+\.\d{3} s|^\[.*?\] \[\d+\] |:\d+", "", "\n".join(lines), flags=re.MULTILINE)
 
 
+SAME = ("another client's connection", "a fresh plan", "a remembered plan")
+NEW = ("a fresh plan", "a remembered plan")
+
+
 @pytest.mark.parametrize("name", ANSWERS)
-def test_the_answer_is_the_same_as_for_a_first_request(gunicorn, port, upstream, name):
+@pytest.mark.parametrize(
+    ("ways", "extra"),
+    [(SAME, ()), (NEW, ("X-New: 1", "cookie: a=b"))],
+    ids=["the same headers", "new headers"],
+)
+def test_the_answer_is_the_same_as_for_a_first_request(gunicorn, port, upstream, name, ways, extra):
     parts, close, reset = ANSWERS[name]
     came, got, logged = [], [], []
-    for how in "another client's connection", "a fresh plan", "a remembered plan":
+    for how in ways:
         lab = gunicorn.scene()
         where = lab.serve(f"'http://127.0.0.1:{port}'")
         if how != "another client's connection":
@@ -176,7 +185,7 @@ def test_the_answer_is_the_same_as_for_a_first_request(gunicorn, port, upstream,
             client = connect(where)
         lab.run(REMEMBER % (how == "a remembered plan"))
         before = lab.run(TAKEN)
-        client.send(request())
+        client.send(request("/", *extra))
         got.append(read_request(target).head)
         for part in parts:
             target.send(part)
@@ -193,9 +202,63 @@ def test_the_answer_is_the_same_as_for_a_first_request(gunicorn, port, upstream,
         lab.run(REMEMBER % True)
         client.close()
         target.close()
-    assert got[0] == got[1] == got[2]
-    assert came[0] == came[1] == came[2]
-    assert logged[0] == logged[1] == logged[2]
+    assert len(set(got)) == len(set(came)) == len(set(logged)) == 1
+    assert all(line.lower().encode() in got[0] for line in extra)
+
+
+def test_ordinary_headers_that_are_new_each_time(lab, proxy, upstream):
+    """Also on another connection, and for another host."""
+    client, target = warm(proxy, upstream, request())
+    other = connect(proxy)
+    before = lab.run(TAKEN)
+    for number in range(6):
+        host = f"site-{number % 2}.example:8000"
+        sent = (
+            f"GET /{number} HTTP/1.1\r\nHost: {host}\r\nCookie: id={number}\r\nConnection: keep-alive\r\n\r\n"
+        )
+        got, came = turn(other if number % 3 else client, target, sent.encode())
+        assert got == f"GET /{number} HTTP/1.1\r\nhost: {host}\r\ncookie: id={number}\r\n\r\n".encode()
+        assert came.endswith(b"\r\n\r\nok")
+    assert lab.run(TAKEN) == before + 6
+    # and from then on each connection has a plan for its headers
+    turn(other, target, sent.encode())
+    assert lab.run(TAKEN) == before + 7
+    client.close()
+    other.close()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        request("/", "X-New: 1", method="DELETE"),
+        request("/", "X-New: 1", "Content-Length: 0"),
+        request("/", "X-New: 1", "Connection: x-new"),
+        request("/", "X-New: 1", "TE: trailers", "Connection: te"),
+        request("/", "X-New:  1"),
+        request("/", "X_New: 1"),
+        request("/", "X-New: 1").replace(b"HTTP/1.1", b"HTTP/1.0"),
+        request("http://other.example/", "X-New: 1"),
+    ],
+    ids=[
+        "a method",
+        "a length",
+        "a nominated header",
+        "trailers",
+        "spaces",
+        "an underscore",
+        "HTTP/1.0",
+        "absolute",
+    ],
+)
+def test_new_headers_that_are_not_ordinary_are_planned_for(lab, proxy, upstream, sent):
+    client, target = warm(proxy, upstream, request())
+    before = lab.run(TAKEN)
+    client.send(sent)
+    read_request(target)
+    target.send(PLAIN)
+    assert client.response()[1] == b"ok"
+    assert lab.run(TAKEN) == before
+    client.close()
 
 
 def read_all(client: Wire) -> tuple[bytes, bytes]:
