@@ -16,7 +16,7 @@ SOCKET ?= $(abspath $(VENV))/seed.sock
 
 RUNS ?= 50000
 
-.PHONY: run test coverage fuzz lint types docs docs-serve constraints dist bench bench-proxy clean
+.PHONY: run test unit coverage fuzz lint types docs docs-serve constraints dist bench bench-proxy clean
 
 # Made anew when what is to be installed changes.
 $(VENV)/installed: setup.cfg pyproject.toml constraints-dev.txt Makefile
@@ -51,6 +51,10 @@ run: $(VENV)/installed
 test: $(VENV)/tested
 	$(BIN)/python -m compileall -q gunicorn_passenger tests/programs
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TESTS)
+
+# The tests that start no gunicorn. They do not wait, so more jobs than this would only cost more imports.
+unit: $(VENV)/tested
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 4 --dist worksteal tests/unit
 
 # The suite with coverage.py in every process that it starts; a process that is killed is not counted. The table has
 # the lines that no test ran, also when a test has failed; build/coverage/html/index.html shows them.

@@ -112,8 +112,29 @@ class ClientSocket(gsocket.socket):
                     event.stop()
         slots._sock.close()
 
-    def recv(self, bufsize: int, flags: int = 0) -> bytes:
+    def _take(self) -> None:
+        """The application uses the socket: what it has given to the server to send goes first.
+
+        :raises OSError: when the client has disconnected.
+        """
         self.taken = True
+        if self.connection is not None:
+            self.connection.send_pending()
+
+    def shutdown(self, how: int) -> None:
+        if not self.taken:
+            self._take()
+        super().shutdown(how)
+
+    def close(self) -> None:
+        if not self.taken:
+            with contextlib.suppress(OSError):
+                self._take()
+        super().close()
+
+    def recv(self, bufsize: int, flags: int = 0) -> bytes:
+        if not self.taken:
+            self._take()
         if self.early and not flags:
             data, self.early = self.early[:bufsize], self.early[bufsize:]
             return data
@@ -124,7 +145,8 @@ class ClientSocket(gsocket.socket):
             raise
 
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
-        self.taken = True
+        if not self.taken:
+            self._take()
         if self.early and not flags:
             view = memoryview(buffer).cast("B")
             data = self.recv(min(nbytes, len(view)) if nbytes else len(view))
@@ -167,7 +189,8 @@ class ClientSocket(gsocket.socket):
                 self.shutdown(gsocket.SHUT_RDWR)
 
     def send(self, data: Any, flags: int = 0, timeout: Any = _NOT_GIVEN) -> int:
-        self.taken = True
+        if not self.taken:
+            self._take()
         if not self.spoken:
             self._see(data)
         if self._muted:
@@ -190,7 +213,8 @@ class ClientSocket(gsocket.socket):
             raise
 
     def sendall(self, data: Any, flags: int = 0) -> None:
-        self.taken = True
+        if not self.taken:
+            self._take()
         if not self.spoken:
             self._see(data)
         with self._lock():
@@ -205,7 +229,8 @@ class ClientSocket(gsocket.socket):
         :returns: how many bytes wait. A caller with much to send uses :meth:`send_queue` now and then.
         :raises OSError: when the client has disconnected.
         """
-        self.taken = True
+        if not self.taken:
+            self._take()
         if not self.spoken:
             self._see(data)
         if self._muted:

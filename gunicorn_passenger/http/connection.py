@@ -138,10 +138,11 @@ class Connection(ConnectionLife):
                 self.sock.early, self.buf = self.buf, b""
 
             if not self._respond(environ, parsed, request):
-                if self.pending and parsed.persist:
+                if self.pending and (parsed.persist or self._blocked):
                     self._send_pending()
                 unread = self.body is not EMPTY_BODY and self._unread()
-                if self.pending and not unread and self._end_with_flush():
+                if self.pending and not unread:
+                    self.end_with_flush()
                     return None
                 return unread or (parsed.persist and self.has_input())
 

@@ -235,22 +235,16 @@ class ConnectionLife(Transport):
         elif self.state is _FLUSHING:
             self.listener.greenlets.serve(self)
 
-    def _end_with_flush(self) -> bool:
-        """Leave the connection to the coalescer, which sends its last response: then it ends.
-
-        :returns: whether it is; if not, a part of the response is sent already, and the client reads slowly.
-        """
-        if self._blocked:
-            return False
+    def end_with_flush(self) -> None:
+        """Leave the connection to the coalescer, which sends its last response: then it ends."""
         self.state = _FLUSHING
         self.greenlet = self._waiting = None
-        return True
 
     def flush_pending(self) -> None:
         """Send the pending response without waiting. Called by the coalescer in any greenlet."""
         pending = self.pending
-        if not pending:
-            return
+        if not pending or self._blocked:
+            return  # a response before this one has taken it along, or the greenlet sends it
         try:
             sent = self._raw.send(pending)
         except OSError:

@@ -429,7 +429,11 @@ class Response:
         self.headers_sent = True
         if len(body) < _JOIN:
             data = b"%b%b\r\n%b" % (begin, self._block, body)
-            if listener.coalescer.active and self.sent == self.response_length and not self.upgrade:
+            if (
+                listener.coalescer.active
+                and self.sent == self.response_length
+                and not (self.upgrade or connection.sock.taken)
+            ):
                 listener.coalescer.enqueue(connection, data)
             else:
                 connection.send(data)

@@ -52,6 +52,7 @@ class ForwardPlan:
         "header_lines",
         "headers",
         "keep_case",
+        "max_idle",
         "options",
         "pool",
         "repeatable",
@@ -81,6 +82,8 @@ class ForwardPlan:
         self.forwarded_info = forwarded_info
         self.header_lines = header_lines
         self.keep_case = options.preserve_header_key_case
+        #: of the agent, which changes when the worker drains: it decides about a ``Connection`` header
+        self.max_idle = options.agent.max_idle
         #: whether it asks for an upgrade
         self.upgrades = headers is not None and bool(headers.upgrade)
         #: whether the header lines do not depend on the body of the request
@@ -90,7 +93,11 @@ class ForwardPlan:
 
     def fits(self, options: Options, target: Target) -> bool:
         """Whether its header lines can be used again."""
-        return self.reusable and self.options is options and self.target is target and not self.pool.forgotten
+        return self.reusable and self.options is options and self.target is target and not self.is_outdated()
+
+    def is_outdated(self) -> bool:
+        """Whether the pool is forgotten, or the target has to be told that no connection is kept."""
+        return self.pool.forgotten or self.max_idle != self.options.agent.max_idle
 
     def for_ordinary_request(self, header_lines: bytes) -> ForwardPlan:
         """The same plan with other headers, for which it holds, too."""
@@ -118,7 +125,7 @@ def remembered_plan(
         or connection.body is not EMPTY_BODY
         or not environ["RAW_URI"].isprintable()
         or proxy.events.any
-        or plan.pool.forgotten
+        or plan.is_outdated()
         or connection.response is None
         or connection.response.req is not None
     ):

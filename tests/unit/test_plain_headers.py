@@ -7,9 +7,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gunicorn_passenger.proxy import wire
+from gunicorn_passenger.proxy.agent import Agent
 from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.plain_headers import forwards_plainly, plain_lines
+from gunicorn_passenger.proxy.plan import ForwardPlan
 from gunicorn_passenger.proxy.request_headers import RequestHeaders
+from gunicorn_passenger.proxy.target import parse_target
 
 #: names that are forwarded as they are, and all of those that are not
 PLAIN = ["Accept", "user-agent", "COOKIE", "X-Forwarded-For", "If-None-Match", "Sec-WebSocket-Key", "X~!"]
@@ -126,3 +129,14 @@ def test_names_are_not_kept_without_end():
 def test_options_that_change_headers(changes):
     assert forwards_plainly(Options())
     assert not forwards_plainly(Options(**changes))
+
+
+def test_a_plan_does_not_hold_when_connections_are_kept_no_longer():
+    """From then on each target is told with ``Connection: close``, as a draining worker does."""
+    options = Options(agent=Agent())
+    plan = ForwardPlan(
+        options, parse_target(9), options.agent.pool(parse_target(9), options.dial), None, None, b""
+    )
+    assert not plan.is_outdated()
+    options.agent.max_idle = 0
+    assert plan.is_outdated()

@@ -340,6 +340,49 @@ def test_a_client_that_reads_its_last_answer_slowly(server: Server) -> None:
     wait_for(lambda: client.read() == b"" and client.ended)
 
 
+@pytest.mark.parametrize("ended_by", ["a slow request", "a close() that waits", "a response before it"])
+def test_a_last_answer_that_is_flushed_while_its_request_runs_or_twice(
+    server: Server, monkeypatch: pytest.MonkeyPatch, ended_by: str
+) -> None:
+    """The kernel does not take all of it: the connection ends when the client has read the rest."""
+
+    def act(call: int, environ: Any) -> Any:
+        if ended_by == "a slow request":
+            monkeypatch.setattr(turn_module, "_SLOWEST", 0.0)
+        if ended_by == "a response before it" and call == 1:
+            return None
+        return Result(BIG, close=lambda: gevent.sleep(0.01) if "waits" in ended_by else None)
+
+    server.act = act
+    client = server.connect(SO_SNDBUF=4096)
+    client.send(GET + CLOSE if ended_by == "a response before it" else CLOSE)
+    wait_for(lambda: client.connection._writable and client.connection._writable.active)
+    gevent.sleep(0.02)  # whatever else would end the connection does it now
+    wait_for(lambda: client.read() and client.ended)
+    assert client.came.endswith(b"\r\n\r\n" + BIG)
+
+
+@pytest.mark.parametrize("sent", [GET, CLOSE], ids=["kept", "closed"])
+@pytest.mark.parametrize("use", ["shutdown", "close", "sendall", "send"])
+def test_what_an_application_does_with_the_socket_comes_behind_its_answer(
+    server: Server, sent: bytes, use: str
+) -> None:
+    client = server.connect()
+
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        write = start_response("200 OK", [("Content-Length", "2")])
+        write(b"ok")
+        arguments = {"shutdown": [socket.SHUT_WR], "close": []}.get(use, [b"raw"])
+        getattr(environ["gunicorn.socket"], use)(*arguments)
+        return []
+
+    server.listener.app = app
+    client.send(sent)
+    end = b"ok" if use in ("shutdown", "close") else b"okraw"
+    wait_for(lambda: client.read().endswith(end))
+    assert client.came.partition(b"\r\n\r\n")[2] == end
+
+
 def test_a_client_that_goes_before_its_last_answer(server: Server) -> None:
     def act(call: int, environ: Any) -> None:
         if call == 2:
