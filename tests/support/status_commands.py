@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 
+from conditions import wait_for
 from processes import COMMAND
 
 
@@ -25,6 +26,13 @@ def status(start, **env):
 def only(start):
     (application,) = status(start)
     return application
+
+
+def wait_workers_ready(start, count):
+    """Wait until the master knows that so many workers serve; their clients may know it a moment before."""
+    wait_for(
+        lambda: [worker["state"] for worker in only(start)["workers"]] == ["ready"] * count, "the workers"
+    )
 
 
 def control_socket(start, process):

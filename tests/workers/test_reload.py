@@ -16,6 +16,7 @@ from conditions import wait_for
 from free_ports import free_port, free_range
 from http_client import Client, fetch, pids_answering, refused
 from processes import COMMAND
+from status_commands import wait_workers_ready
 
 
 class Gated:
@@ -539,7 +540,7 @@ def test_hooks_that_fail_while_gunicorn_runs(start, home):
         """,
     )
     process = start.gunicorn("anything", "-c", "gunicorn.conf.py", workers=2).wait_ready()
-    wait_for(lambda: len(process.workers()) == 2, process.log)
+    wait_workers_ready(start, 2)
     old = set(process.workers())
     (home / "broken").touch()
     process.signal(signal.SIGTTIN)
