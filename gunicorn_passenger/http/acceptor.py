@@ -73,8 +73,6 @@ class Acceptor:
         self._deferrals = 0
         self._complained = False
         self._accepted = 0
-        #: how many connections may still be accepted in this iteration
-        self._burst = 0
 
     def start(self) -> None:
         self._watcher = get_hub().loop.io(self._sock.fileno(), 1)
@@ -88,21 +86,12 @@ class Acceptor:
 
     def _accept(self) -> None:
         """Called in the hub when a client waits."""
-        self._burst = _BURST
-        self.listener.greenlets.serve_each(self._next_connection)
-
-    def _next_connection(self) -> Connection | None:
-        """Accept a connection; ``None`` when no client waits, or when others get their turn."""
-        # the application may have closed the server
-        while self._burst and self._watcher is not None:
-            if self._balance.sibling_has_fewer() and (self._burst < _BURST or self._defer()):
-                self._burst = 0
-                return None
+        for number in range(_BURST):
+            if self._balance.sibling_has_fewer() and (number or self._defer()):
+                return
             self._deferrals = 0
-            connection = self._accept_one()
-            if connection is not None:
-                return connection
-        return None
+            if not self._accept_one():
+                return
 
     def _defer(self) -> bool:
         """Leave the next connection to the siblings.
@@ -125,51 +114,38 @@ class Acceptor:
         self._deferrals += 1
         return True
 
-    def _accept_one(self) -> Connection | None:
-        """Accept a connection. If no client was waiting, or none can be served, this burst ends."""
-        left, self._burst = self._burst - 1, 0
+    def _accept_one(self) -> bool:
+        """:returns: whether a client was waiting, and can be served."""
         idle = None
         if len(self._connections) >= self._limit:
             idle = self._longest_idle()
             if idle is None:
                 self._watcher.stop()
-                return None
+                return False
             if idle.has_input():
-                return None  # it has a request, and stops being idle in this iteration
+                return False  # it has a request, and stops being idle in this iteration
         try:
             fd, addr = _accept(self._raw)
         except BlockingIOError:
-            return None  # a sibling was faster
+            return False  # a sibling was faster
         except OSError as error:
             if error.errno not in _GONE:
                 self._wait_for_room(error)
-            return None
-        connection = None
+            return False
         try:
             try:
                 sock = ClientSocket(self._family, SOCK_STREAM, self._proto, fd)
             except BaseException:
                 os.close(fd)
                 raise
-            connection = self._add(sock, addr)
-            self._accepted += 1
+            self.attach(sock, addr)
             if idle is not None:
                 idle.expire()
         except Exception as error:
             # gevent would stop this watcher, and the listener would be dead for all clients
             report_fault("a connection was closed before it was served", error)
-        self._burst = left
-        return connection
-
-    def _add(self, sock: Any, addr: Any) -> Connection:
-        try:
-            connection = Connection(self, self.listener, sock, addr)
-        except BaseException:
-            sock.release()
-            raise
-        self._connections.add(connection)
-        self._balance.add(1)
-        return connection
+        # the application may have closed the server
+        return self._watcher is not None
 
     def attach(self, sock: Any, addr: Any, begun: bool = False, data: bytes = b"") -> Connection:
         """Serve a connection that was accepted here or by a sibling.
@@ -181,7 +157,13 @@ class Acceptor:
         :param data: what a sibling has read of it. The first request in it is served here, whichever worker
             it belongs to.
         """
-        connection = self._add(sock, addr)
+        try:
+            connection = Connection(self, self.listener, sock, addr)
+        except BaseException:
+            sock.release()
+            raise
+        self._connections.add(connection)
+        self._balance.add(1)
         if begun:
             connection.is_new = False
             connection.buf = data

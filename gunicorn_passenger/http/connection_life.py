@@ -14,6 +14,7 @@ import sys
 from typing import Any
 
 import gevent
+from gevent import getcurrent
 
 from gunicorn_passenger.http.body import EMPTY_BODY, RequestBody
 from gunicorn_passenger.http.connection_state import ConnectionState, set_checked
@@ -257,6 +258,22 @@ class ConnectionLife(Transport):
         self.pending = b""
         if self.state is _FLUSHING:
             self.close()
+
+    def send_pending(self) -> None:
+        """Send the pending response, if there is one, before the application uses the socket.
+
+        Only the request that made the response waits for its client. Any other code that uses the socket,
+        such as a greenlet that the request has left behind, finds the connection idle or at its end: then the
+        connection's own greenlet sends what the kernel does not take at once.
+
+        :raises ClientDisconnected: as :meth:`send`.
+        """
+        if not self.pending:
+            return
+        if self.state is _ACTIVE and getcurrent() is self.greenlet:
+            self._send_pending()
+        else:
+            self.flush_pending()
 
     def close(self) -> None:
         """Close the connection, whatever it is doing."""

@@ -86,14 +86,6 @@ class ConnectionOutput:
         """In a forked child: the parent process sends the pending response."""
         self.pending = b""
 
-    def send_pending(self) -> None:
-        """Send the pending response, if there is one, before the application uses the socket.
-
-        :raises ClientDisconnected: as :meth:`send`.
-        """
-        if self.pending:
-            self._send_pending()
-
     def _send_pending(self) -> None:
         pending, self.pending, self._blocked = self.pending, b"", False
         if pending:

@@ -4,17 +4,15 @@ Process: a worker, in its hub.
 Never: let a connection see what another one has left in its greenlet.
 
 A new greenlet costs more than a small request: the system maps its stack, and unmaps it again. So a greenlet
-whose connection has ended, or is idle, serves the next one that is accepted in the same iteration, or waits
-here for a later one. Before that, everything goes that the application can have left in it: the values of
-each ``threading.local`` (gevent keeps them for each greenlet), of each context variable, and its attributes.
-A greenlet that other code still refers to ends instead: that code may wake or end it later
-(``gevent.Timeout``), or keep values for it (``WeakKeyDictionary``).
+whose connection has ended, or is idle, waits here for the next one. Until then everything goes that the
+application can have left in it: the values of each ``threading.local`` (gevent keeps them for each greenlet),
+of each context variable, and its attributes. A greenlet that other code still refers to ends instead: that
+code may wake or end it later (``gevent.Timeout``), or keep values for it (``WeakKeyDictionary``).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from contextvars import Context
 from sys import getrefcount
 from typing import Any, Protocol
@@ -47,12 +45,8 @@ class _Nothing:
         """Do nothing."""
 
 
-#: Returns the next connection to serve; ``None`` when there is none now.
-Source = Callable[[], "Served | None"]
-
-
 class _ServingGreenlet(gevent.Greenlet):
-    __slots__ = ("_pool", "connection", "source")
+    __slots__ = ("_pool", "connection")
 
     # of the base class, which has no annotations
     spawn_tree_locals: dict[Any, Any]
@@ -67,8 +61,6 @@ class _ServingGreenlet(gevent.Greenlet):
         self.spawn_tree_locals = {}  # type: ignore[misc]
         self._pool = pool
         self.connection: Served | None = None
-        #: where the next connection comes from, until this one waits for something
-        self.source: Source | None = None
 
     def _run(self) -> None:
         wait, pool = get_hub().switch, self._pool
@@ -82,12 +74,6 @@ class _ServingGreenlet(gevent.Greenlet):
                 # What is linked to the end of a greenlet must run in the hub. gevent's locals are, and so
                 # is code that waits for the greenlet.
                 pool.put_after_links(self)
-            elif self.source is not None and pool.is_clean(self):
-                self.connection = self.source()
-                if self.connection is not None:
-                    continue
-                if not pool.put(self):
-                    return
             elif not pool.put(self):
                 return
             try:  # noqa: SIM105 - contextlib.suppress() would cost each connection three calls
@@ -116,10 +102,6 @@ class _ServingGreenlet(gevent.Greenlet):
         self._notify_links()
 
 
-def _no_connection() -> None:
-    return None
-
-
 def _give_up(connection: Served, error: BaseException) -> None:
     report_fault("a connection was closed", error)
     with contextlib.suppress(Exception):
@@ -137,8 +119,6 @@ class GreenletPool:
         self._spare = 0
         #: how many references :meth:`_take` sees to a greenlet that no other code refers to
         self._references = 0
-        #: the same for :meth:`is_clean`
-        self._own_references = 0
 
     def __len__(self) -> int:
         return len(self._free)
@@ -158,39 +138,13 @@ class GreenletPool:
         except Exception as error:
             _give_up(connection, error)
 
-    def serve_each(self, source: Source) -> None:
-        """Serve one connection after another, until there is none. Called in the hub.
-
-        A greenlet serves the next one itself, unless its connection waits for something: that saves two
-        switches for each.
-        """
-        while (connection := source()) is not None:
-            try:
-                self._start(self._take() or _ServingGreenlet(self), connection, source)
-            except Exception as error:
-                _give_up(connection, error)
-
-    @staticmethod
-    def _start(greenlet: _ServingGreenlet, connection: Served, source: Source) -> None:
-        greenlet.connection, greenlet.source = connection, source
-        try:
-            greenlet.switch()
-        finally:
-            greenlet.source = None
-
-    def is_clean(self, greenlet: _ServingGreenlet) -> bool:
-        """Called by a greenlet whose connection has ended: whether the next one may be served in it."""
-        greenlet.forget()
-        references = getrefcount(greenlet)
-        if not self._own_references:
-            self._own_references = references
-        return references <= self._own_references and not getweakrefcount(greenlet)
-
     def _take(self) -> _ServingGreenlet | None:
         free = self._free
         if not self._references:
-            # nothing has happened in this greenlet, so there are as many references as have to be
-            self._start(_ServingGreenlet(self), _Nothing(), _no_connection)
+            first = _ServingGreenlet(self)
+            first.connection = _Nothing()
+            first.switch()
+            del first
             greenlet = free.pop()
             self._references = getrefcount(greenlet)
             return greenlet

@@ -64,63 +64,9 @@ def serve(pool: GreenletPool, function: Callable[[], object] = lambda: None) -> 
     return connection
 
 
-def serve_in_turn(pool: GreenletPool, together: bool, *functions: Callable[[], object]) -> list[Connection]:
-    """Serve one connection for each function to its end; returns them.
-
-    :param together: whether they are there at the same time, as clients that wait to be accepted are.
-    """
-    if not together:
-        return [serve(pool, function) for function in functions]
-    connections = [Connection(function) for function in functions]
-    waiting = iter(connections)
-    gevent.get_hub().loop.run_callback(pool.serve_each, lambda: next(waiting, None))
-    wait_for(lambda: gevent.sleep(0) or all(c.done for c in connections), "the connections to end")
-    gevent.sleep(0)
-    return connections
-
-
-def nothing() -> None:
-    """What a connection does that leaves nothing."""
-
-
-together = pytest.mark.parametrize("together", [False, True], ids=["one by one", "together"])
-
-
-@together
-def test_a_greenlet_serves_one_connection_after_another(pool, together):
-    assert len({c.greenlet for c in serve_in_turn(pool, together, *[nothing] * 6)}) == 1
-    assert len(pool) == 1
-
-
-def test_a_connection_that_waits_does_not_hold_up_those_that_come_with_it(pool):
-    go = gevent.event.Event()
-    order = []
-
-    def wait() -> None:
-        go.wait()
-        order.append("waited")
-
-    def last() -> None:
-        order.append("last")
-        go.set()
-
-    first, *others = serve_in_turn(pool, True, wait, nothing, last)
-    assert order == ["last", "waited"]
-    assert others[0].greenlet == others[1].greenlet != first.greenlet
-    # whoever ends later does not take connections any more, but waits to be given one
-    assert len(pool) == 2
-
-
-def test_an_error_ends_only_its_own_connection(pool, monkeypatch):
-    reports = []
-    monkeypatch.setattr(greenlet_pool, "report_fault", lambda *arguments: reports.append(arguments))
-
-    def fail() -> None:
-        raise RuntimeError("of a connection")
-
-    _, second = serve_in_turn(pool, True, fail, nothing)
-    assert second.done
-    assert len(reports) == 1
+def test_a_greenlet_serves_one_connection_after_another(pool):
+    first = serve(pool)
+    assert {serve(pool).greenlet for _ in range(5)} == {first.greenlet}
 
 
 def test_two_connections_at_the_same_time_have_two_greenlets(pool):
@@ -135,12 +81,9 @@ def test_two_connections_at_the_same_time_have_two_greenlets(pool):
 
 
 @reuses
-@together
-@pytest.mark.parametrize("keeps_local", [True, False], ids=["a local", "no local"])
-def test_the_next_connection_sees_nothing_of_the_previous_one(pool, together, keeps_local):
+def test_the_next_connection_sees_nothing_of_the_previous_one(pool):
     def leave() -> None:
-        if keeps_local:
-            local.value = "left"
+        local.value = "left"
         variable.set("left")
         current = gevent.getcurrent()
         current.attribute = "left"
@@ -153,10 +96,32 @@ def test_the_next_connection_sees_nothing_of_the_previous_one(pool, together, ke
         seen.append((getattr(local, "value", None), variable.get(), getattr(current, "attribute", None)))
         seen.append(dict(current.spawn_tree_locals))
 
-    first, second, _ = serve_in_turn(pool, together, leave, look, look)
-    # what is kept in a local goes in the hub, so another greenlet serves those that come together with it
-    assert (first.greenlet == second.greenlet) is not (together and keeps_local)
-    assert seen == [(None, "empty", None), {}] * 2
+    first = serve(pool, leave)
+    second = serve(pool, look)
+    assert first.greenlet == second.greenlet
+    assert seen == [(None, "empty", None), {}]
+
+
+def test_what_is_left_for_spawned_greenlets_is_not_shared_by_new_ones(pool):
+    """gevent shares ``spawn_tree_locals`` with whatever has made a greenlet: here the hub."""
+    go = gevent.event.Event()
+    seen = []
+
+    def leave() -> None:
+        gevent.getcurrent().spawn_tree_locals["value"] = "left"
+        go.wait()
+
+    def look() -> None:
+        seen.append(dict(gevent.getcurrent().spawn_tree_locals))
+        go.wait()
+
+    connections = [Connection(leave), Connection(look), Connection(look)]
+    for connection in connections:
+        pool.serve(connection)
+    wait_for(lambda: gevent.sleep(0) or len(seen) == 2, "both to look")
+    go.set()
+    wait_for(lambda: gevent.sleep(0) or all(c.done for c in connections), "all to end")
+    assert seen == [{}, {}]
 
 
 def test_what_is_linked_to_the_end_of_the_greenlet_runs(pool):
@@ -166,23 +131,22 @@ def test_what_is_linked_to_the_end_of_the_greenlet_runs(pool):
     assert ended == [True]
 
 
-@together
-def test_a_timeout_that_was_never_cancelled_does_not_meet_the_next_connection(pool, together):
+def test_a_timeout_that_was_never_cancelled_does_not_meet_the_next_connection(pool):
     timeouts = []
 
     def forget_timeout() -> None:
         timeouts.append(gevent.Timeout.start_new(0.02))
 
-    first, second = serve_in_turn(pool, together, forget_timeout, lambda: gevent.sleep(0.05))
+    first = serve(pool, forget_timeout)
+    second = serve(pool, lambda: gevent.sleep(0.05))
     assert second.done
     assert second.greenlet != first.greenlet
 
 
-@together
-def test_a_greenlet_that_other_code_knows_is_not_used_again(pool, together):
+def test_a_greenlet_that_other_code_knows_is_not_used_again(pool):
     known = []
-    first, second = serve_in_turn(pool, together, lambda: known.append(gevent.getcurrent()), nothing)
-    assert second.greenlet != first.greenlet
+    first = serve(pool, lambda: known.append(gevent.getcurrent()))
+    assert serve(pool).greenlet != first.greenlet
     wait_for(lambda: gevent.sleep(0) or known[0].dead, "the greenlet to end")
 
 
@@ -197,16 +161,11 @@ def test_a_greenlet_that_ends_before_its_links_are_called_serves_no_other_connec
     assert serve(pool).done
 
 
-@together
-def test_what_is_kept_for_a_greenlet_by_a_weak_reference_does_not_meet_the_next_connection(pool, together):
+def test_what_is_kept_for_a_greenlet_by_a_weak_reference_does_not_meet_the_next_connection(pool):
     kept: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
     seen = []
-    serve_in_turn(
-        pool,
-        together,
-        lambda: kept.setdefault(gevent.getcurrent(), "of the first client"),
-        lambda: seen.append(kept.get(gevent.getcurrent())),
-    )
+    serve(pool, lambda: kept.setdefault(gevent.getcurrent(), "of the first client"))
+    serve(pool, lambda: seen.append(kept.get(gevent.getcurrent())))
     assert seen == [None]
 
 

@@ -383,6 +383,41 @@ def test_what_an_application_does_with_the_socket_comes_behind_its_answer(
     assert client.came.partition(b"\r\n\r\n")[2] == end
 
 
+@pytest.mark.parametrize("use", ["recv", "shutdown", "close"])
+def test_code_that_a_request_has_left_behind_uses_the_socket_before_the_flush(
+    server: Server, use: str
+) -> None:
+    def act(call: int, environ: Any) -> None:
+        arguments = {"recv": [1], "shutdown": [socket.SHUT_WR], "close": []}[use]
+
+        def run() -> None:
+            with contextlib.suppress(OSError):  # the connection has ended
+                getattr(environ["gunicorn.socket"], use)(*arguments)
+
+        gevent.spawn(run)
+
+    server.act = act
+    client = server.connect()
+    client.send(CLOSE)
+    assert client.until(1) == [b"ok"]
+    wait_for(lambda: client.read() == b"" and client.ended)
+    wait_for(server.acceptor.idle)
+
+
+def test_code_that_a_request_has_left_behind_does_not_take_the_answer_along(server: Server) -> None:
+    def act(call: int, environ: Any) -> Any:
+        if call == 1:
+            gevent.spawn(environ["gunicorn.socket"].recv, 1, socket.MSG_PEEK)
+        return [BIG]
+
+    server.act = act
+    client = server.connect(SO_SNDBUF=4096)
+    client.send()
+    wait_for(lambda: client.connection._writable and client.connection._writable.active)
+    client.send()  # before it has read the first
+    assert client.until(2) == [BIG, BIG]
+
+
 def test_a_client_that_goes_before_its_last_answer(server: Server) -> None:
     def act(call: int, environ: Any) -> None:
         if call == 2:
