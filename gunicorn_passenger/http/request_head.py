@@ -301,7 +301,7 @@ class HeadReader:
         if (
             len(method) + len(uri) + 2 + _VERSION != len(line)
             or len(line) > self.line_limit > 0
-            or path[0] != "/"
+            or path[:1] != "/"
             or path[1:2] == "/"
             or not uri.isascii()
             or "#" in uri

@@ -560,3 +560,12 @@ def test_a_file_made_of_a_socket_outlives_its_connection() -> None:
         assert file.readline() == b"line\n"
         file.close()
         assert client.recv(1) == b""
+
+
+@pytest.mark.parametrize("target", ["?x", "??http://b:81/x?y", "#x"])
+def test_a_target_without_a_path_is_refused_by_gunicorns_rules(target: str) -> None:
+    """gunicorn's parser decides about it: with its error, or with what it makes of the target."""
+    cfg = Config()
+    gate = http_model.gateway(cfg)
+    sent = f"GET {target} HTTP/1.1\r\nHost: a\r\n\r\n".encode()
+    assert http_model.disagreement(gate, cfg, sent, []) == ""
