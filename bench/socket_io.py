@@ -31,7 +31,8 @@ from harness.site import temporary_directory
 from harness.tables import print_machine, progress, table
 from harness.usage import cpu_seconds, family
 
-OURS, SINGLE, REDIS = "ours, 4 workers", "gevent, 1 worker", "4 gunicorns, Redis, nginx"
+OURS, OURS_SINGLE, SINGLE = "ours, 4 workers", "ours, 1 worker", "gevent, 1 worker"
+REDIS = "4 gunicorns, Redis, nginx"
 PLAIN = "gevent, 4 workers"
 WORKERS = 4
 #: Seconds between two looks of the clients at what has arrived of broadcasts.
@@ -58,18 +59,22 @@ def server_at(words: list[object], home: Path, name: str, port: int, **variables
 
 
 @contextlib.contextmanager
-def contestant(name: str, home: Path) -> Iterator[tuple[list[int], list[Any]]]:
-    """:returns: the port for clients and those of single gunicorns; the processes, a gunicorn first."""
+def contestant(name: str, home: Path, **more: object) -> Iterator[tuple[list[int], list[Any]]]:
+    """
+    :param more: variables of the environment of a single gunicorn.
+    :returns: the port for clients and those of single gunicorns; the processes, a gunicorn first.
+    """
     port = free_ports(WORKERS + 2)
-    if name == OURS:
-        words = gunicorn_words(port, "gunicorn_passenger.Worker", WORKERS)
-        with server_at(words, home, "ours", port, BENCH_MANAGER="ours") as process:
-            wait_for(process, lambda: len(family(process.pid)) > WORKERS, "all workers run")
+    if name in (OURS, OURS_SINGLE):
+        workers = WORKERS if name == OURS else 1
+        words = gunicorn_words(port, "gunicorn_passenger.Worker", workers)
+        with server_at(words, home, "ours", port, BENCH_MANAGER="ours", **more) as process:
+            wait_for(process, lambda: len(family(process.pid)) > workers, "all workers run")
             yield [port], [process]
         return
     if name in (SINGLE, PLAIN):
         words = gunicorn_words(port, "gevent", 1 if name == SINGLE else WORKERS)
-        with server_at(words, home, "plain", port, BENCH_MANAGER="none") as process:
+        with server_at(words, home, "plain", port, BENCH_MANAGER="none", **more) as process:
             yield [port], [process]
         return
     with contextlib.ExitStack() as stack:

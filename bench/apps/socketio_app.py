@@ -1,6 +1,7 @@
-"""The application of socketio.py: a Socket.IO server, with the manager that BENCH_MANAGER names."""
+"""The application of socket_io.py and reconnect.py: Socket.IO, with the manager that BENCH_MANAGER names."""
 
 import os
+import time
 
 import gevent.monkey
 
@@ -10,6 +11,7 @@ import socketio  # noqa: E402
 from plain import respond  # noqa: E402
 
 MANAGER = os.environ["BENCH_MANAGER"]
+time.sleep(float(os.environ.get("BENCH_IMPORT", "0")))
 redis = socketio.RedisManager(MANAGER) if MANAGER.startswith("redis:") else None
 sio = socketio.Server(
     async_mode="gevent", cors_allowed_origins="*", client_manager=redis, ping_interval=300, ping_timeout=300

@@ -327,7 +327,8 @@ def configure(**values: object) -> None:
     :param write_timeout: seconds (default 60) that a client may take without reading anything of a response.
     :param ws_stop: what a worker that exits does with the application's WebSockets: ``"close"`` (the default)
         closes them with code 1001 at once, ``"wait"`` lets them end by themselves until gunicorn's
-        ``graceful_timeout``. Proxied WebSockets have an option of their own.
+        ``graceful_timeout``. The same holds for Socket.IO clients that poll. Proxied WebSockets have an
+        option of their own.
     :param prometheus: whether the program's own ``prometheus_client`` metrics are added up over all workers
         (default: no); ``gunicorn.conf.py`` only.
     :param status_hosts: host names that the status application serves beside local names and IP addresses,

@@ -24,6 +24,11 @@ def on_whoami():
     return os.getpid(), request.sid
 
 
+@io.on("disconnect")
+def on_disconnect(reason):
+    print(os.getpid(), "disconnected:", reason, flush=True)
+
+
 @io.on("join")
 def on_join(room):
     join_room(room)

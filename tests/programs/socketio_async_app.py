@@ -26,6 +26,11 @@ async def on_whoami(sid):
     return os.getpid(), sid
 
 
+@io.on("disconnect")
+async def on_disconnect(sid, reason):
+    print(os.getpid(), "disconnected:", reason, flush=True)
+
+
 @io.on("join")
 async def on_join(sid, room):
     await io.enter_room(sid, room)

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 import requests
@@ -18,6 +19,7 @@ from chatters import Chatter
 from conditions import wait_for
 from free_ports import free_port
 from http_client import pids_answering
+from node_packages import NODE
 from peer_clients import socketio_node
 from peer_servers import nginx
 from processes import listens, starting
@@ -277,15 +279,11 @@ def test_a_worker_that_drains_begins_no_session(start, port):
 @pytest.mark.parametrize("program", ["socketio_app", "socketio_async_app"])
 def test_an_upgrade_that_meets_a_drain_gets_its_reply_first(start, program, port):
     """python-engineio's client stays without a session for ever when a Close frame comes in its place."""
-    ports = {"P1": free_port(), "P2": free_port()}
-    process = start.gunicorn(
-        program, "--graceful-timeout", 600, "--timeout", 600, workers=1, env=ports
-    ).wait_ready(ports["P1"])
+    process, old, ports = one_worker(start, program)
     where = f"127.0.0.1:{ports[port]}/socket.io/?EIO=4"
     polling = requests.get(f"http://{where}&transport=polling", timeout=60)
     sid = json.loads(polling.text[1:])["sid"]
     client = websocket.create_connection(f"ws://{where}&transport=websocket&sid={sid}", timeout=60)
-    (old,) = process.workers()
     process.signal(signal.SIGHUP)
     wait_for(lambda: not any(listens(old, each) for each in ports.values()), "the old worker to drain")
     client.send("2probe")
@@ -295,6 +293,69 @@ def test_an_upgrade_that_meets_a_drain_gets_its_reply_first(start, program, port
     wait_for(lambda: old not in process.workers(), "the old worker to be gone")
     assert "Traceback" not in process.log()
     assert process.stop() == 0
+
+
+def one_worker(start, program):
+    """Of a gunicorn that gives workers a long time to drain; its ports: the server's, and the proxy's."""
+    ports = {"P1": free_port(), "P2": free_port()}
+    process = start.gunicorn(
+        program, "--graceful-timeout", 600, "--timeout", 600, workers=1, env=ports
+    ).wait_ready(ports["P1"])
+    return process, *process.workers(), ports
+
+
+@pytest.mark.parametrize("port", ["P1", "P2"], ids=["direct", "proxy"])
+@pytest.mark.parametrize("program", ["socketio_app", "socketio_async_app"])
+def test_a_drain_ends_the_sessions_of_clients_that_poll(start, program, port):
+    process, old, ports = one_worker(start, program)
+    address, path = ("127.0.0.1", ports[port]), "/socket.io/?EIO=4&transport=polling"
+
+    def request(method, path, body=None):
+        with closing(http.client.HTTPConnection(*address, timeout=60)) as connection:
+            connection.request(method, path, body)
+            response = connection.getresponse()
+            return response.status, response.read().decode()
+
+    session = f"{path}&sid={json.loads(request('GET', path)[1][1:])['sid']}"
+    assert request("POST", session, "40") == (200, "OK")
+    assert request("GET", session)[1].startswith('40{"sid"')
+    with closing(http.client.HTTPConnection(*address, timeout=60)) as waiting:
+        waiting.request("GET", session)
+        process.signal(signal.SIGHUP)
+        # a packet that clients ignore (NOOP)
+        response = waiting.getresponse()
+        assert (response.status, response.read()) == (200, b"6")
+    process.wait_log(f"{old} disconnected: transport close")
+    assert request("GET", session)[0] == 400
+    wait_for(lambda: old not in process.workers(), "the old worker to be gone")
+    assert "Traceback" not in process.log()
+    assert process.stop() == 0
+
+
+@pytest.mark.parametrize("program", ["socketio_app", "socketio_async_app"])
+def test_clients_that_poll_connect_again_while_their_worker_drains(start, node_modules, program):
+    process, old, ports = one_worker(start, program)
+    command = ["node", NODE / "io_reconnect.js", f"http://127.0.0.1:{ports['P1']}", '["polling"]']
+    chatter = Chatter(ports["P1"], ["polling"])
+    try:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as node:
+            try:
+                assert node.stdout.readline() == f"{old}\n"
+                assert chatter.whoami()[0] == old
+                process.signal(signal.SIGHUP)
+                # a response of 400 is an error of the transport
+                assert node.stdout.readline() == "transport error\n"
+                (new,) = wait_for(lambda: {*process.workers()} - {old}, "the new worker")
+                assert node.stdout.read() == f"{new}\n"
+            finally:
+                node.kill()
+        wait_for(lambda: (chatter.whoami() or [0])[0] == new, chatter.state)
+        wait_for(lambda: old not in process.workers(), "the old worker to be gone")
+    finally:
+        chatter.client.reconnection = False
+        process.stop()
+        chatter.client.disconnect()
+    assert "Traceback" not in process.log()
 
 
 def get(connection, path):
