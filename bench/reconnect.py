@@ -13,14 +13,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import socketio
 from harness import PATIENCE, Failed
 from harness.limits import raise_file_limit
 from harness.program import at_least, option_parser, run_benchmark
 from harness.site import temporary_directory
 from harness.tables import machine, progress, table
 from harness.usage import family
-from socket_io import OURS, OURS_SINGLE, SINGLE, contestant
+from socket_io import OURS, OURS_SINGLE, SINGLE, SoakClient, contestant
 
 WORKERS = {OURS: 4, OURS_SINGLE: 1, SINGLE: 1}
 
@@ -33,26 +32,16 @@ def post_worker_init(worker):
 """
 
 
-class ReconnectingClient:
-    """A client that notes for how long it was disconnected."""
+class ReconnectingClient(SoakClient):
+    """A client that notes for how long it was disconnected, and tries every 20 ms."""
 
     def __init__(self, port: int, transport: str) -> None:
-        self.port, self.transport = port, transport
+        super().__init__(port, transport, 0.02, 0.02)
         self.lost = 0.0
         self.connected = time.monotonic()
         self.gaps: list[float] = []
-        self.client = socketio.AsyncClient(
-            reconnection_delay=0.02,
-            reconnection_delay_max=0.02,
-            randomization_factor=0,
-            request_timeout=PATIENCE,
-        )
         self.client.on("disconnect", self.on_disconnect)
         self.client.on("connect", self.on_connect)
-
-    async def open(self) -> None:
-        where = f"http://127.0.0.1:{self.port}"
-        await self.client.connect(where, transports=[self.transport], wait_timeout=PATIENCE, retry=True)
 
     def on_disconnect(self, *_: object) -> None:
         self.lost = self.lost or time.monotonic()
@@ -65,10 +54,8 @@ class ReconnectingClient:
 
     async def worker(self) -> int:
         """The pid of the worker with its session; 0 while it has none."""
-        try:
-            return int((await self.client.call("whoami", timeout=10))[0])
-        except (socketio.exceptions.SocketIOError, ValueError):
-            return 0
+        answer = await self.call("whoami")
+        return answer[0] if answer else 0
 
 
 async def connected_to(clients: list[ReconnectingClient], workers: set[int]) -> None:

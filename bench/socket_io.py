@@ -315,7 +315,8 @@ def cost_of_sticky(home: Path, requests: int) -> float:
 class SoakClient:
     """A client of python-socketio that keeps what it hears."""
 
-    def __init__(self, port: int, transport: str) -> None:
+    def __init__(self, port: int, transport: str, delay: float = 0.5, most: float = 2) -> None:
+        """:param delay: seconds until it tries to connect again; later up to ``most``."""
         import engineio
         import socketio
 
@@ -324,7 +325,7 @@ class SoakClient:
         self.port, self.transport = port, transport
         self.news: list[int] = []
         self.client = socketio.AsyncClient(
-            reconnection_delay=0.5, reconnection_delay_max=2, request_timeout=PATIENCE
+            reconnection_delay=delay, reconnection_delay_max=most, request_timeout=PATIENCE
         )
         self.client.on("news", self.news.append)
 

@@ -73,6 +73,8 @@ class Acceptor:
         self._deferrals = 0
         self._complained = False
         self._accepted = 0
+        #: how many connections may still be accepted in this iteration
+        self._burst = 0
 
     def start(self) -> None:
         self._watcher = get_hub().loop.io(self._sock.fileno(), 1)
@@ -86,12 +88,27 @@ class Acceptor:
 
     def _accept(self) -> None:
         """Called in the hub when a client waits."""
-        for number in range(_BURST):
-            if self._balance.sibling_has_fewer() and (number or self._defer()):
-                return
+        self._burst = _BURST
+        self.listener.greenlets.serve_each(self._next_connection, self._next_in_greenlet)
+
+    def _next_in_greenlet(self) -> Connection | None:
+        """Accept a connection in the greenlet that serves it; ``None`` to leave that to the hub."""
+        if len(self._connections) >= self._limit:
+            return None  # the connection that makes room may run code of others
+        return self._next_connection()
+
+    def _next_connection(self) -> Connection | None:
+        """Accept a connection; ``None`` when no client waits, or when others get their turn."""
+        # the application may have closed the server
+        while self._burst and self._watcher is not None:
+            if self._balance.sibling_has_fewer() and (self._burst < _BURST or self._defer()):
+                self._burst = 0
+                return None
             self._deferrals = 0
-            if not self._accept_one():
-                return
+            connection = self._accept_one()
+            if connection is not None:
+                return connection
+        return None
 
     def _defer(self) -> bool:
         """Leave the next connection to the siblings.
@@ -114,38 +131,51 @@ class Acceptor:
         self._deferrals += 1
         return True
 
-    def _accept_one(self) -> bool:
-        """:returns: whether a client was waiting, and can be served."""
+    def _accept_one(self) -> Connection | None:
+        """Accept a connection. If no client was waiting, or none can be served, this burst ends."""
+        left, self._burst = self._burst - 1, 0
         idle = None
         if len(self._connections) >= self._limit:
             idle = self._longest_idle()
             if idle is None:
                 self._watcher.stop()
-                return False
+                return None
             if idle.has_input():
-                return False  # it has a request, and stops being idle in this iteration
+                return None  # it has a request, and stops being idle in this iteration
         try:
             fd, addr = _accept(self._raw)
         except BlockingIOError:
-            return False  # a sibling was faster
+            return None  # a sibling was faster
         except OSError as error:
             if error.errno not in _GONE:
                 self._wait_for_room(error)
-            return False
+            return None
+        connection = None
         try:
             try:
                 sock = ClientSocket(self._family, SOCK_STREAM, self._proto, fd)
             except BaseException:
                 os.close(fd)
                 raise
-            self.attach(sock, addr)
+            connection = self._add(sock, addr)
+            self._accepted += 1
             if idle is not None:
                 idle.expire()
         except Exception as error:
             # gevent would stop this watcher, and the listener would be dead for all clients
             report_fault("a connection was closed before it was served", error)
-        # the application may have closed the server
-        return self._watcher is not None
+        self._burst = left
+        return connection
+
+    def _add(self, sock: Any, addr: Any) -> Connection:
+        try:
+            connection = Connection(self, self.listener, sock, addr)
+        except BaseException:
+            sock.release()
+            raise
+        self._connections.add(connection)
+        self._balance.add(1)
+        return connection
 
     def attach(self, sock: Any, addr: Any, begun: bool = False, data: bytes = b"") -> Connection:
         """Serve a connection that was accepted here or by a sibling.
@@ -157,13 +187,7 @@ class Acceptor:
         :param data: what a sibling has read of it. The first request in it is served here, whichever worker
             it belongs to.
         """
-        try:
-            connection = Connection(self, self.listener, sock, addr)
-        except BaseException:
-            sock.release()
-            raise
-        self._connections.add(connection)
-        self._balance.add(1)
+        connection = self._add(sock, addr)
         if begun:
             connection.is_new = False
             connection.buf = data

@@ -8,7 +8,7 @@ import signal
 import socket
 
 import pytest
-from conditions import wait_for
+from conditions import stopped, wait_for
 from free_ports import free_port
 from http_client import fetch
 from processes import KNOWN_NAMES, starting
@@ -609,6 +609,27 @@ def test_idle_connections_make_room(served):
             until(sock, b"unset" if path.startswith(b"/local") else b"ok")
             assert last is None or everything(last) == b""
             last = sock
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_idle_connections_make_room_for_clients_that_come_together(served, version):
+    """The greenlet of the one before accepts each of them, as long as there is room."""
+    process, where = served("--worker-connections", "3", "--keep-alive", "600")
+    (worker,) = process.workers()
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(connected(where)) for _ in range(2)]
+        for sock in idle:
+            # one that keeps its greenlet
+            sock.sendall(b"GET /local?x HTTP/1.1\r\n\r\n")
+            until(sock, b"unset")
+        with stopped(worker):
+            socks = [stack.enter_context(connected(where)) for _ in range(8)]
+            for sock in socks:
+                sock.sendall(f"GET / HTTP/{version}\r\n\r\n".encode())
+        for sock in socks:
+            until(sock, b"ok")
+        if version == "1.1":
+            assert [everything(sock) for sock in idle] == [b"", b""]
 
 
 def test_connections_that_send_nothing_make_room(served):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -11,11 +13,13 @@ from weakref import WeakKeyDictionary
 
 import gevent
 import gevent.local
+import greenlet
 import pytest
 from conditions import wait_for
 
 from gunicorn_passenger.http import greenlet_pool
 from gunicorn_passenger.http.greenlet_pool import GreenletPool
+from gunicorn_passenger.serving import gevent_asyncio
 
 local = gevent.local.local()
 variable: ContextVar[str] = ContextVar("variable", default="empty")
@@ -27,6 +31,7 @@ class Connection:
     def __init__(self, function: Callable[[], object] = lambda: None) -> None:
         self._function = function
         self.greenlet = 0
+        self.from_hub = False
         self.done = False
 
     def serve(self, greenlet: Any) -> None:
@@ -64,9 +69,165 @@ def serve(pool: GreenletPool, function: Callable[[], object] = lambda: None) -> 
     return connection
 
 
-def test_a_greenlet_serves_one_connection_after_another(pool):
-    first = serve(pool)
-    assert {serve(pool).greenlet for _ in range(5)} == {first.greenlet}
+def serve_in_turn(pool: GreenletPool, together: bool, *functions: Callable[[], object]) -> list[Connection]:
+    """Serve one connection for each function to its end; returns them.
+
+    :param together: whether they are there at the same time, as clients that wait to be accepted are.
+    """
+    if not together:
+        return [serve(pool, function) for function in functions]
+    connections = [Connection(function) for function in functions]
+    waiting = iter(connections)
+
+    def next_connection() -> Connection | None:
+        connection = next(waiting, None)
+        if connection is not None:
+            connection.from_hub = gevent.getcurrent() is gevent.get_hub()
+        return connection
+
+    gevent.get_hub().loop.run_callback(pool.serve_each, next_connection, next_connection)
+    wait_for(lambda: gevent.sleep(0) or all(c.done for c in connections), "the connections to end")
+    gevent.sleep(0)
+    return connections
+
+
+def nothing() -> None:
+    """What a connection does that leaves nothing."""
+
+
+together = pytest.mark.parametrize("together", [False, True], ids=["one by one", "together"])
+
+
+@together
+def test_a_greenlet_serves_one_connection_after_another(pool, together):
+    connections = serve_in_turn(pool, together, *[nothing] * 6)
+    assert len({c.greenlet for c in connections}) == 1
+    assert len(pool) == 1
+    if together:
+        assert [c.from_hub for c in connections] == [True, *[False] * 5]
+
+
+def leave_attribute() -> None:
+    gevent.getcurrent().attribute = "left"
+
+
+def leave_for_spawned() -> None:
+    gevent.getcurrent().spawn_tree_locals["value"] = "left"
+
+
+def leave_reference() -> None:
+    known.append(gevent.getcurrent())
+
+
+def leave_weak_reference() -> None:
+    known.append(weakref.ref(gevent.getcurrent()))
+
+
+def leave_local() -> None:
+    local.value = "left"
+
+
+known: list[Any] = []
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [
+        leave_attribute,
+        leave_for_spawned,
+        leave_reference,
+        leave_weak_reference,
+        leave_local,
+        lambda: variable.set("left"),
+        lambda: gevent.sleep(0),
+    ],
+    ids=["attribute", "spawned", "reference", "weak reference", "local", "context", "wait"],
+)
+def test_only_a_greenlet_in_which_nothing_was_left_accepts(pool, leave):
+    _, second, third = serve_in_turn(pool, True, leave, nothing, nothing)
+    assert second.from_hub
+    assert not third.from_hub
+    known.clear()
+
+
+def test_a_finalizer_does_not_reach_the_next_connection(pool):
+    """What an application has left may run its code when it goes."""
+
+    class Left:
+        def __del__(self) -> None:
+            variable.set("by the finalizer")
+
+    def leave() -> None:
+        gevent.getcurrent().attribute = Left()
+
+    seen: list[str] = []
+    serve_in_turn(pool, True, leave, lambda: seen.append(variable.get()))
+    assert seen == ["empty"]
+
+
+def test_a_running_event_loop_does_not_reach_the_next_connection(pool):
+    """The trace function of our event loops puts it away at each switch."""
+    trace, loop = greenlet.gettrace(), asyncio.new_event_loop()
+    gevent_asyncio._install_trace()
+    try:
+        seen: list[Any] = []
+        serve_in_turn(
+            pool,
+            True,
+            lambda: asyncio._set_running_loop(loop),
+            lambda: seen.append(asyncio._get_running_loop()),
+        )
+        assert seen == [None]
+    finally:
+        greenlet.settrace(trace)
+        asyncio._set_running_loop(None)
+        loop.close()
+
+
+def test_an_error_of_the_source_leaves_accepting_to_the_hub(pool, monkeypatch):
+    reports = []
+    monkeypatch.setattr(greenlet_pool, "report_fault", lambda *arguments: reports.append(arguments))
+    connections = [Connection(), Connection()]
+    waiting = iter(connections)
+
+    def fail() -> None:
+        raise MemoryError
+
+    gevent.get_hub().loop.run_callback(pool.serve_each, lambda: next(waiting, None), fail)
+    wait_for(lambda: gevent.sleep(0) or all(c.done for c in connections), "the connections to end")
+    assert len(reports) == 2
+    assert len(pool) == 1
+
+
+def test_a_connection_that_waits_does_not_hold_up_those_that_come_with_it(pool):
+    go = gevent.event.Event()
+    order = []
+
+    def wait() -> None:
+        go.wait()
+        order.append("waited")
+
+    def last() -> None:
+        order.append("last")
+        go.set()
+
+    first, *others = serve_in_turn(pool, True, wait, nothing, last)
+    assert order == ["last", "waited"]
+    assert others[0].greenlet == others[1].greenlet != first.greenlet
+    # whoever ends later does not take connections any more, but waits to be given one
+    assert len(pool) == 2
+
+
+def test_an_error_ends_only_its_own_connection(pool, monkeypatch):
+    reports = []
+    monkeypatch.setattr(greenlet_pool, "report_fault", lambda *arguments: reports.append(arguments))
+
+    def fail() -> None:
+        raise RuntimeError("of a connection")
+
+    _, second = serve_in_turn(pool, True, fail, nothing)
+    assert second.done
+    assert len(reports) == 1
 
 
 def test_two_connections_at_the_same_time_have_two_greenlets(pool):
@@ -81,9 +242,12 @@ def test_two_connections_at_the_same_time_have_two_greenlets(pool):
 
 
 @reuses
-def test_the_next_connection_sees_nothing_of_the_previous_one(pool):
+@together
+@pytest.mark.parametrize("keeps_local", [True, False], ids=["a local", "no local"])
+def test_the_next_connection_sees_nothing_of_the_previous_one(pool, together, keeps_local):
     def leave() -> None:
-        local.value = "left"
+        if keeps_local:
+            local.value = "left"
         variable.set("left")
         current = gevent.getcurrent()
         current.attribute = "left"
@@ -96,10 +260,10 @@ def test_the_next_connection_sees_nothing_of_the_previous_one(pool):
         seen.append((getattr(local, "value", None), variable.get(), getattr(current, "attribute", None)))
         seen.append(dict(current.spawn_tree_locals))
 
-    first = serve(pool, leave)
-    second = serve(pool, look)
-    assert first.greenlet == second.greenlet
-    assert seen == [(None, "empty", None), {}]
+    first, second, _ = serve_in_turn(pool, together, leave, look, look)
+    # what is kept in a local goes a moment later, so another greenlet serves those that come together with it
+    assert (first.greenlet == second.greenlet) is not (together and keeps_local)
+    assert seen == [(None, "empty", None), {}] * 2
 
 
 def test_what_is_left_for_spawned_greenlets_is_not_shared_by_new_ones(pool):
@@ -131,22 +295,23 @@ def test_what_is_linked_to_the_end_of_the_greenlet_runs(pool):
     assert ended == [True]
 
 
-def test_a_timeout_that_was_never_cancelled_does_not_meet_the_next_connection(pool):
+@together
+def test_a_timeout_that_was_never_cancelled_does_not_meet_the_next_connection(pool, together):
     timeouts = []
 
     def forget_timeout() -> None:
         timeouts.append(gevent.Timeout.start_new(0.02))
 
-    first = serve(pool, forget_timeout)
-    second = serve(pool, lambda: gevent.sleep(0.05))
+    first, second = serve_in_turn(pool, together, forget_timeout, lambda: gevent.sleep(0.05))
     assert second.done
     assert second.greenlet != first.greenlet
 
 
-def test_a_greenlet_that_other_code_knows_is_not_used_again(pool):
+@together
+def test_a_greenlet_that_other_code_knows_is_not_used_again(pool, together):
     known = []
-    first = serve(pool, lambda: known.append(gevent.getcurrent()))
-    assert serve(pool).greenlet != first.greenlet
+    first, second = serve_in_turn(pool, together, lambda: known.append(gevent.getcurrent()), nothing)
+    assert second.greenlet != first.greenlet
     wait_for(lambda: gevent.sleep(0) or known[0].dead, "the greenlet to end")
 
 
@@ -161,11 +326,16 @@ def test_a_greenlet_that_ends_before_its_links_are_called_serves_no_other_connec
     assert serve(pool).done
 
 
-def test_what_is_kept_for_a_greenlet_by_a_weak_reference_does_not_meet_the_next_connection(pool):
+@together
+def test_what_is_kept_for_a_greenlet_by_a_weak_reference_does_not_meet_the_next_connection(pool, together):
     kept: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
     seen = []
-    serve(pool, lambda: kept.setdefault(gevent.getcurrent(), "of the first client"))
-    serve(pool, lambda: seen.append(kept.get(gevent.getcurrent())))
+    serve_in_turn(
+        pool,
+        together,
+        lambda: kept.setdefault(gevent.getcurrent(), "of the first client"),
+        lambda: seen.append(kept.get(gevent.getcurrent())),
+    )
     assert seen == [None]
 
 

@@ -1,4 +1,4 @@
-"""Two listeners of one worker take turns, however many clients connect to one of them."""
+"""Listeners of one worker take turns, however many clients connect to one of them, and make room for new clients."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gevent
+import gevent.local
 import http_model
 import pytest
 from gevent import monkey
@@ -16,6 +17,7 @@ from gevent import socket as gsocket
 from gunicorn.config import Config
 
 from gunicorn_passenger.http.acceptor import Acceptor
+from gunicorn_passenger.http.client_socket import adopt
 
 #: the kernel's own sockets: a client that connects must not let other greenlets run
 blocking_socket = monkey.get_original("socket", "socket")
@@ -27,7 +29,7 @@ REQUEST = b"GET / HTTP/1.0\r\nHost: a\r\n\r\n"
 class Listener:
     """Serves an application that is called before each response."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, limit: int = 1000) -> None:
         self.requests = 0
         self.before: Callable[[], object] = lambda: None
         self._path = str(path)
@@ -36,7 +38,7 @@ class Listener:
         sock.bind(self._path)
         sock.listen(512)
         context = http_model.gateway(Config(), self._serve, self._path)
-        self.acceptor = Acceptor(sock, context, 1000)
+        self.acceptor = Acceptor(sock, context, limit)
         self.acceptor.start()
 
     def _serve(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
@@ -45,12 +47,13 @@ class Listener:
         start_response("200 OK", [("Content-Length", "0")])
         return []
 
-    def connect(self) -> None:
+    def connect(self, request: bytes = REQUEST) -> Any:
         """A client connects and sends its request."""
         client = blocking_socket(socket.AF_UNIX)
         client.connect(self._path)
-        client.send(REQUEST)
+        client.send(request)
         self._clients.append(client)
+        return client
 
     def close(self) -> None:
         self.acceptor.stop_accepting()
@@ -107,3 +110,30 @@ def test_one_client_is_served_within_a_turn_of_a_flood(listeners: tuple[Listener
         flooded.connect()
     wait_for(lambda: bool(done))
     assert done[0] <= 2 * TURN
+
+
+def test_an_idle_connection_makes_room_for_a_client_while_another_response_has_just_ended(
+    tmp_path: Path,
+) -> None:
+    """The greenlet that has served that response does not wake the idle connection's, which would not return."""
+    with contextlib.closing(Listener(tmp_path / "a", limit=2)) as listener:
+        local = gevent.local.local()
+        listener.before = lambda: setattr(local, "kept", True)
+        idle = listener.connect(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        wait_for(lambda: listener.requests == 1 and listener.acceptor._longest_idle() is not None)
+        others = socket.socketpair()
+        with others[1]:
+
+            def fill() -> None:
+                if listener.requests == 2:
+                    # as when a sibling passes a connection: the limit is reached when this response has ended
+                    listener.acceptor.attach(adopt(others[0].detach())[0], "", begun=True)
+
+            listener.before = fill
+            clients = [listener.connect() for _ in range(2)]
+            wait_for(lambda: listener.requests == 3)
+        for client in clients:
+            assert client.recv(4096).startswith(b"HTTP/1.0 200 OK")
+        assert idle.recv(4096).startswith(b"HTTP/1.1 200 OK")
+        wait_for(lambda: not listener.acceptor.listener.idle.longest())
+        assert idle.recv(4096) == b""
