@@ -37,6 +37,7 @@ class ReconnectingClient(SoakClient):
 
     def __init__(self, port: int, transport: str) -> None:
         super().__init__(port, transport, 0.02, 0.02)
+        self.client.randomization_factor = 0  # seconds, not a part of the delay
         self.lost = 0.0
         self.connected = time.monotonic()
         self.gaps: list[float] = []
@@ -100,7 +101,13 @@ async def reload_under_clients(
         ready = max(at for pid, at in ready_workers(note).items() if pid in fresh)
         last.append(max(one.connected for one in clients) - ready)
     for one in clients:
-        await one.client.disconnect()
+        one.client.reconnection = False
+    # first the server: a poll that waits would complain when the loop has ended
+    process.send_signal(signal.SIGQUIT)
+    for one in clients:
+        await one.client.eio.wait()
+        if one.client.eio.http is not None:
+            await one.client.eio.http.close()
     return [gap for one in clients for gap in one.gaps], last
 
 
@@ -112,7 +119,7 @@ def measure_reconnects() -> int:
         "--import-time", type=at_least(0.0, float), default=4.0, help="of the program, in seconds (default 4)"
     )
     options = parser.parse_args()
-    # the clients leave connections to aiohttp, which complains of them
+    # aiohttp complains of connections that python-engineio has left open
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     raise_file_limit(3 * options.clients + 500)
     rows, missed = [], False
