@@ -561,7 +561,7 @@ int main(int argc, char **argv)
     long number = atol(argv[3]);
     double seconds = argc > 4 ? atof(argv[4]) : 0;
     wanted = argc > 5 ? argv[5] : "";
-    struct client *clients = room(number, sizeof *clients);
+    struct client *clients = argc == 6 ? room(number, sizeof *clients) : NULL;
     if (argc == 6 && !strcmp(what, "connections"))
         keep_busy(clients, number, seconds, ask, connection_is_over);
     else if (argc == 6 && !strcmp(what, "visitors"))
