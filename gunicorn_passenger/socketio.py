@@ -24,7 +24,7 @@ from typing import Any
 from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.errors import SettingError
 from gunicorn_passenger.serving import sibling_messages
-from gunicorn_passenger.serving.engineio_polling import PollingSessions
+from gunicorn_passenger.serving.engineio_sessions import EngineIOSessions
 from gunicorn_passenger.serving.registry import registry
 from gunicorn_passenger.status.message_client import MessageClient
 from gunicorn_passenger.system.installed import outdated
@@ -247,8 +247,7 @@ def attach(sio: Any, host: str | None = None) -> None:
     if not is_async and used.get("websocket") is not None:
         vars(eio)["_async"] = {**used, "websocket": partial(_websocket, used["websocket"])}
     noop = engineio.packet.Packet(engineio.packet.NOOP)
-    sessions = PollingSessions(eio, partial(_new_id, eio.generate_id, host), noop)
+    sessions = EngineIOSessions(eio, is_async, partial(_new_id, eio.generate_id, host), noop)
     eio.generate_id = sessions.generate_id
-    registry.before_drain.append(sessions.end)
-    registry.acceptors.session_counts.append(lambda: len(eio.sockets))
+    registry.acceptors.sessions.append(sessions)
     settings.default_sticky = "socketio"

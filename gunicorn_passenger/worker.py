@@ -391,9 +391,7 @@ class Worker(GeventWorker):
         return copy
 
     def notify(self) -> None:
-        """The heartbeat. gunicorn's gevent worker exits here, in the middle of its responses, when the master
-        has died; this one drains.
-        """
+        """The heartbeat. When the master has died, this worker drains; gunicorn's cuts its responses off."""
         if os.getppid() != self.ppid:
             self._on_master_lost()
         super(GeventWorker, self).notify()
@@ -476,6 +474,7 @@ class Worker(GeventWorker):
         assert registry.broker is not None
         assert registry.migration is not None
         registry.broker.announce_exit()
+        registry.acceptors.finish()
         keepalive = float(self.cfg.keepalive)
         migrating = gevent.spawn(registry.migration.migrate_idle_connections, max(keepalive, 1.0))
         try:

@@ -307,6 +307,7 @@ class HookedWorker:
             registry.stop_accepting()
             self._patch.stop_accepting()
             self._broker.announce_exit()
+            registry.acceptors.finish()
             if registry.migration is not None:
                 migrate = registry.migration.migrate_idle_connections
                 self._scheduler.spawn(migrate, max(float(self.cfg.keepalive), 1.0))

@@ -102,15 +102,14 @@ class _ServingGreenlet(gevent.Greenlet):
 
     def _is_unused(self) -> bool:
         """Whether the application has left nothing in this greenlet, and no other code knows it."""
-        return not (
+        return self._pool.is_unknown(getrefcount(self)) and not (
             self.__dict__
             or self.spawn_tree_locals
             or self.gr_context
+            or getweakrefcount(self)
             # of :mod:`~gunicorn_passenger.serving.gevent_asyncio`, which puts away a running event loop at a
             # switch, or of a profiler
             or gettrace() is not None
-            or getweakrefcount(self)
-            or not self._pool.is_unknown(getrefcount(self))
         )
 
     @staticmethod
@@ -125,8 +124,8 @@ class _ServingGreenlet(gevent.Greenlet):
         """Forget what the application has left. Called in the hub, while the greenlet waits."""
         if self.__dict__:
             self.__dict__.clear()
-        if self.spawn_tree_locals:
-            self.spawn_tree_locals = {}  # type: ignore[misc]
+        # empty or not, greenlets that the application has spawned may share it
+        self.spawn_tree_locals = {}  # type: ignore[misc]
         if self.gr_context:
             self.gr_context = Context()  # type: ignore[misc]
 
@@ -208,9 +207,9 @@ class GreenletPool:
 
         :param references: how many it sees to itself.
         """
-        if references < self._own_references or not self._own_references:
-            self._own_references = references
-        return references == self._own_references
+        if not self._own_references:
+            self._own_references = references  # of the first one, in which nothing has happened
+        return references <= self._own_references
 
     def _take(self) -> _ServingGreenlet | None:
         free = self._free

@@ -7,7 +7,7 @@ before there is a server of ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from gunicorn_passenger.ipc.connection_table import Seat
     from gunicorn_passenger.serving.acceptors import ListenerHandler
     from gunicorn_passenger.serving.asgi_thread import AsgiThread
+    from gunicorn_passenger.serving.engineio_sessions import EngineIOSessions
     from gunicorn_passenger.serving.mailboxes import Mailboxes
 
 
@@ -35,8 +36,8 @@ class AcceptorTable:
         self.counters = AcceptorCounters()
         #: this worker's mailbox and its siblings'; ``None`` without a master
         self.mailboxes: Mailboxes | None = None
-        #: each returns how many sessions a Socket.IO server of this worker has
-        self.session_counts: list[Callable[[], int]] = []
+        #: those of the Socket.IO servers of this worker
+        self.sessions: list[EngineIOSessions] = []
         #: whether all acceptors were told to stop
         self.stopped = False
         #: the acceptors of the primary's listeners
@@ -76,7 +77,7 @@ class AcceptorTable:
         """Bring the worker's page of the scoreboard up to date. Called once a second, and at the end."""
         self.counters.write(scoreboard)
         if self.mailboxes is not None:
-            sessions = sum(count() for count in self.session_counts)
+            sessions = sum(each.count() for each in self.sessions)
             scoreboard.write_mailbox(self.mailboxes.counts()._replace(sessions=sessions))
 
     # --- one acceptor -----------------------------------------------------------------------------
@@ -133,7 +134,8 @@ class AcceptorTable:
 
         cfg, log = self.configuration()
         on_death = None if self._worker is None else self._worker.retire
-        thread = AsgiThread(server.asgi_app, server.name, cfg, log, scheduler, on_death)
+        app, name = server.asgi_app, server.name
+        thread = AsgiThread(app, name, cfg, log, scheduler, on_death, self._sessions_are_ending)
         # before it starts: a drain that begins meanwhile ends it, too
         self._applications = [*(a for a in self._applications if not a.finished), thread]
         thread.start()
@@ -189,9 +191,20 @@ class AcceptorTable:
         self.stop_primary()
         for acceptor in self._by_server.values():
             acceptor.stop_accepting()
+        return list(self._by_server)
+
+    def finish(self) -> None:
+        """End the Socket.IO sessions of clients that poll, and ASGI applications when their connections end.
+
+        Called when all acceptors have stopped, and siblings begin the sessions that clients open.
+        """
+        for each in self.sessions:
+            each.end()
         for application in self._applications:
             application.finish()
-        return list(self._by_server)
+
+    def _sessions_are_ending(self) -> bool:
+        return any(each.are_ending() for each in self.sessions)
 
     def leave_to_parent(self) -> None:
         """In a forked child of the worker: all listening sockets and connections are the worker's."""
@@ -201,9 +214,11 @@ class AcceptorTable:
             application.leave_to_parent()
 
     def idle(self) -> bool:
-        """Whether no acceptor has a connection, and each ASGI application that was to end has ended."""
-        return all(acceptor.idle() for acceptor in self._all()) and all(
-            application.idle() for application in self._applications
+        """Whether no acceptor has a connection, and all that was to end has ended: applications, sessions."""
+        return (
+            all(acceptor.idle() for acceptor in self._all())
+            and all(application.idle() for application in self._applications)
+            and not self._sessions_are_ending()
         )
 
     def has_applications(self) -> bool:

@@ -45,11 +45,13 @@ class AsgiThread:
         log: Log,
         scheduler: Scheduler,
         on_death: Callable[[], object] | None = None,
+        is_needed: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         :param name: of the server, for errors.
         :param cfg: gunicorn's configuration.
         :param on_death: called when the thread has ended although nothing told it to, and the server with it.
+        :param is_needed: whether it must not end yet, although its connections have ended.
         """
         self._app = app
         self._name = name
@@ -57,6 +59,7 @@ class AsgiThread:
         self._log = log
         self._scheduler = scheduler
         self._on_death = on_death
+        self._is_needed = is_needed
         self._loop: asyncio.AbstractEventLoop | None = None
         #: what the loop waits in, if that is a hub
         self._selector: HubSelector | None = None
@@ -220,7 +223,7 @@ class AsgiThread:
 
     async def _is_over(self) -> bool:
         """Whether all connections have ended, and no sibling can pass one any more."""
-        if not all(acceptor.is_drained() for acceptor in self._acceptors):
+        if self._is_needed() or not all(acceptor.is_drained() for acceptor in self._acceptors):
             return False
         if not any(acceptor.takes_connections for acceptor in self._acceptors):
             return True

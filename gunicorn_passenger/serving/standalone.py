@@ -61,6 +61,7 @@ def run(servers: StandaloneServers) -> None:
         for watcher in watchers:
             watcher.cancel()
         servers.stop_accepting()
+        servers.acceptors.finish()
         finish_connections(servers, cfg.graceful_timeout, log, gevent.sleep)
         events.emit("exit", None, log)
         for server in servers.servers:

@@ -349,6 +349,7 @@ def test_an_application_that_starts_while_its_worker_begins_to_drain_is_shut_dow
         started = pool.submit(table.start_application, server, Threads())
         assert starting.wait(10)
         assert list(table.stop_all()) == []
+        table.finish()
         assert not table.idle()
         go.set()
         started.result(10)

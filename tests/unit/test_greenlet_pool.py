@@ -288,6 +288,39 @@ def test_what_is_left_for_spawned_greenlets_is_not_shared_by_new_ones(pool):
     assert seen == [{}, {}]
 
 
+def test_what_spawned_greenlets_share_is_not_shared_by_the_next_connection(pool):
+    """A greenlet has those of the one that has spawned it, also if they are empty."""
+    go, seen = gevent.event.Event(), []
+
+    def background() -> None:
+        go.wait()
+        seen.append(dict(gevent.getcurrent().spawn_tree_locals))
+
+    def leave() -> None:
+        # by way of another one: only what it has spawned itself refers to the connection's greenlet
+        gevent.spawn(gevent.spawn, background).join()
+
+    first = serve(pool, leave)
+    second = serve(pool, lambda: gevent.getcurrent().spawn_tree_locals.update(value="of the second"))
+    assert first.greenlet == second.greenlet
+    go.set()
+    wait_for(lambda: gevent.sleep(0) or seen, "the greenlet to look")
+    assert seen == [{}]
+
+
+def test_the_references_are_counted_when_a_trace_function_was_set_at_first(pool):
+    trace = greenlet.gettrace()
+    greenlet.settrace(lambda event, greenlets: None)
+    try:
+        serve(pool)
+    finally:
+        greenlet.settrace(trace)
+    _, second, third = serve_in_turn(pool, True, leave_reference, nothing, nothing)
+    assert second.from_hub
+    assert not third.from_hub
+    known.clear()
+
+
 def test_what_is_linked_to_the_end_of_the_greenlet_runs(pool):
     ended = []
     serve(pool, lambda: gevent.getcurrent().rawlink(lambda _greenlet: ended.append(True)))

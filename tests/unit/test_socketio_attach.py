@@ -152,12 +152,12 @@ def test_versions_are_compared_as_numbers(monkeypatch, version, older):
 
 
 def test_sessions_are_counted(monkeypatch):
-    monkeypatch.setattr(registry.acceptors, "session_counts", [])
+    monkeypatch.setattr(registry.acceptors, "sessions", [])
     eio = engineio.Server(async_mode="threading")
     attach(eio)
     eio.sockets["x"] = object()
-    [count] = registry.acceptors.session_counts
-    assert count() == 1
+    [sessions] = registry.acceptors.sessions
+    assert sessions.count() == 1
 
 
 def test_the_module_is_a_public_name():

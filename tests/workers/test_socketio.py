@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 from contextlib import closing
 
 import pytest
@@ -330,6 +331,66 @@ def test_a_drain_ends_the_sessions_of_clients_that_poll(start, program, port):
     wait_for(lambda: old not in process.workers(), "the old worker to be gone")
     assert "Traceback" not in process.log()
     assert process.stop() == 0
+
+
+@pytest.mark.parametrize("program", ["socketio_app", "socketio_async_app"])
+def test_a_drain_waits_for_a_client_between_two_polls(start, program):
+    """It has no connection, and the program has to hear of its end."""
+    process, old, ports = one_worker(start, program)
+    url = f"http://127.0.0.1:{ports['P1']}/socket.io/?EIO=4&transport=polling"
+    sid = json.loads(requests.get(url, timeout=60).text[1:])["sid"]
+    assert requests.post(f"{url}&sid={sid}", data="40", timeout=60).text == "OK"
+    process.signal(signal.SIGHUP)
+    process.wait_log(f"{old} disconnected: transport close")
+    wait_for(lambda: old not in process.workers(), "the old worker to be gone")
+    assert requests.get(f"{url}&sid={sid}", timeout=60).status_code == 400
+    assert process.stop() == 0
+
+
+def test_no_session_is_ended_while_the_worker_still_accepts(start, home):
+    """The client would connect to the same worker again, and again."""
+    chatter_port, stopping, go_on = free_port(), home / "stopping", home / "go on"
+    text = f"""
+        import os, threading, time
+        import gunicorn_passenger as passenger
+        from socketio_app import io
+        go = threading.Event()
+        def stop():
+            open({str(stopping)!r}, "w").close()
+            while not os.path.exists({str(go_on)!r}):
+                time.sleep(0.02)
+            go.set()
+        passenger.once("jobs", go.wait, stop)
+        @io.on("connect")
+        def on_connect(auth=None):
+            print(os.getpid(), "connected", flush=True)
+        from socketio_app import application
+        """
+    start.write("once_app.py", textwrap.dedent(text))
+    process = start.gunicorn(
+        "once_app", "--graceful-timeout", 600, "--timeout", 600, workers=1,
+        env={"P1": chatter_port, "P2": free_port()},
+    ).wait_ready(chatter_port)  # fmt: skip
+    (old,) = process.workers()
+    chatter = Chatter(chatter_port, ["polling"])
+    try:
+        process.signal(signal.SIGHUP)
+        wait_for(stopping.exists, "the drain to begin")
+        # more looks at the sessions than it takes to end one
+        with pytest.raises(requests.exceptions.Timeout):
+            requests.get(
+                f"http://127.0.0.1:{chatter_port}/socket.io/?EIO=4&transport=polling&sid={chatter.client.eio.sid}",
+                timeout=1.5,
+            )
+        assert "disconnected" not in process.log()
+        go_on.touch()
+        process.wait_log(f"{old} disconnected: transport close")
+        wait_for(lambda: (chatter.whoami() or [old])[0] != old, chatter.state)
+        assert process.log().count(" connected") == 2
+    finally:
+        chatter.client.reconnection = False
+        process.stop()
+        chatter.client.disconnect()
 
 
 @pytest.mark.parametrize("program", ["socketio_app", "socketio_async_app"])
