@@ -24,7 +24,7 @@ from harness.limits import free_ports, raise_file_limit
 from harness.load import CONNECTIONS, Load, h2load, measure_load, traffic
 from harness.nginx import DEFAULT, KEPT, nginx_in_front
 from harness.processes import Command, gunicorn_command
-from harness.program import comparison_parser, run_benchmark
+from harness.program import at_least, comparison_parser, run_benchmark
 from harness.requests import HELLO, UnixConnection, fetch, serving
 from harness.site import Site, first_site, new_site
 from harness.tables import progress, table
@@ -289,13 +289,16 @@ def serving_case(name: str, case: Case, site: Site) -> contextlib.AbstractContex
     return serving(command, site, APPS, "/", case.response, case.body, case.closing, **variables)
 
 
-def measure_server(first: Site, name: str, case_name: str, seconds: float) -> Run:
-    """One run: start, warm up, measure, stop."""
+def measure_server(first: Site, rate: float, name: str, case_name: str, seconds: float) -> Run:
+    """One run: start, warm up, measure, stop.
+
+    :param rate: the requests per second of the latency case; 0 for 70 % of what saturates the server.
+    """
     case = CASES[case_name]
     with new_site(first, free_ports(1) if case.tcp else 0) as site:
         with serving_case(name, case, site) as pids, nginx_in_front(first, site, case.nginx) as (near, nginx):
             saturated = drive_server(case, near, WARM_UP)
-            rate = LATENCY_LOAD * saturated.amount / saturated.seconds
+            rate = rate or LATENCY_LOAD * saturated.amount / saturated.seconds
             load, run = measure_load(site, pids, lambda: drive_server(case, near, seconds, rate), nginx)
         if case.access_log:
             check_access_log(site, int(load.amount))
@@ -361,6 +364,10 @@ def compare_servers() -> int:
         "--idle", type=int, default=IDLE_CONNECTIONS, metavar="N",
         help=f"with --memory: how many connections idle (default {IDLE_CONNECTIONS})",
     )  # fmt: skip
+    parser.add_argument(
+        "--rate", type=at_least(0, float), default=0, metavar="N",
+        help="requests/s of the latency case (default: 70 %% of what saturates each server)",
+    )  # fmt: skip
     parser.add_argument("--install", action="store_true", help="get h2load and libev-dev by apt-get first")
     options = parser.parse_args()
     if not 1 <= options.idle < MOST_CONNECTIONS:
@@ -380,7 +387,7 @@ def compare_servers() -> int:
             }
             report_memory(record["memory"], options.idle)
         else:
-            status = SERVERS.compare(options, record, partial(measure_server, first))
+            status = SERVERS.compare(options, record, partial(measure_server, first, options.rate))
     write_record(options.json, record)
     return status
 
