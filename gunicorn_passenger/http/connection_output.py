@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import sys
 from fcntl import ioctl
 from termios import TIOCOUTQ
@@ -25,6 +26,9 @@ from gunicorn_passenger.http.listener_context import ListenerContext
 
 #: Bytes that ``sendfile`` sends before other greenlets run.
 _SENDFILE = 1 << 20
+#: Bytes of the send buffer of a UNIX socket whose client has not taken all at once, if the system allows it
+#: (net.core.wmem_max). That of TCP grows by itself, unless a program sets it (tcp(7)).
+_UNIX_SEND_BUFFER = 1 << 18
 
 _WRITABLE = 2
 _DISCONNECTED = {errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ECONNABORTED}
@@ -162,6 +166,7 @@ class ConnectionOutput:
         """
         if self._writable is None:
             self._writable = self._hub.loop.io(self._raw.fileno(), _WRITABLE)
+            self._enlarge_send_buffer()
         if self._writable.active:
             raise ConcurrentObjectUseError("another greenlet sends the response's body already")
         writes = self.listener.writes
@@ -182,6 +187,14 @@ class ConnectionOutput:
             raise ClientDisconnected(
                 errno.ETIMEDOUT, f"the client has read nothing of a response for {writes.seconds:g} s"
             )
+
+    def _enlarge_send_buffer(self) -> None:
+        """Have the kernel take more of a response at a time, and wake this process less often."""
+        sock = self._raw
+        # the kernel counts its own overhead, too: it reports twice what was set (socket(7))
+        is_small = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) < 2 * _UNIX_SEND_BUFFER
+        if is_small and sock.family == socket.AF_UNIX:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_SEND_BUFFER)
 
     def on_write_timeout(self) -> None:
         """Called in the hub: the socket was not writable for the write timeout.

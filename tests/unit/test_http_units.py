@@ -219,6 +219,39 @@ def test_an_interrupted_write_closes_the_connection(transfer: tuple[Transfer, An
     assert len(ours.listener.writes) == 0
 
 
+def send_to_a_full_buffer(ours: Transfer, client: Any) -> int:
+    """Send more than the kernel takes at once; the size of the send buffer then."""
+    sending = gevent.spawn(ours.send, b"x" * 10_000_000)
+    left = 10_000_000
+    while left:
+        left -= len(client.recv(1 << 20))
+    sending.get(timeout=60)
+    return int(ours._raw.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF))
+
+
+@pytest.mark.parametrize(("before", "grows"), [(4096, True), (1 << 20, False)])
+def test_the_send_buffer_of_a_unix_socket_grows_when_it_is_full(
+    transfer: tuple[Transfer, Any], before: int, grows: bool
+) -> None:
+    ours, client = transfer
+    ours._raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, before)
+    before = ours._raw.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+    after = send_to_a_full_buffer(ours, client)
+    assert (after > before) if grows else (after == before)
+
+
+def test_the_send_buffer_of_tcp_is_left_to_the_kernel() -> None:
+    with gevent.socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        client = gevent.socket.create_connection(listener.getsockname())
+        accepted, _ = listener.accept()
+        with client, accepted:
+            accepted.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+            before = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+            assert send_to_a_full_buffer(Transfer(accepted), client) == before
+
+
 def test_a_client_that_always_has_data_lets_others_run(transfer: tuple[Transfer, Any]) -> None:
     ours, client = transfer
     turns: list[int] = []

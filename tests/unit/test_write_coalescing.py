@@ -20,6 +20,7 @@ from gevent.event import Event
 from gunicorn.config import Config
 
 from gunicorn_passenger.config.settings import Timeouts
+from gunicorn_passenger.http import connection_output
 from gunicorn_passenger.http import write_coalescing as turn_module
 from gunicorn_passenger.http.acceptor import Acceptor
 from gunicorn_passenger.http.client_socket import ClientSocket
@@ -43,6 +44,12 @@ def wait_for(condition: Callable[[], Any]) -> Any:
         assert time.monotonic() < deadline
         gevent.sleep(0.001)
     return result
+
+
+@pytest.fixture(autouse=True)
+def small_buffers(monkeypatch):
+    """The send buffers stay as small as the test makes them."""
+    monkeypatch.setattr(connection_output, "_UNIX_SEND_BUFFER", 0)
 
 
 class Client:
