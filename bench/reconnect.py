@@ -15,13 +15,13 @@ from typing import Any
 
 from harness import PATIENCE, Failed
 from harness.limits import raise_file_limit
-from harness.program import at_least, option_parser, run_benchmark
+from harness.program import at_least, choice, option_parser, run_benchmark
 from harness.site import temporary_directory
 from harness.tables import machine, progress, table
 from harness.usage import family
 from socket_io import OURS, OURS_SINGLE, SINGLE, SoakClient, contestant
 
-WORKERS = {OURS: 4, OURS_SINGLE: 1, SINGLE: 1}
+CONTESTANTS = {"ours": (OURS, 4), "ours-1": (OURS_SINGLE, 1), "gevent-1": (SINGLE, 1)}
 
 #: Each worker notes when it is ready, by the clock that all processes share.
 NOTE_READY = """
@@ -118,12 +118,16 @@ def measure_reconnects() -> int:
     parser.add_argument(
         "--import-time", type=at_least(0.0, float), default=4.0, help="of the program, in seconds (default 4)"
     )
+    parser.add_argument(
+        "--only", type=choice(CONTESTANTS), default=list(CONTESTANTS), help=", ".join(CONTESTANTS)
+    )
     options = parser.parse_args()
     # aiohttp complains of connections that python-engineio has left open
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     raise_file_limit(3 * options.clients + 500)
     rows, missed = [], False
-    for name, workers in WORKERS.items():
+    for key in options.only:
+        name, workers = CONTESTANTS[key]
         progress(name)
         with temporary_directory() as directory:
             home = Path(directory)
