@@ -25,9 +25,11 @@ _NOT_GIVEN = object()
 #: Without what the package adds to the sockets of programs.
 _close = _socket.socket.close
 
-#: Seconds that the application's first frame, if it has to come first, and the client's reply may take.
+#: Seconds that the application's frames, if they have to come first, and the client's reply may take.
 _CLOSE_TIMEOUT = 5.0
-#: Seconds between two looks whether the application has sent its first frame.
+#: How often the application has to send something before a Close frame, at most.
+_MOST_SENDS = 2
+#: Seconds between two looks whether it has.
 _POLL = 0.02
 #: Seconds in which a client must read some of what waits for it.
 _PATIENCE = 60.0
@@ -56,8 +58,8 @@ class ClientSocket(gsocket.socket):
     _turn: Any = None
     #: whether the application has sent "101 Switching Protocols" over it; ``None`` before it sent anything
     switched: bool | None = None
-    #: whether it has sent anything behind that
-    spoken = False
+    #: how often it has sent something behind that; not counted any further than a Close frame may wait for
+    sends = 0
     _muted = False
     #: what is sent before anything else: the messages of this iteration, and what the kernel has not taken
     _queue: Any = ()
@@ -169,19 +171,19 @@ class ClientSocket(gsocket.socket):
                 super().sendall(data)
                 self.mute()
 
-    def close_websocket(self, waits: bool) -> None:
+    def close_websocket(self, sends: int) -> None:
         """Close the WebSocket that the application speaks over it (RFC 6455 section 7.1.1).
 
         The application's library reads the client's Close frame as if the client had begun it.
 
-        :param waits: whether the application sends a frame first, see :func:`.engineio.is_upgrade`. If it
-            sends none, the connection ends without a Close frame.
+        :param sends: how often the application sends something before, see
+            :func:`.engineio.sends_before_close`. If it does not, the connection ends without a Close frame.
         """
         connection = self.connection
         with contextlib.suppress(OSError):
             # a client that reads nothing holds up the greenlet that sends to it, and this one
             with gevent.Timeout(_CLOSE_TIMEOUT, False):
-                while waits and not self.spoken:
+                while self.sends < sends:
                     gevent.sleep(_POLL)
                 self.send_last(close_frame(GOING_AWAY))
                 gevent.sleep(_CLOSE_TIMEOUT)
@@ -191,7 +193,7 @@ class ClientSocket(gsocket.socket):
     def send(self, data: Any, flags: int = 0, timeout: Any = _NOT_GIVEN) -> int:
         if not self.taken:
             self._take()
-        if not self.spoken:
+        if self.sends < _MOST_SENDS:
             self._see(data)
         if self._muted:
             return memoryview(data).nbytes
@@ -215,7 +217,7 @@ class ClientSocket(gsocket.socket):
     def sendall(self, data: Any, flags: int = 0) -> None:
         if not self.taken:
             self._take()
-        if not self.spoken:
+        if self.sends < _MOST_SENDS:
             self._see(data)
         with self._lock():
             self.send_queue()
@@ -231,7 +233,7 @@ class ClientSocket(gsocket.socket):
         """
         if not self.taken:
             self._take()
-        if not self.spoken:
+        if self.sends < _MOST_SENDS:
             self._see(data)
         if self._muted:
             return 0
@@ -331,14 +333,14 @@ class ClientSocket(gsocket.socket):
             self.connection.count_sent(count)
 
     def _see(self, data: Any) -> None:
-        """Called when the application sends for the first time, and for the second."""
+        """Called when the application sends for the first times."""
         if self.switched is None:
             self.switched = bytes(memoryview(data).cast("B")[:12]) == b"HTTP/1.1 101"
             connection = self.connection
             if self.switched and connection is not None and connection.listener.closing:
                 get_hub().loop.run_callback(connection.begin_shutdown)
         else:
-            self.spoken = True
+            self.sends += 1
 
     def _lock(self) -> Any:
         if self._turn is None:

@@ -19,7 +19,7 @@ from gevent import getcurrent
 from gunicorn_passenger.http.body import EMPTY_BODY, RequestBody
 from gunicorn_passenger.http.connection_state import ConnectionState, set_checked
 from gunicorn_passenger.http.disconnect import DisconnectWatch
-from gunicorn_passenger.http.engineio import is_upgrade
+from gunicorn_passenger.http.engineio import sends_before_close
 from gunicorn_passenger.http.faults import report_fault
 from gunicorn_passenger.http.listener_context import ListenerContext
 from gunicorn_passenger.http.request_head import NO_HEAD
@@ -207,7 +207,7 @@ class ConnectionLife(Transport):
         if self.on_drain is not None:
             self.on_drain()
         elif self.sock.switched and self.listener.closes_websockets_on_exit and _WEBSOCKET.search(self.head):
-            gevent.spawn(self.sock.close_websocket, is_upgrade(self.head.partition(b" ")[2]))
+            gevent.spawn(self.sock.close_websocket, sends_before_close(self.head.partition(b" ")[2]))
         elif self.is_new and self.state is _PARKED:
             self._stop_waiting(self, None)
             self._stop_waiting = self.listener.idle.remove

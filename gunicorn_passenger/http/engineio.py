@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import re
 
-_SESSION = re.compile(rb"(?=\S*\bEIO=[0-9])\S*\bsid=")
+_ENGINE_IO = re.compile(rb"\S*\bEIO=[0-9]")
+_SESSION = re.compile(rb"\S*\bsid=")
 
 
-def is_upgrade(target: bytes) -> bool:
-    """Whether a request for a WebSocket carries on a session that began by polling.
+def sends_before_close(target: bytes) -> int:
+    """How often the server has to send something over a WebSocket before it may send a Close frame.
 
-    Its client sends a probe and waits for the reply. A client of python-engineio that gets a Close frame in
-    its place stays without a session for ever. So the server sends a frame before it closes the WebSocket.
+    0 without Engine.IO. 1 for a WebSocket that carries on a session which began by polling: its client sends
+    a probe and waits for the reply, and one of python-engineio's that gets a Close frame in its place stays
+    without a session for ever. 2 for a new session, which begins with a packet of Engine.IO and one of
+    Socket.IO: a client of python-socketio would wait a second in vain for the latter.
 
     :param target: the request target or its query, or the rest of the header section with it.
     """
-    return _SESSION.match(target) is not None
+    if not _ENGINE_IO.match(target):
+        return 0
+    return 1 if _SESSION.match(target) else 2

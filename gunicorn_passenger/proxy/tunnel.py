@@ -20,7 +20,7 @@ from weakref import WeakSet
 import gevent
 from gevent import get_hub, getcurrent
 
-from gunicorn_passenger.http.engineio import is_upgrade
+from gunicorn_passenger.http.engineio import sends_before_close
 from gunicorn_passenger.http.websocket_frames import CLOSE, GOING_AWAY, FrameTracker, close_frame
 from gunicorn_passenger.proxy.log import failed_callback
 from gunicorn_passenger.proxy.upstream_io import runtime
@@ -28,7 +28,7 @@ from gunicorn_passenger.proxy.upstream_io import runtime
 #: The size of one read, in bytes.
 _READ = 65536
 #: How long the two ends of a WebSocket may take to close it, in seconds, after they were sent a Close or one
-#: of them has ended its side, and how long a Close waits for the target's first frame.
+#: of them has ended its side, and how long a Close waits for the target's first frames.
 _CLOSING = 2.0
 
 
@@ -49,6 +49,7 @@ class _TunnelDirection:
         "count",
         "ended",
         "finished",
+        "pieces",
     )
 
     def __init__(self, tunnel: Tunnel, source: Any, sink: Any, readable: Any, websocket: bool) -> None:
@@ -68,8 +69,8 @@ class _TunnelDirection:
         self._close_frame = b""
         #: whether it was sent: further data of the source is dropped
         self._dropping = False
-        #: how many bytes have passed
-        self.count = 0
+        #: how many bytes have passed, and in how many pieces
+        self.count = self.pieces = 0
         #: whether the source sends no more, and whether the sink knows
         self.ended = self.finished = False
 
@@ -114,6 +115,7 @@ class _TunnelDirection:
 
     def _write(self, data: bytes) -> None:
         self.count += len(data)
+        self.pieces += 1
         if self._pending:
             self._pending = bytes(self._pending) + data
             return
@@ -215,7 +217,7 @@ class Tunnel:
         self.closed = False
         #: whether bytes have passed since the timeout was last checked
         self.active = False
-        #: whether the worker drains, and a Close frame waits for the target's first frame
+        #: whether the worker drains, and a Close frame waits for the target's first frames
         self.shutdown_due = False
         self._up: Any = None
         self._down: Any = None
@@ -300,7 +302,7 @@ class Tunnel:
         if self.closed or not self._websocket or self._ws_stop != "close":
             return
         try:
-            if not self._down.count and is_upgrade(self.request.query_string):
+            if self._down.pieces < sends_before_close(self.request.query_string):
                 self.shutdown_due = True
                 self._close_soon()
                 return
@@ -313,7 +315,7 @@ class Tunnel:
             self.failed(error)
 
     def on_passed(self, direction: _TunnelDirection, data: bytes) -> None:
-        """Called in the hub while a Close frame waits for the target's first frame."""
+        """Called in the hub while a Close frame waits for the target's first frames."""
         if direction is self._down:
             self.shutdown_due = False
             if data[0] & 0xF != CLOSE:  # otherwise the target has been quicker

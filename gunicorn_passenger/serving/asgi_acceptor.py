@@ -21,7 +21,7 @@ from typing import Any
 import uvicorn
 
 from gunicorn_passenger.config.gunicorn_types import Log
-from gunicorn_passenger.http.engineio import is_upgrade
+from gunicorn_passenger.http.engineio import sends_before_close
 from gunicorn_passenger.ipc.scoreboard import Counters
 from gunicorn_passenger.serving.asgi_sticky import SiblingConnections
 from gunicorn_passenger.serving.interface import AsgiApp
@@ -34,7 +34,7 @@ _BURST = 64
 _PAUSE = 0.1
 #: Seconds between two looks for idle connections during a drain.
 _IDLE_CHECK_INTERVAL = 0.5
-#: Seconds that the application has to send the first frame of a WebSocket whose client waits for it.
+#: Seconds that the application has to send the first frames of a WebSocket whose client waits for them.
 _FIRST_FRAME_TIMEOUT = 5.0
 #: Seconds between two looks for WebSockets to close, and whether connections that were ended are gone.
 _POLL = 0.02
@@ -329,17 +329,16 @@ class AsgiAcceptor(SiblingConnections):
     def _close_websockets(self, known: dict[Any, float]) -> None:
         """Close the WebSockets that are open, and look again for others until it is drained.
 
-        :param known: those that were seen before, and until when each waits for its application's first frame
-            (:func:`.engineio.is_upgrade`); 0.0 when it is closed.
+        :param known: those that were seen before, and until when each waits for the first frames of its
+            application (:func:`.engineio.sends_before_close`); 0.0 when it is closed.
         """
         now = self._loop.time()
         for each in self._websockets():
-            writes = each.transport.writes
-            if not writes or each.transport.is_closing():
+            if not each.transport.writes or each.transport.is_closing():
                 continue  # the application has not accepted it yet, or it ends
             if each not in known:
-                known[each] = now + _FIRST_FRAME_TIMEOUT * _waits_for_frame(each)
-            if not known[each] or (writes == 1 and known[each] > now):
+                known[each] = now + _FIRST_FRAME_TIMEOUT
+            if not known[each] or (_waits_for_frame(each) and known[each] > now):
                 continue
             known[each] = 0.0
             if _waits_for_frame(each):
@@ -393,9 +392,10 @@ def _is_closing(protocol: Any) -> bool:
 
 
 def _waits_for_frame(websocket: Any) -> bool:
-    """Whether a client waits for the frame behind the response with 101, see :func:`.engineio.is_upgrade`."""
-    # uvicorn writes the response at once
-    return websocket.transport.writes == 1 and is_upgrade(websocket.scope["query_string"])
+    """Whether a client waits for frames behind the response, see :func:`.engineio.sends_before_close`."""
+    # uvicorn writes the response with 101 at once
+    sends: int = websocket.transport.writes - 1
+    return sends < sends_before_close(websocket.scope["query_string"])
 
 
 def make_config(app: AsgiApp, cfg: Any, lifespan: str) -> uvicorn.Config:

@@ -119,16 +119,18 @@ HANDSHAKE = (
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("ws", ["websockets", "websockets-sansio", "wsproto"])
 @pytest.mark.parametrize(
-    ("query", "spoken", "expected"),
+    ("query", "sent", "expected"),
     [
-        (b"", False, b"\x88\x02\x03\xf4"),
-        (b"EIO=4&sid=a", True, b"\x81\x063probe\x88\x02\x03\xf4"),
+        (b"", [], b"\x88\x02\x03\xf4"),
+        (b"EIO=4&sid=a", ["3probe"], b"\x81\x063probe\x88\x02\x03\xf4"),
         # a Close frame in place of the first frame would leave python-engineio's client without a session
-        (b"EIO=4&sid=a", False, b""),
+        (b"EIO=4&sid=a", [], b""),
+        (b"EIO=4", ["0{}", "40{}"], b"\x81\x030{}\x81\x0440{}\x88\x02\x03\xf4"),
+        (b"EIO=4", ["0{}"], b"\x81\x030{}"),
     ],
-    ids=["another WebSocket", "an upgrade", "an upgrade without a reply"],
+    ids=["another WebSocket", "an upgrade", "an upgrade without a reply", "a session", "half a session"],
 )
-def test_a_websocket_that_opens_during_the_drain_is_closed(monkeypatch, caplog, ws, query, spoken, expected):
+def test_a_websocket_that_opens_during_the_drain_is_closed(monkeypatch, caplog, ws, query, sent, expected):
     monkeypatch.setattr(asgi_acceptor, "_FIRST_FRAME_TIMEOUT", 0.1)
     make_config = asgi_acceptor.make_config
 
@@ -147,8 +149,8 @@ def test_a_websocket_that_opens_during_the_drain_is_closed(monkeypatch, caplog, 
             asked.set()
             await accepts.wait()
             await send({"type": "websocket.accept"})
-            if spoken:
-                await send({"type": "websocket.send", "text": "3probe"})
+            for text in sent:
+                await send({"type": "websocket.send", "text": text})
             while (await receive())["type"] != "websocket.disconnect":
                 pass
 
@@ -164,7 +166,7 @@ def test_a_websocket_that_opens_during_the_drain_is_closed(monkeypatch, caplog, 
         accepts.set()
         assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101")
         got = b""
-        while expected != got and (data := await reader.read(1000)):
+        while (expected != got or got[-4:-2] != b"\x88\x02") and (data := await reader.read(1000)):
             got += data
         writer.close()
         await _until(acceptor.is_drained)

@@ -366,6 +366,20 @@ def test_an_upgrade_of_engineio_is_closed_after_the_targets_first_frame(running)
     one.over()
 
 
+def test_a_new_session_of_engineio_is_closed_after_the_targets_second_frame(running):
+    """A client of python-socketio waits a second for it, whatever comes in its place."""
+    one = running(query="EIO=4&transport=websocket")
+    one.target.send(frame(6, False))
+    assert received(one.client, 8) == frame(6, False)
+    gevent.get_hub().loop.run_callback(one.tunnel.begin_shutdown)
+    until(lambda: one.tunnel.shutdown_due)
+    one.client.send(frame(6, True))
+    assert received(one.target, 12) == frame(6, True)
+    one.target.send(frame(6, False))
+    assert received(one.client, 12) == frame(6, False) + b"\x88\x02\x03\xe9"
+    one.over()
+
+
 def test_a_target_that_closes_such_an_upgrade_has_the_last_word(running):
     one = running(query=UPGRADE)
     gevent.get_hub().loop.run_callback(one.tunnel.begin_shutdown)

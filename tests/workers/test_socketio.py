@@ -296,6 +296,26 @@ def test_an_upgrade_that_meets_a_drain_gets_its_reply_first(start, program, port
     assert process.stop() == 0
 
 
+@pytest.mark.parametrize("port", ["P1", "P2"], ids=["direct", "proxy"])
+@pytest.mark.parametrize("program", ["socketio_app", "socketio_async_app"])
+def test_a_session_that_begins_in_a_drain_gets_its_first_packets(start, program, port):
+    """A client of python-socketio waits for both of them, whatever comes in their place."""
+    process, old, ports = one_worker(start, program)
+    client = websocket.create_connection(
+        f"ws://127.0.0.1:{ports[port]}/socket.io/?EIO=4&transport=websocket", timeout=60
+    )
+    assert client.recv().startswith('0{"sid"')
+    process.signal(signal.SIGHUP)
+    wait_for(lambda: not any(listens(old, each) for each in ports.values()), "the old worker to drain")
+    client.send("40")
+    assert client.recv().startswith('40{"sid"')
+    assert client.recv_data()[0] == websocket.ABNF.OPCODE_CLOSE
+    client.shutdown()
+    wait_for(lambda: old not in process.workers(), "the old worker to be gone")
+    assert "Traceback" not in process.log()
+    assert process.stop() == 0
+
+
 def one_worker(start, program):
     """Of a gunicorn that gives workers a long time to drain; its ports: the server's, and the proxy's."""
     ports = {"P1": free_port(), "P2": free_port()}
