@@ -177,7 +177,8 @@ class ClientSocket(gsocket.socket):
         The application's library reads the client's Close frame as if the client had begun it.
 
         :param sends: how often the application sends something before, see
-            :func:`.engineio.sends_before_close`. If it does not, the connection ends without a Close frame.
+            :func:`.engineio.sends_before_close`. If it sends nothing, the connection ends without a Close
+            frame.
         """
         connection = self.connection
         with contextlib.suppress(OSError):
@@ -185,15 +186,17 @@ class ClientSocket(gsocket.socket):
             with gevent.Timeout(_CLOSE_TIMEOUT, False):
                 while self.sends < sends:
                     gevent.sleep(_POLL)
-                self.send_last(close_frame(GOING_AWAY))
-                gevent.sleep(_CLOSE_TIMEOUT)
+            with gevent.Timeout(_CLOSE_TIMEOUT, False):
+                if self.sends or not sends:
+                    self.send_last(close_frame(GOING_AWAY))
+                    gevent.sleep(_CLOSE_TIMEOUT)
             if self.connection is connection:
                 self.shutdown(gsocket.SHUT_RDWR)
 
     def send(self, data: Any, flags: int = 0, timeout: Any = _NOT_GIVEN) -> int:
         if not self.taken:
             self._take()
-        if self.sends < _MOST_SENDS:
+        if self.sends < _MOST_SENDS and timeout is _NOT_GIVEN:  # sendall() gives one, and has seen the data
             self._see(data)
         if self._muted:
             return memoryview(data).nbytes
@@ -215,6 +218,9 @@ class ClientSocket(gsocket.socket):
             raise
 
     def sendall(self, data: Any, flags: int = 0) -> None:
+        if self.timeout is None:
+            self.send(data, flags)
+            return
         if not self.taken:
             self._take()
         if self.sends < _MOST_SENDS:

@@ -101,7 +101,9 @@ class _TunnelDirection:
             self._tunnel.failed(error)
 
     def _pass(self, data: bytes) -> None:
+        closes = False
         if self._frames is not None:
+            closes = self._frames.between and data[0] & 0xF == CLOSE
             inside = self._frames.feed(data)
             if self._close_frame:
                 reached = inside < len(data) or self._frames.between
@@ -111,7 +113,7 @@ class _TunnelDirection:
                     self._dropping = True
         self._write(data)
         if self._tunnel.shutdown_due:
-            self._tunnel.on_passed(self, data)
+            self._tunnel.on_passed(self, closes)
 
     def _write(self, data: bytes) -> None:
         self.count += len(data)
@@ -276,13 +278,25 @@ class Tunnel:
         if self._up.finished and self._down.finished:
             self.close()
         elif self._websocket:
+            self.shutdown_due = False
             self._close_soon()
 
     def _close_soon(self) -> None:
         if self._timer is not None:
             self._timer.close()
         self._timer = get_hub().loop.timer(_CLOSING)
-        self._timer.start(self.close)
+        self._timer.start(self._end_wait)
+
+    def _end_wait(self) -> None:
+        """Called in the hub: a side had the time to end, or the target to send all its first frames.
+
+        If it has sent only one, that is enough now.
+        """
+        if self.shutdown_due and self._down.pieces:
+            self.shutdown_due = False
+            self.begin_shutdown(waited=True)
+        else:
+            self.close()
 
     def _watch_silence(self, seconds: float) -> None:
         self._timer = get_hub().loop.timer(seconds / 4, seconds / 4)
@@ -297,12 +311,15 @@ class Tunnel:
 
         self._timer.start(look)
 
-    def begin_shutdown(self) -> None:
-        """Called in the hub when the worker drains: close a WebSocket with 1001, "going away"."""
+    def begin_shutdown(self, waited: bool = False) -> None:
+        """Called in the hub when the worker drains: close a WebSocket with 1001, "going away".
+
+        :param waited: whether the target had the time to send its first frames.
+        """
         if self.closed or not self._websocket or self._ws_stop != "close":
             return
         try:
-            if self._down.pieces < sends_before_close(self.request.query_string):
+            if not waited and self._down.pieces < sends_before_close(self.request.query_string):
                 self.shutdown_due = True
                 self._close_soon()
                 return
@@ -314,11 +331,14 @@ class Tunnel:
         except Exception as error:
             self.failed(error)
 
-    def on_passed(self, direction: _TunnelDirection, data: bytes) -> None:
-        """Called in the hub while a Close frame waits for the target's first frames."""
+    def on_passed(self, direction: _TunnelDirection, closes: bool) -> None:
+        """Called in the hub while a Close frame waits for the target's first frames.
+
+        :param closes: whether what has passed begins with a Close frame: the target has been quicker.
+        """
         if direction is self._down:
             self.shutdown_due = False
-            if data[0] & 0xF != CLOSE:  # otherwise the target has been quicker
+            if not closes:
                 self.begin_shutdown()
 
     def failed(self, error: Exception) -> None:

@@ -341,7 +341,7 @@ class AsgiAcceptor(SiblingConnections):
             if not known[each] or (_waits_for_frame(each) and known[each] > now):
                 continue
             known[each] = 0.0
-            if _waits_for_frame(each):
+            if _must_get_a_frame(each):
                 each.transport.abort()
             else:
                 self._shut_down([each])
@@ -371,7 +371,7 @@ class AsgiAcceptor(SiblingConnections):
     def _kill(self) -> None:
         """End the connections; an application that does not notice it is cancelled."""
         self._begin_drain()
-        websockets = [each for each in self._websockets() if not _waits_for_frame(each)]
+        websockets = [each for each in self._websockets() if not _must_get_a_frame(each)]
         self._shut_down(websockets)
         for protocol in self._connections - set(websockets):
             protocol.transport.abort()
@@ -393,9 +393,15 @@ def _is_closing(protocol: Any) -> bool:
 
 def _waits_for_frame(websocket: Any) -> bool:
     """Whether a client waits for frames behind the response, see :func:`.engineio.sends_before_close`."""
-    # uvicorn writes the response with 101 at once
+    # uvicorn writes the response with 101 at once, and makes no scope for a request that it refuses
     sends: int = websocket.transport.writes - 1
-    return sends < sends_before_close(websocket.scope["query_string"])
+    scope = getattr(websocket, "scope", None)
+    return scope is not None and 0 <= sends < sends_before_close(scope["query_string"])
+
+
+def _must_get_a_frame(websocket: Any) -> bool:
+    """Whether a Close frame would be the first that its client gets, which has to be another one."""
+    return websocket.transport.writes == 1 and _waits_for_frame(websocket)
 
 
 def make_config(app: AsgiApp, cfg: Any, lifespan: str) -> uvicorn.Config:

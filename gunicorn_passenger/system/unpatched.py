@@ -14,6 +14,9 @@ import sys
 import threading
 from _thread import LockType
 from collections.abc import Callable
+
+# debugpy replaces it with one that warns of its use
+from sys import settrace
 from typing import Any
 
 
@@ -40,7 +43,7 @@ def start_thread(function: Callable[[], object]) -> None:
 
     def run() -> None:
         if trace is not None:
-            sys.settrace(trace)
+            settrace(trace)
         function()
 
     unpatched("_thread", "start_new_thread")(run, ())

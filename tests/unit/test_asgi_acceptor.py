@@ -126,9 +126,18 @@ HANDSHAKE = (
         # a Close frame in place of the first frame would leave python-engineio's client without a session
         (b"EIO=4&sid=a", [], b""),
         (b"EIO=4", ["0{}", "40{}"], b"\x81\x030{}\x81\x0440{}\x88\x02\x03\xf4"),
-        (b"EIO=4", ["0{}"], b"\x81\x030{}"),
+        # one that does not speak Socket.IO
+        (b"EIO=4", ["0{}"], b"\x81\x030{}\x88\x02\x03\xf4"),
+        (b"EIO=4", [], b""),
     ],
-    ids=["another WebSocket", "an upgrade", "an upgrade without a reply", "a session", "half a session"],
+    ids=[
+        "another WebSocket",
+        "an upgrade",
+        "an upgrade without a reply",
+        "a session",
+        "half a session",
+        "no session",
+    ],
 )
 def test_a_websocket_that_opens_during_the_drain_is_closed(monkeypatch, caplog, ws, query, sent, expected):
     monkeypatch.setattr(asgi_acceptor, "_FIRST_FRAME_TIMEOUT", 0.1)
@@ -174,6 +183,46 @@ def test_a_websocket_that_opens_during_the_drain_is_closed(monkeypatch, caplog, 
 
     assert asyncio.run(asyncio.wait_for(exchange(), 30)) == expected
     assert "ended at once" not in caplog.text
+
+
+def test_connections_that_are_killed_while_a_handshake_is_in_progress():
+    """One is refused by uvicorn's parser, and one waits for the application: the others end as they should."""
+
+    async def exchange():
+        asked = asyncio.Event()
+
+        async def converse(scope, receive, send):
+            assert (await receive())["type"] == "websocket.connect"
+            if scope["query_string"] == b"accepted":
+                await send({"type": "websocket.accept"})
+            else:
+                asked.set()
+            while (await receive())["type"] != "websocket.disconnect":
+                pass
+
+        loop = asyncio.get_running_loop()
+        listener, scheduler = socket.create_server(("127.0.0.1", 0)), SimpleNamespace(sleep=None)
+        acceptor = AsgiAcceptor(listener, converse, {}, loop, configuration(), LOG, scheduler, False)
+        acceptor.start()
+        clients = [await asyncio.open_connection(*acceptor.sockname) for _ in range(3)]
+        (accepted, one), (waiting, two), (refused, three) = clients
+        one.write(HANDSHAKE % b"accepted")
+        assert (await accepted.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101")
+        two.write(HANDSHAKE % b"waits")
+        await asked.wait()
+        three.write((HANDSHAKE % b"refused")[:-2] + b"Cookie: %b\r\n\r\n" % (b"x" * 9000))
+        await _until(lambda: len(acceptor._websockets()) == 3)
+        loop.call_soon(acceptor._kill)
+        assert await accepted.read(4) == b"\x88\x02\x03\xf4"
+        assert (await waiting.read(12)) == b"HTTP/1.1 500"
+        assert await refused.read(1000) == b""
+        for writer in (one, two, three):
+            writer.close()
+        await _until(acceptor.idle)
+        acceptor.stop_accepting()
+        await _until(lambda: acceptor._sock.fileno() < 0)
+
+    asyncio.run(asyncio.wait_for(exchange(), 30))
 
 
 def test_the_context_variables_of_the_caller_do_not_reach_the_application():

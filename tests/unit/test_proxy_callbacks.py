@@ -380,6 +380,28 @@ def test_a_new_session_of_engineio_is_closed_after_the_targets_second_frame(runn
     one.over()
 
 
+def test_a_new_session_without_a_second_frame_is_closed_after_a_while(running):
+    """Of a client that does not speak Socket.IO."""
+    one = running(query="EIO=4&transport=websocket")
+    one.target.send(frame(6, False))
+    assert received(one.client, 8) == frame(6, False)
+    gevent.get_hub().loop.run_callback(one.tunnel.begin_shutdown)
+    assert received(one.client, 4) == b"\x88\x02\x03\xe9"
+    one.over()
+
+
+def test_the_rest_of_a_frame_is_not_taken_for_a_close_frame(running):
+    one = running(query="EIO=4&transport=websocket")
+    first = b"\x81\x06123\x88\x88\x88"
+    one.target.send(first[:5])
+    assert received(one.client, 5) == first[:5]
+    gevent.get_hub().loop.run_callback(one.tunnel.begin_shutdown)
+    until(lambda: one.tunnel.shutdown_due)
+    one.target.send(first[5:])
+    assert received(one.client, 7) == first[5:] + b"\x88\x02\x03\xe9"
+    one.over()
+
+
 def test_a_target_that_closes_such_an_upgrade_has_the_last_word(running):
     one = running(query=UPGRADE)
     gevent.get_hub().loop.run_callback(one.tunnel.begin_shutdown)
@@ -469,7 +491,7 @@ def test_every_callback_of_the_loop_is_known():
         ("tunnel.py", "self._on_readable"),
         ("tunnel.py", "self._on_room"),
         ("tunnel.py", "self._wake"),
-        ("tunnel.py", "self.close"),
+        ("tunnel.py", "self._end_wait"),
         ("tunnel.py", "client_early"),  # not a callback
         ("tunnel.py", "upstream_early"),  # neither
         ("upgrade.py", "tunnel.begin_shutdown"),

@@ -7,6 +7,7 @@ import select
 import socket
 from itertools import pairwise
 from struct import pack
+from types import SimpleNamespace
 
 import gevent
 import pytest
@@ -51,6 +52,30 @@ def environ_of(request):
         name, _, value = line.partition(": ")
         environ["HTTP_" + name.upper().replace("-", "_")] = value
     return environ
+
+
+@pytest.mark.parametrize("send", ["send", "sendall"])
+@pytest.mark.parametrize("timeout", [None, 60.0], ids=["without a timeout", "with one"])
+def test_what_an_application_sends_is_counted_once(send, timeout):
+    """A Close frame may have to wait for the frames behind the response with 101."""
+    client, theirs = gsocket.socketpair()
+    sock, _ = adopt(theirs.detach())
+    sock.settimeout(timeout)
+    counts = []
+    sock.connection = SimpleNamespace(
+        count_sent=counts.append, listener=SimpleNamespace(closing=False), send_pending=lambda: None
+    )
+    with client, sock:
+        getattr(sock, send)(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
+        assert (sock.switched, sock.sends) == (True, 0)
+        getattr(sock, send)(b"\x81\x01a")
+        assert sock.sends == 1
+        getattr(sock, send)(b"\x81\x01b")
+        assert sock.sends == 2
+        assert client.recv(1000).endswith(b"\r\n\r\n\x81\x01a\x81\x01b")
+        # send() with a timeout may send a part, and is left to gevent
+        assert counts == ([] if send == "send" and timeout else [36, 3, 3])
+        sock.connection = None
 
 
 class Client:
