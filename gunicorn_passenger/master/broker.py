@@ -225,7 +225,7 @@ class Broker:
     # --- called by the loop ----------------------------------------------------------------------
 
     def worker_fds(self) -> list[int]:
-        return self.workers.fds()
+        return self.workers.fds_to_read()
 
     def serve_worker(self, fd: int) -> None:
         worker = self.workers.by_fd(fd)
@@ -241,7 +241,7 @@ class Broker:
         due = [
             self.placement.schedule(now),
             self.listeners.idle.deadline(self.grace),
-            self._dispatcher.migration.tick(now),
+            self._dispatcher.tick(now),
             self.mailboxes.tick(now),
         ]
         if self.sync.pending:

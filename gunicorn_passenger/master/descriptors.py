@@ -18,6 +18,7 @@ import socket
 import struct
 from collections import deque
 from contextlib import suppress
+from time import monotonic
 
 from gunicorn_passenger.ipc import channel
 from gunicorn_passenger.system import unpatched
@@ -25,8 +26,10 @@ from gunicorn_passenger.system import unpatched
 _FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 #: An empty packet looks like the end. It is the end after more of them than a sender's buffer can hold.
 _MAX_EMPTY = 1024
-#: How many descriptors may wait to be closed before the channel of their sender is closed.
+#: How many descriptors of one sender may wait to be closed before the master reads nothing more from it.
 MAX_WAITING = 256
+#: Seconds without a single ``close`` after which a sender is cut off.
+STALL_TIMEOUT = 5.0
 
 
 def is_connection(fd: int) -> bool:
@@ -90,11 +93,20 @@ class Closer:
         self._waiting: deque[tuple[int, str]] = deque()
         self._lock = unpatched.lock()
         self._runs = False
+        #: when the thread began to wait for its present ``close`` (monotonic seconds)
+        self._closing_since = 0.0
 
     @property
     def full(self) -> bool:
-        """Whether too many wait: the caller closes the sender's channel."""
+        """Whether too many wait: the caller reads nothing from the sender until some are closed."""
         return len(self._waiting) >= MAX_WAITING
+
+    def stalled(self, now: float) -> bool:
+        """Whether too many wait, and none was closed for some seconds: the caller cuts the sender off.
+
+        :param now: monotonic seconds.
+        """
+        return self.full and now - self._closing_since >= STALL_TIMEOUT
 
     def close(self, fd: int) -> None:
         """Close a descriptor that the sender has sent."""
@@ -106,6 +118,7 @@ class Closer:
             if self._runs:
                 return
             self._runs = True
+            self._closing_since = monotonic()
             _busy.add(self)
         self._start()
 
@@ -138,6 +151,7 @@ class Closer:
                 os.close(fd)
             with self._lock:
                 self._waiting.popleft()
+                self._closing_since = monotonic()
 
     def receive(self, sock: _socket.socket, size: int) -> bytes:
         """Receive bytes from a stream; descriptors that come with them are closed.

@@ -58,6 +58,8 @@ from gunicorn_passenger.system.text import MAX_NAME, printable
 _MAX_MALFORMED = 100
 #: How many messages of a worker that was reaped are still read.
 _MAX_REMAINING = 100
+#: Seconds between two looks whether the descriptors of a worker that is not read meanwhile are closed.
+_FULL_CLOSER_INTERVAL = 0.02
 #: Characters of a text in a RequestDenied.
 _MAX_DENIAL = 1000
 
@@ -110,18 +112,23 @@ class MessageDispatcher:
 
     # --- receiving -------------------------------------------------------------------------------
 
+    def tick(self, now: float) -> float | None:
+        """As :meth:`.BrokerService.tick`."""
+        due = [self.migration.tick(now)]
+        for worker in self._workers:
+            if worker.closer.stalled(now):
+                self._log.error(
+                    "gunicorn-passenger: the master cannot close the descriptors that worker %s has sent, and "
+                    "closes its channel, so the worker exits and gunicorn starts another one",
+                    self._workers.pid(worker.age),
+                )
+                self.close_channel(worker, expelled=True)
+            elif worker.closer.full:
+                due.append(now + _FULL_CLOSER_INTERVAL)
+        return min((at for at in due if at is not None), default=None)
+
     def serve(self, worker: WorkerChannel) -> None:
         """Handle one packet of a worker."""
-        self._receive(worker)
-        if worker.closer.full:
-            self._log.error(
-                "gunicorn-passenger: worker %s sends descriptors faster than the master can close them; "
-                "the master closes its channel",
-                self._workers.pid(worker.age),
-            )
-            self.close_channel(worker, expelled=True)
-
-    def _receive(self, worker: WorkerChannel) -> None:
         fds: list[int] = []
         try:
             message, fds = channel.receive(worker.sock, worker.closer.close)
@@ -367,7 +374,11 @@ class MessageDispatcher:
         """Handle the messages that a worker has sent before its end."""
         for _ in range(_MAX_REMAINING):
             fd = worker.sock.fileno()
-            if self._workers.by_fd(fd) is not worker or not unpatched.is_readable(fd):
+            if (
+                self._workers.by_fd(fd) is not worker
+                or worker.closer.full
+                or not unpatched.is_readable(fd)
+            ):
                 return
             self.serve(worker)
 

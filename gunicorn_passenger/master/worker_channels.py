@@ -105,8 +105,9 @@ class WorkerChannels:
         if worker is not None:
             worker.stopped = True
 
-    def fds(self) -> list[int]:
-        return list(self._by_fd)
+    def fds_to_read(self) -> list[int]:
+        """The channels that the master reads now: not those that bring descriptors faster than it closes them."""
+        return [fd for fd, worker in self._by_fd.items() if not worker.closer.full]
 
     def ages(self) -> list[int]:
         return list(self._by_age)

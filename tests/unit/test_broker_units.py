@@ -32,6 +32,7 @@ from gunicorn_passenger.master.listeners import Listeners
 from gunicorn_passenger.master.service import BrokerService
 from gunicorn_passenger.master.worker_channels import WorkerChannel, WorkerChannels
 from gunicorn_passenger.status import report
+from gunicorn_passenger.system import unpatched
 from gunicorn_passenger.system.text import MAX_NAME, escape_error_log, printable
 
 
@@ -264,6 +265,7 @@ def send_last(end, fields, sock, twice=False):
 def test_a_worker_whose_descriptors_cannot_be_closed_loses_its_channel(workers, monkeypatch):
     workers.add(2)
     monkeypatch.setattr(descriptors, "MAX_WAITING", 3)
+    monkeypatch.setattr(descriptors, "STALL_TIMEOUT", 0.1)
     held = [lingering() for _ in range(4)]
     try:
         with workers.broker.locked():
@@ -272,7 +274,7 @@ def test_a_worker_whose_descriptors_cannot_be_closed_loses_its_channel(workers, 
                     workers.ends[1], {"type": "OfferConnections", "key": "primary", "addrs": "[null]"}, sock
                 )
         wait_for(lambda: not workers.lives(1), "the end of the channel")
-        assert workers.log.grep("sends descriptors faster than the master can close them")
+        assert workers.log.grep("the master cannot close the descriptors that worker")
         assert workers.lives(2)
         assert "pid" in workers.report(2)
     finally:
@@ -280,6 +282,39 @@ def test_a_worker_whose_descriptors_cannot_be_closed_loses_its_channel(workers, 
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             client.close()
     wait_for(lambda: not descriptors._busy, "the sockets to be closed")
+
+
+def test_a_worker_waits_while_the_master_closes_what_it_has_sent(workers, monkeypatch):
+    """The closing thread may get no processor for a while: the worker keeps its channel, and what it asks for
+    is done afterwards."""
+    workers.add(2)
+    monkeypatch.setattr(descriptors, "MAX_WAITING", 3)
+    closer = workers.broker.workers.by_age(1).closer
+    start = closer._start
+    monkeypatch.setattr(closer, "_start", lambda: None)
+    for _ in range(3):
+        send_last(
+            workers.ends[1],
+            {"type": "OfferConnections", "key": "primary", "addrs": "[null]"},
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM),
+        )
+    wait_for(lambda: closer.full, "the descriptors to wait")
+    channel.send(workers.ends[1], messages.GetReport(9))
+    wait_for(lambda: 1 not in ages_read(workers), "the master not to read the channel")
+    assert "pid" in workers.report(2)
+    assert unpatched.is_readable(workers.broker.workers.by_age(1).sock.fileno())
+    start()
+    wait_for(lambda: not unpatched.is_readable(workers.broker.workers.by_age(1).sock.fileno()), "the request")
+    assert workers.lives(1)
+    assert not workers.log.lines
+    wait_for(lambda: not descriptors._busy, "the descriptors to be closed")
+
+
+def ages_read(workers):
+    """The workers whose channels the master reads."""
+    with workers.broker.locked():
+        table = workers.broker.workers
+        return {table.by_fd(fd).age for fd in table.fds_to_read()}
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "pair"])
