@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from functools import partial
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gunicorn_passenger.arbiter import fork_handlers
 from gunicorn_passenger.config.address import format_sockname, is_unix
@@ -32,10 +32,13 @@ from gunicorn_passenger.serving.background_work import do_not_wait_for_threads, 
 from gunicorn_passenger.serving.broker_client import BrokerClient
 from gunicorn_passenger.serving.finish import finish_connections
 from gunicorn_passenger.serving.registry import registry
-from gunicorn_passenger.serving.scheduler import HubScheduler, Scheduler, ThreadScheduler
+from gunicorn_passenger.serving.scheduler import Scheduler, ThreadScheduler
 from gunicorn_passenger.serving.server import default_name
 from gunicorn_passenger.serving.server_errors import with_program_line
 from gunicorn_passenger.system import listening_sockets, unpatched
+
+if TYPE_CHECKING:
+    from gunicorn_passenger.serving.gevent_scheduler import GeventScheduler
 
 #: Seconds that a worker which cannot boot waits for gunicorn to stop it.
 _STOP_WAIT = 2.0
@@ -102,6 +105,8 @@ class HookedWorker:
         self._draining = unpatched.lock()
         #: when the worker must have exited (monotonic seconds); set when it begins to drain
         self._deadline = 0.0
+        #: the hub of the thread that runs gunicorn's loop, once that has ended, if the program has one there
+        self._main_hub: GeventScheduler | None = None
         self._threads_at_start: set[threading.Thread] = set()
         self._is_gevent = _is_gevent(worker)
         self._scheduler: Scheduler = (
@@ -316,13 +321,15 @@ class HookedWorker:
 
     def _finish(self) -> None:
         """gunicorn's loop has ended."""
+        if not self._is_gevent and unpatched.threads_are_greenlets():
+            # the program had gevent patch it: its servers and threads are greenlets of this thread
+            self._main_hub = _gevent_scheduler()
         has_ports = self._has_ports()
         # gunicorn repeats its stop signal every second, and an event loop that has closed leaves the
         # signal its default action: the end of the process
         signal.signal(signal.SIGTERM, _ignore)
         if has_ports and not self._quitting:
-            self._scheduler.run(self._begin_drain)
-            self._drain_begun.wait()
+            self._await(self._begin_draining)
             self._finish_connections()
         if self._running:
             events.emit("exit", self._worker, self.log)
@@ -331,28 +338,39 @@ class HookedWorker:
                 # the master kills the worker at the deadline, and the log should say so before
                 self._deadline - monotonic() - 0.5,
                 self.log,
-                self._scheduler,
+                self._main_hub or self._scheduler,
                 self._worker.notify,
                 self._threads_at_start | self._patch.server_threads(),
             )
         if has_ports:
             do_not_wait_for_threads()
 
+    def _await(self, function: Callable[[], object]) -> None:
+        """Call a function that waits for others. The greenlets of this thread, if it has any, go on meanwhile."""
+        if self._main_hub is None:
+            function()
+        else:
+            self._main_hub.run_beside(function)
+
+    def _begin_draining(self) -> None:
+        self._scheduler.run(self._begin_drain)
+        self._drain_begun.wait()
+
     def _finish_connections(self) -> None:
-        if not self._is_gevent:
+        if not self._is_gevent and self._main_hub is None:
             # gunicorn's loop has ended, and with it an asyncio server of the program in this thread
             self._patch.leased.connections.forget_those_of_this_thread()
-        self._scheduler.run(
-            lambda: finish_connections(
-                registry,
-                self._deadline - monotonic(),
-                self.log,
-                self._scheduler.sleep,
-                self._on_drain_tick,
-                self._patch,
-                float(self.cfg.keepalive),
-            )
+        finish = partial(
+            finish_connections,
+            registry,
+            self._deadline - monotonic(),
+            self.log,
+            self._scheduler.sleep,
+            self._on_drain_tick,
+            self._patch,
+            float(self.cfg.keepalive),
         )
+        self._await(partial(self._scheduler.run, finish))
         self._scheduler.run(self._write_counts)
 
     def _on_drain_tick(self) -> None:
@@ -391,7 +409,7 @@ def _is_gevent(worker: Any) -> bool:
     return any(kind.__module__ == "gunicorn.workers.ggevent" for kind in type(worker).__mro__)
 
 
-def _gevent_scheduler() -> HubScheduler:
+def _gevent_scheduler() -> GeventScheduler:
     """Made in the thread that runs the hub."""
     from gunicorn_passenger.serving.gevent_scheduler import GeventScheduler
 

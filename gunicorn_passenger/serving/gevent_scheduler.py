@@ -59,6 +59,10 @@ class GeventScheduler:
     def run_in_hub(self, function: Callable[[], T]) -> T:
         return self.run(function)
 
+    def run_beside(self, function: Callable[[], object]) -> None:
+        """Call a function in a thread of the system; let the greenlets of this thread run until it returns."""
+        self._hub.threadpool.apply(function)
+
     def call_soon(self, function: Callable[[], object]) -> None:
         """Call a function in the hub's thread; it must not wait."""
         self._start(function)

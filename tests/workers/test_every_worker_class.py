@@ -151,8 +151,10 @@ def test_unmodified_servers_in_threads_of_a_worker_without_gevent(start):
     assert process.stop() == 0
 
 
-def test_a_program_that_gevent_patches_in_a_sync_worker(start, port):
-    """gevent is imported after the hooks; sockets of its class get the master's, too."""
+@pytest.mark.parametrize("others", ["", "passenger.create_server(application).listen(int(os.environ['P2']))"])
+def test_a_program_that_gevent_patches_in_a_sync_worker(start, port, others):
+    """gevent is imported after the hooks; sockets of its class get the master's, too. The program's threads are
+    greenlets of the thread in which gunicorn's loop ran: the worker that drains lets them go on."""
     start.write(
         "late.py",
         """
@@ -161,28 +163,63 @@ def test_a_program_that_gevent_patches_in_a_sync_worker(start, port):
         monkey.patch_all()
 
         import os
+        import time
         from http.server import HTTPServer
         from threading import Thread
 
         from answering import Handler, application
+        import gunicorn_passenger as passenger
 
-        server = HTTPServer(("127.0.0.1", int(os.environ["P1"])), Handler)
-        Thread(target=server.serve_forever, daemon=True).start()
-        """,
+        class Slow(Handler):
+            def do_GET(self):
+                while self.path == "/wait" and not os.path.exists("go"):
+                    time.sleep(0.02)
+                if self.path == "/wait":
+                    Thread(target=work, daemon=False).start()
+                super().do_GET()
+
+        def work():
+            for _ in range(10):
+                time.sleep(0.02)
+            open(f"worked-{os.getpid()}", "w").close()
+
+        def serve(port):
+            Thread(target=HTTPServer(("127.0.0.1", port), Slow).serve_forever, daemon=True).start()
+
+        serve(int(os.environ["P1"]))
+        serve(int(os.environ["P3"]))
+        """
+        f"{others}\n",
     )
+    slow = free_port()
     process = start.python(
         GUNICORN, "-k", "sync", "-w", 2, "-c", "python:gunicorn_passenger.hooks", "-b",
         f"unix:{start.home}/app.sock", *NO_CONTROL, "late:application",
-        env={"P1": port, "PYTHONPATH": f"{start.home}:{start.environment['PYTHONPATH']}"},
+        env={
+            "P1": port, "P2": free_port(), "P3": slow,
+            "PYTHONPATH": f"{start.home}:{start.environment['PYTHONPATH']}",
+        },
     ).wait_ready()  # fmt: skip
     wait_for(lambda: len(process.workers()) == 2, "two workers")
     before = set(process.workers())
     answering(port, before)
+    waiting = Client(slow)
+    waiting.request("GET", "/wait")
+    wait_for(lambda: accepted(waiting), "a worker to accept")
     with Requests(port, threads=1) as asked:
         process.signal(signal.SIGHUP)
         wait_for(lambda: len({*asked.pids} - before) == 2, "the new workers to accept")
+        wait_for(lambda: len(before & {*process.workers()}) == 1, "the end of an old worker")
+        (start.home / "go").touch()
+        response = waiting.getresponse()
+        assert response.status == 200
+        pid = int(response.read())
+        assert pid in before
         wait_for(lambda: before.isdisjoint(process.workers()), "the end of the old workers")
+    assert (start.home / f"worked-{pid}").exists()
     assert asked.failures == []
+    for word in ("Traceback", "Worker graceful timeout"):
+        assert word not in process.log()
     assert process.stop() == 0
 
 
