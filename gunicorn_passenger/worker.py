@@ -315,8 +315,7 @@ class Worker(GeventWorker):
             fork_handlers.ignore_further_stops()
             if not self._quitting:
                 finish_background_work(
-                    # the master kills the worker at the deadline, and the log should say so before
-                    deadline - time.monotonic() - 0.5,
+                    deadline - time.monotonic(),
                     self.log,
                     registry.broker.scheduler,
                     self.notify,

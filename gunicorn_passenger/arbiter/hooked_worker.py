@@ -40,6 +40,8 @@ from gunicorn_passenger.system import listening_sockets, unpatched
 if TYPE_CHECKING:
     from gunicorn_passenger.serving.gevent_scheduler import GeventScheduler
 
+#: Seconds before the end of the graceful timeout at which the worker ends what is left.
+_LOG_SECONDS = 0.5
 #: Seconds that a worker which cannot boot waits for gunicorn to stop it.
 _STOP_WAIT = 2.0
 
@@ -103,7 +105,7 @@ class HookedWorker:
         self._quitting = False
         #: held by the thread that begins the drain
         self._draining = unpatched.lock()
-        #: when the worker must have exited (monotonic seconds); set when it begins to drain
+        #: when the worker ends what is left (monotonic seconds); set when it begins to drain
         self._deadline = 0.0
         #: the hub of the thread that runs gunicorn's loop, once that has ended, if the program has one there
         self._main_hub: GeventScheduler | None = None
@@ -308,7 +310,9 @@ class HookedWorker:
         if not self._draining.acquire(False):
             return
         try:
-            self._deadline = monotonic() + self.cfg.graceful_timeout
+            timeout = float(self.cfg.graceful_timeout)
+            # the master kills the worker at the end of the timeout, and the log should say why before
+            self._deadline = monotonic() + timeout - min(_LOG_SECONDS, timeout / 4)
             registry.stop_accepting()
             self._patch.stop_accepting()
             self._broker.announce_exit()
@@ -335,8 +339,7 @@ class HookedWorker:
             events.emit("exit", self._worker, self.log)
         if has_ports and not self._quitting:
             finish_background_work(
-                # the master kills the worker at the deadline, and the log should say so before
-                self._deadline - monotonic() - 0.5,
+                self._deadline - monotonic(),
                 self.log,
                 self._main_hub or self._scheduler,
                 self._worker.notify,
@@ -346,7 +349,7 @@ class HookedWorker:
             do_not_wait_for_threads()
 
     def _await(self, function: Callable[[], object]) -> None:
-        """Call a function that waits for others. The greenlets of this thread, if it has any, go on meanwhile."""
+        """Call a function that waits; the greenlets of this thread, if it has any, run meanwhile."""
         if self._main_hub is None:
             function()
         else:

@@ -35,6 +35,10 @@ from gunicorn_passenger.serving.server_errors import program_line, with_program_
 _LATE_LISTEN = 3.0
 
 
+#: Seconds that a worker has for its exit after its graceful timeout, when gunicorn stops.
+_EXIT_SECONDS = 2
+
+
 class Candidate(NamedTuple):
     """A worker, as far as the decision needs it."""
 
@@ -172,9 +176,18 @@ class OverlappingArbiter(Arbiter):
         return decide(found, self.num_workers)
 
     def stop(self, graceful: bool = True) -> None:
-        """Stop all workers."""
+        """Stop all workers. Those that are left some seconds after the graceful timeout are killed.
+
+        gunicorn kills them at its end, so a worker could not end what has taken too long, and say so.
+        """
         self._stopping = True
-        super().stop(graceful)
+        timeout = self.cfg.graceful_timeout
+        if graceful:
+            self.cfg.set("graceful_timeout", timeout + _EXIT_SECONDS)
+        try:
+            super().stop(graceful)
+        finally:
+            self.cfg.set("graceful_timeout", timeout)
 
     def reap_workers(self) -> None:
         """gunicorn halts on certain exit statuses of a worker; not while others serve, or while it stops."""

@@ -118,8 +118,8 @@ class MessageDispatcher:
         for worker in self._workers:
             if worker.closer.stalled(now):
                 self._log.error(
-                    "gunicorn-passenger: the master cannot close the descriptors that worker %s has sent, and "
-                    "closes its channel, so the worker exits and gunicorn starts another one",
+                    "gunicorn-passenger: the master cannot close the descriptors that worker %s has "
+                    "sent, and closes its channel, so the worker exits and gunicorn starts another one",
                     self._workers.pid(worker.age),
                 )
                 self.close_channel(worker, expelled=True)
@@ -374,11 +374,7 @@ class MessageDispatcher:
         """Handle the messages that a worker has sent before its end."""
         for _ in range(_MAX_REMAINING):
             fd = worker.sock.fileno()
-            if (
-                self._workers.by_fd(fd) is not worker
-                or worker.closer.full
-                or not unpatched.is_readable(fd)
-            ):
+            if self._workers.by_fd(fd) is not worker or worker.closer.full or not unpatched.is_readable(fd):
                 return
             self.serve(worker)
 

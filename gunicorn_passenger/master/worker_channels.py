@@ -106,7 +106,7 @@ class WorkerChannels:
             worker.stopped = True
 
     def fds_to_read(self) -> list[int]:
-        """The channels that the master reads now: not those that bring descriptors faster than it closes them."""
+        """The channels that the master reads now: not one that brings more descriptors than it closes."""
         return [fd for fd, worker in self._by_fd.items() if not worker.closer.full]
 
     def ages(self) -> list[int]:

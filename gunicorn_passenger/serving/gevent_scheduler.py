@@ -60,7 +60,7 @@ class GeventScheduler:
         return self.run(function)
 
     def run_beside(self, function: Callable[[], object]) -> None:
-        """Call a function in a thread of the system; let the greenlets of this thread run until it returns."""
+        """Call a function in a thread of the system; the greenlets of this thread run meanwhile."""
         self._hub.threadpool.apply(function)
 
     def call_soon(self, function: Callable[[], object]) -> None:

@@ -27,9 +27,10 @@ class Client(http.client.HTTPConnection):
             self.sock = socket.create_connection(address, self.timeout)
 
 
-def accepted(client: Client) -> bool:
+def accepted(client: Client | socket.socket) -> bool:
     """Whether a process has accepted this connection; until then the kernel says inode 0."""
-    port = client.sock.getsockname()[1]
+    sock = client if isinstance(client, socket.socket) else client.sock
+    port = sock.getsockname()[1]
     with open("/proc/net/tcp") as file:
         lines = [line.split() for line in list(file)[1:]]
     return any(fields[2].endswith(f":{port:04X}") and fields[9] != "0" for fields in lines)

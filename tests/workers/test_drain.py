@@ -10,8 +10,8 @@ import time
 import pytest
 import websocket
 from conditions import wait_for
-from http_client import Client, fetch, pids_answering, refused
-from processes import descriptors, listens
+from http_client import Client, accepted, fetch, pids_answering, refused
+from processes import GUNICORN, NO_CONTROL, listens
 from status_commands import command
 
 KEPT = ("--keep-alive", 600, "--graceful-timeout", 600, "--timeout", 600)
@@ -89,23 +89,49 @@ def test_the_log_names_what_holds_a_worker(start, port, home):
     process.wait_log(rf"WARNING.*third-party server on 127.0.0.1:{port} has not: 1 \(")
 
 
+@pytest.mark.parametrize("worker_class", ["gunicorn_passenger.Worker", "gthread"])
+def test_a_stop_ends_what_takes_too_long_and_says_so(start, port, worker_class):
+    """The worker does it, before the master kills it: gunicorn's line then asks whether memory is short."""
+    start.write(
+        "endless.py",
+        """
+        import os
+        import threading
+        import time
+        from http.server import HTTPServer
+        from answering import Handler, application
+
+        class Endless(Handler):
+            def do_GET(self):
+                while True:
+                    time.sleep(0.1)
+
+        server = HTTPServer(("127.0.0.1", int(os.environ["P1"])), Endless)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        """,
+    )
+    process = start.python(
+        GUNICORN, "-k", worker_class, "-c", "python:gunicorn_passenger.hooks", "-b",
+        f"unix:{start.home}/app.sock", *NO_CONTROL, "--graceful-timeout", 2, "endless:application",
+        env={"P1": port, "PYTHONPATH": f"{start.home}:{start.environment['PYTHONPATH']}"},
+    ).wait_ready()  # fmt: skip
+    client = Client(port)
+    client.request("GET", "/")
+    wait_for(lambda: accepted(client), "a worker to accept")
+    assert process.stop() == 0
+    assert process.log().count("Worker graceful timeout (pid:") == 1
+    assert "SIGKILL" not in process.log()
+    client.close()
+
+
 def test_a_connection_that_has_sent_nothing_yet_lives_on_too(start, port):
     process = two(start, port, *KEPT)
     with socket.create_connection(("127.0.0.1", port)) as sock:
-        wait_for(lambda: accepted(process, sock), "the connection to be accepted")
+        wait_for(lambda: accepted(sock), "the connection to be accepted")
         process.hup(2)
         sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
         sock.settimeout(30)
         assert sock.recv(4096).startswith((b"HTTP/1.0 200", b"HTTP/1.1 200"))
-
-
-def accepted(process, sock):
-    """Whether a worker has the other end."""
-    ends = f":{sock.getpeername()[1]:04X}", f":{sock.getsockname()[1]:04X}"
-    with open("/proc/net/tcp") as file:
-        lines = [line.split() for line in file.readlines()[1:]]
-    inodes = [line[9] for line in lines if line[1].endswith(ends[0]) and line[2].endswith(ends[1])]
-    return any(f"socket:[{inode}]" in descriptors(pid) for pid in process.workers() for inode in inodes)
 
 
 def test_a_request_that_comes_while_the_connection_moves_is_answered(start, port):
@@ -235,7 +261,7 @@ def test_an_unmodified_server_says_close_and_its_idle_connections_delay_no_exit(
     sock = idle.sock
     (old,) = process.workers()
     busy.request("GET", "/slow")
-    wait_for(lambda: accepted(process, busy.sock), "the slow request to be accepted")
+    wait_for(lambda: accepted(busy.sock), "the slow request to be accepted")
     process.signal(signal.SIGHUP)
     wait_for(lambda: not listens(old, port), "the old worker to drain")
     (home / "go").touch()
