@@ -17,6 +17,7 @@ from typing import Any
 
 from gunicorn_passenger.master.broker import Broker
 from gunicorn_passenger.system import log_locks
+from gunicorn_passenger.system.import_watch import imported
 
 _current: list[Broker] = []
 _parent: list[Broker] = []
@@ -157,7 +158,7 @@ def leave_boot() -> None:
 
 def _hub_of_another_greenlet() -> Any:
     """gevent's hub, if Python runs in it or in one of its greenlets, and not where the worker boots."""
-    module = sys.modules.get("gevent.hub")
+    module = imported("gevent.hub")
     if module is None:
         return None
     greenlet = sys.modules["greenlet"].getcurrent()

@@ -30,18 +30,17 @@ from gunicorn_passenger.master.owned_listener import BrokerOwnedListener
 from gunicorn_passenger.serving import events
 from gunicorn_passenger.serving.background_work import do_not_wait_for_threads, finish_background_work
 from gunicorn_passenger.serving.broker_client import BrokerClient
-from gunicorn_passenger.serving.finish import finish_connections
+from gunicorn_passenger.serving.finish import ThirdPartyDrainable, finish_connections
 from gunicorn_passenger.serving.registry import registry
 from gunicorn_passenger.serving.scheduler import Scheduler, ThreadScheduler
 from gunicorn_passenger.serving.server import default_name
 from gunicorn_passenger.serving.server_errors import with_program_line
 from gunicorn_passenger.system import listening_sockets, unpatched
+from gunicorn_passenger.system.import_watch import imported
 
 if TYPE_CHECKING:
     from gunicorn_passenger.serving.gevent_scheduler import GeventScheduler
 
-#: Seconds before the end of the graceful timeout at which the worker ends what is left.
-_LOG_SECONDS = 0.5
 #: Seconds that a worker which cannot boot waits for gunicorn to stop it.
 _STOP_WAIT = 2.0
 
@@ -105,7 +104,7 @@ class HookedWorker:
         self._quitting = False
         #: held by the thread that begins the drain
         self._draining = unpatched.lock()
-        #: when the worker ends what is left (monotonic seconds); set when it begins to drain
+        #: when the graceful timeout is over (monotonic seconds); set when the worker begins to drain
         self._deadline = 0.0
         #: the hub of the thread that runs gunicorn's loop, once that has ended, if the program has one there
         self._main_hub: GeventScheduler | None = None
@@ -174,7 +173,12 @@ class HookedWorker:
     def _on_quit(self, handle: Callable[..., None], *args: Any) -> None:
         """A signal handler: gunicorn stops the worker at once, or its timeout does."""
         self._quitting = True
-        handle(*args)
+        if _is_in_hub() and not self._is_gevent:
+            # gunicorn's handler sleeps, and the hub must not
+            gevent: Any = sys.modules["gevent"]
+            gevent.spawn(handle, *args)
+        else:
+            handle(*args)
 
     def init_process(self) -> None:
         """Boot the worker, and run it.
@@ -310,9 +314,7 @@ class HookedWorker:
         if not self._draining.acquire(False):
             return
         try:
-            timeout = float(self.cfg.graceful_timeout)
-            # the master kills the worker at the end of the timeout, and the log should say why before
-            self._deadline = monotonic() + timeout - min(_LOG_SECONDS, timeout / 4)
+            self._deadline = monotonic() + self.cfg.graceful_timeout
             registry.stop_accepting()
             self._patch.stop_accepting()
             self._broker.announce_exit()
@@ -325,7 +327,7 @@ class HookedWorker:
 
     def _finish(self) -> None:
         """gunicorn's loop has ended."""
-        if not self._is_gevent and unpatched.threads_are_greenlets():
+        if not self._is_gevent and _has_hub():
             # the program had gevent patch it: its servers and threads are greenlets of this thread
             self._main_hub = _gevent_scheduler()
         has_ports = self._has_ports()
@@ -360,7 +362,7 @@ class HookedWorker:
         self._drain_begun.wait()
 
     def _finish_connections(self) -> None:
-        if not self._is_gevent and self._main_hub is None:
+        if not self._is_gevent:
             # gunicorn's loop has ended, and with it an asyncio server of the program in this thread
             self._patch.leased.connections.forget_those_of_this_thread()
         finish = partial(
@@ -370,7 +372,7 @@ class HookedWorker:
             self.log,
             self._scheduler.sleep,
             self._on_drain_tick,
-            self._patch,
+            self._patch if self._main_hub is None else _DrainedInHub(self._patch, self._main_hub),
             float(self.cfg.keepalive),
         )
         self._await(partial(self._scheduler.run, finish))
@@ -379,6 +381,18 @@ class HookedWorker:
     def _on_drain_tick(self) -> None:
         self._worker.notify()
         self._write_counts()
+
+
+class _DrainedInHub:
+    """The third-party servers of a thread with a hub, for another thread that waits for their connections."""
+
+    def __init__(self, servers: ThirdPartyDrainable, hub: GeventScheduler) -> None:
+        self.idle = servers.idle
+        self._servers, self._hub = servers, hub
+
+    def shutdown_idle_connections(self) -> None:
+        """End the connections that wait for a request."""
+        self._hub.run(self._servers.shutdown_idle_connections)
 
 
 def _log_late_claim(log: Any, key: str) -> None:
@@ -410,6 +424,23 @@ def _ignore(_number: int, _frame: Any) -> None:
 def _is_gevent(worker: Any) -> bool:
     """Whether the worker's class is one of gunicorn's gevent classes, or made from one."""
     return any(kind.__module__ == "gunicorn.workers.ggevent" for kind in type(worker).__mro__)
+
+
+def _has_hub() -> bool:
+    """Whether this thread has a hub of gevent's, and with it greenlets that run while it waits."""
+    return _own_hub() is not None
+
+
+def _is_in_hub() -> bool:
+    """Whether this code runs in the hub itself, which must not wait."""
+    hub = _own_hub()
+    return hub is not None and sys.modules["greenlet"].getcurrent() is hub
+
+
+def _own_hub() -> Any:
+    """The hub of this thread, if it has one."""
+    hubs = imported("gevent._hub_local")
+    return None if hubs is None else hubs.get_hub_if_exists()
 
 
 def _gevent_scheduler() -> GeventScheduler:

@@ -226,8 +226,8 @@ def _workers_are_ours(arbiter: Any) -> bool:
 def ready(arbiter: Any) -> None:
     """gunicorn is ready, and starts its workers next."""
     _set_arbiter(arbiter)
-    if _workers_are_ours(arbiter):
-        succession.install(arbiter)
+    ours = _workers_are_ours(arbiter)
+    succession.install(arbiter, succession.OverlappingArbiter if ours else succession.PatientArbiter)
     prometheus_multiproc.directory.give_to_workers(arbiter.cfg, arbiter.log)
     settings.leave_program_scope()
     requested_daemons.handled = True

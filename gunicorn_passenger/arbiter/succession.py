@@ -4,8 +4,9 @@ Process: the master, in gunicorn's arbiter. Never: wait, or stop a worker before
 replaced it, unless the overlap is over.
 
 gunicorn itself sends SIGTERM to surplus workers as soon as it has forked others, which are not ready for
-seconds. So the arbiter becomes an :class:`OverlappingArbiter`, which asks :func:`decide` instead. A worker
-knows nothing of it: SIGTERM still means that it leaves now, and it comes when others serve.
+seconds. So under our own worker class the arbiter becomes an :class:`OverlappingArbiter`, which asks
+:func:`decide` instead. A worker knows nothing of it: SIGTERM still means that it leaves now, and it comes
+when others serve.
 """
 
 from __future__ import annotations
@@ -88,8 +89,25 @@ class _Reloaded(Exception):
     """gunicorn has started the workers of a reload. Its method would now wait for the old ones to exit."""
 
 
-class OverlappingArbiter(Arbiter):
-    """gunicorn's arbiter, whose old workers leave when new ones serve. See :func:`install`."""
+class PatientArbiter(Arbiter):
+    """gunicorn's arbiter, which kills a worker some seconds after its graceful timeout.
+
+    gunicorn kills it at the end of the timeout, so that it could not end what takes too long, and say so.
+    """
+
+    def stop(self, graceful: bool = True) -> None:
+        """Stop all workers."""
+        timeout = self.cfg.graceful_timeout
+        if graceful:
+            self.cfg.set("graceful_timeout", timeout + _EXIT_SECONDS)
+        try:
+            super().stop(graceful)
+        finally:
+            self.cfg.set("graceful_timeout", timeout)
+
+
+class OverlappingArbiter(PatientArbiter):
+    """The arbiter of our own worker class, whose old workers leave when new ones serve."""
 
     #: the age of the youngest worker before the reload that runs now; ``None`` while none runs
     _reloading: int | None = None
@@ -176,18 +194,9 @@ class OverlappingArbiter(Arbiter):
         return decide(found, self.num_workers)
 
     def stop(self, graceful: bool = True) -> None:
-        """Stop all workers. Those that are left some seconds after the graceful timeout are killed.
-
-        gunicorn kills them at its end, so a worker could not end what has taken too long, and say so.
-        """
+        """Stop all workers."""
         self._stopping = True
-        timeout = self.cfg.graceful_timeout
-        if graceful:
-            self.cfg.set("graceful_timeout", timeout + _EXIT_SECONDS)
-        try:
-            super().stop(graceful)
-        finally:
-            self.cfg.set("graceful_timeout", timeout)
+        super().stop(graceful)
 
     def reap_workers(self) -> None:
         """gunicorn halts on certain exit statuses of a worker; not while others serve, or while it stops."""
@@ -294,15 +303,11 @@ class OverlappingArbiter(Arbiter):
             broker.on_reload_rejected(text)
 
 
-def install(arbiter: Arbiter) -> None:
-    """Give the running arbiter the methods above: gunicorn has no hook that could do what they do."""
-    if not isinstance(arbiter, OverlappingArbiter):
+def install(arbiter: Arbiter, ours: type[PatientArbiter]) -> None:
+    """Give the running arbiter the methods of a class above: no hook of gunicorn's could do what they do."""
+    if not isinstance(arbiter, ours):
         kind = type(arbiter)
-        arbiter.__class__ = (
-            OverlappingArbiter
-            if kind is Arbiter
-            else type(OverlappingArbiter.__name__, (OverlappingArbiter, kind), {})
-        )
+        arbiter.__class__ = ours if kind is Arbiter else type(ours.__name__, (ours, kind), {})
 
 
 def _candidates(broker: Broker, workers: list[tuple[int, Any]]) -> list[Candidate]:

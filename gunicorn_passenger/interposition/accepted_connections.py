@@ -24,6 +24,7 @@ from gunicorn_passenger.config.gunicorn_types import Log
 from gunicorn_passenger.interposition.own_fds import fds_by_inode, inode_of
 from gunicorn_passenger.serving.third_party import ThirdPartyServer
 from gunicorn_passenger.system import unpatched
+from gunicorn_passenger.system.import_watch import imported
 from gunicorn_passenger.system.listening_sockets import borrowed_socket
 
 
@@ -35,7 +36,7 @@ class AcceptedConnection(NamedTuple):
     server: ThirdPartyServer
     #: the address of the server, as the program knows it
     name: SockAddr
-    #: the thread that has accepted it
+    #: the thread that has accepted it; 0 if a greenlet of that thread has, or its hub
     thread: int
 
 
@@ -76,7 +77,7 @@ class AcceptedConnections:
         :param name: the address of the server, as the program knows it.
         """
         with self._lock:
-            self._connections[fd] = AcceptedConnection(inode_of(fd), server, name, get_ident())
+            self._connections[fd] = AcceptedConnection(inode_of(fd), server, name, _thread())
 
     def idle(self) -> bool:
         """Whether no connection is open that an unmodified server has accepted."""
@@ -174,6 +175,12 @@ class AcceptedConnections:
         if known is None or known[0] != inode:  # a copy of the socket (dup)
             known = next((peer for peer in self._peers.values() if peer[0] == inode), None)
         return known[1] if known is not None else None
+
+
+def _thread() -> int:
+    """This thread, unless it runs another greenlet than the first one, whose code its end does not end."""
+    greenlet = imported("greenlet")
+    return get_ident() if greenlet is None or greenlet.getcurrent().parent is None else 0
 
 
 def _local_ports(fd: int, connected: bool = False) -> Iterator[int | str | bytes]:

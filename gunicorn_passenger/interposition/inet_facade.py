@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import _socket
 import socket
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from gunicorn_passenger.config.address import SockAddr
+from gunicorn_passenger.system.import_watch import imported
 from gunicorn_passenger.system.unpatched import unpatched
 
 INET = (socket.AF_INET, socket.AF_INET6)
@@ -34,7 +34,7 @@ _enabled: list[bool] = []
 def socket_classes() -> list[Any]:
     """The classes that all Python sockets derive their system calls from: the standard library's, and
     gevent's inner one where gevent is imported."""
-    gevents = sys.modules.get("gevent._socket3")
+    gevents = imported("gevent._socket3")
     return [NATIVE] if gevents is None else [NATIVE, gevents._wrefsocket]
 
 

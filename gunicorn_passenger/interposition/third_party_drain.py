@@ -20,6 +20,7 @@ from contextlib import suppress
 from types import CodeType, FrameType
 from typing import Any
 
+from gunicorn_passenger.system.import_watch import imported
 from gunicorn_passenger.system.live_objects import live_objects
 
 #: How many times as long as a search the worker does without one.
@@ -28,7 +29,7 @@ _SEARCH_PAUSE = 50
 
 def force_connection_close() -> None:
     """From now on every response is the last of its connection (RFC 9112 section 9.6)."""
-    pywsgi = sys.modules.get("gevent.pywsgi")
+    pywsgi = imported("gevent.pywsgi")
     if pywsgi is not None:
         finalize = pywsgi.WSGIHandler.finalize_headers
 
@@ -41,7 +42,7 @@ def force_connection_close() -> None:
                 self.response_headers.append((b"Connection", b"close"))
 
         pywsgi.WSGIHandler.finalize_headers = finalize_headers
-    server = sys.modules.get("http.server")
+    server = imported("http.server")
     if server is not None:
         end = server.BaseHTTPRequestHandler.end_headers
 
@@ -82,7 +83,7 @@ class IdleConnections:
                     yield sock
 
     def _greenlet_frames(self) -> Iterator[FrameType]:
-        greenlets = sys.modules.get("greenlet")
+        greenlets = imported("greenlet")
         if greenlets is None:
             return
         began = time.monotonic()
@@ -109,9 +110,9 @@ def shutdown_idle_connections() -> None:
 def _functions_that_wait() -> set[CodeType]:
     """The functions in which a server waits for the request line."""
     found = set()
-    if (pywsgi := sys.modules.get("gevent.pywsgi")) is not None:
+    if (pywsgi := imported("gevent.pywsgi")) is not None:
         found.add(pywsgi.WSGIHandler.read_requestline.__code__)
-    if (server := sys.modules.get("http.server")) is not None:
+    if (server := imported("http.server")) is not None:
         found.add(server.BaseHTTPRequestHandler.handle_one_request.__code__)
     return found
 

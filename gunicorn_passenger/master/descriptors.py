@@ -18,7 +18,6 @@ import socket
 import struct
 from collections import deque
 from contextlib import suppress
-from time import monotonic
 
 from gunicorn_passenger.ipc import channel
 from gunicorn_passenger.system import unpatched
@@ -28,8 +27,12 @@ _FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 _MAX_EMPTY = 1024
 #: How many descriptors of one sender may wait to be closed before the master reads nothing more from it.
 MAX_WAITING = 256
-#: Seconds without a single ``close`` after which a sender is cut off.
+#: A sender for which too many wait is cut off after so many seconds without a single ``close``, or after so
+#: many in which there was always one to be closed.
 STALL_TIMEOUT = 5.0
+BUSY_TIMEOUT = 30.0
+#: The most seconds between two looks that count: a master that was stopped meanwhile has closed nothing.
+_LOOK_LIMIT = 0.1
 
 
 def is_connection(fd: int) -> bool:
@@ -93,8 +96,9 @@ class Closer:
         self._waiting: deque[tuple[int, str]] = deque()
         self._lock = unpatched.lock()
         self._runs = False
-        #: when the thread began to wait for its present ``close`` (monotonic seconds)
-        self._closing_since = 0.0
+        #: seconds of the present ``close``, and of all since there was nothing to close, as far as
+        #: :meth:`stalled` has looked; and when it looked last (monotonic seconds)
+        self._closing_for = self._busy_for = self._looked_at = 0.0
 
     @property
     def full(self) -> bool:
@@ -102,11 +106,17 @@ class Closer:
         return len(self._waiting) >= MAX_WAITING
 
     def stalled(self, now: float) -> bool:
-        """Whether too many wait, and none was closed for some seconds: the caller cuts the sender off.
+        """Whether too many wait, and have waited for too long: the caller cuts the sender off.
+
+        Called again and again while :attr:`full`.
 
         :param now: monotonic seconds.
         """
-        return self.full and now - self._closing_since >= STALL_TIMEOUT
+        passed = min(now - self._looked_at, _LOOK_LIMIT)
+        self._looked_at = now
+        self._closing_for += passed
+        self._busy_for += passed
+        return self._closing_for >= STALL_TIMEOUT or self._busy_for >= BUSY_TIMEOUT
 
     def close(self, fd: int) -> None:
         """Close a descriptor that the sender has sent."""
@@ -118,7 +128,7 @@ class Closer:
             if self._runs:
                 return
             self._runs = True
-            self._closing_since = monotonic()
+            self._closing_for = self._busy_for = 0.0
             _busy.add(self)
         self._start()
 
@@ -151,7 +161,7 @@ class Closer:
                 os.close(fd)
             with self._lock:
                 self._waiting.popleft()
-                self._closing_since = monotonic()
+                self._closing_for = 0.0
 
     def receive(self, sock: _socket.socket, size: int) -> bytes:
         """Receive bytes from a stream; descriptors that come with them are closed.

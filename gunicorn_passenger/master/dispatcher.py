@@ -116,6 +116,8 @@ class MessageDispatcher:
         """As :meth:`.BrokerService.tick`."""
         due = [self.migration.tick(now)]
         for worker in self._workers:
+            if not worker.closer.full:
+                continue
             if worker.closer.stalled(now):
                 self._log.error(
                     "gunicorn-passenger: the master cannot close the descriptors that worker %s has "
@@ -123,7 +125,7 @@ class MessageDispatcher:
                     self._workers.pid(worker.age),
                 )
                 self.close_channel(worker, expelled=True)
-            elif worker.closer.full:
+            else:
                 due.append(now + _FULL_CLOSER_INTERVAL)
         return min((at for at in due if at is not None), default=None)
 

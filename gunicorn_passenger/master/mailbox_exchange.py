@@ -44,6 +44,8 @@ TAG_BYTES = 12
 _KEY_BYTES = 32
 #: Seconds until a worker that has not read its channel is told the rest.
 _RETRY_INTERVAL = 0.05
+#: How many descriptors at most are taken out of the mailbox of a worker that has exited.
+_MOST_TAKEN = 1024
 #: The part of a channel that the news may fill.
 _SHARE = 0.5
 
@@ -126,11 +128,13 @@ class MailboxExchange:
             # from now on no sibling can send; what is in the mailbox stays
             own.receiving.shutdown(socket.SHUT_RD)
         with suppress(OSError):
-            while not worker.closer.full:
-                taken = mailbox.take(own.receiving, worker.closer.close)
-                if taken is None:
-                    break
+            count = 0
+            while (
+                count < _MOST_TAKEN
+                and (taken := mailbox.take(own.receiving, worker.closer.close)) is not None
+            ):
                 packet, fds = taken
+                count += len(fds)
                 if packet[:1].lower() == mailbox.CONNECTION.encode():
                     self._give_to_sibling(packet, fds)
                 for fd in fds:

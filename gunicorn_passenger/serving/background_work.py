@@ -18,6 +18,8 @@ from gunicorn_passenger.config.gunicorn_types import Log
 from gunicorn_passenger.serving.scheduler import Scheduler
 from gunicorn_passenger.system.live_objects import live_objects
 
+#: Seconds that it may take when connections have used up the graceful timeout; mostly it has nothing to do.
+_LEAST_SECONDS = 0.5
 #: Seconds between two heartbeats.
 _HEARTBEAT_INTERVAL = 1.0
 
@@ -38,7 +40,7 @@ def finish_background_work(
     :param on_tick: called once a second meanwhile.
     :param endless: threads that are not waited for.
     """
-    deadline = monotonic() + seconds
+    deadline = monotonic() + max(seconds, _LEAST_SECONDS)
     finished = scheduler.result()
 
     def finish() -> None:

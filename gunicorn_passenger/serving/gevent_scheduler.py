@@ -10,7 +10,7 @@ from __future__ import annotations
 import _socket
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import gevent
 from gevent import socket as gsocket
@@ -20,6 +20,26 @@ from gunicorn_passenger.serving.scheduler import Result, Task, ThreadResult
 from gunicorn_passenger.system import unpatched
 
 T = TypeVar("T")
+
+
+class _Outcome(Generic[T]):
+    """What a function returns or raises in one thread, for another one."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self._value: T | None = None
+        self._error: BaseException | None = None
+
+    def call(self) -> None:
+        try:
+            self._value = self._function()
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> T:
+        if self._error is not None:
+            raise self._error
+        return cast("T", self._value)
 
 
 class GeventScheduler:
@@ -39,29 +59,44 @@ class GeventScheduler:
         # the hub belongs to its own thread: let that work, and wait here without a hub
         done = unpatched.lock()
         done.acquire()
-        outcome: list[Any] = []
+        outcome = _Outcome(function)
 
         def call() -> None:
-            try:
-                outcome.extend((function(), None))
-            except BaseException as error:
-                outcome.extend((None, error))
-            finally:
-                done.release()
+            outcome.call()
+            done.release()
 
         self.spawn(call)
         done.acquire()
-        result, error = outcome
-        if error is not None:
-            raise error
-        return result  # type: ignore[no-any-return]
+        return outcome.result()
 
     def run_in_hub(self, function: Callable[[], T]) -> T:
         return self.run(function)
 
-    def run_beside(self, function: Callable[[], object]) -> None:
-        """Call a function in a thread of the system; the greenlets of this thread run meanwhile."""
-        self._hub.threadpool.apply(function)
+    def run_beside(self, function: Callable[[], T]) -> T:
+        """Call a function in a thread of its own; the greenlets of this thread run meanwhile.
+
+        The threads of gevent's pool are the program's, which may keep all of them busy.
+
+        :raises Exception: as the function does.
+        """
+        done = Event()
+        outcome = _Outcome(function)
+        finished = self._hub.loop.async_()
+        finished.start(done.set)
+
+        def call() -> None:
+            outcome.call()
+            finished.send()
+
+        try:
+            unpatched.start_thread(call)
+        except RuntimeError:
+            # the system has no thread for it: the greenlets have to wait
+            outcome.call()
+        else:
+            done.wait()
+        finished.close()
+        return outcome.result()
 
     def call_soon(self, function: Callable[[], object]) -> None:
         """Call a function in the hub's thread; it must not wait."""

@@ -1,6 +1,6 @@
-"""Calls a function when the program has imported a module.
+"""Which modules the program has imported, and a function that is called when it has imported one.
 
-Process: a worker, the status daemon. Never: import the module itself, or change how it is found.
+Process: every process. Never: import the module itself, or change how it is found.
 """
 
 from __future__ import annotations
@@ -11,6 +11,12 @@ from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
+
+
+def imported(name: str) -> Any:
+    """A module, or ``None`` until it is imported completely: another thread may be importing it."""
+    module = sys.modules.get(name)
+    return None if getattr(getattr(module, "__spec__", None), "_initializing", False) else module
 
 
 def call_when_imported(name: str, function: Callable[[], object]) -> None:

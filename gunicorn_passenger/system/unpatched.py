@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import select
-import sys
 import threading
 from _thread import LockType
 from collections.abc import Callable
@@ -19,10 +18,12 @@ from collections.abc import Callable
 from sys import settrace
 from typing import Any
 
+from gunicorn_passenger.system.import_watch import imported
+
 
 def unpatched(module: str, name: str) -> Any:
     """``module.name`` as it was before gevent patched it."""
-    monkey = sys.modules.get("gevent.monkey")
+    monkey = imported("gevent.monkey")
     if monkey is None:
         return getattr(importlib.import_module(module), name)
     return monkey.get_original(module, name)
@@ -30,7 +31,7 @@ def unpatched(module: str, name: str) -> Any:
 
 def threads_are_greenlets() -> bool:
     """Whether gevent has patched ``threading``."""
-    monkey = sys.modules.get("gevent.monkey")
+    monkey = imported("gevent.monkey")
     return monkey is not None and bool(monkey.is_module_patched("threading"))
 
 

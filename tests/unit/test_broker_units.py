@@ -310,6 +310,27 @@ def test_a_worker_waits_while_the_master_closes_what_it_has_sent(workers, monkey
     wait_for(lambda: not descriptors._busy, "the descriptors to be closed")
 
 
+def test_when_a_sender_is_cut_off(monkeypatch):
+    """A master that was stopped for a minute has closed nothing meanwhile; the sender is not at fault."""
+    monkeypatch.setattr(descriptors, "MAX_WAITING", 1)
+    closer = descriptors.Closer()
+    monkeypatch.setattr(closer, "_start", lambda: None)
+    closer.close(sendable("udp"))
+    assert closer.full
+    assert not closer.stalled(1000.0)
+    assert not closer.stalled(1060.0)
+    moments = [1060.0 + 0.02 * n for n in range(260)]
+    assert [closer.stalled(now) for now in moments].index(True) in range(230, 250)
+    closer._closing_for = 0.0  # as when one is closed, and the next is waited for
+    assert not closer.stalled(2000.0)
+    for now in (2000.0 + 0.02 * n for n in range(1500)):
+        closer._closing_for = 0.0
+        cut_off = closer.stalled(now)
+    assert cut_off
+    closer._run()
+    assert not closer.full
+
+
 def ages_read(workers):
     """The workers whose channels the master reads."""
     with workers.broker.locked():

@@ -8,7 +8,7 @@ import pytest
 from open_descriptors import open_descriptors
 
 from gunicorn_passenger.ipc import channel, mailbox, messages
-from gunicorn_passenger.master import descriptors
+from gunicorn_passenger.master import mailbox_exchange
 from gunicorn_passenger.master.mailbox_exchange import MailboxExchange
 from gunicorn_passenger.master.worker_channels import WorkerChannel, WorkerChannels
 
@@ -331,7 +331,7 @@ def test_a_worker_that_cannot_use_its_mailbox_gives_it_back(site):
 
 def test_what_a_sibling_has_sent_without_end_is_not_taken_out(site, monkeypatch):
     dead, _ = site.add(1, ready=True)
-    monkeypatch.setattr(descriptors, "MAX_WAITING", 3)
+    monkeypatch.setattr(mailbox_exchange, "_MOST_TAKEN", 3)
     monkeypatch.setattr(dead.closer, "_start", lambda: None)
     own = site.exchange._by_age[1]
     with socket.socket() as sock:

@@ -1,13 +1,17 @@
 """The thread in which a worker of another class acts on the master's messages."""
 
+import importlib
 import logging
+import sys
 import threading
+from types import ModuleType
 
 import pytest
 from conditions import PATIENCE
 
 from gunicorn_passenger.serving import scheduler
 from gunicorn_passenger.serving.scheduler import ThreadScheduler
+from gunicorn_passenger.system.import_watch import imported
 
 
 @pytest.fixture
@@ -76,3 +80,25 @@ def test_a_debugger_sees_the_threads_below_those_of_python():
         threading.settrace(before)
     assert done.wait(PATIENCE)
     assert "work_of_the_thread" in seen
+
+
+def test_a_module_that_another_thread_is_importing_does_not_count(tmp_path, monkeypatch):
+    """A signal handler may come while the thread of the servers imports gevent."""
+    (tmp_path / "imported_slowly.py").write_text("import import_gate\nimport_gate.wait()\nready = True\n")
+    gate = ModuleType("import_gate")
+    begun, go = threading.Event(), threading.Event()
+    gate.wait = lambda: (begun.set(), go.wait(PATIENCE))
+    monkeypatch.setitem(sys.modules, "import_gate", gate)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert imported("imported_slowly") is None
+    importing = threading.Thread(target=importlib.import_module, args=["imported_slowly"])
+    importing.start()
+    try:
+        assert begun.wait(PATIENCE)
+        assert "imported_slowly" in sys.modules
+        assert imported("imported_slowly") is None
+    finally:
+        go.set()
+        importing.join()
+    assert imported("imported_slowly").ready
+    del sys.modules["imported_slowly"]

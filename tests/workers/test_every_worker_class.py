@@ -151,47 +151,59 @@ def test_unmodified_servers_in_threads_of_a_worker_without_gevent(start):
     assert process.stop() == 0
 
 
-@pytest.mark.parametrize("others", ["", "passenger.create_server(application).listen(int(os.environ['P2']))"])
-def test_a_program_that_gevent_patches_in_a_sync_worker(start, port, others):
-    """gevent is imported after the hooks; sockets of its class get the master's, too. The program's threads are
-    greenlets of the thread in which gunicorn's loop ran: the worker that drains lets them go on."""
-    start.write(
-        "late.py",
-        """
-        from gevent import monkey
+#: Programs that gevent patches after the hooks were installed: unmodified servers on P1 and P3, which have greenlets
+#: of the main thread. ``/wait`` on P3 responds when the file ``go`` is there. All threads of gevent's pool are busy.
+PATCHED = """
+    from gevent import monkey
 
-        monkey.patch_all()
+    monkey.patch_all({patched})
 
-        import os
-        import time
-        from http.server import HTTPServer
-        from threading import Thread
+    import os
+    import time
+    from http.server import HTTPServer
+    from threading import Thread
 
-        from answering import Handler, application
-        import gunicorn_passenger as passenger
+    import gevent
+    from gevent.pywsgi import WSGIServer
+    from answering import Handler, application
+    import gunicorn_passenger as passenger
 
-        class Slow(Handler):
-            def do_GET(self):
-                while self.path == "/wait" and not os.path.exists("go"):
-                    time.sleep(0.02)
-                if self.path == "/wait":
-                    Thread(target=work, daemon=False).start()
-                super().do_GET()
+    def wait(path):
+        while path == "/wait" and not os.path.exists("go"):
+            gevent.sleep(0.02)
+        if path == "/wait":
+            Thread(target=work, daemon=False).start()
 
-        def work():
-            for _ in range(10):
-                time.sleep(0.02)
-            open(f"worked-{os.getpid()}", "w").close()
+    def work():
+        for _ in range(10):
+            time.sleep(0.02)
+        open(f"worked-{os.getpid()}", "w").close()
 
-        def serve(port):
-            Thread(target=HTTPServer(("127.0.0.1", port), Slow).serve_forever, daemon=True).start()
+    class Slow(Handler):
+        def do_GET(self):
+            wait(self.path)
+            super().do_GET()
 
-        serve(int(os.environ["P1"]))
-        serve(int(os.environ["P3"]))
-        """
-        f"{others}\n",
-    )
-    slow = free_port()
+    def slow(environ, start_response):
+        wait(environ["PATH_INFO"])
+        return application(environ, start_response)
+
+    def in_thread(port):
+        Thread(target=HTTPServer(("127.0.0.1", port), Slow).serve_forever, daemon=True).start()
+
+    def in_hub(port):
+        WSGIServer(("127.0.0.1", port), slow, log=None).start()
+
+    for name in ("P1", "P3"):
+        {serve}(int(os.environ[name]))
+    pool = gevent.get_hub().threadpool
+    for _ in range(pool.maxsize):
+        gevent.spawn(pool.spawn, monkey.get_original("time", "sleep"), 600)
+    """
+
+
+def gevent_patched(start, port, slow, patched="", serve="in_thread", others=""):
+    start.write("late.py", dedent(PATCHED).replace("{patched}", patched).replace("{serve}", serve) + others)
     process = start.python(
         GUNICORN, "-k", "sync", "-w", 2, "-c", "python:gunicorn_passenger.hooks", "-b",
         f"unix:{start.home}/app.sock", *NO_CONTROL, "late:application",
@@ -201,11 +213,25 @@ def test_a_program_that_gevent_patches_in_a_sync_worker(start, port, others):
         },
     ).wait_ready()  # fmt: skip
     wait_for(lambda: len(process.workers()) == 2, "two workers")
-    before = set(process.workers())
-    answering(port, before)
+    answering(port, process.workers())
     waiting = Client(slow)
     waiting.request("GET", "/wait")
     wait_for(lambda: accepted(waiting), "a worker to accept")
+    return process, waiting
+
+
+OURS_BESIDE = "passenger.create_server(application).listen(int(os.environ['P2']))\n"
+
+
+@pytest.mark.parametrize(
+    ("patched", "serve", "others"),
+    [("", "in_thread", ""), ("", "in_thread", OURS_BESIDE), ("thread=False", "in_hub", "")],
+)
+def test_a_program_that_gevent_patches_in_a_sync_worker(start, port, patched, serve, others):
+    """Sockets of gevent's class get the master's, too. The program's greenlets belong to the thread in which
+    gunicorn's loop ran: the worker that drains lets them go on."""
+    process, waiting = gevent_patched(start, port, free_port(), patched, serve, others)
+    before = set(process.workers())
     with Requests(port, threads=1) as asked:
         process.signal(signal.SIGHUP)
         wait_for(lambda: len({*asked.pids} - before) == 2, "the new workers to accept")
@@ -218,9 +244,69 @@ def test_a_program_that_gevent_patches_in_a_sync_worker(start, port, others):
         wait_for(lambda: before.isdisjoint(process.workers()), "the end of the old workers")
     assert (start.home / f"worked-{pid}").exists()
     assert asked.failures == []
+    waiting.close()
     for word in ("Traceback", "Worker graceful timeout"):
         assert word not in process.log()
     assert process.stop() == 0
+
+
+def test_a_quick_stop_of_a_worker_whose_greenlets_finish(start, port):
+    """gunicorn's signal handler sleeps, which gevent's hub must not."""
+    slow = free_port()
+    process, waiting = gevent_patched(start, port, slow)
+    process.signal(signal.SIGTERM)
+    wait_for(lambda: len(process.workers()) == 1, "the end of the worker without a request")
+    (last,) = process.workers()
+    os.kill(last, signal.SIGQUIT)
+    assert process.wait_end() == 0
+    waiting.close()
+    for word in ("Traceback", "exited with code", "SIGKILL"):
+        assert word not in process.log()
+
+
+def test_an_asyncio_server_in_the_loop_of_a_patched_worker(start, port):
+    """When gunicorn's loop has ended, its connections cannot finish: the worker does not wait for them."""
+    require_worker_class("uvicorn_worker.UvicornWorker")
+    start.write(
+        "late.py",
+        """
+        import os
+        from gevent import monkey
+
+        monkey.patch_all()
+
+        import asyncio
+
+        kept = []
+
+        async def answer(reader, writer):
+            kept.append(writer)
+            while await reader.readuntil(b"\\r\\n\\r\\n"):
+                writer.write(b"HTTP/1.1 200 OK\\r\\nContent-Length: 2\\r\\n\\r\\nok")
+
+        async def application(scope, receive, send):
+            while scope["type"] == "lifespan":
+                message = await receive()
+                if message["type"] == "lifespan.startup":
+                    kept.append(await asyncio.start_server(answer, "127.0.0.1", int(os.environ["P1"])))
+                await send({"type": message["type"] + ".complete"})
+                if message["type"] == "lifespan.shutdown":
+                    return
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"ok"})
+        """,
+    )
+    process = start.python(
+        GUNICORN, "-k", "uvicorn_worker.UvicornH11Worker", "-c", "python:gunicorn_passenger.hooks", "-b",
+        f"unix:{start.home}/app.sock", "--graceful-timeout", 600, "--timeout", 600, *NO_CONTROL, "late:application",
+        env={"P1": port, "PYTHONPATH": f"{start.home}:{start.environment['PYTHONPATH']}"},
+    ).wait_ready()  # fmt: skip
+    client = Client(port)
+    wait_for(lambda: answers(port), "the server to listen")
+    client.request("GET", "/")
+    assert client.getresponse().read() == b"ok"
+    assert process.stop() == 0
+    client.close()
 
 
 def test_hooks_and_children_of_the_program(start):
