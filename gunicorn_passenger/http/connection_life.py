@@ -58,9 +58,6 @@ class ConnectionLife(Transport):
         "was_passed",
     )
 
-    if sys.flags.dev_mode:
-        __setattr__ = set_checked
-
     def __init__(self, acceptor: Any, listener: ListenerContext, sock: Any, addr: Any) -> None:
         """
         :param acceptor: the :class:`~.acceptor.Acceptor`, which is told when the connection ends or is idle.
@@ -312,3 +309,8 @@ class ConnectionLife(Transport):
             self.body.detach()
         self._release()
         self.on_drain = self.response = None
+
+
+if sys.flags.dev_mode:
+    with contextlib.suppress(TypeError):  # of the compiled class
+        ConnectionLife.__setattr__ = set_checked  # type: ignore[method-assign]

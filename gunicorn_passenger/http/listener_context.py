@@ -6,7 +6,6 @@ Never: hold anything of a single request.
 
 from __future__ import annotations
 
-import io
 import logging
 import sys
 from collections.abc import Callable
@@ -15,17 +14,17 @@ from typing import Any
 
 from gunicorn.http import errors as http_errors
 from gunicorn.http import message
-from gunicorn.http.wsgi import WSGIErrorsWrapper, base_environ
+from gunicorn.http.wsgi import base_environ
 from gunicorn.workers.base import Worker as GunicornWorker
 
 from gunicorn_passenger.config.gunicorn_types import Log
 from gunicorn_passenger.config.settings import Timeouts
 from gunicorn_passenger.http.access_log import AccessLog
+from gunicorn_passenger.http.error_stream import ErrorStream
 from gunicorn_passenger.http.greenlet_pool import GreenletPool
 from gunicorn_passenger.http.request_head import ConnectionContext, HeadReader
 from gunicorn_passenger.http.timeouts import IdleTicker, TimeoutQueue
 from gunicorn_passenger.http.write_coalescing import coalescer_for_hub
-from gunicorn_passenger.system.text import printable
 
 #: How many clients' addresses are cached with whether they are trusted.
 _REMEMBER = 4096
@@ -70,26 +69,6 @@ class StandaloneWorker:
 
     def retire(self) -> None:
         """Do nothing: plain Python has no limit of requests."""
-
-
-class ErrorStream(io.RawIOBase):
-    """``wsgi.errors``: gunicorn's error log, which may be reopened at any time."""
-
-    def __init__(self, cfg: Any) -> None:
-        self._cfg = cfg
-
-    def writable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        """Do nothing: the log belongs to the server, not to the application."""
-
-    def write(self, data: Any) -> int:
-        # created for each text: the log may have been reopened since
-        text = data.decode("utf-8", "backslashreplace") if isinstance(data, bytes) else str(data)
-        # the application chooses the lines, and a client may have chosen their content
-        WSGIErrorsWrapper(self._cfg).write(printable(text, keep="\t\n"))
-        return len(data)
 
 
 class ListenerContext:

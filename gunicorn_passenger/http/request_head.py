@@ -40,6 +40,7 @@ from gunicorn.http.unreader import IterUnreader
 from gunicorn_passenger.http.c_parser import c_parser_for
 from gunicorn_passenger.http.chunked import CHUNKED, check_lines
 from gunicorn_passenger.http.grammar import AUTHORITY, CONTROL_IN_TARGET, CONTROL_IN_VALUE, MAX_LENGTH
+from gunicorn_passenger.http.gunicorn_request import GunicornRequest
 
 #: How many request lines are cached, and how many bytes a cached one has at most.
 _REMEMBER = 1000
@@ -65,18 +66,6 @@ class RequestFailed(Exception):
         super().__init__("the request cannot be passed to the application")
         self.request = request
         self.cause = cause
-
-
-class _GunicornRequest(message.Request):
-    """gunicorn's request object, which always uses the Python parser."""
-
-    @property
-    def _use_fast(self) -> bool:
-        return False
-
-    @_use_fast.setter
-    def _use_fast(self, value: bool) -> None:
-        pass
 
 
 class _NoSocket:
@@ -363,7 +352,7 @@ class HeadReader:
         :raises gunicorn.http.errors.ParseException: when it is refused.
         :raises gunicorn.http.errors.NoMoreData: when it is not refused so far, and incomplete.
         """
-        return _GunicornRequest(self.cfg, IterUnreader([head]), context.addr)
+        return GunicornRequest(self.cfg, IterUnreader([head]), context.addr)
 
     def _parse_with_gunicorn(
         self, head: bytes, context: ConnectionContext, parsed: ParsedHead

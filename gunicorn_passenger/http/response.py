@@ -11,7 +11,7 @@ gunicorn's hooks and loggers read these attributes, so they have gunicorn's name
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from gunicorn import SERVER
@@ -34,10 +34,14 @@ _JOIN = 32768
 _GATHER = 65536
 
 
-class _ResponseSent(tuple[bytes, ...]):
-    """The type of :data:`RESPONSE_SENT`: an empty iterable, for a middleware that iterates over it."""
+class _ResponseSent:
+    """The type of :data:`RESPONSE_SENT`: an empty body, for a middleware that looks at it."""
 
-    __slots__ = ()
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
 
 
 #: The one value that an application returns when it has sent the response itself: the proxy does, with

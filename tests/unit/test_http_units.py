@@ -23,7 +23,7 @@ from gunicorn_passenger.http import timeouts as deadlines_module
 from gunicorn_passenger.http.access_log import AccessLog
 from gunicorn_passenger.http.body import ChunkedBody
 from gunicorn_passenger.http.client_socket import ClientSocket
-from gunicorn_passenger.http.listener_context import ErrorStream
+from gunicorn_passenger.http.error_stream import ErrorStream
 from gunicorn_passenger.http.response import Response
 from gunicorn_passenger.http.response_cache import InvalidResponseHeader
 from gunicorn_passenger.http.timeouts import TimeoutQueue

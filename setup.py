@@ -1,0 +1,28 @@
+"""What setup.cfg cannot say: the modules that are compiled, where GUNICORN_PASSENGER_COMPILE=1 asks for it.
+
+mypyc turns them into C, from the same source; without it they are Python. Each connection and each request
+runs through them. Not among them are modules with classes that extend one of gevent, gunicorn or the standard
+library, whose layout mypyc does not know, and http/greenlet_pool.py, which counts references.
+"""
+
+import os
+
+from setuptools import setup
+
+HTTP = """
+    acceptor body chunked connection connection_life connection_output listener_context request_head response
+    response_cache timeouts transport write_coalescing
+"""
+
+if os.environ.get("GUNICORN_PASSENGER_COMPILE"):
+    try:
+        from mypyc.build import mypycify
+    except ImportError:
+        # pip asks for what is required before it builds
+        setup(setup_requires=["mypy==2.4.1"])
+    else:
+        files = [f"gunicorn_passenger/http/{name}.py" for name in HTTP.split()]
+        options = ["--config-file=", "--ignore-missing-imports", *files]
+        setup(ext_modules=mypycify(options, group_name="gunicorn_passenger"))
+else:
+    setup()
