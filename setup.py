@@ -9,10 +9,16 @@ import os
 
 from setuptools import setup
 
-HTTP = """
-    acceptor body chunked connection connection_life connection_output listener_context request_head response
-    response_cache timeouts transport write_coalescing
-"""
+COMPILED = {
+    "http": """
+        acceptor body chunked connection connection_life connection_output listener_context request_head
+        response response_cache timeouts transport write_coalescing
+    """,
+    "proxy": """
+        copy_response downstream forward forwarded_request handler plain_headers plan pool request_body
+        request_headers request_target response_head round_trip upstream_request wire
+    """,
+}
 
 if os.environ.get("GUNICORN_PASSENGER_COMPILE"):
     try:
@@ -21,7 +27,9 @@ if os.environ.get("GUNICORN_PASSENGER_COMPILE"):
         # pip asks for what is required before it builds
         setup(setup_requires=["mypy==2.4.1"])
     else:
-        files = [f"gunicorn_passenger/http/{name}.py" for name in HTTP.split()]
+        files = [
+            f"gunicorn_passenger/{part}/{name}.py" for part in COMPILED for name in COMPILED[part].split()
+        ]
         options = ["--config-file=", "--ignore-missing-imports", *files]
         setup(ext_modules=mypycify(options, group_name="gunicorn_passenger"))
 else:

@@ -250,18 +250,21 @@ class ChunkedBody(_IncomingBody):
             return b""
         if not decoder.left:
             try:
-                self._read_framing()
+                ended = self._read_framing()
             except BaseException:
                 self.failed = True
                 raise
-            if decoder.finished:
+            if ended:
                 return b""
         data = self._receive(min(decoder.left, most))
         decoder.consume(len(data))
         return data
 
-    def _read_framing(self) -> None:
-        """Read up to the content of the next chunk, or to the end of the body."""
+    def _read_framing(self) -> bool:
+        """Read up to the content of the next chunk, or to the end of the body.
+
+        :returns: whether that is the end.
+        """
         decoder = self._decoder
         bounded = False
         try:
@@ -270,7 +273,7 @@ class ChunkedBody(_IncomingBody):
                 if connection is not None:
                     connection.at = decoder.advance(connection.buf, connection.at)
                     if decoder.left:
-                        return
+                        return False
                     if decoder.finished:
                         break
                     if decoder.in_trailers and not bounded:
@@ -284,6 +287,7 @@ class ChunkedBody(_IncomingBody):
             request.trailers = self.trailers = request.parse_headers(
                 decoder.trailer_section[:-2], from_trailer=True
             )
+        return True
 
     def drain(self) -> bool:
         return self.finished or self._discard()

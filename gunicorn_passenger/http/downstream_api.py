@@ -9,7 +9,7 @@ connection context implement these protocols. ``proxy`` imports ``http``; ``http
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 
@@ -50,7 +50,7 @@ class DownstreamResponse(Protocol):
         """Whether it has no body, whatever its headers say (RFC 9110 section 6.4.1)."""
 
     def start_response(
-        self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
+        self, status: str, headers: Iterable[tuple[str, str]], exc_info: Any = None
     ) -> Callable[[bytes], None]:
         """PEP 3333's ``start_response``."""
 

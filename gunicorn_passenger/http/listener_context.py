@@ -10,7 +10,7 @@ import logging
 import sys
 from collections.abc import Callable
 from operator import methodcaller
-from typing import Any
+from typing import Any, ClassVar
 
 from gunicorn.http import errors as http_errors
 from gunicorn.http import message
@@ -65,7 +65,7 @@ class StandaloneWorker:
 
     alive = True
     nr = 0
-    max_requests = sys.maxsize
+    max_requests: ClassVar[int] = sys.maxsize
 
     def retire(self) -> None:
         """Do nothing: plain Python has no limit of requests."""

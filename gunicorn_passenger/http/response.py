@@ -11,8 +11,8 @@ gunicorn's hooks and loggers read these attributes, so they have gunicorn's name
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar
 
 from gunicorn import SERVER
 
@@ -53,7 +53,7 @@ class Response:
     """The response to one request."""
 
     #: gunicorn's name for the ``Server`` header
-    version = SERVER
+    version: ClassVar[str] = SERVER
 
     status: str | None = None
     status_code: int | None = None
@@ -84,7 +84,7 @@ class Response:
     # --- what the application calls --------------------------------------------------------------
 
     def start_response(
-        self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
+        self, status: str, headers: Iterable[tuple[str, str]], exc_info: Any = None
     ) -> Callable[[bytes], None]:
         """PEP 3333's ``start_response``.
 

@@ -237,8 +237,6 @@ class WsgiDownstream:
 class NativeDownstream(WsgiDownstream):
     """A client of our own server."""
 
-    connection: DownstreamConnection
-
     def __init__(
         self,
         environ: dict[str, Any],
@@ -251,7 +249,7 @@ class NativeDownstream(WsgiDownstream):
         :param unmodified: whether no middleware can have changed the environ.
         """
         super().__init__(environ, start_response, connection)
-        self.connection = connection
+        self.connection = self._connection = connection
         self.unmodified = unmodified
 
     def headers(self, keep_case: bool) -> RequestHeaders:
@@ -270,22 +268,22 @@ class NativeDownstream(WsgiDownstream):
         return super().length()
 
     def buffered_bytes(self) -> int:
-        if self.body is not self.connection.body:
+        if self.body is not self._connection.body:
             return 0
-        return int(self.connection.buffered())
+        return int(self._connection.buffered())
 
     def _trusted(self, address: str) -> bool:
-        return bool(self.connection.context.trusted)
+        return bool(self._connection.context.trusted)
 
     def send_informational(self, status: int, reason: str, headers: HeaderList) -> None:
         if self.environ["SERVER_PROTOCOL"] == "HTTP/1.0":
             return
-        self.connection.send(wire.status_line(status, reason) + wire.lines_of(headers) + b"\r\n")
+        self._connection.send(wire.status_line(status, reason) + wire.lines_of(headers) + b"\r\n")
 
     def send_continue(self) -> None:
         if getattr(self.body, "expect", False):
             self.body.expect = False
-            self.connection.send_continue()
+            self._connection.send_continue()
 
 
 def _unix_name(sock: Any) -> Any:

@@ -17,7 +17,7 @@ from gunicorn_passenger.http.grammar import FIELD_VALUE
 from gunicorn_passenger.proxy.options import check_field
 from gunicorn_passenger.proxy.request_headers import HeaderList
 from gunicorn_passenger.proxy.target import Target
-from gunicorn_passenger.proxy.upstream_io import DownstreamDisconnected
+from gunicorn_passenger.proxy.wait_errors import DownstreamDisconnected
 
 EVENTS = (
     "start",
@@ -34,6 +34,11 @@ EVENTS = (
 
 class HandlerFailed(Exception):
     """A handler has raised an exception, or has left something that cannot be sent."""
+
+    def __init__(self, text: str, cause: BaseException | None = None) -> None:
+        """:param cause: the exception that the handler has raised, for the log."""
+        super().__init__(text)
+        self.cause = cause
 
 
 class Events:
@@ -84,7 +89,7 @@ class Events:
             except (ProxyError, ClientDisconnected, DownstreamDisconnected):
                 raise  # it has read the body of the response, and the upstream or the client has failed
             except Exception as error:
-                raise HandlerFailed(f"a handler of {event!r} failed") from error
+                raise HandlerFailed(f"a handler of {event!r} failed", error) from error
             if returned is not None:
                 result = returned
         return result

@@ -33,8 +33,8 @@ from gunicorn_passenger.proxy.response_head import (
     wire_head,
 )
 from gunicorn_passenger.proxy.round_trip import IDEMPOTENT, RoundTrip, closed_by_upstream, no_response_in
-from gunicorn_passenger.proxy.upstream_io import DownstreamDisconnected, WaitTimeout
 from gunicorn_passenger.proxy.upstream_request import expects_continue
+from gunicorn_passenger.proxy.wait_errors import DownstreamDisconnected, WaitTimeout
 
 
 def execute(  # noqa: PLR0915 - one function, so that the common case needs no other

@@ -28,7 +28,7 @@ from gunicorn_passenger.proxy.request_headers import ForwardedInfo, RequestHeade
 from gunicorn_passenger.proxy.round_trip import RoundTrip
 from gunicorn_passenger.proxy.routes import Backend, Route
 from gunicorn_passenger.proxy.target import ServerDirectory, Target
-from gunicorn_passenger.proxy.upstream_io import DownstreamDisconnected
+from gunicorn_passenger.proxy.wait_errors import DownstreamDisconnected
 from gunicorn_passenger.system.text import printable
 
 _TEXTS = {
@@ -75,9 +75,7 @@ class ForwardedRequest:
     authority_prefix = ""
     #: the target as the route names it; ``None`` before it is chosen
     target: Target | None = None
-    sender: RequestBodySender | NoBodySender = NO_BODY_SENDER
-    #: the targets that remain to be tried, and the one that is tried now
-    backends: list[Backend] = []  # noqa: RUF012 - replaced, never changed
+    #: the one of the targets that is tried now
     backend: Backend | None = None
     #: whether to wait for a connection when the pool has none
     waits = True
@@ -113,6 +111,9 @@ class ForwardedRequest:
         self.connection = connection
         self.options = proxy.options
         self.began = time.monotonic()
+        self.sender: RequestBodySender | NoBodySender = NO_BODY_SENDER
+        #: the targets that remain to be tried
+        self.backends: list[Backend] = []
 
     # --- the client ------------------------------------------------------------------------------
 
@@ -216,7 +217,7 @@ class ForwardedRequest:
         try:
             self.proxy.events.emit(event, *arguments)
         except HandlerFailed as error:
-            log.error("proxy: %s", error, exc_info=error.__cause__)
+            log.error("proxy: %s", error, exc_info=error.cause)
 
     # --- errors ----------------------------------------------------------------------------------
 
@@ -266,7 +267,7 @@ class ForwardedRequest:
                 if not self.has_responded:
                     log.error("%s: %s", line, error.status_code)
                     return self._handler_failed(failure)
-                log.error("proxy: %s", failure, exc_info=failure.__cause__)
+                log.error("proxy: %s", failure, exc_info=failure.cause)
         if self.has_responded:
             raise TruncatedResponse(f"{line}: the response is truncated")
         log.error("%s: %s", line, error.status_code)
@@ -298,7 +299,7 @@ class ForwardedRequest:
             error,
             self.environ["REQUEST_METHOD"],
             self._shown_path(),
-            exc_info=error.__cause__,
+            exc_info=error.cause if isinstance(error, HandlerFailed) else None,
         )
         if self.has_responded:
             raise TruncatedResponse("proxy: a handler has failed, and the response is truncated")

@@ -25,13 +25,13 @@ class Proxy:
     def __init__(
         self,
         target: Any,
-        host: str | None = None,
+        host: Any = None,
         options: Options | None = None,
         servers: ServerDirectory | None = None,
     ) -> None:
         """
         :param target: see ``docs/reference/proxy.md``.
-        :param host: the host for a bare port.
+        :param host: the name of the host, for a bare port.
         :param servers: the servers of this application, which a target may name.
         :raises SettingError: (a ``ValueError``) when the target cannot be used.
         """

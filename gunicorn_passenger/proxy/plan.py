@@ -367,7 +367,7 @@ def _choose(request: ForwardedRequest, route: Route) -> list[Backend] | None:
     try:
         group = route.find_group(request.werkzeug_request)
     except Exception as error:
-        raise HandlerFailed("the function that chooses the target failed") from error
+        raise HandlerFailed("the function that chooses the target failed", error) from error
     if group is None:
         return None
     servers = request.proxy.servers

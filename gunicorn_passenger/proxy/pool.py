@@ -18,7 +18,8 @@ from gunicorn_passenger.errors import PoolExhausted
 from gunicorn_passenger.http.downstream_api import DisconnectNotifier
 from gunicorn_passenger.proxy.dial import Dialer
 from gunicorn_passenger.proxy.log import failed_callback
-from gunicorn_passenger.proxy.upstream_io import DownstreamDisconnected, GeventRuntime, Stream
+from gunicorn_passenger.proxy.upstream_io import GeventRuntime, Stream
+from gunicorn_passenger.proxy.wait_errors import DownstreamDisconnected
 
 
 class PoolLimits(Protocol):

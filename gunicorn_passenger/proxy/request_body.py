@@ -304,10 +304,19 @@ class RequestBodySender:
 class NoBodySender:
     """The sender of a request without a body. It has no state: all requests share one."""
 
-    length = chunks_sent = 0
-    finished = sent = replayable = True
-    started = replaced = waiting = paused = is_cut_off = False
-    held = error = mirror = None
+    length = 0
+    chunks_sent = 0
+    finished = True
+    sent = True
+    replayable = True
+    started = False
+    replaced = False
+    waiting = False
+    paused = False
+    is_cut_off = False
+    held: Any = None
+    error: Any = None
+    mirror: Any = None
 
     def check_untouched(self) -> None:
         pass

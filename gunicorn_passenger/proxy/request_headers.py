@@ -6,7 +6,6 @@ Never: forward a header of one connection to another, or believe an untrusted cl
 
 from __future__ import annotations
 
-import copy
 import ipaddress
 import re
 from collections.abc import Collection, Iterable
@@ -224,7 +223,10 @@ class RequestHeaders:
 
     def changed(self, headers: HeaderList) -> RequestHeaders:
         """The same request with other headers."""
-        other = copy.copy(self)
+        other = RequestHeaders((), False)
+        other.version, other.host, other.valid = self.version, self.host, self.valid
+        other.upgrade, other.expect, other.te_trailers = self.upgrade, self.expect, self.te_trailers
+        other.measured = self.measured
         other.lines = headers
         return other
 

@@ -109,7 +109,7 @@ def rewritten_path(rewrite: Any, path: str, make_request: Callable[[], Any]) -> 
         try:
             result = rewrite(path, make_request())
         except Exception as error:
-            raise HandlerFailed("the function of rewrite= failed") from error
+            raise HandlerFailed("the function of rewrite= failed", error) from error
     else:
         result = path
         for pattern, replacement in rewrite:

@@ -49,24 +49,6 @@ _KEEP_ALIVE = re.compile(r"(?:^|[,;])[ \t]*timeout=([0-9]{1,6})(?![0-9])", re.IG
 _FOLD = re.compile(rb"\r\n[ \t]+")
 
 
-class RemembersHead(Protocol):
-    """A :class:`~.pool.Pool`."""
-
-    last_head: RememberedHead | None
-
-    def keep_idle(self, seconds: float | None) -> None:
-        """:param seconds: how long the upstream keeps an idle connection, if it says so."""
-
-
-class RememberedHead(NamedTuple):
-    """The last response head of an upstream: its next responses often have the same."""
-
-    data: bytes
-    #: whether names keep their letter case in it
-    keep_case: bool
-    head: ResponseHead
-
-
 class ResponseHead:
     """The head of a response: its end-to-end headers, and how its body is framed.
 
@@ -104,7 +86,7 @@ class ResponseHead:
         self.reason = (reason or b"").decode("latin-1").strip(" \t")
         #: status code and reason
         self.line = f"{self.status} {self.reason}"
-        self.length: int | None = None
+        length: int | None = None
         self.chunked = False
         self.upgrade = ""
         #: seconds for which the upstream keeps the connection when it is idle, if it says so
@@ -125,10 +107,12 @@ class ResponseHead:
             low = name.lower()
             if low in ASIDE:
                 if low == "content-length":
-                    before = self.length
-                    self._take_length(value)
-                    if before is None:
-                        headers.append((name if keep_case else low, str(self.length)))
+                    number = _length_in(value)
+                    if length is None:
+                        length = number
+                        headers.append((name if keep_case else low, str(number)))
+                    elif length != number:
+                        raise BadResponse("it has two Content-Lengths that differ")
                 elif low == "connection":
                     connection = f"{connection},{value}" if connection else value
                 elif low == "transfer-encoding":
@@ -149,11 +133,11 @@ class ResponseHead:
         if self.status < 200:
             # RFC 9110 section 8.6: an interim response has no body whose length it could give
             headers = [header for header in headers if header[0].lower() != "content-length"]
-            self.length = codings = None
+            length = codings = None
         if codings is not None:
             if codings.lower() != "chunked":
                 raise BadResponse(f"its transfer coding is {codings[:40]!r}, not chunked")
-            if self.length is not None:
+            if length is not None:
                 raise BadResponse("it has both Transfer-Encoding and Content-Length")
             if self.close:
                 raise BadResponse("it has a Transfer-Encoding and is HTTP/1.0")
@@ -165,20 +149,46 @@ class ResponseHead:
             elif "keep-alive" in options:
                 self.close = False
             headers = without_nominated(headers, options)
-        if self.status == 204 and (self.length or self.chunked):
+        if self.status == 204 and (length or self.chunked):
             # a server that announces a body here may send it, too, and it would begin the next response
             self.close = True
         self.headers = headers
+        self.length = length
 
-    def _take_length(self, value: str) -> None:
-        # one number, which may be repeated (RFC 9110 section 8.6)
-        for part in [part.strip(" \t") for part in value.split(",")]:
-            length = number_of_bytes(part)
-            if length is None:
-                raise BadResponse(f"its Content-Length {value[:40]!r} is not a number of bytes below 2**63")
-            if self.length is not None and self.length != length:
-                raise BadResponse("it has two Content-Lengths that differ")
-            self.length = length
+
+def _length_in(value: str) -> int:
+    """What a ``Content-Length`` says: one number, which may be repeated (RFC 9110 section 8.6).
+
+    :raises BadResponse: when it is malformed.
+    """
+    found: int | None = None
+    for part in [part.strip(" \t") for part in value.split(",")]:
+        number = number_of_bytes(part)
+        if number is None:
+            raise BadResponse(f"its Content-Length {value[:40]!r} is not a number of bytes below 2**63")
+        if found is not None and found != number:
+            raise BadResponse("it has two Content-Lengths that differ")
+        found = number
+    assert found is not None  # what is split has a part
+    return found
+
+
+class RememberedHead(NamedTuple):
+    """The last response head of an upstream: its next responses often have the same."""
+
+    data: bytes
+    #: whether names keep their letter case in it
+    keep_case: bool
+    head: ResponseHead
+
+
+class RemembersHead(Protocol):
+    """A :class:`~.pool.Pool`."""
+
+    last_head: RememberedHead | None
+
+    def keep_idle(self, seconds: float | None) -> None:
+        """:param seconds: how long the upstream keeps an idle connection, if it says so."""
 
 
 def parse_response_head(pool: RemembersHead, data: bytes, keep_case: bool) -> ResponseHead:

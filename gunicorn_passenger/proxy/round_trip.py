@@ -21,7 +21,8 @@ from gunicorn_passenger.proxy.response_head import (
     ResponseHead,
     parse_response_head,
 )
-from gunicorn_passenger.proxy.upstream_io import READ, WaitTimeout
+from gunicorn_passenger.proxy.upstream_io import READ
+from gunicorn_passenger.proxy.wait_errors import WaitTimeout
 
 #: The size of one read of a long body, in bytes.
 _BODY_READ = 262144

@@ -34,6 +34,7 @@ from gunicorn_passenger.http.downstream_api import DisconnectNotifier
 from gunicorn_passenger.http.timeouts import TimeoutQueue
 from gunicorn_passenger.proxy.log import failed_callback
 from gunicorn_passenger.proxy.resolver import Resolver
+from gunicorn_passenger.proxy.wait_errors import DownstreamDisconnected, WaitTimeout
 from gunicorn_passenger.system import unpatched
 
 #: what a wait ends with
@@ -50,18 +51,6 @@ SMALL_REQUEST = 8192
 
 #: what a wait is for
 READ, WRITE = 1, 2
-
-
-class DownstreamDisconnected(Exception):
-    """The client has disconnected while the proxy waited for the upstream."""
-
-
-class WaitTimeout(TimeoutError):
-    """The timeout of a wait has passed.
-
-    Python raises ``TimeoutError`` also for ``ETIMEDOUT``: the kernel has given the connection up, because the
-    upstream's host has vanished.
-    """
 
 
 class GeventRuntime:
@@ -185,7 +174,8 @@ class Stream:
     sock: Any
     tls = False
     #: whether the kernel took a part of what was sent last, and whether sending it failed
-    partially_sent = failed = False
+    partially_sent = False
+    failed = False
     #: whether a part of the last request is still to be sent
     flush_incomplete = False
     _poll: Any = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from typing import Any
+from unittest import mock
 from urllib.parse import urlsplit
 
 from gevent import getcurrent
@@ -17,6 +18,7 @@ from gunicorn.http.body import ChunkedReader, LengthReader
 from gunicorn.http.message import Request
 from gunicorn.http.unreader import IterUnreader
 from gunicorn.http.wsgi import create
+from gunicorn.workers.base import Worker
 
 from gunicorn_passenger.config.settings import Timeouts
 from gunicorn_passenger.http import connection_output as output_module
@@ -153,8 +155,12 @@ def ours(
     finally:
         output_module.get_hub = real
     refused: list[BaseException] = []
-    gate.refuse = lambda request, sock, addr, error: refused.append(error)  # type: ignore[method-assign]
-    with contextlib.suppress(OSError):
+    with (
+        mock.patch.object(
+            Worker, "handle_error", lambda self, request, sock, addr, error: refused.append(error)
+        ),
+        contextlib.suppress(OSError),
+    ):
         connection.serve_requests(getcurrent())
     if not end:
         end.append(_status(refused[0]) if refused else EOF)
