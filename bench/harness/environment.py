@@ -1,15 +1,20 @@
 """The programs and packages that a benchmark needs."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import ROOT, Failed
 from .processes import Command
 from .tables import progress
+
+#: The variable of setup.py.
+COMPILE = "GUNICORN_PASSENGER_COMPILE"
 
 
 def require_programs(wanted: Mapping[str, str], hint: str = "") -> None:
@@ -41,7 +46,7 @@ def make_environment(venv: Path) -> None:
     """Make the virtual environment that the benchmarks share.
 
     What this project needs is installed again when setup.cfg has changed, or an old environment would
-    measure it without.
+    measure it without. With GUNICORN_PASSENGER_COMPILE=1 the project is compiled, and installed as a wheel.
     """
     if not (venv / "bin" / "python").exists():
         progress(f"making {venv}")
@@ -53,9 +58,25 @@ def make_environment(venv: Path) -> None:
         if why := installation_error(pip(venv, "install", "--quiet", *packages)):
             raise Failed(f"pip install: {why}")
         stamp.touch()
+    if os.environ.get(COMPILE):
+        install_compiled(venv)
+        return
     # as an installation does it: compiled at each start, it would take more memory than it has
     compiling = [venv / "bin" / "python", "-m", "compileall", "-q", ROOT / "gunicorn_passenger"]
     subprocess.run(compiling, check=True)
+
+
+def install_compiled(venv: Path) -> None:
+    """Build the compiled wheel of this working tree, and install it in place of the working tree itself."""
+    progress("compiling this project")
+    with tempfile.TemporaryDirectory() as copy:
+        for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, copy)
+        shutil.copytree(ROOT / "gunicorn_passenger", Path(copy, "gunicorn_passenger"))
+        if why := installation_error(pip(venv, "install", "--quiet", "--force-reinstall", "--no-deps", copy)):
+            raise Failed(f"pip install: {why}")
+    # the next benchmark without the variable measures the working tree again
+    (venv / "installed").unlink()
 
 
 def installed_versions(venv: Path) -> dict[str, str]:
@@ -77,6 +98,8 @@ def versions_of(venv: Path, packages: Sequence[str], programs: Mapping[str, str]
     installed = installed_versions(venv)
     found = {name: installed[name] for name in packages if name in installed}
     found["python"] = program_version(str(venv / "bin/python"), "-V")
+    if os.environ.get(COMPILE):
+        found["gunicorn-passenger"] = "compiled"
     for program, option in programs.items():
         if shutil.which(program):
             found[program] = program_version(program, option)
