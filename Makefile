@@ -16,7 +16,7 @@ SOCKET ?= $(abspath $(VENV))/seed.sock
 
 RUNS ?= 50000
 
-.PHONY: run test unit coverage fuzz lint types docs docs-serve constraints dist bench bench-proxy clean
+.PHONY: run test test-compiled unit coverage fuzz lint types docs docs-serve constraints dist bench bench-proxy clean
 
 # Made anew when what is to be installed changes.
 $(VENV)/installed: setup.cfg pyproject.toml constraints-dev.txt Makefile
@@ -51,6 +51,23 @@ run: $(VENV)/installed
 test: $(VENV)/tested
 	$(BIN)/python -m compileall -q gunicorn_passenger tests/programs
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TESTS)
+
+# The compiled package (setup.py) in an environment of its own, and tests with it. They run in a copy without the
+# source, which Python would import. test_fast_path.py has replaced functions that compiled code calls directly.
+$(VENV)/compiled: setup.py setup.cfg constraints-dev.txt Makefile scripts/compiled-wheel $(shell find gunicorn_passenger -name '*.py')
+	$(PYTHON) -m venv $(VENV)
+	rm -rf $(VENV)/wheel
+	scripts/compiled-wheel $(BIN)/python $(VENV)/wheel
+	$(PIP) --force-reinstall --no-deps $(VENV)/wheel/*.whl
+	$(PIP) "gunicorn-passenger[fast,$(EXTRA)] @ file://$$(realpath $(VENV)/wheel/*.whl)" 'gunicorn$(GUNICORN)'
+	@touch $@
+
+COMPILED_TESTS ?= tests/http tests/proxy
+
+test-compiled: $(VENV)/compiled
+	rm -rf $(VENV)/copy && mkdir $(VENV)/copy
+	cp -r $$(git ls-files | cut -d/ -f1 | sort -u | grep -v '^gunicorn_passenger$$') $(VENV)/copy
+	cd $(VENV)/copy && ../bin/python -m pytest -n $(JOBS) --dist worksteal --ignore tests/proxy/test_fast_path.py $(COMPILED_TESTS)
 
 # The tests that start no gunicorn. They do not wait, so more jobs than this would only cost more imports.
 unit: $(VENV)/tested

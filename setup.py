@@ -3,9 +3,12 @@
 mypyc turns them into C, from the same source; without it they are Python. Each connection and each request
 runs through them. Not among them are modules with classes that extend one of gevent, gunicorn or the standard
 library, whose layout mypyc does not know, and http/greenlet_pool.py, which counts references.
+
+An editable installation is never compiled: Python would prefer the result to the source beside it.
 """
 
 import os
+import sys
 
 from setuptools import setup
 
@@ -20,7 +23,7 @@ COMPILED = {
     """,
 }
 
-if os.environ.get("GUNICORN_PASSENGER_COMPILE"):
+if os.environ.get("GUNICORN_PASSENGER_COMPILE") and "editable_wheel" not in sys.argv:
     try:
         from mypyc.build import mypycify
     except ImportError:

@@ -69,11 +69,13 @@ def make_environment(venv: Path) -> None:
 def install_compiled(venv: Path) -> None:
     """Build the compiled wheel of this working tree, and install it in place of the working tree itself."""
     progress("compiling this project")
-    with tempfile.TemporaryDirectory() as copy:
-        for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-            shutil.copy(ROOT / name, copy)
-        shutil.copytree(ROOT / "gunicorn_passenger", Path(copy, "gunicorn_passenger"))
-        if why := installation_error(pip(venv, "install", "--quiet", "--force-reinstall", "--no-deps", copy)):
+    with tempfile.TemporaryDirectory() as directory:
+        build = [ROOT / "scripts" / "compiled-wheel", venv / "bin" / "python", directory]
+        if why := installation_error(build):
+            raise Failed(f"scripts/compiled-wheel: {why}")
+        (wheel,) = Path(directory).glob("*.whl")
+        again = ("--quiet", "--force-reinstall", "--no-deps")
+        if why := installation_error(pip(venv, "install", *again, wheel)):
             raise Failed(f"pip install: {why}")
     # the next benchmark without the variable measures the working tree again
     (venv / "installed").unlink()
