@@ -8,7 +8,7 @@ import pytest
 from open_descriptors import open_descriptors
 
 from gunicorn_passenger.ipc import channel, mailbox, messages
-from gunicorn_passenger.master import mailbox_exchange
+from gunicorn_passenger.master import descriptors, mailbox_exchange
 from gunicorn_passenger.master.mailbox_exchange import MailboxExchange
 from gunicorn_passenger.master.worker_channels import WorkerChannel, WorkerChannels
 
@@ -228,7 +228,10 @@ def test_a_worker_that_dies_while_it_asks_costs_no_sibling_its_channel(site):
                 os.close(fd)
 
 
-def test_the_connections_of_a_dead_worker_go_to_a_sibling(site, connection):
+@pytest.mark.parametrize("room", [descriptors.MAX_WAITING, 0])
+def test_the_connections_of_a_dead_worker_go_to_a_sibling(site, connection, monkeypatch, room):
+    """Also while the master has not closed yet what the worker has sent before."""
+    monkeypatch.setattr(descriptors, "MAX_WAITING", room)
     dead, _ = site.add(1, ready=True)
     site.add(2, ready=True, draining=True)
     _, heard = site.add(3, ready=True)
