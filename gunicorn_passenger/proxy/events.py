@@ -99,13 +99,14 @@ class UpstreamRequest:
     """The request as it will be sent."""
 
     def __init__(self, method: str, path: str, headers: HeaderList, target: Target) -> None:
-        self.method = method
+        # what a handler may write has any type until it is checked, also where the package is compiled
+        self.method: Any = method
         #: path and query
-        self.path = path
+        self.path: Any = path
         self.headers = Headers(headers)
         self.target = target
         #: bytes to send in place of the client's body
-        self.body: bytes | None = None
+        self.body: Any = None
 
     def __repr__(self) -> str:
         return f"<UpstreamRequest {self.method} {self.path} to {self.target}>"
@@ -117,8 +118,9 @@ class UpstreamResponse:
     def __init__(
         self, status: int, reason: str, headers: HeaderList, target: Target, body: Iterator[bytes]
     ) -> None:
-        self.status_code = status
-        self.reason = reason
+        # as in UpstreamRequest
+        self.status_code: Any = status
+        self.reason: Any = reason
         self.headers = Headers(headers)
         self.target = target
         self._body = body

@@ -419,7 +419,7 @@ def normal_address(text: str) -> str:
         return UNKNOWN
 
 
-def environ_headers(environ: dict[str, Any], known: Collection[str] = ()) -> HeaderList:
+def environ_headers(environ: dict[Any, Any], known: Collection[str] = ()) -> HeaderList:
     """The headers of a WSGI request; their order, letter case and repetition are lost.
 
     :param known: keys of the environ that are left out.
@@ -441,7 +441,7 @@ def environ_headers(environ: dict[str, Any], known: Collection[str] = ()) -> Hea
     return headers
 
 
-def present_headers(environ: dict[str, Any], came: HeaderList | None) -> HeaderList:
+def present_headers(environ: dict[Any, Any], came: HeaderList | None) -> HeaderList:
     """The headers of a WSGI request as the program has left them, in the client's order where that is known.
 
     :param came: the headers as the client has sent them; ``None`` when the server does not tell.

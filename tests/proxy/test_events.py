@@ -228,9 +228,10 @@ def test_proxy_req_may_clear_the_headers(lab, upstream, port):
 @MODES
 @pytest.mark.parametrize("framing", ["none", "length", "chunked"])
 @pytest.mark.parametrize("new", [b"", b"new", b"longer than the one before" * 1000])
-def test_proxy_req_replaces_the_body(lab, upstream, port, mode, framing, new):
+@pytest.mark.parametrize("made", ["{}", "bytearray({})", "__import__('io').BytesIO({})"])
+def test_proxy_req_replaces_the_body(lab, upstream, port, mode, framing, new, made):
     where = lab.serve(f"{port}", mode)
-    handle(lab, "proxy_req", f"upstream_request.body = {new!r}")
+    handle(lab, "proxy_req", f"upstream_request.body = {made.format(repr(new))}")
     sent = {
         "none": request(method="POST"),
         "length": request(method="POST", body=b"hello"),
