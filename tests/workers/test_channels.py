@@ -17,6 +17,12 @@ from status_commands import only
 WORKERS = 3
 
 
+#: What :class:`Site` asks until all workers have heard it: the last answers may come later than that.
+FIRST = "question-0"
+#: Lines of a stream that are not a test's own messages.
+NOT_COUNTED = ("", FIRST, f"answer to {FIRST}")
+
+
 class Listener:
     """A client of /stream."""
 
@@ -32,7 +38,7 @@ class Listener:
         while len(found) < count:
             line = self.file.readline()
             assert line, f"the stream has ended after {found}"
-            found += [line.strip()] if line.strip() else []
+            found += [line.strip()] if line.strip() not in NOT_COUNTED else []
         return found
 
     def rest(self):
@@ -51,7 +57,7 @@ class Site:
             "channel_app", "--graceful-timeout", 600, *arguments, workers=WORKERS, env={"P1": self.port}
         ).wait_ready(self.port)
         self.runtime = {**os.environ, "PASSENGER_RUNTIME_DIR": str(self.process.home / "run")}
-        wait_for(lambda: self.ask("/publish?m=question-0") and self.everyone("answer to question-0"))
+        wait_for(lambda: self.ask(f"/publish?m={FIRST}") and self.everyone(f"answer to {FIRST}"))
 
     def ask(self, path="/"):
         status, text = fetch(self.port, path)
