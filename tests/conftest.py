@@ -28,6 +28,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in gone]
 
 
+def pytest_exception_interact(
+    node: pytest.Item | pytest.Collector, report: pytest.TestReport | pytest.CollectReport
+) -> None:
+    """Report what the programs logged, and where those of the test alone stand, before the test's end stops them."""
+    alone = getattr(node, "funcargs", {}).get("start")
+    for starter in Starter.open:
+        for process in starter.started:
+            if starter is alone:
+                process.kill()
+            report.sections.append((f"program {process.pid}", process.log_end()))
+
+
 @pytest.fixture
 def caplog(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     """pytest's own, which sees gunicorn's log also after another test of this process has made gunicorn's logger."""

@@ -15,7 +15,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from conditions import PATIENCE, wait_for
@@ -222,17 +222,36 @@ class Process:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.popen.wait(20)
         left = self.session()
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        self.kill()
+        return left
+
+    def kill(self) -> None:
+        """End all processes at once. Those of Python first write the stacks of their threads into the log."""
+        # faulthandler is on, and neither gunicorn nor a program handles this signal
+        for number in (signal.SIGBUS, signal.SIGKILL):
+            for pid in self.session():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            with contextlib.suppress(AssertionError):
+                wait_for(lambda: not self.session(), timeout=5)
         with contextlib.suppress(ProcessLookupError):
             self.popen.kill()
         self.popen.wait()
-        return left
+
+    def log_end(self) -> str:
+        """The last lines of the log, for the report of a test that failed."""
+        try:
+            lines = self.logfile.read_text(errors="replace").splitlines()
+        except FileNotFoundError:
+            return f"{self.logfile} is gone"
+        return "\n".join([f"--- the log of {self.pid}, {len(lines)} lines, ends with:", *lines[-150:]])
 
 
 class Starter:
     """Starts programs for one test."""
+
+    #: Those that have not ended, the ones of whole modules first.
+    open: ClassVar[list[Starter]] = []
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -243,6 +262,7 @@ class Starter:
             "PASSENGER_RUNTIME_DIR": str(home / "run"),
             "PYTHONPATH": str(PROGRAMS),
             "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONFAULTHANDLER": "1",
             "PYTHONUNBUFFERED": "1",
         }
         self.environment.pop("PORT", None)
@@ -294,12 +314,15 @@ def starting() -> Iterator[Starter]:
     home = Path(tempfile.mkdtemp(prefix="gp-", dir="/tmp"))
     home.chmod(0o755)
     starter = Starter(home)
+    Starter.open.append(starter)
     try:
         yield starter
     finally:
+        Starter.open.remove(starter)
         for process in starter.started:
             with contextlib.suppress(ProcessLookupError):
                 process.popen.terminate()
-        left = {process.pid: pids for process in reversed(starter.started) if (pids := process.end())}
+        left = {process: pids for process in reversed(starter.started) if (pids := process.end())}
+        logs = "\n".join(process.log_end() for process in left)
         shutil.rmtree(home, ignore_errors=True)
-    assert not left, f"processes had to be killed: {left}"
+    assert not left, f"processes had to be killed: {list(left.values())}\n{logs}"
