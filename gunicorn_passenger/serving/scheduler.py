@@ -54,7 +54,10 @@ class Scheduler(Protocol):
         """Run a function where the worker's sockets belong; wait for its result."""
 
     def run_in_hub(self, function: Callable[[], T]) -> T:
-        """Run a function in a greenlet, for a server of ours; wait for its result."""
+        """Run a function in a greenlet, for a server of ours; wait for its result.
+
+        :raises Exception: as the function does, or when gevent cannot make a hub.
+        """
 
     def spawn(self, function: Callable[..., object], *args: Any) -> None:
         """Run a function soon. Functions begin in the order in which they were given."""
@@ -175,15 +178,24 @@ class ThreadScheduler:
                 self._make_hub()
             else:
                 made = self.result()
-                self.spawn(self._make_hub, made)
+                self.spawn(self._make_hub_for, made)
                 made.wait()
+                if made.exception is not None:
+                    raise made.exception
         assert self._hub is not None
         return self._hub.run(function)
 
-    def _make_hub(self, made: Result | None = None) -> None:
+    def _make_hub(self) -> None:
         if self._hub is None:
             self._hub = self._new_hub()
-        if made is not None:
+
+    def _make_hub_for(self, made: Result) -> None:
+        """Make the hub for a thread that waits for it."""
+        try:
+            self._make_hub()
+        except BaseException as error:
+            made.set_exception(error)
+        else:
             made.set(None)
 
     def own_hub(self) -> HubScheduler | None:

@@ -1,5 +1,6 @@
 """The thread in which a worker of another class acts on the master's messages."""
 
+import errno
 import importlib
 import logging
 import sys
@@ -45,6 +46,26 @@ def test_a_signal_handler_may_spawn_while_the_thread_starts(threads, monkeypatch
     assert not asking.is_alive()
     assert done.wait(PATIENCE)
     assert len(begun) == 1
+
+
+def test_a_hub_that_cannot_be_made_is_an_error_where_it_is_needed(threads, monkeypatch):
+    """The worker may have no descriptor for it; the program's thread must not wait for ever."""
+
+    def no_descriptor():
+        raise OSError(errno.EMFILE, "no descriptor")
+
+    monkeypatch.setattr(threads, "_new_hub", no_descriptor)
+    raised = []
+
+    def ask():
+        with pytest.raises(OSError, match="no descriptor") as caught:
+            threads.run_in_hub(lambda: None)
+        raised.append(caught.value)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(PATIENCE)
+    assert len(raised) == 1
 
 
 def test_a_thread_that_the_system_refuses_is_started_later(threads, monkeypatch):
