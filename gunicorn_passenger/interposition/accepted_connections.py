@@ -96,6 +96,10 @@ class AcceptedConnections:
         connection = self._connections.get(fd)
         return connection.name if connection is not None and connection.inode == inode_of(fd) else None
 
+    def after_fork_in_child(self) -> None:
+        """In a child of the worker the thread that held the lock does not run."""
+        self._lock = unpatched.lock()
+
     # --- the drain --------------------------------------------------------------------------------
 
     def begin_drain(self, listeners: Iterable[int]) -> None:
@@ -135,9 +139,10 @@ class AcceptedConnections:
             return
         self._explained_half_closed = True
         waiting = unpatched.poll()
-        for fd in self._connections:
+        connections = dict(self._connections)
+        for fd in connections:
             waiting.register(fd, select.POLLRDHUP)
-        closed = (self._connections[fd].name for fd, events in waiting.poll(0) if events & select.POLLRDHUP)
+        closed = (connections[fd].name for fd, events in waiting.poll(0) if events & select.POLLRDHUP)
         for name, count in Counter(closed).items():
             self._log.warning(
                 "The worker waits for connections that their clients have closed and the third-party server "
@@ -173,7 +178,7 @@ class AcceptedConnections:
         inode = inode_of(fd)
         known = self._peers.get(fd)
         if known is None or known[0] != inode:  # a copy of the socket (dup)
-            known = next((peer for peer in self._peers.values() if peer[0] == inode), None)
+            known = next((peer for peer in list(self._peers.values()) if peer[0] == inode), None)
         return known[1] if known is not None else None
 
 

@@ -24,6 +24,7 @@ from gunicorn_passenger.config.address import SockAddr, format_sockname
 from gunicorn_passenger.interposition.accepted_connections import AcceptedConnections
 from gunicorn_passenger.interposition.fd_swap import epoll_registrations, swap_fds
 from gunicorn_passenger.interposition.own_fds import fds_by_inode, fds_of, inode_of
+from gunicorn_passenger.interposition.pending_bind import PendingBind
 from gunicorn_passenger.interposition.socket_options import Option, set_options, unreachable_listener
 from gunicorn_passenger.ipc.scoreboard import Counters, Scoreboard
 from gunicorn_passenger.serving.port_lease import AcceptGrant
@@ -72,7 +73,11 @@ class LeasedSockets:
 
     def __init__(self, registry: ServerRegistry) -> None:
         self._registry = registry
+        #: its iterations are over a copy: servers may listen, and sockets close, in any thread
         self._by_fd: dict[int, LeasedFd] = {}
+        #: held while a descriptor and its entry name different sockets; its owner may come here again, in a
+        #: signal handler
+        self._swapping = unpatched.rlock()
         self.connections = AcceptedConnections(registry.log)
         #: whether the primary has been captured
         self.captured = False
@@ -87,9 +92,18 @@ class LeasedSockets:
 
     # --- the table --------------------------------------------------------------------------------
 
-    def add(self, fd: int, server: ThirdPartyServer, name: SockAddr, options: list[Option]) -> None:
-        """The master's socket lies under a descriptor of a server from now on."""
-        entry = self._by_fd[fd] = LeasedFd(inode_of(fd), server, name, options)
+    def add(
+        self, bind: PendingBind, source: _socket.socket, server: ThirdPartyServer, options: list[Option]
+    ) -> None:
+        """Put the master's socket under the descriptors of a server: ``dup()`` had made them one socket, and
+        they stay one.
+
+        :param source: a socket of the master's; it stays the caller's.
+        :raises OSError: when the system does not allow it; then nothing has changed.
+        """
+        with self._swapping:
+            swap_fds(fds_of(bind.inode), source)
+            entry = self._by_fd[bind.fd] = LeasedFd(inode_of(bind.fd), server, bind.name, options)
         self._last = entry.since
         self.used = True
         if server.lease is None:
@@ -100,10 +114,13 @@ class LeasedSockets:
     def find(self, fd: int) -> LeasedFd | None:
         """The entry of a descriptor. One that was closed and reused ends its lease here."""
         entry = self._by_fd.get(fd)
-        if entry is not None and entry.inode != inode_of(fd):
-            self._end(fd)
-            return None
-        return entry
+        if entry is None or entry.inode == inode_of(fd):
+            return entry
+        with self._swapping:
+            closed = entry.inode != inode_of(fd)
+        if closed:
+            self._end(fd, entry)
+        return None if closed else entry
 
     def open_entries(self) -> Iterator[LeasedFd]:
         """The entries whose server has not closed."""
@@ -117,12 +134,14 @@ class LeasedSockets:
         return bool(self._by_fd) and inode_of(fd) in self.inodes()
 
     def inodes(self) -> set[int]:
-        return {entry.inode for entry in self._by_fd.values()}
+        """Those of the master's sockets that servers have."""
+        with self._swapping:
+            return {entry.inode for entry in list(self._by_fd.values())}
 
     def on_close(self, fd: int) -> None:
         """A socket object is about to close its descriptor."""
-        if fd in self._by_fd:
-            self._end(fd)
+        if (entry := self._by_fd.get(fd)) is not None:
+            self._end(fd, entry)
 
     def on_shutdown(self, fd: int, unreachable: _socket.socket) -> None:
         """The program ends its accepting on a socket of the master's with ``shutdown``.
@@ -133,7 +152,7 @@ class LeasedSockets:
         for known, entry in list(self._by_fd.items()):
             if entry.inode == inode:
                 self._swap(entry, unreachable, CLOSED)
-                del self._by_fd[known]
+                self._by_fd.pop(known, None)
                 self._keep_count(entry.server)
                 self._registry.on_third_party_closed(entry.server)
 
@@ -167,9 +186,10 @@ class LeasedSockets:
                 entry.name[1],
             )
 
-    def _end(self, fd: int) -> None:
+    def _end(self, fd: int, entry: LeasedFd) -> None:
         """Release the port, unless another descriptor of this process has the socket (``dup``)."""
-        entry = self._by_fd.pop(fd)
+        if self._by_fd.pop(fd, None) is not entry:
+            return  # another thread was faster
         self._keep_count(entry.server)
         for other in self._copies(fd, entry.inode):
             self._by_fd[other] = entry
@@ -182,13 +202,18 @@ class LeasedSockets:
         workers = self._registry.worker.primary_descriptors()
         return [other for other in fds_of(inode) if other != fd and other not in workers]
 
+    def after_fork_in_child(self) -> None:
+        """In a child of the worker, which uses the sockets, the thread that held a lock does not run."""
+        self._swapping = unpatched.rlock()
+        self.connections.after_fork_in_child()
+
     # --- grants and pauses ------------------------------------------------------------------------
 
     def _on_grant(self, entry: LeasedFd, grant: AcceptGrant) -> None:
         """The master lets this worker accept: its socket replaces the unreachable one."""
         source = _socket.socket(fileno=grant.fd)
         try:
-            if entry.server.state == CLOSED or entry not in self._by_fd.values():
+            if entry.server.state == CLOSED or entry not in list(self._by_fd.values()):
                 self._registry.on_third_party_closed(entry.server)
                 return
             describe(entry.server, grant)
@@ -208,7 +233,7 @@ class LeasedSockets:
             entry,
             "accepts for longer than it should",
             lambda: self._make_unreachable(entry, STOPPED),
-            lambda: entry in self._by_fd.values(),
+            lambda: entry in list(self._by_fd.values()),
         )
         assert self._registry.broker is not None
         self._registry.broker.confirm_pause(entry.server.key)
@@ -264,21 +289,24 @@ class LeasedSockets:
         own = set(self._registry.worker.primary_descriptors())
         for pair in (private, *(entry.private for entry in entries)):
             own.update(sock.fileno() for sock in pair or ())
-        known = fds_by_inode()
-        fds = [fd for entry in entries for fd in known.get(entry.inode, ()) if fd not in own]
-        swap_fds(fds, source)
-        for entry in entries:
-            previous, entry.private = entry.private or (), private
-            entry.inode = inode_of(source.fileno())
-            for sock in previous:
-                sock.close()
+        previous: list[_socket.socket] = []
+        with self._swapping:
+            known = fds_by_inode()
+            fds = [fd for entry in entries for fd in known.get(entry.inode, ()) if fd not in own]
+            swap_fds(fds, source)
+            for entry in entries:
+                previous += entry.private or ()
+                entry.private = private
+                entry.inode = inode_of(source.fileno())
+        for sock in previous:
+            sock.close()
 
     def stop_accepting(self) -> None:
         """Stop the accepting of all unmodified servers; their open connections continue."""
         self.reap()
         entries = list(self._by_fd.values())
         self.server_threads = {entry.thread for entry in entries}
-        self.connections.begin_drain(self._by_fd)
+        self.connections.begin_drain(list(self._by_fd))
         unreachable, stopped = None, []
         for entry in entries:
             try:
@@ -319,7 +347,7 @@ class LeasedSockets:
         entry = self._by_fd.get(listener)
         if entry is None:
             inode = inode_of(listener)
-            entry = next((e for e in self._by_fd.values() if e.inode == inode), None)
+            entry = next((e for e in list(self._by_fd.values()) if e.inode == inode), None)
         if entry is not None:
             entry.accepts = True
             entry.thread = get_ident()
@@ -356,19 +384,16 @@ class LeasedSockets:
                 unused.pop_all()
             assert self._registry.broker is not None
             self._registry.broker.scheduler.spawn_later(
-                _PRIVATE_SECONDS, self._expire_private, entry, private
+                _PRIVATE_SECONDS,
+                self._repeat,
+                entry,
+                "accepts connections of its own worker only",
+                lambda: self._close_private(entry),
+                lambda: entry.private is private,
             )
         assert entry.private is not None
         name: bytes = entry.private.listener.getsockname()
         return name
-
-    def _expire_private(self, entry: LeasedFd, private: PrivateListener) -> None:
-        self._repeat(
-            entry,
-            "accepts connections of its own worker only",
-            lambda: self._close_private(entry),
-            lambda: entry.private is private,
-        )
 
     def _close_private(self, entry: LeasedFd) -> None:
         if entry.private is not None:
@@ -377,7 +402,7 @@ class LeasedSockets:
     def write_counts(self, scoreboard: Scoreboard) -> None:
         """Bring the worker's page of the scoreboard up to date; only connections are known here."""
         accepted = Counter(self._accepted_before)
-        for server in {id(entry.server): entry.server for entry in self._by_fd.values()}.values():
+        for server in {id(entry.server): entry.server for entry in list(self._by_fd.values())}.values():
             accepted[server.slot] += server.accepted
         open_now = self.connections.open_by_slot()
         for slot in accepted:

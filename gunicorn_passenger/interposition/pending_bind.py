@@ -137,7 +137,7 @@ class PendingBinds:
         return set(self._by_inode)
 
     def of_port(self, port: int) -> list[PendingBind]:
-        return [bind for bind in self._by_inode.values() if bind.port == port]
+        return [bind for bind in list(self._by_inode.values()) if bind.port == port]
 
     def wait_for_siblings(self, port: int, sleep: Callable[[float], object]) -> None:
         """Wait while a sibling is about to listen on the port."""
@@ -184,7 +184,9 @@ class PendingBinds:
                 self.remove(bind)  # closed without its socket object (``os.close``)
                 continue
             bind.fd = fds[0]
-            state = _tcp_state(bind.fd)
+            state = _tcp_state(bind)
+            if state is None:
+                continue  # the program's thread has just listened, or closed the socket
             if state == _LISTEN:
                 self._on_listening(bind)
             elif state != _CLOSE:
@@ -193,12 +195,17 @@ class PendingBinds:
                 bind.is_lock = True
                 bind_locks.mark_as_lock(bind.port)
                 self._on_lock(bind)
-        return any(not bind.is_lock for bind in self._by_inode.values())
+        return any(not bind.is_lock for bind in list(self._by_inode.values()))
 
 
-def _tcp_state(fd: int) -> int:
-    with borrowed_socket(fd) as sock:
-        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+def _tcp_state(bind: PendingBind) -> int | None:
+    """The state of the socket; ``None`` when another one lies under its descriptor now."""
+    try:
+        with borrowed_socket(bind.fd) as sock:
+            state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+    except OSError:
+        return None
+    return state if inode_of(bind.fd) == bind.inode else None
 
 
 def is_port(address: Any) -> bool:

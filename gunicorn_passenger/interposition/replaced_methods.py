@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import _socket
 import errno
+import os
 import socketserver
 import sys
 from collections.abc import Callable
@@ -35,12 +36,17 @@ def install(registry: ServerRegistry, inherited: set[int]) -> SocketPatch:
     keep_spare()
     patch = SocketPatch(registry, inherited)
     if not _installed:
+        os.register_at_fork(after_in_child=_after_fork_in_child)
         _installed.append(patch)
         _replace(inet_facade.NATIVE)
         _replace_gevents()
         _never_wait_after_a_selector()
     _installed[:] = [patch]
     return patch
+
+
+def _after_fork_in_child() -> None:
+    _installed[0].leased.after_fork_in_child()
 
 
 def _replace(cls: Any) -> None:

@@ -205,7 +205,7 @@ class SocketPatch:
             else:
                 server, source = self._request_port(sock, bind, backlog, opened)
             try:
-                swap_fds(fds_of(bind.inode), source)  # dup() had made them one socket, and they stay one
+                self.leased.add(bind, source, server, options)
             except OSError:
                 if server not in self._registry.servers:
                     self._registry.on_third_party_closed(server)
@@ -216,7 +216,6 @@ class SocketPatch:
             if isinstance(error, errors.ListenError) or error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
             raise server_errors.no_descriptor(format_tcp(bind.host, bind.port)) from None
-        self.leased.add(bind.fd, server, bind.name, options)
         set_options(sock, options)
         keep_nonblocking(sock)
         return server
@@ -398,7 +397,7 @@ class SocketPatch:
         """Notice what the program does without its socket objects; called once a second."""
         self.binds.check()
         self.leased.reap()
-        self._unmanaged.check(self.leased.inodes() | self.binds.inodes())
+        self._unmanaged.check(lambda: self.leased.inodes() | self.binds.inodes())
 
     def server_threads(self) -> set[threading.Thread]:
         """The threads in which unmodified servers accepted until the drain began."""

@@ -7,6 +7,7 @@ Never: touch such a socket.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from time import monotonic
 
 from gunicorn_passenger.config.address import SockAddr, format_sockname
@@ -31,10 +32,10 @@ class UnmanagedListeners:
         self._pause = _FIRST_PAUSE
         self._servers = -1
 
-    def check(self, managed: set[int]) -> None:
+    def check(self, managed: Callable[[], set[int]]) -> None:
         """Search now and then, and whenever the program has opened or closed a server.
 
-        :param managed: inodes of the sockets that are not looked for.
+        :param managed: returns the inodes of the sockets that are not looked for.
         """
         servers = len(self._registry.servers)
         if self._registry.worker.cfg.workers < 2 or (monotonic() < self._due and servers == self._servers):
@@ -43,9 +44,10 @@ class UnmanagedListeners:
         self._due = monotonic() + self._pause
         self._pause = min(2 * self._pause, _LAST_PAUSE)
         own = {self._registry.worker.primary_name(), *(server.address for server in self._registry.servers)}
-        for inode, name in listening_sockets.own_listeners().items():
-            if inode in self._known or inode in managed:
-                continue
+        found = listening_sockets.own_listeners()
+        # in this order: another thread may have opened a server in the meantime
+        for inode in found.keys() - managed() - self._known:
+            name = found[inode]
             self._known.add(inode)
             if not {name, name[:2]} & own and settings.placement(name[1], "") != OFF:
                 self._warn(inode, name)

@@ -25,7 +25,8 @@ def unpatched(module: str, name: str) -> Any:
     """``module.name`` as it was before gevent patched it."""
     monkey = imported("gevent.monkey")
     if monkey is None:
-        return getattr(importlib.import_module(module), name)
+        # a signal handler may come here while its thread holds the lock of an import
+        return getattr(imported(module) or importlib.import_module(module), name)
     return monkey.get_original(module, name)
 
 
@@ -54,6 +55,11 @@ def lock() -> LockType:
     """A lock between threads of the system."""
     made: LockType = unpatched("_thread", "allocate_lock")()
     return made
+
+
+def rlock() -> Any:
+    """A lock between threads of the system that the thread which holds it may take again."""
+    return unpatched("_thread", "RLock")()
 
 
 def poll() -> select.poll:

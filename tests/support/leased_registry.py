@@ -1,8 +1,11 @@
 """As much of a worker's registry as the sockets of its unmodified servers need, in a test's process."""
 
+from contextlib import closing
 from types import SimpleNamespace
 
 from gunicorn_passenger.interposition.leased_sockets import LeasedSockets
+from gunicorn_passenger.interposition.own_fds import inode_of
+from gunicorn_passenger.interposition.pending_bind import PendingBind
 from gunicorn_passenger.serving.gevent_scheduler import GeventScheduler
 from gunicorn_passenger.serving.port_lease import PortLease
 from gunicorn_passenger.serving.third_party import ThirdPartyServer
@@ -29,5 +32,7 @@ def lease(registry, *socks):
     for sock in socks:
         server = ThirdPartyServer("server", sock.getsockname(), "key")
         server.lease = PortLease(1, registry.broker.scheduler)
-        leased.add(sock.fileno(), server, sock.getsockname(), [])
+        bind = PendingBind("", 0, sock.getsockname(), sock.fileno(), inode_of(sock.fileno()), False, 0.0)
+        with closing(sock.dup()) as source:
+            leased.add(bind, source, server, [])
     return leased

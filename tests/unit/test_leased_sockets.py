@@ -1,11 +1,17 @@
-"""The sockets of unmodified servers while their worker begins to drain."""
+"""The sockets of unmodified servers in a worker that has several threads, or begins to drain."""
 
 import socket
+import threading
+from types import SimpleNamespace
 
 import pytest
+from conditions import PATIENCE
 from leased_registry import Registry, lease
 
+from gunicorn_passenger.interposition import leased_sockets, unmanaged_listeners
 from gunicorn_passenger.interposition.leased_sockets import LeasedSockets
+from gunicorn_passenger.interposition.own_fds import inode_of
+from gunicorn_passenger.interposition.unmanaged_listeners import UnmanagedListeners
 
 
 @pytest.fixture
@@ -73,3 +79,65 @@ def test_a_connection_of_a_loop_that_has_ended_keeps_no_worker(listener, client)
         assert not leased.connections.drained()
         leased.connections.forget_those_of_this_thread()
         assert leased.connections.drained()
+
+
+def test_a_socket_that_another_thread_replaces_is_not_taken_for_a_closed_one(listener, monkeypatch):
+    registry = Registry()
+    leased = lease(registry, listener)
+    (entry,) = leased.open_entries()
+    swap, found = leased_sockets.swap_fds, []
+
+    def look():
+        found.append(leased.find(listener.fileno()))
+        found.append(leased.has(listener.fileno()))
+
+    looking = threading.Thread(target=look, daemon=True)
+
+    def swap_and_look(*arguments):
+        swap(*arguments)
+        looking.start()
+        looking.join(0.2)  # without a lock it finds the descriptor with another socket than the entry's
+
+    monkeypatch.setattr(leased_sockets, "swap_fds", swap_and_look)
+    leased._on_pause(entry)
+    looking.join(PATIENCE)
+    assert found == [entry, True]
+    assert registry.closed == []
+
+
+def test_a_child_does_not_wait_for_a_thread_of_its_parent(listener):
+    leased = lease(Registry(), listener)
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with leased._swapping, leased.connections._lock:
+            held.set()
+            done.wait(PATIENCE)
+
+    holding = threading.Thread(target=hold, daemon=True)
+    holding.start()
+    assert held.wait(PATIENCE)
+    leased.after_fork_in_child()
+    assert leased.has(listener.fileno())
+    assert leased.connections.idle()
+    done.set()
+    holding.join(PATIENCE)
+
+
+def test_a_server_that_opens_while_unmanaged_ones_are_searched_is_managed(listener, monkeypatch):
+    registry = SimpleNamespace(
+        servers=[],
+        worker=SimpleNamespace(cfg=SimpleNamespace(workers=2), primary_name=lambda: None),
+        log=SimpleNamespace(warning=lambda *_: pytest.fail("the server is managed")),
+    )
+    managed, search = set(), unmanaged_listeners.listening_sockets.own_listeners
+
+    def search_and_open():
+        found = search()
+        # of the other listeners of this process nothing is said
+        managed.update(found)
+        assert inode_of(listener.fileno()) in found
+        return found
+
+    monkeypatch.setattr(unmanaged_listeners.listening_sockets, "own_listeners", search_and_open)
+    UnmanagedListeners(registry, set()).check(lambda: set(managed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import socket
 import time
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from gunicorn_passenger.interposition import pending_bind as module
 from gunicorn_passenger.interposition.pending_bind import BindLocks, PendingBind, PendingBinds, pending_bind
 
 
@@ -61,3 +63,29 @@ def test_a_socket_is_shared_once_by_two_checks_at_a_time(sock: socket.socket) ->
             binds.add(_pending(listening))
         binds.check()
     assert len(shared) == 2
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX])
+def test_the_masters_socket_is_not_taken_for_the_programs(
+    sock: socket.socket, monkeypatch: pytest.MonkeyPatch, family: int
+) -> None:
+    """The program's thread listens while another one checks: the master's socket, or an unreachable one, comes
+    under the descriptor.
+    """
+    borrow = module.borrowed_socket
+    with socket.socket(family) as masters:
+        masters.bind(("127.0.0.1", 0) if family == socket.AF_INET else "")
+        masters.listen()
+
+        def replace_and_borrow(fd: int) -> object:
+            os.dup2(masters.fileno(), fd)
+            return borrow(fd)
+
+        monkeypatch.setattr(module, "borrowed_socket", replace_and_borrow)
+        binds = PendingBinds(
+            lambda _: pytest.fail("the master's socket"), lambda _: pytest.fail("not a lock")
+        )
+        bind = _pending(sock)
+        binds.add(bind)
+        assert binds.check()
+    assert binds.of_port(bind.port) == [bind]  # which the program's thread removes
