@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import node_packages
@@ -28,16 +28,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in gone]
 
 
-def pytest_exception_interact(
-    node: pytest.Item | pytest.Collector, report: pytest.TestReport | pytest.CollectReport
-) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Report what the programs logged, and where those of the test alone stand, before the test's end stops them."""
-    alone = getattr(node, "funcargs", {}).get("start")
-    for starter in Starter.open:
-        for process in starter.started:
-            if starter is alone:
-                process.kill()
-            report.sections.append((f"program {process.pid}", process.log_end()))
+    report = yield
+    if report.failed:
+        alone = getattr(item, "funcargs", {}).get("start")
+        for starter in Starter.open:
+            for process in starter.started:
+                if starter is alone:
+                    process.kill()
+                report.sections.append((f"program {process.pid}", process.log_end()))
+    return report
 
 
 @pytest.fixture
