@@ -11,7 +11,7 @@ import _socket
 import heapq
 import itertools
 import os
-from _queue import Empty, SimpleQueue
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
@@ -162,7 +162,12 @@ class ThreadScheduler:
         self._log = log
         self._on_tick = on_tick
         self._order = itertools.count()
-        self._added: SimpleQueue[tuple[float, int, Callable[[], object]]] = SimpleQueue()
+        #: when a function is due (monotonic seconds), its place among those that are due then, the function
+        self._added: deque[tuple[float, int, Callable[[], object]]] = deque()
+        #: released when functions were added. (SimpleQueue.get() of Python 3.10 may take longer than its
+        #: timeout, without a limit.)
+        self._nothing_added = unpatched.lock()
+        self._nothing_added.acquire()
         #: held from the start of the thread on
         self._started = unpatched.lock()
         self._thread = 0
@@ -209,8 +214,10 @@ class ThreadScheduler:
         self.spawn_later(0.0, function, *args)
 
     def spawn_later(self, seconds: float, function: Callable[..., object], *args: Any) -> None:
-        self._added.put((monotonic() + seconds, next(self._order), partial(function, *args)))
+        self._added.append((monotonic() + seconds, next(self._order), partial(function, *args)))
         if self._hub is None:
+            with suppress(RuntimeError):  # it was released before
+                self._nothing_added.release()
             self._start()
         else:
             self._hub.spawn(self._take_added)
@@ -255,17 +262,15 @@ class ThreadScheduler:
         self._thread = unpatched.unpatched("_thread", "get_ident")()
         due = [(monotonic() + _TICK, next(self._order), self._on_tick)]
         while self._hub is None:
-            timeout = max(due[0][0] - monotonic(), 0.0)
-            try:
-                heapq.heappush(due, self._added.get(timeout=timeout))
-            except Empty:
+            self._nothing_added.acquire(timeout=max(due[0][0] - monotonic(), 0.0))
+            while self._added:
+                heapq.heappush(due, self._added.popleft())
+            if due[0][0] <= monotonic():
                 function = heapq.heappop(due)[2]
                 self._call(function)
                 if function == self._on_tick:
                     heapq.heappush(due, (monotonic() + _TICK, next(self._order), function))
-        for entry in due:
-            if entry[2] != self._on_tick:
-                self._added.put(entry)
+        self._added.extend(entry for entry in due if entry[2] != self._on_tick)
         self._take_added()
         while True:
             self._hub.sleep(_TICK)
@@ -274,10 +279,9 @@ class ThreadScheduler:
     def _take_added(self) -> None:
         """In the hub: start what was added."""
         assert self._hub is not None
-        with suppress(Empty):
-            while True:
-                due, _, function = self._added.get_nowait()
-                self._hub.spawn_later(max(due - monotonic(), 0.0), self._call, function)
+        while self._added:
+            due, _, function = self._added.popleft()
+            self._hub.spawn_later(max(due - monotonic(), 0.0), self._call, function)
 
     def _call(self, function: Callable[[], object], done: Result | None = None) -> None:
         try:

@@ -48,6 +48,30 @@ def test_a_signal_handler_may_spawn_while_the_thread_starts(threads, monkeypatch
     assert len(begun) == 1
 
 
+def test_a_function_begins_at_once_however_the_threads_take_turns(threads):
+    """In Python 3.10 ``SimpleQueue.get(timeout=0.0)`` may wait for the next item."""
+    stop, interval = threading.Event(), sys.getswitchinterval()
+
+    def busy():
+        while not stop.is_set():
+            pass
+
+    others = [threading.Thread(target=busy, daemon=True) for _ in range(3)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for other in others:
+            other.start()
+        for _ in range(2000):
+            begun = threading.Event()
+            threads.spawn(begun.set)
+            assert begun.wait(PATIENCE)
+    finally:
+        sys.setswitchinterval(interval)
+        stop.set()
+        for other in others:
+            other.join(PATIENCE)
+
+
 def test_a_hub_that_cannot_be_made_is_an_error_where_it_is_needed(threads, monkeypatch):
     """The worker may have no descriptor for it; the program's thread must not wait for ever."""
 
