@@ -16,7 +16,8 @@
 ARG BASE=python:3.15-slim
 
 FROM ${BASE} AS build
-# gunicorn's HTTP parser in C comes as source. The compiler stays in this stage.
+# gunicorn's HTTP parser in C comes as source, and the package's own modules that each request runs through are
+# compiled (docs/reference/http.md). The compiler stays in this stage.
 RUN if ! command -v gcc || ! python3 -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))'; then \
         apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
         && case $(readlink -f "$(command -v python3)") in \
@@ -34,11 +35,11 @@ COPY constraints.txt .
 RUN --mount=type=secret,id=pip.conf --mount=type=secret,id=ca.pem \
     export PIP_CONFIG_FILE=/run/secrets/pip.conf PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
     && python3 -m venv /opt/pip && python3 -m venv --without-pip /opt/venv \
-    && /opt/pip/bin/pip install setuptools==84.2.1 \
+    && /opt/pip/bin/pip install setuptools==84.2.1 mypy==2.4.1 \
     && /opt/pip/bin/pip --python /opt/venv/bin/python install -r constraints.txt
-COPY setup.cfg pyproject.toml README.md LICENSE ./
+COPY setup.py setup.cfg pyproject.toml README.md LICENSE ./
 COPY gunicorn_passenger gunicorn_passenger
-RUN /opt/pip/bin/pip wheel --no-build-isolation --no-deps --wheel-dir /opt/wheel . \
+RUN GUNICORN_PASSENGER_COMPILE=1 /opt/pip/bin/pip wheel --no-build-isolation --no-deps --wheel-dir /opt/wheel . \
     && /opt/pip/bin/pip --python /opt/venv/bin/python install --no-index --no-deps /opt/wheel/*.whl \
     && /opt/pip/bin/pip --python /opt/venv/bin/python check
 

@@ -312,5 +312,4 @@ class ConnectionLife(Transport):
 
 
 if sys.flags.dev_mode:
-    with contextlib.suppress(TypeError):  # of the compiled class
-        ConnectionLife.__setattr__ = set_checked  # type: ignore[method-assign]
+    ConnectionLife.__setattr__ = set_checked  # type: ignore[method-assign]
