@@ -19,9 +19,11 @@ A response that ends its connection as its client wishes waits, too: the coalesc
 the response is sent.
 
 One case remains: the first slow request after a streak. The responses that were finished in the 3 ms before
-it wait until its code ends or waits for something. The next 200 responses are sent at once. The same holds
-for greenlets in the middle of a request that wake up in that iteration. The clients' next requests would
-have waited for that code in any case.
+it wait until its code ends or waits for something. The next 200 responses are sent at once; after a streak of
+100 only the next 25, if the request took less than 50 ms: one such among many is an exception (the machine
+was busy with something else, or Python collected garbage). The same holds for greenlets in the middle of a
+request that wake up in that iteration. The clients' next requests would have waited for that code in any
+case.
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ _SAMPLE = 16
 _QUICKEST, _SLOWEST = 25e-6, 1e-3
 #: How many such requests in a row it takes before responses are coalesced.
 _STREAK = 200
+#: How many it takes after an exception: a request that came after so many, and took at most so many seconds.
+_SHORT_STREAK, _EXCEPTION_AFTER, _LONGEST_EXCEPTION = 25, 100, 0.05
 #: How many responses are pending at most, and for how many seconds, before the next request begins.
 _MAX_PENDING = 32
 _MAX_DELAY = 3e-3
@@ -52,7 +56,7 @@ _MAX_DELAY = 3e-3
 class WriteCoalescer:
     """The pending responses of the current event-loop iteration, and whether responses are coalesced."""
 
-    __slots__ = ("_due", "_loop", "active", "pending", "streak")
+    __slots__ = ("_due", "_loop", "_required", "active", "pending", "streak")
 
     def __init__(self, loop: Any) -> None:
         self._loop = loop
@@ -61,6 +65,8 @@ class WriteCoalescer:
         #: how many requests in a row were quick, and whether responses are coalesced because of that
         self.streak = 0
         self.active = False
+        #: how long a streak it takes now
+        self._required = _STREAK
         #: from when on (by ``perf_counter``) a request that begins flushes first
         self._due = inf
 
@@ -89,8 +95,10 @@ class WriteCoalescer:
         """
         if seconds < _SLOWEST and (seconds > _QUICKEST or not repeated):
             self.streak += 1
-            self.active = self.streak >= _STREAK
+            self.active = self.streak >= self._required
         else:
+            is_exception = _SLOWEST <= seconds < _LONGEST_EXCEPTION and self.streak >= _EXCEPTION_AFTER
+            self._required = _SHORT_STREAK if is_exception else _STREAK
             self.streak = 0
             self.active = False
             self.flush()

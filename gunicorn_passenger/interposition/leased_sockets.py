@@ -14,11 +14,11 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from threading import get_ident
 from time import monotonic
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gunicorn_passenger.config.address import SockAddr, format_sockname
 from gunicorn_passenger.interposition.accepted_connections import AcceptedConnections
@@ -75,9 +75,11 @@ class LeasedSockets:
         self._registry = registry
         #: its iterations are over a copy: servers may listen, and sockets close, in any thread
         self._by_fd: dict[int, LeasedFd] = {}
-        #: held while a descriptor and its entry name different sockets; its owner may come here again, in a
-        #: signal handler
+        #: held while a descriptor and its entry name different sockets, and to close a socket that another
+        #: thread may be about to replace; its owner may come here again, in a signal handler
         self._swapping = unpatched.rlock()
+        #: the thread in the midst of a swap; 0 for none
+        self._swapper = 0
         self.connections = AcceptedConnections(registry.log)
         #: whether the primary has been captured
         self.captured = False
@@ -98,10 +100,10 @@ class LeasedSockets:
         """Put the master's socket under the descriptors of a server: ``dup()`` had made them one socket, and
         they stay one.
 
-        :param source: a socket of the master's; it stays the caller's.
-        :raises OSError: when the system does not allow it; then nothing has changed.
+        :param source: a socket of the master's, which is closed.
+        :raises OSError: when the system does not allow it; then nothing else has changed.
         """
-        with self._swapping:
+        with self._swapping, closing(source):
             swap_fds(fds_of(bind.inode), source)
             entry = self._by_fd[bind.fd] = LeasedFd(inode_of(bind.fd), server, bind.name, options)
         self._last = entry.since
@@ -114,7 +116,7 @@ class LeasedSockets:
     def find(self, fd: int) -> LeasedFd | None:
         """The entry of a descriptor. One that was closed and reused ends its lease here."""
         entry = self._by_fd.get(fd)
-        if entry is None or entry.inode == inode_of(fd):
+        if entry is None or entry.inode == inode_of(fd) or self._swapper == get_ident():
             return entry
         with self._swapping:
             closed = entry.inode != inode_of(fd)
@@ -131,7 +133,10 @@ class LeasedSockets:
 
     def has(self, fd: int) -> bool:
         """Whether a descriptor is a socket of the master's: a leased one, or a copy of it."""
-        return bool(self._by_fd) and inode_of(fd) in self.inodes()
+        if not self._by_fd:
+            return False
+        with self._swapping:
+            return inode_of(fd) in self.inodes()
 
     def inodes(self) -> set[int]:
         """Those of the master's sockets that servers have."""
@@ -143,18 +148,23 @@ class LeasedSockets:
         if (entry := self._by_fd.get(fd)) is not None:
             self._end(fd, entry)
 
-    def on_shutdown(self, fd: int, unreachable: _socket.socket) -> None:
+    def on_shutdown(self, fd: int) -> None:
         """The program ends its accepting on a socket of the master's with ``shutdown``.
 
-        :param unreachable: takes the place of the socket.
+        :raises OSError: when the system does not allow it; then nothing has changed.
         """
-        inode = inode_of(fd)
-        for known, entry in list(self._by_fd.items()):
-            if entry.inode == inode:
-                self._swap(entry, unreachable, CLOSED)
-                self._by_fd.pop(known, None)
-                self._keep_count(entry.server)
-                self._registry.on_third_party_closed(entry.server)
+        unreachable = unreachable_listener()
+        with self._swapping, closing(unreachable):
+            inode = inode_of(fd)
+            ended = {known: entry for known, entry in list(self._by_fd.items()) if entry.inode == inode}
+            self._swap_all(list(ended.values()), unreachable)
+            for known in ended:
+                del self._by_fd[known]
+            unreachable.shutdown(socket.SHUT_RDWR)  # accept() fails from now on
+        for entry in ended.values():
+            entry.server.state = CLOSED
+            self._keep_count(entry.server)
+            self._registry.on_third_party_closed(entry.server)
 
     def on_deferred_close(self, fd: int) -> None:
         """The socket is closed for the program; the port is released when the descriptor closes."""
@@ -169,27 +179,14 @@ class LeasedSockets:
             entry = self.find(fd)
             if entry is not None and not entry.accepts and monotonic() - entry.since > _ACCEPT_WITHIN:
                 entry.accepts = True
-                self._explain_lock(fd, entry)
-
-    def _explain_lock(self, fd: int, entry: LeasedFd) -> None:
-        """A program that listens and does not accept may use the port as a lock, which is not one here."""
-        worker, server = self._registry.worker, entry.server
-        if worker.cfg.workers > 1 and server.placement == "shared" and not epoll_registrations([fd]):
-            label = format_sockname(entry.name)
-            self._registry.log.warning(
-                "%s listens, but its program has not accepted a connection for %g s (pid:%s). If the port "
-                "serves as a lock: all workers share it, so each of them believes that it has the lock. "
-                "Use passenger.once(), or set PASSENGER_PLACEMENT=%s=off, and one worker has the port",
-                label,
-                _ACCEPT_WITHIN,
-                worker.pid,
-                entry.name[1],
-            )
+                _explain_lock(self._registry, fd, entry)
 
     def _end(self, fd: int, entry: LeasedFd) -> None:
         """Release the port, unless another descriptor of this process has the socket (``dup``)."""
-        if self._by_fd.pop(fd, None) is not entry:
-            return  # another thread was faster
+        with self._swapping:
+            if self._by_fd.get(fd) is not entry:
+                return  # another thread was faster
+            del self._by_fd[fd]
         self._keep_count(entry.server)
         for other in self._copies(fd, entry.inode):
             self._by_fd[other] = entry
@@ -211,21 +208,19 @@ class LeasedSockets:
 
     def _on_grant(self, entry: LeasedFd, grant: AcceptGrant) -> None:
         """The master lets this worker accept: its socket replaces the unreachable one."""
-        source = _socket.socket(fileno=grant.fd)
-        try:
-            if entry.server.state == CLOSED or entry not in list(self._by_fd.values()):
+        with _closing(_socket.socket(fileno=grant.fd), self._swapping) as source:
+            try:
+                if entry.server.state == CLOSED or entry not in list(self._by_fd.values()):
+                    self._registry.on_third_party_closed(entry.server)
+                    return
+                describe(entry.server, grant)
+                set_options(source, entry.options)
+                source.setblocking(False)
+                self._swap(entry, source, LISTENING)
+            except OSError as error:
+                entry.server.state = LOST
+                self._log_failure(entry, "is lost, and its port released", error)
                 self._registry.on_third_party_closed(entry.server)
-                return
-            describe(entry.server, grant)
-            set_options(source, entry.options)
-            source.setblocking(False)
-            self._swap(entry, source, LISTENING)
-        except OSError as error:
-            entry.server.state = LOST
-            self._log_failure(entry, "is lost, and its port released", error)
-            self._registry.on_third_party_closed(entry.server)
-        finally:
-            source.close()
 
     def _on_pause(self, entry: LeasedFd) -> None:
         """The master stops this worker's accepting, for good or for a moment."""
@@ -239,11 +234,8 @@ class LeasedSockets:
         self._registry.broker.confirm_pause(entry.server.key)
 
     def _make_unreachable(self, entry: LeasedFd, state: str) -> None:
-        unreachable = unreachable_listener()
-        try:
+        with _closing(unreachable_listener(), self._swapping) as unreachable:
             self._swap(entry, unreachable, state)
-        finally:
-            unreachable.close()
 
     def _repeat(
         self, entry: LeasedFd, trouble: str, action: Callable[[], object], is_due: Callable[[], bool]
@@ -286,20 +278,24 @@ class LeasedSockets:
         self, entries: list[LeasedFd], source: _socket.socket, private: PrivateListener | None = None
     ) -> None:
         """As :meth:`_swap`, for several servers: the system is asked for all descriptors only once."""
-        own = set(self._registry.worker.primary_descriptors())
-        for pair in (private, *(entry.private for entry in entries)):
-            own.update(sock.fileno() for sock in pair or ())
-        previous: list[_socket.socket] = []
         with self._swapping:
+            own = set(self._registry.worker.primary_descriptors())
+            for pair in (private, *(entry.private for entry in entries)):
+                own.update(sock.fileno() for sock in pair or ())
             known = fds_by_inode()
             fds = [fd for entry in entries for fd in known.get(entry.inode, ()) if fd not in own]
-            swap_fds(fds, source)
+            self._swapper = get_ident()
+            try:
+                swap_fds(fds, source)
+                inode = inode_of(source.fileno())
+                for entry in entries:
+                    entry.inode = inode
+            finally:
+                self._swapper = 0
             for entry in entries:
-                previous += entry.private or ()
-                entry.private = private
-                entry.inode = inode_of(source.fileno())
-        for sock in previous:
-            sock.close()
+                previous, entry.private = entry.private or (), private
+                for sock in previous:
+                    sock.close()
 
     def stop_accepting(self) -> None:
         """Stop the accepting of all unmodified servers; their open connections continue."""
@@ -316,7 +312,7 @@ class LeasedSockets:
             except OSError as error:
                 self._log_failure(entry, "accepts while the worker drains", error)
         if unreachable is not None:
-            with closing(unreachable):
+            with _closing(unreachable, self._swapping):
                 self._stop_all(stopped, unreachable)
         # not before: until now a server in another thread may have accepted
         self._by_fd.clear()
@@ -374,30 +370,32 @@ class LeasedSockets:
 
         :returns: the name of the listener, an abstract UNIX socket.
         """
-        if entry.private is None:
+        with self._swapping:
+            if entry.private is not None:
+                return _name_of(entry.private)
             with ExitStack() as unused:
                 listener = unused.enter_context(closing(unreachable_listener(socket.SOMAXCONN)))
                 replaced = _socket.socket(fileno=os.dup(fds_of(entry.inode)[0]))
                 unused.enter_context(closing(replaced))
                 private = PrivateListener(listener, replaced)
+                name = _name_of(private)
                 self._swap(entry, listener, entry.server.state, private)
                 unused.pop_all()
-            assert self._registry.broker is not None
-            self._registry.broker.scheduler.spawn_later(
-                _PRIVATE_SECONDS,
-                self._repeat,
-                entry,
-                "accepts connections of its own worker only",
-                lambda: self._close_private(entry),
-                lambda: entry.private is private,
-            )
-        assert entry.private is not None
-        name: bytes = entry.private.listener.getsockname()
+        assert self._registry.broker is not None
+        self._registry.broker.scheduler.spawn_later(
+            _PRIVATE_SECONDS,
+            self._repeat,
+            entry,
+            "accepts connections of its own worker only",
+            lambda: self._close_private(entry),
+            lambda: entry.private is private,
+        )
         return name
 
     def _close_private(self, entry: LeasedFd) -> None:
-        if entry.private is not None:
-            self._swap(entry, entry.private.replaced, entry.server.state)
+        with self._swapping:
+            if entry.private is not None:
+                self._swap(entry, entry.private.replaced, entry.server.state)
 
     def write_counts(self, scoreboard: Scoreboard) -> None:
         """Bring the worker's page of the scoreboard up to date; only connections are known here."""
@@ -411,6 +409,40 @@ class LeasedSockets:
     def _keep_count(self, server: ThirdPartyServer) -> None:
         self._accepted_before[server.slot] += server.accepted
         server.accepted = 0
+
+
+def _explain_lock(registry: ServerRegistry, fd: int, entry: LeasedFd) -> None:
+    """A program that listens and does not accept may use the port as a lock, which is not one here."""
+    worker, server = registry.worker, entry.server
+    if worker.cfg.workers > 1 and server.placement == "shared" and not epoll_registrations([fd]):
+        label = format_sockname(entry.name)
+        registry.log.warning(
+            "%s listens, but its program has not accepted a connection for %g s (pid:%s). If the port "
+            "serves as a lock: all workers share it, so each of them believes that it has the lock. "
+            "Use passenger.once(), or set PASSENGER_PLACEMENT=%s=off, and one worker has the port",
+            label,
+            _ACCEPT_WITHIN,
+            worker.pid,
+            entry.name[1],
+        )
+
+
+@contextmanager
+def _closing(sock: _socket.socket, swapping: Any) -> Iterator[_socket.socket]:
+    """Close a socket, but not while a swap has found its descriptor and not yet replaced it.
+
+    :param swapping: the lock that a swap holds.
+    """
+    try:
+        yield sock
+    finally:
+        with swapping:
+            sock.close()
+
+
+def _name_of(private: PrivateListener) -> bytes:
+    name: bytes = private.listener.getsockname()
+    return name
 
 
 def describe(server: ThirdPartyServer, grant: AcceptGrant) -> None:

@@ -194,6 +194,9 @@ class PendingBinds:
             elif not (bind.is_lock or bind.listens) and monotonic() - bind.since >= GRACE:
                 bind.is_lock = True
                 bind_locks.mark_as_lock(bind.port)
+                if bind.inode not in self._by_inode:
+                    self.release(bind.port)  # the program's thread has listened meanwhile
+                    continue
                 self._on_lock(bind)
         return any(not bind.is_lock for bind in list(self._by_inode.values()))
 

@@ -169,15 +169,12 @@ class SocketPatch:
         fd = _socket.socket.fileno(sock)
         if not self.leased.has(fd):
             return False
-        unreachable = unreachable_listener()
-        try:
-            if os.getpid() == self._pid:
-                self.leased.on_shutdown(fd, unreachable)
-            else:
-                os.dup2(unreachable.fileno(), fd, inheritable=os.get_inheritable(fd))
+        if os.getpid() == self._pid:
+            self.leased.on_shutdown(fd)
+            return True
+        with closing(unreachable_listener()) as unreachable:
+            os.dup2(unreachable.fileno(), fd, inheritable=os.get_inheritable(fd))
             unreachable.shutdown(socket.SHUT_RDWR)  # accept() fails from now on
-        finally:
-            unreachable.close()
         return True
 
     def _replace(
@@ -210,8 +207,6 @@ class SocketPatch:
                 if server not in self._registry.servers:
                     self._registry.on_third_party_closed(server)
                 raise
-            finally:
-                source.close()
         except OSError as error:
             if isinstance(error, errors.ListenError) or error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise

@@ -31,6 +31,8 @@ class UnmanagedListeners:
         self._due = 0.0
         self._pause = _FIRST_PAUSE
         self._servers = -1
+        #: those that the last search has found: another thread may have been about to make them managed
+        self._suspects: set[int] = set()
 
     def check(self, managed: Callable[[], set[int]]) -> None:
         """Search now and then, and whenever the program has opened or closed a server.
@@ -46,14 +48,21 @@ class UnmanagedListeners:
         own = {self._registry.worker.primary_name(), *(server.address for server in self._registry.servers)}
         found = listening_sockets.own_listeners()
         # in this order: another thread may have opened a server in the meantime
-        for inode in found.keys() - managed() - self._known:
+        suspects = found.keys() - managed() - self._known
+        for inode in suspects & self._suspects:
             name = found[inode]
             self._known.add(inode)
             if not {name, name[:2]} & own and settings.placement(name[1], "") != OFF:
                 self._warn(inode, name)
+        self._suspects = suspects - self._known
+        if self._suspects:
+            self._due = 0.0  # search again at the next call
 
     def _warn(self, inode: int, name: SockAddr) -> None:
-        with listening_sockets.borrowed_socket(fds_of(inode)[0]) as sock:
+        fds = fds_of(inode)
+        if not fds:
+            return  # closed meanwhile
+        with listening_sockets.borrowed_socket(fds[0]) as sock:
             if shares_port(sock):
                 consequence = (
                     "each worker accepts there by itself (SO_REUSEPORT), and loses what waits when it exits"

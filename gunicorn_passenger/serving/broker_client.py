@@ -194,8 +194,9 @@ class BrokerClient:
 
         :param number: that of the :class:`.port_lease.PortLease`.
         """
-        for known in [n for n, le in self._leases.items() if (n == number if number else le.key == key)]:
-            del self._leases[known]
+        leases = list(self._leases.items())  # any thread may come here
+        for known in [n for n, lease in leases if (n == number if number else lease.key == key)]:
+            self._leases.pop(known, None)
         self._notify(ReleasePort(number, key))
 
     def discard(self, lease: PortLease) -> None:
@@ -314,10 +315,9 @@ class BrokerClient:
     # --- the wire ---------------------------------------------------------------------------------
 
     def _notify(self, message: Message) -> None:
-        """Send a message that has no response; a lost master needs none of them."""
+        """Send a message that has no response; do not wait, since a garbage collection may come here."""
         if not self._unavailable:
-            with suppress(channel.ChannelClosed, OSError):
-                self.scheduler.run(lambda: channel.send(self._sock, message))
+            self.scheduler.call(partial(_send, self._sock, message))
 
     def _request(self, message: Message, label: str, fd: int | None = None) -> tuple[Message, int | None]:
         fds = [] if fd is None else [fd]
@@ -472,6 +472,11 @@ class BrokerClient:
         SiblingJoined: _on_sibling,
         SiblingChanged: _on_sibling,
     }
+
+
+def _send(sock: Any, message: Message) -> None:
+    with suppress(channel.ChannelClosed, OSError):  # a lost master needs no message
+        channel.send(sock, message)
 
 
 def _sockname(message: OpenPort | PortOpened | AcceptGranted) -> SockAddr | str:

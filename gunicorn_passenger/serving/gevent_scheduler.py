@@ -69,6 +69,12 @@ class GeventScheduler:
         done.acquire()
         return outcome.result()
 
+    def call(self, function: Callable[[], object]) -> None:
+        if self._in_own_thread():
+            function()
+        else:
+            self.spawn(function)
+
     def run_in_hub(self, function: Callable[[], T]) -> T:
         return self.run(function)
 

@@ -53,6 +53,11 @@ class Scheduler(Protocol):
     def run(self, function: Callable[[], T]) -> T:
         """Run a function where the worker's sockets belong; wait for its result."""
 
+    def call(self, function: Callable[[], object]) -> None:
+        """As :meth:`run`, but where that is in another thread, do not wait for it. Functions that one thread
+        gives to both methods begin in their order.
+        """
+
     def run_in_hub(self, function: Callable[[], T]) -> T:
         """Run a function in a greenlet, for a server of ours; wait for its result.
 
@@ -176,6 +181,12 @@ class ThreadScheduler:
 
     def run(self, function: Callable[[], T]) -> T:
         return function() if self._hub is None else self._hub.run(function)
+
+    def call(self, function: Callable[[], object]) -> None:
+        if self._hub is None:
+            function()
+        else:
+            self._hub.call(function)
 
     def run_in_hub(self, function: Callable[[], T]) -> T:
         if self._hub is None:

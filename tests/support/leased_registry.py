@@ -1,6 +1,5 @@
 """As much of a worker's registry as the sockets of its unmodified servers need, in a test's process."""
 
-from contextlib import closing
 from types import SimpleNamespace
 
 from gunicorn_passenger.interposition.leased_sockets import LeasedSockets
@@ -33,6 +32,5 @@ def lease(registry, *socks):
         server = ThirdPartyServer("server", sock.getsockname(), "key")
         server.lease = PortLease(1, registry.broker.scheduler)
         bind = PendingBind("", 0, sock.getsockname(), sock.fileno(), inode_of(sock.fileno()), False, 0.0)
-        with closing(sock.dup()) as source:
-            leased.add(bind, source, server, [])
+        leased.add(bind, sock.dup(), server, [])
     return leased

@@ -11,6 +11,7 @@ from leased_registry import Registry, lease
 from gunicorn_passenger.interposition import leased_sockets, unmanaged_listeners
 from gunicorn_passenger.interposition.leased_sockets import LeasedSockets
 from gunicorn_passenger.interposition.own_fds import inode_of
+from gunicorn_passenger.interposition.pending_bind import PendingBind
 from gunicorn_passenger.interposition.unmanaged_listeners import UnmanagedListeners
 
 
@@ -85,24 +86,69 @@ def test_a_socket_that_another_thread_replaces_is_not_taken_for_a_closed_one(lis
     registry = Registry()
     leased = lease(registry, listener)
     (entry,) = leased.open_entries()
-    swap, found = leased_sockets.swap_fds, []
+    swap, found = leased_sockets.swap_fds, {}
 
-    def look():
-        found.append(leased.find(listener.fileno()))
-        found.append(leased.has(listener.fileno()))
+    def look(name):
+        found[name] = leased.find(listener.fileno()), leased.has(listener.fileno())
 
-    looking = threading.Thread(target=look, daemon=True)
+    def knows():
+        found["has"] = leased.has(listener.fileno())
+
+    looking = [
+        threading.Thread(target=look, args=["find"], daemon=True),
+        threading.Thread(target=knows, daemon=True),
+    ]
 
     def swap_and_look(*arguments):
+        looking[1].start()
+        looking[1].join(
+            0.2
+        )  # it may see the old socket under the descriptor, and must not compare it with the new
         swap(*arguments)
-        looking.start()
-        looking.join(0.2)  # without a lock it finds the descriptor with another socket than the entry's
+        looking[0].start()
+        looking[0].join(0.2)  # without a lock it finds the descriptor with another socket than the entry's
 
     monkeypatch.setattr(leased_sockets, "swap_fds", swap_and_look)
     leased._on_pause(entry)
-    looking.join(PATIENCE)
-    assert found == [entry, True]
+    for thread in looking:
+        thread.join(PATIENCE)
+    assert found == {"find": (entry, True), "has": True}
     assert registry.closed == []
+
+
+def test_a_signal_handler_in_the_midst_of_a_swap_finds_the_socket(listener, monkeypatch):
+    registry = Registry()
+    leased = lease(registry, listener)
+    (entry,) = leased.open_entries()
+    swap, found = leased_sockets.swap_fds, []
+
+    def swap_and_look(*arguments):
+        swap(*arguments)
+        found.append(leased.find(listener.fileno()))
+
+    monkeypatch.setattr(leased_sockets, "swap_fds", swap_and_look)
+    leased._on_pause(entry)
+    assert found == [entry]
+    assert registry.closed == []
+
+
+def test_what_has_taken_the_place_of_a_closed_socket_stays(listener):
+    """Two threads notice that a descriptor was closed; in between, a server has listened on the number."""
+    registry = Registry()
+    leased = lease(registry, listener)
+    (first,) = leased.open_entries()
+    leased._end(listener.fileno(), first)
+    assert registry.closed == [first.server]
+    source = listener.dup()
+    bind = PendingBind(
+        "", 0, listener.getsockname(), listener.fileno(), inode_of(listener.fileno()), False, 0.0
+    )
+    leased.add(bind, source, first.server, [])
+    assert source.fileno() == -1
+    second = leased.find(listener.fileno())
+    leased._end(listener.fileno(), first)
+    assert leased.find(listener.fileno()) is second is not None
+    assert registry.closed == [first.server]
 
 
 def test_a_child_does_not_wait_for_a_thread_of_its_parent(listener):
@@ -141,3 +187,18 @@ def test_a_server_that_opens_while_unmanaged_ones_are_searched_is_managed(listen
 
     monkeypatch.setattr(unmanaged_listeners.listening_sockets, "own_listeners", search_and_open)
     UnmanagedListeners(registry, set()).check(lambda: set(managed))
+
+
+def test_an_unmanaged_server_is_named_when_it_is_found_twice(listener):
+    """The first time, its listening socket may be on its way to a server."""
+    warnings = []
+    registry = SimpleNamespace(
+        servers=[],
+        worker=SimpleNamespace(cfg=SimpleNamespace(workers=2), primary_name=lambda: None),
+        log=SimpleNamespace(warning=lambda line, *arguments: warnings.append(line % arguments)),
+    )
+    unmanaged = UnmanagedListeners(registry, set())
+    name = "{}:{} was opened without".format(*listener.getsockname())
+    for expected in (0, 1, 1):
+        unmanaged.check(set)
+        assert sum(name in warning for warning in warnings) == expected

@@ -259,6 +259,19 @@ def test_the_streak_is_long_and_of_requests_that_are_quick_but_not_too_quick(
     assert not turn.active
 
 
+def test_after_a_slow_request_among_many_the_streak_is_short() -> None:
+    turn = WriteCoalescer(None)
+    for _ in range(200):
+        turn.record_duration(0.0001, True)
+    # the second one follows the first too soon, the third is too slow
+    for slow, streak in ((0.02, 25), (0.02, 200), (0.06, 200)):
+        turn.record_duration(slow, True)
+        for _ in range(streak):
+            assert not turn.active
+            turn.record_duration(0.0001, True)
+        assert turn.active
+
+
 def test_a_request_with_new_headers_is_never_too_quick() -> None:
     turn = WriteCoalescer(None)
     for _ in range(200):
@@ -272,9 +285,9 @@ def test_all_servers_of_a_loop_share_its_turn(server: Server) -> None:
 
 
 def test_a_new_server_finds_its_streak_by_itself(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turn_module, "_STREAK", 10)
     server.turn.record_duration(601.0, True)
     assert not server.turn.active
-    monkeypatch.setattr(turn_module, "_STREAK", 10)
     client = server.connect()
 
     def held() -> bool:
