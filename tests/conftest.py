@@ -38,7 +38,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
             for process in starter.started:
                 if starter is alone:
                     process.kill()
-                report.sections.append((f"program {process.pid}", process.log_end()))
+                text = process.log_end(150 if starter is alone else 10)
+                report.sections.append((f"program {process.pid}", text))
     return report
 
 

@@ -60,7 +60,8 @@ class LeasedFd:
     options: list[Option]
     #: when the program listened, in monotonic seconds
     since: float = field(default_factory=monotonic)
-    #: whether the program has called accept(), or the log says that it has not
+    #: whether the program has called accept(), or waits in socketserver's selector, or the log says that it
+    #: has not
     accepts: bool = False
     #: the thread that listened, or has accepted last
     thread: int = field(default_factory=get_ident)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import _socket
 import errno
+import functools
 import os
 import socketserver
 import sys
@@ -41,6 +42,8 @@ def install(registry: ServerRegistry, inherited: set[int]) -> SocketPatch:
         _replace(inet_facade.NATIVE)
         _replace_gevents()
         _never_wait_after_a_selector()
+        for name in ("serve_forever", "handle_request"):
+            _notice_waiting(name)
     _installed[:] = [patch]
     return patch
 
@@ -101,6 +104,19 @@ def _never_wait_after_a_selector() -> None:
             self.socket.settimeout(before)
 
     socketserver.TCPServer.get_request = get_request  # type: ignore[method-assign]
+
+
+def _notice_waiting(name: str) -> None:
+    """Notice that socketserver waits in its selector; it calls ``accept`` only when there is a connection."""
+    wait = getattr(socketserver.BaseServer, name)
+
+    @functools.wraps(wait)
+    def waiting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if (entry := _installed[0].leased.find(self.fileno())) is not None:
+            entry.accepts = True
+        return wait(self, *args, **kwargs)
+
+    setattr(socketserver.BaseServer, name, waiting)
 
 
 def _set_method(cls: Any, function: Callable[..., Any]) -> None:

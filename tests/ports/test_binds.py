@@ -65,7 +65,18 @@ def test_a_port_that_is_left_to_the_kernel(obedient, port):
 def test_a_lock_that_listens_is_explained(obedient, port):
     """Every worker has such a lock: the log says so once in each, and what to do."""
     process, *workers = obedient(2)
+    waiting, one_request = free_port(), free_port()
     for worker in workers:
+        # these have no request either, but wait for one
+        worker.do(
+            f"""
+            import http.server, threading
+            handler = http.server.BaseHTTPRequestHandler
+            one, two = (http.server.HTTPServer(("127.0.0.1", p), handler) for p in ({waiting}, {one_request}))
+            for wait in (one.serve_forever, two.handle_request):
+                threading.Thread(target=wait, daemon=True).start()
+            """
+        )
         worker.do(f"s = socket.create_server(('127.0.0.1', {port}))")
     for worker in workers:
         process.wait_log(

@@ -238,13 +238,13 @@ class Process:
             self.popen.kill()
         self.popen.wait()
 
-    def log_end(self) -> str:
+    def log_end(self, most: int = 150) -> str:
         """The last lines of the log, for the report of a test that failed."""
         try:
             lines = self.logfile.read_text(errors="replace").splitlines()
         except FileNotFoundError:
             return f"{self.logfile} is gone"
-        return "\n".join([f"--- the log of {self.pid}, {len(lines)} lines, ends with:", *lines[-150:]])
+        return "\n".join([f"--- the log of {self.pid}, {len(lines)} lines, ends with:", *lines[-most:]])
 
 
 class Starter:

@@ -64,7 +64,7 @@ def test_python():
     found = [[where, code] for where, code in blocks("python") if "import websocket\n" not in code]
     done = subprocess.run(
         [sys.executable, PROGRAMS / "documented_code.py"],
-        input=json.dumps(found), capture_output=True, text=True, timeout=120, check=True,
+        input=json.dumps(found), capture_output=True, text=True, timeout=600, check=True,
     )  # fmt: skip
     assert json.loads(done.stdout) == {}
 
