@@ -485,6 +485,7 @@ class Worker(GeventWorker):
                 self._on_drain_tick,
                 self._socket_patch,
                 keepalive,
+                registry.acceptors.leave_mailbox,
             )
         finally:
             migrating.kill(block=False)

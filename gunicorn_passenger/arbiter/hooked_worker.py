@@ -374,6 +374,7 @@ class HookedWorker:
             self._on_drain_tick,
             self._patch if self._main_hub is None else _DrainedInHub(self._patch, self._main_hub),
             float(self.cfg.keepalive),
+            registry.acceptors.leave_mailbox,
         )
         self._await(partial(self._scheduler.run, finish))
         self._scheduler.run(self._write_counts)

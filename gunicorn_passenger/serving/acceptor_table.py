@@ -146,6 +146,11 @@ class AcceptorTable:
         if self.mailboxes is not None and sticky not in (None, OFF):
             self.mailboxes.open()
 
+    def leave_mailbox(self) -> None:
+        """Take the connections that siblings have passed until now, and no more."""
+        if self.mailboxes is not None:
+            self.mailboxes.leave()
+
     def _make_sticky(self, acceptor: ListenerHandler, sticky: object, key: str, cfg: Any) -> None:
         """Have the acceptor pass the connections of requests that belong to siblings."""
         if self.mailboxes is not None and sticky not in (None, OFF):

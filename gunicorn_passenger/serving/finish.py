@@ -52,6 +52,7 @@ def finish_connections(
     on_tick: Callable[[], object] = lambda: None,
     third_party: ThirdPartyDrainable | None = None,
     keepalive: float = 0.0,
+    on_idle: Callable[[], object] = lambda: None,
 ) -> None:
     """Wait until no connection is open; end those that are left after the graceful timeout.
 
@@ -60,10 +61,18 @@ def finish_connections(
     :param on_tick: called in each round of the wait.
     :param third_party: its idle connections are ended after the keep-alive time, since no sibling takes them.
     :param keepalive: seconds.
+    :param on_idle: called once, when no connection is open; those that it brings are finished, too.
     """
     now = monotonic()
     deadline, idle_check_at = now + seconds, now + keepalive
-    while not (servers.idle() and (third_party is None or third_party.idle())):
+    was_idle = False
+    while True:
+        if servers.idle() and (third_party is None or third_party.idle()):
+            if was_idle:
+                return
+            was_idle = True
+            on_idle()
+            continue
         if monotonic() >= deadline - servers.shutdown_seconds(seconds):
             log.warning(
                 "Worker graceful timeout (pid:%s): the connections that are still open are closed; raise "

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import _socket
 import os
+import socket
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -346,6 +347,16 @@ class Mailboxes:
             except Exception as error:
                 # gevent would stop this watcher
                 report_fault("a packet of a sibling was ignored", error)
+
+    def leave(self) -> None:
+        """Take what siblings have sent until now, and no more: this worker has nothing else to finish.
+
+        A sibling that sends later finds the mailbox gone, and serves the connection itself.
+        """
+        if self._receiving is not None:
+            self._receiving.shutdown(socket.SHUT_RD)
+            while self._readable.active:  # until the end of the mailbox
+                self._receive()
 
     def close(self) -> None:
         """Close this process's copies of all mailboxes."""

@@ -222,6 +222,38 @@ def test_a_connection_for_which_there_is_no_room_goes_back_at_once(site, connect
     myself.close()
 
 
+def test_a_worker_that_leaves_takes_what_was_sent_and_no_more(site, connection):
+    """Otherwise it would claim a connection and exit."""
+    attached = []
+
+    class OpenAcceptor(FullAcceptor):
+        def make_room(self):
+            return True
+
+        def attach(self, sock, addr, begun, data):
+            attached.append(data)
+            sock.release()
+
+    site.mailboxes._acceptors = lambda: [("key", OpenAcceptor())]
+    claims = [mailbox.make_claim() for _ in range(40)]  # more than are taken at a time
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        accepted, _ = listener.accept()
+        with client, accepted:
+            for number, claim in enumerate(claims):
+                mailbox.post(
+                    site.broker.sending, mailbox.CONNECTION, "key", b"%d" % number, (accepted.fileno(), claim)
+                )
+            site.mailboxes.leave()
+            assert attached == [b"%d" % number for number in range(40)]
+            with pytest.raises(mailbox.MailboxGone):
+                mailbox.post(site.broker.sending, mailbox.MESSAGE, "t", b"late")
+    assert [mailbox.take_back(claim) for claim in claims] == [False] * 40
+    for claim in claims:
+        os.close(claim)
+    site.mailboxes.leave()
+
+
 def test_a_claim_has_one_outcome():
     for settle, theirs in ((mailbox.claim, False), (mailbox.refuse, True)):
         claim = mailbox.make_claim()

@@ -177,6 +177,20 @@ def test_a_drain_waits_until_no_connection_is_open(monkeypatch):
     assert not servers.killed
 
 
+def test_a_connection_that_comes_at_the_end_of_a_drain_is_finished(monkeypatch):
+    """A sibling passes one that belongs to this worker when it has no other."""
+    monkeypatch.setattr(finish, "_POLL_INTERVAL", 0)
+    servers, called = FakeServers(0), []
+
+    def one_more():
+        called.append(1)
+        servers.looks = 3
+
+    finish.finish_connections(servers, 600, LOG, gevent.sleep, on_idle=one_more)
+    assert called == [1]
+    assert servers.looks < 0
+
+
 @pytest.mark.parametrize(("seconds", "shutdown"), [(0, 0), (600, 600)])
 def test_a_drain_ends_at_the_graceful_timeout_and_says_so(caplog, seconds, shutdown):
     """Or so much earlier that ASGI applications can shut down."""
