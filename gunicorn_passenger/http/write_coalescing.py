@@ -8,28 +8,28 @@ more responses arrive. So a busy worker keeps the responses of one event-loop it
 then sends one after the other.
 
 But then a finished response waits for the code of other requests, and how long that runs is not known in
-advance. So responses are coalesced only after a long streak of requests that all were quick. They are flushed
+advance. So responses are coalesced only when 200 requests have been quick. A slow request takes 5 of them
+back for each millisecond that it took. So one that took a little longer among many (the machine was busy with
+something else, or Python collected garbage) hardly matters, and a server whose requests are often slow does
+not coalesce. Responses are flushed
 
 - at the end of the iteration, before the loop waits for anything;
 - when a request begins and the first of them has waited for 3 ms (``_MAX_DELAY``);
 - when there are 32 (``_MAX_PENDING``);
-- when one request has taken more than 1 ms, which also ends the streak.
+- when one request has taken more than 1 ms.
 
 A response that ends its connection as its client wishes waits, too: the coalescer closes the connection when
 the response is sent.
 
-One case remains: the first slow request after a streak. The responses that were finished in the 3 ms before
-it wait until its code ends or waits for something. The next 200 responses are sent at once; after a streak of
-100 only the next 25, if the request took less than 50 ms: one such among many is an exception (the machine
-was busy with something else, or Python collected garbage). The same holds for greenlets in the middle of a
-request that wake up in that iteration. The clients' next requests would have waited for that code in any
-case.
+One case remains: the slow request itself. The responses that were finished in the 3 ms before it wait until
+its code ends or waits for something. The same holds for greenlets in the middle of a request that wake up in
+that iteration. The clients' next requests would have waited for that code in any case.
 """
 
 from __future__ import annotations
 
 import os
-from math import inf
+from math import ceil, inf
 from time import perf_counter
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -38,16 +38,16 @@ from gevent import get_hub
 
 from gunicorn_passenger.http.faults import report_fault
 
-#: One request of so many is timed outside a streak.
+#: One request of so many is timed while none has been quick.
 _SAMPLE = 16
-#: Seconds that each request of a streak takes, at least and at most. When requests are quicker, and their
-#: headers need not be parsed either, clients hardly have the time to fall asleep, and coalescing costs more
-#: than it saves. When they are slower, the delay would be long and the gain small.
+#: Seconds that a quick request takes, at least and at most. When requests are quicker, and their headers need
+#: not be parsed either, clients hardly have the time to fall asleep, and coalescing costs more than it saves.
+#: When they are slower, the delay would be long and the gain small.
 _QUICKEST, _SLOWEST = 25e-6, 1e-3
-#: How many such requests in a row it takes before responses are coalesced.
-_STREAK = 200
-#: How many it takes after an exception: a request that came after so many, and took at most so many seconds.
-_SHORT_STREAK, _EXCEPTION_AFTER, _LONGEST_EXCEPTION = 25, 100, 0.05
+#: How many quick requests it takes before responses are coalesced, and how many of them each second of a slow
+#: request takes back.
+_REQUIRED = 200
+_LOST_PER_SECOND = 5000
 #: How many responses are pending at most, and for how many seconds, before the next request begins.
 _MAX_PENDING = 32
 _MAX_DELAY = 3e-3
@@ -56,17 +56,16 @@ _MAX_DELAY = 3e-3
 class WriteCoalescer:
     """The pending responses of the current event-loop iteration, and whether responses are coalesced."""
 
-    __slots__ = ("_due", "_loop", "_required", "active", "pending", "streak")
+    __slots__ = ("_due", "_loop", "active", "pending", "quick")
 
     def __init__(self, loop: Any) -> None:
         self._loop = loop
         #: the connections with a pending response
         self.pending: list[Any] = []
-        #: how many requests in a row were quick, and whether responses are coalesced because of that
-        self.streak = 0
+        #: how many requests were quick, less those that slow ones have taken back: at most ``_REQUIRED``
+        self.quick = 0
+        #: whether responses are coalesced: while ``quick`` is as much as it can be
         self.active = False
-        #: how long a streak it takes now
-        self._required = _STREAK
         #: from when on (by ``perf_counter``) a request that begins flushes first
         self._due = inf
 
@@ -80,7 +79,7 @@ class WriteCoalescer:
         """
         if self.pending and not (self.active or proxied):
             self.flush()
-        if self.streak or timed or not number % _SAMPLE:
+        if self.quick or timed or not number % _SAMPLE:
             began = perf_counter()
             if began > self._due:
                 self.flush()
@@ -94,12 +93,12 @@ class WriteCoalescer:
         :param repeated: whether its headers repeated those of the request before, and were not parsed.
         """
         if seconds < _SLOWEST and (seconds > _QUICKEST or not repeated):
-            self.streak += 1
-            self.active = self.streak >= self._required
+            if self.quick < _REQUIRED:
+                self.quick += 1
+            self.active = self.quick == _REQUIRED
         else:
-            is_exception = _SLOWEST <= seconds < _LONGEST_EXCEPTION and self.streak >= _EXCEPTION_AFTER
-            self._required = _SHORT_STREAK if is_exception else _STREAK
-            self.streak = 0
+            lost = ceil(seconds * _LOST_PER_SECOND) if seconds >= _SLOWEST else _REQUIRED
+            self.quick = max(self.quick - lost, 0)
             self.active = False
             self.flush()
 

@@ -148,7 +148,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(turn_module, "_MAX_DELAY", 600.0)
     monkeypatch.setattr(turn_module, "_coalescers", {})
     server = Server()
-    server.turn.streak = turn_module._STREAK
+    server.turn.quick = turn_module._REQUIRED
     server.turn.active = True
     yield server
     for client in server.clients:
@@ -235,41 +235,52 @@ def test_a_slow_request_holds_back_only_what_was_finished_before_it(server: Serv
     wait_for(lambda: sum(server.answered()) == 3)
 
 
-@pytest.mark.parametrize(
-    ("broken", "repeated"),
-    [(0.0011, True), (0.0011, False), (0.00002, True)],
-    ids=["slow", "slow, new headers", "quick"],
-)
-def test_the_streak_is_long_and_of_requests_that_are_quick_but_not_too_quick(
-    broken: float, repeated: bool
-) -> None:
-    turn = WriteCoalescer(None)
-    for _ in range(199):
-        turn.record_duration(0.0001, True)
-    assert not turn.active
-    turn.record_duration(broken, repeated)
-    turn.record_duration(0.0001, True)
-    assert not turn.active
-    for _ in range(199):
-        turn.record_duration(0.0009, True)
-    assert turn.active
-    turn.record_duration(broken, repeated)
-    assert not turn.active
-    turn.record_duration(0.0001, True)
-    assert not turn.active
+def responses_until_active(coalescer: WriteCoalescer) -> int:
+    """How many responses are sent at once before the next one is coalesced."""
+    count = 0
+    while not coalescer.active:
+        count += 1
+        coalescer.record_duration(0.0009, True)
+    return count
 
 
-def test_after_a_slow_request_among_many_the_streak_is_short() -> None:
-    turn = WriteCoalescer(None)
-    for _ in range(200):
-        turn.record_duration(0.0001, True)
-    # the second one follows the first too soon, the third is too slow
-    for slow, streak in ((0.02, 25), (0.02, 200), (0.06, 200)):
-        turn.record_duration(slow, True)
-        for _ in range(streak):
-            assert not turn.active
-            turn.record_duration(0.0001, True)
-        assert turn.active
+def test_responses_are_coalesced_after_many_quick_requests() -> None:
+    coalescer = WriteCoalescer(None)
+    assert responses_until_active(coalescer) == 200
+    for _ in range(1000):
+        coalescer.record_duration(0.0001, True)
+        assert coalescer.active
+
+
+@pytest.mark.parametrize("repeated", [True, False])
+@pytest.mark.parametrize(("seconds", "lost"), [(0.001, 5), (0.0011, 6), (0.01, 50), (0.04, 200), (5.0, 200)])
+def test_a_slow_request_takes_back_what_it_has_cost(seconds: float, lost: int, repeated: bool) -> None:
+    coalescer = WriteCoalescer(None)
+    responses_until_active(coalescer)
+    coalescer.record_duration(seconds, repeated)
+    assert not coalescer.active
+    assert responses_until_active(coalescer) == lost
+
+
+def test_slow_requests_add_up() -> None:
+    coalescer = WriteCoalescer(None)
+    responses_until_active(coalescer)
+    for _ in range(3):
+        coalescer.record_duration(0.01, True)
+    assert responses_until_active(coalescer) == 150
+    # one of 20 takes 5 ms, which is more than the other 19 earn
+    for number in range(1000):
+        coalescer.record_duration(0.0001 if number % 20 else 0.005, True)
+        assert not coalescer.active
+    assert responses_until_active(coalescer) >= 180
+
+
+def test_a_request_that_is_too_quick_begins_anew() -> None:
+    coalescer = WriteCoalescer(None)
+    responses_until_active(coalescer)
+    coalescer.record_duration(0.00002, True)
+    assert not coalescer.active
+    assert responses_until_active(coalescer) == 200
 
 
 def test_a_request_with_new_headers_is_never_too_quick() -> None:
@@ -284,8 +295,8 @@ def test_all_servers_of_a_loop_share_its_turn(server: Server) -> None:
     assert Server().turn is server.turn is coalescer_for_hub()
 
 
-def test_a_new_server_finds_its_streak_by_itself(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turn_module, "_STREAK", 10)
+def test_a_new_server_begins_to_coalesce_by_itself(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turn_module, "_REQUIRED", 10)
     server.turn.record_duration(601.0, True)
     assert not server.turn.active
     client = server.connect()
@@ -295,7 +306,7 @@ def test_a_new_server_finds_its_streak_by_itself(server: Server, monkeypatch: py
         client.until(1)
         return server.turn.active
 
-    # only some requests are timed as long as there is no streak
+    # only some requests are timed while none has been quick
     worker: Any = server.listener.worker
     worker.nr = 0
     assert sum(not held() for _ in range(100)) == turn_module._SAMPLE + 8
