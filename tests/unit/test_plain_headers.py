@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import string
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -34,11 +36,11 @@ SPECIAL = [
 NAMES = (
     st.sampled_from(PLAIN)
     | st.sampled_from(SPECIAL)
-    | st.from_regex(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", fullmatch=True)
+    | st.text("!#$%&'*+-.^_`|~" + string.digits + string.ascii_letters, min_size=1, max_size=12)
 )
 VALUES = (
     st.sampled_from(["keep-alive", "close", "Keep-Alive, close", "upgrade", "x-a", "0", "example.org", "a:b", " a", "a "])
-    | st.from_regex(r"[\t -~\x80-\xff]*", fullmatch=True)
+    | st.text(["\t", *map(chr, range(0x20, 0x7F)), *map(chr, range(0x80, 0x100))], max_size=12)
 )  # fmt: skip
 HEADERS = st.lists(st.tuples(NAMES, VALUES), max_size=6)
 HOSTS = st.sampled_from([("Host", "example.org"), ("hOST", "[::1]:80"), ("host", "a b"), ("Host", "")])

@@ -109,7 +109,7 @@ def received(far, count):
     while len(came) < count:
         with contextlib.suppress(BlockingIOError):
             came += far.recv(65536)
-        gevent.sleep(0)
+        gevent.sleep(0.001)
     return came
 
 
@@ -283,6 +283,12 @@ class Running:
         self.greenlet.get()
         until(lambda: ended(self.client) and ended(self.target))
 
+    def end(self):
+        """Both ends close their connections, as they do after a Close frame."""
+        self.client.shutdown(2)
+        self.target.shutdown(2)
+        self.over()
+
     def passes(self):
         self.client.send(frame(3, True))
         self.target.send(frame(3, False))
@@ -355,6 +361,11 @@ def test_a_tunnel_that_cannot_say_goodbye_ends(running, logged):
 UPGRADE = "EIO=4&transport=websocket&sid=a"
 
 
+@pytest.fixture
+def short_wait(monkeypatch):
+    monkeypatch.setattr(tunnel, "_CLOSING", 0.2)
+
+
 def test_an_upgrade_of_engineio_is_closed_after_the_targets_first_frame(running):
     """Its client stays without a session for ever if a Close frame comes first."""
     one = running(query=UPGRADE)
@@ -363,7 +374,7 @@ def test_an_upgrade_of_engineio_is_closed_after_the_targets_first_frame(running)
     assert received(one.target, 12) == frame(6, True)
     one.target.send(frame(6, False))
     assert received(one.client, 12) == frame(6, False) + b"\x88\x02\x03\xe9"
-    one.over()
+    one.end()
 
 
 def test_a_new_session_of_engineio_is_closed_after_the_targets_second_frame(running):
@@ -377,10 +388,10 @@ def test_a_new_session_of_engineio_is_closed_after_the_targets_second_frame(runn
     assert received(one.target, 12) == frame(6, True)
     one.target.send(frame(6, False))
     assert received(one.client, 12) == frame(6, False) + b"\x88\x02\x03\xe9"
-    one.over()
+    one.end()
 
 
-def test_a_new_session_without_a_second_frame_is_closed_after_a_while(running):
+def test_a_new_session_without_a_second_frame_is_closed_after_a_while(running, short_wait):
     """Of a client that does not speak Socket.IO."""
     one = running(query="EIO=4&transport=websocket")
     one.target.send(frame(6, False))
@@ -399,7 +410,7 @@ def test_the_rest_of_a_frame_is_not_taken_for_a_close_frame(running):
     until(lambda: one.tunnel.shutdown_due)
     one.target.send(first[5:])
     assert received(one.client, 7) == first[5:] + b"\x88\x02\x03\xe9"
-    one.over()
+    one.end()
 
 
 def test_a_target_that_closes_such_an_upgrade_has_the_last_word(running):
@@ -408,12 +419,11 @@ def test_a_target_that_closes_such_an_upgrade_has_the_last_word(running):
     until(lambda: one.tunnel.shutdown_due)
     one.target.send(b"\x88\x02\x03\xe8")
     assert received(one.client, 4) == b"\x88\x02\x03\xe8"
-    one.target.shutdown(2)
-    one.over()
+    one.end()
     assert one.tunnel.bytes_out == 4
 
 
-def test_an_upgrade_whose_target_says_nothing_ends_without_a_close_frame(running):
+def test_an_upgrade_whose_target_says_nothing_ends_without_a_close_frame(running, short_wait):
     one = running(query=UPGRADE)
     gevent.get_hub().loop.run_callback(one.tunnel.begin_shutdown)
     one.over()
