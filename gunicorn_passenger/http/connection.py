@@ -12,6 +12,10 @@ The loop waits for readability *before* it reads: right after a response there i
 speculative read would cost a system call and an exception. And a client that always sends faster than it is
 served would keep the greenlet running and starve the other connections, as happens to gunicorn's gevent
 worker with its access log on.
+
+On a UNIX socket, the hub receives from all connections that are readable in one event-loop iteration before
+their requests are served. To receive wakes a client that waits until it can send more, as nginx always does;
+one that is awake is not woken again.
 """
 
 from __future__ import annotations
@@ -161,7 +165,8 @@ class Connection(ConnectionLife):
                 continue
             if readable is None:
                 # most connections of a server behind nginx never come here
-                readable, wait, switch = self._reader(), self._hub.switch, greenlet.switch
+                readable, wait = self._reader(), self._hub.switch
+                on_input = self._arrive if listener.receives_ahead else greenlet.switch
                 idle_ticker = listener.idle_ticker
             keeps_greenlet = False
             while True:
@@ -172,7 +177,7 @@ class Connection(ConnectionLife):
                     listener.idle.add(self)
                 elif not self.tracked:
                     idle_ticker.track(self)
-                readable.start(switch)
+                readable.start(on_input)
                 try:
                     wait()
                 finally:
@@ -182,6 +187,10 @@ class Connection(ConnectionLife):
                 if self.pending:
                     self.state = _ACTIVE
                     self._send_pending()
+                data = self.buf
+                if data:
+                    self._expired = False
+                    break
                 if self._expired:
                     if listener.closing or not (keeps_greenlet or _has_locals(greenlet)):
                         self._park(listener.idle)

@@ -25,7 +25,7 @@ from gunicorn_passenger.http.listener_context import ListenerContext
 from gunicorn_passenger.http.request_head import NO_HEAD
 from gunicorn_passenger.http.response import Response
 from gunicorn_passenger.http.timeouts import TimeoutQueue
-from gunicorn_passenger.http.transport import Transport
+from gunicorn_passenger.http.transport import READ_SIZE, Transport
 
 _WEBSOCKET = re.compile(rb"\r\nupgrade:[ \t]*websocket[ \t]*\r\n", re.IGNORECASE)
 
@@ -104,6 +104,24 @@ class ConnectionLife(Transport):
         self._stop_waiting(self, None)
         self.state = _ACTIVE
         self.listener.greenlets.serve(self)
+
+    def receive_ahead(self) -> None:
+        """Receive what the client has sent, and let the greenlet take it from the buffer.
+
+        Whatever the hub cannot receive, the greenlet tries to receive again, and meets the client's end or
+        the error.
+        """
+        try:  # noqa: SIM105 - contextlib.suppress() would cost each request more than the call
+            self.buf = self._raw.recv(READ_SIZE)
+        except Exception:  # noqa: S110 - see above
+            pass
+
+    def _arrive(self) -> None:
+        """Called in the hub when an idle connection is readable, and others may be, too."""
+        self._readable.stop()
+        self.state = _ACTIVE  # it neither expires nor migrates any more
+        self.receive_ahead()
+        self._hub.loop.run_callback(self._waiting.switch)
 
     def _park(self, queue: TimeoutQueue) -> None:
         """Wait for a request without a greenlet.

@@ -96,6 +96,8 @@ class ListenerContext:
         self.log = log
         self.worker = worker
         self.sockname = sockname
+        #: Whether what clients have sent is received ahead (:mod:`.connection`): on a UNIX socket.
+        self.receives_ahead = not isinstance(sockname, tuple)
         self.keepalive = bool(cfg.keepalive)
         #: whether a worker that exits closes the application's WebSockets
         self.closes_websockets_on_exit = closes_websockets_on_exit

@@ -268,6 +268,7 @@ class Transport(ConnectionOutput):
         A greenlet that wakes up for another reason finds the socket closed. It stays open in the parent.
         """
         self.drop_pending()
+        self.buf, self.at = b"", 0  # a request that was received ahead is the parent's, too
         for watcher in self._readable, self._writable:
             if watcher is not None:
                 watcher.stop()

@@ -406,8 +406,9 @@ def test_every_callback_of_the_loop_is_known() -> None:
         ("connection_output.py", "self._sending.switch"),
         ("connection_life.py", "gone"),
         ("connection_life.py", "self._ready"),
+        ("connection_life.py", "self._waiting.switch"),
         ("connection_life.py", "self._wake"),
-        ("connection.py", "switch"),
+        ("connection.py", "on_input"),  # the greenlet's switch, or self._arrive
         ("disconnect.py", "self._check"),
         ("greenlet_pool.py", "self.serve"),
         # these lose at most waiting greenlets
