@@ -16,8 +16,8 @@ from __future__ import annotations
 import _socket
 import errno
 import os
-from collections import deque
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from socket import SOCK_STREAM
 from typing import Any
@@ -64,8 +64,6 @@ class Acceptor:
         self._sock = sock
         self._raw = sock._sock
         self._family, self._proto = self._raw.family, self._raw.proto
-        #: the connections of this iteration that wait until all of them are accepted
-        self._arrived: deque[Connection] = deque()
         self._limit = limit
         self._balance = balance or AcceptBalance()
         self._connections: set[Connection] = set()
@@ -96,15 +94,13 @@ class Acceptor:
         if listener.receives_ahead and listener.coalescer.active:
             # Each of these requests is quick, so that none waits long for those before it. Otherwise the
             # siblings can serve them meanwhile.
-            while (connection := self._next_connection()) is not None:
-                self._arrived.append(connection)
+            arrived = list(iter(self._next_connection, None))
+            for connection in arrived:
                 connection.receive_ahead()
-            listener.greenlets.serve_each(self._next_arrived, self._next_arrived)
+            next_arrived = partial(next, iter(arrived), None)
+            listener.greenlets.serve_each(next_arrived, next_arrived)
         else:
             listener.greenlets.serve_each(self._next_connection, self._next_in_greenlet)
-
-    def _next_arrived(self) -> Connection | None:
-        return self._arrived.popleft() if self._arrived else None
 
     def _next_in_greenlet(self) -> Connection | None:
         """Accept a connection in the greenlet that serves it; ``None`` to leave that to the hub."""
@@ -322,7 +318,6 @@ class Acceptor:
         The connection whose application has forked stays open, as in every other server.
         """
         self._close_watcher()
-        self._arrived.clear()
         self._balance = AcceptBalance()
         self.listener.leave_to_parent()
         current = getcurrent()
