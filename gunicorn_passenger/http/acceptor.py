@@ -91,7 +91,8 @@ class Acceptor:
         """Called in the hub when a client waits."""
         self._burst = _BURST
         listener = self.listener
-        if listener.receives_ahead and listener.coalescer.active:
+        coalescer = listener.coalescer
+        if listener.receives_ahead and coalescer.active and coalescer.clients_sleep:
             # Each of these requests is quick, so that none waits long for those before it. Otherwise the
             # siblings can serve them meanwhile.
             arrived = list(iter(self._next_connection, None))

@@ -14,8 +14,8 @@ served would keep the greenlet running and starve the other connections, as happ
 worker with its access log on.
 
 On a UNIX socket, the hub receives from all connections that are readable in one event-loop iteration before
-their requests are served. To receive wakes a client that waits until it can send more, as nginx always does;
-one that is awake is not woken again.
+their requests are served, unless those are so quick that clients hardly fall asleep. To receive wakes a
+client that waits until it can send more, as nginx always does; one that is awake is not woken again.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Connection(ConnectionLife):
             if readable is None:
                 # most connections of a server behind nginx never come here
                 readable, wait = self._reader(), self._hub.switch
-                on_input = self._arrive if listener.receives_ahead else greenlet.switch
+                switch, coalescer = greenlet.switch, listener.coalescer
                 idle_ticker = listener.idle_ticker
             keeps_greenlet = False
             while True:
@@ -177,7 +177,8 @@ class Connection(ConnectionLife):
                     listener.idle.add(self)
                 elif not self.tracked:
                     idle_ticker.track(self)
-                readable.start(on_input)
+                ahead = listener.receives_ahead and coalescer.clients_sleep
+                readable.start(self._arrive if ahead else switch)
                 try:
                     wait()
                 finally:

@@ -56,7 +56,7 @@ _MAX_DELAY = 3e-3
 class WriteCoalescer:
     """The pending responses of the current event-loop iteration, and whether responses are coalesced."""
 
-    __slots__ = ("_due", "_loop", "active", "pending", "quick")
+    __slots__ = ("_due", "_loop", "active", "clients_sleep", "pending", "quick")
 
     def __init__(self, loop: Any) -> None:
         self._loop = loop
@@ -66,6 +66,8 @@ class WriteCoalescer:
         self.quick = 0
         #: whether responses are coalesced: while ``quick`` is as much as it can be
         self.active = False
+        #: whether the last timed request took so long that a client has the time to fall asleep
+        self.clients_sleep = False
         #: from when on (by ``perf_counter``) a request that begins flushes first
         self._due = inf
 
@@ -92,7 +94,8 @@ class WriteCoalescer:
         :param seconds: from the call of the application to the end of its result's ``close()``.
         :param repeated: whether its headers repeated those of the request before, and were not parsed.
         """
-        if seconds < _SLOWEST and (seconds > _QUICKEST or not repeated):
+        self.clients_sleep = seconds > _QUICKEST
+        if seconds < _SLOWEST and (self.clients_sleep or not repeated):
             if self.quick < _REQUIRED:
                 self.quick += 1
             self.active = self.quick == _REQUIRED

@@ -97,6 +97,8 @@ def response(client: Any) -> bytes:
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(write_coalescing, "_coalescers", {})
+    monkeypatch.setattr(write_coalescing, "_SAMPLE", 1)
+    monkeypatch.setattr(write_coalescing, "_QUICKEST", 0.0)
     with contextlib.closing(Server(socket.AF_UNIX, str(tmp_path / "s"))) as made:
         yield made
 
@@ -104,10 +106,9 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 @pytest.fixture
 def quick(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """All requests have been quick for a while."""
-    monkeypatch.setattr(write_coalescing, "_QUICKEST", 0.0)
     monkeypatch.setattr(write_coalescing, "_SLOWEST", 600.0)
     server.listener.coalescer.quick = write_coalescing._REQUIRED
-    server.listener.coalescer.active = True
+    server.listener.coalescer.active = server.listener.coalescer.clients_sleep = True
 
 
 def test_kept_connections_are_received_from_before_the_first_is_served(server: Server) -> None:
@@ -119,6 +120,20 @@ def test_kept_connections_are_received_from_before_the_first_is_served(server: S
     for client in server.clients:
         assert wait_for(lambda client=client: response(client)).startswith(OK)
     assert seen == [[True] * 5] * 5
+
+
+def test_a_client_that_has_no_time_to_fall_asleep_is_received_from_when_it_is_served(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write_coalescing, "_QUICKEST", 600.0)
+    seen = []
+    server.act = lambda: seen.append(sum(server.received()))
+    for client in server.kept(3):
+        client.send(GET)
+    seen.clear()
+    for client in server.clients:
+        assert wait_for(lambda client=client: response(client)).startswith(OK)
+    assert seen == [1, 2, 3]
 
 
 def test_a_tcp_connection_is_received_from_when_it_is_served() -> None:
