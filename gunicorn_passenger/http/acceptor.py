@@ -91,15 +91,17 @@ class Acceptor:
         """Called in the hub when a client waits."""
         self._burst = _BURST
         listener = self.listener
-        coalescer = listener.coalescer
-        if listener.receives_ahead and coalescer.active and coalescer.clients_sleep:
-            # Each of these requests is quick, so that none waits long for those before it. Otherwise the
-            # siblings can serve them meanwhile.
-            arrived = list(iter(self._next_connection, None))
-            for connection in arrived:
-                connection.receive_ahead()
-            next_arrived = partial(next, iter(arrived), None)
-            listener.greenlets.serve_each(next_arrived, next_arrived)
+        if listener.coalescer.active and listener.receives_ahead():
+            # The requests before were quick, so that none of these should wait long for the others. Otherwise
+            # the siblings can serve them meanwhile.
+            arrived: list[Connection] = []
+            try:
+                for connection in iter(self._next_connection, None):
+                    arrived.append(connection)
+                    connection.receive_ahead()
+            finally:
+                next_arrived = partial(next, iter(arrived), None)
+                listener.greenlets.serve_each(next_arrived, next_arrived)
         else:
             listener.greenlets.serve_each(self._next_connection, self._next_in_greenlet)
 

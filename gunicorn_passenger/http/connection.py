@@ -13,9 +13,9 @@ speculative read would cost a system call and an exception. And a client that al
 served would keep the greenlet running and starve the other connections, as happens to gunicorn's gevent
 worker with its access log on.
 
-On a UNIX socket, the hub receives from all connections that are readable in one event-loop iteration before
-their requests are served, unless those are so quick that clients hardly fall asleep. To receive wakes a
-client that waits until it can send more, as nginx always does; one that is awake is not woken again.
+On a UNIX socket, the hub receives from all busy connections that are readable in one event-loop iteration
+before their requests are served, unless those are so quick that clients hardly fall asleep. To receive wakes
+a client that waits until it can send more, as nginx always does; one that is awake is not woken again.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ class Connection(ConnectionLife):
             try:
                 data = recv(READ_SIZE)
             except BlockingIOError:
-                self._park(listener.new if self.is_new else listener.idle)
+                # the server may have been closed since this connection was accepted
+                self._park(listener.new if self.is_new and not listener.closing else listener.idle)
                 return None
             except OSError as error:
                 raise client_disconnected(error) from None
@@ -166,7 +167,7 @@ class Connection(ConnectionLife):
             if readable is None:
                 # most connections of a server behind nginx never come here
                 readable, wait = self._reader(), self._hub.switch
-                switch, coalescer = greenlet.switch, listener.coalescer
+                switch = greenlet.switch
                 idle_ticker = listener.idle_ticker
             keeps_greenlet = False
             while True:
@@ -177,8 +178,7 @@ class Connection(ConnectionLife):
                     listener.idle.add(self)
                 elif not self.tracked:
                     idle_ticker.track(self)
-                ahead = listener.receives_ahead and coalescer.clients_sleep
-                readable.start(self._arrive if ahead else switch)
+                readable.start(self._arrive if listener.receives_ahead() else switch)
                 try:
                     wait()
                 finally:

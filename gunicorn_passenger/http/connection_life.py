@@ -119,7 +119,8 @@ class ConnectionLife(Transport):
     def _arrive(self) -> None:
         """Called in the hub when an idle connection is readable, and others may be, too."""
         self._readable.stop()
-        self.state = _ACTIVE  # it neither expires nor migrates any more
+        self.state = _ACTIVE  # it neither expires nor migrates any more, nor does it make room
+        self.listener.idle.remove(self, None)
         self.receive_ahead()
         self._hub.loop.run_callback(self._waiting.switch)
 

@@ -7,8 +7,8 @@ Never: decide anything. The connection changes its state, and other objects read
 state      meaning                                                         next
 =========  ==============================================================  ===================================
 NEW        accepted; its greenlet has not run                              ACTIVE, CLOSED
-ACTIVE     its greenlet reads a request or sends a response                IDLE, PARKED, UPGRADED, FLUSHING,
-                                                                           LINGERING, CLOSED
+ACTIVE     its greenlet reads a request or sends a response, or is about   IDLE, PARKED, UPGRADED, FLUSHING,
+           to: the hub has received the request                            LINGERING, CLOSED
 IDLE       its greenlet waits for the next request                         ACTIVE, PARKED, CLOSED
 PARKED     the hub waits for the next request, without a greenlet          ACTIVE, CLOSED
 UPGRADED   another protocol is spoken; the server reads no more requests   LINGERING, CLOSED

@@ -96,8 +96,6 @@ class ListenerContext:
         self.log = log
         self.worker = worker
         self.sockname = sockname
-        #: Whether what clients have sent is received ahead (:mod:`.connection`): on a UNIX socket.
-        self.receives_ahead = not isinstance(sockname, tuple)
         self.keepalive = bool(cfg.keepalive)
         #: whether a worker that exits closes the application's WebSockets
         self.closes_websockets_on_exit = closes_websockets_on_exit
@@ -145,6 +143,7 @@ class ListenerContext:
         self._template |= dict.fromkeys(_EACH)
         if isinstance(sockname, tuple):
             self._template |= {"SERVER_NAME": sockname[0], "SERVER_PORT": str(sockname[1])}
+        self._is_unix = not isinstance(sockname, tuple)
         #: the same for all clients without an address
         self._unix_context = ConnectionContext("", self._template | {"REMOTE_ADDR": ""}, True)
         self._trusted: dict[str, bool] = {}
@@ -161,6 +160,10 @@ class ListenerContext:
         if logger is None:
             return str(self.cfg.loglevel).lower() == "debug"
         return bool(logger.isEnabledFor(logging.DEBUG))
+
+    def receives_ahead(self) -> bool:
+        """Whether it receives from all readable connections before it serves one (:mod:`.connection`)."""
+        return self.coalescer.clients_sleep and self._is_unix and not self.is_proxy
 
     def new_context(self, addr: Any) -> ConnectionContext:
         """What all requests of one connection share.

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import gevent
+import gevent.local
 import http_model
 import pytest
 from gevent import monkey
 from gevent import socket as gsocket
 from gunicorn.config import Config
 
-from gunicorn_passenger.http import write_coalescing
+from gunicorn_passenger.http import listener_context, write_coalescing
 from gunicorn_passenger.http.acceptor import Acceptor
 from gunicorn_passenger.http.connection_state import ConnectionState
 
@@ -31,6 +32,7 @@ from gunicorn_passenger.http.connection_state import ConnectionState
 blocking_socket = monkey.get_original("socket", "socket")
 GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
 OK = b"HTTP/1.1 200 OK"
+KEPT = gevent.local.local()
 
 
 class Server:
@@ -94,9 +96,14 @@ def response(client: Any) -> bytes:
     return b""
 
 
+def in_hub(*functions: Callable[[], object]) -> None:
+    gevent.get_hub().loop.run_callback(lambda: [function() for function in functions])
+
+
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(write_coalescing, "_coalescers", {})
+    monkeypatch.setattr(listener_context, "_TICK", 600.0)  # no connection is parked
     monkeypatch.setattr(write_coalescing, "_SAMPLE", 1)
     monkeypatch.setattr(write_coalescing, "_QUICKEST", 0.0)
     with contextlib.closing(Server(socket.AF_UNIX, str(tmp_path / "s"))) as made:
@@ -136,17 +143,20 @@ def test_a_client_that_has_no_time_to_fall_asleep_is_received_from_when_it_is_se
     assert seen == [1, 2, 3]
 
 
-def test_a_tcp_connection_is_received_from_when_it_is_served() -> None:
+def test_a_tcp_connection_is_received_from_when_it_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write_coalescing, "_QUICKEST", 0.0)
+    monkeypatch.setattr(write_coalescing, "_SAMPLE", 1)
     with contextlib.closing(Server(socket.AF_INET, ("127.0.0.1", 0))) as server:
-        left: list[int] = []
-        server.act = lambda: left.append(sum(c.has_input() for c in server.acceptor._connections))
-        for client in server.kept(3):
-            client.send(GET)
-        left.clear()
-        for client in server.clients:
-            assert wait_for(lambda client=client: response(client)).startswith(OK)
-        assert left[-1] == 0
-        assert not server.listener.receives_ahead
+        server.kept(1)
+        assert server.listener.coalescer.clients_sleep
+        assert not server.listener.receives_ahead()
+
+
+def test_a_proxy_receives_when_it_serves(server: Server) -> None:
+    server.kept(1)
+    assert server.listener.receives_ahead()
+    server.listener.is_proxy = True
+    assert not server.listener.receives_ahead()
 
 
 @pytest.mark.usefixtures("quick")
@@ -221,6 +231,8 @@ def test_what_happens_before_a_received_request_is_served_does_not_lose_it(serve
 def test_a_hub_that_cannot_receive_leaves_it_to_the_greenlet(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    failed = []
+
     class Socket:
         """Fails in the hub, as a system without memory does."""
 
@@ -232,6 +244,7 @@ def test_a_hub_that_cannot_receive_leaves_it_to_the_greenlet(
 
         def recv(self, most: int) -> bytes:
             if gevent.getcurrent() is gevent.get_hub():
+                failed.append(most)
                 raise MemoryError
             return bytes(self.real.recv(most))
 
@@ -240,6 +253,63 @@ def test_a_hub_that_cannot_receive_leaves_it_to_the_greenlet(
     monkeypatch.setattr(connection, "_raw", Socket(connection._raw))
     client.send(GET)
     assert wait_for(lambda: response(client)).startswith(OK)
+    assert len(failed) == 1
+
+
+def test_a_fault_between_two_connections_leaves_none_of_them_unserved(
+    server: Server, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept, calls = server.acceptor._next_connection, []
+
+    def fail_once() -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("a fault")
+        return accept()
+
+    monkeypatch.setattr(server.acceptor, "_next_connection", fail_once)
+    monkeypatch.setattr(gevent.get_hub(), "handle_error", lambda *error: None)
+    clients = [server.connect() for _ in range(2)]
+    third = server.connect()
+    for client in clients:
+        assert wait_for(lambda client=client: response(client)).startswith(OK)
+    server.acceptor._resume()
+    assert wait_for(lambda: response(third)).startswith(OK)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_client_that_was_accepted_ahead_and_sends_nothing_does_not_hold_the_drain(server: Server) -> None:
+    server.act = server.acceptor.stop_accepting
+    client = server.connect()
+    server.connect(b"")
+    assert wait_for(lambda: response(client)).startswith(OK)
+    (silent,) = wait_for(
+        lambda: [c for c in server.acceptor._connections if c.state is ConnectionState.PARKED]
+    )
+    assert len(server.listener.new) == 0
+    assert silent.is_new
+
+
+def test_a_connection_that_ends_makes_room_once(server: Server) -> None:
+    """It has kept its greenlet, because its application has kept something in a local."""
+    server.act = lambda: setattr(KEPT, "value", 1)
+    (leaving,) = server.kept(1)
+    (connection,) = server.acceptor._connections
+    in_hub(connection.expire)
+    wait_for(lambda: len(server.listener.idle) == 1)
+    server.acceptor._limit = 1
+    leaving.close()
+    server.clients.remove(leaving)
+    clients = [server.connect() for _ in range(3)]
+    most = []
+    server.act = lambda: most.append(len(server.acceptor._connections))
+    # it is readable before the new clients are accepted, in the same iteration
+    in_hub(connection._arrive, server.acceptor._accept)
+    for client in clients:
+        assert wait_for(lambda client=client: response(client)).startswith(OK)
+        client.close()
+        server.clients.remove(client)
+    assert most == [1, 1, 1]
 
 
 @pytest.mark.usefixtures("quick")
