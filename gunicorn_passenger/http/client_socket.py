@@ -123,6 +123,11 @@ class ClientSocket(gsocket.socket):
         if self.connection is not None:
             self.connection.send_pending()
 
+    def _leave_connection(self) -> None:
+        """The application closes the socket or keeps its descriptor: there is no further request."""
+        if self.connection is not None:
+            self.connection.end_without_socket()
+
     def shutdown(self, how: int) -> None:
         if not self.taken:
             self._take()
@@ -132,7 +137,15 @@ class ClientSocket(gsocket.socket):
         if not self.taken:
             with contextlib.suppress(OSError):
                 self._take()
+        self._leave_connection()
         super().close()
+
+    def detach(self) -> int:
+        if not self.taken:
+            with contextlib.suppress(OSError):
+                self._take()
+        self._leave_connection()
+        return int(super().detach())
 
     def recv(self, bufsize: int, flags: int = 0) -> bytes:
         if not self.taken:

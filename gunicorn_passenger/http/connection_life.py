@@ -298,6 +298,20 @@ class ConnectionLife(Transport):
         self._stop()
         self.sock.release()
 
+    def end_without_socket(self) -> None:
+        """The application is closing the socket: end the connection, after the response that has begun."""
+        if self.response is not None:
+            self.response.must_close = True
+        if self.state is _IDLE or self.state is _PARKED:
+            self._readable.stop()  # gevent wakes those who wait for a descriptor that it closes
+            self._hub.loop.run_callback(self._end_wait)
+
+    def _end_wait(self) -> None:
+        if self.state is _PARKED:
+            self.close()
+        elif self.state is _IDLE:
+            self.greenlet.throw(gevent.GreenletExit)
+
     def _linger(self) -> None:
         if self.state is ConnectionState.CLOSED:
             return  # the response was interrupted

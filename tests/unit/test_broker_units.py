@@ -608,6 +608,8 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
+#: by the annotation of a field
+right = {"str": texts, "int": st.integers(-5, 70000), "bool": st.booleans()}
 
 
 @st.composite
@@ -617,7 +619,6 @@ def packets(draw):
         return draw(st.binary(min_size=1, max_size=200))
     kind = draw(st.sampled_from(sorted(messages.Message.types)))
     fields = {"v": 1, "type": kind, "id": draw(st.integers(0, 1000))}
-    right = {"str": texts, "int": st.integers(-5, 70000), "bool": st.booleans()}
     for name, annotation in messages.Message.types[kind].fields.items():
         if name != "id":
             wrong = draw(st.integers(0, 9)) == 0

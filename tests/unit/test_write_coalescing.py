@@ -414,6 +414,39 @@ def test_what_an_application_does_with_the_socket_comes_behind_its_answer(
     assert client.came.partition(b"\r\n\r\n")[2] == end
 
 
+@pytest.mark.parametrize("use", ["close", "detach"])
+@pytest.mark.parametrize("state", ["during the request", ConnectionState.IDLE, ConnectionState.PARKED])
+def test_a_connection_ends_when_the_application_has_closed_or_detached_its_socket(
+    server: Server, monkeypatch: pytest.MonkeyPatch, use: str, state: Any
+) -> None:
+    """It would wait for the next request, with a descriptor that soon belongs to another connection."""
+    during = state == "during the request"
+    taken: list[Any] = []
+
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        sock = environ["gunicorn.socket"]
+        start_response("200 OK", [("Content-Length", "2")])(b"ok")
+        taken[:] = [sock, getattr(sock, use)() if during else None]
+        return []
+
+    server.listener.idle_ticker.seconds = 0.02 if state is ConnectionState.PARKED else 600.0
+    client = server.connect()
+    server.listener.app = app
+    client.send(GET)
+    client.until(1)
+    if not during:
+        wait_for(lambda: client.connection.state is state)
+        taken[1] = getattr(taken[0], use)()
+    wait_for(lambda: client.connection.state is ConnectionState.CLOSED)
+    assert server.acceptor.idle()
+    assert taken[0].fileno() == -1
+    if use == "close":
+        wait_for(lambda: client.read() == b"" and client.ended)
+    else:
+        socket.socket(fileno=taken[1]).sendall(b"the application's")
+        wait_for(lambda: client.read() == b"the application's" and client.ended)
+
+
 @pytest.mark.parametrize("use", ["recv", "shutdown", "close"])
 def test_code_that_a_request_has_left_behind_uses_the_socket_before_the_flush(
     server: Server, use: str
