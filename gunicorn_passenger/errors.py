@@ -47,7 +47,7 @@ def snake_case(name: str) -> str:
 
 
 class NotCallable(PassengerError, TypeError):
-    """``create_server()`` was given something that is not a WSGI application."""
+    """``create_server()`` was given something that is not a WSGI or ASGI application."""
 
 
 class AlreadyInstalled(PassengerError):
@@ -130,7 +130,7 @@ class BodyTimeout(PassengerError, TimeoutError):
 
 
 class TruncatedResponse(PassengerError):
-    """The application's response is shorter than its Content-Length."""
+    """The response of the application, or of a target, ended before its Content-Length."""
 
 
 class ProxyError(PassengerError):

@@ -51,7 +51,7 @@ class PrimaryPort(Setting):
     validator = staticmethod(validate_pos_int)
     type = int
     default = 0
-    desc = """The script's listen on this port becomes the primary; the others get ports of their own."""
+    desc = """The server that listens on this port becomes the primary; the others get ports of their own."""
 
 
 class ScriptApplication(WSGIApplication):
@@ -153,7 +153,8 @@ def run(path: str) -> WSGIApplicationType:
         if waited == _WARN_AFTER:
             registry.log.warning(
                 "%s runs, but it has no server on the primary socket yet, so the web server gets no "
-                "response: the script must start a server, and one of several must listen on 'passenger'",
+                "response: the script must start a server. If it starts several, one of them must call "
+                "listen('passenger')",
                 name,
             )
     if registry.primary is None or (script.ready() and script.value is not None):

@@ -151,9 +151,9 @@ _LOCAL = (LocalManager, AsyncLocalManager)
 
 
 def emitter(app: str = "", channel: str = "socketio") -> socketio.PubSubManager:
-    """What emits to the clients of an application from outside: from a cron job, or a daemon of ``spawn()``.
+    """A client manager that emits from another process: from a cron job, or a daemon of ``spawn()``.
 
-    ``emitter().emit("news", {"a": 1}, room="all")``. It needs the account of the application's master.
+    ``emitter().emit("news", {"a": 1}, room="all")``. The process must run as the master's user.
 
     :param app: the application's pid or name. By default it is the one that has spawned this process, or the
         only one that runs.
@@ -204,7 +204,7 @@ def attach(sio: Any, host: str | None = None) -> None:
     server = getattr(sio, "server", sio) if type(sio).__module__.startswith("flask_socketio") else sio
     if server is None and sio is not None:
         raise SettingError(
-            "socketio.attach(): the SocketIO object has no server yet; call init_app(app) before"
+            "socketio.attach(): the SocketIO object has no server yet; call init_app(app) first"
         )
     eio = getattr(server, "eio", server)
     if not isinstance(eio, (engineio.Server, engineio.AsyncServer)):
@@ -220,16 +220,16 @@ def attach(sio: Any, host: str | None = None) -> None:
             "socketio.ASGIApp with create_server()"
         )
     if getattr(eio, _ATTACHED, False):
-        raise SettingError("socketio.attach(): this server is attached already; call it once")
+        raise SettingError("socketio.attach(): this server is already attached; call attach() once")
     if eio.sockets:
         raise SettingError(
-            "socketio.attach(): this server has clients already; call it where you make the server"
+            "socketio.attach(): this server already has clients; call attach() where you make the server"
         )
     plain_manager = socketio.AsyncManager if is_async else socketio.Manager
     replaces = server is not eio and type(server.manager) is plain_manager
     if replaces and "emit" in vars(server.manager):
         raise SettingError(
-            "socketio.attach(): the client manager, which attach() replaces, was changed already; call "
+            "socketio.attach(): the client manager, which attach() replaces, has already been changed; call "
             "attach() before sio.instrument()"
         )
     if host is None and server is not eio and not (replaces or isinstance(server.manager, _LOCAL)):

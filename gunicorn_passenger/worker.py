@@ -76,8 +76,9 @@ def _explain_endless_import(log: Log) -> None:
     """A module whose last line is ``app.run()`` is a script; gunicorn waits for its end."""
     if not registry.script and any(isinstance(s, ThirdPartyServer) for s in registry.servers):
         log.warning(
-            "The program is not loaded after %g s, and it runs a server: if its last line is app.run() "
-            "or serve_forever(), start it with: gunicorn-passenger start SCRIPT",
+            "The program is not loaded after %g s, and it runs a server: if its last line is app.run() or "
+            "serve_forever(), that line keeps the worker from serving. Start the script with: "
+            "gunicorn-passenger start SCRIPT",
             _LOADING_SECONDS,
         )
 
@@ -89,7 +90,7 @@ _SETTLED_SECONDS = 3.0
 #: Seconds after which a program that is still being imported may need a hint.
 _LOADING_SECONDS = 10.0
 _NO_BLOCKING_WATCH = (
-    "What blocks this worker's event loop will not be logged: %s; raise the limit of processes (ulimit -u, "
+    "What blocks this worker's event loop will not be logged: %s; raise the limit on processes (ulimit -u, "
     "pids.max) and reload gunicorn"
 )
 
@@ -144,7 +145,7 @@ class Worker(GeventWorker):
             # gunicorn makes the heartbeat file last, and the master would end without it
             log.error(
                 "A worker starts without a heartbeat, so --timeout cannot end it if it hangs: the master "
-                "cannot create the heartbeat file (%s); raise the limit of open files (ulimit -n) or free "
+                "cannot create the heartbeat file (%s); raise the limit on open files (ulimit -n) or free "
                 "disk space, then reload gunicorn",
                 error,
             )

@@ -56,7 +56,7 @@ def _check_unix_socket(path: str, log: Log) -> None:
     if not os.path.isdir(directory):
         why = f"the directory {directory} does not exist; {remedy}"
     elif not os.access(directory, os.W_OK | os.X_OK):
-        why = f"{account} may not write to {directory}; {remedy}"
+        why = f"{account} cannot write to {directory}; {remedy}"
     elif os.path.exists(path) and not stat.S_ISSOCK(os.stat(path).st_mode):
         why = "the path exists and is not a socket; remove the file, or use another path"
     else:
@@ -78,7 +78,8 @@ def _warn_if_served(path: str, log: Log) -> None:
         pid, _, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     log.warning(
         "Another process (pid %s) serves the socket %s. gunicorn takes its place, and the other process gets "
-        "no more clients. Stop it, or give each gunicorn a path of its own: docs/how-to/debugging.md",
+        "no more clients. Stop the other process, or give each gunicorn its own path: "
+        "docs/how-to/debugging.md",
         pid or "unknown",
         path,
     )
@@ -91,7 +92,7 @@ def _check_first_process(log: Log) -> None:
     name = _COMM.read_text().strip()
     if name in _SHELLS:
         log.warning(
-            "Process 1 is %s, which passes no signal on and waits for no orphan: gunicorn is killed when the "
-            "container stops. Start gunicorn with exec: docs/how-to/debugging.md",
+            "Process 1 is %s, which does not forward signals or reap orphaned processes: the runtime kills "
+            "gunicorn when the container stops. Start gunicorn with exec: docs/how-to/debugging.md",
             name,
         )

@@ -1,8 +1,9 @@
 """A worker of another class than ours: the program's servers get the master's sockets, and drain.
 
 Process: a worker of another class, from its ``post_fork`` on.
-Never: import gevent before there is a server of ours, change how gunicorn's class serves the primary, or
-cost a worker that opens no port a thread.
+Never: import gevent before there is a server of ours, change how gunicorn's class serves the primary (except
+that it gives up a bind that a server of the program has claimed), or cost a worker that opens no port a
+thread.
 """
 
 from __future__ import annotations
@@ -399,8 +400,8 @@ class _DrainedInHub:
 def _log_late_claim(log: Any, key: str) -> None:
     """The master did not respond before gunicorn's loop began, and a server has the bind."""
     log.error(
-        "gunicorn-passenger: the primary and a server of the program accept on %s, since the master "
-        "responded too late: reload gunicorn (pid:%s)",
+        "gunicorn-passenger: the primary and a server of the program both accept on %s, because the master "
+        "responded too late. A client may reach either of them; reload gunicorn (pid:%s)",
         key,
         os.getpid(),
     )

@@ -1,7 +1,7 @@
 """Where the arbiter meets the broker.
 
-Process: the master; called from the worker class (which gunicorn instantiates before each fork) and from
-gunicorn's hooks. Never: let a failure of the broker stop gunicorn.
+Process: the master, called from the worker class (which gunicorn instantiates before each fork) and from
+gunicorn's hooks; a worker, just after its fork. Never: let a failure of the broker stop gunicorn.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def prepare_worker(
         channel, scoreboard = broker.prepare_worker(age, listening)
     except (OSError, RuntimeError) as error:
         log.error(
-            "gunicorn-passenger: the port broker failed (%s): the primary is served, ports asked for "
-            "with listen() are not; correct that, then restart gunicorn",
+            "gunicorn-passenger: the port broker failed (%s): the workers serve the primary, but no port of "
+            "listen(); correct the cause, then restart gunicorn",
             error,
         )
         return None, None, primary_listeners(listening)
@@ -145,7 +145,7 @@ def _log_primary_notes(listening: list[Any], log: Log, cfg: Any) -> None:
     for listener in primary_listeners(listening):
         name = listener.getsockname()
         if not is_unix(name):
-            log.info("The primary is served on %s, the first bind: bind names no UNIX socket", listener)
+            log.info("The primary is served on %s, the first bind, because bind has no UNIX socket", listener)
         elif isinstance(name, str) and name and not name.startswith("\0"):
             _warn_if_world_writable(name, log, cfg)
 
@@ -158,7 +158,7 @@ def _warn_if_world_writable(path: str, log: Log, cfg: Any) -> None:
     if mode & 0o002 and _world_reachable(path):
         log.warning(
             "Every user of this machine may connect to unix:%s (its mode is %04o): set gunicorn's umask "
-            "(--umask 007, now %03o) so that only the web server's group may",
+            "(--umask 007, now %03o) so that only the socket's user and group may",
             path,
             mode & 0o7777,
             cfg.umask,
@@ -268,7 +268,9 @@ def reloaded(arbiter: Any) -> None:
         _tell_reload(broker)
     except (OSError, RuntimeError) as error:
         arbiter.log.error(
-            "gunicorn-passenger: the daemons were not told of the reload (%s); reload gunicorn again", error
+            "gunicorn-passenger: the daemons were not told of the reload (%s), and continue as before; "
+            "reload gunicorn again",
+            error,
         )
 
 
@@ -361,7 +363,7 @@ def _export_upgrade_state(_arbiter: Any) -> None:
         arbiter.log.error(
             "gunicorn-passenger: the new master cannot be told which servers the program has opened (%s); it "
             "keeps their ports as if they were in bind, and opens the daemons' sockets again. Raise the "
-            "limit of open files (ulimit -n)",
+            "limit on open files (ulimit -n)",
             error,
         )
     broker.sync.number_for_systemd()

@@ -55,9 +55,9 @@ def _explain_preloaded_listeners(before: Container[int]) -> None:
     opened = {name for inode, name in listening_sockets.own_listeners().items() if inode not in before}
     for address in sorted(map(format_sockname, opened)):
         logging.getLogger("gunicorn.error").warning(
-            "%s was opened in the master, by a server that the program starts while it is preloaded: its "
-            "threads stay in the master, and workers serve it only if it is a gevent server. Open it in "
-            "post_worker_init or with passenger.create_server(), or run without --preload",
+            "%s was opened in the master, by a server that the program starts while it is preloaded. The "
+            "server's threads stay in the master, and workers serve the port only if it is a gevent server. "
+            "Open the port in post_worker_init or with passenger.create_server(), or run without --preload",
             address,
         )
 

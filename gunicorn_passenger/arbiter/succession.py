@@ -158,8 +158,8 @@ class OverlappingArbiter(PatientArbiter):
             remedy = (
                 "correct gunicorn's configuration and reload (HUP)"
                 if in_hook
-                else "if the system refused the process, raise its limit (ulimit -u, or pids.max of the "
-                "container) or the memory, or set overlap=0"
+                else "if the system refused the process, raise the limit on processes (ulimit -u, or "
+                "pids.max of the container) or of memory, or set overlap=0"
             )
             reason = with_program_line(error)
             self.log.error("gunicorn-passenger: a worker could not be started: %s; %s", reason, remedy)
@@ -355,7 +355,7 @@ def _warn_overdue(broker: Broker) -> None:
     previous = broker.workers.previous_generation
     if any(other.serving and (other.retiring or other.age <= previous) for other in broker.workers):
         broker.log.warning(
-            "gunicorn-passenger: a new worker still boots after %g s, so an old worker leaves without "
+            "gunicorn-passenger: a new worker is still booting after %g s, so an old worker exits without "
             "waiting for it, and clients may have to wait; set overlap to more seconds than a boot takes",
             broker.overlap,
         )

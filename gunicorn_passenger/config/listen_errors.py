@@ -46,9 +46,9 @@ def each_needs_tcp(path: str) -> ListenError:
 def too_few_ports(allocation: str, needed: int, free: int, where_set: str) -> ListenError:
     return ListenError(
         errno.EADDRINUSE,
-        f"placement 'each' needs {needed} more port{'s' * (needed > 1)}, one for each worker, but only "
-        f"{free} of {allocation or 'none'} (set by {where_set}) are free; allocate more ports or start fewer "
-        "workers",
+        f"placement 'each' needs {needed} more port{'s' * (needed > 1)}, one for each worker, but the port "
+        f"allocation {allocation or 'none'} (set by {where_set}) has only {free} free; allocate more ports "
+        "or start fewer workers",
     )
 
 
@@ -89,8 +89,8 @@ def in_use(address: str, holder: str) -> PortInUse:
 def serves_primary(address: str) -> PortInUse:
     return PortInUse(
         errno.EADDRINUSE,
-        f"{address} is in gunicorn's bind, and this worker serves the primary there since it is ready; call "
-        "listen() while the program is loaded, or listen on another port",
+        f"{address} is in gunicorn's bind, and this worker serves the primary there now that it is ready; "
+        "call listen() while the program is loading, or listen on another port",
     )
 
 
@@ -149,14 +149,21 @@ def unix_other_user(path: str, account: str) -> ListenError:
     return ListenError(
         errno.EACCES,
         f"UNIX socket {path!r} cannot be opened: the workers run as {account}, but the master runs as "
-        f"another user and would create it with its own rights; start gunicorn as {account}, or list the "
-        "socket in gunicorn's bind setting",
+        f"another user and would create it with the master's rights; start gunicorn as {account}, or list "
+        "the socket in gunicorn's bind setting",
     )
 
 
 def too_many_ports(limit: int) -> ListenError:
     return ListenError(
         errno.ENOBUFS, f"this application already holds {limit} ports, which is the limit; close some servers"
+    )
+
+
+def too_many_waiting(limit: int) -> ListenError:
+    return ListenError(
+        errno.ENOBUFS,
+        f"this worker already waits for {limit} ports, which is the limit for one worker; close some servers",
     )
 
 

@@ -1,7 +1,8 @@
 """The port allocation: which ports an account may listen on, from which sources.
 
-Process: the master, which decides; a worker and the command line, which only read. Never: open a port, or let
-a source widen what an earlier one allows.
+Process: the master, which decides, and plain Python; a worker, which refuses what its program does not allow;
+and the command line, which only reads. Never: open a port, or let a source widen
+what an earlier one allows.
 """
 
 from __future__ import annotations

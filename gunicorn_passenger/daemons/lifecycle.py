@@ -3,7 +3,7 @@
 Process: the master, in the broker's thread. Never: wait for a daemon, or start one while the previous master
 (``USR2``) runs its own.
 
-The master decides which daemons run; the supervisor (``daemons/supervisor.py``), a process of its own,
+The master decides which daemons run; the supervisor (``daemons/supervisor_loop.py``), a process of its own,
 starts, restarts and stops them. It is started with the first daemon, and again when it dies.
 """
 
@@ -43,7 +43,7 @@ _MAX_EXIT_TEXT = 500
 #: How often the master checks whether the previous master has exited, in seconds.
 _CHECK_INTERVAL = 0.1
 #: Seconds before a supervisor that has died is started again; doubled each time, until one has lived for
-#: ``STEADY`` seconds. Named as in ``daemons/supervisor.py``.
+#: ``STEADY`` seconds. ``daemons/supervisor_loop.py`` has the same for a daemon, with values of its own.
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 30.0
 STEADY = 60.0
@@ -402,8 +402,8 @@ class DaemonLifecycle:
 
     def _on_given_up(self, daemon: DaemonState, event: Event) -> None:
         self._broker.log.error(
-            "Daemon %s is not started again: it has exited %s times in a row within seconds; correct the "
-            "cause, then run 'gunicorn-passenger restart %s' or reload gunicorn",
+            "Daemon %s is not started again: it has exited %s times in a row, each time within seconds of "
+            "its start; correct the cause, then run 'gunicorn-passenger restart %s' or reload gunicorn",
             daemon.name,
             event["deaths"],
             daemon.name,
@@ -437,7 +437,7 @@ class DaemonLifecycle:
             self._broker.log.error(
                 "gunicorn-passenger: the supervisor of the daemons (pid %s) has exited; the master starts it "
                 "and all daemons again%s",
-                supervisor.pid, f", and has killed {left} processes of theirs" if left else "",
+                supervisor.pid, f", and has killed {left} processes that they left behind" if left else "",
             )  # fmt: skip
             self._broker.event_log.record("daemon", "the supervisor of the daemons was started again")
         self._pause = FIRST_PAUSE if now - self._supervisor_started >= STEADY else self._pause

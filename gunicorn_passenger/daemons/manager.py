@@ -190,7 +190,7 @@ class DaemonManager(BrokerService):
             if known.spec != spec and not self._may_change(known, age):
                 self._broker.log.warning(
                     "gunicorn-passenger: worker %s requests the daemon %s with other arguments than earlier "
-                    "workers; the daemon is unchanged until a reload",
+                    "workers; the daemon is unchanged. Reload gunicorn to restart it with the new arguments",
                     self._broker.workers.pid(age),
                     spec.name,
                 )

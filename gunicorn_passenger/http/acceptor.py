@@ -1,6 +1,6 @@
 """Accepts connections on one listening socket.
 
-Process: a worker, in its hub.
+Process: a serving process, in its hub.
 Never: block.
 
 The acceptor serves a limited number of connections. At the limit, a new client takes the place of the
@@ -245,7 +245,7 @@ class Acceptor:
         if not self._complained:
             self._complained = True
             log_from_hub(
-                "Cannot accept connections: %s; they wait. Raise the limit of open files (ulimit -n) "
+                "Cannot accept connections: %s; they wait. Raise the limit on open files (ulimit -n) "
                 "or lower --worker-connections",
                 error.strerror,
             )

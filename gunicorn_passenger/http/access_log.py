@@ -1,6 +1,6 @@
 """The access log: the values of a line, and how the line is written.
 
-Process: a worker.
+Process: a serving process.
 Never: change what gunicorn's logger would write, except for characters that could forge a line or control a
 terminal. :class:`EscapedAtoms` is the one place that escapes them; gunicorn's logger uses it, too.
 

@@ -1,6 +1,6 @@
 """A request's body, as ``wsgi.input``.
 
-Process: a worker, in the connection's greenlet or another one of the application.
+Process: a serving process, in the connection's greenlet or another one of the application.
 Never: read a body that the application does not ask for, read past its end, or return an incomplete body
 as if it were complete.
 """

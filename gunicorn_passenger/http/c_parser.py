@@ -1,6 +1,6 @@
 """gunicorn's parser in C: whether a listener can use it.
 
-Process: a worker, or plain Python.
+Process: a serving process.
 Never: let it read what gunicorn's own parser would read in another way.
 """
 

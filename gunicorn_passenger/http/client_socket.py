@@ -1,6 +1,6 @@
 """``gunicorn.socket``: the connection of a client, for an application that takes it over.
 
-Process: a worker, in the application's greenlets.
+Process: a serving process, in the application's greenlets.
 Never: take part in a plain request: for that the HTTP core uses the socket below it.
 """
 

@@ -1,6 +1,6 @@
 """One client connection: reads requests, calls the application, closes the connection.
 
-Process: a worker, one greenlet for each busy connection.
+Process: a serving process, one greenlet for each busy connection.
 Never: read what follows a refused request, or wait without a timeout for the client.
 
 A connection has a greenlet while it is busy. When its client is idle for a moment, the greenlet ends and only
@@ -288,7 +288,7 @@ class Connection(ConnectionLife):
             listener.log.debug("%s", error)
         except TimeoutError:
             listener.log.info(
-                "The headers of a request were not complete after %g s (%s)",
+                "The headers of a request were not complete after %g s (%s): the client gets 408",
                 listener.heads.seconds,
                 client_name(self.addr),
             )

@@ -1,7 +1,7 @@
 """The life of one client connection: where it waits without a greenlet, how it drains, and how it ends.
 
-Process: a worker, in its hub and in the greenlets of the connection and of the application.
-Never: read a request. :class:`.connection.Connection` does, and extends the class.
+Process: a serving process, in its hub and in the greenlets of the connection and of the application.
+Never: parse a request. :class:`.connection.Connection` does, and extends the class.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What goes out over one client connection: responses, the pending one, and the waits for a slow client.
 
-Process: a worker, in the greenlets of the connection and of the application.
+Process: a serving process, in the greenlets of the connection and of the application.
 Never: read from the client, or wait for it without a timeout.
 
 :class:`.connection.Connection` extends the class instead of owning an object of it: each response goes
@@ -168,7 +168,7 @@ class ConnectionOutput:
             self._writable = self._hub.loop.io(self._raw.fileno(), _WRITABLE)
             self._enlarge_send_buffer()
         if self._writable.active:
-            raise ConcurrentObjectUseError("another greenlet sends the response's body already")
+            raise ConcurrentObjectUseError("another greenlet is already sending the response's body")
         writes = self.listener.writes
         self._sending = getcurrent()
         self._unsent = self._count_unsent()

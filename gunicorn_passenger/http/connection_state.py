@@ -1,6 +1,6 @@
 """What a connection is doing, and what it may do next.
 
-Process: a worker.
+Process: a serving process.
 Never: decide anything. The connection changes its state, and other objects read it.
 
 =========  ==============================================================  ===================================
@@ -11,7 +11,8 @@ ACTIVE     its greenlet reads a request or sends a response, or is about   IDLE,
            to: the hub has received the request                            LINGERING, CLOSED
 IDLE       its greenlet waits for the next request                         ACTIVE, PARKED, CLOSED
 PARKED     the hub waits for the next request, without a greenlet          ACTIVE, CLOSED
-UPGRADED   another protocol is spoken; the server reads no more requests   LINGERING, CLOSED
+UPGRADED   the proxy tunnels another protocol. While an application        LINGERING, CLOSED
+           speaks one over the socket, the connection stays ACTIVE
 FLUSHING   the last response waits for the coalescer, without a greenlet   CLOSED
 LINGERING  the response is sent; what the client still sends is discarded  CLOSED
            (RFC 9112 section 9.6)

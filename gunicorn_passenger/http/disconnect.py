@@ -1,6 +1,6 @@
 """Notices that a client disconnects while its response is made.
 
-Process: a worker, in the hub.
+Process: a serving process, in the hub.
 Never: read what the client has sent, or treat a client that only shut down its sending side as disconnected
 where the two can be distinguished.
 """

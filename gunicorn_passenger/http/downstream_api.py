@@ -1,7 +1,7 @@
-"""The contract between the HTTP server and the proxy: all that the proxy uses of a connection.
+"""The contract between the HTTP server and the proxy: what the proxy may use of a connection.
 
-Process: a worker. Types only.
-Never: offer what the proxy does not use.
+Process: a serving process. Types only.
+Never: have code.
 
 :class:`~gunicorn_passenger.http.connection.Connection` and its response, request body, listener context and
 connection context implement these protocols. ``proxy`` imports ``http``; ``http`` does not import ``proxy``.

@@ -1,6 +1,6 @@
 """What the requests of Engine.IO's clients say of their session.
 
-Process: a worker. It does no I/O.
+Process: a serving process. It does no I/O.
 Never: trust a request for more than when its connection is closed.
 """
 

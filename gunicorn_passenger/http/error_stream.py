@@ -1,6 +1,6 @@
 """``wsgi.errors``: what an application writes for the operator.
 
-Process: a worker, or plain Python.
+Process: a serving process.
 Never: let an application write what a terminal would obey.
 """
 

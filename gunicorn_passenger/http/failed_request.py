@@ -1,6 +1,6 @@
 """Logs a request that fails after its headers were read, and sends an error to the client.
 
-Process: a worker, in the connection's greenlet.
+Process: a serving process, in the connection's greenlet.
 Never: send a second response, or make a truncated response look complete.
 """
 

@@ -1,6 +1,6 @@
 """Reports unexpected errors in callbacks of the event loop.
 
-Process: a worker, or plain Python, in the hub.
+Process: a serving process, in the hub.
 Never: raise, or fill the log with one fault.
 
 gevent stops a watcher whose callback raises. A callback that serves many connections therefore catches every

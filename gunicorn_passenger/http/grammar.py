@@ -1,9 +1,10 @@
 """The grammar of HTTP messages: each rule once, for requests, responses and what the proxy forwards.
 
 Process: any.
-Never: do I/O, or have a rule without the section that defines it.
+Never: do I/O, or have a rule of its own: each follows a section of an RFC, or says how it is more lenient.
 
-Rules on bytes are named ``..._BYTES``. All patterns are used with ``fullmatch``.
+Rules on bytes are named ``..._BYTES``. A pattern is used with ``fullmatch`` unless its comment says
+otherwise.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Greenlets that serve one connection after another.
 
-Process: a worker, in its hub.
+Process: a serving process, in its hub.
 Never: let a connection see what another one has left in its greenlet.
 
 A new greenlet costs more than a small request: the system maps its stack, and unmaps it again. So a greenlet

@@ -1,6 +1,6 @@
 """gunicorn's request object.
 
-Process: a worker, or plain Python.
+Process: a serving process.
 Never: parse anything by itself.
 """
 

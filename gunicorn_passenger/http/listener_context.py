@@ -1,6 +1,6 @@
 """What all requests of one listener share.
 
-Process: a worker, or plain Python.
+Process: a serving process.
 Never: hold anything of a single request.
 """
 

@@ -1,6 +1,6 @@
 """Reads a request's header section: bytes in, a WSGI environ out, or one of gunicorn's errors.
 
-Process: a worker, or plain Python.
+Process: a serving process.
 Never: touch a socket, or accept what gunicorn's own parser refuses.
 
 Two parsers work together. gunicorn's Python parser has the rules, for every setting. A C parser

@@ -1,6 +1,6 @@
 """A response: ``start_response``, and what is sent after it.
 
-Process: a worker, in the greenlet that calls the application.
+Process: a serving process, in the greenlet that calls the application.
 Never: send a header that would end the header section, or frame a message in two ways.
 
 gunicorn's hooks and loggers read these attributes, so they have gunicorn's names: ``status``,
@@ -246,8 +246,8 @@ class Response:
         length = self.response_length
         if length is not None and self.sent < length and not self._bodiless:
             raise TruncatedResponse(
-                f"the application announced {length} bytes and wrote {self.sent}: the connection is closed, "
-                "so that the client does not wait for the rest"
+                f"the application announced {length} bytes and wrote {self.sent}: the worker closes the "
+                "connection, because the client would wait for the rest"
             )
 
     def should_close(self) -> bool:

@@ -1,6 +1,6 @@
 """Caches for the header sections of responses: header lines, header blocks and status lines.
 
-Process: a worker, in the greenlet that calls the application.
+Process: a serving process, in the greenlet that calls the application.
 Never: hold a header line that was not checked, or grow without a limit.
 """
 

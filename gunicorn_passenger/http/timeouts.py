@@ -1,6 +1,6 @@
 """Timeouts of many waiting connections, without a timer for each.
 
-Process: a worker.
+Process: a serving process.
 Never: cost anything while no connection waits.
 
 A timer per wait would cost more than the wait. All waits of a kind have the same duration, so the first that

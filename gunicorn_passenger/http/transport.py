@@ -1,6 +1,6 @@
 """The bytes of one client connection: buffered input, the waits for it, and the end. It extends the output.
 
-Process: a worker, in the greenlets of the connection and of the application.
+Process: a serving process, in the greenlets of the connection and of the application.
 Never: know a request or a response, or wait without a timeout for the client.
 
 :class:`.connection.Connection` extends the class instead of owning an object of it, for the reason that
@@ -242,7 +242,7 @@ class Transport(ConnectionOutput):
         """
         readable = self._reader()
         if readable.active:
-            raise ConcurrentObjectUseError("another greenlet reads the request's body already")
+            raise ConcurrentObjectUseError("another greenlet is already reading the request's body")
         if not self._bounded:
             self._expired = False
         elif self._expired:

@@ -1,6 +1,6 @@
 """The server's side of a WebSocket (RFC 6455), without extensions.
 
-Process: a worker, in the greenlets of the application.
+Process: a serving process, in the greenlets of the application.
 Never: hold more of what a client sends than one message, one frame and one read, or keep other clients
 waiting for one that floods.
 

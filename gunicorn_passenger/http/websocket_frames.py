@@ -1,6 +1,6 @@
 """Writes WebSocket frames, and finds where they end (RFC 6455 section 5).
 
-Process: a gevent worker. It does no I/O.
+Process: a serving process. It does no I/O.
 Never: read or change the payload of a frame that passes through.
 """
 

@@ -1,6 +1,6 @@
 """Write coalescing: the finished responses of one event-loop iteration are sent together at its end.
 
-Process: a worker; one coalescer for each event loop.
+Process: a serving process; one coalescer for each event loop.
 Never: wait for a client, or delay a response while requests are known to be slow.
 
 Waking a sleeping client can cost more than handling its request, and a client that is awake stays awake while

@@ -1,9 +1,10 @@
-"""Makes a captured primary look like a TCP socket.
+"""Makes a UNIX socket look like the TCP socket that the program opened.
 
 Process: a worker.
 Never: change what a real TCP socket returns.
 
-A captured primary is an AF_UNIX socket under an object that says AF_INET. For such an object each client has
+A captured primary is an AF_UNIX socket under an object that says AF_INET. So is a listener that waits for its
+grant, and a connection to the worker's own server while it boots. For such an object each client has
 the address 127.0.0.1 and a port of its own, since programs tell clients apart by their address. TCP options
 have no effect.
 """

@@ -256,7 +256,7 @@ class LeasedSockets:
 
     def _log_failure(self, entry: LeasedFd, trouble: str, error: OSError) -> None:
         self._registry.log.error(
-            "The server on %s %s: the worker cannot replace its socket: %s (pid:%s). Raise the limit of open "
+            "The server on %s %s: the worker cannot replace its socket: %s (pid:%s). Raise the limit on open "
             "files (ulimit -n), then reload gunicorn",
             format_sockname(entry.name),
             trouble,
@@ -418,9 +418,9 @@ def _explain_lock(registry: ServerRegistry, fd: int, entry: LeasedFd) -> None:
     if worker.cfg.workers > 1 and server.placement == "shared" and not epoll_registrations([fd]):
         label = format_sockname(entry.name)
         registry.log.warning(
-            "%s listens, but its program has not accepted a connection for %g s (pid:%s). If the port "
-            "serves as a lock: all workers share it, so each of them believes that it has the lock. "
-            "Use passenger.once(), or set PASSENGER_PLACEMENT=%s=off, and one worker has the port",
+            "The program listens on %s, but has not accepted a connection for %g s (pid:%s). If it uses the "
+            "port as a lock, each worker believes that it holds the lock, because all workers share the "
+            "port. Use passenger.once(), or set PASSENGER_PLACEMENT=%s=off to leave the port to one worker",
             label,
             _ACCEPT_WITHIN,
             worker.pid,

@@ -1,6 +1,6 @@
 """Ports that the program has bound, and on which it does not listen yet.
 
-Process: a worker.
+Process: a worker; the master creates the locks.
 Never: decide which process may bind a port; the kernel does.
 
 ``bind`` cannot know what follows: ``listen`` (a server, which gets the master's socket), ``connect`` (a

@@ -1,7 +1,8 @@
 """Connections of a worker to its own unmodified servers.
 
 Process: a worker.
-Never: change where a connection goes, once the worker serves and its servers have started.
+Never: change where a connection goes, once the worker serves and its servers have started. The captured
+primary is the exception: it has no TCP address.
 
 Programs connect to their own port: before they listen, to see that it is free, and afterwards, to see that
 their server works. The port is shared, so a sibling would accept such a connection. While a worker boots, and
@@ -10,8 +11,7 @@ for :data:`STARTING` after a server listens, its connections see what they would
 - the worker's own server accepts (:meth:`.leased_sockets.LeasedSockets.open_private`);
 - a port that only siblings serve refuses the connection.
 
-The captured primary has no TCP address. A connection to the address that the script has named reaches it all
-the same.
+A connection to the address that the script has named for the captured primary always reaches that server.
 """
 
 from __future__ import annotations

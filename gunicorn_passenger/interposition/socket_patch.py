@@ -1,7 +1,8 @@
 """``bind`` and ``listen`` replaced, so that unmodified servers get the master's sockets.
 
 Process: a worker, from just after the fork.
-Never: touch a socket that does not bind a TCP port to listen: client sockets, UDP, port 0, UNIX sockets.
+Never: touch a socket that does not bind a TCP port to listen: UDP, port 0, UNIX sockets, client sockets. Only
+a client's connection to this worker's own server is redirected (:mod:`.self_connection`).
 
 Facts and rules:
 
@@ -223,9 +224,9 @@ class SocketPatch:
         )
         if several and not os.environ.get(program_metrics.VARIABLE) and program_metrics.exporter_calls():
             self._registry.log.warning(
-                "%s shows the metrics of whichever worker responds, which are different at each request: set "
-                "PASSENGER_PROMETHEUS=1, or configure(prometheus=True) in gunicorn.conf.py, to show the sums "
-                "over all workers",
+                "%s shows the metrics of whichever worker responds, so the numbers change from one request "
+                "to the next: set PASSENGER_PROMETHEUS=1, or configure(prometheus=True) in "
+                "gunicorn.conf.py, to show the sums over all workers",
                 server.name,
             )
 

@@ -65,7 +65,7 @@ class UnmanagedListeners:
         with listening_sockets.borrowed_socket(fds[0]) as sock:
             if shares_port(sock):
                 consequence = (
-                    "each worker accepts there by itself (SO_REUSEPORT), and loses what waits when it exits"
+                    "each worker has its own queue there (SO_REUSEPORT), which is lost when the worker exits"
                 )
             else:
                 consequence = "only this worker accepts there"

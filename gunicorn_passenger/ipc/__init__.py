@@ -1,4 +1,5 @@
-"""Between the master and a worker: messages with file descriptors, and the scoreboard in shared memory.
+"""Between processes: messages with descriptors, mailboxes between workers, and counters in shared memory.
 
-Process: the master and the workers. Never: decide anything.
+Process: the master and the workers. Never: decide about a port; ``accept_balance`` alone decides something,
+namely who accepts next.
 """

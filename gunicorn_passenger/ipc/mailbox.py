@@ -1,4 +1,4 @@
-"""The mailboxes of the workers: packets from any sibling to one worker, past the master.
+"""The mailboxes of the workers: packets from any sibling to one worker, not through the master.
 
 Process: the master, which makes them, and the workers, which read their own and write to those of siblings.
 Never: wait, or decide what a packet means.

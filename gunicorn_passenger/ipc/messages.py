@@ -77,7 +77,7 @@ class ReleasePort(Message):
 
 
 class AcceptPaused(Message):
-    """The worker has stopped to accept on ``key``, as PauseAccept said, and waits for an AcceptGranted.
+    """The worker has stopped accepting on ``key``, as PauseAccept said, and waits for an AcceptGranted.
 
     No response.
     """
@@ -109,7 +109,7 @@ class KeepBind(Message):
 
 
 class WorkerLeaving(Message):
-    """The worker drains: it has stopped to accept, and finishes its open connections.
+    """The worker drains: it has stopped accepting, and finishes its open connections.
 
     Response: Acknowledged, after which the master assigns it no connection of a sibling.
     """
@@ -281,7 +281,7 @@ class DaemonSpawned(Message):
 
 
 class PauseAccept(Message):
-    """Stop to accept on ``key``, and finish the open connections. Response: AcceptPaused."""
+    """Stop accepting on ``key``, and finish the open connections. Response: AcceptPaused."""
 
     key: str
 

@@ -5,7 +5,8 @@ since a worker can write any number into its own.
 
 A scoreboard is a page of memory that the master shares with one worker. So the master can read the counters
 of a worker that is busy, or was killed. A worker writes it once a second and when it exits: what it has
-counted in the last second before it was killed is lost.
+counted in the last second before it was killed is lost. A thread writes at once what has blocked the worker,
+which could not write it then.
 """
 
 from __future__ import annotations

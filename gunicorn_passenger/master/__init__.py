@@ -1,4 +1,5 @@
 """What the gunicorn master holds: the ports, their placement, and the broker that serves the workers.
 
-Process: the master, in the broker's thread. Never: block, or trust a worker.
+Process: the master, in the broker's thread. Around a fork, a start and a reload, the arbiter's thread calls
+the broker, ``listener_sync`` and ``boot_failures``. Never: block, or trust a worker.
 """

@@ -68,7 +68,7 @@ class BootFailures:
         which = "with the previous program" if self._is_reload else "that run"
         log.error(
             "gunicorn-passenger: %s. The workers %s continue to serve. Repair the program and reload "
-            "gunicorn (HUP); without that, the next attempt is in %g s",
+            "gunicorn (HUP); otherwise the master tries again in %g s",
             self.text,
             which,
             self._pause,

@@ -42,7 +42,7 @@ from gunicorn_passenger.ipc.messages import (
 from gunicorn_passenger.ipc.report_types import Report
 from gunicorn_passenger.ipc.scoreboard import RetiredCounters
 from gunicorn_passenger.master.boot_failures import BootFailures
-from gunicorn_passenger.master.connection_migration import MigrationRelay
+from gunicorn_passenger.master.migration_relay import MigrationRelay
 from gunicorn_passenger.master.event_log import EventLog
 from gunicorn_passenger.master.listener_sync import ListenerSync
 from gunicorn_passenger.master.listeners import Listeners
@@ -358,7 +358,7 @@ class MessageDispatcher:
                 self.reply(worker, response)
                 return
         name = type(message).__name__
-        self._on_malformed(worker, channel.MalformedPacket(f"{name} is the master's", message.id))
+        self._on_malformed(worker, channel.MalformedPacket(f"only the master sends {name}", message.id))
 
     # --- the end of a worker ---------------------------------------------------------------------
 
@@ -402,7 +402,7 @@ class MessageDispatcher:
         if worker.serving and not self._sync.stopping():
             self._event_log.record("crash", f"worker {pid} exited unexpectedly")
         if worker.booting and not self._sync.stopping():
-            self.note_boot_failure("a worker ended while it loaded the program")
+            self.note_boot_failure("a worker exited while it was loading the program")
         for service in self._loop.services:
             service.left(worker.age)
 

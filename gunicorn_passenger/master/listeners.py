@@ -1,7 +1,7 @@
 """The ports that the master holds: opens, registers, exports and closes them.
 
 Process: the master, in the broker's thread (or before it starts). Never: resolve a name, wait, or open a
-port that the allocation does not name.
+port that the allocation does not name; one that was open before it was narrowed may be opened again.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class BrokerLoop:
             self.running = False
             self._log.error(
                 "gunicorn-passenger: the port broker cannot start (%s): only the primary is served, and "
-                "listen() gets no ports; raise the limit of processes (ulimit -u, pids.max), then restart "
+                "listen() gets no ports; raise the limit on processes (ulimit -u, pids.max), then restart "
                 "gunicorn",
                 error,
             )

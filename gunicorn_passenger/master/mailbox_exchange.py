@@ -1,7 +1,7 @@
 """Makes mailboxes, and tells the workers of those of their siblings.
 
-Process: the master, in the broker's thread and around a fork. Never: read the mailbox of a worker that runs,
-or act on what is in a packet.
+Process: the master, in the broker's thread and around a fork. Never: read the mailbox of a
+worker that may still read it, or trust what is in a packet.
 
 The receiving end of a worker's mailbox stays open in the master. When a worker exits, the master closes the
 mailbox to its siblings, and puts the connections that the worker has not taken into the mailbox of another

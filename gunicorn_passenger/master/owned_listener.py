@@ -1,6 +1,6 @@
 """gunicorn's listener classes, for the ports that the broker opens.
 
-Process: the master. Never: close a port that the broker has not decided to close.
+Process: the master; a worker closes its copies. Never: close a port that the broker has not decided to close.
 
 A port is in the arbiter's own ``LISTENERS``, so that ``USR2`` passes it to the new master and a shutdown
 closes it. gunicorn also closes every listener there when a reload changes ``bind``; a

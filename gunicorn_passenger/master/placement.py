@@ -150,7 +150,7 @@ class PlacementScheduler:
         if any((o.host, o.port, o.name) == (request.host, request.port, request.name) for o in mine):
             raise listen_errors.duplicate_listen(f"{request.host}:{request.port}")
         if len(mine) >= _MAX_WAITING:
-            raise listen_errors.too_many_ports(_MAX_WAITING)
+            raise listen_errors.too_many_waiting(_MAX_WAITING)
 
     def _add_request(self, port: Port, age: int, request: OpenPort) -> None:
         port.wanted_by[age] = request.id

@@ -256,7 +256,7 @@ class ForwardedRequest:
         error.elapsed = time.monotonic() - self.began
         line = printable(
             f"proxy: {error.target if error.target is not None else self.proxy}: {error.reason} "
-            f"after {error.elapsed:.3f} s ({self.environ['REQUEST_METHOD']} {self._shown_path()})"
+            f"({self.environ['REQUEST_METHOD']} {self._shown_path()}, after {error.elapsed:.3f} s)"
         )
         made = None
         events = self.proxy.events

@@ -415,7 +415,7 @@ def _check_allowed(request: ForwardedRequest, headers: RequestHeaders, must_upgr
     if not headers.valid:
         raise LocalResponse(400, "The request has no valid Host.")
     if method == "CONNECT":
-        raise LocalResponse(501, "This proxy makes no connections for its clients (CONNECT).")
+        raise LocalResponse(501, "This proxy does not open tunnels (CONNECT).")
     if headers.upgrade and not request.options.ws:
         raise LocalResponse(501, "This proxy does not forward upgrades.")
     if headers.upgrade and not request.downstream.tunnels:

@@ -118,8 +118,8 @@ def rewritten_path(rewrite: Any, path: str, make_request: Callable[[], Any]) -> 
                 break
     if not isinstance(result, str) or not result.startswith("/") or not _VISIBLE.fullmatch(result):
         raise HandlerFailed(
-            f"rewrite= makes {result!r} of the path {path!r}: a path begins with '/' and has visible ASCII "
-            "characters alone"
+            f"rewrite= turns the path {path!r} into {result!r}: a path begins with '/' and has only visible "
+            "ASCII characters"
         )
     return result + ("&" if mark and "?" in result else mark) + query
 

@@ -1,4 +1,4 @@
-"""The response to one request: its head, and its body as it comes.
+"""One request to a target and its response, on one connection: the headers, and the body as it comes.
 
 Process: any process in which the proxy is mounted, in the greenlet or thread of the request.
 Never: collect a body, guess a framing, or let a truncated response look whole.

@@ -1,6 +1,6 @@
 """Chooses the target of a request: a fixed one, one of several, that of a function, or one by path prefix.
 
-Process: any process in which the proxy is mounted. It does no I/O.
+Process: any process in which the proxy is mounted. Its only I/O asks the master for a server.
 Never: send a client to a target that the client names.
 """
 

@@ -1,6 +1,6 @@
 """Where a proxy sends requests: the forms that a target may have.
 
-Process: any process in which the proxy is mounted. It does no I/O.
+Process: any process in which the proxy is mounted. Its only I/O asks the master for a server.
 Never: guess what a bad target may have meant.
 """
 

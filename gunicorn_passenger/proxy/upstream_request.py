@@ -107,7 +107,7 @@ def checked_request(changed: UpstreamRequest, event: str) -> tuple[str, str]:
     if not isinstance(method, str) or not TOKEN.fullmatch(method):
         raise HandlerFailed(f"{event}: the method {method!r} is not a token")
     if not isinstance(path, str) or not path or not path.isascii() or not path.isprintable() or " " in path:
-        raise HandlerFailed(f"{event}: the path {path!r} cannot stand in a request line")
+        raise HandlerFailed(f"{event}: the path {path!r} is not valid in a request line")
     return method, path
 
 

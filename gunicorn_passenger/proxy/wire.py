@@ -1,12 +1,13 @@
-"""Text becomes bytes: the one place where the proxy writes heads and trailers, and checks them once more.
+"""Text becomes bytes: where the proxy writes header and trailer sections, and checks them once more.
 
 Process: any process in which the proxy is mounted. It does no I/O.
 Never: write a line that holds more than its caller meant.
 
 Whatever a request or a response is made of (the environ, options, handlers, the name of a peer, another
-server's head), it passes through one of these functions right before it is sent. A text that two readers
-could cut in two ways is never sent: the request ends with 500. Bytes that were made here may be kept and
-sent again without another check.
+server's headers), it passes through one of these functions right before it is sent. The headers of an
+ordinary request, which :mod:`.plain_headers` copies from a section that was checked when it was parsed, are
+the exception. A text that two parsers could understand differently is never sent: the request ends with 500.
+Bytes that were made here may be kept and sent again without another check.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def request_line(method: str, target: str) -> bytes:
     if not isinstance(method, str) or not TOKEN.fullmatch(method):
         raise Unsendable(f"the request has the method {_cut(method)}, which is not a token")
     if not isinstance(target, str) or not REQUEST_TARGET.fullmatch(target):
-        raise Unsendable(f"the request has the target {_cut(target)}, which cannot stand in a request line")
+        raise Unsendable(f"the request has the target {_cut(target)}, which is not valid in a request line")
     return f"{method} {target} HTTP/1.1\r\n".encode("ascii")
 
 
@@ -56,7 +57,7 @@ def status_text(status: int, reason: str) -> str:
     if isinstance(status, bool) or not isinstance(status, int) or not 100 <= status <= 999:
         raise Unsendable(f"the response has the status {_cut(status)}, which is not a number from 100 to 999")
     if not isinstance(reason, str) or not FIELD_VALUE.fullmatch(reason):
-        raise Unsendable(f"the response has the reason {_cut(reason)}, which cannot stand in a status line")
+        raise Unsendable(f"the response has the reason {_cut(reason)}, which is not valid in a status line")
     return f"{status} {reason}"
 
 

@@ -1,7 +1,7 @@
 """The acceptors of this process: those of the primary, one for each other server, and those that drain.
 
 Process: a worker, or plain Python.
-Never: know why a server starts or stops to accept; :mod:`.registry` decides that. Never import gevent
+Never: know why a server starts or stops accepting; :mod:`.registry` decides that. Never import gevent
 before there is a server of ours.
 """
 

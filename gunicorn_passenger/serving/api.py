@@ -1,7 +1,7 @@
 """The public functions of the package that make and list servers.
 
 Process: a worker, plain Python, and the master with ``--preload``.
-Never: decide anything; the registry does.
+Never: decide where a server gets its socket; the registry does.
 """
 
 from __future__ import annotations

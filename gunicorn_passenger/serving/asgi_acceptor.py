@@ -238,7 +238,7 @@ class AsgiAcceptor(SiblingConnections):
         if not self._complained:
             self._complained = True
             self._log.error(
-                "Cannot accept connections: %s; they wait. Raise the limit of open files (ulimit -n) or "
+                "Cannot accept connections: %s; they wait. Raise the limit on open files (ulimit -n) or "
                 "lower --worker-connections",
                 error.strerror,
             )
@@ -365,7 +365,9 @@ class AsgiAcceptor(SiblingConnections):
             try:
                 protocol.shutdown()
             except Exception:
-                self._log.exception("gunicorn-passenger: a connection to an ASGI server was ended at once")
+                self._log.exception(
+                    "gunicorn-passenger: uvicorn could not close a connection, which was aborted"
+                )
                 protocol.transport.abort()
 
     def _kill(self) -> None:

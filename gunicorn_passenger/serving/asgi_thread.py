@@ -135,8 +135,8 @@ class AsgiThread:
         self.wait(timeout)
         if not self.finished:
             self._log.warning(
-                "The lifespan of the ASGI server %r has not ended within the graceful timeout; raise "
-                "--graceful-timeout if it may take longer",
+                "The lifespan of the ASGI server %r has not ended within the graceful timeout, so its "
+                "shutdown is cancelled; raise --graceful-timeout if it needs more time",
                 self._name,
             )
             self._in_loop(self._cancel)
@@ -166,7 +166,7 @@ class AsgiThread:
                 if self._loop is not None:
                     _close(self._loop)
             except BaseException:  # also what another task of the application raises at the end
-                self._log.exception("gunicorn-passenger: the asyncio loop of %r did not end", self._name)
+                self._log.exception("gunicorn-passenger: closing the asyncio loop of %r failed", self._name)
             self.finished = True
 
     def _new_loop(self) -> asyncio.AbstractEventLoop:

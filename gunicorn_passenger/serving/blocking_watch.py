@@ -104,16 +104,16 @@ class BlockingWatch:
         if blocking is None or innermost is None or blocking.f_code in self._reported:
             return
         self._reported.add(blocking.f_code)
-        within = "" if blocking is innermost else f", which runs {_describe(innermost)}"
+        within = "" if blocking is innermost else f", which runs {_describe(innermost)},"
         advice = (
             "Run the call in a thread with gevent.get_hub().threadpool.apply(), or in a daemon "
             "(passenger.spawn())"
             if frame is not None
-            else "No code of the program runs there"
+            else "The program's own code is not involved"
         )
         self._log.warning(
-            "The worker has served no client for %g s (pid:%s): %s%s does not let its event loop continue. "
-            "%s; setting max_blocking_time",
+            "The worker has served no client for %g s (pid:%s): %s%s blocks its event loop. %s. If that is "
+            "expected, raise the setting max_blocking_time",
             self._seconds,
             os.getpid(),
             _describe(blocking),

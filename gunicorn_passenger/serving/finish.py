@@ -1,7 +1,8 @@
 """A worker that exits waits until its connections are finished.
 
 Process: a worker; plain Python.
-Never: end a connection before the graceful timeout, but for what ASGI applications need of it to shut down.
+Never: interrupt a request before the graceful timeout, minus the time that ASGI applications need to shut
+down.
 """
 
 from __future__ import annotations

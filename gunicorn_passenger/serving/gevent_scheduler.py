@@ -1,7 +1,7 @@
 """The scheduler of the thread in which a worker runs gevent's hub.
 
-Process: a worker. In our own class and in gunicorn's gevent classes that is the main thread; in all others it
-is that of :class:`.scheduler.ThreadScheduler`, once there is a server of ours.
+Process: a worker, and plain Python. In our own class and in gunicorn's gevent classes that is the main
+thread; in all others it is that of :class:`.scheduler.ThreadScheduler`, once there is a server of ours.
 Never: block the hub.
 """
 

@@ -118,9 +118,9 @@ class Mailboxes:
         except errors.BrokerUnavailable as error:
             self._failed = True
             self._broker.log.error(
-                "gunicorn-passenger: this worker has no mailbox (%s): it serves the requests that belong to "
-                "its siblings itself, and gets none of their messages; raise the limit of open "
-                "files (ulimit -n) and reload gunicorn",
+                "gunicorn-passenger: this worker has no mailbox, so it serves the requests that belong to "
+                "its siblings itself, and gets none of their messages. Raise the limit on open files "
+                "(ulimit -n), then reload gunicorn. The reason: %s",
                 error.strerror or error,
             )
             return
@@ -149,7 +149,7 @@ class Mailboxes:
                 self._deaf = True
                 self._broker.log.error(
                     "gunicorn-passenger: this worker has no descriptor for the mailbox of a sibling, which "
-                    "gets no messages and no requests from it; raise the limit of open files (ulimit -n) and "
+                    "gets no messages and no requests from it; raise the limit on open files (ulimit -n) and "
                     "reload gunicorn (pid:%s)",
                     os.getpid(),
                 )
@@ -265,8 +265,9 @@ class Mailboxes:
         if dropped and topic not in self._overfull:
             self._overfull.add(topic)
             log_from_hub(
-                "gunicorn-passenger: a subscriber of %r takes too few messages, and too many wait for it in "
-                "this worker: the newest are dropped (pid:%s). Have it take them faster, or publish fewer",
+                "gunicorn-passenger: a subscriber of %r is too slow, and its queue in this worker is full: "
+                "the newest messages are dropped (pid:%s). Let its handler return sooner, or publish fewer "
+                "messages",
                 topic,
                 os.getpid(),
             )
@@ -276,8 +277,9 @@ class Mailboxes:
         if len(sibling.waiting) >= _MAX_WAITING or sibling.waiting_bytes + len(data) > _MAX_WAITING_BYTES:
             if not self._dropped:
                 self._broker.log.warning(
-                    "gunicorn-passenger: a sibling of this worker does not read its messages, of which more "
-                    "than %d wait: the newest are dropped (pid:%s). The sibling's log names what blocks it",
+                    "gunicorn-passenger: a sibling of this worker does not read its messages. %d wait for it "
+                    "already, so the newest are dropped (pid:%s). If a function blocks the sibling's event "
+                    "loop, gunicorn's log names the function",
                     len(sibling.waiting),
                     os.getpid(),
                 )

@@ -100,8 +100,8 @@ class OnceTask:
             functions[0].join(_END_WITHIN)
             if not functions[0].ready():
                 self._log.error(
-                    "passenger.once(%r): its stop function has not returned within %g s and is ended "
-                    "(pid:%s)",
+                    "passenger.once(%r): its stop function has not returned within %g s, so the worker tries "
+                    "to end it (pid:%s)",
                     self.name,
                     _END_WITHIN,
                     os.getpid(),
@@ -115,8 +115,8 @@ class OnceTask:
             self._log.info("passenger.once(%r) has stopped in this worker", self.name)
         else:
             self._log.error(
-                "passenger.once(%r) does not end in this worker (pid:%s), and may run in another one at the "
-                "same time: %s",
+                "passenger.once(%r) has not stopped in this worker (pid:%s), and may run in another worker "
+                "at the same time: %s",
                 self.name,
                 os.getpid(),
                 self._scheduler.how_tasks_end,

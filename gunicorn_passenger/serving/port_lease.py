@@ -1,4 +1,4 @@
-"""The right of one worker to accept on one port, as the master grants and pauses it.
+"""What a worker holds of a port from ``OpenPort`` to ``ReleasePort``, and the grants and pauses in between.
 
 Process: a worker.
 Never: call a server from the greenlet or thread that reads the channel.

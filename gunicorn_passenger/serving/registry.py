@@ -35,7 +35,7 @@ from gunicorn_passenger.serving.server import (
 from gunicorn_passenger.serving.third_party import ThirdPartyServer
 
 if TYPE_CHECKING:
-    from gunicorn_passenger.serving.drain import ConnectionMigration
+    from gunicorn_passenger.serving.connection_migration import ConnectionMigration
     from gunicorn_passenger.serving.scheduler import Scheduler
 
 
@@ -333,7 +333,7 @@ class ServerRegistry:
     def prepare_migration(self) -> None:
         """This worker has servers of ours: it takes their idle connections from siblings that drain."""
         if self.migration is None and self.broker is not None:
-            from gunicorn_passenger.serving.drain import ConnectionMigration
+            from gunicorn_passenger.serving.connection_migration import ConnectionMigration
             from gunicorn_passenger.serving.mailboxes import Mailboxes
 
             self.migration = ConnectionMigration(self.broker, self.acceptors)

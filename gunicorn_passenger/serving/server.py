@@ -121,7 +121,7 @@ class Server:
 
     @property
     def listening(self) -> bool:
-        """Whether clients can connect and are, or will be once the worker is ready, accepted."""
+        """Whether clients can connect. The worker accepts them now, or as soon as it is ready."""
         return self.state == LISTENING
 
     @property

@@ -142,19 +142,19 @@ def server_name_too_long(name: str, limit: int) -> ListenError:
 def no_descriptor(address: str) -> ListenError:
     return ListenError(
         errno.EMFILE,
-        f"{address} is not served by this worker: it has no file descriptor left; raise the limit of "
+        f"{address} is not available in this worker, which has no file descriptor left; raise the limit on "
         "open files (ulimit -n)",
     )
 
 
 def broker_unavailable(address: str, why: str, code: int = errno.EPIPE) -> BrokerUnavailable:
-    remedy = "restart gunicorn to get the port back"
+    remedy = "if this persists, restart gunicorn"
     if code == errno.ETIMEDOUT:
-        remedy = "the port is served as soon as the broker responds; if it does not, restart gunicorn"
+        remedy = "the broker acts on the request as soon as it can; if it does not, restart gunicorn"
     return BrokerUnavailable(
         code,
-        f"{address} is not served by this worker: the master's port broker {why}; "
-        f"the primary socket is still served; {remedy}",
+        f"{address} is not available in this worker: the master's port broker {why}; "
+        f"the primary is still served; {remedy}",
     )
 
 
@@ -208,7 +208,7 @@ def wrong_interface(app: object, named: str, found: str) -> NotCallable:
 def uvicorn_missing(found: str, needed: str) -> PassengerError:
     what = f"uvicorn {found}, which is too old" if found else "no uvicorn"
     return PassengerError(
-        f"create_server() runs an ASGI application by uvicorn {needed} or newer, but this Python has {what}: "
+        f"create_server() runs ASGI applications with uvicorn {needed} or newer, but this Python has {what}: "
         "pip install 'gunicorn-passenger[asgi]'"
     )
 
@@ -238,4 +238,7 @@ def lifespan_failed(name: str, reason: str) -> PassengerError:
 
 
 def asgi_thread_failed(name: str, reason: str) -> PassengerError:
-    return PassengerError(f"the thread of the ASGI server {name!r} cannot start: {reason}")
+    return PassengerError(
+        f"the thread of the ASGI server {name!r} cannot start: {reason}; raise the limit on processes "
+        "(ulimit -u, pids.max), then reload gunicorn"
+    )

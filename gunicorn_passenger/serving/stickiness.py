@@ -191,9 +191,9 @@ def install(
             acceptor.use_sticky(BySessionId(mailboxes, key))
     elif not isinstance(acceptor, Acceptor):
         log.warning(
-            "%s: sticky=%r has no effect with TLS, HTTP/2 or the PROXY protocol, and an ASGI application can "
-            "have 'socketio' only; have the web server speak plain HTTP/1.1 to a WSGI application at this "
-            "address",
+            "%s: sticky=%r has no effect here. With TLS, HTTP/2 or the PROXY protocol, gunicorn's handler "
+            "cannot pass connections to siblings: let the web server speak plain HTTP/1.1 to this address. "
+            "An ASGI application can only have sticky='socketio'",
             format_sockname(acceptor.sockname),
             sticky,
         )

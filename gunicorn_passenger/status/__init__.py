@@ -4,8 +4,9 @@
 has ``application`` and ``spawn()``. Both are imported on first use.
 
 Process: the master (``report``, ``control_server``, ``prometheus_multiproc``), a worker or the status daemon
-(``web``, ``sources``, ``metrics``), the command line (``control_client``, ``terminal``). Never: change what
-it shows.
+(``web``, ``sources``, ``metrics``, ``health``), the command line (``control_client``, ``terminal``,
+``health``), a process that is not a worker (``message_client``). Never: change what it shows, except by a
+command that ``control_server`` takes from the account itself.
 """
 
 from __future__ import annotations

@@ -205,7 +205,7 @@ class ControlServer(BrokerService):
         if not self._logged_pause:
             self._logged_pause = True
             self._broker.log.error(
-                "gunicorn-passenger: the control socket cannot accept connections: %s; raise the limit of "
+                "gunicorn-passenger: the control socket cannot accept connections: %s; raise the limit on "
                 "open files (ulimit -n)",
                 error.strerror,
             )
@@ -289,7 +289,7 @@ class ControlServer(BrokerService):
         except PassengerError as error:
             return {"error": str(error)}
         except Exception:
-            self._broker.log.exception("gunicorn-passenger: %s failed", verb)
+            self._broker.log.exception("gunicorn-passenger: internal error in the command %s", verb)
             return {"error": f"{verb} failed in the master; see its error log"}
 
     def _publish(self, topic: object, data: object) -> dict[str, Any]:

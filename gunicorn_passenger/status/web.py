@@ -229,7 +229,7 @@ _PATHS: dict[str, Callable[[WSGIEnvironment], StatusResponse]] = {
 
 
 def spawn(listen: Any, *, name: str = "status", hosts: object = (), **options: Any) -> Any:
-    """Serve this application from a daemon, which responds also while all workers are busy or have exited.
+    """Serve this application from a daemon, which responds even while all workers are busy or have exited.
 
     Called in ``gunicorn.conf.py`` or in the program; under any worker class.
 

@@ -121,6 +121,6 @@ def unix_mode(umask: int) -> int:
 def port_limit(divisor: int) -> int:
     """How many ports this process may hold, since a master without a free descriptor cannot start workers.
 
-    :param divisor: the share of the limit of open files: 2 for half of them.
+    :param divisor: the share of the limit on open files: 2 for half of them.
     """
     return min(MAX_PORTS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // divisor)

@@ -1,7 +1,7 @@
 """What the system tells about processes (proc(5)).
 
-Process: the master, the supervisor and the command line. Never: raise for a process that has exited, or
-import anything but the standard library.
+Process: the master, a worker, the supervisor and the command line. Never: raise for a process that has
+exited, or import anything but the standard library.
 """
 
 from __future__ import annotations

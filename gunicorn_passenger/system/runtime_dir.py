@@ -107,7 +107,7 @@ def ensure_world_traversable() -> str:
     while above != os.path.dirname(above):
         if not os.stat(above).st_mode & 0o001:
             raise SettingError(
-                f"the workers' user needs {path}, but may not enter {above} (its mode is "
+                f"the workers' user needs {path}, but cannot enter {above} (its mode is "
                 f"{stat.S_IMODE(os.stat(above).st_mode):04o}); set PASSENGER_RUNTIME_DIR to another path"
             )
         above = os.path.dirname(above)

@@ -89,7 +89,7 @@ def test_pauses_grow_and_it_is_given_up(site, port):
         f"passenger.spawn(['sh', '-c', 'exit 3'], name='quick', listen={port}, give_up_after=5)"
     ).wait_ready()
     process.wait_log(
-        r"Daemon quick is not started again: it has exited 5 times in a row within seconds; .*restart quick"
+        r"Daemon quick is not started again: it has exited 5 times in a row, each time within seconds of its start; .*restart quick"
     )
     pauses = re.findall(
         r"Daemon quick exited with status 3; it is started again in ([\d.]+) s", process.log()

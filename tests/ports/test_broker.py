@@ -24,7 +24,7 @@ def process(start, port):
         (b"garbage", "not a JSON packet"),
         (b'{"v":1,"type":"Dance","id":9}', "unknown type 'Dance'"),
         (b'{"v":2,"type":"WorkerReady","id":9}', "not of version 1"),
-        (b'{"v":1,"type":"PortOpened","id":9,"key":"x"}', "PortOpened is the master's"),
+        (b'{"v":1,"type":"PortOpened","id":9,"key":"x"}', "only the master sends PortOpened"),
         (b"x" * 20000, "longer than 16384 bytes"),
     ],
 )
@@ -171,7 +171,7 @@ WSGIServer(('127.0.0.1', {port}), whoami).start()
     spare = free_port()
     process = start.gunicorn("anything", "-c", conf, "-b", f"127.0.0.1:{spare}", workers=2).wait_ready()
     process.wait_log(r"ERROR.*the port broker (cannot start|failed) .*: (only )?the primary is served")
-    process.wait_log(rf"ERROR.*127.0.0.1:{port} is not served by this worker: the master's port broker")
+    process.wait_log(rf"ERROR.*127.0.0.1:{port} is not available in this worker: the master's port broker")
     assert len(pids_answering(process.socket, 2)) == 2
     assert len(pids_answering(spare, 2)) == 2
     assert refused(port)
@@ -198,7 +198,7 @@ def test_a_server_that_asked_a_stopped_master_is_served_when_the_master_continue
             + listen.format(port=port),
         )
         assert run(process, "[s.state for s in passenger.servers()]") == "['lost']"
-        process.wait_log(rf"127.0.0.1:{port} is not served by this worker: .*did not respond within 0.2 s")
+        process.wait_log(rf"127.0.0.1:{port} is not available in this worker: .*did not respond within 0.2 s")
     wait_for(lambda: answers(port), "the server")
     assert run(process, "[s.state for s in passenger.servers()]") == "['listening']"
 

@@ -284,7 +284,7 @@ def test_what_is_nested_too_deeply_does_not_end_the_master(home):
 def test_a_directory_that_workers_cannot_reach_is_reported(start, port):
     (start.home / "closed").mkdir(mode=0o700)
     process = counting(start, port, PASSENGER_RUNTIME_DIR=start.home / "closed" / "run")
-    process.wait_log(r"own counters are not added up: .*but may not enter .*closed \(its mode is 0700\)")
+    process.wait_log(r"own counters are not added up: .*but cannot enter .*closed \(its mode is 0700\)")
     assert process.stop() == 0
 
 

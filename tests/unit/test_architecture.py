@@ -50,7 +50,7 @@ LAZY = {
     ): "a worker without a server of ours does not import gevent",
     ("serving.acceptor_table", "serving.threaded_app"): "the same",
     ("serving.acceptor_table", "serving.stickiness"): "the same",
-    ("serving.registry", "serving.drain"): "the same",
+    ("serving.registry", "serving.connection_migration"): "the same",
     ("serving.registry", "serving.mailboxes"): "the same",
     (
         "serving.standalone",

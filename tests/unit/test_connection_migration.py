@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from gunicorn_passenger.ipc import channel, messages
-from gunicorn_passenger.master.connection_migration import RESPONSE_TIME, MigrationRelay
+from gunicorn_passenger.master.migration_relay import RESPONSE_TIME, MigrationRelay
 from gunicorn_passenger.master.port import Port
 from gunicorn_passenger.master.worker_channels import WorkerChannel, WorkerChannels
 

@@ -45,7 +45,7 @@ def test_a_directory_that_is_not_writable(said, tmp_path, monkeypatch):
     # root may write everywhere
     monkeypatch.setattr(os, "access", lambda path, mode: path != str(tmp_path))
     assert re.search(
-        rf"ERROR .*: \S+ may not write to {tmp_path}; .*install -d", said(bind=f"unix:{tmp_path}/a")
+        rf"ERROR .*: \S+ cannot write to {tmp_path}; .*install -d", said(bind=f"unix:{tmp_path}/a")
     )
 
 

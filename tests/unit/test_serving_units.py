@@ -94,7 +94,7 @@ def test_a_grant_without_its_descriptor_is_explained_at_once(master):
     request, granted = master.open_port()
     channel.send(master.sock, granted)
     with pytest.raises(
-        errors.BrokerUnavailable, match=r"no file descriptor left; raise the limit of open files"
+        errors.BrokerUnavailable, match=r"no file descriptor left; raise the limit on open files"
     ):
         request.get(timeout=30)
     assert isinstance(master.receive(), messages.ReleasePort)

@@ -41,7 +41,7 @@ def test_every_kind_of_server_is_attached_once(make):
     assert settings.sticky(is_primary=True) == settings.sticky(is_primary=False) == "socketio"
     eio = getattr(getattr(sio, "server", sio), "eio", sio)
     assert len(eio.generate_id()) == 20  # without a worker there is no tag
-    with pytest.raises(SettingError, match="attached already"):
+    with pytest.raises(SettingError, match="already attached"):
         attach(sio)
 
 

@@ -226,7 +226,7 @@ def test_a_denial_that_comes_too_late(start, port, worker_class, opens):
         run(process, opens.format(port=port))
         run(process, "c.RESPONSE_TIMEOUT = 10.0")
         process.wait_log(
-            rf"\[ERROR\] 127.0.0.1:{port} is not served by this worker: .*did not respond within 0.2 s"
+            rf"\[ERROR\] 127.0.0.1:{port} is not available in this worker: .*did not respond within 0.2 s"
         )
     process.wait_log(
         rf"\[ERROR\] gunicorn-passenger: a server of this worker gets no port: .*\b{port}\b.* not allocated"

@@ -119,7 +119,7 @@ def test_what_a_slow_subscriber_misses_is_counted(site):
     site.ask("/publish?m=kept&m=missed&m=missed")
     wait_for(lambda: site.ask()["dropped"] in ([], [2]))
     wait_for(lambda: only(site.start)["mailboxes"]["dropped"] == 2)
-    wait_for(lambda: "a subscriber of 'channel news' takes too few messages" in site.process.log())
+    wait_for(lambda: "a subscriber of 'channel news' is too slow" in site.process.log())
     assert only(site.start)["mailboxes"]["published"] >= 3
 
 

@@ -230,7 +230,7 @@ def test_after_the_overlap_the_old_workers_leave(start, home):
     old = set(site.process.workers())
     site.hup("2")
     wait_for(lambda: not old & set(site.process.workers()), site.process.log)
-    site.process.wait_log("WARNING.*a new worker still boots after 0.5 s.*set overlap to more seconds")
+    site.process.wait_log("WARNING.*a new worker is still booting after 0.5 s.*set overlap to more seconds")
     site.release("2")
     site.replaced_by("2")
 
@@ -380,8 +380,8 @@ BROKEN = {
     "syntax": ("def (:", "SyntaxError: invalid syntax"),
     "import": ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
     "listen": ("import gunicorn_passenger as p\np.listen(1, application)", "port 1 is not allocated"),
-    "exit": ("import sys\nsys.exit(3)", "a worker ended while it loaded the program"),
-    "death": ("import os\nos._exit(4)", "a worker ended while it loaded the program"),
+    "exit": ("import sys\nsys.exit(3)", "a worker exited while it was loading the program"),
+    "death": ("import os\nos._exit(4)", "a worker exited while it was loading the program"),
 }
 
 
@@ -396,7 +396,7 @@ def test_a_broken_program_does_not_take_the_old_workers_down(start, home, worker
         site.release("2")
         site.hup("2")
         failed = rf"reload failed: .*{re.escape(reason)}.*continue to serve. Repair the program and reload"
-        process.wait_log(failed + ".* the next attempt is in 2 s", 1)
+        process.wait_log(failed + ".* the master tries again in 2 s", 1)
         assert old <= set(process.workers())
         assert site.ask(3) == ({"1"}, old) or workers > 1
         report = site.report(start)
@@ -469,7 +469,7 @@ def test_a_hook_that_fails_in_the_new_workers(start, home):
         site.version("2")
         site.process.signal(signal.SIGHUP)
         site.process.wait_log(
-            "reload failed: a worker ended while it loaded the program.*next attempt is in 2 s"
+            "reload failed: a worker exited while it was loading the program.*tries again in 2 s"
         )
         assert old <= set(site.process.workers())
         start.write("gunicorn.conf.py", "def post_fork(server, worker): pass\n")
