@@ -106,6 +106,10 @@ $(VENV)/documented: $(VENV)/installed
 docs: $(VENV)/documented
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+# The page of all modules, from their docstrings.
+modules:
+	$(PYTHON) scripts/modules_page.py
+
 # Renews the versions with which everything here is developed and tested, for each Python.
 constraints: $(VENV)/installed
 	$(PIP) uv

@@ -209,7 +209,7 @@ def measure_answers(calls: int, node: str | None) -> tuple[Samples, dict[str, in
 
 
 NAMES = {
-    ("broker", "ask"): "link.open()",
+    ("broker", "ask"): "BrokerClient.open_port()",
     ("broker", "listen"): "Server.listen()",
     ("node rr", "listen"): "Node, shared by round robin",
     ("node none", "listen"): "Node, shared socket",

@@ -186,7 +186,7 @@ class Worker(GeventWorker):
             broker.start_reading()
             registry.run_as_worker(self, broker)
             registry.acceptors.seat = self.scoreboard.seat if self.scoreboard is not None else None
-            registry.prepare_migration()
+            registry.connect_siblings()
             self._socket_patch = replaced_methods.install(registry, self._inodes_at_fork)
             # before the program starts a server that shows its metrics
             prometheus_multiproc.directory.sum_in_worker()

@@ -29,7 +29,7 @@ from gunicorn_passenger.http.timeouts import TimeoutQueue
 #: Bytes that one read of the socket asks for while it waits for a request.
 READ_SIZE = 16384
 #: Seconds that a closing connection reads what its client still sends.
-_LINGER = 10.0
+_LONGEST_LINGER = 10.0
 #: Seconds that one connection works, without a wait for its client, before other greenlets run.
 _QUANTUM = 0.005
 
@@ -282,7 +282,7 @@ class Transport(ConnectionOutput):
         try:
             self._send_pending()
             self._raw.shutdown(socket.SHUT_WR)
-            end = monotonic() + _LINGER
+            end = monotonic() + _LONGEST_LINGER
             while monotonic() < end:
                 self._wait(self.listener.lingering)
                 if self._expired or not self._raw.recv(1 << 20):

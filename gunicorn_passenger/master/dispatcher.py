@@ -42,12 +42,12 @@ from gunicorn_passenger.ipc.messages import (
 from gunicorn_passenger.ipc.report_types import Report
 from gunicorn_passenger.ipc.scoreboard import RetiredCounters
 from gunicorn_passenger.master.boot_failures import BootFailures
-from gunicorn_passenger.master.migration_relay import MigrationRelay
 from gunicorn_passenger.master.event_log import EventLog
 from gunicorn_passenger.master.listener_sync import ListenerSync
 from gunicorn_passenger.master.listeners import Listeners
 from gunicorn_passenger.master.loop import BrokerLoop
 from gunicorn_passenger.master.mailbox_exchange import MailboxExchange
+from gunicorn_passenger.master.migration_relay import MigrationRelay
 from gunicorn_passenger.master.placement import PlacementScheduler
 from gunicorn_passenger.master.worker_channels import WorkerChannel, WorkerChannels
 from gunicorn_passenger.serving import server_errors

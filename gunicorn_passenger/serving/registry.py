@@ -320,7 +320,7 @@ class ServerRegistry:
             if isinstance(server, AsgiServer) and server.thread is None:
                 return  # it accepts once its application has started
             if server.socket is not None and server.socket.sock is not None:
-                self.prepare_migration()
+                self.connect_siblings()
                 self.acceptors.open_mailbox(server.sticky)
                 # that may have waited for the master
                 if self.draining or server in self.acceptors or server.socket.sock is None:
@@ -330,7 +330,7 @@ class ServerRegistry:
                 return  # another worker accepts
         events.emit("listening", server, self.log)
 
-    def prepare_migration(self) -> None:
+    def connect_siblings(self) -> None:
         """This worker has servers of ours: it takes their idle connections from siblings that drain."""
         if self.migration is None and self.broker is not None:
             from gunicorn_passenger.serving.connection_migration import ConnectionMigration

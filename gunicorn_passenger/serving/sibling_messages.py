@@ -71,7 +71,7 @@ def _in_hub(use: Callable[[Mailboxes | None], T]) -> T:
 
 
 def _use(use: Callable[[Mailboxes | None], T]) -> T:
-    registry.prepare_migration()
+    registry.connect_siblings()
     mailboxes = registry.acceptors.mailboxes
     if mailboxes is not None:
         mailboxes.open()

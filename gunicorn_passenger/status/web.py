@@ -6,7 +6,7 @@
     status.spawn(9100)  # or, in gunicorn.conf.py or the program: in a process of its own
 
 - ``/``: a page for people, which refreshes itself;
-- ``/health``: 200 while at least one worker serves, otherwise 503;
+- ``/health``: 200 while at least one worker serves (as a worker that responds does itself), otherwise 503;
 - ``/metrics``: the Prometheus text format, or OpenMetrics where the client asks for it;
 - ``/status.json``: the report that the other pages are made of.
 

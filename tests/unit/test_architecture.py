@@ -17,7 +17,7 @@ PACKAGE = "gunicorn_passenger"
 ROOT = Path(gunicorn_passenger.__file__).parent
 
 #: From the bottom up: a layer imports only from layers that stand before it. The names on one line may not import
-#: each other, but for the faces, which are single modules on the top level.
+#: each other.
 LAYERS = [
     ["_version", "errors"],
     ["config"],

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import modules_page
 import pytest
 from sources import nodes
 
@@ -17,6 +18,7 @@ PACKAGE = ROOT / "gunicorn_passenger"
 DOCS = ROOT / "docs"
 SETTINGS = (DOCS / "reference" / "settings.md").read_text()
 LOG_LINES = DOCS / "reference" / "log-lines.md"
+GLOSSARY = DOCS / "reference" / "glossary.md"
 FOLDERS = [".", *sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))]
 
 DOCUMENTS = sorted(
@@ -39,8 +41,9 @@ WIDTH = 100
 
 #: Documents that name modules and classes of the package.
 NAMING = [
-    DOCS / "explanation" / "architecture.md",
-    *(DOCS / "reference" / name for name in ("glossary.md", "daemons.md", "http.md", "proxy.md")),
+    *(DOCS / "explanation" / name for name in ("architecture.md", "security.md")),
+    GLOSSARY,
+    *(DOCS / "reference" / name for name in ("daemons.md", "http.md", "proxy.md", "modules.md")),
 ]
 #: Classes of other libraries.
 OTHERS = frozenset({"ForkingMixIn", "SameSite", "StopIteration", "TypeError", "ValueError"})
@@ -117,9 +120,10 @@ def test_every_page_and_example_is_in_the_navigation():
     pages = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
     examples = {ids(path) for path in (ROOT / "examples").glob("*/README.md")}
     assert pages | examples <= set(re.findall(r": (\S+\.md)$", navigation, re.MULTILINE))
-    assert {f"../{ids(ROOT / path).removesuffix('/README.md')}" for path in examples} <= links(
-        (DOCS / "index.md").read_text()
-    )
+    linked = links((DOCS / "index.md").read_text())
+    assert {f"../{ids(ROOT / path).removesuffix('/README.md')}" for path in examples} <= linked
+    # in a checkout there is no other navigation
+    assert pages - {"index.md"} <= {link.partition("#")[0] for link in linked}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=ids)
@@ -167,11 +171,15 @@ def test_named_classes_are_where_the_document_says(path):
 
 
 def test_each_word_of_the_glossary_is_a_module_or_a_class():
-    rows = [line for line in NAMING[1].read_text().splitlines() if line.startswith("| ")][1:]
+    rows = [line for line in GLOSSARY.read_text().splitlines() if line.startswith("| ")][1:]
     assert len(rows) >= 20
     assert rows[1:] == sorted(rows[1:], key=str.lower)
     for row in rows[1:]:
         assert "`" in row.split(" | ")[2], row
+
+
+def test_the_page_of_modules_is_what_their_docstrings_say():
+    assert (DOCS / "reference" / "modules.md").read_text() == modules_page.page(), "run 'make modules'"
 
 
 def test_the_changelog_has_the_form_that_it_names():

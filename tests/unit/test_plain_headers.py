@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from gunicorn_passenger.proxy import wire
 from gunicorn_passenger.proxy.agent import Agent
+from gunicorn_passenger.proxy.options import NAMES as OPTIONS
 from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.plain_headers import forwards_plainly, plain_lines
 from gunicorn_passenger.proxy.plan import ForwardPlan
@@ -131,6 +132,28 @@ def test_names_are_not_kept_without_end():
 def test_options_that_change_headers(changes):
     assert forwards_plainly(Options())
     assert not forwards_plainly(Options(**changes))
+
+
+def test_every_option_is_known_to_the_fast_path():
+    """A new option needs a decision here: may a cached plan forward requests with it?"""
+    of_request = {"change_origin", "xfwd", "forwarded", "via", "headers", "auth", "sticky", "agent"}
+    of_response = {"host_rewrite", "auto_rewrite", "protocol_rewrite", "via", "sticky", "follow_redirects"}
+    of_response |= {"cookie_domain_rewrite", "cookie_path_rewrite", "cookie_secure", "cookie_samesite"}
+    of_response |= {"self_handle_response"}
+    of_plan = {"forward", "to_proxy", "rewrite", "buffer", "prepend_path", "ignore_path"}
+    # the same for every request, or only for upgrades, bodies, new connections or a second attempt
+    of_none = {"ws", "ws_timeout", "ws_stop", "trusted", "secure", "servername", "local_address"}
+    of_none |= {"preserve_header_key_case", "proxy_timeout", "timeout", "max_body", "balance", "fail_timeout"}
+    of_none |= {"retry_statuses", "health", "health_interval", "sticky_name"}
+    assert of_request | of_response | of_plan | of_none == set(OPTIONS)
+    assert not of_none & (of_request | of_response | of_plan)
+    values = {"via": "proxy", "headers": {"X-A": "1"}, "auth": "a:b", "sticky": "cookie", "agent": False}
+    values |= {"host_rewrite": "a", "protocol_rewrite": "https", "cookie_domain_rewrite": "a"}
+    values |= {"cookie_path_rewrite": "/", "cookie_samesite": "Lax"}
+    for name in of_request:
+        assert not forwards_plainly(Options(**{name: values.get(name, True)})), name
+    for name in of_response:
+        assert not Options(**{name: values.get(name, True)}).copies_responses, name
 
 
 def test_a_plan_does_not_hold_when_connections_are_kept_no_longer():

@@ -198,7 +198,12 @@ def test_each_with_fewer_ports_than_workers(start):
         env={"P1": first, "PLACEMENT": "each", "PASSENGER_PORTS": f"{first}-{first + 1}"},
     )
     assert process.wait_end() != 0
-    assert process.log().count("placement 'each' needs 3 more ports, one for each worker, but the port allocation") == 1
+    assert (
+        process.log().count(
+            "placement 'each' needs 3 more ports, one for each worker, but the port allocation"
+        )
+        == 1
+    )
     assert "Traceback" not in process.log()
 
 

@@ -444,7 +444,7 @@ def test_a_preloaded_server_is_not_drained_before_it_serves(start, port):
 
         if not os.path.exists("stopped"):
             open("stopped", "w").close()
-            registry.prepare_migration = stopped
+            registry.connect_siblings = stopped
         def application(environ, start_response):
             start_response("200 OK", [])
             return [b"fine"]
