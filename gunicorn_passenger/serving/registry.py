@@ -331,7 +331,7 @@ class ServerRegistry:
         events.emit("listening", server, self.log)
 
     def connect_siblings(self) -> None:
-        """This worker has servers of ours: it takes their idle connections from siblings that drain."""
+        """Prepare to exchange connections and messages with the siblings, before this worker needs it."""
         if self.migration is None and self.broker is not None:
             from gunicorn_passenger.serving.connection_migration import ConnectionMigration
             from gunicorn_passenger.serving.mailboxes import Mailboxes
