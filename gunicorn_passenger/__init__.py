@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 from gunicorn_passenger import errors
 from gunicorn_passenger._version import __version__
+from gunicorn_passenger.errors import (
+    AlreadyInstalled,
+    DaemonError,
+    ListenError,
+    PassengerError,
+    PortInUse,
+    PortNotAllocated,
+    SettingError,
+    UnknownSetting,
+)
 
 if TYPE_CHECKING:
     from gunicorn_passenger import http_proxy, status
     from gunicorn_passenger.channels import channel
     from gunicorn_passenger.config.settings import configure
     from gunicorn_passenger.daemons.api import Daemon, spawn
-    from gunicorn_passenger.errors import (
-        AlreadyInstalled,
-        DaemonError,
-        ListenError,
-        PassengerError,
-        PortInUse,
-        PortNotAllocated,
-        SettingError,
-        UnknownSetting,
-    )
     from gunicorn_passenger.serving.api import active, create_server, listen, serve_forever, servers
     from gunicorn_passenger.serving.discovery import ServerInfo
     from gunicorn_passenger.serving.events import on
@@ -67,17 +67,9 @@ __all__ = [
 
 #: the module that defines a public name; an empty string where the name is itself a module
 _HOME = {
-    "AlreadyInstalled": "errors",
     "Daemon": "daemons.api",
-    "DaemonError": "errors",
-    "ListenError": "errors",
-    "PassengerError": "errors",
-    "PortInUse": "errors",
-    "PortNotAllocated": "errors",
     "Server": "serving.server",
     "ServerInfo": "serving.discovery",
-    "SettingError": "errors",
-    "UnknownSetting": "errors",
     "Worker": "worker",
     "active": "serving.api",
     "channel": "channels",

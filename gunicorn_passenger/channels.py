@@ -18,7 +18,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any, Protocol, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 from gunicorn_passenger.daemons.process_tree import KEY_VARIABLE
 from gunicorn_passenger.errors import SettingError
@@ -230,11 +230,6 @@ def channel(name: str, app: str = "") -> Channel:
 # --- the calling process ----------------------------------------------------------------------------------
 
 
-class _Source(Protocol):
-    def publish(self, topic: str, data: bytes) -> None: ...
-    def subscribe(self, topic: str, receive: Receive) -> Subscribers: ...
-
-
 class _InProcess:
     """A worker, or plain Python."""
 
@@ -249,7 +244,7 @@ class _InProcess:
 
 
 #: by the pid, since a child has the objects of its parent, and the application's name
-_sources: dict[tuple[int, str], _Source] = {}
+_sources: dict[tuple[int, str], _InProcess | MessageClient] = {}
 #: what the iterators of this process wait for
 _iterated: weakref.WeakSet[_Messages] = weakref.WeakSet()
 
@@ -259,7 +254,7 @@ def _end_iterators() -> None:
         messages.end()
 
 
-def _source(app: str) -> _Source:
+def _source(app: str) -> _InProcess | MessageClient:
     key = os.getpid(), app
     found = _sources.get(key)
     if found is None:
@@ -267,7 +262,7 @@ def _source(app: str) -> _Source:
     return found
 
 
-def _find_source(app: str) -> _Source:
+def _find_source(app: str) -> _InProcess | MessageClient:
     if app:
         return MessageClient(app, _end_iterators)
     if sibling_messages.in_worker():

@@ -86,22 +86,13 @@ class ListenError(PassengerError, OSError):
 class PortNotAllocated(ListenError, PermissionError):
     """The port is not allocated to the account (``EACCES``, so also a ``PermissionError``)."""
 
-    def __init__(self, code: int = errno.EACCES, text: str = "") -> None:
-        super().__init__(code, text)
-
 
 class PortInUse(ListenError):
     """Another socket holds the address (``EADDRINUSE``)."""
 
-    def __init__(self, code: int = errno.EADDRINUSE, text: str = "") -> None:
-        super().__init__(code, text)
-
 
 class BrokerUnavailable(ListenError):
     """The worker cannot reach the master's port broker, and so cannot get a port."""
-
-    def __init__(self, code: int = errno.EPIPE, text: str = "") -> None:
-        super().__init__(code, text)
 
 
 class ClientDisconnected(PassengerError, ConnectionAbortedError):
@@ -209,13 +200,9 @@ REFUSALS: dict[str, type[ListenError]] = {
 }
 
 
-def refusal_kind(error: ListenError) -> str:
+def refusal_kind(error: Exception) -> str:
     """The kind of ``error`` in a ``RequestDenied`` message."""
-    if isinstance(error, PortNotAllocated):
-        return "not_allocated"
-    if isinstance(error, PortInUse):
-        return "in_use"
-    return "listen"
+    return next((kind for kind, refusal in REFUSALS.items() if isinstance(error, refusal)), "listen")
 
 
 def client_disconnected(error: OSError) -> ClientDisconnected:

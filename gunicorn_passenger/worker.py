@@ -220,7 +220,7 @@ class Worker(GeventWorker):
             if isinstance(listener, BrokerOwnedListener):
                 listener.close_now()
             elif listener.sock is not None:
-                self._other_binds[format_sockname(listening_sockets.sockname(listener.sock))] = listener
+                self._other_binds[format_sockname(listener.sock.getsockname())] = listener
         self.inherited_listeners = []
 
     def init_signals(self) -> None:

@@ -12,13 +12,13 @@ import errno
 import os
 import socket
 import stat
-import struct
 from pathlib import Path
 from typing import Any
 
 from gunicorn_passenger.config.gunicorn_types import Log
 from gunicorn_passenger.config.port_allocation import account_name
 from gunicorn_passenger.errors import SettingError
+from gunicorn_passenger.system.peer_credentials import peercred
 
 _COMM = Path("/proc/1/comm")
 _SHELLS = frozenset({"sh", "dash", "bash", "ash"})
@@ -75,7 +75,7 @@ def _warn_if_served(path: str, log: Log) -> None:
         client.setblocking(False)
         if client.connect_ex(path) not in (0, errno.EAGAIN):
             return
-        pid, _, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        pid = peercred(client).pid
     log.warning(
         "Another process (pid %s) serves the socket %s. gunicorn takes its place, and the other process gets "
         "no more clients. Stop the other process, or give each gunicorn its own path: "

@@ -17,6 +17,7 @@ from typing import Any
 
 from gunicorn_passenger.master.broker import Broker
 from gunicorn_passenger.system import log_locks
+from gunicorn_passenger.system.callers import frames
 from gunicorn_passenger.system.import_watch import imported
 
 _current: list[Broker] = []
@@ -137,11 +138,8 @@ def exit_boot(_number: int, frame: Any) -> None:
     if hub is not None:
         _interruptions.append(hub.loop.run_callback(hub.parent.throw, SystemExit(0)))
         return
-    while frame is not None:
-        if _ignores_exceptions(frame.f_code):
-            return
-        frame = frame.f_back
-    raise SystemExit(0)
+    if not any(_ignores_exceptions(outer.f_code) for outer in frames(frame)):
+        raise SystemExit(0)
 
 
 def load_in_this_greenlet() -> None:

@@ -9,41 +9,22 @@ from collections.abc import Callable
 from typing import Any
 
 
-def before(cfg: Any, name: str, ours: Callable[..., object]) -> None:
-    """Run ``ours`` before the user's gunicorn hook ``name``, once for each configuration."""
-    _wrap(cfg, name, ours, first=True)
-
-
-def after(cfg: Any, name: str, ours: Callable[..., object]) -> None:
-    """Run ``ours`` after the user's gunicorn hook ``name``, once for each configuration."""
-    _wrap(cfg, name, ours, first=False)
-
-
-def _wrap(cfg: Any, name: str, ours: Callable[..., object], first: bool) -> None:
+def chain(cfg: Any, name: str, ours: Callable[..., object], first: bool = True) -> None:
+    """Run ``ours`` before the user's gunicorn hook ``name``, or after it, once for each configuration."""
     users = getattr(cfg, name)
     if getattr(users, "_passenger", False):
         return
+    hooks = (ours, users) if first else (users, ours)
 
     # gunicorn checks how many arguments a hook takes, so the wrapper has to name them
-    if name in ("pre_fork", "post_fork", "child_exit"):
+    def pair(server: Any, worker: Any) -> None:
+        for hook in hooks:
+            hook(server, worker)
 
-        def pair(server: Any, worker: Any) -> None:
-            if first:
-                ours(server, worker)
-            users(server, worker)
-            if not first:
-                ours(server, worker)
+    def single(server: Any) -> None:
+        for hook in hooks:
+            hook(server)
 
-        wrapper: Callable[..., None] = pair
-    else:
-
-        def single(server: Any) -> None:
-            if first:
-                ours(server)
-            users(server)
-            if not first:
-                ours(server)
-
-        wrapper = single
-    wrapper._passenger = True  # type: ignore[attr-defined]
+    wrapper: Any = pair if name in ("pre_fork", "post_fork", "child_exit") else single
+    wrapper._passenger = True
     cfg.set(name, wrapper)

@@ -36,7 +36,7 @@ from gunicorn_passenger.serving.registry import registry
 from gunicorn_passenger.serving.scheduler import Scheduler, ThreadScheduler
 from gunicorn_passenger.serving.server import default_name
 from gunicorn_passenger.serving.server_errors import with_program_line
-from gunicorn_passenger.system import listening_sockets, unpatched
+from gunicorn_passenger.system import unpatched
 from gunicorn_passenger.system.import_watch import imported
 
 if TYPE_CHECKING:
@@ -268,7 +268,7 @@ class HookedWorker:
         """gunicorn's class does not serve the primary on the binds that a server of the program has."""
         if len(self._worker.sockets) < 2:
             return  # the only one is the primary's
-        names = [listening_sockets.sockname(sock) for sock in self._worker.sockets]
+        names = [sock.getsockname() for sock in self._worker.sockets]
         primary = primary_among([is_unix(name) for name in names])
         given = [
             sock

@@ -41,7 +41,7 @@ from gunicorn_passenger.serving.registry import registry
 from gunicorn_passenger.serving.server_errors import with_program_line
 from gunicorn_passenger.status import prometheus_multiproc, report
 from gunicorn_passenger.status.control_server import ControlServer
-from gunicorn_passenger.system import listening_sockets, log_locks
+from gunicorn_passenger.system import listening_sockets, log_locks, runtime_dir
 from gunicorn_passenger.system.text import escape_error_log
 
 #: gunicorn's exit status for a configuration that cannot be used.
@@ -50,13 +50,13 @@ _CONFIG_ERROR = 1
 
 def install_hooks(cfg: Any) -> None:
     """Install our handlers in gunicorn's hooks; the user's own hooks stay."""
-    hook_chain.before(cfg, "when_ready", ready)
-    hook_chain.before(cfg, "on_reload", reloaded)
-    hook_chain.after(cfg, "pre_fork", _before_worker_fork)
-    hook_chain.before(cfg, "post_fork", _after_worker_fork)
-    hook_chain.before(cfg, "child_exit", _on_worker_reaped)
-    hook_chain.after(cfg, "pre_exec", _export_upgrade_state)
-    hook_chain.before(cfg, "on_exit", _finish)
+    hook_chain.chain(cfg, "when_ready", ready)
+    hook_chain.chain(cfg, "on_reload", reloaded)
+    hook_chain.chain(cfg, "pre_fork", _before_worker_fork, first=False)
+    hook_chain.chain(cfg, "post_fork", _after_worker_fork)
+    hook_chain.chain(cfg, "child_exit", _on_worker_reaped)
+    hook_chain.chain(cfg, "pre_exec", _export_upgrade_state, first=False)
+    hook_chain.chain(cfg, "on_exit", _finish)
 
 
 def prepare_worker(
@@ -155,7 +155,8 @@ def _warn_if_world_writable(path: str, log: Log, cfg: Any) -> None:
         mode = os.stat(path).st_mode
     except OSError:
         return
-    if mode & 0o002 and _world_reachable(path):
+    directory = os.path.dirname(os.path.abspath(path))
+    if mode & 0o002 and not runtime_dir.not_traversable(directory):
         log.warning(
             "Every user of this machine may connect to unix:%s (its mode is %04o): set gunicorn's umask "
             "(--umask 007, now %03o) so that only the socket's user and group may",
@@ -163,17 +164,6 @@ def _warn_if_world_writable(path: str, log: Log, cfg: Any) -> None:
             mode & 0o7777,
             cfg.umask,
         )
-
-
-def _world_reachable(path: str) -> bool:
-    """Whether every user may pass through the directories above the socket."""
-    directory = os.path.dirname(os.path.abspath(path))
-    while True:
-        if not os.stat(directory).st_mode & 0o001:
-            return False
-        if directory == os.path.dirname(directory):
-            return True
-        directory = os.path.dirname(directory)
 
 
 def print_errors_in_one_line() -> None:

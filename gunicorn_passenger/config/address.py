@@ -5,6 +5,7 @@ Process: every process. Never: open a socket.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 
@@ -68,6 +69,14 @@ Address = Primary | Tcp | Auto | Unix
 def format_tcp(host: str, port: int) -> str:
     """``host:port``, with brackets around an IPv6 host."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_ip(text: object) -> bool:
+    """Whether a value is the text of an IP address."""
+    try:
+        return isinstance(text, str) and bool(ipaddress.ip_address(text))
+    except ValueError:
+        return False
 
 
 def is_unix(name: object) -> bool:

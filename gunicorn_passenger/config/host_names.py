@@ -5,10 +5,10 @@ Process: every process. Never: resolve a name.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Iterable
 
+from gunicorn_passenger.config.address import is_ip
 from gunicorn_passenger.errors import SettingError
 
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?"
@@ -52,11 +52,7 @@ def is_host_name(name: str) -> bool:
 
 def is_ip_address(host: str) -> bool:
     """Whether a host is an IP address; an IPv6 address may be in brackets."""
-    try:
-        ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
-    except ValueError:
-        return False
-    return True
+    return is_ip(host.removeprefix("[").removesuffix("]"))
 
 
 def host_of(header: str) -> str:

@@ -42,7 +42,7 @@ class DaemonSocket:
 
 def daemon_socket(want: DaemonListen, sock: _socket.socket) -> DaemonSocket:
     """:param sock: a socket that listens."""
-    name = listening_sockets.sockname(sock)
+    name = sock.getsockname()
     if isinstance(name, tuple):
         return DaemonSocket(want, sock, host=name[0], port=name[1])
     return DaemonSocket(want, sock, path=name, file=listening_sockets.inode_id(name))

@@ -11,10 +11,8 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import sys
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from typing import Any
 
 from gunicorn_passenger import errors
@@ -180,7 +178,7 @@ def _check_listen(item: DaemonListen) -> None:
         or type(item.port) is not int
     ):
         raise daemon_errors.bad_daemon("listen", item, "it is not an address")
-    if item.kind in ("tcp", "auto") and not _is_numeric(item.host):
+    if item.kind in ("tcp", "auto") and not address.is_ip(item.host):
         # the master must not wait for a name server
         raise daemon_errors.bad_daemon("listen", item.host[:100], "it is not a numeric address")
     if item.kind == "tcp" and not 1 <= item.port <= 65535:
@@ -224,14 +222,6 @@ def stop_waves(specs: Iterable[DaemonSpec]) -> list[list[DaemonSpec]]:
     return waves
 
 
-def _is_numeric(host: str) -> bool:
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with suppress(OSError, ValueError):
-            socket.inet_pton(family, host)
-            return True
-    return False
-
-
 # --- from the arguments of spawn() -----------------------------------------------------------------
 
 
@@ -245,13 +235,8 @@ def build_spec(
     cwd: object = None,
     user: object = None,
     group: object = None,
-    on_reload: str = "keep",
-    stop_timeout: float = 10.0,
-    give_up_after: int = 10,
-    kill_mode: str = "mixed",
     after: object = None,
-    report: bool = False,
-    within: str = "",
+    **plain: Any,
 ) -> DaemonSpec:
     """Make the spec of the arguments of ``spawn()``, which are not checked yet.
 
@@ -284,13 +269,8 @@ def build_spec(
         cwd=os.path.abspath(_path(cwd)),
         user=_account("user", user),
         group=_account("group", group),
-        on_reload=on_reload,
-        stop_timeout=stop_timeout,
-        give_up_after=give_up_after,
-        kill_mode=kill_mode,
         after=_after(after),
-        within=within,
-        report=report,
+        **plain,
     )
     _check(spec)
     return spec

@@ -74,6 +74,8 @@ class LeasedSockets:
 
     def __init__(self, registry: ServerRegistry) -> None:
         self._registry = registry
+        assert registry.broker is not None
+        self._broker = registry.broker
         #: its iterations are over a copy: servers may listen, and sockets close, in any thread
         self._by_fd: dict[int, LeasedFd] = {}
         #: held while a descriptor and its entry name different sockets, and to close a socket that another
@@ -231,8 +233,7 @@ class LeasedSockets:
             lambda: self._make_unreachable(entry, STOPPED),
             lambda: entry in list(self._by_fd.values()),
         )
-        assert self._registry.broker is not None
-        self._registry.broker.confirm_pause(entry.server.key)
+        self._broker.confirm_pause(entry.server.key)
 
     def _make_unreachable(self, entry: LeasedFd, state: str) -> None:
         with _closing(unreachable_listener(), self._swapping) as unreachable:
@@ -243,7 +244,6 @@ class LeasedSockets:
     ) -> None:
         """Do what the system may not allow at once (EMFILE), for as long as it is due."""
         logged = False
-        assert self._registry.broker is not None
         while is_due():
             try:
                 action()
@@ -252,7 +252,7 @@ class LeasedSockets:
                 if not logged:
                     logged = True
                     self._log_failure(entry, trouble, error)
-            self._registry.broker.scheduler.sleep(_RETRY_INTERVAL)
+            self._broker.scheduler.sleep(_RETRY_INTERVAL)
 
     def _log_failure(self, entry: LeasedFd, trouble: str, error: OSError) -> None:
         self._registry.log.error(
@@ -322,8 +322,7 @@ class LeasedSockets:
             lease = entry.server.lease
             if lease is not None and entry.server.placement != "shared":
                 # the next worker need not wait for the connections of this one
-                assert self._registry.broker is not None
-                self._registry.broker.release_port(lease.key, lease.number)
+                self._broker.release_port(lease.key, lease.number)
 
     def _stop_all(self, entries: list[LeasedFd], unreachable: _socket.socket) -> None:
         try:
@@ -382,8 +381,7 @@ class LeasedSockets:
                 name = _name_of(private)
                 self._swap(entry, listener, entry.server.state, private)
                 unused.pop_all()
-        assert self._registry.broker is not None
-        self._registry.broker.scheduler.spawn_later(
+        self._broker.scheduler.spawn_later(
             _PRIVATE_SECONDS,
             self._repeat,
             entry,

@@ -79,6 +79,7 @@ class SocketPatch:
         self.binds = PendingBinds(self._on_listening, self._on_lock)
         self.leased = LeasedSockets(registry)
         self._self_connections = SelfConnections(registry, self.leased)
+        self._idle_connections = third_party_drain.IdleConnections()
         self._unmanaged = UnmanagedListeners(registry, inherited)
         #: the address to which the program has bound the captured primary
         self._primary_name: SockAddr | None = None
@@ -411,4 +412,4 @@ class SocketPatch:
     def shutdown_idle_connections(self) -> None:
         """End the connections on which an unmodified server waits for a request."""
         self.leased.connections.explain_half_closed()  # before the worker itself shuts down some of them
-        third_party_drain.shutdown_idle_connections()
+        self._idle_connections.shutdown()

@@ -20,6 +20,7 @@ from contextlib import suppress
 from types import CodeType, FrameType
 from typing import Any
 
+from gunicorn_passenger.system.callers import frames
 from gunicorn_passenger.system.import_watch import imported
 from gunicorn_passenger.system.live_objects import live_objects
 
@@ -99,14 +100,6 @@ class IdleConnections:
                 yield candidate.gr_frame
 
 
-_idle_connections = IdleConnections()
-
-
-def shutdown_idle_connections() -> None:
-    """End the connections on which such a server waits for a request."""
-    _idle_connections.shutdown()
-
-
 def _functions_that_wait() -> set[CodeType]:
     """The functions in which a server waits for the request line."""
     found = set()
@@ -123,12 +116,9 @@ _SOCKETS = ("socket.py", "selectors.py", "ssl.py")
 
 def _innermost_server_frame(frame: FrameType | None) -> FrameType | None:
     """The innermost frame outside gevent and the socket modules."""
-    while frame is not None:
-        name = frame.f_code.co_filename
-        below_server = (_GEVENT in name and not name.endswith("pywsgi.py")) or os.path.basename(
-            name
-        ) in _SOCKETS
-        if not below_server:
-            return frame
-        frame = frame.f_back
+    for outer in frames(frame):
+        name = outer.f_code.co_filename
+        in_gevent = _GEVENT in name and not name.endswith("pywsgi.py")
+        if not (in_gevent or os.path.basename(name) in _SOCKETS):
+            return outer
     return None

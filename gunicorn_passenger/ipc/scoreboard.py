@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterable
+from functools import reduce
 from typing import Any, NamedTuple
 
 from gunicorn_passenger.ipc.connection_table import Seat
@@ -84,12 +85,12 @@ class MailboxCounters(NamedTuple):
 class Scoreboard:
     """One worker's page."""
 
-    def __init__(self, seat: Seat | None = None) -> None:
+    def __init__(self) -> None:
         """
         :param seat: the worker's place in the table that its siblings read.
         :raises OSError: when the system has no memory for it.
         """
-        self.seat = seat
+        self.seat: Seat | None = None
         self._map = mmap.mmap(-1, (_MAILBOX + len(MailboxCounters._fields)) * 8)
         self._words = memoryview(self._map).cast("Q")
 
@@ -150,21 +151,12 @@ class RetiredCounters:
 
     def total(self, key: str, slot: int, scoreboards: Iterable[Scoreboard]) -> Counters:
         """The counters of all workers, including those that have exited."""
-        found = self._gone.get(key, Counters())
-        for scoreboard in scoreboards:
-            found = found.plus(scoreboard.read(slot))
-        return found
+        return reduce(Counters.plus, (s.read(slot) for s in scoreboards), self._gone.get(key, Counters()))
 
     def blocking(self, scoreboards: Iterable[Scoreboard]) -> Blocking:
         """How the event loops of all workers were blocked, including those that are gone."""
-        found = self._blocking
-        for scoreboard in scoreboards:
-            found = found.plus(scoreboard.read_blocking())
-        return found
+        return reduce(Blocking.plus, (s.read_blocking() for s in scoreboards), self._blocking)
 
     def mailboxes(self, scoreboards: Iterable[Scoreboard]) -> MailboxCounters:
         """What all workers, including those that are gone, have sent to their siblings."""
-        found = self._mailboxes
-        for scoreboard in scoreboards:
-            found = found.plus(scoreboard.read_mailbox())
-        return found
+        return reduce(MailboxCounters.plus, (s.read_mailbox() for s in scoreboards), self._mailboxes)

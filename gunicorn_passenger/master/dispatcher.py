@@ -92,7 +92,7 @@ class MessageDispatcher:
         self._boot_failures = boot_failures
         self._report = report
         self.migration = MigrationRelay(workers, listeners, self.reply)
-        self.mailboxes = MailboxExchange(workers, self.reply)
+        self.mailboxes = MailboxExchange(self.reply)
         #: ages of workers whose channel was closed while they run, until they are reaped
         self._expelled: set[int] = set()
         self._handlers: dict[type[Message], Callable[[WorkerChannel, Any, int | None], object]] = {
@@ -198,7 +198,7 @@ class MessageDispatcher:
         return True
 
     def _deny(self, worker: WorkerChannel, number: int, error: Exception, text: str) -> None:
-        kind = errors.refusal_kind(error) if isinstance(error, errors.ListenError) else "listen"
+        kind = errors.refusal_kind(error)
         code = getattr(error, "errno", None) or 0
         self.reply(worker, RequestDenied(number, kind, code, text[:_MAX_DENIAL]))
 

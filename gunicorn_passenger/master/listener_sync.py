@@ -24,7 +24,6 @@ from gunicorn_passenger.master.owned_listener import BrokerOwnedListener
 from gunicorn_passenger.master.placement import PlacementScheduler
 from gunicorn_passenger.master.port import Port
 from gunicorn_passenger.master.worker_channels import WorkerChannels
-from gunicorn_passenger.system import listening_sockets
 
 
 def primary_listeners(listening: list[Listener]) -> list[Listener]:
@@ -103,7 +102,7 @@ class ListenerSync:
         ours = [port.listener for port in table.values()]
         for listener in listening:
             assert listener.sock is not None
-            key = format_sockname(listening_sockets.sockname(listener.sock))
+            key = format_sockname(listener.sock.getsockname())
             if listener not in ours and key in inherited:
                 self._listeners.register(listener, False, inherited[key])
         # registering has replaced some of them

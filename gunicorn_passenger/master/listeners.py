@@ -67,13 +67,7 @@ class Listeners:
             :meth:`export_state`).
         """
         assert listener.sock is not None
-        name = listening_sockets.sockname(listener.sock)
-        if isinstance(name, tuple):
-            family = socket.AF_INET6 if len(name) == 4 else socket.AF_INET
-            port = Port(format_tcp(name[0], name[1]), listener, host=name[0], port=name[1], family=family)
-        else:
-            port = Port(format_sockname(name), listener, path=str(name), family=socket.AF_UNIX)
-            port.file = listening_sockets.inode_id(str(name))
+        port = _port(listener, listener.sock.getsockname())
         port.from_config = from_config
         if from_config:
             vars(listener)["close"] = partial(self._close_bind, listener, port.key)
@@ -156,7 +150,7 @@ class Listeners:
         if isinstance(listener, BrokerOwnedListener):
             return listener
         assert listener.sock is not None
-        name = listening_sockets.sockname(listener.sock)
+        name = listener.sock.getsockname()
         owned: Listener = self._wrap(listener.FAMILY, name, listener.sock.detach())
         return owned
 
@@ -321,14 +315,9 @@ class Listeners:
             sock = port_opening.open_listener(request, self.allocation, in_use, needed=needed)
         else:
             sock = listening_sockets.listener_of(opened, request.host, request.port)
-        family, name = sock.family, listening_sockets.sockname(sock)
-        listener = self._wrap(family, name, sock.detach())
-        if isinstance(name, tuple):
-            port = Port(format_tcp(name[0], name[1]), listener, host=name[0], port=name[1], family=family)
-            port.backlog, port.v6only = request.backlog, request.v6only
-        else:
-            port = Port(f"unix:{request.path}", listener, path=request.path, family=family)
-            port.file = listening_sockets.inode_id(request.path)
+        family, name = sock.family, sock.getsockname()
+        port = _port(self._wrap(family, name, sock.detach()), name)
+        port.backlog, port.v6only = request.backlog, request.v6only
         self._add(port)
         return port
 
@@ -384,7 +373,7 @@ class Listeners:
         mode = port_opening.unix_mode(self.cfg.umask)
         request = ListenRequest(kind, port.host, port.port, port.path, backlog, port.v6only, mode)
         sock = port_opening.open_listener(request, None)
-        port.listener = self._wrap(port.family, listening_sockets.sockname(sock), sock.detach())
+        port.listener = self._wrap(port.family, sock.getsockname(), sock.detach())
         if port.path:
             port.file = listening_sockets.inode_id(port.path)
 
@@ -409,6 +398,15 @@ class Listeners:
         port.listener.close_now(for_all)
         if unlink and port.file is not None:
             listening_sockets.remove(port.path, port.file)
+
+
+def _port(listener: Listener, name: SockAddr | str) -> Port:
+    if isinstance(name, tuple):
+        family = socket.AF_INET6 if len(name) == 4 else socket.AF_INET
+        return Port(format_tcp(name[0], name[1]), listener, host=name[0], port=name[1], family=family)
+    port = Port(format_sockname(name), listener, path=str(name), family=socket.AF_UNIX)
+    port.file = listening_sockets.inode_id(str(name))
+    return port
 
 
 def _serves_ipv4(port: Port) -> bool:

@@ -36,7 +36,7 @@ from gunicorn_passenger.ipc.messages import (
     SiblingJoined,
 )
 from gunicorn_passenger.ipc.scoreboard import MailboxCounters
-from gunicorn_passenger.master.worker_channels import WorkerChannel, WorkerChannels
+from gunicorn_passenger.master.worker_channels import WorkerChannel
 
 #: Random bytes of a tag.
 TAG_BYTES = 12
@@ -69,11 +69,8 @@ class _Mailbox:
 class MailboxExchange:
     """The mailboxes of the workers, and of other processes, that have asked for one."""
 
-    def __init__(
-        self, workers: WorkerChannels, reply: Callable[[WorkerChannel, Message, int | None], bool]
-    ) -> None:
+    def __init__(self, reply: Callable[[WorkerChannel, Message, int | None], bool]) -> None:
         """:param reply: sends a message to a worker; closes the channel and returns false when that fails."""
-        self._workers = workers
         self._reply = reply
         self._by_tag: dict[str, _Mailbox] = {}
         #: those of workers, by the age of the worker

@@ -11,13 +11,13 @@ with the opposite decision when its response comes at last.
 
 from __future__ import annotations
 
-import ipaddress
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import monotonic
 from typing import Any, NamedTuple
 
+from gunicorn_passenger.config.address import is_ip
 from gunicorn_passenger.ipc import channel
 from gunicorn_passenger.ipc.messages import (
     MAX_KEY,
@@ -170,16 +170,6 @@ def _is_peer(addr: object) -> bool:
         return addr == ""
     return (
         len(addr) in (2, 4)
-        and _is_ip(addr[0])
+        and is_ip(addr[0])
         and all(type(part) is int and 0 <= part < 1 << 32 for part in addr[1:])
     )
-
-
-def _is_ip(text: object) -> bool:
-    if not isinstance(text, str):
-        return False
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True

@@ -56,9 +56,9 @@ class Agent:
             raise SettingError(f"Agent: ssl_context={ssl_context!r} is not an ssl.SSLContext")
         self.max_connections = max_connections
         self.max_idle = max_idle
-        self.idle_timeout = _seconds("idle_timeout", idle_timeout)
-        self.connect_timeout = _seconds("connect_timeout", connect_timeout)
-        self.max_age = None if max_age is None else _seconds("max_age", max_age)
+        self.idle_timeout = positive("Agent: idle_timeout", idle_timeout)
+        self.connect_timeout = positive("Agent: connect_timeout", connect_timeout)
+        self.max_age = None if max_age is None else positive("Agent: max_age", max_age)
         self._contexts: dict[bool, ssl.SSLContext] = {}
         #: whether the program gave the TLS context: the option ``secure`` then has no effect on it
         self.has_context = ssl_context is not None
@@ -130,7 +130,11 @@ def _count(name: str, value: Any, least: int) -> None:
         raise SettingError(f"Agent: {name}={value!r} is not a whole number of at least {least}")
 
 
-def _seconds(name: str, value: Any) -> float:
+def positive(name: str, value: Any) -> float:
+    """A number of seconds above zero.
+
+    :raises SettingError: names the option.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
-        raise SettingError(f"Agent: {name}={value!r} is not a positive number of seconds")
+        raise SettingError(f"{name}={value!r} is not a positive number of seconds")
     return float(value)

@@ -23,7 +23,7 @@ from gunicorn_passenger.proxy.events import Events, HandlerFailed, UpstreamRespo
 from gunicorn_passenger.proxy.log import log
 from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.pool import UpstreamConnection
-from gunicorn_passenger.proxy.request_body import NO_BODY_SENDER, NoBodySender, RequestBodySender
+from gunicorn_passenger.proxy.request_body import NO_BODY_SENDER, RequestBodySender
 from gunicorn_passenger.proxy.request_headers import ForwardedInfo, RequestHeaders
 from gunicorn_passenger.proxy.round_trip import RoundTrip
 from gunicorn_passenger.proxy.routes import Backend, Route
@@ -111,7 +111,7 @@ class ForwardedRequest:
         self.connection = connection
         self.options = proxy.options
         self.began = time.monotonic()
-        self.sender: RequestBodySender | NoBodySender = NO_BODY_SENDER
+        self.sender: RequestBodySender = NO_BODY_SENDER
         #: the targets that remain to be tried
         self.backends: list[Backend] = []
 

@@ -53,7 +53,7 @@ def _run(
 def _check(backend: Backend, options: Options, servers: ServerDirectory | None) -> None:
     problem = ""
     try:
-        status = _request(_address(backend.target, servers), options)
+        status = _request(server_target(backend.target, servers), options)
         if not 200 <= status < 400:
             problem = f"it responded with {status}"
     except PoolExhausted:
@@ -80,14 +80,6 @@ def _check(backend: Backend, options: Options, servers: ServerDirectory | None) 
         backend.failed_until = 0.0
         log.warning("proxy: %s: the health check %s succeeds again", backend.target, options.health)
     backend.healthy = not problem
-
-
-def _address(target: Target, servers: ServerDirectory | None) -> Target:
-    if not target.server:
-        return target
-    if servers is None:
-        raise LookupError(target.server)
-    return server_target(servers, target.server)
 
 
 def _request(target: Target, options: Options) -> int:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from gunicorn_passenger.errors import SettingError
-from gunicorn_passenger.proxy.agent import Agent
+from gunicorn_passenger.proxy.agent import Agent, positive
 from gunicorn_passenger.proxy.handler import Proxy
-from gunicorn_passenger.proxy.options import Options, positive
+from gunicorn_passenger.proxy.options import Options
 
 #: the value of Werkzeug's ``host`` that stands for the host of the target
 _AUTO = "<auto>"

@@ -13,11 +13,11 @@ import ipaddress
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 from gunicorn_passenger.errors import SettingError, unknown_name
 from gunicorn_passenger.http.grammar import FIELD_VALUE, REQUEST_TARGET, TOKEN
-from gunicorn_passenger.proxy.agent import Agent
+from gunicorn_passenger.proxy.agent import Agent, positive
 from gunicorn_passenger.proxy.dial import DialSettings
 from gunicorn_passenger.proxy.target import Target, parse_target
 
@@ -34,136 +34,7 @@ APPEND, REPLACE = "append", "replace"
 UNIX = "unix"
 
 
-@dataclass(frozen=True)
-class Options:
-    """What may be set; see ``docs/reference/proxy.md`` for what each means."""
-
-    forward: Any = None
-    ws: bool = True
-    xfwd: Any = False
-    forwarded: Any = False
-    trusted: Any = None
-    via: Any = False
-    secure: bool = True
-    servername: str | None = None
-    to_proxy: bool = False
-    prepend_path: bool = True
-    ignore_path: bool = False
-    local_address: str | None = None
-    change_origin: bool = False
-    preserve_header_key_case: bool = False
-    auth: str | None = None
-    host_rewrite: str | None = None
-    auto_rewrite: bool = False
-    protocol_rewrite: str | None = None
-    cookie_domain_rewrite: Any = False
-    cookie_path_rewrite: Any = False
-    cookie_secure: bool | None = None
-    cookie_samesite: str | None = None
-    headers: Any = None
-    proxy_timeout: float | None = 60.0
-    timeout: float | None = None
-    max_body: int | None = None
-    rewrite: Any = None
-    follow_redirects: Any = False
-    self_handle_response: bool = False
-    buffer: Any = None
-    agent: Any = None
-    ws_timeout: float | None = None
-    ws_stop: str = "close"
-    balance: str = "round_robin"
-    fail_timeout: float = 10.0
-    retry_statuses: Any = ()
-    health: str | None = None
-    health_interval: float = 10.0
-    sticky: str | None = None
-    sticky_name: str = "passenger_target"
-
-    #: fields that are set on each request: lower-case name → name and value
-    set_headers: dict[str, tuple[str, str]] = field(init=False)
-    #: seconds that a target may be silent
-    upstream_timeout: float | None = field(init=False)
-    #: how targets are connected to
-    dial: DialSettings = field(init=False)
-    #: whether responses go to the client with nothing rewritten
-    plain_response: bool = field(init=False)
-    #: whether responses go to the client unchanged, and no response leads to another request
-    copies_responses: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        for name in NAMES:
-            self.apply(name, getattr(self, name))
-        self.derive()
-
-    def apply(self, name: str, value: Any) -> None:
-        """Set an option of a copy, after it was checked."""
-        object.__setattr__(self, name, _CHECKS[name](name, value))
-
-    def derive(self) -> None:
-        """Compute what depends on several options."""
-        if not self.secure and self.agent.has_context:
-            raise SettingError(
-                "secure=False has no effect on an agent with an ssl_context of its own: leave secure out "
-                "and set check_hostname and verify_mode of that context"
-            )
-        set_headers = {name.lower(): (name, value) for name, value in self.headers.items()}
-        if self.auth is not None:
-            credentials = base64.b64encode(self.auth.encode()).decode()
-            set_headers["authorization"] = ("Authorization", f"Basic {credentials}")
-        rewrites = (
-            self.host_rewrite,
-            self.auto_rewrite,
-            self.protocol_rewrite,
-            self.cookie_domain_rewrite,
-            self.cookie_path_rewrite,
-            self.cookie_secure is not None,
-            self.cookie_samesite,
-        )
-        # as in node-http-proxy, "timeout" is for the whole exchange: it covers the wait for the target, too
-        seconds = min(filter(None, (self.proxy_timeout, self.timeout)), default=None)
-        object.__setattr__(self, "upstream_timeout", seconds)
-        object.__setattr__(self, "set_headers", set_headers)
-        dial = DialSettings(self.secure, self.local_address, self.servername, self.fail_timeout)
-        object.__setattr__(self, "dial", dial)
-        object.__setattr__(self, "plain_response", not any(rewrites))
-        changes = self.via or self.self_handle_response or self.follow_redirects or self.sticky
-        object.__setattr__(self, "copies_responses", self.plain_response and not changes)
-
-    def merged(self, changes: Mapping[str, Any], where: str) -> Options:
-        """These options with some of them changed.
-
-        :param where: the call that was given them, for the error.
-        :raises UnknownSetting: (a ``TypeError``) for a name that is not an option.
-        :raises SettingError: (a ``ValueError``) for a value that cannot be used.
-        """
-        merged = copy.copy(self)
-        for name, value in changes.items():
-            if name not in _CHECKS:
-                raise unknown_name(where, "option", name, NAMES)
-            try:
-                merged.apply(name, value)
-            except SettingError as error:
-                raise SettingError(f"{where}: {error}") from None
-        try:
-            merged.derive()
-        except SettingError as error:
-            raise SettingError(f"{where}: {error}") from None
-        return merged
-
-    def trusts(self, address: str) -> bool:
-        """Whether the forwarding headers of this peer are believed, as far as ``trusted`` tells.
-
-        :param address: of the peer; empty on a UNIX socket, for which ``"unix"`` stands in ``trusted``.
-        """
-        if self.trusted is True:
-            return True
-        if not address:
-            return UNIX in self.trusted
-        try:
-            ip = ipaddress.ip_address(address)
-        except ValueError:
-            return False
-        return any(ip in network for network in self.trusted if network != UNIX)
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s/?#@:\[\]]+)(:[0-9]{1,5})?")
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -172,19 +43,12 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
-def _text(name: str, value: Any) -> Any:
+def _host(name: str, value: Any) -> Any:
     if value is None or value is False:
         return None
-    if not isinstance(value, str) or not value or not FIELD_VALUE.fullmatch(value):
-        raise SettingError(f"{name}={value!r} is not a text that a header can hold")
-    return value
-
-
-def _host(name: str, value: Any) -> Any:
-    value = _text(name, value)
-    if value is not None and not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s/?#@:\[\]]+)(:[0-9]{1,5})?", value):
+    if not isinstance(value, str) or not FIELD_VALUE.fullmatch(value) or not _HOST.fullmatch(value):
         raise SettingError(f"{name}={value!r} is neither a host nor host:port")
-    port = value.rpartition(":")[2] if value is not None and not value.endswith("]") and ":" in value else "1"
+    port = value.rpartition(":")[2] if not value.endswith("]") and ":" in value else "1"
     if not 1 <= int(port) <= 65535:
         raise SettingError(f"{name}={value!r} has no port from 1 to 65535")
     return value
@@ -210,16 +74,6 @@ def _seconds(name: str, value: Any) -> Any:
     if value is None:
         return None
     return positive(name, value)
-
-
-def positive(name: str, value: Any) -> float:
-    """A number of seconds above zero.
-
-    :raises SettingError: names the option.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
-        raise SettingError(f"{name}={value!r} is not a positive number of seconds")
-    return float(value)
 
 
 def _written(name: str, value: Any) -> Any:
@@ -425,48 +279,142 @@ def _statuses(name: str, value: Any) -> frozenset[int]:
     return found
 
 
-_CHECKS: dict[str, Any] = {
-    "forward": _forward,
-    "ws": _flag,
-    "servername": _servername,
-    "xfwd": _written,
-    "forwarded": _written,
-    "trusted": _trusted,
-    "via": _via,
-    "secure": _flag,
-    "to_proxy": _flag,
-    "prepend_path": _flag,
-    "ignore_path": _flag,
-    "local_address": _address,
-    "change_origin": _flag,
-    "preserve_header_key_case": _flag,
-    "auth": _auth,
-    "host_rewrite": _host,
-    "auto_rewrite": _flag,
-    "protocol_rewrite": _protocol,
-    "cookie_domain_rewrite": _rewrite,
-    "cookie_path_rewrite": _rewrite,
-    "cookie_secure": _optional_flag,
-    "cookie_samesite": _choice(None, "Lax", "Strict", "None"),
-    "proxy_timeout": _seconds,
-    "timeout": _seconds,
-    "max_body": _bytes,
-    "rewrite": _path_rewrite,
-    "follow_redirects": _redirects,
-    "self_handle_response": _flag,
-    "buffer": _buffer,
-    "agent": _agent,
-    "ws_timeout": _seconds,
-    "ws_stop": _choice("close", "wait"),
-    "balance": _choice("round_robin", "least_connections"),
-    "fail_timeout": positive,
-    "retry_statuses": _statuses,
-    "health": _path,
-    "health_interval": positive,
-    "sticky": _choice(None, False, "cookie"),
-    "sticky_name": _name,
-    "headers": _headers,
-}
+@dataclass(frozen=True)
+class Options:
+    """What may be set; see ``docs/reference/proxy.md`` for what each means."""
 
+    forward: Annotated[Any, _forward] = None
+    ws: Annotated[bool, _flag] = True
+    xfwd: Annotated[Any, _written] = False
+    forwarded: Annotated[Any, _written] = False
+    trusted: Annotated[Any, _trusted] = None
+    via: Annotated[Any, _via] = False
+    secure: Annotated[bool, _flag] = True
+    servername: Annotated[str | None, _servername] = None
+    to_proxy: Annotated[bool, _flag] = False
+    prepend_path: Annotated[bool, _flag] = True
+    ignore_path: Annotated[bool, _flag] = False
+    local_address: Annotated[str | None, _address] = None
+    change_origin: Annotated[bool, _flag] = False
+    preserve_header_key_case: Annotated[bool, _flag] = False
+    auth: Annotated[str | None, _auth] = None
+    host_rewrite: Annotated[str | None, _host] = None
+    auto_rewrite: Annotated[bool, _flag] = False
+    protocol_rewrite: Annotated[str | None, _protocol] = None
+    cookie_domain_rewrite: Annotated[Any, _rewrite] = False
+    cookie_path_rewrite: Annotated[Any, _rewrite] = False
+    cookie_secure: Annotated[bool | None, _optional_flag] = None
+    cookie_samesite: Annotated[str | None, _choice(None, "Lax", "Strict", "None")] = None
+    headers: Annotated[Any, _headers] = None
+    proxy_timeout: Annotated[float | None, _seconds] = 60.0
+    timeout: Annotated[float | None, _seconds] = None
+    max_body: Annotated[int | None, _bytes] = None
+    rewrite: Annotated[Any, _path_rewrite] = None
+    follow_redirects: Annotated[Any, _redirects] = False
+    self_handle_response: Annotated[bool, _flag] = False
+    buffer: Annotated[Any, _buffer] = None
+    agent: Annotated[Any, _agent] = None
+    ws_timeout: Annotated[float | None, _seconds] = None
+    ws_stop: Annotated[str, _choice("close", "wait")] = "close"
+    balance: Annotated[str, _choice("round_robin", "least_connections")] = "round_robin"
+    fail_timeout: Annotated[float, positive] = 10.0
+    retry_statuses: Annotated[Any, _statuses] = ()
+    health: Annotated[str | None, _path] = None
+    health_interval: Annotated[float, positive] = 10.0
+    sticky: Annotated[str | None, _choice(None, False, "cookie")] = None
+    sticky_name: Annotated[str, _name] = "passenger_target"
+
+    #: fields that are set on each request: lower-case name → name and value
+    set_headers: dict[str, tuple[str, str]] = field(init=False)
+    #: seconds that a target may be silent
+    upstream_timeout: float | None = field(init=False)
+    #: how targets are connected to
+    dial: DialSettings = field(init=False)
+    #: whether responses go to the client with nothing rewritten
+    plain_response: bool = field(init=False)
+    #: whether responses go to the client unchanged, and no response leads to another request
+    copies_responses: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name in NAMES:
+            self.apply(name, getattr(self, name))
+        self.derive()
+
+    def apply(self, name: str, value: Any) -> None:
+        """Set an option of a copy, after it was checked."""
+        object.__setattr__(self, name, _CHECKS[name](name, value))
+
+    def derive(self) -> None:
+        """Compute what depends on several options."""
+        if not self.secure and self.agent.has_context:
+            raise SettingError(
+                "secure=False has no effect on an agent with an ssl_context of its own: leave secure out "
+                "and set check_hostname and verify_mode of that context"
+            )
+        set_headers = {name.lower(): (name, value) for name, value in self.headers.items()}
+        if self.auth is not None:
+            credentials = base64.b64encode(self.auth.encode()).decode()
+            set_headers["authorization"] = ("Authorization", f"Basic {credentials}")
+        rewrites = (
+            self.host_rewrite,
+            self.auto_rewrite,
+            self.protocol_rewrite,
+            self.cookie_domain_rewrite,
+            self.cookie_path_rewrite,
+            self.cookie_secure is not None,
+            self.cookie_samesite,
+        )
+        # as in node-http-proxy, "timeout" is for the whole exchange: it covers the wait for the target, too
+        seconds = min(filter(None, (self.proxy_timeout, self.timeout)), default=None)
+        object.__setattr__(self, "upstream_timeout", seconds)
+        object.__setattr__(self, "set_headers", set_headers)
+        dial = DialSettings(self.secure, self.local_address, self.servername, self.fail_timeout)
+        object.__setattr__(self, "dial", dial)
+        object.__setattr__(self, "plain_response", not any(rewrites))
+        changes = self.via or self.self_handle_response or self.follow_redirects or self.sticky
+        object.__setattr__(self, "copies_responses", self.plain_response and not changes)
+
+    def merged(self, changes: Mapping[str, Any], where: str) -> Options:
+        """These options with some of them changed.
+
+        :param where: the call that was given them, for the error.
+        :raises UnknownSetting: (a ``TypeError``) for a name that is not an option.
+        :raises SettingError: (a ``ValueError``) for a value that cannot be used.
+        """
+        merged = copy.copy(self)
+        for name, value in changes.items():
+            if name not in _CHECKS:
+                raise unknown_name(where, "option", name, NAMES)
+            try:
+                merged.apply(name, value)
+            except SettingError as error:
+                raise SettingError(f"{where}: {error}") from None
+        try:
+            merged.derive()
+        except SettingError as error:
+            raise SettingError(f"{where}: {error}") from None
+        return merged
+
+    def trusts(self, address: str) -> bool:
+        """Whether the forwarding headers of this peer are believed, as far as ``trusted`` tells.
+
+        :param address: of the peer; empty on a UNIX socket, for which ``"unix"`` stands in ``trusted``.
+        """
+        if self.trusted is True:
+            return True
+        if not address:
+            return UNIX in self.trusted
+        try:
+            ip = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        return any(ip in network for network in self.trusted if network != UNIX)
+
+
+_CHECKS = {
+    name: hint.__metadata__[0]
+    for name, hint in get_type_hints(Options, include_extras=True).items()
+    if hasattr(hint, "__metadata__")
+}
 #: the options, as the error for an unknown one lists them
 NAMES = tuple(_CHECKS)

@@ -334,9 +334,7 @@ def resolve(request: ForwardedRequest, target: Target) -> Target:
     if not target.server:
         return target
     try:
-        if request.proxy.servers is None:
-            raise LookupError(target.server)
-        return server_target(request.proxy.servers, target.server)
+        return server_target(target, request.proxy.servers)
     except LookupError:
         raise UpstreamRefused(f"this application has no server with the name {target.server!r}") from None
 

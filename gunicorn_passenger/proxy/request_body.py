@@ -301,43 +301,7 @@ class RequestBodySender:
         return self.finished or self.held is not None
 
 
-class NoBodySender:
-    """The sender of a request without a body. It has no state: all requests share one."""
-
-    length = 0
-    chunks_sent = 0
-    finished = True
-    sent = True
-    replayable = True
-    started = False
-    replaced = False
-    waiting = False
-    paused = False
-    is_cut_off = False
-    held: Any = None
-    error: Any = None
-    mirror: Any = None
-
-    def check_untouched(self) -> None:
-        pass
-
-    def take_small(self) -> bytes:
-        return b""
-
-    def start(self, upstream: UpstreamConnection, concurrent: bool) -> None:
-        pass
-
-    def resume(self) -> None:
-        pass
-
-    def join(self) -> None:
-        pass
-
-    def abandon(self) -> None:
-        pass
-
-    def chunks(self) -> Iterator[bytes]:
-        return iter(())
-
-
-NO_BODY_SENDER = NoBodySender()
+#: the sender of all requests without a body; nothing of it changes
+NO_BODY_SENDER = RequestBodySender(
+    WsgiDownstream({"REQUEST_METHOD": "GET", "wsgi.input": None}, lambda *_: None), 0, Options()
+)

@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterable
 from typing import Any
 from urllib.parse import quote
 
+from werkzeug.http import quote_header_value
+
 from gunicorn_passenger.errors import BadRequestBody
 from gunicorn_passenger.http.grammar import FIELD_VALUE, TOKEN
 from gunicorn_passenger.proxy.options import APPEND, Options
@@ -294,12 +296,8 @@ def upstream_headers(
     :param foreign: whether a redirect has led to another target than the one that the options are for.
     """
     headers = request.lines
-    keep_case = options.preserve_header_key_case
-    host = origin.host
-    if options.change_origin or not host:
-        host = target.authority
-        headers = [header for header in headers if header[0].lower() != "host"]
-        headers.insert(0, ("Host" if keep_case else "host", host))
+    if options.change_origin or not origin.host:
+        headers = with_host(headers, target.authority, options.preserve_header_key_case)
         if request.upgrade and origin.host:
             headers = _with_own_origin(headers, origin.host, target)
     if options.xfwd:
@@ -380,19 +378,13 @@ def _forwarded(headers: HeaderList, options: Options, origin: ForwardedInfo) -> 
     address = f'"[{origin.address}]"' if ":" in origin.address else origin.address
     value = f"for={address}"
     if origin.host:
-        value += ";host=" + (
-            origin.host if re.fullmatch(r"[\w.\-]+", origin.host, re.A) else _quoted(origin.host)
-        )
+        value += f";host={quote_header_value(origin.host)}"
     appends = origin.trusted and options.forwarded == APPEND
     value += f";proto={origin.scheme if appends else origin.own_scheme}"
     headers, before = _take(headers, "forwarded")
     if before and appends:
         value = f"{before['forwarded']}, {value}"
     return [*headers, ("Forwarded" if options.preserve_header_key_case else "forwarded", value)]
-
-
-def _quoted(text: str) -> str:
-    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
 
 
 def with_via(headers: HeaderList, options: Options, version: str) -> HeaderList:

@@ -13,7 +13,7 @@ from gunicorn_passenger.errors import BadResponse, UpstreamClosed, UpstreamTimeo
 from gunicorn_passenger.proxy.downstream import WsgiDownstream
 from gunicorn_passenger.proxy.options import Options
 from gunicorn_passenger.proxy.pool import UpstreamConnection
-from gunicorn_passenger.proxy.request_body import NoBodySender, RequestBodySender
+from gunicorn_passenger.proxy.request_body import RequestBodySender
 from gunicorn_passenger.proxy.request_headers import HeaderList
 from gunicorn_passenger.proxy.response_head import (
     HEAD_LIMIT,
@@ -62,7 +62,7 @@ class RoundTrip:
         options: Options,
         method: str,
         client: WsgiDownstream,
-        sender: RequestBodySender | NoBodySender,
+        sender: RequestBodySender,
         switching: bool,
     ) -> None:
         """
@@ -273,11 +273,6 @@ class RoundTrip:
 
     def _silent(self) -> UpstreamTimeout:
         return UpstreamTimeout(f"it was silent for {self._seconds:g} s inside its response")
-
-    @property
-    def concurrent(self) -> bool:
-        """Whether it runs in a greenlet, beside which others can run."""
-        return bool(self.pool.runtime.concurrent)
 
     @property
     def trailers(self) -> HeaderList:

@@ -86,12 +86,16 @@ class ServerDirectory(Protocol):
         """The servers that a name stands for: none, one, or those of all workers."""
 
 
-def server_target(servers: ServerDirectory, name: str) -> Target:
-    """The address of a server of the application, as a target.
+def server_target(target: Target, servers: ServerDirectory | None) -> Target:
+    """The target itself, or the address of the server of the application that it names.
 
     :raises LookupError: when no server has the name.
     """
-    address = servers.resolve_server(name)
+    if not target.server:
+        return target
+    if servers is None:
+        raise LookupError(target.server)
+    address = servers.resolve_server(target.server)
     if isinstance(address, tuple):
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
         return Target(host, address[1])

@@ -399,31 +399,22 @@ def tls_bridge(recv: Any, send: Any, close: Any) -> tuple[Any, Any]:
     near, far = _socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     inner = runtime().open(far)
 
-    def inward() -> None:
+    def pump(read: Any, write: Any, end: Callable[[], object]) -> None:
         try:
-            while data := recv(_READ):
-                inner.send(data)
+            while data := read(_READ):
+                write(data)
         except OSError:
             inner.shutdown()
         except Exception as error:
             failed_callback("one side of a tunnel with TLS", error)
             inner.shutdown()
         else:
-            inner.shutdown(socket.SHUT_WR)
+            end()
 
-    def outward() -> None:
-        try:
-            while data := inner.recv(_READ):
-                send(data)
-        except OSError:
-            inner.shutdown()
-        except Exception as error:
-            failed_callback("one side of a tunnel with TLS", error)
-            inner.shutdown()
-        else:
-            close()
-
-    tasks = [gevent.spawn(inward), gevent.spawn(outward)]
+    tasks = [
+        gevent.spawn(pump, recv, inner.send, inner.shutdown_write),
+        gevent.spawn(pump, inner.recv, send, close),
+    ]
 
     def end() -> None:
         try:

@@ -15,7 +15,7 @@ from gunicorn_passenger.proxy import sticky, wire
 from gunicorn_passenger.proxy.events import HandlerFailed, UpstreamRequest, checked
 from gunicorn_passenger.proxy.forwarded_request import ForwardedRequest
 from gunicorn_passenger.proxy.options import Options
-from gunicorn_passenger.proxy.request_body import RequestBodySender
+from gunicorn_passenger.proxy.request_body import NO_BODY_SENDER, RequestBodySender
 from gunicorn_passenger.proxy.request_headers import HeaderList
 from gunicorn_passenger.proxy.target import Target
 
@@ -79,7 +79,7 @@ def replace_body(request: ForwardedRequest, body: Any) -> None:
     :raises HandlerFailed: when it is something else.
     """
     sender = request.sender
-    if not isinstance(sender, RequestBodySender):
+    if sender is NO_BODY_SENDER:
         sender = request.sender = RequestBodySender(request.downstream, 0, request.options)
     if sender.mirror is not None:
         # the mirrored request was to have the client's body, which is not read now

@@ -18,7 +18,6 @@ from gunicorn_passenger.http.grammar import FIELD_VALUE, REQUEST_TARGET, TOKEN
 
 Fields = list[tuple[str, str]]
 
-_VERSIONS = ("1.0", "1.1")
 #: how much of a bad text an error shows
 _SHOWN = 80
 
@@ -40,13 +39,12 @@ def request_line(method: str, target: str) -> bytes:
     return f"{method} {target} HTTP/1.1\r\n".encode("ascii")
 
 
-def status_line(status: int, reason: str, version: str = "1.1") -> bytes:
+def status_line(status: int, reason: str) -> bytes:
     """The first line of a response (RFC 9112 section 4).
 
     :raises Unsendable: when the reason holds a character that a status line must not have.
     """
-    assert version in _VERSIONS
-    return b"HTTP/%b %b\r\n" % (version.encode(), status_text(status, reason).encode("latin-1"))
+    return b"HTTP/1.1 %b\r\n" % status_text(status, reason).encode("latin-1")
 
 
 def status_text(status: int, reason: str) -> str:

@@ -11,6 +11,7 @@ these features hold for the primary alone; a server that no ``bind`` names does 
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 from gevent import socket as gsocket
@@ -153,20 +154,6 @@ def secondary_config(cfg: Any) -> Any:
     return second
 
 
-class ListenerName:
-    """Stands in for the listener, whose name gunicorn's handler reads for each connection.
-
-    A connection may be accepted just before the listener closes and handled just after. The closed socket
-    would raise, and the client would be reset.
-    """
-
-    def __init__(self, name: Any) -> None:
-        self._name = name
-
-    def getsockname(self) -> Any:
-        return self._name
-
-
 class GunicornAcceptor:
     """Accepts on one listening socket and runs gunicorn's handler on each connection."""
 
@@ -181,10 +168,13 @@ class GunicornAcceptor:
         self._handler = handler
         self._accepted = 0
         self._closed = False
-        name = self._name = ListenerName(sock.getsockname())
+        self.sockname = sock.getsockname()
+        # Stands in for the listener, whose name gunicorn's handler reads for each connection: one that was
+        # accepted just before the listener closed is handled just after, and the closed socket would raise.
+        listener = SimpleNamespace(getsockname=lambda: self.sockname)
         self.server = StreamServer(
             sock,
-            handle=lambda client, addr: self._handle(name, client, addr),
+            handle=lambda client, addr: self._handle(listener, client, addr),
             spawn=self.pool,
             **tls,
         )
@@ -229,10 +219,6 @@ class GunicornAcceptor:
 
     def attach(self, sock: Any, addr: Any, begun: bool = False, data: bytes = b"") -> Any:
         raise NotImplementedError("gunicorn's handler takes no connections of siblings")
-
-    @property
-    def sockname(self) -> Any:
-        return self._name.getsockname()
 
     def counts(self) -> Counters:
         """Its counters; gunicorn's handler counts neither bytes nor errors."""

@@ -16,6 +16,7 @@ from types import FrameType
 
 from gunicorn_passenger.config.gunicorn_types import Log
 from gunicorn_passenger.serving.scheduler import Scheduler
+from gunicorn_passenger.system import callers
 from gunicorn_passenger.system.live_objects import live_objects
 
 #: Seconds that it may take when connections have used up the graceful timeout; mostly it has nothing to do.
@@ -117,8 +118,4 @@ def _frames_and_idle() -> tuple[dict[int, FrameType], set[int]]:
 
 def _serves_forever(frame: FrameType | None) -> bool:
     """Whether a thread is in ``serve_forever()``, as most servers call their loop."""
-    while frame is not None:
-        if frame.f_code.co_name == "serve_forever":
-            return True
-        frame = frame.f_back
-    return False
+    return any(outer.f_code.co_name == "serve_forever" for outer in callers.frames(frame))

@@ -21,7 +21,7 @@ from gevent.hub import Hub
 
 from gunicorn_passenger.config.gunicorn_types import Log
 from gunicorn_passenger.ipc.scoreboard import Blocking, Scoreboard
-from gunicorn_passenger.system.callers import is_program_file
+from gunicorn_passenger.system.callers import frames, is_program_file
 from gunicorn_passenger.system.unpatched import start_thread, unpatched
 
 
@@ -97,9 +97,8 @@ class BlockingWatch:
         return None if frame is None else id(frame)
 
     def _report(self) -> None:
-        innermost = frame = self._frame()
-        while frame is not None and not is_program_file(frame.f_code.co_filename):
-            frame = frame.f_back
+        innermost = self._frame()
+        frame = next((f for f in frames(innermost) if is_program_file(f.f_code.co_filename)), None)
         blocking = frame or innermost
         if blocking is None or innermost is None or blocking.f_code in self._reported:
             return

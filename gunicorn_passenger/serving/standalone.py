@@ -20,7 +20,6 @@ from gunicorn_passenger.serving.acceptor_table import AcceptorTable
 from gunicorn_passenger.serving.finish import Drainable, finish_connections
 from gunicorn_passenger.serving.scheduler import Scheduler
 from gunicorn_passenger.serving.server import ListenAddress
-from gunicorn_passenger.system import listening_sockets
 from gunicorn_passenger.system.live_objects import live_objects
 from gunicorn_passenger.system.port_opening import ListenRequest, open_listener
 
@@ -77,7 +76,7 @@ def open_socket(want: Address | None, primary: bool) -> ListenAddress:
     if (found := worker_class()) is not None:
         raise server_errors.hooks_missing(found)
     sock = _open(want)
-    name = listening_sockets.sockname(sock)
+    name = sock.getsockname()
     if primary:
         print(f"Serving on http://{format_sockname(name)}/ (plain Python, for development)", file=sys.stderr)
     return ListenAddress(sock, name, format_sockname(name))

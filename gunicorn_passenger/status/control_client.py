@@ -199,11 +199,16 @@ def own_application(app: str = "") -> Instance:
     found = running(app)
     if len(found) == 1:
         return found[0]
-    account = account_name(os.geteuid())
     if not found:
-        raise PassengerError(f"no application of account {account} runs under gunicorn-passenger")
+        raise PassengerError(f"no {nothing_runs()}")
     labels = ", ".join(one.label for one in found)
+    account = account_name(os.geteuid())
     raise PassengerError(f"several applications of account {account} run: {labels}; name one (app=...)")
+
+
+def nothing_runs() -> str:
+    """What a person is told, behind "no"."""
+    return f"application of account {account_name(os.geteuid())} runs under gunicorn-passenger"
 
 
 def publish(path: str, topic: str, data: bytes) -> int:
@@ -242,9 +247,7 @@ def subscribe(path: str) -> tuple[socket.socket, _socket.socket]:
 def _choose(verb: str, name: str, app: str) -> Instance:
     chosen = running(app)
     if not chosen:
-        raise PassengerError(
-            f"no application of account {account_name(os.geteuid())} runs under gunicorn-passenger"
-        )
+        raise PassengerError(f"no {nothing_runs()}")
     if len(chosen) > 1:
         chosen = [one for one in chosen if one.has(name)]
         if not chosen:

@@ -34,7 +34,7 @@ from gunicorn_passenger.config.settings import settings
 from gunicorn_passenger.errors import PassengerError, SettingError
 from gunicorn_passenger.serving import program_metrics
 from gunicorn_passenger.serving.program_metrics import VARIABLE
-from gunicorn_passenger.system import runtime_dir
+from gunicorn_passenger.system import procfs, runtime_dir
 
 #: What ``prometheus_client`` calls the gauges of live processes.
 _LIVE_MODES = ("liveall", "livemax", "livemin", "livemostrecent", "livesum")
@@ -227,7 +227,7 @@ def _clear(parent: str) -> None:
     """Remove the directories of masters that were killed, and of one that had this process's pid."""
     for name in os.listdir(parent):
         match = _NAME.fullmatch(name)
-        if match and (int(match.group(1)) == os.getpid() or not runtime_dir.pid_exists(int(match.group(1)))):
+        if match and (int(match.group(1)) == os.getpid() or procfs.owner(int(match.group(1))) is None):
             path = os.path.join(parent, name)
             if not _is_held(path):
                 _remove(path)

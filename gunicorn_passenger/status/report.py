@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import cast
 
 from gunicorn_passenger._version import __version__
 from gunicorn_passenger.config.address import format_sockname, tcp_ports
@@ -79,14 +80,7 @@ def _blocking(broker: Broker, by_age: dict[int, WorkerChannel]) -> BlockingEntry
 
 def _mailboxes(broker: Broker, by_age: dict[int, WorkerChannel]) -> MailboxesEntry:
     total = broker.retired_counters.mailboxes(_scoreboards(by_age)).plus(broker.mailboxes.counts())
-    return {
-        "passed": total.passed,
-        "kept": total.kept,
-        "published": total.published,
-        "dropped": total.dropped,
-        "unknown": total.unknown,
-        "sessions": total.sessions,
-    }
+    return cast(MailboxesEntry, total._asdict())
 
 
 def _scoreboards(by_age: dict[int, WorkerChannel]) -> list[Scoreboard]:

@@ -24,7 +24,7 @@ from gunicorn_passenger.ipc.report_types import (
     WorkerEntry,
 )
 from gunicorn_passenger.status import health
-from gunicorn_passenger.status.control_client import Instance, running
+from gunicorn_passenger.status.control_client import Instance, nothing_runs, running
 from gunicorn_passenger.system.text import printable
 
 #: Columns of a line where the output is not a terminal: a program reads it, and wants every name whole.
@@ -78,7 +78,7 @@ def health_check(app: str = "") -> int:
     """
     found = running(app)
     if not found:
-        print(_nothing_runs(), file=sys.stderr)
+        print(f"No {nothing_runs()}", file=sys.stderr)
     healthy: dict[str, bool] = {}
     for instance in found:
         serves = False
@@ -91,10 +91,6 @@ def health_check(app: str = "") -> int:
             print(f"{instance.label}: {'healthy' if serves else 'not healthy'}; workers: {states or 'none'}")
         healthy[instance.name] = serves or healthy.get(instance.name, False)
     return 0 if healthy and all(healthy.values()) else 1
-
-
-def _nothing_runs() -> str:
-    return f"No application of account {account_name(os.geteuid())} runs under gunicorn-passenger"
 
 
 def _print_json(instances: list[Instance], in_one_line: bool) -> None:
@@ -115,7 +111,7 @@ def _redraw(lines: list[str]) -> None:
 
 def _screen(instances: list[Instance]) -> list[str]:
     if not instances:
-        return [_nothing_runs()]
+        return [f"No {nothing_runs()}"]
     width = max(80, shutil.get_terminal_size().columns) if sys.stdout.isatty() else _UNLIMITED
     lines: list[str] = []
     for instance in instances:

@@ -194,10 +194,6 @@ def _metrics(environ: WSGIEnvironment) -> StatusResponse:
 # --- the page ----------------------------------------------------------------------------------
 
 
-def _page(_environ: WSGIEnvironment) -> StatusResponse:
-    return _load_page()
-
-
 @cache
 def _load_page() -> StatusResponse:
     text = resources.files("gunicorn_passenger.status").joinpath("page.html").read_text("utf-8")
@@ -218,7 +214,7 @@ def _digest(text: str, element: str) -> str:
 
 
 _PATHS: dict[str, Callable[[WSGIEnvironment], StatusResponse]] = {
-    "/": _page,
+    "/": lambda _: _load_page(),
     "/health": _health,
     "/metrics": _metrics,
     "/status.json": _status,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from types import FrameType
 
 #: Python's own files, this package, and the scripts that start programs
@@ -26,21 +27,22 @@ def is_program_file(path: str) -> bool:
     return not (installed or path.startswith(("<", *_LIBRARIES)))
 
 
+def frames(frame: FrameType | None) -> Iterator[FrameType]:
+    """A frame and those that it was called from."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
 def called_in(function: str, module: str) -> bool:
     """Whether this call comes, directly or not, from a function of a module."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == function and frame.f_globals.get("__name__") == module:
-            return True
-        frame = frame.f_back
-    return False
+    return any(
+        frame.f_code.co_name == function and frame.f_globals.get("__name__") == module
+        for frame in frames(sys._getframe(1))
+    )
 
 
 def called_in_packages(names: tuple[str, ...]) -> bool:
     """Whether this call comes, directly or not, from one of the packages."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if str(frame.f_globals.get("__name__")).partition(".")[0] in names:
-            return True
-        frame = frame.f_back
-    return False
+    callers = frames(sys._getframe(1))
+    return any(str(frame.f_globals.get("__name__")).partition(".")[0] in names for frame in callers)

@@ -206,9 +206,3 @@ def own_listeners() -> dict[int, SockAddr]:
                     if is_tcp_listener(sock):
                         found[info.st_ino] = sock.getsockname()
     return found
-
-
-def sockname(sock: _socket.socket) -> SockAddr | str:
-    """The address of a socket: a tuple, or the path of a UNIX socket."""
-    name: SockAddr | str = sock.getsockname()
-    return name

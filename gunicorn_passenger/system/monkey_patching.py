@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import gc
 import warnings
-from importlib import _bootstrap
+from importlib import _bootstrap, metadata
 
 from gevent import events, monkey
 
 from gunicorn_passenger.config.gunicorn_types import Log
-from gunicorn_passenger.system import entry_points
 
 
 def patch_standard_library(log: Log, preloaded: bool) -> None:
@@ -20,11 +19,16 @@ def patch_standard_library(log: Log, preloaded: bool) -> None:
     if _is_importing():
         gc.unfreeze()
     events.subscribers.append(_thaw)
+    # gevent looks for plugins at 25 points while it patches. Each time, importlib.metadata would read the
+    # files of every installed package: that took two thirds of the time that a worker needs to start.
+    read = metadata.entry_points
+    metadata.entry_points = metadata.entry_points().select
     try:
-        with entry_points.read_once(), warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", monkey.MonkeyPatchWarning)
             monkey.patch_all()
     finally:
+        metadata.entry_points = read
         events.subscribers.remove(_thaw)
     # a collection would write to all memory that the worker shares with the master, and copy it
     gc.freeze()

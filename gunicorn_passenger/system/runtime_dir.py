@@ -12,6 +12,7 @@ import stat
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import PurePath
 
 from gunicorn_passenger.config.port_allocation import account_name
 from gunicorn_passenger.errors import SettingError
@@ -103,15 +104,20 @@ def ensure_world_traversable() -> str:
     :raises SettingError: as :func:`ensure`, and when other users may not enter a directory above it.
     """
     path = _ensure(f"{directory()}-users", 0o711)
-    above = path
-    while above != os.path.dirname(above):
-        if not os.stat(above).st_mode & 0o001:
-            raise SettingError(
-                f"the workers' user needs {path}, but cannot enter {above} (its mode is "
-                f"{stat.S_IMODE(os.stat(above).st_mode):04o}); set PASSENGER_RUNTIME_DIR to another path"
-            )
-        above = os.path.dirname(above)
+    if closed := not_traversable(path):
+        raise SettingError(
+            f"the workers' user needs {path}, but cannot enter {closed} (its mode is "
+            f"{stat.S_IMODE(os.stat(closed).st_mode):04o}); set PASSENGER_RUNTIME_DIR to another path"
+        )
     return path
+
+
+def not_traversable(path: str) -> str:
+    """The directory, or the first one above it, that other users cannot enter; empty if they can."""
+    for above in (path, *map(str, PurePath(path).parents)):
+        if not os.stat(above).st_mode & 0o001:
+            return above
+    return ""
 
 
 def _ensure(path: str, mode: int) -> str:
@@ -160,9 +166,7 @@ def _not_ours(path: str) -> SettingError:
 def _untrusted_above(path: str) -> str:
     """The first directory above in which another user could replace the next one."""
     owners = {0, _unmapped()}
-    above = os.path.realpath(path)
-    while above != os.path.dirname(above):
-        above = os.path.dirname(above)
+    for above in map(str, PurePath(os.path.realpath(path)).parents):
         info = os.lstat(above)
         if info.st_uid not in owners or (info.st_mode & 0o022 and not info.st_mode & stat.S_ISVTX):
             return above
@@ -250,19 +254,8 @@ def remove_if_stale(pid: int, path: str) -> bool:
         if (
             stat.S_ISSOCK(os.lstat(path).st_mode)
             and not listening_sockets.has_listener(path)
-            and not pid_exists(pid)
+            and procfs.owner(pid) is None
         ):
             os.unlink(path)
             return True
     return False
-
-
-def pid_exists(pid: int) -> bool:
-    """Whether there is a process with this pid."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True

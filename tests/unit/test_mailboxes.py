@@ -123,7 +123,7 @@ class Site:
     def __init__(self):
         self.workers = WorkerChannels()
         self.workers.arbiter = SimpleNamespace(num_workers=3, WORKERS={})
-        self.exchange = MailboxExchange(self.workers, self.reply)
+        self.exchange = MailboxExchange(self.reply)
         self.ends = {}
         #: what each worker has got
         self.tags = {}

@@ -495,9 +495,8 @@ def test_every_callback_of_the_loop_is_known():
         ("upstream_io.py", "self._on_readable"),
         ("upstream_io.py", "function"),  # a copy
         ("upstream_io.py", "switch"),  # a greenlet that waits
-        ("tunnel.py", "inward"),
         ("tunnel.py", "look"),
-        ("tunnel.py", "outward"),
+        ("tunnel.py", "pump"),
         ("tunnel.py", "self._on_readable"),
         ("tunnel.py", "self._on_room"),
         ("tunnel.py", "self._wake"),
