@@ -1,4 +1,4 @@
-"""Where the arbiter meets the broker.
+"""What the broker does in gunicorn's hooks: at the start, at each fork, in a reload or upgrade, at the end.
 
 Process: the master, called from the worker class (which gunicorn instantiates before each fork) and from
 gunicorn's hooks; a worker, just after its fork. Never: let a failure of the broker stop gunicorn.

@@ -1,4 +1,4 @@
-"""What the requests of Engine.IO's clients say of their session.
+"""What a request of an Engine.IO client says about its session.
 
 Process: a serving process. It does no I/O.
 Never: trust a request for more than when its connection is closed.

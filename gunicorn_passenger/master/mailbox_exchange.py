@@ -1,4 +1,4 @@
-"""Makes mailboxes, and tells the workers of those of their siblings.
+"""Creates the mailboxes of the workers, and tells each worker about those of its siblings.
 
 Process: the master, in the broker's thread and around a fork. Never: read the mailbox of a
 worker that may still read it, or trust what is in a packet.

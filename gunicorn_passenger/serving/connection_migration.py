@@ -1,4 +1,4 @@
-"""A worker that drains lets its siblings have its idle connections.
+"""Passes the idle connections of a draining worker to its siblings, and receives theirs.
 
 Process: a worker, in its hub.
 Never: let two workers read from one connection.

@@ -1,4 +1,4 @@
-"""The system's own threads, locks and poll, also where gevent has patched them.
+"""The system's own threads, locks and poll, even where gevent has patched them.
 
 Process: every process. Never: touch a gevent hub, or import gevent where nothing has patched the process.
 

@@ -290,7 +290,7 @@ def test_a_server_that_binds_by_itself_later(obedient, port, shared):
     worker.do(f"shared, port = {shared}, {port}")
     worker.do(LATE)
     text = (
-        r"each worker accepts there by itself \(SO_REUSEPORT\)"
+        r"each worker has its own queue there \(SO_REUSEPORT\)"
         if shared
         else "only this worker accepts there"
     )

@@ -288,8 +288,8 @@ def test_a_bind_whose_claim_is_decided_too_late(start, port, home, worker_class)
     finally:
         process.signal(signal.SIGCONT)
     process.wait_log(
-        rf"\[ERROR\] gunicorn-passenger: the primary and a server of the program accept on 127.0.0.1:{port}, .*: "
-        "reload gunicorn"
+        rf"\[ERROR\] gunicorn-passenger: the primary and a server of the program both accept on "
+        rf"127.0.0.1:{port}, .*; reload gunicorn"
     )
     process.hup(1)
     wait_for(lambda: answers(port), "the server on the bind")

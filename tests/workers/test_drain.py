@@ -78,7 +78,7 @@ def test_the_log_names_what_holds_a_worker(start, port, home):
     ).wait_ready()
     client = Client(process.socket)
     client.request("GET", "/compute")
-    process.wait_log(r"WARNING.*no client for 0.2 s .*: compute\(\) at program.py:\d+.* does not let")
+    process.wait_log(r"WARNING.*no client for 0.2 s .*: compute\(\) at program.py:\d+.* blocks")
     (home / "computed").touch()
     assert client.getresponse().status == 200
     status = command(start, "status").stdout
