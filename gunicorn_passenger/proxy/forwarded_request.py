@@ -255,8 +255,8 @@ class ForwardedRequest:
         error.target = error.target or self.target
         error.elapsed = time.monotonic() - self.began
         line = printable(
-            f"proxy: {error.target if error.target is not None else self.proxy}: {error.reason} "
-            f"({self.environ['REQUEST_METHOD']} {self._shown_path()}, after {error.elapsed:.3f} s)"
+            f"proxy: {error.target if error.target is not None else self.proxy}: {error.reason}, "
+            f"after {error.elapsed:.3f} s ({self.environ['REQUEST_METHOD']} {self._shown_path()})"
         )
         made = None
         events = self.proxy.events

@@ -80,7 +80,7 @@ def test_a_lock_that_listens_is_explained(obedient, port):
         worker.do(f"s = socket.create_server(('127.0.0.1', {port}))")
     for worker in workers:
         process.wait_log(
-            rf"\[WARNING\] 127.0.0.1:{port} listens, but .* has not accepted .*\(pid:{worker.pid}\).*"
+            rf"\[WARNING\] The program listens on 127.0.0.1:{port}, but has not accepted .*\(pid:{worker.pid}\).*"
             rf"PASSENGER_PLACEMENT={port}=off"
         )
     assert process.log().count("has not accepted") == 2

@@ -193,7 +193,7 @@ def test_a_target_that_refuses_is_502_and_one_that_is_late_504(proxied, port):
     process = proxied(options=", proxy_timeout=0.3")
     wait_listening(process)
     assert fetch(process.socket, "/x")[0] == 502
-    process.wait_log(rf"proxy: http://127.0.0.1:{port}: connection refused \(GET /x, after [\d.]+ s\): 502")
+    process.wait_log(rf"proxy: http://127.0.0.1:{port}: connection refused, after [\d.]+ s \(GET /x\): 502")
     with Upstream(port):
         assert fetch(process.socket)[0] == 504
 

@@ -381,7 +381,7 @@ def test_what_fails_in_the_broker_is_an_answer(control, home):
             sock.connect(str(path))
             sock.sendall(json.dumps({"command": "stop", "name": name}).encode() + b"\n")
             assert read_line(control, sock) == {"error": error}
-    assert control._broker.log.lines == ["gunicorn-passenger: stop failed"]
+    assert control._broker.log.lines == ["gunicorn-passenger: internal error in the command stop"]
 
 
 def test_a_client_has_so_many_seconds(control, home, monkeypatch):

@@ -294,7 +294,7 @@ def test_a_bind_whose_claim_is_decided_too_late(start, port, home, worker_class)
     process.hup(1)
     wait_for(lambda: answers(port), "the server on the bind")
     assert who(port) == {"second"}
-    assert process.log().count("the primary and a server of the program accept") == 1
+    assert process.log().count("the primary and a server of the program both accept") == 1
     assert process.stop() == 0
     assert "Traceback" not in process.log()
 
