@@ -16,7 +16,7 @@ SOCKET ?= $(abspath $(VENV))/seed.sock
 
 RUNS ?= 50000
 
-.PHONY: run test test-compiled unit coverage fuzz lint types docs docs-serve constraints dist bench bench-proxy clean
+.PHONY: run test test-compiled unit coverage fuzz lint types docs docs-serve modules constraints dist bench bench-proxy clean
 
 # Made anew when what is to be installed changes.
 $(VENV)/installed: setup.cfg pyproject.toml constraints-dev.txt Makefile

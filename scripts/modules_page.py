@@ -1,4 +1,4 @@
-"""Writes docs/reference/modules.md from the first sentence of each module's docstring: ``make modules``."""
+"""Writes docs/reference/modules.md from the first paragraph of each module's docstring: ``make modules``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PAGE = ROOT / "docs" / "reference" / "modules.md"
 HEAD = """\
 # Modules
 
-What each module of the package is for: the first sentence of its docstring. The rest of the
+What each module of the package is for: the first paragraph of its docstring. The rest of the
 docstring says which process runs the module, and what it must never do. `make modules` writes this
 page. How the parts work together: [architecture](../explanation/architecture.md).
 """

@@ -163,7 +163,8 @@ def too_many_ports(limit: int) -> ListenError:
 def too_many_waiting(limit: int) -> ListenError:
     return ListenError(
         errno.ENOBUFS,
-        f"this worker already waits for {limit} ports, which is the limit for one worker; close some servers",
+        f"this worker already waits for {limit} ports of servers with the placement 'each', which is the "
+        "limit; allocate more ports or start fewer workers",
     )
 
 

@@ -178,7 +178,7 @@ def _check_listen(item: DaemonListen) -> None:
         or type(item.port) is not int
     ):
         raise daemon_errors.bad_daemon("listen", item, "it is not an address")
-    if item.kind in ("tcp", "auto") and not address.is_ip(item.host):
+    if item.kind in ("tcp", "auto") and ("%" in item.host or not address.is_ip(item.host)):
         # the master must not wait for a name server
         raise daemon_errors.bad_daemon("listen", item.host[:100], "it is not a numeric address")
     if item.kind == "tcp" and not 1 <= item.port <= 65535:

@@ -123,8 +123,13 @@ class ClientSocket(gsocket.socket):
         if self.connection is not None:
             self.connection.send_pending()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed or detached. gevent closes the descriptor some callbacks later."""
+        return bool(self._closed)
+
     def _leave_connection(self) -> None:
-        """The application closes the socket or keeps its descriptor: there is no further request."""
+        """The application has closed the socket or keeps its descriptor: there is no further request."""
         if self.connection is not None:
             self.connection.end_without_socket()
 
@@ -137,15 +142,27 @@ class ClientSocket(gsocket.socket):
         if not self.taken:
             with contextlib.suppress(OSError):
                 self._take()
-        self._leave_connection()
         super().close()
+        self._leave_connection()
 
     def detach(self) -> int:
+        """Give up the descriptor, and end the connection.
+
+        :returns: the descriptor, which the caller owns.
+        :raises OSError: while bytes are to be read that the client sent with its request.
+        """
+        if self.early:
+            raise OSError(
+                errno.EBUSY,
+                f"the client sent {len(self.early)} bytes with its request, which are read already: "
+                "call recv() until it has returned them, then detach()",
+            )
         if not self.taken:
             with contextlib.suppress(OSError):
                 self._take()
+        fd = int(super().detach())
         self._leave_connection()
-        return int(super().detach())
+        return fd
 
     def recv(self, bufsize: int, flags: int = 0) -> bytes:
         if not self.taken:

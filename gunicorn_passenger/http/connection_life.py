@@ -7,6 +7,8 @@ Never: parse a request. :class:`.connection.Connection` does, and extends the cl
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import re
 import socket
 import struct
@@ -16,6 +18,7 @@ from typing import Any
 import gevent
 from gevent import getcurrent
 
+from gunicorn_passenger.errors import client_disconnected
 from gunicorn_passenger.http.body import EMPTY_BODY, RequestBody
 from gunicorn_passenger.http.connection_state import ConnectionState, set_checked
 from gunicorn_passenger.http.disconnect import DisconnectWatch
@@ -299,22 +302,29 @@ class ConnectionLife(Transport):
         self.sock.release()
 
     def end_without_socket(self) -> None:
-        """The application is closing the socket: end the connection, after the response that has begun."""
+        """The application has closed the socket: end the connection, after the response that has begun."""
         if self.response is not None:
             self.response.must_close = True
-        if self.state is _IDLE or self.state is _PARKED:
-            self._readable.stop()  # gevent wakes those who wait for a descriptor that it closes
-            self._hub.loop.run_callback(self._end_wait)
-
-    def _end_wait(self) -> None:
+        if self._disconnect is not None:
+            self._disconnect.cancel()
         if self.state is _PARKED:
-            self.close()
-        elif self.state is _IDLE:
-            self.greenlet.throw(gevent.GreenletExit)
+            self._stop()  # at once: a parked connection can migrate
+            return
+        if self.state is _IDLE:
+            self._readable.stop()  # gevent wakes those who wait for a descriptor that it closes
+        self._hub.loop.run_callback(self._end_waits)
+
+    def _end_waits(self) -> None:
+        """Called in the hub: the greenlets that wait for the socket learn that it is closed."""
+        writable, readable = self._writable, self._readable
+        if writable is not None and writable.active:
+            self._sending.throw(client_disconnected(OSError(errno.EBADF, os.strerror(errno.EBADF))))
+        if self.state is _IDLE or (readable is not None and readable.active):
+            self._waiting.throw(client_disconnected(OSError(errno.EBADF, os.strerror(errno.EBADF))))
 
     def _linger(self) -> None:
-        if self.state is ConnectionState.CLOSED:
-            return  # the response was interrupted
+        if self.state is ConnectionState.CLOSED or self.sock.is_closed:
+            return  # the response was interrupted, or the application has closed the socket
         self.state = ConnectionState.LINGERING
         self.lingering_close()
 

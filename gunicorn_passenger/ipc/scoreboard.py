@@ -87,9 +87,9 @@ class Scoreboard:
 
     def __init__(self) -> None:
         """
-        :param seat: the worker's place in the table that its siblings read.
         :raises OSError: when the system has no memory for it.
         """
+        #: the worker's place in the table that its siblings read
         self.seat: Seat | None = None
         self._map = mmap.mmap(-1, (_MAILBOX + len(MailboxCounters._fields)) * 8)
         self._words = memoryview(self._map).cast("Q")

@@ -4,10 +4,10 @@ Process: any process in which the proxy is mounted. It does no I/O.
 Never: write a line that holds more than its caller meant.
 
 Whatever a request or a response is made of (the environ, options, handlers, the name of a peer, another
-server's headers), it passes through one of these functions right before it is sent. The headers of an
-ordinary request, which :mod:`.plain_headers` copies from a section that was checked when it was parsed, are
-the exception. A text that two parsers could understand differently is never sent: the request ends with 500.
-Bytes that were made here may be kept and sent again without another check.
+server's headers), it passes through one of these functions right before it is sent. An ordinary GET is the
+exception: :mod:`.plain_headers` copies header lines of the plainest form alone, and :mod:`.handler` a target
+that was checked when it was parsed. A text that two parsers could understand differently is never sent: the
+request ends with 500. Bytes that were made here may be kept and sent again without another check.
 """
 
 from __future__ import annotations

@@ -370,6 +370,17 @@ def test_many_ranges_cost_no_memory(workers, placement):
     assert peak < 64 << 20
 
 
+def test_a_worker_waits_for_a_limited_number_of_ports(workers, monkeypatch):
+    monkeypatch.setattr(workers.broker.listeners, "open_each", lambda *_: None)  # none is free
+    for number in range(64):
+        opened = workers.open(1, f"server {number}", placement="each", port=9000 + number)
+        assert isinstance(opened, messages.PortOpened)
+        assert not opened.granted
+    denied = workers.open(1, "one more", placement="each", port=9064)
+    assert isinstance(denied, messages.RequestDenied)
+    assert "already waits for 64 ports of servers with the placement 'each'" in denied.text
+
+
 @given(st.lists(st.tuples(st.integers(1, 65535), st.integers(0, 300)), max_size=30))
 def test_ranges_are_merged(pairs):
     ranges = [(low, min(65535, low + more)) for low, more in pairs]

@@ -405,7 +405,7 @@ def test_every_callback_of_the_loop_is_known() -> None:
         ("client_socket.py", "self._flush"),
         ("connection_output.py", "self._sending.switch"),
         ("connection_life.py", "gone"),
-        ("connection_life.py", "self._end_wait"),  # as at the end of a connection
+        ("connection_life.py", "self._end_waits"),  # as at the end of a connection
         ("connection_life.py", "self._ready"),
         ("connection_life.py", "self._waiting.switch"),
         ("connection_life.py", "self._wake"),

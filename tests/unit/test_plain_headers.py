@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import string
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gunicorn_passenger.proxy import wire
+from gunicorn_passenger.proxy import plan, wire
 from gunicorn_passenger.proxy.agent import Agent
 from gunicorn_passenger.proxy.options import NAMES as OPTIONS
 from gunicorn_passenger.proxy.options import Options
@@ -154,6 +156,24 @@ def test_every_option_is_known_to_the_fast_path():
         assert not forwards_plainly(Options(**{name: values.get(name, True)})), name
     for name in of_response:
         assert not Options(**{name: values.get(name, True)}).copies_responses, name
+    values |= {
+        "forward": "http://localhost:9",
+        "rewrite": {"/a": "/b"},
+        "buffer": io.BytesIO(b"a"),
+        "prepend_path": False,
+    }
+    for name in of_plan - {"prepend_path"}:  # which matters for a target with a path only
+        assert not repeatable(Options(**{name: values.get(name, True)}), "http://localhost:9"), name
+    assert repeatable(Options(), "http://localhost:9")
+    assert not repeatable(Options(), "http://localhost:9/path")
+
+
+def repeatable(options, target):
+    """Whether one plan serves all ordinary requests with these options to a target."""
+    headers = SimpleNamespace(valid=True, upgrade=False, expect=False)
+    request = SimpleNamespace(headers=headers, forwarded_info=SimpleNamespace(prefix=""))
+    route = SimpleNamespace(always_targets=lambda target: True)
+    return plan._is_repeatable(SimpleNamespace(options=options, target=parse_target(target)), request, route)
 
 
 def test_a_plan_does_not_hold_when_connections_are_kept_no_longer():

@@ -7,6 +7,7 @@ application runs.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -20,6 +21,7 @@ from gevent.event import Event
 from gunicorn.config import Config
 
 from gunicorn_passenger.config.settings import Timeouts
+from gunicorn_passenger.errors import ClientDisconnected
 from gunicorn_passenger.http import connection_output
 from gunicorn_passenger.http import write_coalescing as turn_module
 from gunicorn_passenger.http.acceptor import Acceptor
@@ -34,6 +36,7 @@ BIG = b"x" * 30000 + b"ok"
 GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
 #: after its response, the client wants the connection to end
 CLOSE = b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
+POST = b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nab"
 OLD = b"GET / HTTP/1.0\r\n\r\n"
 
 
@@ -445,6 +448,73 @@ def test_a_connection_ends_when_the_application_has_closed_or_detached_its_socke
     else:
         socket.socket(fileno=taken[1]).sendall(b"the application's")
         wait_for(lambda: client.read() == b"the application's" and client.ended)
+
+
+@pytest.mark.parametrize("use", ["close", "detach"])
+@pytest.mark.parametrize("wait", ["response", "coalesced response", "header section", "body"])
+def test_a_greenlet_that_waits_for_a_closed_or_detached_socket_ends(
+    server: Server, use: str, wait: str
+) -> None:
+    """It would wait for its timeout, and gevent's watcher for the next connection with this descriptor."""
+    errors: list[BaseException] = []
+    body = b"x" * (8 << 20)
+
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        try:
+            if wait == "body":
+                environ["wsgi.input"].read()
+            write = start_response("200 OK", [("Content-Length", str(len(body)))])
+            if wait == "response":
+                write(body)
+        except BaseException as error:
+            errors.append(error)
+            raise
+        return [body] if wait == "coalesced response" else []
+
+    client = server.connect(SO_SNDBUF=4096)
+    server.listener.app = app
+    connection = client.connection
+    client.send({"header section": GET[:-2], "body": POST}.get(wait, GET))
+    watcher = "_writable" if "response" in wait else "_readable"
+    wait_for(lambda: connection.state is not ConnectionState.IDLE and getattr(connection, watcher).active)
+    fd = getattr(connection.sock, use)()
+    wait_for(lambda: connection.state is ConnectionState.CLOSED)
+    assert server.acceptor.idle()
+    assert all(isinstance(error, ClientDisconnected) for error in errors)
+    assert len(errors) == (wait in ("response", "body"))
+    if use == "detach":
+        os.close(fd)
+
+
+def test_what_was_read_ahead_is_not_lost_by_detach(server: Server) -> None:
+    texts = []
+
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        sock = environ["gunicorn.socket"]
+        with pytest.raises(OSError, match="5 bytes") as raised:
+            sock.detach()
+        assert raised.value.errno == errno.EBUSY
+        texts.append(sock.recv(100))
+        os.close(sock.detach())
+        raise StopIteration
+
+    client = server.connect()
+    server.listener.app = app
+    client.send(GET[:-2] + b"Upgrade: x\r\nConnection: upgrade\r\n\r\nfirst")
+    wait_for(lambda: client.read() == b"" and client.ended)
+    assert texts == [b"first"]
+
+
+@pytest.mark.parametrize("use", ["close", "detach"])
+def test_a_parked_connection_whose_socket_is_closed_does_not_migrate(server: Server, use: str) -> None:
+    server.listener.idle_ticker.seconds = 0.02
+    client = server.connect()
+    wait_for(lambda: client.connection.state is ConnectionState.PARKED)
+    fd = getattr(client.connection.sock, use)()
+    assert server.acceptor.pop_idle_connections(10) == []
+    assert server.acceptor.idle()
+    if use == "detach":
+        os.close(fd)
 
 
 @pytest.mark.parametrize("use", ["recv", "shutdown", "close"])

@@ -200,7 +200,8 @@ def test_each_with_fewer_ports_than_workers(start):
     assert process.wait_end() != 0
     assert (
         process.log().count(
-            "placement 'each' needs 3 more ports, one for each worker, but the port allocation"
+            "placement 'each' needs 3 more ports, one for each worker, but the port allocation "
+            f"{first}-{first + 1} (set by PASSENGER_PORTS) has only 2 free"
         )
         == 1
     )
