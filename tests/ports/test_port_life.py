@@ -64,7 +64,8 @@ def test_many_reloads_leave_the_master_flat_and_never_close_the_port(start, port
         pids_answering(port, 1)
     assert knocking.asked > 100
     assert knocking.refused == 0
-    wait_for(lambda: len(descriptors(process.pid)) == before, lambda: f"{before}: {descriptors(process.pid)}")
+    # at most: one of the old worker's may still have been open before
+    wait_for(lambda: len(descriptors(process.pid)) <= before, lambda: f"{before}: {descriptors(process.pid)}")
     assert rss(process.pid) - memory < 3072, "kB more in the master"
     assert process.log().count(f"Opened 127.0.0.1:{port}") == 1
     assert f"Closed 127.0.0.1:{port}" not in process.log()
