@@ -91,7 +91,7 @@ def _start(arguments: list[str]) -> int:
         return 2
     from gunicorn_passenger.script_runner import ScriptApplication
 
-    # gunicorn reads sys.argv, also when it starts itself again on USR2
+    # gunicorn reads sys.argv, even when it starts itself again on USR2
     ScriptApplication("gunicorn-passenger start SCRIPT [OPTIONS]", prog="gunicorn-passenger").run()
     return 0
 

@@ -70,7 +70,7 @@ def _check_unix_socket(path: str, log: Log) -> None:
 
 
 def _warn_if_served(path: str, log: Log) -> None:
-    """gunicorn removes a socket's file without asking, also if another process serves it."""
+    """gunicorn removes a socket's file without asking, even if another process serves it."""
     with socket.socket(socket.AF_UNIX) as client:
         client.setblocking(False)
         if client.connect_ex(path) not in (0, errno.EAGAIN):

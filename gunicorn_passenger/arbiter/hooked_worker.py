@@ -1,4 +1,4 @@
-"""A worker of another class than ours: the program's servers get the master's sockets, and drain.
+"""A worker of a class other than ours: the program's servers get the master's sockets, and drain.
 
 Process: a worker of another class, from its ``post_fork`` on.
 Never: import gevent before there is a server of ours, change how gunicorn's class serves the primary (except
@@ -136,7 +136,7 @@ class HookedWorker:
         return bool(self._worker.alive) and not self._draining.locked()
 
     def primary_descriptors(self) -> set[int]:
-        """Those of gunicorn's binds: they belong to its class, also where a server has the same socket."""
+        """Those of gunicorn's binds: they belong to its class, even where a server has the same socket."""
         found = set()
         for sock in self._worker.sockets:
             # gunicorn's object has no socket once its class has closed it

@@ -70,7 +70,7 @@ def decide(workers: Iterable[Candidate], wanted: int) -> Decision:
 
     The youngest that need no replacement are kept, as many as there are to be. Others stay for as long as
     those that are kept cannot do all of the work: one for each that is not ready or not there. So there are
-    never more than twice as many as wanted, besides those that drain.
+    never more than twice as many as wanted, not counting those that drain.
 
     :param wanted: how many workers there are to be.
     """

@@ -178,7 +178,7 @@ class DaemonManager(BrokerService):
     def _request_by_worker(self, age: int, spec: DaemonSpec) -> DaemonState:
         cfg = self._broker.cfg
         check_after(spec, self._daemons)
-        # with the workers' rights, also where the master has others
+        # with the workers' rights, even where the master has others
         run_as = resolve_run_as(spec, cfg.uid, cfg.gid, cfg.initgroups, trusted=False)
         for item in spec.listen:
             if item.kind == "unix" and cfg.uid != os.geteuid():

@@ -72,7 +72,7 @@ class DaemonSockets:
                 if one.path:
                     # the last of the masters removes its file
                     one = daemon_socket(want, one.sock)
-                # a port outside this master's own port allocation is refused, also when it is inherited
+                # a port outside this master's own port allocation is refused, even when it is inherited
                 if want.kind != "unix":
                     try:
                         self._broker.allocation.check(one.port)

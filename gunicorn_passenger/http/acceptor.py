@@ -287,7 +287,7 @@ class Acceptor:
         return 0 if self.listener.closing else max(self._limit - len(self._connections), 0)
 
     def make_room(self) -> bool:
-        """Have room for one more connection, also while it drains: one that is idle may have to leave.
+        """Have room for one more connection, even while it drains: one that is idle may have to leave.
 
         :returns: whether there is room.
         """

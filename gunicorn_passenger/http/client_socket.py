@@ -29,7 +29,7 @@ _close = _socket.socket.close
 _CLOSE_TIMEOUT = 5.0
 #: How often the application has to send something before a Close frame, at most.
 _MOST_SENDS = 2
-#: Seconds between two looks whether it has.
+#: Seconds between two checks whether it has.
 _POLL = 0.02
 #: Seconds in which a client must read some of what waits for it.
 _PATIENCE = 60.0
@@ -191,7 +191,7 @@ class ClientSocket(gsocket.socket):
             raise
 
     def send_last(self, data: bytes) -> None:
-        """Send this between two messages of the application, and discard what it sends from then on.
+        """Send this between two messages of the application, and discard what it sends afterwards.
 
         :raises OSError: when the client has disconnected.
         """

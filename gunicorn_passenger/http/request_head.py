@@ -147,7 +147,7 @@ class HeadReader:
         self._forwarders = bool(getattr(cfg, "forwarder_headers", ()))
         #: the C parser, and why it is not used, for the log
         self._parse, self.slow_parser_reason = c_parser_for(cfg, sockname, always_request, self.fields_limit)
-        #: how many keys the C parser sets for each request, besides those of its headers
+        #: how many keys the C parser sets for each request, in addition to those of its headers
         self._own_keys = len(self._parse(_SMALLEST)) if self._parse is not None else 0
         #: request lines that were accepted, and what they set in an environ
         self._lines: dict[bytes, tuple[str, str, str, str]] = {}

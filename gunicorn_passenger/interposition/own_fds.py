@@ -29,7 +29,7 @@ def keep_spare() -> None:
 
 @contextmanager
 def room() -> Iterator[None]:
-    """Descriptors are free in this block, also where the process has reached its limit.
+    """Descriptors are free in this block, even where the process has reached its limit.
 
     The block must not switch to another greenlet, and leaves open at most one descriptor that is closed soon.
     """

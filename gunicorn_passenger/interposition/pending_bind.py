@@ -33,7 +33,7 @@ GRACE = 1.0
 #: Seconds for which a sibling waits at most: the master may be slow to respond to a ``listen``, and a worker
 #: that is busy cannot say that its port is a lock.
 _LONGEST_WAIT = GRACE + RESPONSE_TIMEOUT
-#: Seconds between two looks at the lock of a sibling.
+#: Seconds between two checks of the lock of a sibling.
 _RETRY_INTERVAL = 0.01
 
 #: states of a TCP socket (enum in the kernel's tcp_states.h), as TCP_INFO says them

@@ -36,7 +36,7 @@ from gunicorn_passenger.interposition.socket_options import is_tcp
 from gunicorn_passenger.serving.registry import ServerRegistry
 from gunicorn_passenger.serving.server import LISTENING, WAITING
 
-#: Seconds in which a program looks whether its server works.
+#: Seconds in which a program checks whether its server works.
 STARTING = 5.0
 
 

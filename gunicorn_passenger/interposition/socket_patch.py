@@ -59,7 +59,7 @@ from gunicorn_passenger.serving.registry import ServerRegistry, check_program_al
 from gunicorn_passenger.serving.server import LISTENING, LOST, WAITING, ListenAddress
 from gunicorn_passenger.serving.third_party import ThirdPartyServer
 
-#: Seconds between two looks at a bind for which siblings wait.
+#: Seconds between two checks of a bind for which siblings wait.
 _WATCH_INTERVAL = 0.01
 
 

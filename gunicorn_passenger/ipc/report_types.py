@@ -22,7 +22,7 @@ class WorkerEntry(TypedDict):
 
 
 class ServerCounts(TypedDict):
-    """What all workers, also those that have exited, have counted of a server."""
+    """What all workers, including those that have exited, have counted of a server."""
 
     connections: int
     accepted: int

@@ -65,7 +65,7 @@ class Blocking(NamedTuple):
 class MailboxCounters(NamedTuple):
     """What a worker has sent to its siblings, and the sessions that bind clients to it."""
 
-    #: connections that a sibling serves from then on
+    #: connections that a sibling serves now
     passed: int = 0
     #: connections of a request that belongs to a sibling, which did not take it in time
     kept: int = 0

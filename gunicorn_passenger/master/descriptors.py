@@ -3,7 +3,7 @@
 Process: the master, in the broker's thread. Never: wait for what a sender can delay, or query the file
 system of a descriptor.
 
-``close`` can block: for a TCP socket with SO_LINGER and bytes that its client does not take, also when it
+``close`` can block: for a TCP socket with SO_LINGER and bytes that its client does not take, even when it
 lies in the receive queue of another socket; for a terminal; for a file of a network or of a user's own file
 system, of which even ``fstat`` can block or fail. The broker's thread holds the lock that every fork waits
 for. So it closes nothing but pipes; all else goes to closing threads, one for each sender.
@@ -31,7 +31,7 @@ MAX_WAITING = 256
 #: many in which there was always one to be closed.
 STALL_TIMEOUT = 5.0
 BUSY_TIMEOUT = 30.0
-#: The most seconds between two looks that count: a master that was stopped meanwhile has closed nothing.
+#: The most seconds between two checks that count: a master that was stopped meanwhile has closed nothing.
 _LOOK_LIMIT = 0.1
 
 

@@ -58,7 +58,7 @@ from gunicorn_passenger.system.text import MAX_NAME, printable
 _MAX_MALFORMED = 100
 #: How many messages of a worker that was reaped are still read.
 _MAX_REMAINING = 100
-#: Seconds between two looks whether the descriptors of a worker that is not read meanwhile are closed.
+#: Seconds between two checks whether the descriptors of a worker that is not read meanwhile are closed.
 _FULL_CLOSER_INTERVAL = 0.02
 #: Characters of a text in a RequestDenied.
 _MAX_DENIAL = 1000

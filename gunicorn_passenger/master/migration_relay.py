@@ -6,7 +6,7 @@ The draining worker sends OfferConnections; the relay sends the descriptors to a
 The sibling responds with AssignResult and waits. Then the relay decides, once for both: AssignSettled has the
 sibling serve the connections, and OfferSettled has the draining worker close its copies. A sibling that does
 not respond in time is busy: the draining worker keeps the connections, and the sibling gets AssignSettled
-with the opposite decision when its response comes at last.
+with the opposite decision when its response finally comes.
 """
 
 from __future__ import annotations

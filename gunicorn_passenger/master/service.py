@@ -1,4 +1,4 @@
-"""The base class of what the broker's loop serves besides the workers.
+"""The base class of what the broker's loop serves in addition to the workers.
 
 Process: the master. Never: block, or raise an exception because of what another process has sent.
 """

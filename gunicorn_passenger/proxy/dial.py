@@ -133,7 +133,7 @@ class Dialer:
     def _in_order(self, addresses: list[Address]) -> list[Address]:
         """The addresses as they are tried: the families in turn, and last what has failed a short time ago.
 
-        :raises OSError: when ``local_address`` is of another family than all of them.
+        :raises OSError: when ``local_address`` is of a family other than all of theirs.
         """
         local = self._settings.local_address
         if local is not None:

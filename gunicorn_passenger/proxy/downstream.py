@@ -174,7 +174,7 @@ class WsgiDownstream:
     def send_continue(self) -> None:
         """Ask the client for the body; a WSGI server does that when the body is read."""
 
-    # what our own connection tells, also where the proxy may not send over it
+    # what our own connection tells, even where the proxy may not send over it
 
     @property
     def body_was_read(self) -> bool:

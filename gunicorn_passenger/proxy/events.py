@@ -99,7 +99,7 @@ class UpstreamRequest:
     """The request as it will be sent."""
 
     def __init__(self, method: str, path: str, headers: HeaderList, target: Target) -> None:
-        # what a handler may write has any type until it is checked, also where the package is compiled
+        # what a handler may write has any type until it is checked, even where the package is compiled
         self.method: Any = method
         #: path and query
         self.path: Any = path

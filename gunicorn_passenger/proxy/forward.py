@@ -336,7 +336,7 @@ class _WsgiBody:
             self._ends_early = True
 
     def close(self) -> None:
-        """End the request, also when the body was not read to its end."""
+        """End the request, even when the body was not read to its end."""
         try:
             self._chunks.close()  # type: ignore[attr-defined]
             close = getattr(self._body, "close", None)

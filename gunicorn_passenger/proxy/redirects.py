@@ -1,7 +1,7 @@
 """Follows the redirects of upstreams (the option ``follow_redirects``).
 
 Process: any process in which the proxy is mounted, in the greenlet or thread of the request.
-Never: send the credentials of a request to another origin than the one they were meant for.
+Never: send the credentials of a request to an origin other than the one they were meant for.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ _OPTIONS = {"close", "keep-alive", "upgrade", "te", ""}
 #: what stands for an address that is not known (RFC 7239 section 6.3)
 UNKNOWN = "unknown"
 
-#: headers that tell the proxy something, besides those that begin with "proxy-"
+#: headers that tell the proxy something, in addition to those that begin with "proxy-"
 _SPECIAL = ASIDE | {"expect", "host"}
 #: how many names are cached, and how long one may be
 _REMEMBER = 1000
@@ -290,10 +290,10 @@ class ForwardedInfo:
 def upstream_headers(
     request: RequestHeaders, options: Options, target: Target, origin: ForwardedInfo, foreign: bool = False
 ) -> HeaderList:
-    """The headers of the request to the target, but for those that frame it.
+    """The headers of the request to the target, except those that frame it.
 
     :param request: the client's.
-    :param foreign: whether a redirect has led to another target than the one that the options are for.
+    :param foreign: whether a redirect has led to a target other than the one that the options are for.
     """
     headers = request.lines
     if options.change_origin or not origin.host:

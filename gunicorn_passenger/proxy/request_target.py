@@ -59,7 +59,7 @@ def request_path(environ: dict[str, Any], unmodified: bool = False) -> tuple[str
 
 
 def _absolute(raw: str) -> tuple[str, str]:
-    """A target in absolute form: its scheme, and what follows the host, but for a fragment.
+    """A target in absolute form: its scheme, and what follows the host, except for a fragment.
 
     :raises BadTarget: when it is not one of http or https with a host and without a user.
     """

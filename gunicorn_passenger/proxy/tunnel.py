@@ -264,7 +264,7 @@ class Tunnel:
             self._greenlet = None
             self.close()
             with contextlib.ExitStack() as stack:
-                # all of them, also when one fails
+                # all of them, even when one fails
                 for sock in client, upstream:
                     stack.callback(_shut, sock)
                 for watcher in watchers:

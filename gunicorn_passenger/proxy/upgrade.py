@@ -38,7 +38,7 @@ def make_tunnel(
     :param head: of the response with status 101.
     :param requested: the ``Upgrade`` of the request.
     :param make_request: gives the request for the program's handlers.
-    :raises BadResponse: when the upstream switches to another protocol than requested, or too early.
+    :raises BadResponse: when the upstream switches to a protocol other than the requested one, or too early.
     """
     agreed = rules.protocols(head.upgrade)
     if not agreed <= rules.protocols(requested) or "" in agreed:

@@ -73,7 +73,7 @@ def serialize(request: ForwardedRequest, lines: HeaderList, expect: bool, unfram
 
 
 def replace_body(request: ForwardedRequest, body: Any) -> None:
-    """Send another body than the client's.
+    """Send a body other than the client's.
 
     :param body: bytes, or a file.
     :raises HandlerFailed: when it is something else.

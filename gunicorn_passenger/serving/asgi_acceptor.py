@@ -32,11 +32,11 @@ from gunicorn_passenger.system import unpatched
 _BURST = 64
 #: Seconds until the next attempt at the limit of connections, and when the system lacks a descriptor.
 _PAUSE = 0.1
-#: Seconds between two looks for idle connections during a drain.
+#: Seconds between two searches for idle connections during a drain.
 _IDLE_CHECK_INTERVAL = 0.5
 #: Seconds that the application has to send the first frames of a WebSocket whose client waits for them.
 _FIRST_FRAME_TIMEOUT = 5.0
-#: Seconds between two looks for WebSockets to close, and whether connections that were ended are gone.
+#: Seconds between two searches for WebSockets to close, and whether connections that were ended are gone.
 _POLL = 0.02
 
 #: The messages with which an application begins its response.
@@ -102,7 +102,7 @@ class AsgiAcceptor(SiblingConnections):
         self._loop = loop
         self._log = log
         self._limit = cfg.worker_connections
-        #: seconds; a client that has just connected is not yet idle, also when no connection is kept
+        #: seconds; a client that has just connected is not yet idle, even when no connection is kept
         self._keepalive = float(cfg.keepalive or 1)
         self._burst = 1 if cfg.workers > 1 else _BURST
         self._closes_websockets = closes_websockets

@@ -335,7 +335,7 @@ class SiblingConnections:
         return self._sticky is not None and not self._shut
 
     def make_room(self) -> bool:
-        """Whether it can serve one more connection, also while it drains.
+        """Whether it can serve one more connection, even while it drains.
 
         At its limit, an idle connection is closed for it: the client of a session has only this worker.
         """

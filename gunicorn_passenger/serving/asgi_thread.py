@@ -30,7 +30,7 @@ from gunicorn_passenger.system import unpatched
 if TYPE_CHECKING:
     from gunicorn_passenger.serving.gevent_asyncio import HubSelector
 
-#: Seconds between two looks whether the connections are finished.
+#: Seconds between two checks whether the connections are finished.
 _POLL_INTERVAL = 0.05
 
 

@@ -142,7 +142,7 @@ class BrokerClient:
         :param again: whether this worker may have the port already (``SO_REUSEPORT``).
         :param opened: a descriptor of a socket that listens there already, for the master to share.
         :returns: the lease. The listening socket is in its initial grant
-            (:meth:`.port_lease.PortLease.take_initial_grant`), or in a grant that comes later: also when the
+            (:meth:`.port_lease.PortLease.take_initial_grant`), or in a grant that comes later, even when the
             master did not respond in time, since it may be stopped for a while.
         :raises errors.ListenError: when the worker may not listen on the address.
         """

@@ -25,7 +25,7 @@ from gunicorn_passenger.serving.acceptor_table import AcceptorTable
 from gunicorn_passenger.serving.acceptors import ListenerHandler
 from gunicorn_passenger.serving.broker_client import AssignedConnection, BrokerClient
 
-#: Seconds between two looks for connections to offer.
+#: Seconds between two searches for connections to offer.
 _OFFER_INTERVAL = 0.1
 #: Seconds until the next offer after a rejected one.
 _RETRY_DELAY = 0.5

@@ -19,7 +19,7 @@ from typing import Any
 
 from gunicorn_passenger.config.settings import settings
 
-#: Seconds between two looks at the sessions. One that both have seen is ended: it had that time to begin.
+#: Seconds between two checks of the sessions. One that both have seen is ended: it had that time to begin.
 _INTERVAL = 0.25
 
 

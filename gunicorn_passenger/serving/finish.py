@@ -14,9 +14,9 @@ from typing import Protocol
 
 from gunicorn_passenger.config.gunicorn_types import Log
 
-#: Seconds between two looks for idle connections of third-party servers.
+#: Seconds between two searches for idle connections of third-party servers.
 _IDLE_CHECK_INTERVAL = 0.5
-#: Seconds between two looks whether all connections are finished.
+#: Seconds between two checks whether all connections are finished.
 _POLL_INTERVAL = 0.1
 #: Seconds that the connections which the graceful timeout ends may take to clean up.
 _KILL_TIMEOUT = 1.0

@@ -162,7 +162,7 @@ class Mailboxes:
                 sibling.close()
 
     def sibling(self, tag: str) -> Sibling | None:
-        """The sibling of that tag, also while it drains."""
+        """The sibling of that tag, even while it drains."""
         return self._siblings.get(tag)
 
     @property

@@ -154,7 +154,7 @@ class ThreadScheduler:
     """Runs functions in a thread beside the worker's own, which starts with the first of them.
 
     A worker that never asks the master for a port has no thread of ours. The first server of ours gives the
-    thread a hub: from then on the functions run in its greenlets.
+    thread a hub: the functions then run in its greenlets.
     """
 
     how_tasks_end = "its start function must return soon after its stop function was called"

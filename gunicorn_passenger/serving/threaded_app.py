@@ -1,6 +1,6 @@
 """A WSGI application that runs in native threads, so that its blocking calls do not stop the server's hub.
 
-Process: a worker of another class than ours, where nothing has patched the program.
+Process: a worker of a class other than ours, where nothing has patched the program.
 Never: let a thread of the application use a socket of the hub's. What the application does with the request
 and the connection runs in the hub, while its thread waits.
 

@@ -1,4 +1,4 @@
-"""Responses that wait for the end of the loop's turn: when each client gets them, in order and complete.
+"""Responses that wait for the end of an event-loop iteration: when each client gets them, in order and complete.
 
 A server, its loop and its clients are in this process, so that a test sees what has been sent while an
 application runs.
@@ -23,7 +23,7 @@ from gunicorn.config import Config
 from gunicorn_passenger.config.settings import Timeouts
 from gunicorn_passenger.errors import ClientDisconnected
 from gunicorn_passenger.http import connection_output
-from gunicorn_passenger.http import write_coalescing as turn_module
+from gunicorn_passenger.http import write_coalescing as coalescing
 from gunicorn_passenger.http.acceptor import Acceptor
 from gunicorn_passenger.http.client_socket import ClientSocket
 from gunicorn_passenger.http.connection_state import ConnectionState
@@ -93,7 +93,7 @@ class Server:
         self.listener = ListenerContext(self._app, cfg, self.log, StandaloneWorker(), "/s", Timeouts())
         listener = gevent.socket.socket(socket.AF_UNIX)
         self.acceptor = Acceptor(listener, self.listener, 100)
-        self.turn = self.listener.coalescer
+        self.coalescer = self.listener.coalescer
         self.listener.idle_ticker.seconds = 600.0  # or what is forgotten would be sent at its end
         self.calls = 0
         self.clients: list[Client] = []
@@ -146,37 +146,37 @@ class Result:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server that has been quick for so long that it holds answers."""
-    monkeypatch.setattr(turn_module, "_QUICKEST", 0.0)
-    monkeypatch.setattr(turn_module, "_SLOWEST", 600.0)
-    monkeypatch.setattr(turn_module, "_MAX_DELAY", 600.0)
-    monkeypatch.setattr(turn_module, "_coalescers", {})
+    monkeypatch.setattr(coalescing, "_QUICKEST", 0.0)
+    monkeypatch.setattr(coalescing, "_SLOWEST", 600.0)
+    monkeypatch.setattr(coalescing, "_MAX_DELAY", 600.0)
+    monkeypatch.setattr(coalescing, "_coalescers", {})
     server = Server()
-    server.turn.quick = turn_module._REQUIRED
-    server.turn.active = True
+    server.coalescer.quick = coalescing._REQUIRED
+    server.coalescer.active = True
     yield server
     for client in server.clients:
         client.sock.close()
     wait_for(server.acceptor.idle)
-    assert server.turn.pending == []
+    assert server.coalescer.pending == []
 
 
-def test_answers_of_a_turn_leave_together_at_its_end(server: Server) -> None:
+def test_responses_of_an_iteration_leave_together_at_its_end(server: Server) -> None:
     seen = []
     server.act = lambda call, environ: seen.append(server.answered())
     for _ in range(3):
         server.connect()
-    for turns in range(1, 4):
+    for iterations in range(1, 4):
         for client in server.clients:
             client.send()
         for client in server.clients:
             assert client.until(1) == [b"ok"]
-        assert seen == [[False] * 3] * 3 * turns
+        assert seen == [[False] * 3] * 3 * iterations
 
 
 def test_nothing_is_held_for_longer_than_until_a_request_begins_too_late(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turn_module, "_MAX_DELAY", 0.0)
+    monkeypatch.setattr(coalescing, "_MAX_DELAY", 0.0)
     seen = []
     server.act = lambda call, environ: seen.append(sum(server.answered()))
     for _ in range(3):
@@ -189,7 +189,7 @@ def test_nothing_is_held_for_longer_than_until_a_request_begins_too_late(
 
 
 def test_no_more_answers_are_held_than_so_many(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turn_module, "_MAX_PENDING", 2)
+    monkeypatch.setattr(coalescing, "_MAX_PENDING", 2)
     seen = []
     server.act = lambda call, environ: seen.append(sum(server.answered()))
     for _ in range(5):
@@ -210,9 +210,7 @@ def test_a_request_that_is_not_of_the_kind_ends_it(
     def act(call: int, environ: Any) -> None:
         seen.append(sum(server.answered()))
         if call == 2:
-            monkeypatch.setattr(
-                turn_module, *(("_SLOWEST", 0.0) if limit == "slow" else ("_QUICKEST", 600.0))
-            )
+            monkeypatch.setattr(coalescing, *(("_SLOWEST", 0.0) if limit == "slow" else ("_QUICKEST", 600.0)))
 
     server.act = act
     for _ in range(4):
@@ -222,11 +220,11 @@ def test_a_request_that_is_not_of_the_kind_ends_it(
     for client in server.clients:
         client.until(1)
     assert seen == [0, 0, 2, 3]
-    assert not server.turn.active
+    assert not server.coalescer.active
 
 
 def test_a_slow_request_holds_back_only_what_was_finished_before_it(server: Server) -> None:
-    """While it waits for something itself, the turn ends."""
+    """While it waits for something itself, the iteration ends."""
     for _ in range(3):
         server.connect()
     done = Event()
@@ -287,32 +285,32 @@ def test_a_request_that_is_too_quick_begins_anew() -> None:
 
 
 def test_a_request_with_new_headers_is_never_too_quick() -> None:
-    turn = WriteCoalescer(None)
+    coalescer = WriteCoalescer(None)
     for _ in range(200):
-        assert not turn.active
-        turn.record_duration(0.000001, False)
-    assert turn.active
+        assert not coalescer.active
+        coalescer.record_duration(0.000001, False)
+    assert coalescer.active
 
 
 def test_all_servers_of_a_loop_share_its_turn(server: Server) -> None:
-    assert Server().turn is server.turn is coalescer_for_hub()
+    assert Server().coalescer is server.coalescer is coalescer_for_hub()
 
 
 def test_a_new_server_begins_to_coalesce_by_itself(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turn_module, "_REQUIRED", 10)
-    server.turn.record_duration(601.0, True)
-    assert not server.turn.active
+    monkeypatch.setattr(coalescing, "_REQUIRED", 10)
+    server.coalescer.record_duration(601.0, True)
+    assert not server.coalescer.active
     client = server.connect()
 
     def held() -> bool:
         client.send()
         client.until(1)
-        return server.turn.active
+        return server.coalescer.active
 
     # only some requests are timed while none has been quick
     worker: Any = server.listener.worker
     worker.nr = 0
-    assert sum(not held() for _ in range(100)) == turn_module._SAMPLE + 8
+    assert sum(not held() for _ in range(100)) == coalescing._SAMPLE + 8
 
 
 # --- order -------------------------------------------------------------------------------------------
@@ -382,7 +380,7 @@ def test_a_last_answer_that_is_flushed_while_its_request_runs_or_twice(
 
     def act(call: int, environ: Any) -> Any:
         if ended_by == "a slow request":
-            monkeypatch.setattr(turn_module, "_SLOWEST", 0.0)
+            monkeypatch.setattr(coalescing, "_SLOWEST", 0.0)
         if ended_by == "a response before it" and call == 1:
             return None
         return Result(BIG, close=lambda: gevent.sleep(0.01) if "waits" in ended_by else None)
@@ -721,7 +719,7 @@ def test_a_connection_that_is_killed_meanwhile(server: Server) -> None:
     client = server.connect()
 
     def act(call: int, environ: Any) -> None:
-        # before the loop comes to the end of the turn
+        # before the loop comes to the end of the iteration
         gevent.get_hub().loop.run_callback(client.connection.greenlet.throw, gevent.GreenletExit)
 
     server.act = act
@@ -769,7 +767,7 @@ def test_a_forked_child_does_not_send_what_its_parent_sends(server: Server, sent
             if not pid:
                 left = True
                 try:
-                    left = bool(connection.pending or server.turn.pending)
+                    left = bool(connection.pending or server.coalescer.pending)
                 finally:
                     os._exit(left)
             statuses.append(os.waitpid(pid, 0)[1])
