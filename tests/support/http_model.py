@@ -81,7 +81,7 @@ class _Sock:
         self._sock = raw
         self._read_event = _Nothing()
         self.early = b""
-        self.taken = False
+        self.taken = self.is_closed = False
         self.error: OSError | None = None
 
     def fileno(self) -> int:
